@@ -1,0 +1,130 @@
+"""Checkpoints. The only file that imports Orbax.
+
+A stage keeps its checkpoints under workdir/checkpoints/<stage>/<step>: the last few and the best by a metric, each written
+asynchronously and renamed into place when whole. One holds `params` (the model's tree), `ema` where there is one, `optimizer` (what else
+the train state has), and `meta`: the data's position and the loop's own numbers, as JSON.
+"""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from jaxpost import sharding
+from jaxpost.errors import UserError
+from jaxpost.step import combine
+from jaxpost.types import Params, TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one stage. `keep` latest ones stay, and the best by `best` ("eval/loss", lower is better, unless `highest`)."""
+
+    def __init__(self, folder, *, keep: int = 2, best: str = "", highest: bool = False):
+        policies = [LatestN(n=keep)]
+        if best:
+            # Orbax ranks ascending; reverse puts the lowest value on top.
+            rank = BestN(get_metric_fn=lambda m: m[best], reverse=not highest, n=1, keep_checkpoints_without_metrics=False)
+            policies.append(rank)
+        self.best = best
+        self.folder = epath.Path(folder).absolute() if "://" not in str(folder) else epath.Path(folder)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(policies), enable_async_checkpointing=True, cleanup_tmp_directories=True
+        )
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def save(self, state: TrainState, meta: dict, metrics: dict[str, float] | None = None) -> None:
+        """Starts writing the state; returns when the device's part is copied. A step that is already there is left alone."""
+        step = int(state.step)
+        if step in self.manager.all_steps():
+            return
+        metrics = {k: v for k, v in (metrics or {}).items() if k == self.best and np.isfinite(v)} or None
+        items = {k: ocp.args.StandardSave(v) for k, v in _items(state).items()}
+        self.manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items), metrics=metrics, force=True)
+
+    def latest(self) -> int | None:
+        """The newest whole checkpoint's step."""
+        return self.manager.latest_step()
+
+    def meta(self, step: int) -> dict:
+        """The JSON part of a checkpoint."""
+        return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """The state at a step, laid out as `abstract` says; any mesh can read what any other wrote."""
+        items = {k: ocp.args.StandardRestore(v) for k, v in _items(abstract).items()}
+        found = self.manager.restore(step, args=ocp.args.Composite(**items))
+        rest, params = found["optimizer"], found["params"]
+        train = jax.tree.map(lambda a, x: None if a is None else x, abstract.train, params, is_leaf=lambda x: x is None)
+        frozen = jax.tree.map(lambda a, x: None if a is None else x, abstract.frozen, params, is_leaf=lambda x: x is None)
+        mean = None if abstract.ema is None else _unflat(found["ema"], abstract.ema)
+        return TrainState(train=train, frozen=frozen, ema=mean, **rest)
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether the cluster asked every process to stop at this step (several processes agree on one)."""
+        return self.manager.reached_preemption(step)
+
+    def wait(self) -> None:
+        """Until everything asked for is on disk; raises what went wrong while writing."""
+        self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and lets go of the threads."""
+        self.manager.close()
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    rest = {k: getattr(state, k) for k in ("step", "opt_state", "key", "skipped", "streak")}
+    items = {"params": combine(state.train, state.frozen), "optimizer": rest}
+    return items if state.ema is None else {**items, "ema": _flat(state.ema)}
+
+
+def _flat(tree: Params) -> dict[str, Any]:
+    """A tree with holes as {path: leaf}, which needs no placeholder where a leaf is missing."""
+    return {sharding.path_name(path).replace("/", "."): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _unflat(flat: dict[str, Any], like: Params) -> Params:
+    """The inverse of _flat, with `like`'s structure; None where flat has no leaf."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: flat.get(sharding.path_name(path).replace("/", ".")), like)
+
+
+def find_step(folder) -> epath.Path:
+    """The newest checkpoint of a workdir (its last stage that has one), or of a stage's folder; a checkpoint's own folder is itself.
+
+    Raises UserError if there is none.
+    """
+    folder = epath.Path(folder)
+    if not folder.exists():
+        raise UserError(f"{folder}: no such folder; give a workdir that jaxpost.train made, or one of its checkpoints.")
+    if (folder / "params").exists():
+        return folder
+    if (folder / "checkpoints").exists():
+        names = json.loads((folder / "config.json").read_text()).get("stages") or ["train"]
+        stages = [folder / "checkpoints" / name for name in names]
+        found = [s for s in stages if s.exists() and _steps(s)]
+        folder = found[-1] if found else folder / "checkpoints"
+    if steps := _steps(folder):
+        return folder / str(steps[-1])
+    raise UserError(f"{folder}: no checkpoint there yet.")
+
+
+def _steps(folder: epath.Path) -> list[int]:
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+
+
+def load_params(step_folder, abstract: Params) -> Params:
+    """The parameters of one checkpoint, laid out as `abstract` says: the running mean where the run kept one, else the weights."""
+    folder = epath.Path(step_folder)
+    folder = folder if "://" in str(folder) else folder.absolute()
+    with ocp.StandardCheckpointer() as reader:
+        params = reader.restore(folder / "params", abstract)
+        if (folder / "ema").exists():
+            flat = _flat(abstract)
+            held = reader.metadata(folder / "ema").item_metadata.keys()
+            mean = reader.restore(folder / "ema", {k: flat[k] for k in held})
+            params = combine(_unflat(mean, abstract), params)
+    return params

@@ -1,0 +1,110 @@
+"""Packing: many examples in one row, by a plan made before the first step.
+
+A streaming packer fills a row with whatever comes next and leaves the rest empty or cuts an example in two. Here the lengths
+of all examples are known (and cached), so the plan is made at once by best-fit decreasing: the longest examples first, each
+into the fullest row that still has room for it. That fills rows to about 0.98 and never splits an example, and since the plan
+is a list of rows, the n-th row can be built at random access, which is what makes the data's state one integer.
+
+A packed row keeps its documents apart by two columns: `segments` counts them from 1 (attention stays within one), `positions`
+starts over at 0 in each. Padding is zero in every column; what is learned is said by `mask` alone, never by a padding id. A
+document's first token is never in the mask: the token before it belongs to somebody else.
+"""
+
+import bisect
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxpost.errors import UserError
+
+Row = dict[str, np.ndarray]
+
+
+def fit(example: Row, window: int, too_long: str, place: str) -> Row | None:
+    """The example ({tokens, mask}: [n]) made to fit a window of so many tokens, or None where it is to be dropped.
+
+    `too_long` says what becomes of a longer one: "error"; "truncate", which keeps its first tokens, and drops it where none of
+    those is trained on; "drop". Raises UserError for "error", with place, length, window and remedy.
+    """
+    length = len(example["tokens"])
+    if length <= window:
+        return example
+    if too_long == "drop":
+        return None
+    if too_long == "truncate":
+        cut = {name: column[:window] for name, column in example.items()}
+        return cut if cut["mask"].any() else None
+    raise UserError(
+        f"{place}: the example has {length} tokens and the window {window}; make the window {length} or longer, or say"
+        ' too_long="truncate" or too_long="drop"'
+    )
+
+
+def plan(lengths: Sequence[int], window: int, seed: int) -> list[np.ndarray]:
+    """Rows as arrays of example indices, the same for the same seed: every example once, no row longer than the window.
+
+    Lengths and the window are in tokens. Examples of equal length are taken in an order drawn from `seed`.
+    Raises ValueError if a length is not in 1..window (see `fit`).
+    """
+    lengths = np.asarray(lengths, np.int64)
+    if len(lengths) and not (lengths.min() >= 1 and lengths.max() <= window):
+        raise ValueError(f"lengths must lie in 1..{window}, and are {lengths.min()}..{lengths.max()}")
+    shuffled = np.random.default_rng(seed).permutation(len(lengths))
+    order = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
+    bins: list[list[int]] = []
+    # There are never more distinct amounts of room than the window has tokens, so this sorted list stays short.
+    rooms: list[int] = []
+    bins_with: dict[int, list[int]] = {}
+    for index in order.tolist():
+        length = int(lengths[index])
+        place = bisect.bisect_left(rooms, length)
+        if place == len(rooms):
+            room, chosen = window, len(bins)
+            bins.append([])
+        else:
+            room = rooms[place]
+            chosen = bins_with[room].pop()
+            if not bins_with[room]:
+                del rooms[place], bins_with[room]
+        bins[chosen].append(index)
+        if left := room - length:
+            if left not in bins_with:
+                bisect.insort(rooms, left)
+            bins_with.setdefault(left, []).append(chosen)
+    return [np.array(members, np.int64) for members in bins]
+
+
+def pack(examples: Sequence[Row], window: int) -> Row:
+    """One row of S = window tokens from examples ({tokens, mask}: [n]): tokens, segments, positions [S] int32, mask [S] bool.
+
+    Raises ValueError if the examples together are longer than the window.
+    """
+    total = sum(len(example["tokens"]) for example in examples)
+    if total > window:
+        raise ValueError(f"{len(examples)} examples of {total} tokens do not fit a window of {window}")
+    row = empty(window)
+    start = 0
+    for number, example in enumerate(examples, start=1):
+        stop = start + len(example["tokens"])
+        row["tokens"][start:stop] = example["tokens"]
+        row["mask"][start + 1 : stop] = example["mask"][1:]
+        row["segments"][start:stop] = number
+        row["positions"][start:stop] = np.arange(stop - start)
+        start = stop
+    return row
+
+
+def empty(window: int) -> Row:
+    """The padding row: all zeros, no segment, nothing to learn. The columns of `pack`, each [S]."""
+    return {
+        "tokens": np.zeros(window, np.int32),
+        "mask": np.zeros(window, np.bool_),
+        "segments": np.zeros(window, np.int32),
+        "positions": np.zeros(window, np.int32),
+    }
+
+
+def fill(bins: Sequence[np.ndarray], lengths: Sequence[int], window: int) -> float:
+    """The fraction of the plan's slots that hold a token, in 0..1."""
+    lengths = np.asarray(lengths)
+    return float(sum(lengths[members].sum() for members in bins)) / (len(bins) * window)

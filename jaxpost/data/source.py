@@ -1,0 +1,228 @@
+"""The data as a Source: records in, batches out, the state one integer.
+
+Everything here is random access (Grain's MapDataset), so that nothing has to be replayed: example i is tokenised when it is
+asked for, row j is the examples that the packing plan put there, place k of epoch e is a row by a permutation drawn from
+(seed, e), and batch n is the rows n*B to (n+1)*B of that endless or finite sequence. All of that is a function of n alone. So
+the state of the data is n, the same for any number of processes: each takes its own slice of the rows of batch n, and where
+there were two processes yesterday there may be four today.
+
+The plan needs the length of every example, and lengths need every example tokenised once. They are kept on disk under a key
+of everything that they depend on, this package's encoding code included, so a second run starts at once.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+import transformers
+from absl import logging
+from etils import epath
+
+from jaxpost.data import chat, formats, pack
+from jaxpost.data.readers import Record
+from jaxpost.errors import UserError
+
+TOO_LONG = ("error", "truncate", "drop")
+
+
+class Encoded(NamedTuple):
+    """Examples ready to be packed: `examples[i]` is {tokens, mask}: [lengths[i]], tokenised when asked for; lengths [N] int32.
+
+    `report` counts what was kept (count), dropped and truncated, and the tokens and trained_tokens of what was kept.
+    """
+
+    examples: grain.MapDataset
+    lengths: np.ndarray
+    report: dict[str, int]
+
+
+def encode_all(
+    records: Sequence[Record],
+    tokenizer: Any,
+    template: str | None = None,
+    train_on: str = "assistant",
+    *,
+    window: int,
+    too_long: str = "error",
+) -> Encoded:
+    """The records as examples of at most `window` tokens; see `chat.encode` for template and train_on, `pack.fit` for too_long.
+
+    The lengths come from the cache folder (the environment's JAXPOST_CACHE, else ~/.cache/jaxpost) if they are there.
+    Raises UserError, with the record's place, for whatever cannot be encoded or would train nothing.
+    """
+    if too_long not in TOO_LONG:
+        raise UserError(f"too_long={too_long!r} is not known; choose one of {', '.join(TOO_LONG)}")
+    # The first call settles the tokenizer's truncation state here, in one thread; later ones may come from several at a time.
+    tokenizer("")
+
+    def whole(record: Record) -> pack.Row:
+        example = chat.encode(formats.recognise(record), tokenizer, template, train_on)
+        if not example["mask"].any():
+            raise UserError(f"{record.place}: no token of it is trained on; check train_on={train_on!r} and the template")
+        return example
+
+    def fitted(record: Record) -> pack.Row | None:
+        return pack.fit(whole(record), window, too_long, record.place)
+
+    def measure(record: Record) -> tuple[int, int, bool]:
+        example = whole(record)
+        kept = pack.fit(example, window, too_long, record.place)
+        return (0, 0, False) if kept is None else (len(kept["tokens"]), kept["mask"].sum(), kept is not example)
+
+    file = _cache_folder() / f"{_key(records, tokenizer, (template, train_on, window, too_long))}.npy"
+    measured = _load(file, len(records))
+    if measured is None:
+        measured = np.array([measure(record) for record in records], np.int32).reshape(-1, 3)
+        _save(file, measured)
+    kept = np.flatnonzero(measured[:, 0])
+    if not len(kept):
+        raise UserError(f"none of the {len(records)} examples fits a window of {window} tokens; make it longer")
+    length, trained, truncated = measured[kept].T
+    report = {"count": len(kept), "dropped": len(records) - len(kept), "truncated": int(truncated.sum())}
+    report |= {"tokens": int(length.sum(dtype=np.int64)), "trained_tokens": int(trained.sum(dtype=np.int64))}
+    return Encoded(grain.MapDataset.source([records[i] for i in kept]).map(fitted), length, report)
+
+
+def split(count: int, held_out: int | float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(train, held-out) indices into `count` examples: disjoint, sorted, drawn from seed; together they are all of them.
+
+    `held_out` is a number of examples (int) or a fraction of them (float, at least one example unless it is 0).
+    Raises UserError if it leaves nothing to train on.
+    """
+    wanted = max(round(held_out * count), int(held_out > 0)) if isinstance(held_out, float) else held_out
+    if not 0 <= wanted < count:
+        remedy = f"give a number of examples from 0 to {count - 1}, or a fraction below 1.0"
+        raise UserError(f"held_out={held_out} of {count} examples leaves none to train on; {remedy}")
+    order = np.random.default_rng(seed).permutation(count)
+    return np.sort(order[wanted:]), np.sort(order[:wanted])
+
+
+def rows(
+    examples: Sequence[pack.Row] | grain.MapDataset, lengths: Sequence[int], window: int, *, packing: bool = True, seed: int
+) -> grain.MapDataset:
+    """Rows of S = window tokens (the columns of `pack.pack`, each [S]): packed by plan, or one example a row."""
+    bins = pack.plan(lengths, window, seed) if packing else list(np.arange(len(lengths))[:, None])
+    return grain.MapDataset.source(bins).map(lambda members: pack.pack([examples[int(i)] for i in members], window))
+
+
+class Batches:
+    """Batch n of the data, for n = 0, 1, ...: a Source, called without regard to the train state.
+
+    Each epoch is a permutation of all rows drawn from (seed, epoch), and batches of B = batch_size rows run on over the end of
+    an epoch. Rows past the very last are all zeros, so every batch has one shape. `local=(start, stop)` are the rows of every
+    batch that this process wants. `position` is the number of batches handed out; setting it goes there at once.
+    """
+
+    def __init__(
+        self,
+        rows: grain.MapDataset,
+        batch_size: int,
+        *,
+        seed: int,
+        shuffle: bool = True,
+        epochs: int | None = None,
+        local: tuple[int, int] | None = None,
+    ):
+        """`epochs=None` never ends. Raises UserError for sizes that make no batch."""
+        start, stop = (0, batch_size) if local is None else local
+        if not len(rows):
+            raise UserError("no rows to make batches of; give at least one example")
+        if not 0 <= start < stop <= batch_size:
+            raise UserError(f"batch_size={batch_size} has no rows {start} to {stop}; make it 1 or more for each process")
+        if epochs is not None and epochs < 1:
+            raise UserError(f"epochs={epochs} is not a number of passes; give 1 or more, or None to go on without end")
+        if shuffle:
+            # Grain seeds epoch e with seed + e: unhashed, the second epoch of seed 0 would be the first of seed 1.
+            rows = rows.shuffle(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+        batches = _LocalBatches(rows.repeat(epochs), batch_size, start, stop)
+        self._length = None if epochs is None else len(batches)
+        self._iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+
+    def __call__(self, state: Any = None) -> pack.Row:
+        """The next batch: the columns of the rows, each [stop - start, S]. Raises StopIteration past the last."""
+        return next(self._iterator)
+
+    def __len__(self) -> int:
+        """The number of batches in all; TypeError if they never end."""
+        if self._length is None:
+            raise TypeError("batches without end have no length; give epochs a number")
+        return self._length
+
+    @property
+    def position(self) -> int:
+        """The number of batches handed out so far: the whole state of the data, whatever the number of processes."""
+        return self._iterator.get_state()["next_index"]
+
+    @position.setter
+    def position(self, value: int) -> None:
+        if value < 0 or (self._length is not None and value > self._length):
+            has = "no end" if self._length is None else f"{self._length} batches"
+            raise UserError(f"cannot go on after batch {value} of data with {has}; resume with the data of the run")
+        self._iterator.set_state({"next_index": int(value)})
+
+
+class _LocalBatches(grain.MapDataset):
+    """Element n is rows start..stop of the n-th B rows of the parent, stacked; places past the parent's end are zeros."""
+
+    def __init__(self, parent: grain.MapDataset, batch_size: int, start: int, stop: int):
+        super().__init__(parent)
+        self._batch_size, self._start, self._stop = batch_size, start, stop
+
+    def __len__(self) -> int:
+        return -(-len(self.parents[0]) // self._batch_size)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        (parent,) = self.parents
+        first = index * self._batch_size
+        places = range(first + self._start, first + self._stop)
+        found = [parent[place] for place in places if place < len(parent)]
+        # A process whose rows are all past the end still needs a row's shapes.
+        like = found[0] if found else parent[0]
+        missing = [{name: np.zeros_like(column) for name, column in like.items()}] * (len(places) - len(found))
+        return {name: np.stack([row[name] for row in found + missing]) for name in like}
+
+
+def _cache_folder() -> epath.Path:
+    return epath.Path(os.environ.get("JAXPOST_CACHE") or "~/.cache/jaxpost").expanduser()
+
+
+def _key(records: Sequence[Record], tokenizer: Any, choices: tuple) -> str:
+    """A digest of all that the lengths depend on: the rows, the tokenizer, the choices, and the code between them."""
+    digest = hashlib.sha256()
+    for module in (chat, formats, pack):
+        digest.update(Path(module.__file__).read_bytes())
+    names = (transformers.__version__, tokenizer.special_tokens_map, tokenizer.chat_template, *choices)
+    digest.update(json.dumps(names, sort_keys=True, default=str).encode())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    for record in records:
+        digest.update(json.dumps(record.row, sort_keys=True, default=repr).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _load(file: epath.Path, count: int) -> np.ndarray | None:
+    try:
+        with file.open("rb") as stream:
+            measured = np.load(stream)
+    except (OSError, ValueError, EOFError):
+        return None
+    return measured if measured.shape == (count, 3) else None
+
+
+def _save(file: epath.Path, measured: np.ndarray) -> None:
+    # Several processes may write it at the same time: each writes its own, and the last to rename wins with equal bytes.
+    own = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with own.open("wb") as stream:
+            np.save(stream, measured)
+        own.replace(file)
+    except OSError as error:
+        logging.warning("lengths are not cached, so the next start tokenises everything again: %s", error)

@@ -1,0 +1,91 @@
+"""Metrics that add: over rows, microbatches, devices and evaluation batches, without a mean of means.
+
+An objective returns {name: metric}. `merge` folds a stacked leading axis away (microbatches, or batches of an evaluation), `value` gives
+the number to write down, nan if nothing was measured.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Mean(NamedTuple):
+    """sum / weight; both are scalars that add."""
+
+    sum: jax.Array
+    weight: jax.Array
+
+    def merge(self):
+        return Mean(self.sum.sum(0), self.weight.sum(0))
+
+    def value(self):
+        return np.float64(self.sum) / np.float64(self.weight) if self.weight else float("nan")
+
+
+class Std(NamedTuple):
+    """Population standard deviation from two sums and a weight."""
+
+    sum: jax.Array
+    square: jax.Array
+    weight: jax.Array
+
+    def merge(self):
+        return Std(*(x.sum(0) for x in self))
+
+    def value(self):
+        if not self.weight:
+            return float("nan")
+        mean, square = np.float64(self.sum) / self.weight, np.float64(self.square) / self.weight
+        return np.sqrt(max(square - mean * mean, 0.0))
+
+
+class Min(NamedTuple):
+    """The smallest value seen; +inf where nothing was."""
+
+    least: jax.Array
+
+    def merge(self):
+        return Min(self.least.min(0))
+
+    def value(self):
+        return np.float64(self.least) if np.isfinite(self.least) else float("nan")
+
+
+class Max(NamedTuple):
+    """The largest value seen; -inf where nothing was."""
+
+    most: jax.Array
+
+    def merge(self):
+        return Max(self.most.max(0))
+
+    def value(self):
+        return np.float64(self.most) if np.isfinite(self.most) else float("nan")
+
+
+def masked_mean(values: jax.Array, mask: jax.Array) -> Mean:
+    """The Mean of values where the mask is set; a masked-out nan does not count."""
+    return Mean(jnp.sum(jnp.where(mask, values, 0.0)), jnp.sum(mask.astype(jnp.float32)))
+
+
+def masked_max(values: jax.Array, mask: jax.Array) -> Max:
+    """The Max of values where the mask is set."""
+    return Max(jnp.max(jnp.where(mask, values, -jnp.inf)))
+
+
+def is_metric(x) -> bool:
+    """Whether x is one of the metrics above; for jax.tree.map's is_leaf."""
+    return isinstance(x, (Mean, Std, Min, Max))
+
+
+def merge(stacked: dict) -> dict:
+    """Folds the leading axis of every metric."""
+    return {k: v.merge() for k, v in stacked.items()}
+
+
+def values(metrics: dict) -> dict[str, float]:
+    """Metrics fetched from the device, as plain numbers under their names."""
+    fetched = jax.device_get(metrics)
+    return {k: float(v.value()) if is_metric(v) else float(v) for k, v in fetched.items()}

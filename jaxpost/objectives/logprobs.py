@@ -1,0 +1,143 @@
+"""Log-probabilities without a [B,S,V] array: the head applied in chunks, forward and backward.
+
+Every loss over tokens needs a few numbers from each token's logits and none needs the logits themselves. `over_head` computes such
+numbers chunk by chunk, recomputing the logits in the backward pass. Rows are reordered so that the positions the mask keeps come first,
+and the loop ends where the last of them does: what the mask leaves out costs nothing.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxpost import sharding
+from jaxpost.models.heads import logits
+from jaxpost.types import Batch, Head, Output
+
+# Logits held at a time, in elements a batch shard (16 MiB in float32): large enough for a matrix unit, small beside a layer's activations.
+CHUNK = 2**22
+
+
+def over_head(fn: Callable, hidden: jax.Array, head: Head, columns: dict, mask: jax.Array) -> dict:
+    """fn(logits [R,V] float32, {column: [R]}) -> {name: [R]}, for the positions of `hidden` [B,S,D] that `mask` [B,S] keeps.
+
+    Returns {name: [B,S] float32}, zero elsewhere. Differentiable in hidden and head; fn must be a module-level function, and
+    columns ([B,S], or scalars) are constants to it.
+    """
+    rows = {k: jnp.broadcast_to(v, mask.shape) for k, v in columns.items()}
+    return _over_head(fn, hidden, head, rows, mask)
+
+
+def _width(batch: int, length: int, vocab: int) -> int:
+    """Positions of each row that go into one chunk."""
+    wanted = CHUNK * sharding.batch_ways() // (batch * vocab)
+    return max(1, min(length, wanted))
+
+
+def _layout(mask: jax.Array, vocab: int):
+    """(order [B,S], chunk width, chunks that hold anything): kept positions first, in their order."""
+    b, s = mask.shape
+    width = _width(b, s, vocab)
+    order = jnp.argsort(~mask, axis=1, stable=True)
+    trips = (jnp.max(jnp.sum(mask, axis=1)) + width - 1) // width
+    return order, width, trips
+
+
+def _take(x: jax.Array, order: jax.Array, width: int) -> jax.Array:
+    """x [B,S,...] in the given order, padded to whole chunks."""
+    x = jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % width)] + [(0, 0)] * (x.ndim - 2))
+
+
+def _put_back(x: jax.Array, order: jax.Array) -> jax.Array:
+    """The inverse of _take."""
+    inverse = jnp.argsort(order, axis=1)
+    return jnp.take_along_axis(x[:, : order.shape[1]], inverse.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
+
+
+def _apply(fn, hidden, head, columns):
+    """fn over [B,C] positions at once, flattened to the [R] it is written for."""
+    flat = fn(logits(hidden.reshape(-1, hidden.shape[-1]), head), jax.tree.map(jnp.ravel, columns))
+    return {k: v.reshape(hidden.shape[:-1]).astype(jnp.float32) for k, v in flat.items()}
+
+
+def _slice(tree, i, width):
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * width, width, axis=1), tree)
+
+
+def _update(tree, part, i, width):
+    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, i * width, axis=1), tree, part)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _over_head(fn, hidden, head, columns, mask):
+    return _forward(fn, hidden, head, columns, mask)[0]
+
+
+def _forward(fn, hidden, head, columns, mask):
+    order, width, trips = _layout(mask, head.weight.shape[0])
+    inputs = jax.tree.map(lambda x: _take(x, order, width), (hidden, columns))
+    shapes = jax.eval_shape(lambda h, c: _apply(fn, h, head, c), *inputs)
+    out = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def body(i, out):
+        return _update(out, _apply(fn, _slice(inputs[0], i, width), head, _slice(inputs[1], i, width)), i, width)
+
+    out = jax.lax.fori_loop(0, trips, body, out)
+    out = {k: jnp.where(mask, _put_back(v, order), 0.0) for k, v in out.items()}
+    return out, (hidden, head, columns, mask)
+
+
+def _backward(fn, saved, cotangents):
+    hidden, head, columns, mask = saved
+    order, width, trips = _layout(mask, head.weight.shape[0])
+    cotangents = jax.tree.map(lambda g: jnp.where(mask, g, 0.0), cotangents)
+    inputs = jax.tree.map(lambda x: _take(x, order, width), (hidden, columns, cotangents))
+    # One head gradient a batch shard, summed after the loop: summed inside it, every chunk would cost an all-reduce of [V,D].
+    ways = sharding.batch_ways() if hidden.shape[0] % sharding.batch_ways() == 0 else 1
+    split = lambda tree: jax.tree.map(lambda x: x.reshape(ways, x.shape[0] // ways, *x.shape[1:]), tree)  # noqa: E731
+    zeros = jax.tree.map(lambda w: sharding.shard(jnp.zeros((ways, *w.shape), jnp.float32), "BVD"), head)
+
+    def gradient(head, h, c, g):
+        return jax.vjp(lambda head, h: _apply(fn, h, head, c), head, h)[1](g)
+
+    def body(i, carry):
+        d_head, d_hidden = carry
+        h, c, g = (split(_slice(x, i, width)) for x in inputs)
+        part, d_h = jax.vmap(gradient, in_axes=(None, 0, 0, 0))(head, h, c, g)
+        d_head = jax.tree.map(lambda a, b: sharding.shard(a + b.astype(jnp.float32), "BVD"), d_head, part)
+        return d_head, _update(d_hidden, d_h.reshape(-1, *d_h.shape[2:]), i, width)
+
+    d_head, d_hidden = jax.lax.fori_loop(0, trips, body, (zeros, jnp.zeros_like(inputs[0])))
+    d_head = jax.tree.map(lambda g, w: g.sum(0).astype(w.dtype), d_head, head)
+    return jnp.where(mask[..., None], _put_back(d_hidden, order), 0), d_head, None, None
+
+
+_over_head.defvjp(_forward, _backward)
+
+
+def _score(logits: jax.Array, columns: dict) -> dict:
+    """What one pass over a token's logits gives: its log-probability, and without gradient the entropy and whether it is the mode."""
+    logits = logits / columns["temperature"][:, None]
+    norm = jax.nn.logsumexp(logits, axis=-1)
+    # A masked sum, not a gather: it fuses with its neighbours and partitions over a split vocabulary.
+    hit = jnp.arange(logits.shape[-1]) == columns["tokens"][:, None]
+    constant = jax.lax.stop_gradient(logits)
+    entropy = jax.lax.stop_gradient(norm) - jnp.sum(jax.nn.softmax(constant, axis=-1) * constant, axis=-1)
+    correct = jnp.argmax(constant, axis=-1) == columns["tokens"]
+    return {"logps": jnp.sum(jnp.where(hit, logits, 0.0), axis=-1) - norm, "entropy": entropy, "correct": correct}
+
+
+def token_scores(output: Output, batch: Batch, mask: jax.Array | None = None) -> dict[str, jax.Array]:
+    """logps, entropy and correct, each [B,S] float32 and each about the token at its own place; zero where the mask is.
+
+    mask [B,S] is batch["mask"] if not given. Logits are divided by batch["temperature"] where there is one, so that a policy is scored
+    as it was sampled. Only logps carries a gradient.
+    """
+    mask = batch["mask"] if mask is None else mask
+    # The hidden state before a token predicts it: shift the columns onto the predictors, and the results back.
+    before = {"tokens": jnp.roll(batch["tokens"], -1, axis=1), "temperature": batch.get("temperature", jnp.float32(1.0))}
+    keep = jnp.roll(mask, -1, axis=1).at[:, -1].set(False)
+    scores = over_head(_score, output.hidden, output.head, before, keep)
+    return {k: jnp.roll(v, 1, axis=1) for k, v in scores.items()}

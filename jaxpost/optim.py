@@ -1,0 +1,82 @@
+"""Optimizers and learning-rate schedules, by optax; which leaves train and which decay, by path.
+
+Stacked layers defeat rules by rank (every bias is a matrix here), so both choices are regular expressions over paths such as
+layers/attention/q/kernel.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+
+import jax
+import optax
+
+from jaxpost.errors import UserError
+from jaxpost.resolve import nearest
+from jaxpost.sharding import path_name
+
+
+def cosine(lr: float, steps: int, warmup: int, end: float) -> Callable:
+    """Linear warm-up to lr, then half a cosine down to end * lr at the last step."""
+    return optax.warmup_cosine_decay_schedule(0.0 if warmup else lr, lr, warmup, max(steps, warmup + 1), end * lr)
+
+
+def linear(lr: float, steps: int, warmup: int, end: float) -> Callable:
+    """Linear warm-up to lr, then a straight line to end * lr at the last step."""
+    down = optax.linear_schedule(lr, end * lr, max(steps - warmup, 1))
+    return optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), down], [warmup]) if warmup else down
+
+
+def constant(lr: float, steps: int, warmup: int, end: float) -> Callable:
+    """Linear warm-up to lr, then lr; the end is ignored by definition."""
+    flat = optax.constant_schedule(lr)
+    return optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), flat], [warmup]) if warmup else flat
+
+
+def wsd(lr: float, steps: int, warmup: int, end: float) -> Callable:
+    """Warm-up, stable, decay: lr until the last fifth of the steps, then a straight line to end * lr."""
+    decay = max(steps // 5, 1)
+    down = optax.linear_schedule(lr, end * lr, decay)
+    return optax.join_schedules([constant(lr, steps, warmup, end), down], [max(steps - decay, warmup)])
+
+
+SCHEDULES = {"cosine": cosine, "linear": linear, "constant": constant, "wsd": wsd}
+
+
+def schedule(settings: Mapping, steps: int) -> Callable:
+    """step -> learning rate, from the keys lr, schedule, warmup (steps, or a share of them if below 1) and end."""
+    name, warmup = settings["schedule"], settings["warmup"]
+    if name not in SCHEDULES:
+        raise UserError(f"config.optimizer.schedule: unknown {name!r}.{nearest(name, SCHEDULES)}")
+    warmup = int(warmup * steps) if 0 < warmup < 1 else int(warmup)
+    return SCHEDULES[name](settings["lr"], steps, warmup, settings["end"])
+
+
+def make(settings: Mapping, steps: int) -> optax.GradientTransformation:
+    """AdamW on the trainable leaves: clip by global norm, then Adam with decoupled decay on the paths that `decay` matches.
+
+    settings: lr, schedule, warmup, end, b1, b2, eps, weight_decay, decay (pattern), clip (global norm; 0 is off).
+    """
+
+    def decays(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: bool(re.search(settings["decay"], path_name(path))), params)
+
+    adamw = optax.adamw(
+        schedule(settings, steps),
+        b1=settings["b1"],
+        b2=settings["b2"],
+        eps=settings["eps"],
+        weight_decay=settings["weight_decay"],
+        mask=decays,
+    )
+    return optax.chain(optax.clip_by_global_norm(settings["clip"]), adamw) if settings["clip"] else adamw
+
+
+def partition(params, pattern: str):
+    """(train, frozen): two trees like params, each with None where the other holds the leaf. train: paths the pattern matches."""
+    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    if not any(re.search(pattern, p) for p in paths):
+        raise UserError(f"config.trainable: {pattern!r} matches no parameter; there are, for example, {', '.join(paths[:3])}.")
+    chosen = jax.tree_util.tree_map_with_path(lambda path, _: bool(re.search(pattern, path_name(path))), params)
+    train = jax.tree.map(lambda x, c: x if c else None, params, chosen)
+    frozen = jax.tree.map(lambda x, c: None if c else x, params, chosen)
+    return train, frozen

@@ -1,0 +1,84 @@
+"""What a person sees while a run goes on: a bar on a terminal, a line now and then elsewhere, with speed and time left."""
+
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import tqdm
+
+from jaxpost.models.families import Architecture
+
+# Peak dense bfloat16 FLOP/s a device, by the start of jax's device_kind. From the makers' data sheets.
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def model_flops(arch: Architecture, tokens: float, trained: float, pairs: float) -> float:
+    """FLOPs that a training step's mathematics needs, forward and backward:
+
+        6 * (weights of the layers) * tokens  +  6 * D * V * trained  +  12 * L * N * H * pairs
+
+    tokens: those that are not padding; trained: those in the mask, the only ones that need the head; pairs: the (query, key) pairs that
+    attention must look at, i.e. each token's position + 1, so causal attention counts by half and documents by themselves.
+    Recomputation does not count. MFU is this by the step's time and the devices' peak.
+    """
+    head = arch.vocab * arch.width
+    layers = arch.parameters() - head * (1 if arch.tied else 2)
+    return 6 * layers * tokens + 6 * head * trained + 12 * arch.layers * arch.heads * arch.head_width * pairs
+
+
+def peak_flops() -> float:
+    """Peak FLOP/s of all devices together: by data sheet, or for hardware without one here (a CPU), one large product measured now."""
+    kind = jax.devices()[0].device_kind
+    for name, peak in PEAKS.items():
+        if kind.startswith(name):
+            return peak * jax.device_count()
+    x = jnp.ones((1024, 1024))
+    product = jax.jit(lambda x: x @ x)
+    product(x).block_until_ready()
+    start = time.perf_counter()
+    for _ in range(4):
+        x = product(x)
+    x.block_until_ready()
+    # Simulated devices share one processor, so it counts once.
+    return 4 * 2 * 1024**3 / (time.perf_counter() - start)
+
+
+class Progress:
+    """The bar of one stage, or its lines where stderr is no terminal."""
+
+    def __init__(self, stage: str, steps: int, done: int, quiet: bool):
+        self.stage, self.steps, self.quiet = stage, steps, quiet
+        self.terminal = sys.stderr.isatty() and not quiet
+        self.bar = tqdm.tqdm(total=steps, initial=done, desc=stage, disable=not self.terminal, unit="step")
+        self.start, self.first = time.perf_counter(), done
+
+    def advance(self) -> None:
+        """One step more."""
+        self.bar.update(1)
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        """The step's main figures."""
+        names = ("loss", "reward", "eval/loss", "eval/accuracy", "eval/accuracy_greedy", "tokens_per_second", "mfu")
+        text = "  ".join(f"{n} {values[n]:.4g}" for n in names if n in values)
+        if self.terminal:
+            self.bar.set_postfix_str(text)
+        elif not self.quiet:
+            left = (time.perf_counter() - self.start) / max(step - self.first, 1) * (self.steps - step)
+            print(f"{self.stage} {step}/{self.steps}  {text}  left {left:.0f}s", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Ends the bar."""
+        self.bar.close()

@@ -1,0 +1,396 @@
+"""The report: everything a run left in its work folder, as one HTML file that needs nothing else.
+
+    python -m jaxpost.report --workdir=/tmp/run
+
+reads metrics.jsonl, samples.jsonl, config.json and environment.json, whichever of them are there, and writes report.html
+beside them. A run that is still going, or that stopped early, gets a report on what it has done so far.
+
+The page has the accuracies first: each stage's first evaluation and its last one, over all held-out problems and then cell by
+cell, sampled with greedy decoding beside it. They are read from metrics named `eval/accuracy`, `eval/accuracy_greedy`, and the
+same two with a cell's name after another slash. Then come the curves of every metric, those with a common prefix together, a
+colour a stage; then sample completions of each stage, oldest and newest; then the config and the environment.
+
+The charts are SVG drawn here and the style sheet is in the page. There is no script and nothing is fetched, so the file can be
+mailed, archived and opened in ten years. Whatever a model or a config says is escaped before it gets into the page.
+"""
+
+import datetime
+import html
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from etils import epath
+
+from jaxpost.errors import UserError
+from jaxpost.writers import METRICS, SAMPLES, read_rows
+
+_SAMPLED, _GREEDY = "eval/accuracy", "eval/accuracy_greedy"
+_ROW_NAMES = ("stage", "step", "time")
+_COLOURS = ("#2563a8", "#d1600f", "#2f8a4e", "#9a3f9e", "#b3262e", "#0e8a94", "#8a6d1b", "#5b5f66")
+_PACKAGES = ("jaxpost", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers", "libtpu")
+
+_WIDTH, _HEIGHT = 400, 230
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 62, 12, 28
+_POINTS = 400  # the most points of a line; about one for each pixel of the chart's width
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1d2125; background: #fff }
+body { max-width: 1320px; margin: 2em auto; padding: 0 1.5em }
+h1 { font-size: 1.7em; margin: 0 } h2 { font-size: 1.25em; margin: 2em 0 .6em } h3 { font-size: 1em; margin: 1.2em 0 .3em }
+p.note { color: #5b6570; margin: .2em 0 .8em }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .3em .8em; text-align: right; border-bottom: 1px solid #e3e7eb; vertical-align: top }
+th { font-weight: 600; color: #3c454e } th:first-child, td:first-child { text-align: left }
+thead tr:last-child th { border-bottom: 2px solid #c5ccd3 } th.stage { text-align: center; border-left: 1px solid #c5ccd3 }
+td.open, th.open { border-left: 1px solid #c5ccd3 } td small { color: #5b6570 } td.best { font-weight: 600 }
+td.text, th.text { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; max-width: 34em }
+td.text { font-family: ui-monospace, monospace; font-size: 13px }
+.scroll { overflow-x: auto } .charts { display: flex; flex-wrap: wrap; gap: 1em 1.2em }
+figure { margin: 0 } figcaption { font-weight: 600; font-size: 14px; overflow-wrap: anywhere; max-width: 400px }
+svg text { font: 11px system-ui, sans-serif; fill: #5b6570 } svg .grid { stroke: #e9edf0 } svg .axis { stroke: #aab3bc }
+.key span { display: inline-block; margin-right: 1.4em } .key i { display: inline-block; width: 1.4em; height: 4px;
+  margin: 0 .45em .2em 0; border-radius: 2px }
+pre { background: #f5f7f9; padding: .8em 1em; overflow-x: auto; font-size: 13px } summary { cursor: pointer; font-weight: 600 }
+"""
+
+
+def write(workdir, out=None):
+    """Writes the report on the run in `workdir` to `out`, or to report.html in the work folder; returns the path written.
+
+    Raises UserError when `workdir` is not a folder or one of its files cannot be read.
+    """
+    workdir = epath.Path(workdir)
+    if not workdir.is_dir():
+        raise UserError(f"{workdir}: no such folder; give the --workdir of a run")
+    metrics, samples = read_rows(workdir / METRICS), read_rows(workdir / SAMPLES)
+    config, environment_ = _read_json(workdir / "config.json"), _read_json(workdir / "environment.json")
+    stages = list(dict.fromkeys(row["stage"] for row in metrics + samples))
+    colours = {stage: _COLOURS[number % len(_COLOURS)] for number, stage in enumerate(stages)}
+    title = f"jaxpost run: {workdir.name}"
+    body = [
+        f"<h1>{_escape(title)}</h1>",
+        _summary(metrics, stages, environment_),
+        _headline(metrics, stages),
+        _cells(metrics, stages),
+        _curves(metrics, colours),
+        _samples(samples, stages),
+        _config(config),
+        _environment(environment_),
+    ]
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_escape(title)}</title><style>{_STYLE}</style>"
+    )
+    content = "\n".join(filter(None, body))
+    page = f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{content}\n</body></html>\n'
+    path = epath.Path(out) if out else workdir / "report.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(page.encode())
+    return path
+
+
+def environment():
+    """What a run ran on, as a dict that JSON can hold: interpreter, machine, devices, packages, date, git commit."""
+    import jax
+
+    devices = jax.devices()
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "devices": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+        "processes": jax.process_count(),
+        **{name: version for name in _PACKAGES if (version := _version(name))},
+        **({"commit": commit} if (commit := _commit()) else {}),
+    }
+
+
+def _version(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit():
+    """The commit of the checkout this file is in, with "-dirty" after it where files were changed; None if there is none."""
+    root = Path(__file__).resolve().parent.parent
+    # An installed package may lie inside somebody else's checkout, whose commit would say nothing.
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _read_json(path):
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); remove it, and the report will go without it") from error
+
+
+def _escape(value):
+    return html.escape(str(value))
+
+
+def _number(value):
+    """A figure as a reader wants it: four digits that matter, whole numbers whole."""
+    if value is None:
+        return "&ndash;"
+    if abs(value) < 1e7 and (float(value).is_integer() or abs(value) >= 1000):
+        return f"{value:.0f}"
+    return f"{value:.4g}"
+
+
+def _percent(value):
+    return "&ndash;" if value is None else f"{100 * value:.1f}%"
+
+
+def _ends(metrics, stage, name):
+    """(before, after): the first and the last finite value that a metric has in a stage, None where there is none.
+
+    A value that stands alone is from before the stage if it was taken at step 0, and from after it otherwise.
+    """
+    known = [(row["step"], row[name]) for row in metrics if row["stage"] == stage and row.get(name) is not None]
+    if len(known) == 1:
+        step, value = known[0]
+        return (value, None) if step == 0 else (None, value)
+    return (known[0][1], known[-1][1]) if known else (None, None)
+
+
+def _table(head, rows):
+    return f'<div class="scroll"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _summary(metrics, stages, environment_):
+    parts = [f"{len(stages)} stage{'' if len(stages) == 1 else 's'}" + (f": {', '.join(stages)}" if stages else "")]
+    if metrics:
+        parts.append(f"{metrics[-1]['time']:.0f} s")
+    parts += [str(environment_[key]) for key in ("devices", "date") if key in (environment_ or {})]
+    return f'<p class="note">{_escape(" · ".join(parts))}</p>'
+
+
+def _headline(metrics, stages):
+    """One row a stage: steps, seconds, and the accuracy before and after it, sampled and greedy."""
+    if not metrics:
+        return '<p class="note">No metrics have been written yet.</p>'
+    named = [("sampled", _SAMPLED), ("greedy", _GREEDY)]
+    named = [(label, name) for label, name in named if any(name in row for row in metrics)]
+    over = "".join(f'<th colspan="3" class="stage">accuracy, {label}</th>' for label, _ in named)
+    under = '<th class="open">before</th><th>after</th><th>change</th>' * len(named)
+    head = f"<tr><th></th><th></th><th></th>{over}</tr><tr><th>stage</th><th>steps</th><th>seconds</th>{under}</tr>"
+    rows, ended = [], 0.0
+    for stage in [stage for stage in stages if any(row["stage"] == stage for row in metrics)]:
+        mine = [row for row in metrics if row["stage"] == stage]
+        cells = f"<td>{_escape(stage)}</td><td>{max(row['step'] for row in mine)}</td><td>{mine[-1]['time'] - ended:.0f}</td>"
+        ended = mine[-1]["time"]
+        for _, name in named:
+            before, after = _ends(metrics, stage, name)
+            change = "&ndash;" if before is None or after is None else f"{100 * (after - before):+.1f}"
+            cells += f'<td class="open">{_percent(before)}</td><td class="best">{_percent(after)}</td><td>{change}</td>'
+        rows.append(f"<tr>{cells}</tr>")
+    note = '<p class="note">On held-out problems; the change is in percentage points.</p>' if named else ""
+    return f"<h2>Stages</h2>{note}{_table(head, rows)}"
+
+
+def _cells(metrics, stages):
+    """One row a cell, two columns a stage: its first and its last evaluation, sampled with greedy beside it."""
+    found = {(row["stage"], name): None for row in metrics for name in row if name.startswith(_SAMPLED + "/")}
+    if not found:
+        return ""
+    cells = dict.fromkeys(name.removeprefix(_SAMPLED + "/") for _, name in found)
+    measured = [stage for stage in stages if any(stage == holder for holder, _ in found)]
+    head = "<tr><th></th>" + "".join(f'<th colspan="2" class="stage">{_escape(stage)}</th>' for stage in measured)
+    head += "</tr><tr><th>cell</th>" + '<th class="open">before</th><th>after</th>' * len(measured) + "</tr>"
+    rows = []
+    for cell in cells:
+        row = f"<td>{_escape(cell)}</td>"
+        for stage in measured:
+            sampled, greedy = (_ends(metrics, stage, f"{name}/{cell}") for name in (_SAMPLED, _GREEDY))
+            for end, style in ((0, "open"), (1, "")):
+                shade = f' style="background: rgba(47, 138, 78, {0.45 * sampled[end]:.2f})"' if sampled[end] else ""
+                beside = f" <small>{_percent(greedy[end])}</small>" if greedy[end] is not None else ""
+                row += f'<td class="{style}"{shade}>{_percent(sampled[end])}{beside}</td>'
+        rows.append(f"<tr>{row}</tr>")
+    note = "Sampled accuracy, with greedy decoding in grey beside it, at a stage's first and last evaluation."
+    return f'<h2>Cells</h2><p class="note">{note}</p>{_table(head, rows)}'
+
+
+def _curves(metrics, colours):
+    """A chart for each metric, those with a common prefix under one heading."""
+    groups = {}
+    for name in dict.fromkeys(name for row in metrics for name in row if name not in _ROW_NAMES):
+        lines = {}
+        for row in metrics:
+            if name in row:
+                lines.setdefault(row["stage"], []).append((row["step"], row[name]))
+        lines = {stage: line for stage, line in lines.items() if any(value is not None for _, value in line)}
+        groups.setdefault(name.rpartition("/")[0], []).append((name, lines))
+    if not groups:
+        return ""
+    key = "".join(f'<span><i style="background: {colour}"></i>{_escape(stage)}</span>' for stage, colour in colours.items())
+    parts = [f'<h2>Curves</h2><p class="note">Over the steps of each stage.</p><p class="key">{key}</p>']
+    for prefix in sorted(groups, key=lambda prefix: (prefix != "eval", prefix)):
+        charts = "".join(
+            f"<figure><figcaption>{_escape(name)}</figcaption>{_chart(lines, colours)}</figure>" for name, lines in
+            groups[prefix]
+        )
+        parts.append(f'<h3>{_escape(prefix or "general")}</h3><div class="charts">{charts}</div>')
+    return "\n".join(parts)
+
+
+def _chart(lines, colours):
+    """An SVG line chart of {stage: [(step, value or None)]}; each line ends in a dot with its last value written beside it."""
+    points = [(x, y) for line in lines.values() for x, y in line if y is not None]
+    if not points:
+        return '<p class="note">never finite</p>'
+    xs, ys = _ticks(*_range(x for x, _ in points)), _ticks(*_range(y for _, y in points))
+    x0, x1, y0, y1 = xs[0], xs[-1], ys[0], ys[-1]
+    right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
+
+    def place(x, y):
+        return _LEFT + (x - x0) / (x1 - x0) * (right - _LEFT), bottom - (y - y0) / (y1 - y0) * (bottom - _TOP)
+
+    parts = [f'<svg width="{_WIDTH}" height="{_HEIGHT}" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">']
+    for tick in ys:
+        _, y = place(x0, tick)
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_number(tick)}</text>')
+    for tick in xs:
+        x, _ = place(tick, y0)
+        parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{_number(tick)}</text>')
+    parts.append(f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
+    ends = []
+    for stage, line in lines.items():
+        parts.append(f'<path d="{_path(_thin(line), place)}" fill="none" stroke="{colours[stage]}" stroke-width="1.6"/>')
+        last = next((x, y) for x, y in reversed(line) if y is not None)
+        ends.append((*place(*last), last[1], colours[stage]))
+    return "".join([*parts, *_end_labels(ends), "</svg>"])
+
+
+def _path(line, place):
+    """The line as SVG path commands; it is broken where a value is missing."""
+    commands, pen = [], "M"
+    for x, y in line:
+        if y is None:
+            pen = "M"
+        else:
+            commands.append("{}{:.1f} {:.1f}".format(pen, *place(x, y)))
+            pen = "L"
+    return "".join(commands)
+
+
+def _end_labels(ends):
+    """Dots at the lines' ends, given as (x, y, value, colour), and the values in the right margin, kept apart."""
+    parts = [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y, _, colour in ends]
+    ends = sorted(ends, key=lambda end: end[1])
+    heights = [y + 4 for _, y, _, _ in ends]
+    for number in range(1, len(ends)):
+        heights[number] = max(heights[number], heights[number - 1] + 12)
+    # What was pushed below the axis would be among its ticks, so it pushes back.
+    limit = _HEIGHT - _BOTTOM + 4
+    for number in reversed(range(len(ends))):
+        heights[number] = min(heights[number], limit)
+        limit = heights[number] - 12
+    for (_, _, value, colour), y in zip(ends, heights, strict=True):
+        parts.append(f'<text x="{_WIDTH - _RIGHT + 8}" y="{y:.1f}" style="fill: {colour}">{_number(value)}</text>')
+    return parts
+
+
+def _thin(line):
+    """At most about `_POINTS` of the line's points: the lowest and the highest of each stretch, so that no spike is lost."""
+    if len(line) <= _POINTS:
+        return line
+    size = math.ceil(2 * len(line) / _POINTS)
+    kept = {0, len(line) - 1}
+    for start in range(0, len(line), size):
+        known = [number for number in range(start, min(start + size, len(line))) if line[number][1] is not None]
+        # A stretch without a value keeps its first point, which breaks the line there.
+        kept |= {min(known, key=lambda n: line[n][1]), max(known, key=lambda n: line[n][1])} if known else {start}
+    return [line[number] for number in sorted(kept)]
+
+
+def _range(values):
+    """(lowest, highest), widened where they are equal, for a chart to have an extent."""
+    values = list(values)
+    low, high = min(values), max(values)
+    margin = abs(low) * 0.1 or 0.5
+    return (low, high) if high - low > 1e-9 * max(abs(low), abs(high)) else (low - margin, high + margin)
+
+
+def _ticks(low, high):
+    """A few round numbers that enclose [low, high], in equal steps of 1, 2 or 5 times a power of ten."""
+    rough = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    return [number * step for number in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
+
+
+def _samples(samples, stages, each=6):
+    """The first and the last completions of each stage, `each` of both."""
+    if not samples:
+        return ""
+    found = dict.fromkeys(name for row in samples for name in row)
+    names = [name for name in ("stage", "step", "prompt", "completion", "reward") if name in found]
+    names += [name for name in found if name not in names]
+    head = "<tr>" + "".join(f'<th class="text">{_escape(name)}</th>' for name in names) + "</tr>"
+    rows = []
+    for stage in stages:
+        mine = [row for row in samples if row["stage"] == stage]
+        shown = mine if len(mine) <= 2 * each else mine[:each] + mine[-each:]
+        rows += ["<tr>" + "".join(_sample_cell(row.get(name)) for name in names) + "</tr>" for row in shown]
+    note = f'<p class="note">{len(rows)} of {len(samples)} in samples.jsonl: each stage\'s first and last.</p>'
+    return f"<h2>Samples</h2>{note}{_table(head, rows)}"
+
+
+def _sample_cell(value):
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return f"<td>{_number(value)}</td>"
+    return f'<td class="text">{"" if value is None else _escape(value)}</td>'
+
+
+def _config(config):
+    if config is None:
+        return ""
+    return f"<h2>Config</h2><details><summary>config.json</summary><pre>{_escape(json.dumps(config, indent=2))}</pre></details>"
+
+
+def _environment(environment_):
+    if not environment_:
+        return ""
+    rows = [f'<tr><td>{_escape(key)}</td><td class="text">{_escape(value)}</td></tr>' for key, value in environment_.items()]
+    return f"<h2>Environment</h2>{_table('', rows)}"
+
+
+def _main(argv):
+    if len(argv) > 1:
+        print(f"{argv[1]}: not understood; give the folder as --workdir={argv[1]}", file=sys.stderr)
+        return 2
+    try:
+        print(write(flags.FLAGS.workdir, flags.FLAGS.out))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    from absl import app, flags
+
+    # Defined only here, since the training command, which writes a report at its end, has a --workdir of its own.
+    flags.DEFINE_string("workdir", None, "The folder of the run to report on: what --workdir was in training.", required=True)
+    flags.DEFINE_string("out", None, "The HTML file to write. Default: report.html in the work folder.")
+    app.run(_main)

@@ -1,0 +1,116 @@
+"""From a name in a config to a function: the file path is the registry.
+
+    dict(name="sft.nll")                      jaxpost/objectives/sft.py, function nll (the noun's folder is implied)
+    dict(name="my_package.losses.mine", a=1)  any importable package.module.function
+    dict(name="losses.py:mine", a=1)          a function in a file of one's own
+
+The other keys are the function's keyword arguments. An unknown name or keyword fails at once and names the nearest known one.
+"""
+
+import difflib
+import functools
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+
+from jaxpost.errors import UserError
+
+
+def nearest(word: str, known) -> str:
+    """' Did you mean ...?' for the closest known word, else the list of what is known."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known) or 'none'}."
+
+
+def resolve(spec: Mapping | str, noun: str) -> Callable:
+    """The function that a config entry names, with the entry's other keys bound as keyword arguments.
+
+    noun: the folder under jaxpost that a bare name is looked up in, e.g. "objectives". A `prepare` that the function carries is bound
+    to those of the keywords it takes. Raises UserError for an unknown name, an unknown keyword, or one that is required and missing.
+    """
+    options = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = options.pop("name", None)
+    if not isinstance(name, str) or not name:
+        raise UserError(f"config: an entry of kind {noun} needs a name, got {spec!r}.")
+    return bind(find(name, noun), options, f"{noun}: {name}")
+
+
+def bind(function: Callable, options: Mapping, place: str) -> Callable:
+    """function with keyword-only options bound, each checked against the signature; an attached `prepare` gets those it takes."""
+    keywords = {k: p for k, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    for option in options:
+        if option not in keywords:
+            raise UserError(f"config: {place} takes no option {option!r}.{nearest(option, keywords)}")
+    if missing := [k for k, p in keywords.items() if p.default is p.empty and k not in options]:
+        raise UserError(f"config: {place} needs {', '.join(missing)}.")
+    bound = functools.partial(function, **options)
+    if prepare := getattr(function, "prepare", None):
+        takes = inspect.signature(prepare).parameters
+        bound.prepare = functools.partial(prepare, **{k: v for k, v in options.items() if k in takes})
+    return bound
+
+
+def find(name: str, noun: str) -> Callable:
+    """The object a name stands for; see the module's docstring for the three forms."""
+    if ".py:" in name:
+        path, _, attribute = name.rpartition(":")
+        return _attribute(_file(path), attribute, name)
+    module, _, attribute = name.rpartition(".")
+    for candidate in (f"jaxpost.{noun}.{module}" if module else f"jaxpost.{noun}", module):
+        if candidate and (found := _module(candidate)) is not None:
+            return _attribute(found, attribute, name)
+    raise UserError(f"config: unknown {noun} {name!r}.{nearest(name, known(noun))} Or give package.module.function, or file.py:function.")
+
+
+def module(name: str, noun: str) -> ModuleType:
+    """A whole module by name (a task is one): under jaxpost/<noun>, importable, or path/file.py."""
+    if name.endswith(".py"):
+        return _file(name)
+    for candidate in (f"jaxpost.{noun}.{name}", name):
+        if (found := _module(candidate)) is not None:
+            return found
+    folder = Path(__file__).parent / noun
+    have = [p.stem for p in folder.glob("*.py") if p.stem != "__init__"]
+    raise UserError(f"config: unknown module {name!r} for {noun}.{nearest(name, have)} Or give an importable module, or a file.py.")
+
+
+def known(noun: str) -> list[str]:
+    """Every public function of the noun's folder, as the short name a config would use."""
+    names = []
+    for path in sorted((Path(__file__).parent / noun).glob("*.py")):
+        if path.stem == "__init__":
+            continue
+        found = importlib.import_module(f"jaxpost.{noun}.{path.stem}")
+        own = [k for k, v in vars(found).items() if inspect.isfunction(v) and v.__module__ == found.__name__]
+        names += [f"{path.stem}.{k}" for k in own if not k.startswith("_")]
+    return names
+
+
+def _module(name: str) -> ModuleType | None:
+    """The module, or None if there is none of that name; an error inside it is raised, never taken for absence."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as e:
+        if e.name and (name == e.name or name.startswith(e.name + ".")):
+            return None
+        raise
+
+
+def _file(path: str) -> ModuleType:
+    if not Path(path).is_file():
+        raise UserError(f"config: no file {path}.")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def _attribute(found: ModuleType, attribute: str, name: str):
+    if not hasattr(found, attribute):
+        have = [k for k, v in vars(found).items() if inspect.isfunction(v) and not k.startswith("_")]
+        raise UserError(f"config: {name!r}: {found.__name__} has no {attribute!r}.{nearest(attribute, have)}")
+    return getattr(found, attribute)

@@ -1,0 +1,191 @@
+"""Where arrays live: the mesh, the path rules, and shard(x, axes). The only file that imports jax.sharding.
+
+A mesh has three axes. `data` and `fsdp` both split the batch; `fsdp` splits the parameters and the optimizer state as well; `tensor`
+splits heads, the feed-forward width and the vocabulary. Parameters find their layout by path, in RULES; activations by their axis
+letters. A dimension that its mesh axes do not divide stays whole.
+
+FSDP here means that weights travel and activations stay: `gather` is called on a layer's weights where they are used, so that the
+partitioner all-gathers them and, since its transpose asks for the stored layout, reduce-scatters their gradients.
+"""
+
+import functools
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxpost.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+# The first pattern found in a leaf's path gives the letters of its dimensions. Optimizer moments carry their parameter's path at
+# the end of their own, so they follow the same rules. What no rule names is replicated.
+RULES = (
+    (r"(embed|head)/weight$", "VD"),
+    (r"attention/(q|k|v)/kernel$", "LDN"),
+    (r"attention/(q|k|v)/bias$", "LN"),
+    (r"attention/o/kernel$", "LND"),
+    (r"mlp/(gate|up)/kernel$", "LDF"),
+    (r"mlp/(gate|up)/bias$", "LF"),
+    (r"mlp/down/kernel$", "LFD"),
+)
+
+STORED = {"D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
+COMPUTED = {"B": ("data", "fsdp"), "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices=None) -> Mesh:
+    """A mesh over all devices; one axis may be -1 and takes what the others leave. Raises UserError if the sizes do not fit."""
+    sizes = [data, fsdp, tensor]
+    count = len(devices) if devices is not None else jax.device_count()
+    named = ", ".join(f"{a}={s}" for a, s in zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
+        raise UserError(f"config.mesh: {named}: sizes are positive, and at most one may be -1 (it takes what the others leave).")
+    known = int(np.prod([s for s in sizes if s != -1]))
+    if -1 in sizes and count % known == 0:
+        sizes[sizes.index(-1)] = count // known
+    if int(np.prod(sizes)) != count:
+        raise UserError(f"config.mesh: {named} does not fill {count} devices; set one axis to -1 to let it take what is left.")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def use(mesh: Mesh):
+    """Context in which shard and gather speak of this mesh. Outside of any, both do nothing, so a forward runs anywhere."""
+    return jax.set_mesh(mesh)
+
+
+def _spec(letters: str, shape: tuple[int, ...], table: dict, mesh) -> P:
+    """The partition of an array whose dimensions these letters name; axes that do not divide a dimension are dropped."""
+
+    def fit(letter, size):
+        axes = table.get(letter)
+        if axes is None:
+            return None
+        ways = int(np.prod([mesh.shape[a] for a in ([axes] if isinstance(axes, str) else axes)]))
+        return axes if ways > 1 and size % ways == 0 else None
+
+    return P(*(fit(c, s) for c, s in zip(letters, shape, strict=True)))
+
+
+def shard(x: jax.Array, letters: str) -> jax.Array:
+    """Pins an activation's layout by its axis letters, e.g. shard(x, "BSD"). Does nothing outside of a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, _spec(letters, x.shape, COMPUTED, mesh))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _moved(x, here: P, stored: P):
+    return jax.lax.with_sharding_constraint(x, here)
+
+
+_moved.defvjp(
+    lambda x, here, stored: (jax.lax.with_sharding_constraint(x, here), None),
+    lambda here, stored, _, g: (jax.lax.with_sharding_constraint(g, stored),),
+)
+
+
+def gather(params: Any) -> Any:
+    """Weights laid out for use: whole along fsdp, still split along tensor; their gradients go back to the stored layout.
+
+    Call it on the smallest tree that is about to be used (one layer inside the scan), or that much more memory is held.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return params
+
+    def move(path, x):
+        letters = _letters(path_name(path), x.ndim)
+        if letters is None:
+            return x
+        return _moved(x, _spec(letters.replace("D", " "), x.shape, STORED, mesh), _spec(letters, x.shape, STORED, mesh))
+
+    return jax.tree_util.tree_map_with_path(move, params)
+
+
+def path_name(path) -> str:
+    """A key path as text: layers/attention/q/kernel."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def _letters(name: str, ndim: int) -> str | None:
+    """The letters of a leaf by its path; inside the scan over layers the leading L is gone."""
+    for pattern, letters in RULES:
+        if re.search(pattern, name):
+            letters = letters.lstrip("L") if ndim == len(letters) - 1 else letters
+            return letters if len(letters) == ndim else None
+    return None
+
+
+def stored(mesh: Mesh, tree: Any) -> Any:
+    """The sharding of each leaf (array or ShapeDtypeStruct) of parameters or of a whole train state, by its path."""
+
+    def place(path, x):
+        letters = _letters(path_name(path), len(x.shape))
+        return NamedSharding(mesh, P() if letters is None else _spec(letters, x.shape, STORED, mesh))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole."""
+    return NamedSharding(mesh, P())
+
+
+def _row_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
+    return NamedSharding(mesh, P(COMPUTED["B"]) if ndim else P())
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+    """[start, stop) of the rows of a global batch that this process must supply. Raises UserError if the rows do not divide."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % ways:
+        raise UserError(f"config.batch_size: {batch_size} rows do not divide over data x fsdp = {ways}; use a multiple of {ways}.")
+    spans = _row_sharding(mesh, 1).addressable_devices_indices_map((batch_size,)).values()
+    spans = [(s.start or 0, s.stop if s.stop is not None else batch_size) for (s,) in spans]
+    return min(a for a, _ in spans), max(b for _, b in spans)
+
+
+def distribute(columns: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
+    """This process's rows of a batch, as global arrays split over data and fsdp; scalar columns are replicated."""
+    start, _ = local_rows(mesh, batch_size)
+
+    def place(x):
+        x = np.asarray(x)
+        if x.ndim == 0:
+            return jax.make_array_from_callback((), _row_sharding(mesh, 0), lambda _: x)
+
+        def rows(index):
+            a, b = index[0].start or 0, index[0].stop if index[0].stop is not None else batch_size
+            return x[a - start : b - start]
+
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), _row_sharding(mesh, x.ndim), rows)
+
+    return {k: place(v) for k, v in columns.items()}
+
+
+def local(x: jax.Array) -> np.ndarray:
+    """The rows of a global array that this process holds, in order: the inverse of distribute."""
+    pieces = {s.index[0].start or 0: s.data for s in x.addressable_shards} if x.ndim else {0: x.addressable_shards[0].data}
+    return np.concatenate([np.asarray(pieces[k]) for k in sorted(pieces)]) if x.ndim else np.asarray(pieces[0])
+
+
+def single():
+    """The sharding of an array that lives on this process's first device alone."""
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def batch_ways() -> int:
+    """Into how many parts the mesh in use splits the batch; 1 outside of a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def everywhere(x: jax.Array) -> np.ndarray:
+    """A global array as a whole on every process; all of them must ask."""
+    if jax.process_count() == 1:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))

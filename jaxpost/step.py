@@ -1,0 +1,128 @@
+"""The one train step, for every objective.
+
+An objective returns Terms and metrics; the loss is sum_k coefficient_k * sum_k / weight_k, each weight taken over the whole global
+batch. Weights come from masks alone, so they are known before the first microbatch, and gradients of microbatches simply add. What
+an objective needs to know of the whole batch (a sort, a baseline, the other rows' embeddings) its `prepare` turns into columns first.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxpost.metrics import Mean, merge
+from jaxpost.types import Batch, TrainState
+
+
+def combine(train, frozen):
+    """The whole parameter tree from two that have None where the other holds the leaf."""
+    return jax.tree.map(lambda a, b: b if a is None else a, train, frozen, is_leaf=lambda x: x is None)
+
+
+def contributions(terms: dict, weights: dict) -> dict:
+    """coefficient_k * sum_k / weight_k for each term k, whose total is the loss; without weight (an empty mask) it is zero."""
+    return {k: t.coefficient * t.sum / jnp.where(weights[k] > 0, weights[k], 1.0) for k, t in terms.items()}
+
+
+def with_prepared(objective: Callable, forward: Callable, params, batch: Batch, key) -> Batch:
+    """The batch with the columns that `objective.prepare` makes of it as a whole, where the objective has one."""
+    prepare = getattr(objective, "prepare", None)
+    if prepare is None:
+        return batch
+    columns = prepare(forward, jax.lax.stop_gradient(params), batch, key)
+    return {**batch, **jax.lax.stop_gradient(columns)}
+
+
+def gradients(forward: Callable, objective: Callable, train, frozen, batch: Batch, key, microbatches: int = 1):
+    """(loss, gradients of `train`, metrics) of a global batch, computed in so many microbatches.
+
+    The result does not depend on the number: rows are dealt out in turn (row i to microbatch i % M, which keeps every device busy),
+    sums add and weights are global. The batch's rows must be a multiple of it.
+    """
+    batch = with_prepared(objective, forward, combine(train, frozen), batch, key)
+    # Only the weights are used, and they depend on masks alone: the compiler drops the forward pass from this evaluation.
+    terms, _ = objective(forward, combine(train, frozen), batch, key)
+    weights = {k: jax.lax.stop_gradient(t.weight) for k, t in terms.items()}
+
+    def part(train, rows):
+        terms, metrics = objective(forward, combine(train, frozen), rows, key)
+        own = contributions(terms, weights)
+        return sum(own.values(), jnp.float32(0.0)), (own, metrics)
+
+    value_and_grad = jax.value_and_grad(part, has_aux=True)
+    if microbatches == 1:
+        (loss, (own, metrics)), grads = value_and_grad(train, batch)
+        return loss, grads, {**_term_metrics(own), **metrics}
+
+    def deal(x):
+        return x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1)
+
+    rows = {k: deal(x) for k, x in batch.items() if x.ndim}
+    scalars = {k: x for k, x in batch.items() if not x.ndim}
+
+    def body(carry, rows):
+        (loss, (own, metrics)), grads = value_and_grad(train, {**rows, **scalars})
+        return jax.tree.map(jnp.add, carry, (loss, own, grads)), metrics
+
+    zero = (jnp.float32(0.0), {k: jnp.float32(0.0) for k in terms}, jax.tree.map(jnp.zeros_like, train))
+    (loss, own, grads), metrics = jax.lax.scan(body, zero, rows)
+    return loss, grads, {**_term_metrics(own), **merge(metrics)}
+
+
+def _term_metrics(own: dict) -> dict:
+    """Each term's share of the loss, where there are several."""
+    return {f"loss/{k}": v for k, v in own.items()} if len(own) > 1 else {}
+
+
+def make_step(forward: Callable, objective: Callable, tx, *, microbatches: int = 1, ema: float | None = None) -> Callable:
+    """step(state, batch) -> (state, metrics), to be jitted with a donated state.
+
+    tx: an optax transformation over the trainable leaves. ema: decay of the running mean of the weights. An update whose loss or
+    gradient is not finite is left out and counted: parameters, moments and mean stay as they were. Metrics include loss, grad_norm
+    (before clipping) and skipped.
+    """
+
+    def step(state: TrainState, batch: Batch):
+        key = jax.random.fold_in(state.key, state.step)
+        loss, grads, metrics = gradients(forward, objective, state.train, state.frozen, batch, key, microbatches)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+        def unless_skipped(new, old):
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        updates, opt_state = tx.update(grads, state.opt_state, state.train)
+        train = unless_skipped(optax.apply_updates(state.train, updates), state.train)
+        mean = state.ema
+        if ema is not None:
+            mean = unless_skipped(jax.tree.map(lambda m, w: ema * m + (1 - ema) * w, state.ema, train), state.ema)
+        state = state.replace(
+            step=state.step + 1,
+            train=train,
+            opt_state=unless_skipped(opt_state, state.opt_state),
+            ema=mean,
+            skipped=state.skipped + ~finite,
+            streak=jnp.where(finite, 0, state.streak + 1),
+        )
+        own = {"loss": loss, "grad_norm": norm, "skipped": state.skipped, "skipped_in_a_row": state.streak}
+        return state, {**own, **_sizes(batch), **metrics}
+
+    return step
+
+
+def _sizes(batch: Batch) -> dict:
+    """How much work the batch is: real tokens, learned ones, and the (query, key) pairs that causal attention looks at."""
+    real = batch["segments"] > 0
+    pairs = jnp.sum(jnp.where(real, batch["positions"] + 1, 0).astype(jnp.float32))
+    return {"num_tokens": jnp.sum(real), "num_trained": jnp.sum(batch["mask"]), "num_pairs": pairs}
+
+
+def make_evaluation(forward: Callable, objective: Callable) -> Callable:
+    """evaluate(params, batch, key) -> metrics of one batch: the objective's own, and its terms, by name or as `loss` if there is one."""
+    def evaluate(params, batch: Batch, key):
+        batch = with_prepared(objective, forward, params, batch, key)
+        terms, metrics = objective(forward, params, batch, key)
+        return {**{(k if len(terms) > 1 else "loss"): Mean(t.sum, t.weight) for k, t in terms.items()}, **metrics}
+
+    return evaluate

@@ -1,0 +1,164 @@
+"""Arithmetic: the task that needs no download, so that a fresh clone has something to learn in minutes.
+
+A problem is a user's message such as "12+34", and its answer, "46", is the assistant's. There are nine kinds, the cells of one
+table: three operators by one, two or three digits in both operands. The table also fixes each cell's share of the training mix.
+Two- and three-digit sums and differences carry most of it, since they can be learned and take a while; the products of longer
+numbers are out of a small model's reach and are kept, at a small share, as a ceiling that a headline figure should not hide.
+
+One object serves three purposes. `conversation` gives demonstrations for supervised training, a stated share of them with one
+digit of the answer wrong. A model that imitates them well is wrong that often when it is sampled, whatever its greedy answer:
+that is what reinforcement can repair, since `reward` checks the answer instead of imitating it. `record` gives problems for
+rollouts and `test_records` for evaluation.
+
+Whether a problem is for training or testing is decided by a hash of the problem itself, not by where it was drawn, so no
+choice of seeds, indices or stages can leak one into the other; a+b goes where b+a goes. About one in ten is for testing. In
+the one-digit cells that leaves nine, ten and eight problems, and a product that was held out there can hardly be inferred
+from the others.
+
+Everything is a function of its arguments: draws are hashes of (seed, index), and the test set is shuffled by a generator that
+NumPy has frozen, so there is no state to keep and nothing that differs between platforms or releases.
+"""
+
+import hashlib
+import itertools
+from bisect import bisect_right
+
+import numpy as np
+
+from jaxpost import tokenizer as tokenizers
+from jaxpost.errors import UserError
+
+# (operator, digits of both operands) -> share of the training mix.
+CELLS = {
+    ("+", 1): 0.06,
+    ("-", 1): 0.06,
+    ("x", 1): 0.08,
+    ("+", 2): 0.20,
+    ("-", 2): 0.20,
+    ("x", 2): 0.08,
+    ("+", 3): 0.14,
+    ("-", 3): 0.14,
+    ("x", 3): 0.04,
+}
+
+SPLITS = ("train", "test")
+
+_KINDS = tuple(CELLS)
+_BOUNDS = tuple(itertools.accumulate(CELLS.values()))[:-1]
+
+
+def _hash(*parts):
+    """64 bits, the same on every machine, from anything that prints the same."""
+    text = " ".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _uniform(*parts):
+    return _hash(*parts) / 2**64
+
+
+def _operands(digits):
+    """(lowest operand, how many operands) of a cell."""
+    return (0, 10) if digits == 1 else (10 ** (digits - 1), 9 * 10 ** (digits - 1))
+
+
+def _split(a, operator, b):
+    first, second = (b, a) if operator != "-" and b < a else (a, b)
+    return "test" if _hash("problem", first, operator, second) % 10 == 0 else "train"
+
+
+def _record(a, operator, b, digits):
+    answer = a + b if operator == "+" else a - b if operator == "-" else a * b
+    return {
+        "prompt": f"{a}{operator}{b}",
+        "answer": str(answer),
+        "cell": f"{operator}{digits}",
+        "operator": operator,
+        "digits": digits,
+        "a": a,
+        "b": b,
+    }
+
+
+def record(index, *, split="train", seed=0):
+    """Problem number `index` of an endless stream: a dict with prompt, answer, cell ("+2"), operator, digits, a and b.
+
+    The cell is drawn by its share and then kept, so the split does not disturb the mix; the operands are drawn until their hash
+    says `split`. Problems repeat, as draws do. Raises UserError on an unknown split.
+    """
+    if split not in SPLITS:
+        raise UserError(f"split={split!r}: arithmetic has the splits {' and '.join(SPLITS)}")
+    operator, digits = _KINDS[bisect_right(_BOUNDS, _uniform("cell", seed, split, index))]
+    low, count = _operands(digits)
+    for draw in itertools.count():
+        a, b = (low + _hash(name, seed, split, index, draw) % count for name in "ab")
+        if _split(a, operator, b) == split:
+            return _record(a, operator, b, digits)
+
+
+def _corrupt(answer, *parts):
+    """`answer` with one digit replaced by another, which makes it another number in its usual spelling."""
+    places = [place for place, letter in enumerate(answer) if letter.isdigit()]
+    place = places[_hash("place", *parts) % len(places)]
+    # A first zero would be no number's usual spelling ("046", "-0"), so the model could tell it from the honest mistakes.
+    zero_allowed = place != places[0] or answer == answer[place]
+    choices = [digit for digit in "0123456789" if digit != answer[place] and (digit != "0" or zero_allowed)]
+    return answer[:place] + choices[_hash("digit", *parts) % len(choices)] + answer[place + 1 :]
+
+
+def conversation(index, *, seed=0, corrupt=0.4):
+    """The demonstration for training record `index`: its record's columns without the prompt, plus `messages` and `corrupted`.
+
+    With probability `corrupt` the assistant's message is the answer with one digit wrong; `answer` stays the right one. The
+    draw belongs to the index and not to the problem, so a problem's right answer remains its most frequent. Raises
+    UserError when `corrupt` is not a probability.
+    """
+    if not 0 <= corrupt <= 1:
+        raise UserError(f"corrupt={corrupt}: give a probability, between 0 and 1")
+    columns = record(index, seed=seed)
+    prompt, reply = columns.pop("prompt"), columns["answer"]
+    corrupted = _uniform("corrupt", seed, index) < corrupt
+    if corrupted:
+        reply = _corrupt(reply, seed, index)
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
+    return {"messages": messages, "corrupted": corrupted, **columns}
+
+
+def test_records(per_cell, *, seed=0):
+    """`per_cell` distinct test problems of each cell in turn, or all of a cell that has fewer (the one-digit cells have
+    nine, ten and eight).
+
+    The order is fixed by `seed`, and a larger `per_cell` extends each cell's list. Raises UserError when `per_cell` is below 1.
+    """
+    if per_cell < 1:
+        raise UserError(f"per_cell={per_cell}: at least one test problem a cell is needed")
+    return [found for kind in _KINDS for found in itertools.islice(_test_problems(*kind, seed), per_cell)]
+
+
+def _test_problems(operator, digits, seed):
+    low, count = _operands(digits)
+    # RandomState, since NumPy promises its stream for good; a Generator's may change between releases.
+    shuffled = np.random.RandomState(_hash("test", seed, operator, digits) % 2**32).permutation(count * count)
+    for a, b in ((low + int(number) // count, low + int(number) % count) for number in shuffled):
+        if _split(a, operator, b) == "test":
+            yield _record(a, operator, b, digits)
+
+
+# Its name looks like a test to pytest when a test file imports it.
+test_records.__test__ = False
+
+
+def reward(record, completion):
+    """1.0 if `completion` (a string, white space around it ignored) is the record's answer and nothing else, otherwise 0.0.
+
+    Any string gets a figure. Raises UserError when the record has no answer to compare with.
+    """
+    answer = record.get("answer")
+    if answer is None:
+        raise UserError(f"record {record}: has no answer, so its completions cannot be checked; add an `answer` column")
+    return float(completion.strip() == answer)
+
+
+def tokenizer():
+    """One token for each character of a problem, and the four special ones: 17 ids."""
+    return tokenizers.characters("0123456789+-x")

@@ -1,0 +1,154 @@
+"""Text to ids and back: tokenizers from a model's folder, and a small one made in code.
+
+Tokenizers are `transformers` objects, because a chat template and a tokenizer.json are what a checkpoint brings along and
+what a model must carry when it leaves. Nothing else of `transformers` is used at run time, no code from a checkpoint is
+ever run, and no call here reaches a network. The import costs about a second, so it waits until a tokenizer is wanted.
+
+`load` reads a folder's tokenizer, or gives None where the folder has none: a model can be trained on ids alone.
+`characters` makes a tokenizer with one token a character and four special tokens, enough for the procedural tasks:
+
+    <|user|>12+34<|assistant|>46<|end|>
+
+Each turn opens with its role; only an assistant's turn is closed, since only the assistant has to learn where to stop. There is
+no beginning-of-text token that a template and an encoder could both add.
+
+`encode` is how rendered text becomes ids: it adds nothing, and says which character a tokenizer without an unknown token lacks.
+"""
+
+import os
+import tempfile
+
+from etils import epath
+
+from jaxpost.errors import UserError
+
+PAD, USER, ASSISTANT, END = SPECIAL = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")
+
+# Files that mean "there is a tokenizer here"; a folder with any of them must load, or the user hears why.
+_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+)
+# Files that only accompany one of those.
+_COMPANIONS = ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "config.json")
+
+_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '" + USER + "' + message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}{{ '" + ASSISTANT + "' + message['content'] + '" + END + "' }}"
+    "{% else %}{{ raise_exception('this template knows the roles user and assistant, not ' + message['role']) }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '" + ASSISTANT + "' }}{% endif %}"
+)
+
+
+def _transformers():
+    # Without this the import advises on every start that PyTorch should be installed; jaxpost does not want it.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
+
+    return transformers
+
+
+def load(folder):
+    """The tokenizer in a model's folder (local or gs://) as a `PreTrainedTokenizerFast`, or None if the folder has none.
+
+    Raises UserError when the folder does not exist, or when its tokenizer files cannot be read.
+    """
+    folder = epath.Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give the folder that holds tokenizer.json")
+    if not any((folder / name).exists() for name in _FILES):
+        return None
+    if "://" not in str(folder):
+        return _read(folder, shown=folder)
+    # `transformers` opens local files only.
+    with tempfile.TemporaryDirectory() as local:
+        for name in _FILES + _COMPANIONS:
+            if (folder / name).exists():
+                (folder / name).copy(epath.Path(local) / name)
+        return _read(local, shown=folder)
+
+
+def _read(folder, *, shown):
+    transformers = _transformers()
+    try:
+        found = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # the Rust half raises bare Exception
+        raise UserError(
+            f"{shown}: the tokenizer cannot be read ({type(error).__name__}: {_first_line(error)}); "
+            "save it again as tokenizer.json, or remove its files to work on token ids alone"
+        ) from error
+    if not isinstance(found, transformers.PreTrainedTokenizerFast):
+        raise UserError(f"{shown}: {type(found).__name__} is not a fast tokenizer; convert it to tokenizer.json")
+    return found
+
+
+def _first_line(error):
+    return (str(error).splitlines() or [""])[0]
+
+
+def characters(alphabet):
+    """A tokenizer with one token a character of `alphabet` (distinct characters), after the four special tokens.
+
+    Ids: 0 pad, 1 user, 2 assistant, 3 end (the stop token), then the alphabet in its order. There is no unknown token: a
+    character outside the alphabet is an error when it is encoded, never a wrong id. Raises UserError on an empty or
+    repeating alphabet.
+    """
+    if not alphabet or len(set(alphabet)) != len(alphabet):
+        raise UserError(f"alphabet {alphabet!r}: needs at least one character, and each only once")
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *alphabet])}
+    core = Tokenizer(models.WordLevel(vocabulary))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    core.decoder = decoders.Fuse()
+    made = _transformers().PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=[USER, ASSISTANT],
+        clean_up_tokenization_spaces=False,
+    )
+    made.chat_template = _TEMPLATE
+    return made
+
+
+def encode(tokenizer, text):
+    """The ids of `text`, a list of ints, with nothing added: a rendered chat template already holds its special tokens.
+
+    Raises UserError naming the first character that the tokenizer has no token for.
+    """
+    try:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    except Exception as error:  # the Rust half raises bare Exception, and does not say where
+        missing = next((c for c in text if not _encodes(tokenizer, c)), None)
+        if missing is None:
+            raise
+        raise UserError(
+            f"{text!r}: the tokenizer has no token for {missing!r}; use text that it knows, or another tokenizer"
+        ) from error
+
+
+def _encodes(tokenizer, text):
+    try:
+        tokenizer(text, add_special_tokens=False)
+    except Exception:  # as above
+        return False
+    return True
+
+
+def save(tokenizer, folder):
+    """Writes tokenizer.json, tokenizer_config.json and the chat template to `folder` (local or gs://), for `load` to read."""
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # By way of a local folder, so that gs:// and the disk take the same path.
+    with tempfile.TemporaryDirectory() as local:
+        tokenizer.save_pretrained(local)
+        for path in epath.Path(local).iterdir():
+            path.copy(folder / path.name, overwrite=True)

@@ -1,0 +1,75 @@
+"""The nouns' data: what a batch, a model's output, an objective's terms and the train state are.
+
+Axis letters, the same in every einsum, annotation and sharding rule:
+B batch, S sequence (query), T key/cache length, L layers, D model width, F feed-forward width, N query heads,
+K key/value heads, H head width, V vocabulary, G group (completions a prompt), E experts.
+
+A batch is a dict of arrays. A column describes the token at its own place, never the next one:
+
+    tokens     [B,S] int32    the token ids
+    segments   [B,S] int32    which document of the row a token belongs to, counted from 1; 0 is padding
+    positions  [B,S] int32    the token's place in its document
+    mask       [B,S] bool     the tokens to learn: targets, the stop token included; never a document's first token
+    old_logps  [B,S] float32  (rollouts) log-probability under the policy that sampled the token
+    advantages [B,S] float32  (rollouts) how much better than its group's the row's reward was
+    rewards    [B]   float32  (rollouts) the row's total reward
+    temperature []   float32  (rollouts) the temperature the tokens were drawn at
+
+A column without a batch axis is a scalar, the same for every row. Padding rows are all zeros.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+
+Batch = dict[str, jax.Array]
+Params = Any  # a pytree of arrays
+
+
+class Term(NamedTuple):
+    """One summand of a loss: `coefficient * sum / weight`, with the weight taken over the whole global batch.
+
+    `sum` and `weight` are scalars that add over rows, microbatches and devices. The weight must come from masks alone,
+    never from parameters: the step evaluates it before the first microbatch.
+    """
+
+    sum: jax.Array
+    weight: jax.Array
+    coefficient: float | jax.Array = 1.0
+
+
+class Head(flax.struct.PyTreeNode):
+    """An unembedding as data: logits = cap * tanh(scale * hidden @ weight.T / cap), or without the cap if it is None.
+
+    weight: [V,D].
+    """
+
+    weight: jax.Array
+    scale: float = flax.struct.field(pytree_node=False, default=1.0)
+    soft_cap: float | None = flax.struct.field(pytree_node=False, default=None)
+
+
+class Output(flax.struct.PyTreeNode):
+    """What a model's forward gives: final hidden states [B,S,D], the head that turns them into logits, the key/value cache."""
+
+    hidden: jax.Array
+    head: Head
+    cache: Any = None
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Everything a step reads and replaces.
+
+    `train` and `frozen` have the model's tree structure, with None where the other one holds the leaf. `ema` is a running mean
+    of `train`, or None. `skipped` counts the updates left out because they were not finite, `streak` those of them in a row.
+    """
+
+    step: jax.Array
+    train: Params
+    frozen: Params
+    opt_state: Any
+    ema: Params
+    key: jax.Array
+    skipped: jax.Array
+    streak: jax.Array

@@ -1,0 +1,257 @@
+"""Where figures go once they are on the host: JSON lines always, TensorBoard and Weights & Biases where they are installed.
+
+`metrics.jsonl` is the record that everything else can be made from. Each line is one call of `write`:
+
+    {"stage": "sft", "step": 20, "time": 31.4, "loss": 1.93, ...}
+
+with `time` in seconds since the run began, counted on through restarts, and null for a figure that is not finite (JSON has
+no name for those). `samples.jsonl` holds completions in the same manner. TensorBoard's events are under
+tensorboard/<stage>, a folder a stage, so that the same metric of two stages is two curves. Only one process of a run may
+hold a `MetricWriter`.
+
+A run that stops between two checkpoints has written rows that it will write again when it is continued. `cut_back`
+therefore takes all files back to the step that was restored, before the writer is opened: rows past it go, and with them a
+last line that the stop tore in half. The rows that stay are kept byte for byte. Event files are filtered event by event
+rather than marked with a restart record, since how a viewer treats such a record differs between viewers. What a Weights &
+Biases server has cannot be taken back: the steps are logged there a second time.
+
+Object stores cannot append. For a work folder such as gs://bucket/run the files are written in a local folder, and copied
+when 30 seconds have passed, on `flush` and on `close`; call `flush` before a checkpoint, so that no row before it can be
+lost.
+"""
+
+import json
+import math
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from etils import epath
+
+from jaxpost.errors import UserError
+
+METRICS, SAMPLES, EVENTS = "metrics.jsonl", "samples.jsonl", "tensorboard"
+_OWN_NAMES = ("stage", "step", "time")
+_COPY_SECONDS = 30.0
+
+
+def _is_remote(path):
+    return "://" in str(path)
+
+
+def _plain(value):
+    """`value` as JSON can say it: NumPy and JAX scalars as numbers, whatever is not finite as None."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def _line(row):
+    return (json.dumps(_plain(row), allow_nan=False) + "\n").encode()
+
+
+def _lines(path):
+    """(line, row) for each row of a JSON-lines file, without a last line that was torn; nothing if there is no file.
+
+    Raises UserError at any other line that cannot be read.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        return []
+    found = []
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if not (isinstance(row, dict) and "stage" in row and "step" in row):
+                raise ValueError("no object with a stage and a step")
+            found.append((line if line.endswith(b"\n") else line + b"\n", row))
+        except ValueError as error:
+            if number < len(lines) or line.endswith(b"\n"):
+                raise UserError(f"{path}:{number}: not a JSON line ({error}); remove this line") from error
+    return found
+
+
+def read_rows(path):
+    """The rows of metrics.jsonl or samples.jsonl, a list of dicts; empty if there is no such file. A torn last line is left
+    out.
+
+    Raises UserError naming the file and line when another line is broken.
+    """
+    return [row for _, row in _lines(path)]
+
+
+class MetricWriter:
+    """Writes metrics and samples of the run in `workdir` (local or gs://), after those that are there already.
+
+    `config_dict` (a dict as JSON knows it) and `stage_names` tell Weights & Biases what the run is; it is used when `wandb`
+    can be imported and WANDB_API_KEY or WANDB_MODE is set. TensorBoard is used when `tensorboard` can be imported.
+    """
+
+    def __init__(self, workdir, config_dict, stage_names):
+        self._workdir = epath.Path(workdir)
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        self._staging = tempfile.mkdtemp() if _is_remote(workdir) else None
+        self._local = Path(self._staging or workdir)
+        if self._staging:
+            for name in (METRICS, SAMPLES):
+                if (self._workdir / name).exists():
+                    (self._workdir / name).copy(epath.Path(self._local / name))
+        earlier = read_rows(self._local / METRICS)
+        self._start = time.time() - (earlier[-1]["time"] if earlier else 0.0)
+        self._copied = time.time()
+        self._files = {name: open(self._local / name, "ab") for name in (METRICS, SAMPLES)}  # noqa: SIM115 (closed in close)
+        self._events = {}
+        self._wandb = _start_wandb(self._workdir, config_dict, stage_names)
+
+    def write(self, stage, step, values):
+        """Records `values`, a dict of numbers by name, for a step of a stage.
+
+        Raises UserError on the names stage, step and time, which are the log's own.
+        """
+        clash = [name for name in values if name in _OWN_NAMES]
+        if clash:
+            raise UserError(f"metric {clash[0]!r} of stage {stage!r}: this name is taken by the log itself; rename the metric")
+        values = {name: float(value) for name, value in values.items()}
+        self._append(METRICS, {"stage": stage, "step": int(step), "time": round(time.time() - self._start, 3), **values})
+        self._write_events(stage, int(step), values)
+        if self._wandb is not None:
+            self._wandb.log({f"{stage}/step": int(step), **{f"{stage}/{name}": value for name, value in values.items()}})
+
+    def samples(self, stage, step, rows):
+        """Records completions: `rows` is a list of dicts (prompt, completion, reward, ...); stage and step are added."""
+        for row in rows:
+            self._append(SAMPLES, {**row, "stage": stage, "step": int(step)})
+
+    def flush(self):
+        """Makes everything written so far safe from the end of this process. Call it before a checkpoint is written."""
+        if self._staging:
+            for path in sorted(self._local.rglob("*")):
+                if path.is_file():
+                    target = self._workdir / path.relative_to(self._local)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    epath.Path(path).copy(target, overwrite=True)
+        else:
+            for file in self._files.values():
+                os.fsync(file.fileno())
+        self._copied = time.time()
+
+    def close(self):
+        """Flushes and closes all files; the writer cannot be used afterwards."""
+        for events in filter(None, self._events.values()):
+            events.close()
+        self.flush()
+        for file in self._files.values():
+            file.close()
+        if self._staging:
+            shutil.rmtree(self._staging)
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _append(self, name, row):
+        self._files[name].write(_line(row))
+        self._files[name].flush()
+        if self._staging and time.time() - self._copied > _COPY_SECONDS:
+            self.flush()
+
+    def _write_events(self, stage, step, values):
+        if stage not in self._events:
+            self._events[stage] = _event_writer(self._local / EVENTS / stage)
+        if self._events[stage] is None:
+            return
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+
+        scalars = [summary_pb2.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        event = event_pb2.Event(step=step, wall_time=time.time(), summary=summary_pb2.Summary(value=scalars))
+        self._events[stage].add_event(event)
+        self._events[stage].flush()
+
+
+def _event_writer(folder):
+    """TensorBoard's writer of one event file in a local folder, or None when it is not installed."""
+    try:
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    except ImportError:
+        return None
+    return EventFileWriter(str(folder))
+
+
+def _start_wandb(workdir, config, stages):
+    """A Weights & Biases run that a restart continues, or None when it is not installed or not wanted."""
+    if not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE")):
+        return None
+    try:
+        import wandb
+    except ImportError:
+        return None
+    known = workdir / "wandb_id.txt"
+    if not known.exists():
+        known.write_text(secrets.token_hex(8))
+    run = wandb.init(id=known.read_text().strip(), resume="allow", name=workdir.name, config=config)
+    # Each stage counts its own steps, where the server's own step could only grow.
+    for stage in stages:
+        run.define_metric(f"{stage}/step")
+        run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+    return run
+
+
+def cut_back(workdir, stage_order, stage, step):
+    """Takes the files in `workdir` back to `step` of `stage`: what was recorded later is removed, at that step it is kept.
+
+    `stage_order` lists the stages' names as they run; rows of stages that it does not have are kept. A `step` of -1 drops
+    the whole stage. To be called before a `MetricWriter` is opened. Raises UserError if `stage` is not in `stage_order`.
+    """
+    if stage not in stage_order:
+        raise UserError(f"stage {stage!r}: not one of this run's stages ({', '.join(stage_order)})")
+    workdir = epath.Path(workdir)
+    later = stage_order[stage_order.index(stage) + 1 :]
+    for name in (METRICS, SAMPLES):
+        path = workdir / name
+        if path.exists():
+            earlier = [(line, row) for line, row in _lines(path) if row["stage"] not in later]
+            _replace(path, b"".join(line for line, row in earlier if row["stage"] != stage or row["step"] <= step))
+    for name in later:
+        if (workdir / EVENTS / name).exists():
+            (workdir / EVENTS / name).rmtree()
+    _cut_events(workdir / EVENTS / stage, step)
+
+
+def _replace(path, content):
+    # Written beside the file and then renamed, so that a second stop leaves the old file or the new one.
+    beside = path.parent / (path.name + ".new")
+    beside.write_bytes(content)
+    beside.replace(path)
+
+
+def _cut_events(folder, step):
+    """Writes the events up to `step` in `folder` into one new event file, in place of those that are there."""
+    old = sorted(folder.glob("events.out.tfevents.*")) if folder.exists() else []
+    if not old:
+        return
+    try:
+        from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+    except ImportError:
+        return
+    # By way of a local folder: TensorBoard's own reader and writer do not open every object store.
+    with tempfile.TemporaryDirectory() as local:
+        writer = _event_writer(Path(local) / "new")
+        for path in old:
+            copy = Path(local) / path.name
+            path.copy(epath.Path(copy))
+            for event in LegacyEventFileLoader(str(copy)).Load():
+                if event.HasField("summary") and event.step <= step:
+                    writer.add_event(event)
+        writer.close()
+        for path in old:
+            path.unlink()
+        for path in (Path(local) / "new").iterdir():
+            epath.Path(path).copy(folder / path.name)

@@ -1,0 +1,332 @@
+"""From encoded examples to batches: how rows are packed, and that a batch is a function of its number alone.
+
+The number is the whole state of the data, so it must give the same rows to any number of processes, and after any resumption.
+"""
+
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import transformers
+from toy_tokenizers import characters, conversation, learned
+
+from jaxpost.data import chat, pack, readers, source
+from jaxpost.data.readers import Record
+from jaxpost.errors import UserError
+
+SHARED = Path(__file__).parent.parent.parent / "shared"
+STORIES = SHARED / "models" / "stories260k"
+ALPACA = SHARED / "data" / "llamafactory" / "alpaca_en_demo.json"
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXPOST_CACHE", str(tmp_path / "cache"))
+
+
+# ---- pack
+
+
+def sample_lengths(count, window, seed=0):
+    return np.clip(np.random.default_rng(seed).lognormal(3.0, 1.0, count), 1, window).astype(np.int32)
+
+
+def test_plan_is_best_fit_decreasing():
+    bins = pack.plan([4, 3, 6, 7, 2], 10, seed=0)
+    assert [sorted(members.tolist()) for members in bins] == [[1, 3], [0, 2], [4]]
+
+
+def test_plan_holds_every_example_once_and_fills_the_rows():
+    lengths = sample_lengths(20_000, 512)
+    bins = pack.plan(lengths, 512, seed=1)
+    assert np.array_equal(np.sort(np.concatenate(bins)), np.arange(20_000))
+    assert max(lengths[members].sum() for members in bins) <= 512
+    assert pack.fill(bins, lengths, 512) > 0.98
+    assert len(bins) == -(-lengths.sum() // 512)
+
+
+def test_plan_is_a_function_of_the_seed():
+    lengths = [5] * 40
+    once, again, other = (np.concatenate(pack.plan(lengths, 10, seed)).tolist() for seed in (3, 3, 4))
+    assert once == again and once != other
+
+
+def test_fill_is_a_fraction_of_slots():
+    assert pack.fill([np.array([0, 1]), np.array([2])], [3, 1, 4], 4) == 1.0
+    assert pack.fill([np.array([0]), np.array([1])], [3, 1], 4) == 0.5
+
+
+@pytest.mark.parametrize("lengths", [[0, 1], [5]])
+def test_plan_refuses_lengths_that_make_no_row(lengths):
+    with pytest.raises(ValueError, match=r"lengths must lie in 1\.\.4"):
+        pack.plan(lengths, 4, seed=0)
+
+
+def item(*tokens, mask=None):
+    return {"tokens": np.array(tokens, np.int32), "mask": np.array(mask or [True] * len(tokens), np.bool_)}
+
+
+def test_packed_row_keeps_documents_apart():
+    row = pack.pack([item(7, 8, 9), item(5, 6, mask=[False, True])], 7)
+    assert {name: column.tolist() for name, column in row.items()} == {
+        "tokens": [7, 8, 9, 5, 6, 0, 0],
+        "mask": [False, True, True, False, True, False, False],
+        "segments": [1, 1, 1, 2, 2, 0, 0],
+        "positions": [0, 1, 2, 0, 1, 0, 0],
+    }
+    assert [column.dtype for column in row.values()] == [np.int32, np.bool_, np.int32, np.int32]
+    assert {name: column.tolist() for name, column in pack.empty(2).items()} == dict.fromkeys(row, [0, 0])
+    with pytest.raises(ValueError, match="2 examples of 5 tokens do not fit a window of 4"):
+        pack.pack([item(7, 8, 9), item(5, 6)], 4)
+
+
+def test_fit_refuses_cuts_or_drops_what_is_too_long():
+    long = item(1, 2, 3, 4, mask=[False, False, True, True])
+    assert pack.fit(long, 4, "error", "p") is long
+    with pytest.raises(UserError, match=r'p: the example has 4 tokens and the window 3; make the window 4 or lon.*"truncate"'):
+        pack.fit(long, 3, "error", "p")
+    cut = pack.fit(long, 3, "truncate", "p")
+    assert cut["tokens"].tolist() == [1, 2, 3] and cut["mask"].tolist() == [False, False, True]
+    assert pack.fit(long, 2, "truncate", "p") is None, "an example cut down to its prompt trains nothing"
+    assert pack.fit(long, 3, "drop", "p") is None
+
+
+# ---- source
+
+
+def text_records(*texts):
+    return [Record({"text": text}, f"t.jsonl, line {i}") for i, text in enumerate(texts, start=1)]
+
+
+def test_encode_all_reports_what_it_kept():
+    records = [
+        Record({"prompt": "ab", "completion": "c"}, "a"),
+        Record({"prompt": "ab", "completion": "cdef"}, "b"),
+        Record({"prompt": "abcdef", "completion": "g"}, "c"),
+    ]
+    cut = source.encode_all(records, characters(), window=6, too_long="truncate")
+    assert cut.report == {"count": 2, "dropped": 1, "truncated": 1, "tokens": 11, "trained_tokens": 5}
+    assert cut.lengths.tolist() == [5, 6]
+    assert [learned(cut.examples[i], characters()) for i in range(2)] == ["<s>ab⟦c</s>⟧", "<s>ab⟦cde⟧"]
+    dropped = source.encode_all(records, characters(), window=6, too_long="drop")
+    assert dropped.report == {"count": 1, "dropped": 2, "truncated": 0, "tokens": 5, "trained_tokens": 2}
+    with pytest.raises(UserError, match="b: the example has 8 tokens and the window 6"):
+        source.encode_all(records, characters(), window=6)
+    with pytest.raises(UserError, match="none of the 3 examples fits a window of 2 tokens; make it longer"):
+        source.encode_all(records, characters(), window=2, too_long="drop")
+    with pytest.raises(UserError, match="too_long='cut' is not known; choose one of error, truncate, drop"):
+        source.encode_all(records, characters(), window=6, too_long="cut")
+
+
+def test_an_example_that_trains_nothing_is_refused():
+    record = Record({"messages": conversation("a", "b")}, "m.json, row 4")
+    with pytest.raises(UserError, match="m.json, row 4: no token of it is trained on; check train_on='all' and the template"):
+        source.encode_all([record], characters(), "{{ eos_token }}", "all", window=9)
+
+
+def test_a_second_start_does_not_tokenise(monkeypatch):
+    records = text_records("ab", "cdefg", "h")
+    calls = []
+    encode = chat.encode
+    monkeypatch.setattr(chat, "encode", lambda *given: calls.append(given[0].place) or encode(*given))
+    first = source.encode_all(records, characters(), window=5, too_long="truncate")
+    assert calls == ["t.jsonl, line 1", "t.jsonl, line 2", "t.jsonl, line 3"]
+    second = source.encode_all(records, characters(), window=5, too_long="truncate")
+    assert len(calls) == 3
+    assert second.lengths.tolist() == first.lengths.tolist() == [4, 5, 3] and second.report == first.report
+    assert learned(second.examples[1], characters()) == "<s>⟦cdef⟧" and calls[3:] == ["t.jsonl, line 2"]
+
+
+def test_the_cache_is_missed_when_anything_that_matters_changes(tmp_path):
+    def files():
+        return len(list((tmp_path / "cache").iterdir()))
+
+    base = {"records": text_records("ab"), "tokenizer": characters(), "window": 9}
+    changes = [
+        {},
+        {"records": text_records("ac")},
+        {"tokenizer": characters(adds_bos=False)},
+        {"tokenizer": characters(eos_token="<unk>", pad_token="</s>")},
+        {"template": "chatml"},
+        {"train_on": "all"},
+        {"window": 8},
+        {"too_long": "drop"},
+    ]
+    for number, change in enumerate(changes, start=1):
+        source.encode_all(**(base | change))
+        assert files() == number, change
+    source.encode_all(**(base | {"records": [Record({"text": "ab"}, "elsewhere.json, row 5")]}))
+    assert files() == len(changes), "the place of a row is no part of its length"
+
+
+def test_a_broken_cache_file_or_folder_does_no_harm(tmp_path, monkeypatch):
+    lengths = source.encode_all(text_records("ab", "c"), characters(), window=9).lengths
+    (file,) = (tmp_path / "cache").iterdir()
+    other = io.BytesIO()
+    np.save(other, np.ones((5, 3), np.int32))
+    for content in (b"", b"rubbish", file.read_bytes()[:-4], other.getvalue()):
+        file.write_bytes(content)
+        assert source.encode_all(text_records("ab", "c"), characters(), window=9).lengths.tolist() == lengths.tolist()
+    monkeypatch.setenv("JAXPOST_CACHE", str(file / "below a file"))
+    assert source.encode_all(text_records("ab", "c"), characters(), window=9).lengths.tolist() == [4, 3]
+
+
+def test_split_is_disjoint_and_a_function_of_the_seed():
+    for held_out, count in ((3, 3), (0.25, 5), (0.001, 1), (0, 0), (0.0, 0)):
+        train, held = source.split(20, held_out, seed=1)
+        assert len(held) == count and sorted([*train, *held]) == list(range(20))
+    assert source.split(20, 5, 1)[1].tolist() == source.split(20, 5, 1)[1].tolist() != source.split(20, 5, 2)[1].tolist()
+    for held_out in (20, -1, 1.0):
+        with pytest.raises(UserError, match=f"held_out={held_out} of 20 examples leaves none to train on; give a number"):
+            source.split(20, held_out, seed=1)
+
+
+def numbered(count, window=3):
+    """Rows of one example each, whose first token says which example it is, from 1."""
+    return source.rows([item(i + 1, 99) for i in range(count)], [2] * count, window, packing=False, seed=0)
+
+
+def firsts(batch):
+    return batch["tokens"][:, 0].tolist()
+
+
+def drain(batches):
+    found = []
+    while True:
+        try:
+            found.append(batches())
+        except StopIteration:
+            return found
+
+
+def test_rows_pack_by_plan_or_one_example_a_row():
+    examples = [item(1, 9), item(2, 9, 9), item(3)]
+    packed = source.rows(examples, [2, 3, 1], 4, seed=0)
+    assert [packed[i]["tokens"].tolist() for i in range(len(packed))] == [[2, 9, 9, 3], [1, 9, 0, 0]]
+    assert packed[0]["segments"].tolist() == [1, 1, 1, 2]
+    single = source.rows(examples, [2, 3, 1], 4, packing=False, seed=0)
+    assert [single[i]["tokens"].tolist() for i in range(len(single))] == [[1, 9, 0, 0], [2, 9, 9, 0], [3, 0, 0, 0]]
+
+
+def test_epochs_differ_in_order_and_not_in_content():
+    batches = source.Batches(numbered(10), 5, seed=0, epochs=3)
+    assert len(batches) == 6
+    order = [first for batch in drain(batches) for first in firsts(batch)]
+    epochs = [order[:10], order[10:20], order[20:]]
+    assert all(sorted(epoch) == list(range(1, 11)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert epochs[0] != sorted(epochs[0])
+
+
+def test_one_seed_is_not_another_an_epoch_later():
+    first, second = (
+        [first for batch in drain(source.Batches(numbered(30), 30, seed=seed, epochs=3)) for first in firsts(batch)]
+        for seed in (0, 1)
+    )
+    assert first[30:60] != second[:30] and first[60:] != second[30:60]
+
+
+def test_batches_run_on_over_epochs_and_only_the_very_last_is_padded():
+    batches = source.Batches(numbered(5), 4, seed=0, shuffle=False, epochs=2)
+    found = drain(batches)
+    assert [firsts(batch) for batch in found] == [[1, 2, 3, 4], [5, 1, 2, 3], [4, 5, 0, 0]] and len(batches) == 3
+    assert {column.shape for batch in found for column in batch.values()} == {(4, 3)}
+    assert not any(column[2:].any() for column in found[-1].values())
+    assert found[-1]["segments"][:2].tolist() == [[1, 1, 0]] * 2
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_any_number_of_processes_sees_the_same_batches(processes):
+    whole = drain(source.Batches(numbered(11), 8, seed=5, epochs=3))
+    share = 8 // processes
+    parts = [
+        drain(source.Batches(numbered(11), 8, seed=5, epochs=3, local=(i * share, (i + 1) * share))) for i in range(processes)
+    ]
+    assert [len(part) for part in parts] == [len(whole)] * processes == [5] * processes
+    for number, batch in enumerate(whole):
+        for name, column in batch.items():
+            assert np.array_equal(np.concatenate([part[number][name] for part in parts]), column)
+    assert firsts(whole[-1])[1:] == [0] * 7, "the last process has nothing but padding at the end, and still its shape"
+
+
+@pytest.mark.parametrize("epochs", [4, None])
+def test_resuming_at_any_position_continues_the_run(epochs):
+    uninterrupted = source.Batches(numbered(7), 4, seed=2, epochs=epochs)
+    expected = []
+    for number in range(7):
+        assert uninterrupted.position == number
+        expected.append(firsts(uninterrupted()))
+    for position in range(7):
+        resumed = source.Batches(numbered(7), 4, seed=2, epochs=epochs)
+        resumed.position = position
+        assert [firsts(resumed()) for _ in range(position, 7)] == expected[position:] and resumed.position == 7
+    uninterrupted.position = 2
+    assert firsts(uninterrupted()) == expected[2], "going back discards what was prefetched"
+
+
+def test_resuming_does_not_replay():
+    asked = []
+
+    class Watched(list):
+        def __getitem__(self, index):
+            asked.append(index)
+            return super().__getitem__(index)
+
+    rows = source.rows(Watched([item(i + 1, 9) for i in range(100)]), [2] * 100, 2, packing=False, seed=0)
+    batches = source.Batches(rows, 1, seed=0, shuffle=False, epochs=1)
+    batches.position = 95
+    assert [firsts(batch) for batch in drain(batches)] == [[96], [97], [98], [99], [100]]
+    assert sorted(asked) == [95, 96, 97, 98, 99]
+
+
+def test_endless_batches_have_no_length_and_bad_sizes_are_refused():
+    endless = source.Batches(numbered(3), 2, seed=0)
+    with pytest.raises(TypeError, match="give epochs a number"):
+        len(endless)
+    assert [len(firsts(endless())) for _ in range(20)] == [2] * 20
+    cases = [
+        (lambda: source.Batches(numbered(0), 2, seed=0), "no rows to make batches of; give at least one example"),
+        (lambda: source.Batches(numbered(3), 0, seed=0), "batch_size=0 has no rows 0 to 0; make it 1 or more for each process"),
+        (lambda: source.Batches(numbered(3), 2, seed=0, local=(1, 3)), "batch_size=2 has no rows 1 to 3"),
+        (lambda: source.Batches(numbered(3), 2, seed=0, epochs=0), "epochs=0 is not a number of passes; give 1 or more"),
+        (lambda: setattr(source.Batches(numbered(3), 2, seed=0, epochs=1), "position", 3), "batch 3 of data with 2 batches"),
+        (lambda: setattr(endless, "position", -1), "after batch -1 of data with no end"),
+    ]
+    for call, message in cases:
+        with pytest.raises(UserError) as error:
+            call()
+        assert message in str(error.value)
+
+
+def test_a_file_becomes_the_same_batches_whether_or_not_lengths_are_cached(tmp_path):
+    rows = [{"prompt": "a" * (i % 5), "completion": "b" * (1 + i % 7)} for i in range(30)]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    records = readers.read(str(tmp_path / "d.jsonl"))
+    runs = []
+    for _ in range(2):
+        encoded = source.encode_all(records, characters(), window=16)
+        batches = source.Batches(source.rows(encoded.examples, encoded.lengths, 16, seed=1), 4, seed=1, epochs=2)
+        runs.append(drain(batches))
+        assert sum(int(batch["mask"].sum()) for batch in runs[-1]) == 2 * encoded.report["trained_tokens"]
+    for one, other in zip(*runs, strict=True):
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.skipif(not (STORIES.exists() and ALPACA.exists()), reason="the shared model and data are not here")
+def test_alpaca_with_the_stories_tokenizer():
+    tokenizer = transformers.AutoTokenizer.from_pretrained(os.fspath(STORIES))
+    records = readers.read(str(ALPACA))
+    encoded = source.encode_all(records, tokenizer, window=4096)
+    assert encoded.report["count"] == len(records) == 999
+    second = encoded.examples[1]
+    question = "<s> Transform the following sentence using a synonym: The car sped quickly.\n"
+    assert learned(second, tokenizer) == question + "⟦The car accelerated rapidly.</s>⟧"
+    for i in range(0, 999, 50):
+        example = encoded.examples[i]
+        answer = tokenizer.decode(example["tokens"][example["mask"]].tolist(), clean_up_tokenization_spaces=False)
+        assert answer == records[i].row["output"] + "</s>"
+        assert (example["tokens"] == tokenizer.bos_token_id).sum() == 1
+    assert pack.fill(pack.plan(encoded.lengths, 4096, 0), encoded.lengths, 4096) > 0.95

@@ -1,0 +1,257 @@
+"""What a run leaves behind: rows that survive a restart exactly, event files that TensorBoard reads, a report that is safe."""
+
+import html.parser
+import json
+import math
+import re
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from jaxpost import report, writers
+from jaxpost.errors import UserError
+
+STAGES = ["sft", "reinforce"]
+
+
+def write_run(workdir, rows):
+    writer = writers.MetricWriter(workdir, {"seed": 0}, STAGES)
+    for stage, step, values in rows:
+        writer.write(stage, step, values)
+        writer.samples(stage, step, [{"prompt": "1+1", "completion": str(step), "reward": 1.0}])
+    writer.close()
+
+
+def places(path):
+    return [(row["stage"], row["step"]) for row in writers.read_rows(path)]
+
+
+def scalars(workdir, stage, name):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(workdir / "tensorboard" / stage))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+TWO_STAGES = [(stage, step, {"loss": 10.0 - step, "eval/accuracy": step / 8}) for stage in STAGES for step in (0, 2, 4)]
+
+
+def test_rows_are_written_as_they_come_with_null_for_what_is_not_finite(tmp_path):
+    writer = writers.MetricWriter(tmp_path, {}, STAGES)
+    writer.write("sft", np.int64(3), {"loss": np.float32(0.5), "kl": float("nan"), "ratio": math.inf})
+    writer.samples("sft", 3, [{"prompt": "1+1", "completion": 'a "b"\n', "reward": float("nan"), "step": 99}])
+    # Before close: a run that is killed has what it wrote.
+    (row,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert row.pop("time") >= 0
+    assert row == {"stage": "sft", "step": 3, "loss": 0.5, "kl": None, "ratio": None}
+    assert writers.read_rows(tmp_path / "samples.jsonl") == [
+        {"prompt": "1+1", "completion": 'a "b"\n', "reward": None, "step": 3, "stage": "sft"}
+    ]
+    with pytest.raises(UserError, match="metric 'step' of stage 'sft'"):
+        writer.write("sft", 4, {"step": 1.0})
+    writer.close()
+
+
+def test_time_goes_on_where_an_earlier_process_stopped(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "sft", "step": 1, "time": 1000.0}\n')
+    write_run(tmp_path, [("sft", 2, {"loss": 1.0})])
+    assert 1000.0 <= writers.read_rows(tmp_path / "metrics.jsonl")[1]["time"] < 1060.0
+
+
+@pytest.mark.parametrize("torn", [b'{"stage": "reinforce", "step": 6, "lo', b'{"stage": "sft", "step": 2, "text": "\xc3'])
+def test_cut_back_keeps_earlier_rows_byte_for_byte(tmp_path, torn):
+    write_run(tmp_path, TWO_STAGES)
+    before = {name: (tmp_path / name).read_bytes().splitlines(keepends=True) for name in ("metrics.jsonl", "samples.jsonl")}
+    for name in before:
+        with open(tmp_path / name, "ab") as file:
+            file.write(torn)
+    writers.cut_back(tmp_path, STAGES, "reinforce", 2)
+    for name, lines in before.items():
+        assert (tmp_path / name).read_bytes() == b"".join(lines[:5])
+    writers.cut_back(tmp_path, STAGES, "sft", 3)
+    for name, lines in before.items():
+        assert (tmp_path / name).read_bytes() == b"".join(lines[:2])
+    assert not (tmp_path / "tensorboard" / "reinforce").exists()
+    writers.cut_back(tmp_path, STAGES, "sft", -1)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "samples.jsonl", "tensorboard"]
+
+
+def test_cut_back_ends_a_whole_last_line_and_refuses_a_broken_one_inside(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"stage": "sft", "step": 1}\n{"stage": "sft", "step": 2}')
+    writers.cut_back(tmp_path, STAGES, "sft", 2)
+    assert path.read_text() == '{"stage": "sft", "step": 1}\n{"stage": "sft", "step": 2}\n'
+    path.write_text('{"stage": "sft", "step": 1}\n[]\n{"stage": "sft", "step": 2}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl:2: not a JSON line .* remove this line"):
+        writers.cut_back(tmp_path, STAGES, "sft", 2)
+    with pytest.raises(UserError, match="stage 'dpo': not one of this run's stages"):
+        writers.cut_back(tmp_path, STAGES, "dpo", 2)
+
+
+def test_tensorboard_reads_the_events_and_has_none_twice_after_a_restart(tmp_path):
+    write_run(tmp_path, TWO_STAGES)
+    assert scalars(tmp_path, "reinforce", "loss") == [(0, 10.0), (2, 8.0), (4, 6.0)]
+    for step in (3, 2):
+        writers.cut_back(tmp_path, STAGES, "reinforce", step)
+        # Read before anything is written anew: the cut itself must be enough.
+        assert scalars(tmp_path, "reinforce", "loss") == [(0, 10.0), (2, 8.0)]
+    assert scalars(tmp_path, "sft", "eval/accuracy") == [(0, 0.0), (2, 0.25), (4, 0.5)]
+    write_run(tmp_path, [("reinforce", 3, {"loss": 7.5})])
+    assert scalars(tmp_path, "reinforce", "loss") == [(0, 10.0), (2, 8.0), (3, 7.5)]
+
+
+def test_without_tensorboard_the_rows_are_still_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.event_file_writer", None)
+    write_run(tmp_path, TWO_STAGES)
+    writers.cut_back(tmp_path, STAGES, "reinforce", 0)
+    assert places(tmp_path / "metrics.jsonl") == [("sft", 0), ("sft", 2), ("sft", 4), ("reinforce", 0)]
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_a_remote_folder_gets_the_same_files_by_copying(tmp_path, monkeypatch):
+    monkeypatch.setattr(writers, "_is_remote", lambda path: True)
+    write_run(tmp_path, TWO_STAGES[:2])
+    writer = writers.MetricWriter(tmp_path, {}, STAGES)
+    writer.write("sft", 4, {"loss": 6.0})
+    assert places(tmp_path / "metrics.jsonl") == [("sft", 0), ("sft", 2)]
+    writer.flush()
+    assert places(tmp_path / "metrics.jsonl") == [("sft", 0), ("sft", 2), ("sft", 4)]
+    writer.close()
+    assert scalars(tmp_path, "sft", "loss") == [(0, 10.0), (2, 8.0), (4, 6.0)]
+    assert places(tmp_path / "samples.jsonl") == [("sft", 0), ("sft", 2)]
+
+
+def test_weights_and_biases_gets_each_stage_under_its_own_step(tmp_path, monkeypatch):
+    calls = []
+    run = types.SimpleNamespace(
+        define_metric=lambda name, step_metric=None: calls.append((name, step_metric)),
+        log=calls.append,
+        finish=lambda: calls.append("finish"),
+    )
+    fake = types.SimpleNamespace(init=lambda **arguments: calls.append(arguments) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    write_run(tmp_path, [("sft", 0, {"loss": 3.0})])
+    assert calls == []
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    write_run(tmp_path, [("sft", 1, {"loss": 2.0})])
+    assert calls[0]["config"] == {"seed": 0} and calls[0]["resume"] == "allow"
+    assert calls[1:3] == [("sft/step", None), ("sft/*", "sft/step")]
+    assert calls[5:] == [{"sft/step": 1, "sft/loss": 2.0}, "finish"]
+    write_run(tmp_path, [("sft", 2, {"loss": 1.0})])
+    assert calls[7]["id"] == calls[0]["id"]
+
+
+class Outline(html.parser.HTMLParser):
+    """Collects a page's tags, the rows of its tables as text, and everything that could load or run something."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.rows, self.active, self._open = set(), [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.active += [(name, value) for name, value in attributes if name in ("src", "href") or name.startswith("on")]
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag in self._open:
+            while self._open.pop() != tag:
+                pass
+
+    def handle_data(self, data):
+        if "td" in self._open or "th" in self._open:
+            self.rows[-1][-1] += data
+
+
+def test_the_report_has_accuracies_curves_and_samples_by_stage(tmp_path):
+    rows = [
+        ("sft", step, {"eval/accuracy": a, "eval/accuracy/+2": a, "eval/accuracy_greedy": g, "eval/accuracy_greedy/+2": g})
+        for step, a, g in [(0, 0.01, 0.02), (400, 0.41, 0.5)]
+    ]
+    rows += [("reinforce", 300, {"eval/accuracy": 0.66, "eval/accuracy/+2": 0.7, "train/loss": 0.125})]
+    write_run(tmp_path, rows)
+    path = report.write(tmp_path)
+    assert str(path) == str(tmp_path / "report.html")
+    page = Outline(path.read_text())
+    stages = [[*row[:2], *row[3:]] for row in page.rows if row[0] in STAGES and len(row) == 9]
+    assert stages == [
+        ["sft", "400", "1.0%", "41.0%", "+40.0", "2.0%", "50.0%", "+48.0"],
+        ["reinforce", "300", "–", "66.0%", "–", "–", "–", "–"],
+    ]
+    assert ["+2", "1.0% 2.0%", "41.0% 50.0%", "–", "70.0%"] in page.rows
+    assert ["sft", "400", "1+1", "400", "1"] in page.rows
+    assert page.active == [] and not page.tags & {"script", "link", "img", "iframe"}
+
+
+def test_a_chart_runs_from_its_first_value_to_its_last(tmp_path):
+    line = [(0, 4.0), (50, math.nan), (75, 1.0), (100, 2.0)]
+    write_run(tmp_path, [("sft", step, {"loss": value}) for step, value in line])
+    page = report.write(tmp_path).read_text()
+    (figure,) = re.findall(r"<figure>.*?</figure>", page)
+    # x: 52 to 338 for steps 0 to 100; y: 202 to 12 for 1 to 4. The path is broken at step 50.
+    assert re.search(r'<path d="([^"]*)"', figure)[1] == "M52.0 12.0M266.5 202.0L338.0 138.7"
+    assert '<circle cx="338.0" cy="138.7" r="3"' in figure and ">2</text></svg>" in figure
+
+
+def test_long_lines_keep_their_spikes_and_ends():
+    line = [(step, 1.0) for step in range(10_000)]
+    line[4_321], line[7_000] = (4_321, 99.0), (7_000, -99.0)
+    thin = report._thin(line)
+    assert len(thin) <= report._POINTS + 2 and thin[0] == line[0] and thin[-1] == line[-1]
+    assert line[4_321] in thin and line[7_000] in thin
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"), [((0.0, 1.0), [0, 0.2, 0.4, 0.6, 0.8, 1]), ((3.0, 1500.0), [0, 500, 1000, 1500]), ((-0.1, 0.1), 5)]
+)
+def test_ticks_are_round_and_enclose_the_values(values, expected):
+    ticks = report._ticks(*values)
+    assert ticks[0] <= values[0] and ticks[-1] >= values[1]
+    if isinstance(expected, list):
+        assert ticks == pytest.approx(expected)
+    else:
+        assert len(ticks) == expected
+
+
+def test_whatever_the_run_says_is_escaped(tmp_path):
+    evil = "</td></pre><script>alert('x')</script>&"
+    writer = writers.MetricWriter(tmp_path, {}, [evil])
+    writer.write("s<script>", 1, {f"eval/accuracy/{evil.replace('/', '')}": 0.5, evil: 1.0, "eval/accuracy": 0.5})
+    writer.samples("s<script>", 1, [{"prompt": evil, "completion": evil, evil: [evil]}])
+    writer.close()
+    (tmp_path / "config.json").write_text(json.dumps({evil: evil}))
+    (tmp_path / "environment.json").write_text(json.dumps({evil: evil, "devices": evil}))
+    page = report.write(tmp_path).read_text()
+    assert "<script" not in page and "</td></pre>" not in page
+    assert page.count("&lt;script&gt;alert(") >= 10
+
+
+def test_a_report_needs_none_of_the_files_and_says_what_is_broken(tmp_path):
+    assert "No metrics have been written yet." in report.write(tmp_path, tmp_path / "new" / "page.html").read_text()
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "sft", "step": 1, "time": 2.0, "loss": null}\n{"sta')
+    assert "never finite" in report.write(tmp_path).read_text()
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json: not JSON"):
+        report.write(tmp_path)
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        report.write(tmp_path / "nowhere")
+
+
+def test_environment_names_the_stack(tmp_path):
+    import jax
+
+    found = report.environment()
+    assert found["jax"] == jax.__version__ and found["python"] == sys.version.split()[0]
+    assert found["devices"].startswith(f"{jax.device_count()} x ")
+    assert json.loads(json.dumps(found)) == found
