@@ -2,8 +2,9 @@
 
     python -m jaxpost.train --config=configs/quickstart.py --workdir=/tmp/quickstart
 
-40% of the demonstrations have a wrong digit, as human ones may. Imitation learns the errors with the rest, so sampled answers stay
-wrong though greedy ones are right; a verifier's reward repairs that. `control` continues SFT for as long as REINFORCE took.
+40% of the demonstrations have a wrong digit, as human ones may. Imitation learns the errors with the rest, so sampled answers
+stay wrong though greedy ones are right; a verifier's reward repairs that. `control` continues SFT for as long as REINFORCE
+took.
 """
 
 from jaxpost import recipe

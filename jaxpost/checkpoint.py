@@ -1,8 +1,8 @@
 """Checkpoints. The only file that imports Orbax.
 
 A stage keeps its checkpoints under workdir/checkpoints/<stage>/<step>: the last few and the best by a metric, each written
-asynchronously and renamed into place when whole. One holds `params` (the model's tree), `ema` where there is one, `optimizer` (what else
-the train state has), and `meta`: the data's position and the loop's own numbers, as JSON.
+asynchronously and renamed into place when whole. One holds `params` (the model's tree), `ema` where there is one, `optimizer`
+(what else the train state has), and `meta`: the data's position and the loop's own numbers, as JSON.
 """
 
 import json
@@ -21,7 +21,9 @@ from jaxpost.types import Params, TrainState
 
 
 class Checkpoints:
-    """The checkpoints of one stage. `keep` latest ones stay, and the best by `best` ("eval/loss", lower is better, unless `highest`)."""
+    """The checkpoints of one stage. `keep` latest ones stay, and the best by `best` ("eval/loss", lower is better, unless
+    `highest`).
+    """
 
     def __init__(self, folder, *, keep: int = 2, best: str = "", highest: bool = False):
         policies = [LatestN(n=keep)]
@@ -93,7 +95,8 @@ def _unflat(flat: dict[str, Any], like: Params) -> Params:
 
 
 def find_step(folder) -> epath.Path:
-    """The newest checkpoint of a workdir (its last stage that has one), or of a stage's folder; a checkpoint's own folder is itself.
+    """The newest checkpoint of a workdir (its last stage that has one), or of a stage's folder; a checkpoint's own folder is
+    itself.
 
     Raises UserError if there is none.
     """
@@ -117,7 +120,7 @@ def _steps(folder: epath.Path) -> list[int]:
 
 
 def load_params(step_folder, abstract: Params) -> Params:
-    """The parameters of one checkpoint, laid out as `abstract` says: the running mean where the run kept one, else the weights."""
+    """The parameters of one checkpoint, laid out as `abstract` says: the running mean where it has one, else the weights."""
     folder = epath.Path(step_folder)
     folder = folder if "://" in str(folder) else folder.absolute()
     with ocp.StandardCheckpointer() as reader:

@@ -12,8 +12,8 @@ from jaxpost.errors import UserError
 def run(main: Callable, about: str, config: bool = False) -> None:
     """Runs main(argv) as an absl app; `about` heads its --help.
 
-    A UserError, a wrong flag or a wrong config key ends with its message alone and exit status 2; anything else is a bug and keeps its
-    traceback. Recipes' keys (with `config`) are given as --config.key=value.
+    A UserError, a wrong flag or a wrong config key ends with its message alone and exit status 2; anything else is a bug and
+    keeps its traceback. Recipes' keys (with `config`) are given as --config.key=value.
     """
     sys.modules["__main__"].__doc__ = about
     if config:
@@ -22,7 +22,17 @@ def run(main: Callable, about: str, config: bool = False) -> None:
     def parse(argv):
         try:
             return flags.FLAGS(argv)
-        except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as e:
+        except (
+            flags.Error,
+            UserError,
+            AttributeError,
+            KeyError,
+            TypeError,
+            ValueError,
+            OSError,
+            ImportError,
+            SyntaxError,
+        ) as e:
             _fail(f"{type(e).__name__ if not isinstance(e, (flags.Error, UserError)) else ''}: {e}".lstrip(": "))
 
     def guarded(argv):

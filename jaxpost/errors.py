@@ -4,5 +4,6 @@
 class UserError(ValueError):
     """A mistake in the input, with its place and its remedy in the message.
 
-    The command-line entry points print the message alone and exit with status 2; no traceback, since it would only hide the text.
+    The command-line entry points print the message alone and exit with status 2; no traceback, since it would only hide the
+    text.
     """

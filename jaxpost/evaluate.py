@@ -1,7 +1,7 @@
 """Evaluation: an Eval is a function that yields (name, value).
 
-`held_out` gives the objective's loss and metrics on data it did not train on; `accuracy` has the model answer a task's test problems,
-sampled at temperature 1 and greedily, and lets the task's own reward judge.
+`held_out` gives the objective's loss and metrics on data it did not train on; `accuracy` has the model answer a task's test
+problems, sampled at temperature 1 and greedily, and lets the task's own reward judge.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -31,11 +31,12 @@ def held_out(evaluate: Callable, params: Params, batches: Iterable[dict], mesh, 
 def accuracy(
     model, params: Params, tokenizer, records: list[dict], reward: Callable, mesh, *, rows: int, options: dict, step: int
 ) -> Iterator[tuple[str, float | list]]:
-    """(eval/accuracy, mean reward of one sample a problem), (eval/accuracy_greedy, ...), the same for each cell as <name>/<cell>.
+    """(eval/accuracy, mean reward of one sample a problem), (eval/accuracy_greedy, ...), the same for each cell as
+    <name>/<cell>.
 
-    records: dicts with prompt and cell. rows: how many are completed at a time; options: prompt_window, new, template. Last yields
-    ("samples", rows of prompt, completion, answer, reward, kind) for the log: the first problem of each cell. All processes compute
-    the same.
+    records: dicts with prompt and cell. rows: how many are completed at a time; options: prompt_window, new, template. Last
+    yields ("samples", rows of prompt, completion, answer, reward, kind) for the log: the first problem of each cell. All
+    processes compute the same.
     """
     template = options["template"]
     prompts = [chat.encode_prompt([{"role": "user", "content": r["prompt"]}], tokenizer, template) for r in records]
@@ -63,6 +64,11 @@ def accuracy(
         for cell in dict.fromkeys(cells):
             yield f"{name}/{cell}", float(scores[cells == cell].mean())
             i = int(np.flatnonzero(cells == cell)[0])
-            shown = {"prompt": records[i]["prompt"], "completion": texts[i], "answer": records[i]["answer"], "reward": float(scores[i])}
+            shown = {
+                "prompt": records[i]["prompt"],
+                "completion": texts[i],
+                "answer": records[i]["answer"],
+                "reward": float(scores[i]),
+            }
             samples.append(shown | {"kind": "sampled" if temperature else "greedy"})
     yield "samples", samples

@@ -1,7 +1,7 @@
 """Metrics that add: over rows, microbatches, devices and evaluation batches, without a mean of means.
 
-An objective returns {name: metric}. `merge` folds a stacked leading axis away (microbatches, or batches of an evaluation), `value` gives
-the number to write down, nan if nothing was measured.
+An objective returns {name: metric}. `merge` folds a stacked leading axis away (microbatches, or batches of an evaluation),
+`value` gives the number to write down, nan if nothing was measured.
 """
 
 from typing import NamedTuple

@@ -30,9 +30,9 @@ def model_flops(arch: Architecture, tokens: float, trained: float, pairs: float)
 
         6 * (weights of the layers) * tokens  +  6 * D * V * trained  +  12 * L * N * H * pairs
 
-    tokens: those that are not padding; trained: those in the mask, the only ones that need the head; pairs: the (query, key) pairs that
-    attention must look at, i.e. each token's position + 1, so causal attention counts by half and documents by themselves.
-    Recomputation does not count. MFU is this by the step's time and the devices' peak.
+    tokens: those that are not padding; trained: those in the mask, the only ones that need the head; pairs: the (query, key)
+    pairs that attention must look at, i.e. each token's position + 1, so causal attention counts by half and documents by
+    themselves. Recomputation does not count. MFU is this by the step's time and the devices' peak.
     """
     head = arch.vocab * arch.width
     layers = arch.parameters() - head * (1 if arch.tied else 2)
@@ -40,7 +40,9 @@ def model_flops(arch: Architecture, tokens: float, trained: float, pairs: float)
 
 
 def peak_flops() -> float:
-    """Peak FLOP/s of all devices together: by data sheet, or for hardware without one here (a CPU), one large product measured now."""
+    """Peak FLOP/s of all devices together: by data sheet, or for hardware without one here (a CPU), one large product measured
+    now.
+    """
     kind = jax.devices()[0].device_kind
     for name, peak in PEAKS.items():
         if kind.startswith(name):

@@ -1,10 +1,10 @@
 """The settings of a run: every key of the loop on one page, with its default.
 
-A recipe is a file with `get_config(arg) -> ConfigDict` that calls `make` with what it changes. Where a key holds a dict with a `name`,
-the name is a function's and the other keys are its keyword arguments; nothing of a method is described here.
+A recipe is a file with `get_config(arg) -> ConfigDict` that calls `make` with what it changes. Where a key holds a dict with a
+`name`, the name is a function's and the other keys are its keyword arguments; nothing of a method is described here.
 
-A recipe may run several stages, each starting from the last one's weights: `stages` names them in order, and a key of each name holds
-what differs from the settings around it.
+A recipe may run several stages, each starting from the last one's weights: `stages` names them in order, and a key of each name
+holds what differs from the settings around it.
 """
 
 import copy

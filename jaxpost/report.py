@@ -244,8 +244,8 @@ def _curves(metrics, colours):
     parts = [f'<h2>Curves</h2><p class="note">Over the steps of each stage.</p><p class="key">{key}</p>']
     for prefix in sorted(groups, key=lambda prefix: (prefix != "eval", prefix)):
         charts = "".join(
-            f"<figure><figcaption>{_escape(name)}</figcaption>{_chart(lines, colours)}</figure>" for name, lines in
-            groups[prefix]
+            f"<figure><figcaption>{_escape(name)}</figcaption>{_chart(lines, colours)}</figure>"
+            for name, lines in groups[prefix]
         )
         parts.append(f'<h3>{_escape(prefix or "general")}</h3><div class="charts">{charts}</div>')
     return "\n".join(parts)

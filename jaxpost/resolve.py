@@ -29,8 +29,9 @@ def nearest(word: str, known) -> str:
 def resolve(spec: Mapping | str, noun: str) -> Callable:
     """The function that a config entry names, with the entry's other keys bound as keyword arguments.
 
-    noun: the folder under jaxpost that a bare name is looked up in, e.g. "objectives". A `prepare` that the function carries is bound
-    to those of the keywords it takes. Raises UserError for an unknown name, an unknown keyword, or one that is required and missing.
+    noun: the folder under jaxpost that a bare name is looked up in, e.g. "objectives". A `prepare` that the function carries is
+    bound to those of the keywords it takes. Raises UserError for an unknown name, an unknown keyword, or one that is required
+    and missing.
     """
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = options.pop("name", None)
@@ -40,7 +41,7 @@ def resolve(spec: Mapping | str, noun: str) -> Callable:
 
 
 def bind(function: Callable, options: Mapping, place: str) -> Callable:
-    """function with keyword-only options bound, each checked against the signature; an attached `prepare` gets those it takes."""
+    """function with keyword-only options bound, each checked against the signature; a `prepare` it carries gets its own."""
     keywords = {k: p for k, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
     for option in options:
         if option not in keywords:
@@ -63,7 +64,9 @@ def find(name: str, noun: str) -> Callable:
     for candidate in (f"jaxpost.{noun}.{module}" if module else f"jaxpost.{noun}", module):
         if candidate and (found := _module(candidate)) is not None:
             return _attribute(found, attribute, name)
-    raise UserError(f"config: unknown {noun} {name!r}.{nearest(name, known(noun))} Or give package.module.function, or file.py:function.")
+    raise UserError(
+        f"config: unknown {noun} {name!r}.{nearest(name, known(noun))} Or give package.module.function, or file.py:function."
+    )
 
 
 def module(name: str, noun: str) -> ModuleType:
@@ -75,7 +78,9 @@ def module(name: str, noun: str) -> ModuleType:
             return found
     folder = Path(__file__).parent / noun
     have = [p.stem for p in folder.glob("*.py") if p.stem != "__init__"]
-    raise UserError(f"config: unknown module {name!r} for {noun}.{nearest(name, have)} Or give an importable module, or a file.py.")
+    raise UserError(
+        f"config: unknown module {name!r} for {noun}.{nearest(name, have)} Or give an importable module, or a file.py."
+    )
 
 
 def known(noun: str) -> list[str]:

@@ -1,11 +1,11 @@
 """Where arrays live: the mesh, the path rules, and shard(x, axes). The only file that imports jax.sharding.
 
-A mesh has three axes. `data` and `fsdp` both split the batch; `fsdp` splits the parameters and the optimizer state as well; `tensor`
-splits heads, the feed-forward width and the vocabulary. Parameters find their layout by path, in RULES; activations by their axis
-letters. A dimension that its mesh axes do not divide stays whole.
+A mesh has three axes. `data` and `fsdp` both split the batch; `fsdp` splits the parameters and the optimizer state as well;
+`tensor` splits heads, the feed-forward width and the vocabulary. Parameters find their layout by path, in RULES; activations by
+their axis letters. A dimension that its mesh axes do not divide stays whole.
 
-FSDP here means that weights travel and activations stay: `gather` is called on a layer's weights where they are used, so that the
-partitioner all-gathers them and, since its transpose asks for the stored layout, reduce-scatters their gradients.
+FSDP here means that weights travel and activations stay: `gather` is called on a layer's weights where they are used, so that
+the partitioner all-gathers them and, since its transpose asks for the stored layout, reduce-scatters their gradients.
 """
 
 import functools
@@ -22,8 +22,8 @@ from jaxpost.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 
-# The first pattern found in a leaf's path gives the letters of its dimensions. Optimizer moments carry their parameter's path at
-# the end of their own, so they follow the same rules. What no rule names is replicated.
+# The first pattern found in a leaf's path gives the letters of its dimensions. Optimizer moments carry their parameter's path
+# at the end of their own, so they follow the same rules. What no rule names is replicated.
 RULES = (
     (r"(embed|head)/weight$", "VD"),
     (r"attention/(q|k|v)/kernel$", "LDN"),
@@ -44,7 +44,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices=None) -
     count = len(devices) if devices is not None else jax.device_count()
     named = ", ".join(f"{a}={s}" for a, s in zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
-        raise UserError(f"config.mesh: {named}: sizes are positive, and at most one may be -1 (it takes what the others leave).")
+        raise UserError(
+            f"config.mesh: {named}: sizes are positive, and at most one may be -1 (it takes what the others leave)."
+        )
     known = int(np.prod([s for s in sizes if s != -1]))
     if -1 in sizes and count % known == 0:
         sizes[sizes.index(-1)] = count // known
@@ -143,7 +145,9 @@ def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, int]:
     """[start, stop) of the rows of a global batch that this process must supply. Raises UserError if the rows do not divide."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % ways:
-        raise UserError(f"config.batch_size: {batch_size} rows do not divide over data x fsdp = {ways}; use a multiple of {ways}.")
+        raise UserError(
+            f"config.batch_size: {batch_size} rows do not divide over data x fsdp = {ways}; use a multiple of {ways}."
+        )
     spans = _row_sharding(mesh, 1).addressable_devices_indices_map((batch_size,)).values()
     spans = [(s.start or 0, s.stop if s.stop is not None else batch_size) for (s,) in spans]
     return min(a for a, _ in spans), max(b for _, b in spans)

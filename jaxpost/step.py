@@ -1,8 +1,9 @@
 """The one train step, for every objective.
 
-An objective returns Terms and metrics; the loss is sum_k coefficient_k * sum_k / weight_k, each weight taken over the whole global
-batch. Weights come from masks alone, so they are known before the first microbatch, and gradients of microbatches simply add. What
-an objective needs to know of the whole batch (a sort, a baseline, the other rows' embeddings) its `prepare` turns into columns first.
+An objective returns Terms and metrics; the loss is sum_k coefficient_k * sum_k / weight_k, each weight taken over the whole
+global batch. Weights come from masks alone, so they are known before the first microbatch, and gradients of microbatches simply
+add. What an objective needs to know of the whole batch (a sort, a baseline, the other rows' embeddings) its `prepare` turns
+into columns first.
 """
 
 from collections.abc import Callable
@@ -37,8 +38,8 @@ def with_prepared(objective: Callable, forward: Callable, params, batch: Batch, 
 def gradients(forward: Callable, objective: Callable, train, frozen, batch: Batch, key, microbatches: int = 1):
     """(loss, gradients of `train`, metrics) of a global batch, computed in so many microbatches.
 
-    The result does not depend on the number: rows are dealt out in turn (row i to microbatch i % M, which keeps every device busy),
-    sums add and weights are global. The batch's rows must be a multiple of it.
+    The result does not depend on the number: rows are dealt out in turn (row i to microbatch i % M, which keeps every device
+    busy), sums add and weights are global. The batch's rows must be a multiple of it.
     """
     batch = with_prepared(objective, forward, combine(train, frozen), batch, key)
     # Only the weights are used, and they depend on masks alone: the compiler drops the forward pass from this evaluation.
@@ -78,9 +79,9 @@ def _term_metrics(own: dict) -> dict:
 def make_step(forward: Callable, objective: Callable, tx, *, microbatches: int = 1, ema: float | None = None) -> Callable:
     """step(state, batch) -> (state, metrics), to be jitted with a donated state.
 
-    tx: an optax transformation over the trainable leaves. ema: decay of the running mean of the weights. An update whose loss or
-    gradient is not finite is left out and counted: parameters, moments and mean stay as they were. Metrics include loss, grad_norm
-    (before clipping) and skipped.
+    tx: an optax transformation over the trainable leaves. ema: decay of the running mean of the weights. An update whose loss
+    or gradient is not finite is left out and counted: parameters, moments and mean stay as they were. Metrics include loss,
+    grad_norm (before clipping) and skipped.
     """
 
     def step(state: TrainState, batch: Batch):
@@ -119,7 +120,10 @@ def _sizes(batch: Batch) -> dict:
 
 
 def make_evaluation(forward: Callable, objective: Callable) -> Callable:
-    """evaluate(params, batch, key) -> metrics of one batch: the objective's own, and its terms, by name or as `loss` if there is one."""
+    """evaluate(params, batch, key) -> metrics of one batch: the objective's own, and its terms, by name or as `loss` if there
+    is one.
+    """
+
     def evaluate(params, batch: Batch, key):
         batch = with_prepared(objective, forward, params, batch, key)
         terms, metrics = objective(forward, params, batch, key)

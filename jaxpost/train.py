@@ -2,11 +2,12 @@
 
     python -m jaxpost.train --config=configs/quickstart.py --workdir=/tmp/quickstart
 
-A run is a list of stages. A stage takes batches from a source (data, or completions of the current weights), steps an objective's
-gradient, and logs, evaluates and saves on the way. The same command continues a run that was interrupted, exactly where it was.
+A run is a list of stages. A stage takes batches from a source (data, or completions of the current weights), steps an
+objective's gradient, and logs, evaluates and saves on the way. The same command continues a run that was interrupted, exactly
+where it was.
 
-This file reads from top to bottom: the run, the plan of a stage (everything that can go wrong before anything is compiled), the stage
-itself, its evaluation, its ending.
+This file reads from top to bottom: the run, the plan of a stage (everything that can go wrong before anything is compiled), the
+stage itself, its evaluation, its ending.
 """
 
 import json
@@ -38,8 +39,8 @@ from jaxpost.types import TrainState
 def run(config, workdir) -> dict[str, float]:
     """Runs (or continues) a recipe's stages in a workdir; returns the last evaluation's figures.
 
-    config: a ConfigDict as `recipe.make` gives. Raises UserError, before anything is compiled, for whatever the recipe gets wrong,
-    and SystemExit(0) after saving when the process is asked to stop (SIGTERM).
+    config: a ConfigDict as `recipe.make` gives. Raises UserError, before anything is compiled, for whatever the recipe gets
+    wrong, and SystemExit(0) after saving when the process is asked to stop (SIGTERM).
     """
     stages = recipe.stages(config)
     mesh = sharding.make_mesh(**config.mesh)
@@ -60,11 +61,12 @@ def run(config, workdir) -> dict[str, float]:
 def _claim(workdir: Path, config) -> None:
     """Makes the workdir this config's, or checks that it is: a run is never continued with other settings by accident."""
     path, plain = workdir / "config.json", json.loads(config.to_json())
-    if path.exists():
-        if changes := recipe.difference(json.loads(path.read_text()), plain):
-            raise UserError(
-                f"{workdir} holds a run with other settings:\n  " + "\n  ".join(changes) + "\nUse another --workdir, or the same settings."
-            )
+    if path.exists() and (changes := recipe.difference(json.loads(path.read_text()), plain)):
+        raise UserError(
+            f"{workdir} holds a run with other settings:\n  "
+            + "\n  ".join(changes)
+            + "\nUse another --workdir, or the same settings."
+        )
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(plain, indent=2) + "\n")
@@ -95,7 +97,7 @@ class Plan(NamedTuple):
     objective: Callable
     source: Any  # state -> batch, with a position
     steps: int
-    held_out: Callable | None  # () -> this process's batches, or None
+    held_out: list  # this process's batches for evaluation
     problems: dict | None  # what evaluate.accuracy takes, for a task
     example: dict | None  # one encoded example, to be shown
 
@@ -105,7 +107,9 @@ def _plan(name: str, s, mesh) -> Plan:
     found = loading.describe(_plain(s.model), s.tokenizer, s.dtype, s.remat)
     objective = resolve(s.objective, "objectives")
     if s.window > found.transformer.arch.max_positions:
-        raise UserError(f"config.window: {s.window} tokens, but the model's max_position_embeddings is {found.transformer.arch.max_positions}.")
+        raise UserError(
+            f"config.window: {s.window} tokens, but the model takes {found.transformer.arch.max_positions} (max_position_embeddings)."
+        )
     if s.batch_size % s.microbatches:
         raise UserError(f"config.microbatches: {s.microbatches} does not divide batch_size {s.batch_size}.")
     sharding.local_rows(mesh, s.batch_size // s.microbatches)
@@ -114,7 +118,7 @@ def _plan(name: str, s, mesh) -> Plan:
     task = module(s.task["name"], "tasks") if s.task else None
     problems = None if task is None else _problems(task, found, s)
     if s.source == "rollouts":
-        batches, held_out, example, steps = _rollouts(task, found, s, mesh), None, None, s.steps
+        batches, held_out, example, steps = _rollouts(task, found, s, mesh), [], None, s.steps
         if not steps:
             raise UserError("config.steps: rollouts have no epochs; say how many steps to take.")
     elif s.source == "data":
@@ -141,7 +145,7 @@ def _problems(task, found, s) -> dict:
 
 
 def _data(task, found, s, mesh):
-    """(batches, held-out batches or None, one example) of a stage that learns from demonstrations."""
+    """(batches, held-out batches, one example) of a stage that learns from demonstrations."""
     if s.data:
         records = readers.read(s.data)
     elif task is not None:
@@ -163,15 +167,11 @@ def _data(task, found, s, mesh):
     if jax.process_index() == 0:
         print(f"data: {encoded.report}, {len(train)} rows of {s.window}", file=sys.stderr)
     batches = source.Batches(train, s.batch_size, seed=s.seed, epochs=None if s.steps else s.epochs, local=local)
-    held_out = None
+    held_out = []
     if kept:
-        _, held = rows(kept)
-        held_out = lambda: _finite(source.Batches(held, s.batch_size, seed=0, shuffle=False, epochs=1, local=local))  # noqa: E731
+        once = source.Batches(rows(kept)[1], s.batch_size, seed=s.seed, shuffle=False, epochs=1, local=local)
+        held_out = [once() for _ in range(len(once))]
     return batches, held_out, encoded.examples[0]
-
-
-def _finite(batches):
-    return [batches() for _ in range(len(batches))]
 
 
 def _rollouts(task, found, s, mesh) -> Rollouts:
@@ -327,16 +327,19 @@ class _Judge:
 
     def __init__(self, plan: Plan, mesh):
         self.plan, self.mesh = plan, mesh
-        self.batches = plan.held_out() if plan.held_out else None
         self.evaluate = jax.jit(make_evaluation(plan.found.transformer.forward, plan.objective))
 
     def __call__(self, state: TrainState, log: "_Log", step: int) -> dict[str, float]:
         log.settle()
         params, values, samples = combine(state.train if state.ema is None else state.ema, state.frozen), {}, []
-        if self.batches:
-            values |= dict(evaluate.held_out(self.evaluate, params, self.batches, self.mesh, self.plan.settings.batch_size))
+        if self.plan.held_out:
+            values |= dict(
+                evaluate.held_out(self.evaluate, params, self.plan.held_out, self.mesh, self.plan.settings.batch_size)
+            )
         if self.plan.problems:
-            values |= dict(evaluate.accuracy(self.plan.found.transformer, params, mesh=self.mesh, step=step, **self.plan.problems))
+            values |= dict(
+                evaluate.accuracy(self.plan.found.transformer, params, mesh=self.mesh, step=step, **self.plan.problems)
+            )
             samples = values.pop("samples")
         log.evaluated(step, values, samples)
         return values
@@ -348,7 +351,9 @@ class _Log:
     def __init__(self, plan: Plan, workdir: Path, names: list[str], meta: dict, step: int):
         self.plan, self.workdir = plan, workdir
         self.num_tokens, self.seconds = meta["num_tokens"], meta["seconds"]
-        self.writer = writers.MetricWriter(workdir, json.loads(plan.settings.to_json()), names) if jax.process_index() == 0 else None
+        self.writer = (
+            writers.MetricWriter(workdir, json.loads(plan.settings.to_json()), names) if jax.process_index() == 0 else None
+        )
         self.progress = Progress(plan.name, plan.steps, step, quiet=self.writer is None)
         self.schedule = optim.schedule(plan.settings.optimizer, plan.steps)
         self.peak, self.pending, self.wait = peak_flops(), None, 0.0
@@ -369,7 +374,9 @@ class _Log:
         self.pending = (at, batch, measured, self.wait)
 
     def settle(self, keep_mark: bool = False) -> None:
-        """Waits for the pending step's figures and writes them if it is their turn; stops the run after too many skipped updates."""
+        """Waits for the pending step's figures and writes them if it is their turn; stops the run after too many skipped
+        updates.
+        """
         if self.pending is not None:
             at, batch, measured, wait = self.pending
             self.pending = None
@@ -407,8 +414,9 @@ class _Log:
         path = self.workdir / f"nonfinite-{self.plan.name}-{at}-process{jax.process_index()}.npz"
         np.savez(path, **batch)
         raise UserError(
-            f"{self.plan.name} step {at}: {int(values['skipped_in_a_row'])} updates in a row were not finite (loss {values['loss']}, "
-            f"gradient norm {values['grad_norm']}) and were left out. The batch is in {path}. Lower the learning rate, or look at the data."
+            f"{self.plan.name} step {at}: {int(values['skipped_in_a_row'])} updates in a row were not finite and were left out "
+            f"(loss {values['loss']}, gradient norm {values['grad_norm']}). The batch is in {path}; lower the learning rate, or "
+            "look at the data."
         )
 
     def evaluated(self, step: int, values: dict, samples: list[dict]) -> None:
@@ -446,6 +454,10 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the report; the same command continues what it holds.")
+    flags.DEFINE_string(
+        "workdir", None, "Folder for checkpoints, metrics and the report; the same command continues what it holds."
+    )
     flags.DEFINE_bool("distributed", False, "Several processes (a TPU pod slice, a GPU cluster): start jax.distributed first.")
-    cli.run(main, "Trains a model as a recipe says.\n\n    python -m jaxpost.train --config=configs/sft.py --workdir=W", config=True)
+    cli.run(
+        main, "Trains a model as a recipe says.\n\n    python -m jaxpost.train --config=configs/sft.py --workdir=W", config=True
+    )

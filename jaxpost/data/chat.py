@@ -124,7 +124,8 @@ def _conversation(example: Conversation, tokenizer: Any, template: str | None, t
 def _span(example: Conversation, turn: int, whole: str, tokenizer: Any, template: str | None, train_on: str) -> tuple[int, int]:
     """Where an assistant turn begins and ends in the rendered whole, in characters."""
     before = _render(example.messages[:turn], tokenizer, template, True, example.place)
-    through = _render(example.messages[: turn + 1], tokenizer, template, False, example.place)
+    last = turn + 1 == len(example.messages)
+    through = whole if last else _render(example.messages[: turn + 1], tokenizer, template, False, example.place)
     if whole.startswith(before) and whole.startswith(through):
         return len(before), len(through.rstrip())
     where = f"{example.place}, message {turn + 1}"

@@ -1,19 +1,21 @@
 """The data as a Source: records in, batches out, the state one integer.
 
-Everything here is random access (Grain's MapDataset), so that nothing has to be replayed: example i is tokenised when it is
-asked for, row j is the examples that the packing plan put there, place k of epoch e is a row by a permutation drawn from
-(seed, e), and batch n is the rows n*B to (n+1)*B of that endless or finite sequence. All of that is a function of n alone. So
-the state of the data is n, the same for any number of processes: each takes its own slice of the rows of batch n, and where
-there were two processes yesterday there may be four today.
+Everything here is random access (Grain's MapDataset), so that nothing has to be replayed: row j is the examples that the
+packing plan put there, place k of epoch e is a row by a permutation drawn from (seed, e), and batch n is the rows n*B to
+(n+1)*B of that endless or finite sequence. All of that is a function of n alone. So the state of the data is n, the same for
+any number of processes: each takes its own slice of the rows of batch n, and where there were two processes yesterday there may
+be four today.
 
-The plan needs the length of every example, and lengths need every example tokenised once. They are kept on disk under a key
-of everything that they depend on, this package's encoding code included, so a second run starts at once.
+The plan needs the length of every example, so every example is tokenised at the start. The tokens (five bytes each, far less
+than the records they came from) stay in memory, and on disk under a key of everything that they depend on, this package's
+encoding code included, so a second run starts at once.
 """
 
 import hashlib
 import json
 import os
 import uuid
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +34,7 @@ TOO_LONG = ("error", "truncate", "drop")
 
 
 class Encoded(NamedTuple):
-    """Examples ready to be packed: `examples[i]` is {tokens, mask}: [lengths[i]], tokenised when asked for; lengths [N] int32.
+    """Examples ready to be packed: `examples[i]` is {tokens, mask}: [lengths[i]]; lengths [N] int32.
 
     `report` counts what was kept (count), dropped and truncated, and the tokens and trained_tokens of what was kept.
     """
@@ -53,7 +55,7 @@ def encode_all(
 ) -> Encoded:
     """The records as examples of at most `window` tokens; see `chat.encode` for template and train_on, `pack.fit` for too_long.
 
-    The lengths come from the cache folder (the environment's JAXPOST_CACHE, else ~/.cache/jaxpost) if they are there.
+    The tokens come from the cache folder (the environment's JAXPOST_CACHE, else ~/.cache/jaxpost) if they are there.
     Raises UserError, with the record's place, for whatever cannot be encoded or would train nothing.
     """
     if too_long not in TOO_LONG:
@@ -61,32 +63,39 @@ def encode_all(
     # The first call settles the tokenizer's truncation state here, in one thread; later ones may come from several at a time.
     tokenizer("")
 
-    def whole(record: Record) -> pack.Row:
-        example = chat.encode(formats.recognise(record), tokenizer, template, train_on)
-        if not example["mask"].any():
-            raise UserError(f"{record.place}: no token of it is trained on; check train_on={train_on!r} and the template")
-        return example
-
-    def fitted(record: Record) -> pack.Row | None:
-        return pack.fit(whole(record), window, too_long, record.place)
-
-    def measure(record: Record) -> tuple[int, int, bool]:
-        example = whole(record)
-        kept = pack.fit(example, window, too_long, record.place)
-        return (0, 0, False) if kept is None else (len(kept["tokens"]), kept["mask"].sum(), kept is not example)
-
-    file = _cache_folder() / f"{_key(records, tokenizer, (template, train_on, window, too_long))}.npy"
-    measured = _load(file, len(records))
-    if measured is None:
-        measured = np.array([measure(record) for record in records], np.int32).reshape(-1, 3)
-        _save(file, measured)
-    kept = np.flatnonzero(measured[:, 0])
-    if not len(kept):
+    file = _cache_folder() / f"{_key(records, tokenizer, (template, train_on, window, too_long))}.npz"
+    stored = _load(file, len(records))
+    if stored is None:
+        fitted = [_fitted(record, tokenizer, template, train_on, window, too_long) for record in records]
+        kept = [row for row, _ in fitted if row is not None]
+        stored = {
+            "tokens": np.concatenate([row["tokens"] for row in kept] or [np.zeros(0, np.int32)]),
+            "mask": np.concatenate([row["mask"] for row in kept] or [np.zeros(0, np.bool_)]),
+            "lengths": np.array([0 if row is None else len(row["tokens"]) for row, _ in fitted], np.int32),
+            "truncated": np.array([cut for _, cut in fitted], np.bool_),
+        }
+        _save(file, stored)
+    lengths = stored["lengths"][stored["lengths"] > 0]
+    if not len(lengths):
         raise UserError(f"none of the {len(records)} examples fits a window of {window} tokens; make it longer")
-    length, trained, truncated = measured[kept].T
-    report = {"count": len(kept), "dropped": len(records) - len(kept), "truncated": int(truncated.sum())}
-    report |= {"tokens": int(length.sum(dtype=np.int64)), "trained_tokens": int(trained.sum(dtype=np.int64))}
-    return Encoded(grain.MapDataset.source([records[i] for i in kept]).map(fitted), length, report)
+    report = {"count": len(lengths), "dropped": len(records) - len(lengths), "truncated": int(stored["truncated"].sum())}
+    report |= {"tokens": len(stored["tokens"]), "trained_tokens": int(stored["mask"].sum())}
+    ends = np.cumsum(lengths, dtype=np.int64)
+
+    def example(i: int) -> pack.Row:
+        place = slice(ends[i] - lengths[i], ends[i])
+        return {"tokens": stored["tokens"][place], "mask": stored["mask"][place]}
+
+    return Encoded(grain.MapDataset.range(len(lengths)).map(example), lengths, report)
+
+
+def _fitted(record: Record, tokenizer, template, train_on, window, too_long) -> tuple[pack.Row | None, bool]:
+    """(the example as it fits the window, or None if it is dropped; whether it was cut)."""
+    whole = chat.encode(formats.recognise(record), tokenizer, template, train_on)
+    if not whole["mask"].any():
+        raise UserError(f"{record.place}: no token of it is trained on; check train_on={train_on!r} and the template")
+    kept = pack.fit(whole, window, too_long, record.place)
+    return kept, kept is not None and kept is not whole
 
 
 def split(count: int, held_out: int | float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -207,22 +216,23 @@ def _key(records: Sequence[Record], tokenizer: Any, choices: tuple) -> str:
     return digest.hexdigest()
 
 
-def _load(file: epath.Path, count: int) -> np.ndarray | None:
+def _load(file: epath.Path, count: int) -> dict[str, np.ndarray] | None:
     try:
         with file.open("rb") as stream:
-            measured = np.load(stream)
-    except (OSError, ValueError, EOFError):
+            stored = dict(np.load(stream))
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile):
         return None
-    return measured if measured.shape == (count, 3) else None
+    whole = stored.keys() == {"tokens", "mask", "lengths", "truncated"} and len(stored["lengths"]) == count
+    return stored if whole and len(stored["tokens"]) == stored["lengths"].sum(dtype=np.int64) else None
 
 
-def _save(file: epath.Path, measured: np.ndarray) -> None:
+def _save(file: epath.Path, stored: dict[str, np.ndarray]) -> None:
     # Several processes may write it at the same time: each writes its own, and the last to rename wins with equal bytes.
     own = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with own.open("wb") as stream:
-            np.save(stream, measured)
+            np.savez(stream, **stored)
         own.replace(file)
     except OSError as error:
-        logging.warning("lengths are not cached, so the next start tokenises everything again: %s", error)
+        logging.warning("tokens are not cached, so the next start tokenises everything again: %s", error)

@@ -1,7 +1,7 @@
 """Every product of activations with a weight goes through here, so that a weight may one day be something else than an array.
 
-The leaf's type decides what is done: today an array. An adapter or a quantised weight becomes a pytree node with a branch below, and
-no model changes.
+The leaf's type decides what is done: today an array. An adapter or a quantised weight becomes a pytree node with a branch
+below, and no model changes.
 """
 
 import jax

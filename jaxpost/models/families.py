@@ -1,7 +1,7 @@
 """Model families: what a Hugging Face config means, field by field, and what its tensors are called.
 
-A family is a function from the fields of a `config.json` to an Architecture, and a table of names. A field that changes the forward
-pass is honoured or refused by name; a field that cannot change it is listed as harmless. Nothing is read and ignored.
+A family is a function from the fields of a `config.json` to an Architecture, and a table of names. A field that changes the
+forward pass is honoured or refused by name; a field that cannot change it is listed as harmless. Nothing is read and ignored.
 """
 
 import dataclasses
@@ -52,12 +52,37 @@ class Architecture:
 
 
 # Fields of config.json that do not change the forward pass: bookkeeping, generation defaults, classification labels.
-HARMLESS = frozenset(
-    """architectures model_type transformers_version torch_dtype dtype use_cache _name_or_path bos_token_id eos_token_id pad_token_id
-    id2label label2id problem_type return_dict return_dict_in_generate output_hidden_states output_attentions output_scores
-    chunk_size_feed_forward tokenizer_class task_specific_params finetuning_task prefix _commit_hash _attn_implementation
-    initializer_range unsloth_version unsloth_fixed mlx_version""".split()
-)
+HARMLESS = {
+    "architectures",
+    "model_type",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "use_cache",
+    "_name_or_path",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "return_dict",
+    "return_dict_in_generate",
+    "output_hidden_states",
+    "output_attentions",
+    "output_scores",
+    "chunk_size_feed_forward",
+    "tokenizer_class",
+    "task_specific_params",
+    "finetuning_task",
+    "prefix",
+    "_commit_hash",
+    "_attn_implementation",
+    "initializer_range",
+    "unsloth_version",
+    "unsloth_fixed",
+    "mlx_version",
+}
 
 # Fields that would change it, and the one value at which they do not.
 NEUTRAL = {

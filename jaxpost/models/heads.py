@@ -7,7 +7,7 @@ from jaxpost.types import Head
 
 
 def logits(hidden: jax.Array, head: Head) -> jax.Array:
-    """hidden [..., D] -> logits [..., V] in float32. Callers keep the leading axes small: this is the largest array of a step."""
+    """hidden [..., D] -> logits [..., V] in float32. Callers keep the leading axes small: it is the largest array of a step."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     out = jnp.einsum("bd,vd->bv", flat, head.weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
     out = out.reshape(*hidden.shape[:-1], -1)

@@ -1,7 +1,7 @@
 """Hugging Face folders in and out: config.json and safetensors (sharded or not), never pickle.
 
-Reading: every parameter is asked for by its shards. A device's slice of a stacked, transposed parameter is read from the file as the
-same slice of each layer's tensor, so that the host never holds more than one device's piece beyond what it owns.
+Reading: every parameter is asked for by its shards. A device's slice of a stacked, transposed parameter is read from the file
+as the same slice of each layer's tensor, so that the host never holds more than one device's piece beyond what it owns.
 """
 
 import json
@@ -66,8 +66,8 @@ def _open(folder: Path) -> dict[str, Any]:
 def load(folder: str | Path, arch: Architecture, abstract: Params, dtype=np.float32) -> Params:
     """Parameters from a folder's safetensors.
 
-    abstract: the tree of ShapeDtypeStruct (shapes, and shardings where wanted) that `Transformer.init` would give. dtype: what the
-    parameters become (float32 masters; the files' own bfloat16 widens exactly). Raises UserError for missing, left-over or
+    abstract: the tree of ShapeDtypeStruct (shapes, and shardings where wanted) that `Transformer.init` would give. dtype: what
+    the parameters become (float32 masters; the files' own bfloat16 widens exactly). Raises UserError for missing, left-over or
     wrongly shaped tensors.
     """
     folder = Path(folder)
@@ -75,10 +75,14 @@ def load(folder: str | Path, arch: Architecture, abstract: Params, dtype=np.floa
     flat = flatten_dict(abstract, sep="/")
     expected = {n.format(i) for n, _ in names.values() for i in range(arch.layers if "{}" in n else 1)}
     if missing := sorted(expected - set(slices)):
-        raise UserError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}; the config does not fit the weights.")
+        raise UserError(
+            f"{folder}: {len(missing)} tensors are missing, first {missing[0]}; the config does not fit the weights."
+        )
     left = {n for n in set(slices) - expected if not n.endswith(_UNUSED)} - ({"lm_head.weight"} if arch.tied else set())
     if left:
-        raise UserError(f"{folder}: {len(left)} tensors are not understood, first {min(left)}; the config does not fit the weights.")
+        raise UserError(
+            f"{folder}: {len(left)} tensors are not understood, first {min(left)}; the config does not fit the weights."
+        )
     return unflatten_dict({path: _read(folder, slices, names[path], leaf, dtype) for path, leaf in flat.items()}, sep="/")
 
 
@@ -109,7 +113,8 @@ def _read(folder: Path, slices: dict, name: tuple[str, bool], leaf, dtype) -> ja
 def save(folder: str | Path, params: Params, arch: Architecture, config: dict, dtype: str | None = None) -> list[str]:
     """Writes config.json and safetensors that `transformers` opens; returns the files' names.
 
-    dtype: "float32", "bfloat16" or "float16"; None keeps what the config names, else float32. Files are cut at 5 GiB with an index.
+    dtype: "float32", "bfloat16" or "float16"; None keeps what the config names, else float32. Files are cut at 5 GiB with an
+    index.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """A model as one object: what to compute with, what to compute on, and how text becomes tokens.
 
-`describe` reads everything but the weights, so that a mistake is found before the long part begins. Weights then come from the same
-folder, from a fresh start, or from a workdir's checkpoint, in any case straight into their place on the mesh.
+`describe` reads everything but the weights, so that a mistake is found before the long part begins. Weights then come from the
+same folder, from a fresh start, or from a workdir's checkpoint, in any case straight into their place on the mesh.
 """
 
 import dataclasses
@@ -25,7 +25,9 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """A model without its weights: transformer, tokenizer (None if the folder has none), config.json's fields, the folder or None."""
+    """A model without its weights: transformer, tokenizer (None if the folder has none), config.json's fields, the folder or
+    None.
+    """
 
     transformer: Transformer
     tokenizer: Any
@@ -48,7 +50,9 @@ def describe(model: str | Mapping, tokenizer_name: str = "", dtype: str = "float
     else:
         text = tokenizer.load(tokenizer_name or folder) if tokenizer_name or folder else None
     if text is not None and len(text) > arch.vocab:
-        raise UserError(f"config.tokenizer: it has {len(text)} tokens, the model's vocabulary {arch.vocab}; they do not belong together.")
+        raise UserError(
+            f"config.tokenizer: it has {len(text)} tokens, the model's vocabulary {arch.vocab}; they do not belong together."
+        )
     return Description(Transformer(arch, DTYPES[dtype], remat), text, config, folder)
 
 
@@ -78,7 +82,8 @@ def keep_description(found: Description, workdir) -> None:
 
 
 def open_model(where: str, mesh, dtype: str = "float32") -> tuple[Description, Params]:
-    """Description and weights of a Hugging Face folder, a workdir, or one checkpoint in a workdir (its newest, where it has several).
+    """Description and weights of a Hugging Face folder, a workdir, or one checkpoint in a workdir (its newest, where it has
+    several).
 
     Raises UserError if `where` is none of them.
     """

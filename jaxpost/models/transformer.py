@@ -1,8 +1,8 @@
 """The decoder: one linen Block, stacked.
 
-A Model is two functions: init(key) -> params, and forward(params, batch, cache) -> Output. Block is linen; its parameters are stacked
-along a leading layer axis, and training scans Block.apply over them, so that compile time does not grow with depth. The sampler,
-which reads every weight once a token, unstacks them first (see `unstack`) and the same forward then loops.
+A Model is two functions: init(key) -> params, and forward(params, batch, cache) -> Output. Block is linen; its parameters are
+stacked along a leading layer axis, and training scans Block.apply over them, so that compile time does not grow with depth. The
+sampler, which reads every weight once a token, unstacks them first (see `unstack`) and the same forward then loops.
 """
 
 import dataclasses
@@ -82,8 +82,8 @@ class Attention(nn.Module):
         k = rotate(heads("k", a.kv_heads), positions, freq).swapaxes(1, 2)
         v = heads("v", a.kv_heads).swapaxes(1, 2)
         if cache is not None:
-            # A token's slot is its position, so rows of different lengths need no bookkeeping and the garbage that right padding
-            # writes is overwritten before anything may see it.
+            # A token's slot is its position, so rows of different lengths need no bookkeeping and the garbage that right
+            # padding writes is overwritten before anything may see it.
             rows = jnp.arange(b)[:, None]
             k = cache["k"].at[rows, :, positions].set(k.swapaxes(1, 2).astype(cache["k"].dtype))
             v = cache["v"].at[rows, :, positions].set(v.swapaxes(1, 2).astype(cache["v"].dtype))
@@ -149,8 +149,9 @@ class Transformer:
     def forward(self, params: Params, batch: Batch, cache: Any = None) -> Output:
         """Hidden states of a batch.
 
-        Without a cache: tokens, positions and segments [B,S], documents attended to separately. With a cache (see `make_cache`):
-        tokens and positions [B,S], each token written to the slot of its position and attending to the slots up to it.
+        Without a cache: tokens, positions and segments [B,S], documents attended to separately. With a cache (see
+        `make_cache`): tokens and positions [B,S], each token written to the slot of its position and attending to the slots up
+        to it.
         """
         embed = sharding.gather({"embed": params["embed"]})["embed"]["weight"]
         x = sharding.shard(jnp.take(embed, batch["tokens"], axis=0).astype(self.dtype), "BSD")
@@ -181,7 +182,7 @@ class Transformer:
 
 
 def unstack(params: Params, layers: int) -> Params:
-    """Parameters with `layers` as a tuple of trees instead of one stacked tree; already unstacked ones come back as they are."""
+    """Parameters with `layers` as a tuple of trees instead of one stacked tree; unstacked ones come back as they are."""
     if isinstance(params["layers"], tuple):
         return params
     return {**params, "layers": tuple(jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(layers))}

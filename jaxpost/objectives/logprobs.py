@@ -1,8 +1,8 @@
 """Log-probabilities without a [B,S,V] array: the head applied in chunks, forward and backward.
 
-Every loss over tokens needs a few numbers from each token's logits and none needs the logits themselves. `over_head` computes such
-numbers chunk by chunk, recomputing the logits in the backward pass. Rows are reordered so that the positions the mask keeps come first,
-and the loop ends where the last of them does: what the mask leaves out costs nothing.
+Every loss over tokens needs a few numbers from each token's logits and none needs the logits themselves. `over_head` computes
+such numbers chunk by chunk, recomputing the logits in the backward pass. Rows are reordered so that the positions the mask
+keeps come first, and the loop ends where the last of them does: what the mask leaves out costs nothing.
 """
 
 import functools
@@ -15,7 +15,8 @@ from jaxpost import sharding
 from jaxpost.models.heads import logits
 from jaxpost.types import Batch, Head, Output
 
-# Logits held at a time, in elements a batch shard (16 MiB in float32): large enough for a matrix unit, small beside a layer's activations.
+# Logits held at a time, in elements a batch shard (16 MiB in float32): large enough for a matrix unit, small beside a layer's
+# activations.
 CHUNK = 2**22
 
 
@@ -118,7 +119,9 @@ _over_head.defvjp(_forward, _backward)
 
 
 def _score(logits: jax.Array, columns: dict) -> dict:
-    """What one pass over a token's logits gives: its log-probability, and without gradient the entropy and whether it is the mode."""
+    """What one pass over a token's logits gives: its log-probability, and without gradient the entropy and whether it is the
+    mode.
+    """
     logits = logits / columns["temperature"][:, None]
     norm = jax.nn.logsumexp(logits, axis=-1)
     # A masked sum, not a gather: it fuses with its neighbours and partitions over a split vocabulary.
@@ -132,8 +135,8 @@ def _score(logits: jax.Array, columns: dict) -> dict:
 def token_scores(output: Output, batch: Batch, mask: jax.Array | None = None) -> dict[str, jax.Array]:
     """logps, entropy and correct, each [B,S] float32 and each about the token at its own place; zero where the mask is.
 
-    mask [B,S] is batch["mask"] if not given. Logits are divided by batch["temperature"] where there is one, so that a policy is scored
-    as it was sampled. Only logps carries a gradient.
+    mask [B,S] is batch["mask"] if not given. Logits are divided by batch["temperature"] where there is one, so that a policy is
+    scored as it was sampled. Only logps carries a gradient.
     """
     mask = batch["mask"] if mask is None else mask
     # The hidden state before a token predicts it: shift the columns onto the predictors, and the results back.

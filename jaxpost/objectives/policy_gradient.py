@@ -2,8 +2,8 @@
 
     grad = sum over tokens of  stable_mask * advantage / reference_policy * d policy
 
-The rollout source supplies the advantage and the behaviour policy's log-probabilities as columns; a function here chooses the other
-parts. See `jaxpost.rollouts.advantages` for the advantages.
+The rollout source supplies the advantage and the behaviour policy's log-probabilities as columns; a function here chooses the
+other parts. See `jaxpost.rollouts.advantages` for the advantages.
 """
 
 import jax
@@ -43,10 +43,10 @@ def _rollout_metrics(batch, scores) -> dict:
 def reinforce(forward, params, batch, key):
     """The plain policy gradient:  L = - sum_i A_i sum_t m_it log p_it / (number of completions).
 
-    With A the leave-one-out advantage its expectation is the exact gradient of the expected return. No ratio and no clipping: use
-    each rollout for one step. Reads tokens, mask, positions, segments, advantages, old_logps [B,S] and the scalar temperature. Source:
-    "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning"; the baseline from "Buy 4 REINFORCE
-    Samples, Get a Baseline for Free!".
+    With A the leave-one-out advantage its expectation is the exact gradient of the expected return. No ratio and no clipping:
+    use each rollout for one step. Reads tokens, mask, positions, segments, advantages, old_logps [B,S] and the scalar
+    temperature. Source: "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning"; the
+    baseline from "Buy 4 REINFORCE Samples, Get a Baseline for Free!".
     """
     scores = token_scores(forward(params, batch), batch)
     advantages = jax.lax.stop_gradient(batch["advantages"])

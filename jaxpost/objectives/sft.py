@@ -2,8 +2,8 @@
 
     grad = sum over tokens of  weight * d log p(token)
 
-Each function differs from its sibling in that weight alone, and each is a sum over the mask divided by the mask's size over the whole
-global batch, so a long example counts for its length however the batch is split.
+Each function differs from its sibling in that weight alone, and each is a sum over the mask divided by the mask's size over the
+whole global batch, so a long example counts for its length however the batch is split.
 """
 
 import jax
@@ -24,8 +24,8 @@ def _token_metrics(scores: dict, mask: jax.Array) -> dict:
 def nll(forward, params, batch, key):
     """Negative log-likelihood, the usual SFT loss:  L = - sum_t m_t log p_t / sum_t m_t.
 
-    Reads tokens, mask [B,S]. Nats a token. Source: maximum likelihood; the global denominator as in "Tulu 3: Pushing Frontiers in Open
-    Language Model Post-Training".
+    Reads tokens, mask [B,S]. Nats a token. Source: maximum likelihood; the global denominator as in "Tulu 3: Pushing Frontiers
+    in Open Language Model Post-Training".
     """
     mask = batch["mask"]
     scores = token_scores(forward(params, batch), batch)
@@ -36,9 +36,9 @@ def nll(forward, params, batch, key):
 def dft(forward, params, batch, key):
     """Dynamic fine-tuning:  L = - sum_t m_t sg(p_t) log p_t / sum_t m_t,  whose gradient is that of -p_t.
 
-    It differs from nll in the token's own probability as its weight, taken as a constant (sg: no gradient), which cancels the 1/p_t
-    hidden in the likelihood's gradient. Also reports nll, which the loss no longer is. Source: "On the Generalization of SFT: A
-    Reinforcement Learning Perspective with Reward Rectification".
+    It differs from nll in the token's own probability as its weight, taken as a constant (sg: no gradient), which cancels the
+    1/p_t hidden in the likelihood's gradient. Also reports nll, which the loss no longer is. Source: "On the Generalization of
+    SFT: A Reinforcement Learning Perspective with Reward Rectification".
     """
     mask = batch["mask"]
     scores = token_scores(forward(params, batch), batch)

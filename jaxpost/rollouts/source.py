@@ -1,8 +1,8 @@
 """Rollouts as a batch source: RL is SFT on data made a second ago.
 
-Called with the train state, the source completes the next prompts with the current weights, scores the completions on the host, and
-returns a batch whose columns (mask, advantages, old_logps, ...) an objective trains on. Its whole state is `position`, the number
-of batches made: prompts and noise are functions of it, and completions follow from the weights.
+Called with the train state, the source completes the next prompts with the current weights, scores the completions on the host,
+and returns a batch whose columns (mask, advantages, old_logps, ...) an objective trains on. Its whole state is `position`, the
+number of batches made: prompts and noise are functions of it, and completions follow from the weights.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ from jaxpost.step import combine
 class Rollouts:
     """Batches of `batch_size` rows: batch_size / group prompts, `group` completions of each.
 
-    prompts(i) -> (record, token ids) of the i-th prompt of an endless sequence; reward(record, completion text) -> float; options: what
-    `complete` takes. `samples` holds the latest batch's first groups, for the log.
+    prompts(i) -> (record, token ids) of the i-th prompt of an endless sequence; reward(record, completion text) -> float;
+    options: what `complete` takes. `samples` holds the latest batch's first groups, for the log.
     """
 
     def __init__(self, model, tokenizer, prompts: Callable, reward: Callable, mesh, *, batch_size, group, seed, options):
@@ -28,7 +28,9 @@ class Rollouts:
             raise UserError(f"config.rollouts.group: {group} must be at least 2 and divide config.batch_size {batch_size}.")
         self.rows = sharding.local_rows(mesh, batch_size)
         if self.rows[0] % group or self.rows[1] % group:
-            raise UserError(f"config.rollouts.group: {group} does not divide each process's rows {self.rows}; change batch_size.")
+            raise UserError(
+                f"config.rollouts.group: {group} does not divide each process's rows {self.rows}; change batch_size."
+            )
         self.model, self.tokenizer, self.prompts, self.reward, self.mesh = model, tokenizer, prompts, reward, mesh
         self.batch_size, self.group, self.options, self.seed = batch_size, group, options, seed
         self.position = 0
@@ -61,7 +63,12 @@ class Rollouts:
         place = np.arange(found.tokens.shape[1])[None]
         inside, mask = place < ends[:, None], (place >= starts[:, None]) & (place < ends[:, None])
         self.samples = [
-            {"prompt": self.tokenizer.decode(drawn[i][1]), "completion": texts[i], "reward": float(rewards[i]), "advantage": float(advantages[i])}
+            {
+                "prompt": self.tokenizer.decode(drawn[i][1]),
+                "completion": texts[i],
+                "reward": float(rewards[i]),
+                "advantage": float(advantages[i]),
+            }
             for i in range(min(len(drawn), 2 * self.group))
         ]
         return {

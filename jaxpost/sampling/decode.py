@@ -1,7 +1,8 @@
 """Sampling with a key/value cache: prefill the prompts, then one token a row and turn until every row has stopped.
 
-The noise of a draw is a function of (seed, step, row, place in the completion), so a rollout can be made again from those numbers and
-the weights alone. Log-probabilities are those of the distribution sampled from. The stop token is part of the completion.
+The noise of a draw is a function of (seed, step, row, place in the completion), so a rollout can be made again from those
+numbers and the weights alone. Log-probabilities are those of the distribution sampled from. The stop token is part of the
+completion.
 """
 
 import functools
@@ -30,10 +31,11 @@ class Completions(NamedTuple):
 
 
 def draw(scores: jax.Array, uniform: jax.Array, temperature: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """One token a row from logits [B,V] by inverting the cumulative distribution at uniform [B] in [0,1); temperature 0 is greedy.
+    """One token a row from logits [B,V] by inverting the cumulative distribution at uniform [B] in [0,1); temperature 0 is
+    greedy.
 
-    Returns (token [B], its log-probability [B]): at the temperature, or at temperature 1 for a greedy choice. One random number a row
-    where the Gumbel trick needs V.
+    Returns (token [B], its log-probability [B]): at the temperature, or at temperature 1 for a greedy choice. One random number
+    a row where the Gumbel trick needs V.
     """
     logps = jax.nn.log_softmax(scores / jnp.where(temperature > 0, temperature, 1.0), axis=-1)
     mass = jnp.cumsum(jnp.exp(logps), axis=-1)
@@ -63,8 +65,8 @@ def sample(
 ) -> Completions:
     """Completes prompts [B,P] int32, right-padded, of true lengths [B] >= 1, by at most `new` tokens.
 
-    rows [B]: the number that tells each row's noise from the others'; noise [2]: (seed, step); temperature: scalar, 0 is greedy; stop [n]:
-    the token ids that end a completion.
+    rows [B]: the number that tells each row's noise from the others'; noise [2]: (seed, step); temperature: scalar, 0 is
+    greedy; stop [n]: the token ids that end a completion.
     """
     params = sharding.gather(unstack(params, model.arch.layers))
     key = jax.random.fold_in(jax.random.PRNGKey(noise[0]), noise[1])
@@ -111,8 +113,9 @@ def complete(
 ) -> Completions:
     """`sample` from host to host: a list of token arrays in, numpy Completions of the same rows out.
 
-    All processes call it together. rows: (first row, rows of the whole batch) where `prompts` are this process's share of it; left out,
-    every process gives the whole batch and gets it back. Raises UserError for a prompt that is empty or longer than the window.
+    All processes call it together. rows: (first row, rows of the whole batch) where `prompts` are this process's share of it;
+    left out, every process gives the whole batch and gets it back. Raises UserError for a prompt that is empty or longer than
+    the window.
     """
     asked = len(prompts)
     first, total = rows or (0, asked)
@@ -128,7 +131,9 @@ def complete(
     }
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= prompt_window:
-            raise UserError(f"a prompt has {len(prompt)} tokens; the prompt window takes 1 to {prompt_window}. Set prompt_window.")
+            raise UserError(
+                f"a prompt has {len(prompt)} tokens; the prompt window takes 1 to {prompt_window}. Set prompt_window."
+            )
         columns["prompts"][i, : len(prompt)] = prompt
     scalars = {
         "noise": np.array([seed, step], np.int32),
@@ -143,7 +148,9 @@ def complete(
 
 
 def answers(found: Completions, prompts: Sequence[np.ndarray], tokenizer) -> list[str]:
-    """The completions of these prompts as text, without the stop token that ended them: it is trained on, but is no part of the answer."""
+    """The completions of these prompts as text, without the stop token that ended them: it is trained on, but is no part of the
+    answer.
+    """
     texts = []
     for prompt, row, length, stopped in zip(prompts, found.tokens, found.lengths, found.stopped, strict=False):
         texts.append(tokenizer.decode(row[len(prompt) : len(prompt) + int(length) - int(stopped)]))

@@ -1,0 +1,22 @@
+"""What every test relies on: eight simulated devices, a data cache of the run's own, compiled programs kept between runs."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("JAXPOST_CACHE", tempfile.mkdtemp())
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+import pytest
+
+SHARED = Path(__file__).parent.parent.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real checkpoints and datasets beside the repository; tests that ask for it skip where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip("real data and checkpoints are not beside this checkout")
+    return SHARED
