@@ -28,22 +28,32 @@ class Checkpoints:
     def __init__(self, folder, *, keep: int = 2, best: str = "", highest: bool = False):
         policies = [LatestN(n=keep)]
         if best:
-            # Orbax ranks ascending; reverse puts the lowest value on top.
-            rank = BestN(get_metric_fn=lambda m: m[best], reverse=not highest, n=1, keep_checkpoints_without_metrics=False)
-            policies.append(rank)
+            # Orbax ranks ascending; reverse puts the lowest value on top. What was not evaluated ranks last, and of several
+            # such the latest first, which stays anyway.
+            worst = -np.inf if highest else np.inf
+            policies.append(
+                BestN(
+                    get_metric_fn=lambda m: m.get(best, worst), reverse=not highest, n=1, keep_checkpoints_without_metrics=False
+                )
+            )
         self.best = best
         self.folder = epath.Path(folder).absolute() if "://" not in str(folder) else epath.Path(folder)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy(policies), enable_async_checkpointing=True, cleanup_tmp_directories=True
+            preservation_policy=AnyPreservationPolicy(policies),
+            # Not consulted beside a policy, but Orbax keeps no metrics for the next process without it.
+            best_fn=lambda m: m.get(best, np.nan),
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
         )
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, state: TrainState, meta: dict, metrics: dict[str, float] | None = None) -> None:
-        """Starts writing the state; returns when the device's part is copied. A step that is already there is left alone."""
+        """Starts writing the state; returns when the device's part is copied.
+
+        metrics: of this very state, or None where it was not evaluated (it is then no candidate for the best).
+        """
         step = int(state.step)
-        if step in self.manager.all_steps():
-            return
-        metrics = {k: v for k, v in (metrics or {}).items() if k == self.best and np.isfinite(v)} or None
+        metrics = {k: v for k, v in (metrics or {}).items() if k == self.best and np.isfinite(v)}
         items = {k: ocp.args.StandardSave(v) for k, v in _items(state).items()}
         self.manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items), metrics=metrics, force=True)
 

@@ -1,12 +1,17 @@
 """How an entry point meets its user: flags in, one clear message out when something is wrong."""
 
 import os
+import re
 import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from absl import app, flags, logging
 
 from jaxpost.errors import UserError
+from jaxpost.recipe import DEFAULTS
+from jaxpost.resolve import nearest
 
 
 def run(main: Callable, about: str, config: bool = False) -> None:
@@ -21,19 +26,11 @@ def run(main: Callable, about: str, config: bool = False) -> None:
 
     def parse(argv):
         try:
+            if config:
+                _find_recipe(argv)
             return flags.FLAGS(argv)
-        except (
-            flags.Error,
-            UserError,
-            AttributeError,
-            KeyError,
-            TypeError,
-            ValueError,
-            OSError,
-            ImportError,
-            SyntaxError,
-        ) as e:
-            _fail(f"{type(e).__name__ if not isinstance(e, (flags.Error, UserError)) else ''}: {e}".lstrip(": "))
+        except Exception as e:  # a recipe is the user's code, and may raise anything
+            _fail(_explain(e, argv))
 
     def guarded(argv):
         logging.set_verbosity(logging.WARNING)  # Orbax narrates every file it renames
@@ -45,6 +42,33 @@ def run(main: Callable, about: str, config: bool = False) -> None:
             _fail(str(e))
 
     app.run(guarded, flags_parser=parse)
+
+
+def _explain(error: Exception, argv: list[str]) -> str:
+    """What was wrong with a recipe or with a key that the command line gives it, and where."""
+    while "Traceback" in str(error) and error.__context__:  # absl wraps some errors, with a traceback in the message
+        error = error.__context__
+    if isinstance(error, (flags.Error, UserError)):
+        return str(error)
+    word = (re.findall(r"\w+", str(error)) or [""])[0]
+    given = [a.lstrip("-").partition("=")[0] for a in argv if a.startswith("--config.")]
+    if isinstance(error, (AttributeError, KeyError)) and (wrong := [k for k in given if word in k.split(".")]):
+        absent = " Set it in the recipe; the command line only changes what is there."
+        return f"--{wrong[0]}: the recipe has no key {word!r} there.{absent if word in DEFAULTS else nearest(word, DEFAULTS)}"
+    own = str(Path(__file__).parent)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((own, "<"))]
+    places = [f"{f.filename}, line {f.lineno}: " for f in frames if "site-packages" not in f.filename]
+    return f"the recipe could not be read: {places[-1] if places else ''}{type(error).__name__}: {error}"
+
+
+def _find_recipe(argv: list[str]) -> None:
+    """Raises UserError where --config names no file: ml_collections would go on with a stand-in until it is used."""
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            path = (value if equals else following).partition(":")[0]
+            if not Path(path).is_file():
+                raise UserError(f"--config={path}: no such file. Give a recipe, such as configs/sft.py.")
 
 
 def _define_config() -> None:

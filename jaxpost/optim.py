@@ -72,7 +72,7 @@ def make(settings: Mapping, steps: int) -> optax.GradientTransformation:
 
 
 def partition(params, pattern: str):
-    """(train, frozen): two trees like params, each with None where the other holds the leaf. train is what the pattern matches."""
+    """(train, frozen): trees like params, each with None where the other holds the leaf. train is what the pattern matches."""
     paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     if not any(re.search(pattern, p) for p in paths):
         raise UserError(f"config.trainable: {pattern!r} matches no parameter; there are, for example, {', '.join(paths[:3])}.")

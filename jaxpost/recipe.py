@@ -74,21 +74,46 @@ DEFAULTS = {
 # What may differ between a workdir and the command that continues it, since it changes nothing that is learned.
 FREE = ("log_every", "eval_every", "save_every", "keep", "eval_rows", "eval_per_cell", "mesh", "max_skipped", "remat")
 
+# Keys that count something and must be at least 1; other numbers must not be negative.
+COUNTS = (
+    "window",
+    "batch_size",
+    "microbatches",
+    "epochs",
+    "keep",
+    "max_skipped",
+    "eval_rows",
+    "eval_per_cell",
+    "prompt_window",
+    "new",
+)
+
 
 def make(**changes) -> ConfigDict:
     """The defaults with `changes`; nested dicts are merged. Raises UserError for an unknown key, naming the nearest."""
-    config = _merge(DEFAULTS, changes, tuple(changes.get("stages", ())), "config")
-    return ConfigDict(config)
+    return ConfigDict(_merge(DEFAULTS, changes, _stage_names(changes), "config"))
+
+
+def _stage_names(settings: Mapping) -> tuple[str, ...]:
+    """The names of a recipe's stages, each of which is also the key of its own settings."""
+    names = settings.get("stages", ())
+    _check("stages", (), names, "config")
+    if len(set(names)) < len(names):
+        raise UserError(f"config.stages: {names} names a stage twice.")
+    if taken := set(names) & set(DEFAULTS):
+        raise UserError(f"config.stages: {min(taken)!r} is a setting's name; call the stage something else.")
+    return tuple(names)
 
 
 def stages(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
     """(name, settings) of each stage in order, every key present. Raises UserError where the config does not add up."""
     plain = config.to_dict()
-    names = tuple(plain.get("stages", ()))
-    whole = _merge(DEFAULTS, plain, names, "config")
-    shared = {k: v for k, v in whole.items() if k not in names}
-    if len(set(names)) < len(names):
-        raise UserError(f"config.stages: {names} names a stage twice.")
+    names = _stage_names(plain)
+    # A stage that the command line took out of `stages` still has its settings in the recipe.
+    others = {k: v for k, v in plain.items() if k not in DEFAULTS and isinstance(v, Mapping)}
+    idle = tuple(k for k, v in others.items() if v and v.keys() <= DEFAULTS.keys())
+    whole = _merge(DEFAULTS, plain, names + idle, "config")
+    shared = {k: v for k, v in whole.items() if k not in names + idle}
     found = []
     for name in names or ("train",):
         changes = plain.get(name, {}) if names else {}
@@ -100,25 +125,46 @@ def stages(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
     return found
 
 
-def _merge(base: Mapping, changes: Mapping, extra: tuple, place: str) -> dict:
+def _merge(base: Mapping, changes: Mapping, extra: tuple, place: str, defaults: Mapping = DEFAULTS) -> dict:
     """base updated by changes, dicts into dicts. A dict with a `name` is a function's call: it is replaced, not merged."""
     merged = copy.deepcopy(dict(base))
     for key, value in changes.items():
         if key in extra:
+            if not isinstance(value, Mapping):
+                raise UserError(f"{place}.{key}: {value!r}; a stage is a dict of what differs from the settings around it.")
             merged[key] = _merge(DEFAULTS, value, (), f"{place}.{key}") and dict(value)
         elif key not in base:
             raise UserError(f"{place}: unknown key {key!r}.{nearest(key, base)}")
         elif isinstance(base[key], Mapping) and isinstance(value, Mapping) and base[key] and "name" not in value:
-            merged[key] = _merge(base[key], value, (), f"{place}.{key}")
+            merged[key] = _merge(base[key], value, (), f"{place}.{key}", defaults.get(key, {}))
         else:
+            if key in defaults:
+                _check(key, defaults[key], value, place)
             merged[key] = dict(value) if isinstance(value, Mapping) else value
     return merged
 
 
+_KINDS = {bool: (bool,), int: (int,), float: (float, int), str: (str,), tuple: (tuple, list), dict: (Mapping,)}
+
+
+def _check(key: str, default, value, place: str) -> None:
+    """Raises UserError for a value that is not of its default's kind, and for a number out of range."""
+    kinds = (str, Mapping) if key in ("model", "objective") else _KINDS[type(default)]
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join("dict" if k is Mapping else k.__name__ for k in kinds)
+        raise UserError(f"{place}.{key}: {value!r} is no {wanted}.")
+    signed = key in ("seed", "data", "fsdp", "tensor")  # a mesh axis of -1 takes what the others leave
+    least = int(key in COUNTS)
+    if isinstance(value, (int, float)) and not signed and not value >= least:
+        raise UserError(f"{place}.{key}: {value!r}; it must be at least {least}.")
+
+
 def difference(old: Mapping, new: Mapping) -> list[str]:
     """Lines `key: old -> new` for what differs in a way that matters; see FREE."""
+    names = ("", *old.get("stages", ()), *new.get("stages", ()))
+    free = tuple(f"{name}.{key}".lstrip(".") for name in names for key in FREE)
     old, new = (_flat(json.loads(json.dumps(x))) for x in (old, new))
-    keys = [k for k in sorted(old.keys() | new.keys()) if not set(k.split(".")) & set(FREE)]
+    keys = [k for k in sorted(old.keys() | new.keys()) if k not in free and not k.startswith(tuple(f"{key}." for key in free))]
     return [f"{k}: {old.get(k, '(absent)')!r} -> {new.get(k, '(absent)')!r}" for k in keys if old.get(k) != new.get(k)]
 
 

@@ -17,7 +17,6 @@ mailed, archived and opened in ten years. Whatever a model or a config says is e
 import datetime
 import html
 import json
-import math
 import os
 import platform
 import subprocess
@@ -27,6 +26,7 @@ from pathlib import Path
 
 from etils import epath
 
+from jaxpost import chart
 from jaxpost.errors import UserError
 from jaxpost.writers import METRICS, SAMPLES, read_rows
 
@@ -34,10 +34,6 @@ _SAMPLED, _GREEDY = "eval/accuracy", "eval/accuracy_greedy"
 _ROW_NAMES = ("stage", "step", "time")
 _COLOURS = ("#2563a8", "#d1600f", "#2f8a4e", "#9a3f9e", "#b3262e", "#0e8a94", "#8a6d1b", "#5b5f66")
 _PACKAGES = ("jaxpost", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers", "libtpu")
-
-_WIDTH, _HEIGHT = 400, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 62, 12, 28
-_POINTS = 400  # the most points of a line; about one for each pixel of the chart's width
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1d2125; background: #fff }
@@ -95,6 +91,32 @@ def write(workdir, out=None):
     return path
 
 
+def summary(workdir):
+    """The run in a few lines of text: accuracy before and after each stage, sampled with greedy beside it, cell by cell.
+
+    Below it stand each stage's last sampled completions. Empty for a run that measured no accuracy.
+    """
+    metrics, samples = (read_rows(epath.Path(workdir) / name) for name in (METRICS, SAMPLES))
+    stages = list(dict.fromkeys(row["stage"] for row in metrics if _SAMPLED in row))
+    cells = dict.fromkeys(name.removeprefix(_SAMPLED) for row in metrics for name in row if name.startswith(_SAMPLED + "/"))
+    if not stages:
+        return ""
+
+    def figures(stage, cell, end):
+        pair = (_ends(metrics, stage, name + cell)[end] for name in (_SAMPLED, _GREEDY))
+        return " ".join(f"{'-' if value is None else format(100 * value, '.0f'):>4}" for value in pair)
+
+    lines = ["held-out accuracy in percent, sampled at temperature 1 and greedy, before and after each stage"]
+    lines.append(f"{'cell':5}" + "".join(f" | {stage:^23}" for stage in stages))
+    for cell in ("", *cells):
+        ends = "".join(f" | {figures(stage, cell, 0)}  -> {figures(stage, cell, 1)}" for stage in stages)
+        lines.append(f"{cell.lstrip('/') or 'all':5}{ends}")
+    for stage in stages:
+        shown = [row for row in samples if row["stage"] == stage and row.get("kind") == "sampled"][-5:]
+        lines += [f"{stage}: {row['prompt']} -> {row['completion']} (answer {row['answer']})" for row in shown]
+    return "\n".join(lines)
+
+
 def environment():
     """What a run ran on, as a dict that JSON can hold: interpreter, machine, devices, packages, date, git commit."""
     import jax
@@ -143,15 +165,6 @@ def _read_json(path):
 
 def _escape(value):
     return html.escape(str(value))
-
-
-def _number(value):
-    """A figure as a reader wants it: four digits that matter, whole numbers whole."""
-    if value is None:
-        return "&ndash;"
-    if abs(value) < 1e7 and (float(value).is_integer() or abs(value) >= 1000):
-        return f"{value:.0f}"
-    return f"{value:.4g}"
 
 
 def _percent(value):
@@ -244,99 +257,11 @@ def _curves(metrics, colours):
     parts = [f'<h2>Curves</h2><p class="note">Over the steps of each stage.</p><p class="key">{key}</p>']
     for prefix in sorted(groups, key=lambda prefix: (prefix != "eval", prefix)):
         charts = "".join(
-            f"<figure><figcaption>{_escape(name)}</figcaption>{_chart(lines, colours)}</figure>"
+            f"<figure><figcaption>{_escape(name)}</figcaption>{chart.draw(lines, colours)}</figure>"
             for name, lines in groups[prefix]
         )
         parts.append(f'<h3>{_escape(prefix or "general")}</h3><div class="charts">{charts}</div>')
     return "\n".join(parts)
-
-
-def _chart(lines, colours):
-    """An SVG line chart of {stage: [(step, value or None)]}; each line ends in a dot with its last value written beside it."""
-    points = [(x, y) for line in lines.values() for x, y in line if y is not None]
-    if not points:
-        return '<p class="note">never finite</p>'
-    xs, ys = _ticks(*_range(x for x, _ in points)), _ticks(*_range(y for _, y in points))
-    x0, x1, y0, y1 = xs[0], xs[-1], ys[0], ys[-1]
-    right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
-
-    def place(x, y):
-        return _LEFT + (x - x0) / (x1 - x0) * (right - _LEFT), bottom - (y - y0) / (y1 - y0) * (bottom - _TOP)
-
-    parts = [f'<svg width="{_WIDTH}" height="{_HEIGHT}" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">']
-    for tick in ys:
-        _, y = place(x0, tick)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_number(tick)}</text>')
-    for tick in xs:
-        x, _ = place(tick, y0)
-        parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
-        parts.append(f'<text x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{_number(tick)}</text>')
-    parts.append(f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
-    ends = []
-    for stage, line in lines.items():
-        parts.append(f'<path d="{_path(_thin(line), place)}" fill="none" stroke="{colours[stage]}" stroke-width="1.6"/>')
-        last = next((x, y) for x, y in reversed(line) if y is not None)
-        ends.append((*place(*last), last[1], colours[stage]))
-    return "".join([*parts, *_end_labels(ends), "</svg>"])
-
-
-def _path(line, place):
-    """The line as SVG path commands; it is broken where a value is missing."""
-    commands, pen = [], "M"
-    for x, y in line:
-        if y is None:
-            pen = "M"
-        else:
-            commands.append("{}{:.1f} {:.1f}".format(pen, *place(x, y)))
-            pen = "L"
-    return "".join(commands)
-
-
-def _end_labels(ends):
-    """Dots at the lines' ends, given as (x, y, value, colour), and the values in the right margin, kept apart."""
-    parts = [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y, _, colour in ends]
-    ends = sorted(ends, key=lambda end: end[1])
-    heights = [y + 4 for _, y, _, _ in ends]
-    for number in range(1, len(ends)):
-        heights[number] = max(heights[number], heights[number - 1] + 12)
-    # What was pushed below the axis would be among its ticks, so it pushes back.
-    limit = _HEIGHT - _BOTTOM + 4
-    for number in reversed(range(len(ends))):
-        heights[number] = min(heights[number], limit)
-        limit = heights[number] - 12
-    for (_, _, value, colour), y in zip(ends, heights, strict=True):
-        parts.append(f'<text x="{_WIDTH - _RIGHT + 8}" y="{y:.1f}" style="fill: {colour}">{_number(value)}</text>')
-    return parts
-
-
-def _thin(line):
-    """At most about `_POINTS` of the line's points: the lowest and the highest of each stretch, so that no spike is lost."""
-    if len(line) <= _POINTS:
-        return line
-    size = math.ceil(2 * len(line) / _POINTS)
-    kept = {0, len(line) - 1}
-    for start in range(0, len(line), size):
-        known = [number for number in range(start, min(start + size, len(line))) if line[number][1] is not None]
-        # A stretch without a value keeps its first point, which breaks the line there.
-        kept |= {min(known, key=lambda n: line[n][1]), max(known, key=lambda n: line[n][1])} if known else {start}
-    return [line[number] for number in sorted(kept)]
-
-
-def _range(values):
-    """(lowest, highest), widened where they are equal, for a chart to have an extent."""
-    values = list(values)
-    low, high = min(values), max(values)
-    margin = abs(low) * 0.1 or 0.5
-    return (low, high) if high - low > 1e-9 * max(abs(low), abs(high)) else (low - margin, high + margin)
-
-
-def _ticks(low, high):
-    """A few round numbers that enclose [low, high], in equal steps of 1, 2 or 5 times a power of ten."""
-    rough = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
-    return [number * step for number in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
 
 
 def _samples(samples, stages, each=6):
@@ -358,7 +283,7 @@ def _samples(samples, stages, each=6):
 
 def _sample_cell(value):
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return f"<td>{_number(value)}</td>"
+        return f"<td>{chart.label(value)}</td>"
     return f'<td class="text">{"" if value is None else _escape(value)}</td>'
 
 

@@ -74,7 +74,7 @@ def module(name: str, noun: str) -> ModuleType:
     if name.endswith(".py"):
         return _file(name)
     for candidate in (f"jaxpost.{noun}.{name}", name):
-        if (found := _module(candidate)) is not None:
+        if candidate and (found := _module(candidate)) is not None:
             return found
     folder = Path(__file__).parent / noun
     have = [p.stem for p in folder.glob("*.py") if p.stem != "__init__"]

@@ -171,8 +171,13 @@ def distribute(columns: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> d
     return {k: place(v) for k, v in columns.items()}
 
 
-def local(x: jax.Array) -> np.ndarray:
-    """The rows of a global array that this process holds, in order: the inverse of distribute."""
+def local(x: jax.Array, mesh: Mesh) -> np.ndarray:
+    """The rows of a global array that are this process's, in order: the inverse of distribute.
+
+    Raises ValueError for an array that is not split as distribute splits it: its rows here would be others than were asked for.
+    """
+    if not x.sharding.is_equivalent_to(_row_sharding(mesh, x.ndim), x.ndim):
+        raise ValueError(f"an array {x.shape} has its rows elsewhere than the batch: {x.sharding}; pin it with shard first")
     pieces = {s.index[0].start or 0: s.data for s in x.addressable_shards} if x.ndim else {0: x.addressable_shards[0].data}
     return np.concatenate([np.asarray(pieces[k]) for k in sorted(pieces)]) if x.ndim else np.asarray(pieces[0])
 

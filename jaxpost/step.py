@@ -87,7 +87,7 @@ def make_step(forward: Callable, objective: Callable, tx, *, microbatches: int =
     def step(state: TrainState, batch: Batch):
         key = jax.random.fold_in(state.key, state.step)
         loss, grads, metrics = gradients(forward, objective, state.train, state.frozen, batch, key, microbatches)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         def unless_skipped(new, old):

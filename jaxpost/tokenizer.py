@@ -15,6 +15,7 @@ no beginning-of-text token that a template and an encoder could both add.
 `encode` is how rendered text becomes ids: it adds nothing, and says which character a tokenizer without an unknown token lacks.
 """
 
+import functools
 import os
 import tempfile
 
@@ -124,10 +125,16 @@ def encode(tokenizer, text):
 
     Raises UserError naming the first character that the tokenizer has no token for.
     """
+    return encoding(tokenizer, text)["input_ids"]
+
+
+def encoding(tokenizer, text, **options):
+    """What `tokenizer(text, **options)` gives, with nothing added; raises as `encode` does."""
     try:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokenizer(text, add_special_tokens=False, **options)
     except Exception as error:  # the Rust half raises bare Exception, and does not say where
-        missing = next((c for c in text if not _encodes(tokenizer, c)), None)
+        plain = functools.reduce(lambda rest, token: rest.replace(token, ""), tokenizer.get_added_vocab(), text)
+        missing = next((c for c in plain if not _encodes(tokenizer, c)), None)
         if missing is None:
             raise
         raise UserError(

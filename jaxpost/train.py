@@ -13,21 +13,19 @@ stage itself, its evaluation, its ending.
 import json
 import signal
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
+from etils import epath
 
-from jaxpost import checkpoint, cli, evaluate, metrics, optim, recipe, report, sharding, writers
+from jaxpost import checkpoint, cli, evaluate, optim, recipe, report, sharding, writers
 from jaxpost.data import chat, readers, source
 from jaxpost.errors import UserError
-from jaxpost.models import loading
-from jaxpost.progress import Progress, model_flops, peak_flops
+from jaxpost.log import Log
+from jaxpost.models import hf, loading
 from jaxpost.resolve import bind, module, resolve
 from jaxpost.rollouts.source import Rollouts
 from jaxpost.step import combine, make_evaluation, make_step
@@ -44,45 +42,62 @@ def run(config, workdir) -> dict[str, float]:
     """
     stages = recipe.stages(config)
     mesh = sharding.make_mesh(**config.mesh)
-    workdir = Path(workdir)
-    _claim(workdir, config)
-    with sharding.use(mesh):
+    workdir = epath.Path(workdir)
+    _compare(workdir, config)
+    with sharding.use(mesh), _StopRequest() as stop:
         plans = [_plan(name, settings, mesh) for name, settings in stages]
+        _claim(workdir, config)
         _introduce(plans[0], workdir)
-        stop = _StopRequest()
-        results = {}
         for i, plan in enumerate(plans):
-            results = _stage(plan, plans[:i], workdir, mesh, stop) or results
+            results = _stage(plan, plans[:i], workdir, mesh, stop)
+            if stop.asked and plan is not plans[-1]:
+                _leave(f"after {plan.name}")
     if jax.process_index() == 0:
-        print(f"report: {report.write(workdir)}", file=sys.stderr)
+        print(report.summary(workdir), f"report: {report.write(workdir)}", sep="\n", file=sys.stderr)
     return results
 
 
-def _claim(workdir: Path, config) -> None:
-    """Makes the workdir this config's, or checks that it is: a run is never continued with other settings by accident."""
-    path, plain = workdir / "config.json", json.loads(config.to_json())
-    if path.exists() and (changes := recipe.difference(json.loads(path.read_text()), plain)):
+def _compare(workdir: epath.Path, config) -> None:
+    """Checks that a workdir is this config's, or nobody's: a run is never continued with other settings by accident."""
+    path = workdir / "config.json"
+    if path.exists() and (changes := recipe.difference(json.loads(path.read_text()), config.to_dict())):
         raise UserError(
             f"{workdir} holds a run with other settings:\n  "
             + "\n  ".join(changes)
             + "\nUse another --workdir, or the same settings."
         )
+
+
+def _claim(workdir: epath.Path, config) -> None:
+    """Makes the workdir this config's, now that nothing is wrong with it."""
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(plain, indent=2) + "\n")
-        (workdir / "environment.json").write_text(json.dumps(report.environment(), indent=2) + "\n")
+        for name, content in (("config", json.loads(config.to_json())), ("environment", report.environment())):
+            writers.replace(workdir / f"{name}.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
 class _StopRequest:
     """Set by SIGTERM. With several processes jax's own handler speaks for all of them, so none is installed here."""
 
     def __init__(self):
-        self.asked = False
+        self.asked, self.before = False, None
+
+    def __enter__(self):
         if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._ask)
+            self.before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *_):
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)
 
     def _ask(self, *_):
         self.asked = True
+
+
+def _leave(where: str) -> None:
+    print(f"\nstopped {where}, all saved; the same command continues.", file=sys.stderr)
+    raise SystemExit(0)
 
 
 # --------------------------------------------------------------------------------------------------------------- Plan
@@ -105,17 +120,20 @@ class Plan(NamedTuple):
 def _plan(name: str, s, mesh) -> Plan:
     """Reads, resolves and checks everything that a stage's settings name."""
     found = loading.describe(_plain(s.model), s.tokenizer, s.dtype, s.remat)
-    objective = resolve(s.objective, "objectives")
+    if found.folder is not None:
+        hf.check(found.folder, found.transformer.arch)
+    objective = resolve(_plain(s.objective), "objectives")
     if s.window > found.transformer.arch.max_positions:
+        raise UserError(f"config.window: {s.window} tokens, but the model takes {found.transformer.arch.max_positions}.")
+    if s.batch_size % (rows := s.microbatches * mesh.shape["data"] * mesh.shape["fsdp"]):
         raise UserError(
-            f"config.window: {s.window} tokens, but the model takes {found.transformer.arch.max_positions} (max_position_embeddings)."
+            f"config.batch_size: {s.batch_size} rows do not divide over microbatches x data x fsdp = {rows}; use a multiple."
         )
-    if s.batch_size % s.microbatches:
-        raise UserError(f"config.microbatches: {s.microbatches} does not divide batch_size {s.batch_size}.")
-    sharding.local_rows(mesh, s.batch_size // s.microbatches)
     if found.tokenizer is None:
-        raise UserError(f"config.model: {s.model} has no tokenizer; name a folder that has one as config.tokenizer.")
-    task = module(s.task["name"], "tasks") if s.task else None
+        raise UserError(
+            "config.tokenizer: the model comes without one; name a folder that has one, or a function that makes one."
+        )
+    task = module(s.task.get("name", ""), "tasks") if s.task else None
     problems = None if task is None else _problems(task, found, s)
     if s.source == "rollouts":
         batches, held_out, example, steps = _rollouts(task, found, s, mesh), [], None, s.steps
@@ -153,7 +171,8 @@ def _data(task, found, s, mesh):
         records = [readers.Record(make(i), f"task {s.task['name']}, example {i}") for i in range(s.task.get("examples", 10000))]
     else:
         raise UserError("config.data: give a .jsonl or .json file, or a config.task with demonstrations of its own.")
-    rest, others = source.split(len(records), s.held_out, s.seed)
+    # On the command line every share is a float, a number of examples too.
+    rest, others = source.split(len(records), int(s.held_out) if s.held_out >= 1 else float(s.held_out), s.seed)
     kept = readers.read(s.eval_data) if s.eval_data else [records[i] for i in others]
 
     def rows(records):
@@ -202,11 +221,11 @@ def _rollouts(task, found, s, mesh) -> Rollouts:
     )
 
 
-def _introduce(plan: Plan, workdir: Path) -> None:
+def _introduce(plan: Plan, workdir: epath.Path) -> None:
     """Says what is about to be trained on, one example with its mask."""
     if jax.process_index() != 0:
         return
-    loading.keep_description(plan.found, workdir)
+    loading.keep_description(plan.found, workdir, chat.jinja(plan.found.tokenizer, plan.settings.template or None))
     arch = plan.found.transformer.arch
     print(f"model: {arch.parameters():,} parameters, {jax.device_count()} x {jax.devices()[0].device_kind}", file=sys.stderr)
     if plan.example is not None:
@@ -217,7 +236,7 @@ def _introduce(plan: Plan, workdir: Path) -> None:
 # -------------------------------------------------------------------------------------------------------------- Stage
 
 
-def _stage(plan: Plan, before: list[Plan], workdir: Path, mesh, stop: _StopRequest) -> dict[str, float]:
+def _stage(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _StopRequest) -> dict[str, float]:
     """One stage from its start, or from where it was left, to its end."""
     s, names = plan.settings, [p.name for p in before] + [plan.name]
     saved = checkpoint.Checkpoints(workdir / "checkpoints" / plan.name, keep=s.keep, best=s.best, highest=s.highest)
@@ -225,60 +244,59 @@ def _stage(plan: Plan, before: list[Plan], workdir: Path, mesh, stop: _StopReque
     meta = saved.meta(latest) if latest is not None else {"position": 0, "num_tokens": 0, "seconds": 0.0, "done": False}
     if meta["done"]:
         saved.close()
+        print(f"{plan.name}: finished before, at step {latest}.", file=sys.stderr)
         return meta["results"]
 
-    # Set up: the state, in its place on the mesh, and the compiled step.
+    # Set up: the state, where it was left or where it starts, and the step; the files taken back to there.
     tx = optim.make(s.optimizer, plan.steps)
     state = _restore(plan, saved, latest, tx, mesh) if latest is not None else _start(plan, names, workdir, tx, mesh)
-    places = sharding.stored(mesh, state)
-    step = make_step(plan.found.transformer.forward, plan.objective, tx, microbatches=s.microbatches, ema=s.ema or None)
-    step = jax.jit(step, out_shardings=(places, sharding.replicated(mesh)), donate_argnums=0)
+    step = _compiled(plan, tx, state, mesh)
     plan.source.position = meta["position"]
-    if jax.process_index() == 0:
-        writers.cut_back(workdir, names, plan.name, int(state.step) if latest is not None else -1)
-    log = _Log(plan, workdir, names, meta, int(state.step))
+    log = Log(plan, workdir, names, meta, int(state.step))
     judge = _Judge(plan, mesh)
     budget = _seconds_of(s.time_of, workdir) if s.time_of else float("inf")
 
-    def save(done: bool, results: dict) -> None:
+    def save(done: bool) -> None:
         log.flush()
         counted = {"num_tokens": log.num_tokens, "seconds": log.seconds, "done": done, "results": results}
-        saved.save(state, {"position": plan.source.position, **counted}, results)
+        saved.save(state, {"position": plan.source.position, **counted}, results if judged == at else None)
 
     # Loop: a batch, a step, and now and then a look at where we are.
-    results = meta.get("results", {})
+    at, judged, results = int(state.step), -1, meta.get("results", {})
     if latest is None:
         results = judge(state, log, 0)
-    at = int(state.step)
-    while at < plan.steps and log.seconds < budget:
+    # The last step is saved as the stage's end and never before it: a stage that is not done has a step to take.
+    while True:
         log.clock()
         batch = plan.source(state)
         log.waited()
         state, measured = step(state, sharding.distribute(batch, mesh, s.batch_size))
         at += 1
         log.step(at, batch, measured)
+        done = at == plan.steps or log.seconds >= budget
+        if done or (s.eval_every and at % s.eval_every == 0):
+            results, judged = judge(state, log, at), at
         asked = stop.asked or (jax.process_count() > 1 and saved.reached_preemption(at))
-        last = at == plan.steps
-        if s.eval_every and at % s.eval_every == 0 and not last:
-            results = judge(state, log, at)
-        if asked or (s.save_every and at % s.save_every == 0 and not last):
-            save(False, results)
-        if asked:
-            saved.close()
-            log.close()
-            print(f"\nstopped at {plan.name} step {at}, all saved; the same command continues.", file=sys.stderr)
-            raise SystemExit(0)
-
-    # End: a last look, a last save.
-    log.settle()
-    results = judge(state, log, at)
-    save(True, results)
+        if done or asked or (s.save_every and at % s.save_every == 0):
+            save(done)
+        if done or asked:
+            break
     saved.close()
     log.close()
+    if not done:
+        _leave(f"at {plan.name} step {at}")
     return results
 
 
-def _start(plan: Plan, names: list[str], workdir: Path, tx, mesh) -> TrainState:
+def _compiled(plan: Plan, tx, state: TrainState, mesh) -> Callable:
+    """The train step as one program, which takes the state's memory for the next state and leaves every leaf where it was."""
+    s = plan.settings
+    step = make_step(plan.found.transformer.forward, plan.objective, tx, microbatches=s.microbatches, ema=s.ema or None)
+    places = sharding.stored(mesh, state), sharding.replicated(mesh)
+    return jax.jit(step, out_shardings=places, donate_argnums=0)
+
+
+def _start(plan: Plan, names: list[str], workdir: epath.Path, tx, mesh) -> TrainState:
     """A fresh state: the weights of the stage that this one starts from, or the model's own."""
     s = plan.settings
     origin = s.start or (names[-2] if len(names) > 1 else "")
@@ -311,7 +329,7 @@ def _restore(plan: Plan, saved: checkpoint.Checkpoints, step: int, tx, mesh) -> 
     return saved.restore(step, jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p), shapes, places))
 
 
-def _seconds_of(stage: str, workdir: Path) -> float:
+def _seconds_of(stage: str, workdir: epath.Path) -> float:
     """The training time that a finished stage took, evaluation left out."""
     other = checkpoint.Checkpoints(workdir / "checkpoints" / stage)
     seconds = other.meta(other.latest())["seconds"]
@@ -329,7 +347,7 @@ class _Judge:
         self.plan, self.mesh = plan, mesh
         self.evaluate = jax.jit(make_evaluation(plan.found.transformer.forward, plan.objective))
 
-    def __call__(self, state: TrainState, log: "_Log", step: int) -> dict[str, float]:
+    def __call__(self, state: TrainState, log: Log, step: int) -> dict[str, float]:
         log.settle()
         params, values, samples = combine(state.train if state.ema is None else state.ema, state.frozen), {}, []
         if self.plan.held_out:
@@ -343,101 +361,6 @@ class _Judge:
             samples = values.pop("samples")
         log.evaluated(step, values, samples)
         return values
-
-
-class _Log:
-    """The stage's figures: written one step late in time but never in name, so that the device need not wait for the host."""
-
-    def __init__(self, plan: Plan, workdir: Path, names: list[str], meta: dict, step: int):
-        self.plan, self.workdir = plan, workdir
-        self.num_tokens, self.seconds = meta["num_tokens"], meta["seconds"]
-        self.writer = (
-            writers.MetricWriter(workdir, json.loads(plan.settings.to_json()), names) if jax.process_index() == 0 else None
-        )
-        self.progress = Progress(plan.name, plan.steps, step, quiet=self.writer is None)
-        self.schedule = optim.schedule(plan.settings.optimizer, plan.steps)
-        self.peak, self.pending, self.wait = peak_flops(), None, 0.0
-        self.mark = None
-
-    def clock(self) -> None:
-        """Starts a step's time where no step came right before."""
-        self.mark = self.mark or time.perf_counter()
-        self.began = time.perf_counter()
-
-    def waited(self) -> None:
-        """The batch is here: what passed since `clock` was waiting for it."""
-        self.wait = time.perf_counter() - self.began
-
-    def step(self, at: int, batch: dict, measured: dict) -> None:
-        """Takes a step's metrics without waiting for them, and deals with the step before."""
-        self.settle(keep_mark=True)
-        self.pending = (at, batch, measured, self.wait)
-
-    def settle(self, keep_mark: bool = False) -> None:
-        """Waits for the pending step's figures and writes them if it is their turn; stops the run after too many skipped
-        updates.
-        """
-        if self.pending is not None:
-            at, batch, measured, wait = self.pending
-            self.pending = None
-            values = metrics.values(measured)
-            now = time.perf_counter()
-            took, self.mark = now - self.mark, now
-            self.seconds += took
-            self.num_tokens += int(values["num_tokens"])
-            self._guard(at, batch, values)
-            self.progress.advance()
-            every = self.plan.settings.log_every
-            if every and (at % every == 0 or at in (1, self.plan.steps)):
-                self._write(at, values, took, wait)
-        if not keep_mark:
-            self.mark = None
-
-    def _write(self, at: int, values: dict, took: float, wait: float) -> None:
-        tokens = values["num_tokens"]
-        flops = model_flops(self.plan.found.transformer.arch, tokens, values.pop("num_trained"), values.pop("num_pairs"))
-        values |= {
-            "num_tokens": self.num_tokens,
-            "learning_rate": float(self.schedule(at - 1 - int(values["skipped"]))),
-            "step_time": took,
-            "wait_time": wait,
-            "tokens_per_second": tokens / took,
-            "mfu": flops / took / self.peak,
-        }
-        if self.writer:
-            self.writer.write(self.plan.name, at, values)
-        self.progress.show(at, values)
-
-    def _guard(self, at: int, batch: dict, values: dict) -> None:
-        if values["skipped_in_a_row"] < max(self.plan.settings.max_skipped, 1):
-            return
-        path = self.workdir / f"nonfinite-{self.plan.name}-{at}-process{jax.process_index()}.npz"
-        np.savez(path, **batch)
-        raise UserError(
-            f"{self.plan.name} step {at}: {int(values['skipped_in_a_row'])} updates in a row were not finite and were left out "
-            f"(loss {values['loss']}, gradient norm {values['grad_norm']}). The batch is in {path}; lower the learning rate, or "
-            "look at the data."
-        )
-
-    def evaluated(self, step: int, values: dict, samples: list[dict]) -> None:
-        """Writes an evaluation, and samples beside it."""
-        if self.writer and values:
-            self.writer.write(self.plan.name, step, values)
-        if self.writer and samples:
-            self.writer.samples(self.plan.name, step, samples + getattr(self.plan.source, "samples", []))
-        self.progress.show(step, values)
-
-    def flush(self) -> None:
-        """Everything up to here is in the files."""
-        self.settle(keep_mark=True)
-        if self.writer:
-            self.writer.flush()
-
-    def close(self) -> None:
-        """Closes files and bar."""
-        self.progress.close()
-        if self.writer:
-            self.writer.close()
 
 
 # --------------------------------------------------------------------------------------------------------------- Main

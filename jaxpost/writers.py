@@ -218,15 +218,17 @@ def cut_back(workdir, stage_order, stage, step):
         path = workdir / name
         if path.exists():
             earlier = [(line, row) for line, row in _lines(path) if row["stage"] not in later]
-            _replace(path, b"".join(line for line, row in earlier if row["stage"] != stage or row["step"] <= step))
+            replace(path, b"".join(line for line, row in earlier if row["stage"] != stage or row["step"] <= step))
     for name in later:
         if (workdir / EVENTS / name).exists():
             (workdir / EVENTS / name).rmtree()
     _cut_events(workdir / EVENTS / stage, step)
 
 
-def _replace(path, content):
-    # Written beside the file and then renamed, so that a second stop leaves the old file or the new one.
+def replace(path, content):
+    """Makes `content` (bytes) the file at `path` (local or gs://), at once: a stop leaves the old file or the new one."""
+    path = epath.Path(path)
+    # Written beside the file and then renamed.
     beside = path.parent / (path.name + ".new")
     beside.write_bytes(content)
     beside.replace(path)

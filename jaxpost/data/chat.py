@@ -25,6 +25,7 @@ import numpy as np
 
 from jaxpost.data.formats import Completion, Conversation, Example
 from jaxpost.errors import UserError
+from jaxpost.tokenizer import encoding
 
 TEMPLATES = {
     "plain": (
@@ -64,7 +65,7 @@ def encode(example: Example, tokenizer: Any, template: str | None = None, train_
 
 def encode_prompt(messages: Sequence[dict[str, str]], tokenizer: Any, template: str | None = None) -> np.ndarray:
     """[n] int32: the messages as generation sees them, the opening of the assistant's turn included."""
-    return _tokenise(_render(messages, tokenizer, template, True, "the prompt"), tokenizer)[0]
+    return _tokenise(_render(messages, tokenizer, template, True, "the prompt"), tokenizer, "the prompt")[0]
 
 
 def stop_ids(tokenizer: Any, template: str | None = None) -> tuple[int, ...]:
@@ -76,6 +77,17 @@ def stop_ids(tokenizer: Any, template: str | None = None) -> tuple[int, ...]:
     if ends:
         found.append(_specials(tokenizer)[max(ends, key=len)])
     return tuple(dict.fromkeys(found))
+
+
+def jinja(tokenizer: Any, template: str | None = None) -> str:
+    """The template that `encode` uses, as Jinja. Raises UserError for a name that is not in TEMPLATES."""
+    if template is None:
+        return tokenizer.get_chat_template() if tokenizer.chat_template else TEMPLATES["plain"]
+    if template in TEMPLATES:
+        return TEMPLATES[template]
+    if "{" not in template:
+        raise UserError(f"chat template {template!r} is not known; give one of {', '.join(TEMPLATES)}, or a Jinja string")
+    return template
 
 
 def show(tokens: np.ndarray, mask: np.ndarray, tokenizer: Any, colour: bool = True) -> str:
@@ -100,7 +112,7 @@ def show(tokens: np.ndarray, mask: np.ndarray, tokenizer: Any, colour: bool = Tr
 def _conversation(example: Conversation, tokenizer: Any, template: str | None, train_on: str) -> tuple[np.ndarray, np.ndarray]:
     """tokens, mask [n]: of the whole, the tokens that belong to the assistant's turns chosen by train_on."""
     whole = _render(example.messages, tokenizer, template, False, example.place)
-    tokens, starts, ends = _tokenise(whole, tokenizer)
+    tokens, starts, ends = _tokenise(whole, tokenizer, example.place)
     mask = np.zeros(len(tokens), np.bool_)
     if train_on == "all":
         return tokens, mask
@@ -148,7 +160,7 @@ def _document(prompt: str, completion: str, tokenizer: Any, place: str) -> tuple
     """tokens, mask [n]: [bos] + the strings tokenised as one + eos; in the mask the completion and eos."""
     if tokenizer.eos_token_id is None:
         raise UserError(f"{place}: the tokenizer has no eos_token, so a model would never learn to stop; give it one")
-    tokens, _, ends = _tokenise(prompt + completion, tokenizer)
+    tokens, _, ends = _tokenise(prompt + completion, tokenizer, place)
     mask = ends > len(prompt)
     opening = tokenizer("")["input_ids"][:1]
     # A text that spells the special tokens out itself has them already.
@@ -160,12 +172,7 @@ def _document(prompt: str, completion: str, tokenizer: Any, place: str) -> tuple
 
 
 def _render(messages: Sequence[dict[str, str]], tokenizer: Any, template: str | None, generate: bool, place: str) -> str:
-    if template is None:
-        template = tokenizer.get_chat_template() if tokenizer.chat_template else TEMPLATES["plain"]
-    elif template in TEMPLATES:
-        template = TEMPLATES[template]
-    elif "{" not in template:
-        raise UserError(f"chat template {template!r} is not known; give one of {', '.join(TEMPLATES)}, or a Jinja string")
+    template = jinja(tokenizer, template)
     try:
         return tokenizer.apply_chat_template(
             list(messages), chat_template=template, tokenize=False, add_generation_prompt=generate
@@ -174,11 +181,14 @@ def _render(messages: Sequence[dict[str, str]], tokenizer: Any, template: str | 
         raise UserError(f"{place}: the chat template refuses the messages: {error}; change them or the template") from error
 
 
-def _tokenise(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _tokenise(text: str, tokenizer: Any, place: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """tokens [n] int32, and where each starts and ends in the text, in characters. No special token is added."""
     if not tokenizer.is_fast:
         raise UserError("the tokenizer gives no character offsets, which masks need; use one with a tokenizer.json")
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    try:
+        encoded = encoding(tokenizer, text, return_offsets_mapping=True, verbose=False)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
     offsets = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
     return np.array(encoded["input_ids"], np.int32), offsets[:, 0], offsets[:, 1]
 

@@ -17,12 +17,12 @@ import os
 import uuid
 import zipfile
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
-import transformers
 from absl import logging
 from etils import epath
 
@@ -208,7 +208,7 @@ def _key(records: Sequence[Record], tokenizer: Any, choices: tuple) -> str:
     digest = hashlib.sha256()
     for module in (chat, formats, pack):
         digest.update(Path(module.__file__).read_bytes())
-    names = (transformers.__version__, tokenizer.special_tokens_map, tokenizer.chat_template, *choices)
+    names = (metadata.version("transformers"), tokenizer.special_tokens_map, tokenizer.chat_template, *choices)
     digest.update(json.dumps(names, sort_keys=True, default=str).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     for record in records:

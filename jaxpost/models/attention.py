@@ -7,24 +7,28 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxpost.models.families import Rope
 
 
-def frequencies(rope: Rope, head_width: int) -> jax.Array:
+def frequencies(rope: Rope, head_width: int) -> np.ndarray:
     """The rotary angle per position of each pair of channels, [H/2] float32, llama3's stretching of long wavelengths included.
 
     llama3 scaling: wavelengths shorter than original / high_factor stay, those longer than original / low_factor are divided by
     `factor`, and the ones between are blended linearly in original / wavelength.
+
+    They are constants, made on the host: a power's last bits, multiplied by a position in the thousands, are a visible angle on
+    devices that approximate it.
     """
-    freq = rope.theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+    freq = (1.0 / np.float32(rope.theta) ** (np.arange(0, head_width, 2, dtype=np.float32) / head_width)).astype(np.float32)
     if rope.kind == "default":
         return freq
     if rope.kind == "linear":
-        return freq / rope.factor
+        return freq / np.float32(rope.factor)
     turns = rope.original / (2 * math.pi / freq)
-    blend = jnp.clip((turns - rope.low_factor) / (rope.high_factor - rope.low_factor), 0.0, 1.0)
-    return blend * freq + (1 - blend) * freq / rope.factor
+    blend = np.clip((turns - rope.low_factor) / (rope.high_factor - rope.low_factor), 0.0, 1.0)
+    return (blend * freq + (1 - blend) * freq / rope.factor).astype(np.float32)
 
 
 def rotate(x: jax.Array, positions: jax.Array, freq: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ forward pass is honoured or refused by name; a field that cannot change it is li
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -82,6 +83,8 @@ HARMLESS = {
     "unsloth_version",
     "unsloth_fixed",
     "mlx_version",
+    "is_llama_config",
+    "transformers.js_config",
 }
 
 # Fields that would change it, and the one value at which they do not.
@@ -95,20 +98,40 @@ NEUTRAL = {
     "tie_encoder_decoder": False,
     "quantization_config": None,
     "partial_rotary_factor": 1.0,
+    "rope_interleaved": False,
     "pruned_heads": {},
     "torchscript": False,
 }
 
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+
+
+def _take(fields: dict, place: str, name: str, kind: type, default=None):
+    """Removes a field and gives its value, of exactly this kind (a whole number may stand for a number); null is absent."""
+    value = fields.pop(name, None)
+    value = default if value is None else value
+    if value is None:
+        raise UserError(f"{place}: {name} is missing.")
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise UserError(f"{place}: {name} = {value!r} is not {_KINDS[kind]}.")
+    return kind(value)
 
 
 def _rope(fields: dict, place: str) -> Rope:
     """Both spellings: rope_theta + rope_scaling, and the newer rope_parameters that holds everything."""
-    given = dict(fields.pop("rope_parameters", None) or {})
-    scaling = dict(fields.pop("rope_scaling", None) or {})
+    given, scaling = fields.pop("rope_parameters", None) or {}, fields.pop("rope_scaling", None) or {}
     theta = fields.pop("rope_theta", None)
-    merged = {**scaling, **given}
-    merged.setdefault("rope_theta", theta if theta is not None else 10000.0)
+    for name, value in (("rope_parameters", given), ("rope_scaling", scaling)):
+        if not isinstance(value, dict):
+            raise UserError(f"{place}: {name} = {value!r} is not an object.")
+    if given and scaling and given != scaling:
+        raise UserError(f"{place}: rope_parameters and rope_scaling are both given, and differ; keep one.")
+    merged = dict(given or scaling)
+    if theta is not None and merged.setdefault("rope_theta", theta) != theta:
+        raise UserError(f"{place}: rope_theta = {theta!r}, but the rotary parameters say {merged['rope_theta']!r}; keep one.")
+    merged.setdefault("rope_theta", 10000.0)
     kind = merged.pop("rope_type", None) or merged.pop("type", None) or "default"
     merged.pop("type", None)
     wanted = {
@@ -124,18 +147,15 @@ def _rope(fields: dict, place: str) -> Rope:
         raise UserError(f"{place}: rope scaling {kind!r} has fields that are not understood: {', '.join(extra)}.")
     if missing := [k for k in wanted[kind] if k not in merged]:
         raise UserError(f"{place}: rope scaling {kind!r} lacks {', '.join(missing)}.")
-    if kind == "default":
-        return Rope(theta=float(merged["rope_theta"]))
-    if kind == "linear":
-        return Rope(theta=float(merged["rope_theta"]), kind=kind, factor=float(merged["factor"]))
-    return Rope(
-        theta=float(merged["rope_theta"]),
-        kind=kind,
-        factor=float(merged["factor"]),
-        low_factor=float(merged["low_freq_factor"]),
-        high_factor=float(merged["high_freq_factor"]),
-        original=int(merged["original_max_position_embeddings"]),
-    )
+    number = functools.partial(_take, merged, place)
+    rope = Rope(theta=number("rope_theta", float), kind=kind)
+    if kind != "default":
+        rope = dataclasses.replace(rope, factor=number("factor", float))
+    if kind == "llama3":
+        low, high = number("low_freq_factor", float), number("high_freq_factor", float)
+        original = number("original_max_position_embeddings", int)
+        rope = dataclasses.replace(rope, low_factor=low, high_factor=high, original=original)
+    return rope
 
 
 def llama(config: dict, place: str = "config.json") -> Architecture:
@@ -144,34 +164,28 @@ def llama(config: dict, place: str = "config.json") -> Architecture:
     Raises UserError for a field that is missing, out of range, or not understood.
     """
     fields = {k: v for k, v in config.items() if k not in HARMLESS}
-    init_std = float(config.get("initializer_range", 0.02))
+    init_std = _take(dict(config), place, "initializer_range", float, 0.02)
     for name, neutral in NEUTRAL.items():
         if (value := fields.pop(name, neutral)) != neutral:
             raise UserError(f"{place}: {name} = {value!r} is not supported (only {neutral!r} is).")
 
-    def take(name, default=None):
-        value = fields.pop(name, None)
-        value = default if value is None else value
-        if value is None:
-            raise UserError(f"{place}: {name} is missing.")
-        return value
-
-    width, heads = int(take("hidden_size")), int(take("num_attention_heads"))
+    take = functools.partial(_take, fields, place)
+    width, heads = take("hidden_size", int), take("num_attention_heads", int)
     arch = Architecture(
-        vocab=int(take("vocab_size")),
+        vocab=take("vocab_size", int),
         width=width,
-        mlp_width=int(take("intermediate_size")),
-        layers=int(take("num_hidden_layers")),
+        mlp_width=take("intermediate_size", int),
+        layers=take("num_hidden_layers", int),
         heads=heads,
-        kv_heads=int(take("num_key_value_heads", heads)),
-        head_width=int(take("head_dim", width // heads)),
-        max_positions=int(take("max_position_embeddings", 2048)),
+        kv_heads=take("num_key_value_heads", int, heads),
+        head_width=take("head_dim", int, width // max(heads, 1)),
+        max_positions=take("max_position_embeddings", int, 2048),
         rope=_rope(fields, place),
-        eps=float(take("rms_norm_eps", 1e-6)),
-        activation=take("hidden_act", "silu"),
-        tied=bool(take("tie_word_embeddings", False)),
-        attention_bias=bool(take("attention_bias", False)),
-        mlp_bias=bool(take("mlp_bias", False)),
+        eps=take("rms_norm_eps", float, 1e-6),
+        activation=take("hidden_act", str, "silu"),
+        tied=take("tie_word_embeddings", bool, False),
+        attention_bias=take("attention_bias", bool, False),
+        mlp_bias=take("mlp_bias", bool, False),
         init_std=init_std,
     )
     if fields:
@@ -192,6 +206,10 @@ def _check(arch: Architecture, place: str) -> None:
         raise UserError(f"{place}: hidden_act {arch.activation!r} is not supported; known are {', '.join(ACTIVATIONS)}.")
     if not (arch.eps > 0 and math.isfinite(arch.rope.theta) and arch.rope.theta > 0):
         raise UserError(f"{place}: rms_norm_eps and rope_theta must be positive.")
+    if not (arch.rope.factor > 0 and arch.rope.high_factor > arch.rope.low_factor > 0 and arch.rope.original > 0):
+        raise UserError(
+            f"{place}: rope scaling needs factor > 0, high_freq_factor > low_freq_factor > 0 and a positive original length."
+        )
 
 
 FAMILIES: dict[str, Callable[..., Architecture]] = {"llama": llama}

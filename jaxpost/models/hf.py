@@ -21,6 +21,7 @@ from jaxpost.models.families import Architecture, tensor_names
 from jaxpost.types import Params
 
 SHARD_BYTES = 5 * 2**30
+_DTYPES = ("F64", "F32", "F16", "BF16")
 _UNUSED = (".rotary_emb.inv_freq",)  # a constant that old exports stored
 
 
@@ -31,16 +32,29 @@ def read_config(folder: str | Path) -> dict:
         raise UserError(f"config.model: no folder {folder}. Give a folder with config.json and *.safetensors.")
     if not path.exists():
         raise UserError(f"{path}: no such file. A model folder holds config.json and *.safetensors.")
+    return _object(path)
+
+
+def _object(path: Path) -> dict:
+    """A file's JSON object."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except json.JSONDecodeError as e:
         raise UserError(f"{path}: not valid JSON, line {e.lineno} column {e.colno}: {e.msg}.") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not a text file (byte {e.start}).") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds a JSON {type(found).__name__}, not an object.")
+    return found
 
 
 def _files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        files = sorted({folder / f for f in json.loads(index.read_text())["weight_map"].values()})
+        where = _object(index).get("weight_map")
+        if not isinstance(where, dict) or not where:
+            raise UserError(f"{index}: has no weight_map. Download the folder again.")
+        files = sorted({folder / f for f in where.values()})
         if missing := [f.name for f in files if not f.exists()]:
             raise UserError(f"{index}: lists files that are not there: {', '.join(missing)}. Download the folder again.")
         return files
@@ -71,8 +85,18 @@ def load(folder: str | Path, arch: Architecture, abstract: Params, dtype=np.floa
     wrongly shaped tensors.
     """
     folder = Path(folder)
-    slices, names = _open(folder), tensor_names(arch)
+    slices, names = check(folder, arch), tensor_names(arch)
     flat = flatten_dict(abstract, sep="/")
+    return unflatten_dict({path: _read(folder, slices, names[path], leaf, dtype) for path, leaf in flat.items()}, sep="/")
+
+
+def check(folder: str | Path, arch: Architecture) -> dict[str, Any]:
+    """Tensor name -> lazy slice of a folder's weights, of which only the headers are read.
+
+    Raises UserError for files that are missing or cut off, and for tensors that are missing or that the architecture lacks.
+    """
+    folder = Path(folder)
+    slices, names = _open(folder), tensor_names(arch)
     expected = {n.format(i) for n, _ in names.values() for i in range(arch.layers if "{}" in n else 1)}
     if missing := sorted(expected - set(slices)):
         raise UserError(
@@ -83,7 +107,22 @@ def load(folder: str | Path, arch: Architecture, abstract: Params, dtype=np.floa
         raise UserError(
             f"{folder}: {len(left)} tensors are not understood, first {min(left)}; the config does not fit the weights."
         )
-    return unflatten_dict({path: _read(folder, slices, names[path], leaf, dtype) for path, leaf in flat.items()}, sep="/")
+    if arch.tied and "lm_head.weight" in slices:
+        _check_tied(folder, slices)
+    return slices
+
+
+def _check_tied(folder: Path, slices: dict) -> None:
+    """Some exports store a tied head as well; it must then be the embedding, or one of the two would be dropped unseen."""
+    embed, head = slices["model.embed_tokens.weight"], slices["lm_head.weight"]
+    same = embed.get_shape() == head.get_shape()
+    for row in range(0, embed.get_shape()[0], 4096):
+        rows = slice(row, min(row + 4096, embed.get_shape()[0]))
+        same = same and np.array_equal(embed[rows], head[rows])
+    if not same:
+        raise UserError(
+            f"{folder}: lm_head.weight differs from the embedding, but config.json says tie_word_embeddings; set it to false."
+        )
 
 
 def _read(folder: Path, slices: dict, name: tuple[str, bool], leaf, dtype) -> jax.Array:
@@ -95,6 +134,10 @@ def _read(folder: Path, slices: dict, name: tuple[str, bool], leaf, dtype) -> ja
     for i in range(leaf.shape[0] if stacked else 1):
         if tuple(got := slices[template.format(i)].get_shape()) != want:
             raise UserError(f"{folder}: {template.format(i)} has shape {tuple(got)}, the config says {want}.")
+        if (held := slices[template.format(i)].get_dtype()) not in _DTYPES:
+            raise UserError(
+                f"{folder}: {template.format(i)} holds {held}, not one of {', '.join(_DTYPES)}; quantised weights are not read."
+            )
 
     def piece(index):
         inner = tuple(index[1:] if stacked else index)
@@ -123,7 +166,7 @@ def save(folder: str | Path, params: Params, arch: Architecture, config: dict, d
     if kind is None:
         raise UserError(f"export: dtype {dtype!r} is not one of float32, bfloat16, float16.")
     config = {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")} | {"dtype": dtype}
-    config.setdefault("architectures", ["LlamaForCausalLM"])
+    config["architectures"] = config.get("architectures") or ["LlamaForCausalLM"]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return _write_shards(folder, _tensors(params, arch, kind))
 
@@ -134,7 +177,10 @@ def _tensors(params: Params, arch: Architecture, kind):
     for path, (template, transposed) in tensor_names(arch).items():
         for i in range(arch.layers if "{}" in template else 1):
             leaf = flat[path][i] if "{}" in template else flat[path]
-            leaf = np.asarray(jax.device_get(leaf)).astype(kind)
+            leaf = np.asarray(jax.device_get(leaf))
+            if kind is np.float16 and np.max(np.abs(leaf), initial=0) > np.finfo(kind).max:
+                raise UserError(f"export: {template.format(i)} has values beyond float16's; use bfloat16 or float32.")
+            leaf = leaf.astype(kind)
             yield template.format(i), np.ascontiguousarray(leaf.T if transposed else leaf)
 
 

@@ -4,6 +4,7 @@
 same folder, from a fresh start, or from a workdir's checkpoint, in any case straight into their place on the mesh.
 """
 
+import copy
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -72,13 +73,18 @@ def weights(found: Description, mesh, seed: int = 0) -> Params:
     return jax.jit(found.transformer.init, out_shardings=places)(jax.random.PRNGKey(seed))
 
 
-def keep_description(found: Description, workdir) -> None:
-    """Writes config.json and the tokenizer under workdir/model, so that a workdir is all that generate and export need."""
+def keep_description(found: Description, workdir, template: str) -> None:
+    """Writes config.json and the tokenizer under workdir/model, so that a workdir is all that generate and export need.
+
+    template: the Jinja that the run trains with, which the tokenizer carries from here on, whatever it came with.
+    """
     folder = Path(workdir) / "model"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(found.config, indent=2) + "\n")
     if found.tokenizer is not None:
-        tokenizer.save(found.tokenizer, folder)
+        text = copy.deepcopy(found.tokenizer)
+        text.chat_template = template
+        tokenizer.save(text, folder)
 
 
 def open_model(where: str, mesh, dtype: str = "float32") -> tuple[Description, Params]:
@@ -88,7 +94,8 @@ def open_model(where: str, mesh, dtype: str = "float32") -> tuple[Description, P
     Raises UserError if `where` is none of them.
     """
     path = Path(where)
-    if (path / "config.json").exists() and any(path.glob("*.safetensors*")):
+    # A workdir has a config.json too, the recipe's, which names no model_type.
+    if (path / "config.json").exists() and "model_type" in hf.read_config(path):
         found = describe(str(path), dtype=dtype)
         return found, weights(found, mesh)
     step = checkpoint.find_step(path)

@@ -153,7 +153,9 @@ class Transformer:
         `make_cache`): tokens and positions [B,S], each token written to the slot of its position and attending to the slots up
         to it.
         """
-        embed = sharding.gather({"embed": params["embed"]})["embed"]["weight"]
+        # The second pin is for the gradient: were the lookup's scatter asked for the stored layout at once, the partitioner
+        # would move the activations to it.
+        embed = sharding.shard(sharding.gather({"embed": params["embed"]})["embed"]["weight"], "VD")
         x = sharding.shard(jnp.take(embed, batch["tokens"], axis=0).astype(self.dtype), "BSD")
         positions = batch["positions"]
         mask = document_mask(batch["segments"]) if cache is None else cache_mask(positions, cache[0]["k"].shape[2])

@@ -38,9 +38,13 @@ def draw(scores: jax.Array, uniform: jax.Array, temperature: jax.Array) -> tuple
     a row where the Gumbel trick needs V.
     """
     logps = jax.nn.log_softmax(scores / jnp.where(temperature > 0, temperature, 1.0), axis=-1)
-    mass = jnp.cumsum(jnp.exp(logps), axis=-1)
-    chosen = jnp.sum(mass <= uniform[:, None] * mass[:, -1:], axis=-1)
-    token = jnp.where(temperature > 0, jnp.minimum(chosen, scores.shape[-1] - 1), jnp.argmax(scores, axis=-1))
+    probs = jnp.exp(logps)
+    mass = jnp.cumsum(probs, axis=-1)
+    # A parallel cumulative sum rounds each place by itself, so it may rise a little where the probability is zero: such a
+    # place is left out by name. The mode stands in where rounding leaves none.
+    reached = (mass > uniform[:, None] * mass[:, -1:]) & (probs > 0)
+    mode = jnp.argmax(scores, axis=-1)
+    token = jnp.where((temperature > 0) & jnp.any(reached, axis=-1), jnp.argmax(reached, axis=-1), mode)
     return token.astype(jnp.int32), jnp.take_along_axis(logps, token[:, None], axis=-1)[:, 0]
 
 
@@ -94,7 +98,8 @@ def sample(
     tokens = sharding.shard(jnp.pad(prompts, ((0, 0), (0, new))), "BS")
     start = (0, scores, out.cache, tokens, jnp.zeros(tokens.shape, jnp.float32), jnp.zeros(b, bool), jnp.zeros(b, jnp.int32))
     _, _, _, tokens, logps, done, count = jax.lax.while_loop(going, turn, start)
-    return Completions(tokens, count, logps, done)
+    # Pinned, since each process reads back its own rows: the partitioner would as soon give every process all of them.
+    return Completions(*(sharding.shard(x, "BS"[: x.ndim]) for x in (tokens, count, logps, done)))
 
 
 def complete(
@@ -144,7 +149,7 @@ def complete(
         found = sample(model, params, **sharding.distribute(columns, mesh, total), **scalars, new=new)
     if rows is None:
         return Completions(*(sharding.everywhere(x)[:asked] for x in found))
-    return Completions(*(sharding.local(x) for x in found))
+    return Completions(*(sharding.local(x, mesh) for x in found))
 
 
 def answers(found: Completions, prompts: Sequence[np.ndarray], tokenizer) -> list[str]:

@@ -1,0 +1,76 @@
+"""From a checkpoint to a Hugging Face folder, which `transformers` and the servers built on it open as any other model.
+
+    python -m jaxpost.export --checkpoint=WORKDIR --out=FOLDER
+
+The folder gets config.json, safetensors, the tokenizer with its chat template, and generation_config.json with the ids that end
+an answer: a server that reads it stops where training taught the model to stop.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from jaxpost import cli, sharding, tokenizer
+from jaxpost.data.chat import stop_ids
+from jaxpost.errors import UserError
+from jaxpost.models import hf, loading
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def export(checkpoint: str, out: str, *, mesh, dtype: str | None = None) -> list[str]:
+    """Writes the model of a workdir, of one checkpoint in it, or of a Hugging Face folder to `out`; returns the files' names.
+
+    Where a run kept a running mean of the weights, that is what is written. dtype: one of DTYPES; None is the one that
+    config.json names, else float32. Raises UserError if `out` holds anything, and for whatever is wrong with the checkpoint.
+    """
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out={out}: is a file; give a folder that is new or empty.")
+    if folder.exists() and (held := sorted(p.name for p in folder.iterdir())):
+        raise UserError(
+            f"--out={out}: is not empty (it holds {held[0]}); nothing is overwritten, give a folder that is new or empty."
+        )
+    found, params = loading.open_model(checkpoint, mesh)
+    special = {} if found.tokenizer is None else _special_ids(found.tokenizer)
+    # What config.json already says of these ids stays: it does not change the forward, and others may rely on it.
+    hf.save(folder, params, found.transformer.arch, {**special, **found.config}, dtype)
+    if found.tokenizer is not None:
+        tokenizer.save(found.tokenizer, folder)
+        ends = stop_ids(found.tokenizer)
+        ends = {"eos_token_id": list(ends) if len(ends) > 1 else ends[0]} if ends else {}
+        (folder / "generation_config.json").write_text(json.dumps(special | ends, indent=2) + "\n")
+    return sorted(p.name for p in folder.iterdir())
+
+
+def _special_ids(text: Any) -> dict[str, int]:
+    ids = {f"{name}_token_id": getattr(text, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return {k: v for k, v in ids.items() if v is not None}
+
+
+def main(_) -> None:
+    """The command line; see the module's docstring."""
+    where, out = cli.required("checkpoint", "out")
+    names = export(where, out, mesh=sharding.make_mesh(), dtype=flags.FLAGS.dtype)
+    print(f"{out}: {', '.join(names)}")
+
+
+ABOUT = """Writes a checkpoint as a Hugging Face folder: config.json, safetensors, tokenizer, generation_config.json.
+
+The checkpoint is a workdir of jaxpost.train (its last stage's newest is taken), a stage of it, or one step's folder:
+
+    python -m jaxpost.export --checkpoint=/tmp/quickstart --out=/tmp/arithmetic
+    python -m jaxpost.export --checkpoint=/tmp/quickstart/checkpoints/reinforce --out=/tmp/arithmetic --dtype=bfloat16
+
+The folder opens with transformers.AutoModelForCausalLM.from_pretrained, and with jaxpost.generate --model.
+"""
+
+if __name__ == "__main__":
+    flags.DEFINE_string(
+        "checkpoint", None, "A workdir of jaxpost.train, or the folder of a stage or a step under its checkpoints."
+    )
+    flags.DEFINE_string("out", None, "The folder to write; it must be new or empty.")
+    flags.DEFINE_enum("dtype", None, DTYPES, "Number format of the weights (default: what config.json names, else float32).")
+    cli.run(main, ABOUT)

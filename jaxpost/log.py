@@ -1,0 +1,124 @@
+"""A stage's figures on their way from the device to the files and the screen.
+
+A step's metrics are taken without waiting for them and written when the next step is already under way: one step late in time
+but never in name. Time is counted here as well, because only here is it known when a step was over: `seconds` is training
+alone, with evaluation and saving left out, and goes on through restarts.
+"""
+
+import json
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from jaxpost import metrics, optim, writers
+from jaxpost.errors import UserError
+from jaxpost.progress import Progress, model_flops, peak_flops
+
+
+class Log:
+    """The figures of one stage.
+
+    plan: train.Plan; names: the stages up to this one; meta: num_tokens and seconds so far, as the checkpoint has them; step:
+    the steps that are done, to which the files are taken back. Every process has one, and the first writes.
+    """
+
+    def __init__(self, plan: Any, workdir: epath.Path, names: list[str], meta: dict, step: int):
+        self.plan, self.workdir = plan, workdir
+        self.num_tokens, self.seconds = meta["num_tokens"], meta["seconds"]
+        self.writer = None
+        if jax.process_index() == 0:
+            writers.cut_back(
+                workdir, names, plan.name, step or -1
+            )  # a stage that only begins has no row yet, not even of step 0
+            self.writer = writers.MetricWriter(workdir, json.loads(plan.settings.to_json()), names)
+        self.progress = Progress(plan.name, plan.steps, step, quiet=self.writer is None)
+        self.schedule = optim.schedule(plan.settings.optimizer, plan.steps)
+        self.peak, self.pending, self.wait = peak_flops(), None, 0.0
+        self.mark = None
+
+    def clock(self) -> None:
+        """Starts a step's time where no step came right before."""
+        self.mark = self.mark or time.perf_counter()
+        self.began = time.perf_counter()
+
+    def waited(self) -> None:
+        """The batch is here: what passed since `clock` was waiting for it."""
+        self.wait = time.perf_counter() - self.began
+
+    def step(self, at: int, batch: dict, measured: dict) -> None:
+        """Takes a step's metrics without waiting for them, and deals with the step before."""
+        self.settle(keep_mark=True)
+        self.pending = (at, batch, measured, self.wait)
+
+    def settle(self, keep_mark: bool = False) -> None:
+        """Waits for the pending step's figures and writes them if it is their turn.
+
+        keep_mark: whether the next step's time goes on from here. Raises UserError after too many skipped updates in a row.
+        """
+        if self.pending is not None:
+            at, batch, measured, wait = self.pending
+            self.pending = None
+            values = metrics.values(measured)
+            now = time.perf_counter()
+            took, self.mark = now - self.mark, now
+            self.seconds += took
+            self.num_tokens += int(values["num_tokens"])
+            self._guard(at, batch, values)
+            self.progress.advance()
+            every = self.plan.settings.log_every
+            if every and (at % every == 0 or at in (1, self.plan.steps)):
+                self._write(at, values, took, wait)
+        if not keep_mark:
+            self.mark = None
+
+    def _write(self, at: int, values: dict, took: float, wait: float) -> None:
+        tokens = values["num_tokens"]
+        # The schedule counts updates: those left out before this step were none, whatever became of this one.
+        updates_missed = int(values["skipped"]) - int(values["skipped_in_a_row"] > 0)
+        flops = model_flops(self.plan.found.transformer.arch, tokens, values.pop("num_trained"), values.pop("num_pairs"))
+        values |= {
+            "num_tokens": self.num_tokens,
+            "learning_rate": float(self.schedule(at - 1 - updates_missed)),
+            "step_time": took,
+            "wait_time": wait,
+            "tokens_per_second": tokens / took,
+            "mfu": flops / took / self.peak,
+        }
+        if self.writer:
+            self.writer.write(self.plan.name, at, values)
+        self.progress.show(at, values)
+
+    def _guard(self, at: int, batch: dict, values: dict) -> None:
+        if values["skipped_in_a_row"] < max(self.plan.settings.max_skipped, 1):
+            return
+        path = self.workdir / f"nonfinite-{self.plan.name}-{at}-process{jax.process_index()}.npz"
+        with path.open("wb") as file:
+            np.savez(file, **batch)
+        raise UserError(
+            f"{self.plan.name} step {at}: {int(values['skipped_in_a_row'])} updates in a row were not finite and were left out "
+            f"(loss {values['loss']}, gradient norm {values['grad_norm']}). The batch is in {path}; lower the learning rate, "
+            "or look at the data."
+        )
+
+    def evaluated(self, step: int, values: dict, samples: list[dict]) -> None:
+        """Writes an evaluation, and samples beside it."""
+        if self.writer and values:
+            self.writer.write(self.plan.name, step, values)
+        if self.writer and samples:
+            self.writer.samples(self.plan.name, step, samples + getattr(self.plan.source, "samples", []))
+        self.progress.show(step, values)
+
+    def flush(self) -> None:
+        """Everything up to here is in the files; what follows, up to the next step, is not the training's time."""
+        self.settle()
+        if self.writer:
+            self.writer.flush()
+
+    def close(self) -> None:
+        """Closes files and bar."""
+        self.progress.close()
+        if self.writer:
+            self.writer.close()

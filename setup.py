@@ -1,0 +1,43 @@
+"""jaxpost: post-training of language models in JAX. The core depends on plain jax; extras choose the backend and the tools."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="jaxpost",
+    version="0.1.0",
+    description="A JAX/TPU-native research framework for post-training language models.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["jaxpost", "jaxpost.*"]),
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "grain>=0.2.18",
+        "tensorflow-datasets>=4.9.9",
+        "importlib_resources",  # tensorflow-datasets imports it and does not ask for it
+        "transformers>=5.0",
+        "tokenizers",
+        "safetensors>=0.5",
+        "jinja2>=3.1",  # chat templates; only an extra of transformers
+        "ml-collections>=1.0",
+        "absl-py",
+        "etils[epath]",
+        "numpy",
+        "tqdm",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "fit": ["libtpu"],
+        "rewards": ["math-verify"],
+        "eval": ["lm-eval"],
+        "test": ["pytest>=8", "ruff>=0.9", "tensorboard"],
+        "parity": ["torch==2.13.0"],  # only to make golden values again
+    },
+)

@@ -1,0 +1,178 @@
+"""What the contracts are held against: a forward that compiles in a blink, batches packed every way, two toys.
+
+The stub is an embedding, a place in the document and one linear layer, with its head as data: enough that parameters,
+positions and documents all matter, at a sixth of a tiny transformer's compile time. Its parameters carry the paths of the
+real ones, so the sharding rules apply to it as they are.
+
+The toys stand for the two kinds of objective that see the batch as a whole. `matched` sorts over it: each document's
+likelihood is drawn to the value of equal rank among others. `contrast` has in-batch negatives: each document's embedding
+should recognise its partner's among all. What they need to know of the other rows, their `prepare` turns into columns.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpost import sharding
+from jaxpost.metrics import Max, Std, masked_mean
+from jaxpost.objectives.logprobs import token_scores
+from jaxpost.types import Head, Output, Term
+
+VOCAB, WIDTH, INNER, ROWS, LENGTH = 32, 8, 16, 16, 16
+
+# Lengths of the documents of each row; the sums leave padding, and rows left out are padding altogether.
+PLAN = (
+    (5, 7, 3),
+    (9, 6),
+    (4, 4, 4),
+    (15,),
+    (3, 8),
+    (6, 5, 5),
+    (7, 2),
+    (12, 3),
+    (2, 2, 2, 2),
+    (10,),
+    (8, 7),
+    (3, 3, 6),
+    (11, 4),
+)
+
+
+def init(seed: int = 0) -> dict:
+    """Parameters of the stub, float32, at a scale where no softmax is flat."""
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "embed": {"weight": (VOCAB, WIDTH)},
+        "place": {"weight": (LENGTH, WIDTH)},
+        "mlp": {"up": {"kernel": (WIDTH, INNER)}, "down": {"kernel": (INNER, WIDTH)}},
+        "head": {"weight": (VOCAB, WIDTH)},
+    }
+    return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s), jnp.float32), shapes, is_leaf=lambda s: isinstance(s, tuple))
+
+
+def forward(params, batch) -> Output:
+    """Output of the stub; `params` may hold a `nudge` [B,S,D], which is added to the hidden states."""
+    used = sharding.gather(params)
+    x = used["embed"]["weight"][batch["tokens"]] + used["place"]["weight"][batch["positions"]]
+    x = jnp.tanh(x @ used["mlp"]["up"]["kernel"]) @ used["mlp"]["down"]["kernel"] / 4
+    return Output(x + params.get("nudge", 0.0), Head(used["head"]["weight"]))
+
+
+def documents(seed: int = 0, plan=PLAN) -> list[list[dict]]:
+    """Rows of documents: each a dict of equally long columns, with a prompt that is not learned, and rollout columns too."""
+    rng = np.random.default_rng(seed)
+    rows, number = [], 0
+    for lengths in plan:
+        row = []
+        for n in lengths:
+            mask = np.arange(n) >= rng.integers(1, n)
+            if n > 4:
+                mask[n // 2] = False
+            columns = {
+                "tokens": rng.integers(0, VOCAB, n).astype(np.int32),
+                "positions": np.arange(n, dtype=np.int32),
+                "mask": mask,
+                "old_logps": np.where(mask, -rng.exponential(3.0, n), 0.0).astype(np.float32),
+                "advantages": np.where(mask, rng.normal(), 0.0).astype(np.float32),
+                "pairs": np.full(n, number // 2 + 1, np.int32),
+            }
+            row.append(columns)
+            number += 1
+        rows.append(row)
+    return rows
+
+
+def pack(rows: list[list[dict]], shape=(ROWS, LENGTH), *, row_columns: bool = True, seed: int = 0) -> dict[str, np.ndarray]:
+    """A batch of the documents as they lie; an empty row is padding. row_columns: also those of [B]."""
+    like = next(row[0] for row in rows if row)
+    batch = {k: np.zeros(shape, v.dtype) for k, v in like.items()} | {"segments": np.zeros(shape, np.int32)}
+    for i, row in enumerate(rows):
+        start = 0
+        for number, columns in enumerate(row, 1):
+            place = slice(start, start + len(columns["tokens"]))
+            for k, v in columns.items():
+                batch[k][i, place] = v
+            batch["segments"][i, place] = number
+            start = place.stop
+    if row_columns:
+        # A function of what the row holds, so that they travel with it.
+        held = [np.random.default_rng([seed, sum(int(d["tokens"].sum()) for d in row)]).random(3) for row in rows]
+        held = np.array(held + [np.zeros(3)] * (shape[0] - len(rows)), np.float32)
+        real = batch["segments"][:, 0] > 0
+        columns = {"rewards": held[:, 0], "group_std": held[:, 1] * (held[:, 1] > 0.5), "truncated": held[:, 2] > 0.5}
+        batch |= {k: np.where(real, v, np.zeros_like(v)) for k, v in columns.items()}
+    return batch | {"temperature": np.float32(1.25)}
+
+
+def _starts(batch):
+    return (batch["positions"] == 0) & (batch["segments"] > 0)
+
+
+def _by_document(x, batch):
+    """x [B,S,...] summed over each token's document."""
+    same = (batch["segments"][:, :, None] == batch["segments"][:, None, :]).astype(x.dtype)
+    return jnp.einsum("bst,bt...->bs...", same, x)
+
+
+def _likelihoods(forward, params, batch):
+    return _by_document(token_scores(forward(params, batch), batch)["logps"], batch)
+
+
+def matched(forward, params, batch, key):
+    """Half the squared distance between each document's log-likelihood and the value of its rank among `old_logps`."""
+    starts = _starts(batch)
+    gap = jnp.where(starts, _likelihoods(forward, params, batch) - batch["partners"], 0.0)
+    weight = jnp.sum(starts.astype(jnp.float32))
+    metrics = {"gap": masked_mean(jnp.abs(gap), starts), "widest": Max(jnp.max(jnp.where(starts, gap, -jnp.inf)))}
+    return {"matched": Term(jnp.sum(gap**2), weight, 0.5)}, metrics | {"spread": Std(jnp.sum(gap), jnp.sum(gap**2), weight)}
+
+
+def _partners(forward, params, batch, key):
+    starts = _starts(batch)
+    own, others = (
+        jnp.where(starts, x, jnp.inf).ravel()
+        for x in (_likelihoods(forward, params, batch), _by_document(batch["old_logps"], batch))
+    )
+    ranks = jnp.argsort(jnp.argsort(own))
+    return {"partners": jnp.where(starts, jnp.sort(others)[ranks].reshape(starts.shape), 0.0)}
+
+
+matched.prepare = _partners
+
+
+def embeddings(forward, params, batch):
+    """[B,S,D], at every token its document's: the mean of the hidden states that are learned, on a sphere of radius 2."""
+    mask = batch["mask"].astype(jnp.float32)[..., None]
+    total = _by_document(forward(params, batch).hidden * mask, batch)
+    return 2 * total / jnp.sqrt(jnp.sum(total**2, axis=-1, keepdims=True) + 1e-6)
+
+
+def recognition(vectors, batch):
+    """[B*S], at each document's start: how surprising its partner is among all other documents."""
+    starts, pairs = _starts(batch).ravel(), batch["pairs"].ravel()
+    flat = vectors.reshape(-1, vectors.shape[-1])
+    others = starts[:, None] & starts[None, :] & ~jnp.eye(len(starts), dtype=bool)
+    partner = others & (pairs[:, None] == pairs[None, :])
+    scores = jnp.where(others, flat @ flat.T, -1e30)
+    nats = jax.nn.logsumexp(scores, axis=-1) - jnp.sum(jnp.where(partner, scores, 0.0), axis=-1)
+    return jnp.where(jnp.any(partner, axis=-1), nats, 0.0)
+
+
+def contrast(forward, params, batch, key):
+    """In-batch negatives as a sum over rows: the loss's value, and its exact gradient's linear form."""
+    starts, vectors = _starts(batch), embeddings(forward, params, batch)
+    linear = jnp.sum(batch["pull"] * (vectors - batch["anchors"]), axis=-1)
+    nats = jnp.where(starts, batch["surprise"] + linear, 0.0)
+    return {"contrast": Term(jnp.sum(nats), jnp.sum(starts.astype(jnp.float32)))}, {"surprise": masked_mean(nats, starts)}
+
+
+def _pull(forward, params, batch, key):
+    vectors = embeddings(forward, params, batch)
+    starts = _starts(batch)
+    total, back = jax.vjp(lambda v: recognition(v, batch), vectors)
+    (pull,) = back(jnp.ones_like(total))
+    return {"anchors": vectors, "pull": jnp.where(starts[..., None], pull, 0.0), "surprise": total.reshape(starts.shape)}
+
+
+contrast.prepare = _pull
+TOYS = {"matched": matched, "contrast": contrast}

@@ -1,0 +1,229 @@
+"""What a user gets wrong is said in one message, with place and remedy, before anything is compiled.
+
+Most cases go through `train.run`, which is all that the command line adds its flags to; a listener fails the test if anything
+was compiled on the way. A handful start the real command, where a message must be all of stderr and the exit status 2.
+"""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import runs
+from safetensors.numpy import save_file
+
+from jaxpost import recipe, train
+from jaxpost.errors import UserError
+from jaxpost.models import families
+
+CHAT = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
+
+
+@pytest.fixture
+def compiled():
+    """The programs compiled while the test ran."""
+    found = []
+
+    def listen(event, seconds, **_):
+        if event.endswith("backend_compile_duration"):
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_the_listener_hears_a_compilation(compiled):
+    jax.jit(lambda x: x + len(compiled))(np.arange(3)).block_until_ready()
+    assert compiled
+
+
+def refused(folder, **changes) -> str:
+    """The message that a recipe with these changes is refused with; nothing may be left in the workdir."""
+    with pytest.raises(UserError) as stopped:
+        train.run(recipe.make(**runs.settings(folder, steps=2, **changes)), folder / "w")
+    assert not (folder / "w").exists()
+    return str(stopped.value)
+
+
+def holding(folder, content, name="data.jsonl") -> str:
+    """A data file: text as it is, rows one a line."""
+    text = content if isinstance(content, str) else "".join(json.dumps(row) + "\n" for row in content)
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+FILES = {
+    "empty": ("", ["data.jsonl: no rows", "at least one example"]),
+    "broken": ('{"text": "1"}\n{"text": ', ["data.jsonl, line 2, column 10", "broken JSON", "each line must be one object"]),
+    "columns": ([{"question": "1", "reply": "2"}], ["line 1", "question, reply", "rename them to one of: messages"]),
+    "roles": (
+        [{"messages": CHAT}, {"messages": CHAT[::-1]}],
+        ["line 2, message 1", "role is assistant, not user", "must alternate"],
+    ),
+    "turn": ([{"messages": [CHAT[0], {"role": "assistant", "content": " "}]}], ["line 1, message 2", "is empty", "fill it in"]),
+    "long": ([{"text": "1" * 40}], ["line 1", "41 tokens and the window 32", 'too_long="truncate"']),
+    "letters": ([{"text": "one"}], ["line 1", "'o'"]),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_data_file(tmp_path, compiled, kind):
+    content, parts = FILES[kind]
+    message = refused(tmp_path, data=holding(tmp_path, content), held_out=0)
+    assert all(part in message for part in parts), message
+    assert not compiled
+
+
+def test_an_empty_mask(tmp_path, compiled):
+    template = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    data = holding(tmp_path, [{"messages": CHAT}])
+    message = refused(tmp_path, data=data, template=template, held_out=0)
+    assert "line 1" in message and "template" in message
+    assert not compiled
+
+
+SETTINGS = {
+    "missing file": ({"data": "nowhere.jsonl"}, ["nowhere.jsonl: no such file", "check the path"]),
+    "objective": ({"objective": {"name": "sft.nl"}}, ["'sft.nl'", "Did you mean 'nll'?"]),
+    "its option": ({"objective": {"name": "sft.nll", "beta": 1}}, ["sft.nll takes no option 'beta'", "Known: none"]),
+    "task": ({"task": {"name": "arithmetics"}}, ["'arithmetics'", "Did you mean 'arithmetic'?"]),
+    "its option, too": (
+        {"task": {"name": "arithmetic", "corrupted": 0.1}},
+        ["no option 'corrupted'", "Did you mean 'corrupt'?"],
+    ),
+    "nameless task": ({"task": {"examples": 3}}, ["unknown module '' for tasks", "arithmetic"]),
+    "source": ({"source": "files"}, ["config.source: 'files'", "'data' nor 'rollouts'"]),
+    "mesh": ({"mesh": {"data": 3}}, ["config.mesh: data=3", "does not fill 8 devices", "set one axis to -1"]),
+    "mesh axis": ({"mesh": {"fsdp": 0}}, ["config.mesh", "fsdp=0", "positive"]),
+    "rows": ({"batch_size": 12}, ["config.batch_size: 12", "data x fsdp = 8", "use a multiple"]),
+    "microbatches": ({"microbatches": 3}, ["config.batch_size: 16", "= 24", "use a multiple"]),
+    "group": ({"source": "rollouts", "rollouts": {"group": 3}}, ["config.rollouts.group: 3", "divide config.batch_size 16"]),
+    "no tokenizer": ({"tokenizer": ""}, ["config.tokenizer", "comes without one", "name a folder"]),
+    "window": ({"window": 65}, ["config.window: 65", "the model takes 64"]),
+    "dtype": ({"dtype": "float23"}, ["config.dtype", "Did you mean 'float32'?"]),
+    "schedule": ({"optimizer": {"schedule": "cosin"}}, ["config.optimizer.schedule", "Did you mean 'cosine'?"]),
+    "no model": ({"model": ""}, ["config.model: give a folder"]),
+    "no folder": ({"model": "nowhere"}, ["config.model: no folder nowhere"]),
+    "family": ({"model": {**runs.MODEL, "model_type": "lama"}}, ["model_type 'lama'", "llama"]),
+    "train_on": ({"train_on": "assistants"}, ["train_on='assistants'", "assistant, last"]),
+    "held_out": ({"held_out": 300}, ["held_out=300", "a fraction below 1.0"]),
+}
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_a_setting(tmp_path, compiled, kind):
+    changes, parts = SETTINGS[kind]
+    message = refused(tmp_path, **changes)
+    assert all(part in message for part in parts), message
+    assert not compiled
+
+
+def test_rollouts_without_steps_or_a_task(tmp_path):
+    for changes, part in (({"steps": 0}, "config.steps"), ({"task": {}}, "config.task")):
+        chosen = runs.settings(
+            tmp_path, source="rollouts", **{"steps": 2, **changes} | ({"task": {}} if "task" in changes else {})
+        )
+        with pytest.raises(UserError, match=part):
+            train.run(recipe.make(**chosen), tmp_path / "w")
+
+
+KEYS = {
+    "unknown": ({"windwo": 1}, "config: unknown key 'windwo'. Did you mean 'window'?"),
+    "unknown inside": ({"optimizer": {"rl": 1}}, "config.optimizer: unknown key 'rl'. "),
+    "unknown in a stage": ({"stages": ("a",), "a": {"stesp": 1}}, "config.a: unknown key 'stesp'. Did you mean 'steps'?"),
+    "text for a number": ({"batch_size": "8"}, "config.batch_size: '8' is no int."),
+    "a share for a count": ({"batch_size": 0.5}, "config.batch_size: 0.5 is no int."),
+    "a number for text": ({"data": 7}, "config.data: 7 is no str."),
+    "yes for a number": ({"steps": True}, "config.steps: True is no int."),
+    "text inside": ({"optimizer": {"lr": "2e-5"}}, "config.optimizer.lr: '2e-5' is no float or int."),
+    "no rows": ({"batch_size": 0}, "config.batch_size: 0; it must be at least 1."),
+    "no microbatches": ({"microbatches": 0}, "config.microbatches: 0; it must be at least 1."),
+    "negative": ({"optimizer": {"lr": -1.0}}, "config.optimizer.lr: -1.0; it must be at least 0."),
+    "not a number": ({"ema": float("nan")}, "config.ema: nan; it must be at least 0."),
+    "a stage that is none": ({"stages": ("a",), "a": 3}, "config.a: 3; a stage is a dict"),
+}
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_a_key_of_a_recipe(kind):
+    changes, message = KEYS[kind]
+    with pytest.raises(UserError) as stopped:
+        recipe.make(**changes)
+    assert str(stopped.value).startswith(message)
+
+
+def checkpoint(folder, cut: int = 0, without: str = ""):
+    """A Hugging Face folder of the tiny model, `cut` bytes short of whole or a tensor short of complete."""
+    arch = families.architecture(runs.MODEL)
+    d, f, shapes = arch.width, arch.mlp_width, {}
+    for name, _ in families.tensor_names(arch).values():
+        shape = {"embed": (arch.vocab, d), "gate": (f, d), "up": (f, d), "down": (d, f)}
+        kind = next((k for k in shape if k in name), "norm" if "norm" in name else "attention")
+        for i in range(arch.layers if "{}" in name else 1):
+            shapes[name.format(i)] = shape.get(kind, (d,) if kind == "norm" else (d, d))
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(runs.MODEL))
+    path = folder / "model.safetensors"
+    save_file({k: np.zeros(s, np.float32) for k, s in shapes.items() if k != without}, path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size - cut])
+    return str(folder)
+
+
+def test_weights_that_are_cut_off_or_not_all_there(tmp_path, compiled):
+    message = refused(tmp_path, model=checkpoint(tmp_path / "cut", cut=100))
+    assert "model.safetensors: not a whole safetensors file" in message and "again" in message
+    message = refused(tmp_path, model=checkpoint(tmp_path / "short", without="model.norm.weight"))
+    assert "1 tensors are missing, first model.norm.weight" in message
+    assert not compiled
+
+
+# ----------------------------------------------------------------------------------------------------- The real command
+
+
+def commands(folder) -> dict[str, tuple[list[str], list[str]]]:
+    """{kind: (command line, what its message must say)}."""
+    good = runs.write(folder, runs.settings(folder, steps=2))
+    texts = {
+        "python": "def get_config(arg=''):\n    return recipe.make()\n",
+        "syntax": "def get_config(\n",
+        "key": "from jaxpost import recipe\n\n\ndef get_config(arg=''):\n    return recipe.make(windwo=3)\n",
+    }
+    for name, text in texts.items():
+        (folder / f"{name}.py").write_text(text)
+    (folder / "other").mkdir()
+    (folder / "other" / "config.json").write_text(recipe.make(**runs.settings(folder, steps=3)).to_json())
+    w, roles = folder / "w", holding(folder, [{"messages": CHAT[::-1]}])
+    (folder / "weights").mkdir()
+    weights = runs.settings(folder, model=checkpoint(folder / "cut", cut=100))
+    return {
+        "no workdir": (runs.command(good), ["--workdir=... is required", "--help"]),
+        "no recipe": (runs.command(folder / "none.py", w), ["none.py: no such file", "configs/sft.py"]),
+        "python": (runs.command(folder / "python.py", w), ["python.py, line 2", "NameError"]),
+        "syntax": (runs.command(folder / "syntax.py", w), ["syntax.py, line 1", "SyntaxError"]),
+        "key": (runs.command(folder / "key.py", w), ["unknown key 'windwo'", "Did you mean 'window'?"]),
+        "flag": (runs.command(good, w, "--config.windwo=3"), ["--config.windwo", "Did you mean 'window'?"]),
+        "type": (runs.command(good, w, "--config.window=wide"), ["--config.window=wide", "int"]),
+        "argument": (runs.command(good, w, "steps=3"), ["unexpected argument 'steps=3'", "--name=value"]),
+        "roles": (
+            runs.command(good, w, f"--config.data={roles}", "--config.held_out=0"),
+            ["line 1, message 1", "must alternate"],
+        ),
+        "weights": (runs.command(runs.write(folder / "weights", weights), w), ["not a whole safetensors file", "again"]),
+        "workdir": (runs.command(good, folder / "other"), ["steps: 3 -> 2", "Use another --workdir"]),
+    }
+
+
+def test_the_command_line_prints_one_message_and_fails(tmp_path):
+    waiting = list(commands(tmp_path).items())
+    while waiting:
+        pair, waiting = waiting[:2], waiting[2:]  # as many at a time as the smallest machine has cores
+        for (kind, (_, parts)), run in [(case, runs.start(case[1][0])) for case in pair]:
+            out, errors = run.communicate(timeout=120)
+            assert run.returncode == 2 and not out, f"{kind}: {errors}"
+            assert errors.startswith("error: ") and errors.count("error: ") == 1 and "Traceback" not in errors, (
+                f"{kind}: {errors}"
+            )
+            assert all(part in errors for part in parts), f"{kind}: {errors}"
+            assert len(errors.splitlines()) == (3 if kind == "workdir" else 1), f"{kind}: {errors}"
+    assert not (tmp_path / "w").exists()

@@ -1,0 +1,60 @@
+"""Every recipe takes two steps at a tiny size on eight simulated devices."""
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxpost import resolve, sharding, train
+from jaxpost.models import families, hf
+from jaxpost.models.transformer import Transformer
+from jaxpost.tasks import arithmetic
+from jaxpost.tokenizer import save
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("[!_]*.py"))
+TINY = {
+    "model_type": "llama",
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def model_folder(folder: Path) -> str:
+    arch = families.architecture(TINY)
+    hf.save(folder, Transformer(arch).init(jax.random.PRNGKey(0)), arch, TINY)
+    save(arithmetic.tokenizer(), folder)
+    return str(folder)
+
+
+def data_file(path: Path) -> str:
+    path.write_text("".join(json.dumps(arithmetic.conversation(i)) + "\n" for i in range(64)))
+    return str(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_two_steps(path, tmp_path):
+    config = resolve.find(f"{path}:get_config", "configs")()
+    with config.unlocked():
+        config.mesh.update({"data": 2, "fsdp": 2, "tensor": 2})
+        config.window = 64
+        config.held_out = 0.1
+        if config.model:
+            config.model = {**config.model.to_dict(), **TINY}
+        else:
+            config.model, config.data = model_folder(tmp_path / "model"), data_file(tmp_path / "data.jsonl")
+        if config.task:
+            config.task.examples, config.eval_per_cell = 200, 1
+        for settings in [config[name] for name in config.stages] or [config]:
+            settings.steps, settings.batch_size = 2, 16
+    train.run(config, tmp_path / "run")
+    assert sharding.batch_ways() == 1, "the mesh must not outlive the run"
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for stage in config.stages or ("train",):
+        losses = [row["loss"] for row in rows if row["stage"] == stage and "loss" in row]
+        assert losses and all(abs(x) < 10 for x in losses)

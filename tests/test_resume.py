@@ -1,0 +1,245 @@
+"""A run that is stopped, in any way and at any moment, is the run that was not.
+
+Everything is compared bit for bit with an uninterrupted run of the same command: parameters, optimizer, running mean, random
+key, the data's position, every figure that was logged and every sample. No tolerance applies, since the same program runs on
+the same machine. The figures of the clock are left out, and with them the stage whose length the clock decides.
+"""
+
+import json
+import random
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+
+from jaxpost import checkpoint, recipe, train
+from jaxpost.errors import UserError
+from jaxpost.types import TrainState
+
+PATIENCE = 120  # seconds that a run may take before a test gives up on it: many times what it needs
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The workdir of the uninterrupted run, and its recipe."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = runs.write(folder, runs.stages(folder))
+    run = runs.start(runs.command(config, folder / "w"))
+    _, errors = run.communicate(timeout=PATIENCE)
+    assert run.returncode == 0, errors
+    return folder / "w", config
+
+
+def finish(config, workdir):
+    run = runs.start(runs.command(config, workdir))
+    _, errors = run.communicate(timeout=PATIENCE)
+    assert run.returncode == 0, errors
+    return errors
+
+
+def when(workdir, stage: str, step: int):
+    """Whether the log has come to a step of a stage."""
+    place = f'"stage": "{stage}", "step": {step},'
+    return lambda: (workdir / "metrics.jsonl").exists() and place in (workdir / "metrics.jsonl").read_text()
+
+
+def while_saving(workdir, stage: str, after: int):
+    """Whether a checkpoint of a stage is being written, `after` steps having been saved."""
+
+    def look():
+        names = [p.name for p in (workdir / "checkpoints" / stage).glob("*")]
+        return any("tmp" in n for n in names) and any(n.isdigit() and int(n) >= after for n in names)
+
+    return look
+
+
+def strike(config, workdir, ready, how=signal.SIGKILL, delay: float = 0.0):
+    """Starts the command, and signals it as soon as ready() holds; returns (exit status, stderr)."""
+    run = runs.start(runs.command(config, workdir))
+    end = time.monotonic() + PATIENCE
+    while not ready():
+        assert run.poll() is None and time.monotonic() < end, "the run was over before its moment came"
+        time.sleep(0.0005)
+    time.sleep(delay)
+    run.send_signal(how)
+    _, errors = run.communicate(timeout=PATIENCE)
+    return run.returncode, errors
+
+
+def same(one, other):
+    """Holds two finished runs against each other."""
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        a, b = ([row for row in runs.rows(w / name) if row["stage"] != "control"] for w in (one, other))
+        assert a == b
+    for stage in ("sft", "reinforce"):
+        a, b = runs.saved(one, stage), runs.saved(other, stage)
+        assert a.keys() == b.keys()
+        for step in a:
+            for path, value in a[step][0].items():
+                np.testing.assert_array_equal(value, b[step][0][path], err_msg=f"{stage} {step} {path}")
+            times = {"seconds"}
+            assert {k: v for k, v in a[step][1].items() if k not in times} == {
+                k: v for k, v in b[step][1].items() if k not in times
+            }
+
+
+def test_a_term_signal_saves_and_a_kill_loses_nothing(whole, tmp_path):
+    workdir, config = whole
+    status, errors = strike(config, tmp_path, when(tmp_path, "sft", 10), signal.SIGTERM)
+    assert status == 0
+    assert "all saved; the same command continues" in errors and "Traceback" not in errors
+    stopped = max(int(p.name) for p in (tmp_path / "checkpoints" / "sft").iterdir())
+    assert f"stopped at sft step {stopped}" in errors and stopped >= 10
+    # Once before the stage's first checkpoint, when its rows are there and it starts anew, and once between two of them.
+    for step in (1, 14):
+        status, _ = strike(config, tmp_path, when(tmp_path, "reinforce", step))
+        assert status == -signal.SIGKILL
+    finish(config, tmp_path)
+    same(workdir, tmp_path)
+
+
+@pytest.mark.slow
+def test_five_kills_at_random_moments_lose_nothing(whole, tmp_path):
+    workdir, config = whole
+    chance = random.Random(4)
+    status, _ = strike(config, tmp_path, while_saving(tmp_path, "sft", 4))
+    # Proof that it was struck while saving: what it was writing lies there unfinished.
+    assert status == -signal.SIGKILL and list((tmp_path / "checkpoints" / "sft").glob("*tmp*"))
+    for stage, steps in (("sft", (9, 28)), ("reinforce", (1, 10)), ("reinforce", (11, 20))):
+        moment = when(tmp_path, stage, chance.randint(*steps))
+        assert strike(config, tmp_path, moment, delay=chance.random() / 100)[0] == -signal.SIGKILL
+    assert strike(config, tmp_path, while_saving(tmp_path, "reinforce", 20))[0] == -signal.SIGKILL
+    finish(config, tmp_path)
+    same(workdir, tmp_path)
+
+
+def test_the_figures_of_a_run(whole):
+    workdir, _ = whole
+    rows = runs.rows(workdir / "metrics.jsonl")
+    for stage, evaluated in (("sft", [0, 8, 16, 24, 30]), ("reinforce", [0, 10, 20, 30])):
+        own = [row for row in rows if row["stage"] == stage]
+        assert [r["step"] for r in own if "loss" in r] == list(range(1, 31))
+        assert [r["step"] for r in own if "eval/accuracy" in r] == evaluated
+    assert all(r["grad_norm"] > 0 for r in rows if r["stage"] == "reinforce" and "frac_reward_zero_std" in r)
+    # The second stage starts from the first one's running mean, which is what was evaluated.
+    last, first = ([r for r in rows if r["stage"] == s and "eval/accuracy" in r][i] for s, i in (("sft", -1), ("control", 0)))
+    assert last["eval/loss"] == first["eval/loss"]
+
+
+def test_the_control_ends_by_the_time_of_its_stage(whole):
+    workdir, _ = whole
+    text = (workdir / "metrics.jsonl").read_text()
+    seconds = {}
+    for stage in ("reinforce", "control"):
+        rows = [json.loads(line) for line in text.splitlines()]
+        seconds[stage] = [row["step_time"] for row in rows if row["stage"] == stage and "step_time" in row]
+    assert len(seconds["reinforce"]) == 30 and len(seconds["control"]) < 100000
+    # A step's time is known when the next one is under way, so the control takes one step more than its budget.
+    assert sum(seconds["control"][:-2]) < sum(seconds["reinforce"]) <= sum(seconds["control"][:-1]) + 1e-6
+
+
+def test_a_finished_run_has_nothing_to_do(whole, capsys):
+    workdir, config = whole
+    before = {p: p.read_bytes() for p in (workdir / "metrics.jsonl", workdir / "samples.jsonl")}
+    results = train.run(recipe.make(**runs.stages(config.parent)), workdir)
+    assert "sft: finished before, at step 30." in capsys.readouterr().err
+    last = json.loads(before[workdir / "metrics.jsonl"].splitlines()[-1])
+    assert results == {name: value for name, value in last.items() if name.startswith("eval/")}
+    assert before == {p: p.read_bytes() for p in before}
+
+
+def test_other_settings_are_refused_with_the_difference(whole):
+    workdir, config = whole
+    kept = (workdir / "config.json").read_bytes()
+    changed = runs.stages(config.parent) | {"optimizer": {"lr": 2e-3, "warmup": 2}}
+    changed["sft"] = changed["sft"] | {"ema": 0.5}
+    with pytest.raises(UserError) as refused:
+        train.run(recipe.make(**changed), workdir)
+    assert "optimizer.lr: 0.001 -> 0.002" in str(refused.value) and "sft.ema: 0.9 -> 0.5" in str(refused.value)
+    assert "--workdir" in str(refused.value) and len(str(refused.value).splitlines()) == 4
+    assert (workdir / "config.json").read_bytes() == kept
+
+
+def test_settings_that_change_nothing_learned_are_free(whole, capsys):
+    workdir, config = whole
+    changed = runs.stages(config.parent) | {"log_every": 7, "eval_rows": 3, "mesh": {"data": -1, "fsdp": 2, "tensor": 1}}
+    changed["sft"] = changed["sft"] | {"eval_every": 9}
+    train.run(recipe.make(**changed), workdir)
+    assert "finished before" in capsys.readouterr().err
+
+
+def test_a_mistake_leaves_the_workdir_free(tmp_path):
+    chosen = runs.settings(tmp_path, steps=2, batch_size=8, microbatches=3)
+    with pytest.raises(UserError, match="batch_size: 8 rows do not divide over microbatches x data x fsdp = 24"):
+        train.run(recipe.make(**chosen), tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ Not finite
+
+POISON = """
+import jax.numpy as jnp
+
+from jaxpost.objectives import sft
+
+
+def poisoned(forward, params, batch, key, *, every):
+    terms, metrics = sft.nll(forward, params, batch, key)
+    bad = jnp.sum(batch["tokens"]) % every == 0
+    return {"nll": terms["nll"]._replace(sum=jnp.where(bad, jnp.nan, terms["nll"].sum))}, metrics
+"""
+
+
+def poisoned(folder, every: int, **changes):
+    (folder / "poison.py").write_text(POISON)
+    spec = {"name": f"{folder / 'poison.py'}:poisoned", "every": every}
+    return recipe.make(**runs.settings(folder, objective=spec, steps=8, eval_per_cell=1, held_out=0, **changes))
+
+
+def test_updates_that_are_not_finite_are_left_out_and_counted(tmp_path):
+    train.run(poisoned(tmp_path, 3), tmp_path / "w")
+    rows = [row for row in runs.rows(tmp_path / "w" / "metrics.jsonl") if "loss" in row]
+    bad = [row["loss"] is None for row in rows]
+    assert 0 < sum(bad) < len(bad) == 8
+    assert [row["skipped"] for row in rows] == list(np.cumsum(bad))
+    # The learning rate goes by the updates that were made, so a step that was left out does not use its rate up.
+    rates = [row["learning_rate"] for row in rows]
+    assert all(rates[i + 1] == rates[i] if bad[i] else rates[i + 1] != rates[i] for i in range(7))
+
+
+def test_too_many_in_a_row_stop_the_run_with_the_batch_saved(tmp_path):
+    with pytest.raises(UserError, match=r"train step 3: 3 updates in a row .*nonfinite-train-3-process0.npz") as stopped:
+        train.run(poisoned(tmp_path, 1, max_skipped=3), tmp_path / "w")
+    assert "lower the learning rate" in str(stopped.value)
+    with np.load(tmp_path / "w" / "nonfinite-train-3-process0.npz") as batch:
+        assert set(batch) == {"tokens", "segments", "positions", "mask"}
+        assert batch["tokens"].shape == (16, 32) and batch["mask"].any()
+
+
+# --------------------------------------------------------------------------------------------------- What is kept
+
+
+def state(step: int) -> TrainState:
+    count = jnp.int32(step)
+    params = {"w": jnp.full(3, float(step))}
+    key = jax.random.PRNGKey(0)
+    return TrainState(count, params, {"w": None}, {}, None, key, skipped=count * 0, streak=count * 0)
+
+
+@pytest.mark.parametrize(("highest", "kept"), [(False, [2, 5, 6]), (True, [4, 5, 6])])
+def test_the_last_and_the_best_checkpoints_stay(tmp_path, highest, kept):
+    figures = {1: 3.0, 2: 1.0, 3: float("nan"), 4: 4.0, 5: None, 6: 2.0}
+    saved = checkpoint.Checkpoints(tmp_path, keep=2, best="eval/loss", highest=highest)
+    for step, figure in figures.items():
+        saved.save(state(step), {"position": step}, None if figure is None else {"eval/loss": figure, "other": 9.0})
+    saved.close()
+    assert sorted(int(p.name) for p in tmp_path.iterdir()) == kept
+    again = checkpoint.Checkpoints(tmp_path, keep=2, best="eval/loss", highest=highest)
+    assert again.latest() == 6 and again.meta(kept[0]) == {"position": kept[0]}
+    again.save(state(7), {}, {"eval/loss": 2.5})
+    again.close()
+    assert sorted(int(p.name) for p in tmp_path.iterdir()) == [kept[0], 6, 7]

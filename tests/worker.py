@@ -1,0 +1,89 @@
+"""One process of several, or all there is: the same work either way, for test_multiprocess.py to compare.
+
+    python tests/worker.py <part> <processes> <number of this one> <port> <folder>
+
+The part `steps` writes what the steps of some objectives gave on the stub (`steps.json`); the part `stages` a workdir `run` of
+a recipe with an SFT and a REINFORCE stage, and which tokens this process's rollouts sampled (`tokens-<number>.npz`).
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import runs
+import stubs
+
+from jaxpost import metrics, recipe, resolve, sharding, train
+from jaxpost.rollouts.source import Rollouts
+from jaxpost.step import make_step
+from jaxpost.types import TrainState
+
+MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+OBJECTIVES = ("sft.nll", "sft.dft", "policy_gradient.reinforce", "matched")
+
+
+def steps(mesh) -> dict:
+    """objective -> its metrics at each of two SGD steps, and the norm of every gradient leaf, in two microbatches."""
+    tx, found = optax.chain(optax.trace(0.0), optax.scale(-0.05)), {}
+
+    def start():
+        params, zero = stubs.init(), jnp.zeros((), jnp.int32)
+        nothing = jax.tree.map(lambda _: None, params)
+        return TrainState(zero, params, nothing, tx.init(params), None, jax.random.PRNGKey(3), zero, zero)
+
+    first, last = sharding.local_rows(mesh, stubs.ROWS)
+    places = sharding.stored(mesh, jax.eval_shape(start))
+    for name in OBJECTIVES:
+        objective = stubs.TOYS.get(name) or resolve.find(name, "objectives")
+        step = make_step(stubs.forward, objective, tx, microbatches=2)
+        step = jax.jit(step, out_shardings=(places, sharding.replicated(mesh)))
+        state, found[name] = jax.jit(start, out_shardings=places)(), []
+        for seed in (1, 2):
+            batch = stubs.pack(stubs.documents(seed))
+            own = {k: v[first:last] if v.ndim else v for k, v in batch.items()}
+            state, measured = step(state, sharding.distribute(own, mesh, stubs.ROWS))
+            gradients = {}
+            for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state[0].trace):
+                gradients[sharding.path_name(path)] = sharding.everywhere(leaf).ravel().tolist()
+            found[name].append({"metrics": metrics.values(measured), "gradients": gradients})
+    return found
+
+
+def stages(number: int, folder: Path) -> None:
+    """A recipe with an SFT and a REINFORCE stage, in `run`; the rollouts' tokens beside it."""
+    sampled, make = [], Rollouts.__call__
+
+    def remembered(self, state):
+        batch = make(self, state)
+        sampled.append(batch["tokens"])
+        return batch
+
+    Rollouts.__call__ = remembered
+    options = {"source": "rollouts", "objective": {"name": "policy_gradient.reinforce"}, "steps": 3, "best": ""}
+    both = {"sft": {"steps": 4, "microbatches": 2, "best": ""}, "reinforce": options}
+    settings = runs.settings(folder, stages=("sft", "reinforce"), mesh=MESH, **both)
+    # In effect plain descent, by an eps above every gradient: Adam would turn the rounding of a tiny gradient into a step.
+    settings["optimizer"] = {"lr": 1e-1, "schedule": "constant", "warmup": 0, "eps": 10.0}
+    train.run(recipe.make(**settings), folder / "run")
+    np.savez(folder / f"tokens-{number}.npz", *sampled)
+
+
+def main(part: str, processes: int, number: int, port: int, folder: Path) -> None:
+    """Joins the other processes and does the part."""
+    if processes > 1:
+        jax.distributed.initialize(f"127.0.0.1:{port}", processes, number, initialization_timeout=60)
+    if part == "stages":
+        return stages(number, folder)
+    mesh = sharding.make_mesh(**MESH)
+    with sharding.use(mesh):
+        found = steps(mesh)
+    if number == 0:
+        (folder / "steps.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:5]), Path(sys.argv[5]))
