@@ -1,10 +1,10 @@
 """The whole way in minutes on a laptop: SFT from scratch on arithmetic, then REINFORCE, with a control for the time.
 
-    python -m jaxpost.train --config=configs/quickstart.py --workdir=/tmp/quickstart
+    python -m jaxpost.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-40% of the demonstrations have a wrong digit, as human ones may. Imitation learns the errors with the rest, so sampled answers
+30% of the demonstrations have a wrong digit, as human ones may. Imitation learns the errors with the rest, so sampled answers
 stay wrong though greedy ones are right; a verifier's reward repairs that. `control` continues SFT for as long as REINFORCE
-took.
+took, which shows that it was the reward and not the time.
 """
 
 from jaxpost import recipe
@@ -16,49 +16,43 @@ MODEL = {
     "intermediate_size": 384,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 64,
     "tie_word_embeddings": True,
-    "rope_theta": 10000.0,
+    "initializer_range": 0.06,  # wide: from scratch and this narrow, attention must find its digits within a few hundred steps
 }
 
 
 def get_config(arg: str = ""):
+    sft = {"objective": {"name": "sft.nll"}, "window": 64, "batch_size": 16, "held_out": 0.01, "log_every": 50}
     return recipe.make(
         stages=("sft", "reinforce", "control"),
+        result="reinforce",
         model=MODEL,
         tokenizer="tasks.arithmetic.tokenizer",
-        task={"name": "arithmetic", "examples": 40000, "corrupt": 0.4},
-        window=128,
-        rollouts={"group": 8, "prompt_window": 12, "new": 8, "temperature": 1.0},
+        remat="dots",  # on a CPU, reading less memory in the backward pass is worth a little more arithmetic
+        task={"name": "arithmetic", "examples": 80000, "corrupt": 0.3},
+        window=64,
+        rollouts={"group": 8, "prompt_window": 9, "new": 8, "temperature": 1.0},
         best="eval/accuracy",
         highest=True,
-        eval_rows=150,
-        sft={
-            "objective": {"name": "sft.nll"},
-            "held_out": 0.01,
-            "batch_size": 16,
-            "epochs": 8,
-            "optimizer": {"lr": 2e-3, "schedule": "cosine", "warmup": 100, "end": 0.1},
-            "eval_every": 500,
-            "log_every": 50,
-        },
+        eval_rows=209,
+        eval_per_cell=100,
+        sft={**sft, "steps": 1700, "optimizer": {"lr": 1e-3, "warmup": 50, "b2": 0.98, "end": 0.05}, "eval_every": 200},
         reinforce={
             "source": "rollouts",
             "objective": {"name": "policy_gradient.reinforce"},
             "batch_size": 256,
-            "steps": 300,
-            "optimizer": {"lr": 3e-4, "schedule": "constant", "warmup": 10},
-            "eval_every": 100,
-            "log_every": 10,
+            "steps": 180,
+            "optimizer": {"lr": 1.5e-4, "schedule": "constant", "warmup": 10, "b2": 0.98},
+            "eval_every": 50,
+            "log_every": 5,
         },
         control={
+            **sft,
             "start": "sft",
             "time_of": "reinforce",
-            "objective": {"name": "sft.nll"},
-            "held_out": 0.01,
-            "batch_size": 16,
             "steps": 100000,
-            "optimizer": {"lr": 3e-4, "schedule": "constant", "warmup": 10},
-            "log_every": 50,
+            "optimizer": {"lr": 2e-4, "schedule": "constant", "warmup": 10, "b2": 0.98},
+            "eval_every": 300,
         },
     )

@@ -105,10 +105,9 @@ def _unflat(flat: dict[str, Any], like: Params) -> Params:
 
 
 def find_step(folder) -> epath.Path:
-    """The newest checkpoint of a workdir (its last stage that has one), or of a stage's folder; a checkpoint's own folder is
-    itself.
+    """The newest checkpoint of a workdir's result (else of its last stage that has one), or of a stage's folder.
 
-    Raises UserError if there is none.
+    A checkpoint's own folder is itself. Raises UserError if there is none.
     """
     folder = epath.Path(folder)
     if not folder.exists():
@@ -116,7 +115,8 @@ def find_step(folder) -> epath.Path:
     if (folder / "params").exists():
         return folder
     if (folder / "checkpoints").exists():
-        names = json.loads((folder / "config.json").read_text()).get("stages") or ["train"]
+        config = json.loads((folder / "config.json").read_text())
+        names = [config["result"]] if config.get("result") else config.get("stages") or ["train"]
         stages = [folder / "checkpoints" / name for name in names]
         found = [s for s in stages if s.exists() and _steps(s)]
         folder = found[-1] if found else folder / "checkpoints"

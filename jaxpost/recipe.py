@@ -19,6 +19,7 @@ from jaxpost.resolve import nearest
 DEFAULTS = {
     "seed": 0,
     "stages": (),  # names, in order; () is one stage called "train" with the settings as they stand
+    "result": "",  # the stage whose weights generate and export take from the workdir; "" is the last
     "start": "",  # the stage whose weights to start from; "" is the one before (the model itself for the first)
     # The model: a folder with config.json and safetensors, or the fields of a config.json to start from scratch.
     "model": "",
@@ -72,7 +73,7 @@ DEFAULTS = {
 }
 
 # What may differ between a workdir and the command that continues it, since it changes nothing that is learned.
-FREE = ("log_every", "eval_every", "save_every", "keep", "eval_rows", "eval_per_cell", "mesh", "max_skipped", "remat")
+FREE = ("result", "log_every", "eval_every", "save_every", "keep", "eval_rows", "eval_per_cell", "mesh", "max_skipped", "remat")
 
 # Keys that count something and must be at least 1; other numbers must not be negative.
 COUNTS = (
@@ -114,6 +115,8 @@ def stages(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
     idle = tuple(k for k, v in others.items() if v and v.keys() <= DEFAULTS.keys())
     whole = _merge(DEFAULTS, plain, names + idle, "config")
     shared = {k: v for k, v in whole.items() if k not in names + idle}
+    if whole["result"] not in ("", *names):
+        raise UserError(f"config.result: no stage {whole['result']!r}.{nearest(whole['result'], names)}")
     found = []
     for name in names or ("train",):
         changes = plain.get(name, {}) if names else {}
