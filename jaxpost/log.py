@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from jaxpost import metrics, optim, writers
+from jaxpost import metrics, optim, sharding, writers
 from jaxpost.errors import UserError
 from jaxpost.progress import Progress, model_flops, peak_flops
 
@@ -22,19 +22,19 @@ class Log:
     """The figures of one stage.
 
     plan: train.Plan; names: the stages up to this one; meta: num_tokens and seconds so far, as the checkpoint has them; step:
-    the steps that are done, to which the files are taken back. Every process has one, and the first writes.
+    the steps that are done, to which the files are taken back; budget: the training seconds after which the stage ends. Every
+    process has one, and the first writes.
     """
 
-    def __init__(self, plan: Any, workdir: epath.Path, names: list[str], meta: dict, step: int):
+    def __init__(self, plan: Any, workdir: epath.Path, names: list[str], meta: dict, step: int, budget: float):
         self.plan, self.workdir = plan, workdir
-        self.num_tokens, self.seconds = meta["num_tokens"], meta["seconds"]
+        self.num_tokens, self.seconds, self.budget = meta["num_tokens"], meta["seconds"], budget
         self.writer = None
         if jax.process_index() == 0:
-            writers.cut_back(
-                workdir, names, plan.name, step or -1
-            )  # a stage that only begins has no row yet, not even of step 0
+            # A stage that only begins has no row yet, not even of step 0.
+            writers.cut_back(workdir, names, plan.name, step or -1)
             self.writer = writers.MetricWriter(workdir, json.loads(plan.settings.to_json()), names)
-        self.progress = Progress(plan.name, plan.steps, step, quiet=self.writer is None)
+        self.progress = Progress(plan.name, plan.steps, step, quiet=self.writer is None, budget=budget)
         self.schedule = optim.schedule(plan.settings.optimizer, plan.steps)
         self.peak, self.pending, self.wait = peak_flops(), None, 0.0
         self.mark = None
@@ -52,6 +52,10 @@ class Log:
         """Takes a step's metrics without waiting for them, and deals with the step before."""
         self.settle(keep_mark=True)
         self.pending = (at, batch, measured, self.wait)
+
+    def out_of_time(self) -> bool:
+        """Whether the budget is used up, by the first process's clock: all must take the same steps."""
+        return self.budget < float("inf") and sharding.agree(self.seconds) >= self.budget
 
     def settle(self, keep_mark: bool = False) -> None:
         """Waits for the pending step's figures and writes them if it is their turn.
@@ -89,7 +93,7 @@ class Log:
         }
         if self.writer:
             self.writer.write(self.plan.name, at, values)
-        self.progress.show(at, values)
+        self.progress.show(at, values, self.seconds)
 
     def _guard(self, at: int, batch: dict, values: dict) -> None:
         if values["skipped_in_a_row"] < max(self.plan.settings.max_skipped, 1):
@@ -109,7 +113,7 @@ class Log:
             self.writer.write(self.plan.name, step, values)
         if self.writer and samples:
             self.writer.samples(self.plan.name, step, samples + getattr(self.plan.source, "samples", []))
-        self.progress.show(step, values)
+        self.progress.show(step, values, self.seconds)
 
     def flush(self) -> None:
         """Everything up to here is in the files; what follows, up to the next step, is not the training's time."""

@@ -59,27 +59,26 @@ def peak_flops() -> float:
 
 
 class Progress:
-    """The bar of one stage, or its lines where stderr is no terminal."""
+    """The bar of one stage, or its lines where stderr is no terminal. `budget`: training seconds after which the stage ends."""
 
-    def __init__(self, stage: str, steps: int, done: int, quiet: bool):
-        self.stage, self.steps, self.quiet = stage, steps, quiet
+    def __init__(self, stage: str, steps: int, done: int, quiet: bool, budget: float):
+        self.stage, self.steps, self.quiet, self.budget = stage, steps, quiet, budget
         self.terminal = sys.stderr.isatty() and not quiet
         self.bar = tqdm.tqdm(total=steps, initial=done, desc=stage, disable=not self.terminal, unit="step")
-        self.start, self.first = time.perf_counter(), done
 
     def advance(self) -> None:
         """One step more."""
         self.bar.update(1)
 
-    def show(self, step: int, values: dict[str, float]) -> None:
-        """The step's main figures."""
+    def show(self, step: int, values: dict[str, float], seconds: float) -> None:
+        """The step's main figures; seconds: of training so far, which the time left goes by."""
         names = ("loss", "reward", "eval/loss", "eval/accuracy", "eval/accuracy_greedy", "tokens_per_second", "mfu")
         text = "  ".join(f"{n} {values[n]:.4g}" for n in names if n in values)
         if self.terminal:
             self.bar.set_postfix_str(text)
         elif not self.quiet:
-            left = (time.perf_counter() - self.start) / max(step - self.first, 1) * (self.steps - step)
-            print(f"{self.stage} {step}/{self.steps}  {text}  left {left:.0f}s", file=sys.stderr, flush=True)
+            left = min(seconds / max(step, 1) * (self.steps - step), self.budget - seconds)
+            print(f"{self.stage} {step}/{self.steps}  {text}  left {max(left, 0):.0f}s", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Ends the bar."""

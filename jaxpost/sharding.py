@@ -198,3 +198,8 @@ def everywhere(x: jax.Array) -> np.ndarray:
     if jax.process_count() == 1:
         return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def agree(value: float) -> float:
+    """The first process's value, on every process; all of them must ask."""
+    return value if jax.process_count() == 1 else float(multihost_utils.broadcast_one_to_all(np.float64(value)))

@@ -252,9 +252,9 @@ def _stage(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _Sto
     state = _restore(plan, saved, latest, tx, mesh) if latest is not None else _start(plan, names, workdir, tx, mesh)
     step = _compiled(plan, tx, state, mesh)
     plan.source.position = meta["position"]
-    log = Log(plan, workdir, names, meta, int(state.step))
-    judge = _Judge(plan, mesh)
     budget = _seconds_of(s.time_of, workdir) if s.time_of else float("inf")
+    log = Log(plan, workdir, names, meta, int(state.step), budget)
+    judge = _Judge(plan, mesh)
 
     def save(done: bool) -> None:
         log.flush()
@@ -273,7 +273,7 @@ def _stage(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _Sto
         state, measured = step(state, sharding.distribute(batch, mesh, s.batch_size))
         at += 1
         log.step(at, batch, measured)
-        done = at == plan.steps or log.seconds >= budget
+        done = at == plan.steps or log.out_of_time()
         if done or (s.eval_every and at % s.eval_every == 0):
             results, judged = judge(state, log, at), at
         asked = stop.asked or (jax.process_count() > 1 and saved.reached_preemption(at))

@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 
-from jaxpost import report, writers
+from jaxpost import chart, report, writers
 from jaxpost.errors import UserError
 
 STAGES = ["sft", "reinforce"]
@@ -194,6 +194,23 @@ def test_the_report_has_accuracies_curves_and_samples_by_stage(tmp_path):
     assert page.active == [] and not page.tags & {"script", "link", "img", "iframe"}
 
 
+def test_the_summary_has_a_line_a_cell_with_both_ends_of_each_stage(tmp_path):
+    rows = [
+        {"stage": "sft", "step": 0, "time": 1, "eval/accuracy": 0.0, "eval/accuracy_greedy": 0.01, "eval/accuracy/+2": 0.02},
+        {"stage": "sft", "step": 9, "time": 2, "eval/accuracy": 0.5, "eval/accuracy_greedy": 0.9, "eval/accuracy/+2": 1.0},
+        {"stage": "rl", "step": 0, "time": 3, "eval/accuracy": 0.4},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sample = {"stage": "sft", "step": 9, "kind": "sampled", "prompt": "1+1", "completion": "3", "answer": "2"}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(sample) + "\n" + json.dumps({**sample, "kind": "greedy"}) + "\n")
+    _, _, overall, cell, shown = report.summary(tmp_path).splitlines()
+    assert overall.split() == ["all", "|", "0", "1", "->", "50", "90", "|", "40", "-", "->", "-", "-"]
+    assert cell.split() == ["+2", "|", "2", "-", "->", "100", "-", "|", "-", "-", "->", "-", "-"]
+    assert shown == "sft: 1+1 -> 3 (answer 2)"
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"stage": "sft", "step": 1, "time": 1, "loss": 1.0}) + "\n")
+    assert report.summary(tmp_path) == ""
+
+
 def test_a_chart_runs_from_its_first_value_to_its_last(tmp_path):
     line = [(0, 4.0), (50, math.nan), (75, 1.0), (100, 2.0)]
     write_run(tmp_path, [("sft", step, {"loss": value}) for step, value in line])
@@ -207,8 +224,8 @@ def test_a_chart_runs_from_its_first_value_to_its_last(tmp_path):
 def test_long_lines_keep_their_spikes_and_ends():
     line = [(step, 1.0) for step in range(10_000)]
     line[4_321], line[7_000] = (4_321, 99.0), (7_000, -99.0)
-    thin = report._thin(line)
-    assert len(thin) <= report._POINTS + 2 and thin[0] == line[0] and thin[-1] == line[-1]
+    thin = chart._thin(line)
+    assert len(thin) <= chart._POINTS + 2 and thin[0] == line[0] and thin[-1] == line[-1]
     assert line[4_321] in thin and line[7_000] in thin
 
 
@@ -216,7 +233,7 @@ def test_long_lines_keep_their_spikes_and_ends():
     ("values", "expected"), [((0.0, 1.0), [0, 0.2, 0.4, 0.6, 0.8, 1]), ((3.0, 1500.0), [0, 500, 1000, 1500]), ((-0.1, 0.1), 5)]
 )
 def test_ticks_are_round_and_enclose_the_values(values, expected):
-    ticks = report._ticks(*values)
+    ticks = chart._ticks(*values)
     assert ticks[0] <= values[0] and ticks[-1] >= values[1]
     if isinstance(expected, list):
         assert ticks == pytest.approx(expected)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 from jaxpost import checkpoint, sharding, tokenizer
 from jaxpost.errors import UserError
@@ -78,7 +79,7 @@ def keep_description(found: Description, workdir, template: str) -> None:
 
     template: the Jinja that the run trains with, which the tokenizer carries from here on, whatever it came with.
     """
-    folder = Path(workdir) / "model"
+    folder = epath.Path(workdir) / "model"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(found.config, indent=2) + "\n")
     if found.tokenizer is not None:
@@ -93,13 +94,13 @@ def open_model(where: str, mesh, dtype: str = "float32") -> tuple[Description, P
 
     Raises UserError if `where` is none of them.
     """
-    path = Path(where)
+    path = epath.Path(where)
     # A workdir has a config.json too, the recipe's, which names no model_type.
     if (path / "config.json").exists() and "model_type" in hf.read_config(path):
         found = describe(str(path), dtype=dtype)
         return found, weights(found, mesh)
     step = checkpoint.find_step(path)
-    described = next((p / "model" for p in Path(step).parents if (p / "model" / "config.json").exists()), None)
+    described = next((p / "model" for p in step.parents if (p / "model" / "config.json").exists()), None)
     if described is None:
         raise UserError(f"{where}: has a checkpoint, but no workdir around it with model/config.json.")
     found = describe(str(described), dtype=dtype)
