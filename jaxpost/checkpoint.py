@@ -116,9 +116,10 @@ def find_step(folder) -> epath.Path:
         return folder
     if (folder / "checkpoints").exists():
         config = json.loads((folder / "config.json").read_text())
-        names = [config["result"]] if config.get("result") else config.get("stages") or ["train"]
+        names = config.get("stages") or ["train"]
         stages = [folder / "checkpoints" / name for name in names]
         found = [s for s in stages if s.exists() and _steps(s)]
+        found = [s for s in found if s.name == config.get("result")] or found
         folder = found[-1] if found else folder / "checkpoints"
     if steps := _steps(folder):
         return folder / str(steps[-1])

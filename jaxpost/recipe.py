@@ -156,7 +156,7 @@ def _check(key: str, default, value, place: str) -> None:
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join("dict" if k is Mapping else k.__name__ for k in kinds)
         raise UserError(f"{place}.{key}: {value!r} is no {wanted}.")
-    signed = key in ("seed", "data", "fsdp", "tensor")  # a mesh axis of -1 takes what the others leave
+    signed = key in ("data", "fsdp", "tensor")  # a mesh axis of -1 takes what the others leave
     least = int(key in COUNTS)
     if isinstance(value, (int, float)) and not signed and not value >= least:
         raise UserError(f"{place}.{key}: {value!r}; it must be at least {least}.")

@@ -125,6 +125,12 @@ def _plan(name: str, s, mesh) -> Plan:
     objective = resolve(_plain(s.objective), "objectives")
     if s.window > found.transformer.arch.max_positions:
         raise UserError(f"config.window: {s.window} tokens, but the model takes {found.transformer.arch.max_positions}.")
+    if s.source == "rollouts" or s.task:
+        longest = s.rollouts.prompt_window + s.rollouts.new
+        if longest > found.transformer.arch.max_positions:
+            raise UserError(
+                f"config.rollouts: prompt_window + new = {longest} tokens, but the model takes {found.transformer.arch.max_positions}."
+            )
     if s.batch_size % (rows := s.microbatches * mesh.shape["data"] * mesh.shape["fsdp"]):
         raise UserError(
             f"config.batch_size: {s.batch_size} rows do not divide over microbatches x data x fsdp = {rows}; use a multiple."
@@ -167,7 +173,7 @@ def _data(task, found, s, mesh):
     if s.data:
         records = readers.read(s.data)
     elif task is not None:
-        make = bind(task.conversation, _task_options(s), f"task {s.task['name']}")
+        make = bind(task.conversation, {"seed": s.seed, **_task_options(s)}, f"task {s.task['name']}")
         records = [readers.Record(make(i), f"task {s.task['name']}, example {i}") for i in range(s.task.get("examples", 10000))]
     else:
         raise UserError("config.data: give a .jsonl or .json file, or a config.task with demonstrations of its own.")
