@@ -125,12 +125,6 @@ def _plan(name: str, s, mesh) -> Plan:
     objective = resolve(_plain(s.objective), "objectives")
     if s.window > found.transformer.arch.max_positions:
         raise UserError(f"config.window: {s.window} tokens, but the model takes {found.transformer.arch.max_positions}.")
-    if s.source == "rollouts" or s.task:
-        longest = s.rollouts.prompt_window + s.rollouts.new
-        if longest > found.transformer.arch.max_positions:
-            raise UserError(
-                f"config.rollouts: prompt_window + new = {longest} tokens, but the model takes {found.transformer.arch.max_positions}."
-            )
     if s.batch_size % (rows := s.microbatches * mesh.shape["data"] * mesh.shape["fsdp"]):
         raise UserError(
             f"config.batch_size: {s.batch_size} rows do not divide over microbatches x data x fsdp = {rows}; use a multiple."
@@ -150,6 +144,9 @@ def _plan(name: str, s, mesh) -> Plan:
         steps = s.steps or len(batches)
     else:
         raise UserError(f"config.source: {s.source!r} is neither 'data' nor 'rollouts'.")
+    longest, most = s.rollouts.prompt_window + s.rollouts.new, found.transformer.arch.max_positions
+    if task is not None and longest > most:
+        raise UserError(f"config.rollouts: prompt_window + new = {longest} tokens, but the model takes {most}.")
     optim.schedule(s.optimizer, steps)
     return Plan(name, s, found, objective, batches, steps, held_out, problems, example)
 
@@ -178,7 +175,8 @@ def _data(task, found, s, mesh):
     else:
         raise UserError("config.data: give a .jsonl or .json file, or a config.task with demonstrations of its own.")
     # On the command line every share is a float, a number of examples too.
-    rest, others = source.split(len(records), int(s.held_out) if s.held_out >= 1 else float(s.held_out), s.seed)
+    wanted = 0 if s.eval_data else int(s.held_out) if s.held_out >= 1 else float(s.held_out)
+    rest, others = source.split(len(records), wanted, s.seed)
     kept = readers.read(s.eval_data) if s.eval_data else [records[i] for i in others]
 
     def rows(records):
