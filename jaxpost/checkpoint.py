@@ -118,15 +118,16 @@ def find_step(folder) -> epath.Path:
         config = json.loads((folder / "config.json").read_text())
         names = config.get("stages") or ["train"]
         stages = [folder / "checkpoints" / name for name in names]
-        found = [s for s in stages if s.exists() and _steps(s)]
+        found = [s for s in stages if s.exists() and steps(s)]
         found = [s for s in found if s.name == config.get("result")] or found
         folder = found[-1] if found else folder / "checkpoints"
-    if steps := _steps(folder):
-        return folder / str(steps[-1])
+    if found := steps(folder):
+        return folder / str(found[-1])
     raise UserError(f"{folder}: no checkpoint there yet.")
 
 
-def _steps(folder: epath.Path) -> list[int]:
+def steps(folder: epath.Path) -> list[int]:
+    """The steps that a stage's folder has whole checkpoints of, in order."""
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
 
 

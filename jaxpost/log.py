@@ -7,6 +7,7 @@ alone, with evaluation and saving left out, and goes on through restarts.
 
 import json
 import time
+from collections import Counter
 from typing import Any
 
 import jax
@@ -36,8 +37,8 @@ class Log:
             self.writer = writers.MetricWriter(workdir, json.loads(plan.settings.to_json()), names)
         self.progress = Progress(plan.name, plan.steps, step, quiet=self.writer is None, budget=budget)
         self.schedule = optim.schedule(plan.settings.optimizer, plan.steps)
-        self.peak, self.pending, self.wait = peak_flops(), None, 0.0
-        self.mark = None
+        self.peak, self.pending, self.wait, self.mark = peak_flops(), None, 0.0, None
+        self.since = Counter()  # seconds, steps and work since the last row that was written
 
     def clock(self) -> None:
         """Starts a step's time where no step came right before."""
@@ -70,33 +71,39 @@ class Log:
             took, self.mark = now - self.mark, now
             self.seconds += took
             self.num_tokens += int(values["num_tokens"])
+            self._count(values, took, wait)
             self._guard(at, batch, values)
             self.progress.advance()
             every = self.plan.settings.log_every
             if every and (at % every == 0 or at in (1, self.plan.steps)):
-                self._write(at, values, took, wait)
+                self._write(at, values)
         if not keep_mark:
             self.mark = None
 
-    def _write(self, at: int, values: dict, took: float, wait: float) -> None:
-        tokens = values["num_tokens"]
+    def _count(self, values: dict, took: float, wait: float) -> None:
+        work = (values["num_tokens"], values.pop("num_trained"), values.pop("num_pairs"))
+        flops = model_flops(self.plan.found.transformer.arch, *work)
+        self.since.update({"seconds": took, "wait": wait, "steps": 1, "tokens": work[0], "flops": flops})
+
+    def _write(self, at: int, values: dict) -> None:
+        # Over all steps since the last row: of a single one, part may have passed while the step before was settled.
+        since, self.since = self.since, Counter()
         # The schedule counts updates: those left out before this step were none, whatever became of this one.
         updates_missed = int(values["skipped"]) - int(values["skipped_in_a_row"] > 0)
-        flops = model_flops(self.plan.found.transformer.arch, tokens, values.pop("num_trained"), values.pop("num_pairs"))
         values |= {
             "num_tokens": self.num_tokens,
             "learning_rate": float(self.schedule(at - 1 - updates_missed)),
-            "step_time": took,
-            "wait_time": wait,
-            "tokens_per_second": tokens / took,
-            "mfu": flops / took / self.peak,
+            "step_time": since["seconds"] / since["steps"],
+            "wait_time": since["wait"] / since["steps"],
+            "tokens_per_second": since["tokens"] / since["seconds"],
+            "mfu": since["flops"] / since["seconds"] / self.peak,
         }
         if self.writer:
             self.writer.write(self.plan.name, at, values)
         self.progress.show(at, values, self.seconds)
 
     def _guard(self, at: int, batch: dict, values: dict) -> None:
-        if values["skipped_in_a_row"] < max(self.plan.settings.max_skipped, 1):
+        if values["skipped_in_a_row"] < self.plan.settings.max_skipped:
             return
         path = self.workdir / f"nonfinite-{self.plan.name}-{at}-process{jax.process_index()}.npz"
         with path.open("wb") as file:

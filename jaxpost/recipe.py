@@ -160,6 +160,10 @@ def _check(key: str, default, value, place: str) -> None:
     least = int(key in COUNTS)
     if isinstance(value, (int, float)) and not signed and not value >= least:
         raise UserError(f"{place}.{key}: {value!r}; it must be at least {least}.")
+    if key in ("ema", "b1", "b2") and value >= 1:
+        raise UserError(f"{place}.{key}: {value!r}; a decay is below 1.")
+    if key == "temperature" and value == 0:
+        raise UserError(f"{place}.{key}: a greedy policy has no gradient; give a temperature above 0.")
 
 
 def difference(old: Mapping, new: Mapping) -> list[str]:

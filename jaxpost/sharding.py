@@ -39,7 +39,12 @@ COMPUTED = {"B": ("data", "fsdp"), "N": "tensor", "K": "tensor", "F": "tensor", 
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices=None) -> Mesh:
-    """A mesh over all devices; one axis may be -1 and takes what the others leave. Raises UserError if the sizes do not fit."""
+    """A mesh over all devices; one axis may be -1 and takes what the others leave (the default data=-1 yields to another).
+
+    Raises UserError if the sizes do not fit.
+    """
+    if data == -1 and -1 in (fsdp, tensor):  # the default yields to what is asked for
+        data = 1
     sizes = [data, fsdp, tensor]
     count = len(devices) if devices is not None else jax.device_count()
     named = ", ".join(f"{a}={s}" for a, s in zip(AXES, sizes, strict=True))

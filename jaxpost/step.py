@@ -41,7 +41,7 @@ def gradients(forward: Callable, objective: Callable, train, frozen, batch: Batc
     The result does not depend on the number: rows are dealt out in turn (row i to microbatch i % M, which keeps every device
     busy), sums add and weights are global. The batch's rows must be a multiple of it.
     """
-    batch = with_prepared(objective, forward, combine(train, frozen), batch, key)
+    batch = with_prepared(objective, forward, combine(train, frozen), _numbered(batch), key)
     # Only the weights are used, and they depend on masks alone: the compiler drops the forward pass from this evaluation.
     terms, _ = objective(forward, combine(train, frozen), batch, key)
     weights = {k: jax.lax.stop_gradient(t.weight) for k, t in terms.items()}
@@ -69,6 +69,10 @@ def gradients(forward: Callable, objective: Callable, train, frozen, batch: Batc
     zero = (jnp.float32(0.0), {k: jnp.float32(0.0) for k in terms}, jax.tree.map(jnp.zeros_like, train))
     (loss, own, grads), metrics = jax.lax.scan(body, zero, rows)
     return loss, grads, {**_term_metrics(own), **merge(metrics)}
+
+
+def _numbered(batch: Batch) -> Batch:
+    return {**batch, "rows": jnp.arange(batch["mask"].shape[0], dtype=jnp.int32)}
 
 
 def _term_metrics(own: dict) -> dict:
@@ -125,7 +129,7 @@ def make_evaluation(forward: Callable, objective: Callable) -> Callable:
     """
 
     def evaluate(params, batch: Batch, key):
-        batch = with_prepared(objective, forward, params, batch, key)
+        batch = with_prepared(objective, forward, params, _numbered(batch), key)
         terms, metrics = objective(forward, params, batch, key)
         return {**{(k if len(terms) > 1 else "loss"): Mean(t.sum, t.weight) for k, t in terms.items()}, **metrics}
 

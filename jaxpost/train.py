@@ -60,7 +60,8 @@ def run(config, workdir) -> dict[str, float]:
 def _compare(workdir: epath.Path, config) -> None:
     """Checks that a workdir is this config's, or nobody's: a run is never continued with other settings by accident."""
     path = workdir / "config.json"
-    if path.exists() and (changes := recipe.difference(json.loads(path.read_text()), config.to_dict())):
+    begun = (workdir / "checkpoints").exists() and any(checkpoint.steps(p) for p in (workdir / "checkpoints").iterdir())
+    if begun and path.exists() and (changes := recipe.difference(json.loads(path.read_text()), config.to_dict())):
         raise UserError(
             f"{workdir} holds a run with other settings:\n  "
             + "\n  ".join(changes)

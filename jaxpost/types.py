@@ -15,7 +15,9 @@ A batch is a dict of arrays. A column describes the token at its own place, neve
     rewards    [B]   float32  (rollouts) the row's total reward
     temperature []   float32  (rollouts) the temperature the tokens were drawn at
 
-A column without a batch axis is a scalar, the same for every row. Padding rows are all zeros.
+The step adds `rows` [B] int32, each row's number in the global batch: an objective that draws noise folds it into its key, so
+that the noise does not depend on how the batch is split. A column without a batch axis is a scalar, the same for every row.
+Padding rows are all zeros.
 """
 
 from typing import Any, NamedTuple

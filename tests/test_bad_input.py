@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import runs
+from etils import epath
 from safetensors.numpy import save_file
 
 from jaxpost import recipe, train
@@ -191,7 +192,7 @@ def commands(folder) -> dict[str, tuple[list[str], list[str]]]:
     }
     for name, text in texts.items():
         (folder / f"{name}.py").write_text(text)
-    (folder / "other").mkdir()
+    (folder / "other" / "checkpoints" / "train" / "2").mkdir(parents=True)
     (folder / "other" / "config.json").write_text(recipe.make(**runs.settings(folder, steps=3)).to_json())
     w, roles = folder / "w", holding(folder, [{"messages": CHAT[::-1]}])
     (folder / "weights").mkdir()
@@ -227,3 +228,26 @@ def test_the_command_line_prints_one_message_and_fails(tmp_path):
             assert all(part in errors for part in parts), f"{kind}: {errors}"
             assert len(errors.splitlines()) == (3 if kind == "workdir" else 1), f"{kind}: {errors}"
     assert not (tmp_path / "w").exists()
+
+
+def test_a_workdir_that_never_saved_takes_the_corrected_settings(tmp_path):
+    (tmp_path / "config.json").write_text(recipe.make(**runs.settings(tmp_path, steps=3)).to_json())
+    corrected = recipe.make(**runs.settings(tmp_path, steps=2))
+    train._compare(epath.Path(tmp_path), corrected)
+    (tmp_path / "checkpoints" / "train" / "2").mkdir(parents=True)
+    with pytest.raises(UserError, match="steps: 3 -> 2"):
+        train._compare(epath.Path(tmp_path), corrected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"ema": 1.0}, "config.ema: 1.0; a decay is below 1"),
+        ({"optimizer": {"b2": 1.0}}, "config.optimizer.b2: 1.0; a decay is below 1"),
+        ({"rollouts": {"temperature": 0.0}}, "config.rollouts.temperature: a greedy policy has no gradient"),
+        ({"seed": -1}, "config.seed: -1; it must be at least 0"),
+    ],
+)
+def test_a_number_out_of_its_range(changes, told):
+    with pytest.raises(UserError, match=told):
+        recipe.make(**changes)

@@ -30,13 +30,15 @@ ROUNDING = 1e-5
 def test_one_size_may_be_left_open():
     assert dict(sharding.make_mesh().shape) == {"data": 8, "fsdp": 1, "tensor": 1}
     assert dict(sharding.make_mesh(2, -1, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    # What is asked for beside the default, as by --config.mesh.fsdp=-1.
+    assert dict(sharding.make_mesh(-1, -1, 2).shape) == {"data": 1, "fsdp": 4, "tensor": 2}
     assert dict(sharding.make_mesh(1, 1, -1, devices=jax.devices()[:4]).shape) == {"data": 1, "fsdp": 1, "tensor": 4}
 
 
 @pytest.mark.parametrize(
     ("sizes", "told"),
     [
-        ((-1, -1, 1), "at most one may be -1"),
+        ((1, -1, -1), "at most one may be -1"),
         ((0, 1, 1), "sizes are positive"),
         ((-2, 1, 1), "sizes are positive"),
         ((3, 1, 1), "data=3, fsdp=1, tensor=1 does not fill 8 devices"),

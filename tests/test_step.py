@@ -10,7 +10,8 @@ import stubs
 from jaxpost import metrics, optim, recipe
 from jaxpost.errors import UserError
 from jaxpost.objectives import sft
-from jaxpost.step import contributions, make_evaluation, make_step
+from jaxpost.objectives.logprobs import token_scores
+from jaxpost.step import contributions, gradients, make_evaluation, make_step
 from jaxpost.types import Head, Output, Term, TrainState
 
 PLAIN = recipe.DEFAULTS["optimizer"] | {"lr": 0.1, "schedule": "constant", "warmup": 0, "clip": 0.0}
@@ -233,3 +234,17 @@ def test_what_was_never_measured_is_nan_and_counts_for_nothing():
     spoilt = jnp.array([1.0, np.nan, 3.0])
     assert metrics.values({"mean": metrics.masked_mean(spoilt, kept)})["mean"] == 2
     assert metrics.values({"max": metrics.masked_max(spoilt, kept)})["max"] == 3
+
+
+def test_noise_by_row_does_not_depend_on_the_split():
+    def noisy(forward, params, batch, key):
+        draw = jax.vmap(lambda row: jax.random.normal(jax.random.fold_in(key, row)))(batch["rows"])
+        scores = token_scores(forward(params, batch), batch)["logps"].sum(1)
+        return {"noisy": Term(jnp.sum(draw * scores), jnp.float32(len(draw)))}, {}
+
+    params, batch, key = stubs.init(), stubs.pack(stubs.documents()), jax.random.PRNGKey(3)
+    frozen = jax.tree.map(lambda x: None, params)
+    whole, *split = (gradients(stubs.forward, noisy, params, frozen, batch, key, m)[0] for m in (1, 2, 4))
+    assert abs(float(whole)) > 1e-2
+    for loss in split:
+        np.testing.assert_allclose(loss, whole, rtol=1e-5)

@@ -1,0 +1,68 @@
+"""Speed and model FLOPs: what the progress line and the metrics file say of them."""
+
+import json
+import types
+
+import pytest
+
+from jaxpost import log, progress, recipe
+from jaxpost.models.families import architecture
+
+FIELDS = {
+    "model_type": "llama",
+    "vocab_size": 11,
+    "hidden_size": 4,
+    "intermediate_size": 6,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 8,
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_model_flops_by_hand(tied):
+    arch = architecture({**FIELDS, "tie_word_embeddings": tied})
+    # A layer: q and o 4x4, k and v 4x2, gate, up and down 4x6, two norms of 4; one norm more at the end.
+    weights = 2 * (2 * 16 + 2 * 8 + 3 * 24 + 8) + 4
+    assert progress.model_flops(arch, 10, 0, 0) == 6 * weights * 10
+    assert progress.model_flops(arch, 0, 3, 0) == 6 * 11 * 4 * 3
+    # Scores and values, forward and twice in the backward pass: 2 products x 2 FLOPs x 3, a layer, a head channel, a pair.
+    assert progress.model_flops(arch, 0, 0, 5) == 12 * 2 * 4 * 5
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(log.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(log, "peak_flops", lambda: 1e6)
+    return now
+
+
+def test_speed_is_over_all_steps_since_the_last_row(tmp_path, clock):
+    settings = recipe.make(log_every=3, model=FIELDS, steps=9)
+    found = types.SimpleNamespace(transformer=types.SimpleNamespace(arch=architecture(FIELDS)))
+    plan = types.SimpleNamespace(name="train", settings=settings, steps=9, found=found, source=None)
+    counts = {"num_tokens": 0, "seconds": 0.0}
+    written = log.Log(plan, tmp_path, ["train"], counts, 0, float("inf"))
+    for at in range(1, 7):
+        written.clock()
+        clock[0] += 0.5
+        written.waited()
+        clock[0] += 1.5 if at < 4 else 3.5
+        quiet = {"skipped": 0, "skipped_in_a_row": 0, "loss": 1.0, "grad_norm": 1.0}
+        written.step(at, {}, quiet | {"num_tokens": 10 * at, "num_trained": at, "num_pairs": 2 * at})
+        if at == 5:
+            written.settle()  # as before an evaluation, which takes its own time
+            clock[0] += 50.0
+    written.settle()
+    written.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 3, 6]
+    second, third = rows[1:]
+    # Steps 2 and 3 took 2 and 2 seconds; their settling, a step later, adds the next step's share to neither twice.
+    assert third["num_tokens"] == 210 and third["tokens_per_second"] == pytest.approx(150 / (3 * third["step_time"]))
+    assert sum(row["step_time"] * n for row, n in zip(rows, (1, 2, 3), strict=True)) == pytest.approx(3 * 2 + 3 * 4)
+    assert third["wait_time"] == second["wait_time"] == pytest.approx(0.5)
+    flops = sum(progress.model_flops(found.transformer.arch, 10 * at, at, 2 * at) for at in (4, 5, 6))
+    assert third["mfu"] == pytest.approx(flops / (3 * third["step_time"]) / 1e6)
