@@ -79,10 +79,6 @@ class Checkpoints:
         """Whether the cluster asked every process to stop at this step (several processes agree on one)."""
         return self.manager.reached_preemption(step)
 
-    def wait(self) -> None:
-        """Until everything asked for is on disk; raises what went wrong while writing."""
-        self.manager.wait_until_finished()
-
     def close(self) -> None:
         """Waits, and lets go of the threads."""
         self.manager.close()

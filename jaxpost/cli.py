@@ -4,7 +4,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -54,11 +54,20 @@ def _explain(error: Exception, argv: list[str]) -> str:
     given = [a.lstrip("-").partition("=")[0] for a in argv if a.startswith("--config.")]
     if isinstance(error, (AttributeError, KeyError)) and (wrong := [k for k in given if word in k.split(".")]):
         absent = " Set it in the recipe; the command line only changes what is there."
-        return f"--{wrong[0]}: the recipe has no key {word!r} there.{absent if word in DEFAULTS else nearest(word, DEFAULTS)}"
+        known = _known_beside(wrong[0].split("."), word)
+        return f"--{wrong[0]}: the recipe has no key {word!r} there.{absent if word in known else nearest(word, known)}"
     own = str(Path(__file__).parent)
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((own, "<"))]
     places = [f"{f.filename}, line {f.lineno}: " for f in frames if "site-packages" not in f.filename]
     return f"the recipe could not be read: {places[-1] if places else ''}{type(error).__name__}: {error}"
+
+
+def _known_beside(path: list[str], word: str) -> Mapping:
+    """The settings among which a key of the path stands; a stage holds the same as the recipe around it."""
+    level = DEFAULTS
+    for part in path[1 : path.index(word)]:
+        level = level.get(part, DEFAULTS)
+    return level if isinstance(level, Mapping) else {}
 
 
 def _find_recipe(argv: list[str]) -> None:
@@ -75,6 +84,7 @@ def _define_config() -> None:
     from ml_collections import config_flags
 
     config_flags.DEFINE_config_file("config", None, "Recipe: a Python file with get_config(); settings: --config.key=value.")
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])  # --help lists the main module's alone
 
 
 def required(*names: str) -> list:

@@ -34,9 +34,9 @@ def accuracy(
     """(eval/accuracy, mean reward of one sample a problem), (eval/accuracy_greedy, ...), the same for each cell as
     <name>/<cell>.
 
-    records: dicts with prompt, answer, cell, and maybe a weight in the overall mean. rows: how many are completed at a time;
-    options: prompt_window, new, template. Last yields ("samples", rows of prompt, completion, answer, reward, kind) for the
-    log: the first problem of each cell. All processes compute the same.
+    records: dicts with prompt, and maybe answer, cell (else "all") and a weight in the overall mean. rows: how many are
+    completed at a time; options: prompt_window, new, template. Last yields ("samples", rows of prompt, completion, answer,
+    reward, kind) for the log: the first problem of each cell. All processes compute the same.
     """
     template = options["template"]
     prompts = [chat.encode_prompt([{"role": "user", "content": r["prompt"]}], tokenizer, template) for r in records]
@@ -60,14 +60,14 @@ def accuracy(
             texts += answers(found, part, tokenizer)
         scores = np.array([reward(r, text) for r, text in zip(records, texts, strict=True)])
         yield name, float(np.average(scores, weights=[r.get("weight", 1.0) for r in records]))
-        cells = np.array([r["cell"] for r in records])
+        cells = np.array([r.get("cell", "all") for r in records])
         for cell in dict.fromkeys(cells):
             yield f"{name}/{cell}", float(scores[cells == cell].mean())
             i = int(np.flatnonzero(cells == cell)[0])
             shown = {
                 "prompt": records[i]["prompt"],
                 "completion": texts[i],
-                "answer": records[i]["answer"],
+                "answer": records[i].get("answer", ""),
                 "reward": float(scores[i]),
             }
             samples.append(shown | {"kind": "sampled" if temperature else "greedy"})

@@ -2,7 +2,7 @@
 
 A step's metrics are taken without waiting for them and written when the next step is already under way: one step late in time
 but never in name. Time is counted here as well, because only here is it known when a step was over: `seconds` is training
-alone, with evaluation and saving left out, and goes on through restarts.
+alone, the compilation of the step included, evaluation and saving left out, and goes on through restarts.
 """
 
 import json
@@ -22,7 +22,7 @@ from jaxpost.progress import Progress, model_flops, peak_flops
 class Log:
     """The figures of one stage.
 
-    plan: train.Plan; names: the stages up to this one; meta: num_tokens and seconds so far, as the checkpoint has them; step:
+    plan: plan.Plan; names: the stages up to this one; meta: num_tokens and seconds so far, as the checkpoint has them; step:
     the steps that are done, to which the files are taken back; budget: the training seconds after which the stage ends. Every
     process has one, and the first writes.
     """

@@ -16,12 +16,12 @@ from jaxpost.sharding import path_name
 
 
 def cosine(lr: float, steps: int, warmup: int, end: float) -> Callable:
-    """Linear warm-up to lr, then half a cosine down to end * lr at the last step."""
+    """Linear warm-up to lr, then half a cosine down to end * lr when the steps are over (one update after the last)."""
     return optax.warmup_cosine_decay_schedule(0.0 if warmup else lr, lr, warmup, max(steps, warmup + 1), end * lr)
 
 
 def linear(lr: float, steps: int, warmup: int, end: float) -> Callable:
-    """Linear warm-up to lr, then a straight line to end * lr at the last step."""
+    """Linear warm-up to lr, then a straight line to end * lr when the steps are over (one update after the last)."""
     down = optax.linear_schedule(lr, end * lr, max(steps - warmup, 1))
     return optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), down], [warmup]) if warmup else down
 
@@ -57,8 +57,10 @@ def make(settings: Mapping, steps: int) -> optax.GradientTransformation:
     settings: lr, schedule, warmup, end, b1, b2, eps, weight_decay, decay (pattern), clip (global norm; 0 is off).
     """
 
+    decay = _pattern(settings["decay"], "config.optimizer.decay")
+
     def decays(params):
-        return jax.tree_util.tree_map_with_path(lambda path, _: bool(re.search(settings["decay"], path_name(path))), params)
+        return jax.tree_util.tree_map_with_path(lambda path, _: bool(decay.search(path_name(path))), params)
 
     adamw = optax.adamw(
         schedule(settings, steps),
@@ -73,10 +75,18 @@ def make(settings: Mapping, steps: int) -> optax.GradientTransformation:
 
 def partition(params, pattern: str):
     """(train, frozen): trees like params, each with None where the other holds the leaf. train is what the pattern matches."""
+    matches = _pattern(pattern, "config.trainable").search
     paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    if not any(re.search(pattern, p) for p in paths):
+    if not any(map(matches, paths)):
         raise UserError(f"config.trainable: {pattern!r} matches no parameter; there are, for example, {', '.join(paths[:3])}.")
-    chosen = jax.tree_util.tree_map_with_path(lambda path, _: bool(re.search(pattern, path_name(path))), params)
+    chosen = jax.tree_util.tree_map_with_path(lambda path, _: bool(matches(path_name(path))), params)
     train = jax.tree.map(lambda x, c: x if c else None, params, chosen)
     frozen = jax.tree.map(lambda x, c: None if c else x, params, chosen)
     return train, frozen
+
+
+def _pattern(text: str, key: str) -> re.Pattern:
+    try:
+        return re.compile(text)
+    except re.error as e:
+        raise UserError(f"{key}: {text!r} is no regular expression: {e}.") from None

@@ -24,7 +24,9 @@ DEFAULTS = {
     # The model: a folder with config.json and safetensors, or the fields of a config.json to start from scratch.
     "model": "",
     "tokenizer": "",  # a folder, or a function's name (tasks.arithmetic.tokenizer); "" is the model folder's own
-    "dtype": "float32",  # of the computation: float32 or bfloat16; parameters and optimizer are float32
+    # Of the computation: float32 or bfloat16; parameters and optimizer are float32. Products of float32 are as exact as jax's
+    # default is on the device (bfloat16 passes on a TPU, unless JAX_DEFAULT_MATMUL_PRECISION=highest).
+    "dtype": "float32",
     "remat": "none",  # what a layer keeps for the backward pass: none (all of it), dots, full (its input alone)
     "trainable": ".*",  # pattern over parameter paths; the others are frozen and cost no optimizer memory
     "objective": {"name": "sft.nll"},

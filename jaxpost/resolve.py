@@ -18,6 +18,9 @@ from types import ModuleType
 
 from jaxpost.errors import UserError
 
+# The arguments that the functions of a noun take by place; what else stands in its folder is a helper.
+ARGUMENTS = {"objectives": ("forward", "params", "batch", "key")}
+
 
 def nearest(word: str, known) -> str:
     """' Did you mean ...?' for the closest known word, else the list of what is known."""
@@ -37,7 +40,13 @@ def resolve(spec: Mapping | str, noun: str) -> Callable:
     name = options.pop("name", None)
     if not isinstance(name, str) or not name:
         raise UserError(f"config: an entry of kind {noun} needs a name, got {spec!r}.")
-    return bind(find(name, noun), options, f"{noun}: {name}")
+    function = find(name, noun)
+    if not callable(function) or not _fits(function, noun):
+        raise UserError(
+            f"config: {name!r} is no function of ({', '.join(ARGUMENTS.get(noun, ()))}), as {noun} are."
+            f"{nearest(name, known(noun))}"
+        )
+    return bind(function, options, f"{noun}: {name}")
 
 
 def bind(function: Callable, options: Mapping, place: str) -> Callable:
@@ -61,8 +70,8 @@ def find(name: str, noun: str) -> Callable:
         path, _, attribute = name.rpartition(":")
         return _attribute(_file(path), attribute, name)
     module, _, attribute = name.rpartition(".")
-    for candidate in (f"jaxpost.{noun}.{module}" if module else f"jaxpost.{noun}", module):
-        if candidate and (found := _module(candidate)) is not None:
+    for candidate in (f"jaxpost.{noun}.{module}", module) if module else ():
+        if (found := _module(candidate)) is not None:
             return _attribute(found, attribute, name)
     raise UserError(
         f"config: unknown {noun} {name!r}.{nearest(name, known(noun))} Or give package.module.function, or file.py:function."
@@ -84,15 +93,24 @@ def module(name: str, noun: str) -> ModuleType:
 
 
 def known(noun: str) -> list[str]:
-    """Every public function of the noun's folder, as the short name a config would use."""
+    """Every function of the noun in its folder, as the short name a config would use; not the helpers beside them."""
     names = []
     for path in sorted((Path(__file__).parent / noun).glob("*.py")):
         if path.stem == "__init__":
             continue
         found = importlib.import_module(f"jaxpost.{noun}.{path.stem}")
         own = [k for k, v in vars(found).items() if inspect.isfunction(v) and v.__module__ == found.__name__]
-        names += [f"{path.stem}.{k}" for k in own if not k.startswith("_")]
+        names += [f"{path.stem}.{k}" for k in own if not k.startswith("_") and _fits(getattr(found, k), noun)]
     return names
+
+
+def _fits(function: Callable, noun: str) -> bool:
+    """Whether a function takes by place what the functions of the noun are called with."""
+    if noun not in ARGUMENTS:
+        return True
+    wanted, takes = len(ARGUMENTS[noun]), inspect.signature(function).parameters.values()
+    placed = [p for p in takes if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return sum(p.default is p.empty for p in placed) <= wanted <= len(placed) or any(p.kind is p.VAR_POSITIONAL for p in takes)
 
 
 def _module(name: str) -> ModuleType | None:

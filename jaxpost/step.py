@@ -12,13 +12,33 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxpost.errors import UserError
 from jaxpost.metrics import Mean, merge
-from jaxpost.types import Batch, TrainState
+from jaxpost.types import Batch, Term, TrainState
 
 
 def combine(train, frozen):
     """The whole parameter tree from two that have None where the other holds the leaf."""
     return jax.tree.map(lambda a, b: b if a is None else a, train, frozen, is_leaf=lambda x: x is None)
+
+
+def evaluated(objective: Callable, forward: Callable, params, batch: Batch, key) -> tuple[dict, dict]:
+    """The objective's terms and metrics. Raises UserError where it reads a column that the batch has not, or gives no Terms."""
+    try:
+        found = objective(forward, params, batch, key)
+    except KeyError as e:
+        if e.args[0] in batch or not isinstance(e.args[0], str):
+            raise
+        raise UserError(
+            f"the objective asks for {e}, and there is none; the columns of its batches are {', '.join(batch)}."
+        ) from e
+    terms = found[0] if isinstance(found, tuple) and len(found) == 2 else None
+    if not isinstance(terms, dict) or not terms or not all(isinstance(t, Term) for t in terms.values()):
+        raise UserError(
+            "an objective returns ({name: Term(sum, weight)}, {name: metric}), with one Term at least; this one gave "
+            f"{type(found).__name__} {str(found)[:100]}."
+        )
+    return found
 
 
 def contributions(terms: dict, weights: dict) -> dict:
@@ -43,11 +63,11 @@ def gradients(forward: Callable, objective: Callable, train, frozen, batch: Batc
     """
     batch = with_prepared(objective, forward, combine(train, frozen), _numbered(batch), key)
     # Only the weights are used, and they depend on masks alone: the compiler drops the forward pass from this evaluation.
-    terms, _ = objective(forward, combine(train, frozen), batch, key)
+    terms, _ = evaluated(objective, forward, combine(train, frozen), batch, key)
     weights = {k: jax.lax.stop_gradient(t.weight) for k, t in terms.items()}
 
     def part(train, rows):
-        terms, metrics = objective(forward, combine(train, frozen), rows, key)
+        terms, metrics = evaluated(objective, forward, combine(train, frozen), rows, key)
         own = contributions(terms, weights)
         return sum(own.values(), jnp.float32(0.0)), (own, metrics)
 
@@ -130,7 +150,7 @@ def make_evaluation(forward: Callable, objective: Callable) -> Callable:
 
     def evaluate(params, batch: Batch, key):
         batch = with_prepared(objective, forward, params, _numbered(batch), key)
-        terms, metrics = objective(forward, params, batch, key)
+        terms, metrics = evaluated(objective, forward, params, batch, key)
         return {**{(k if len(terms) > 1 else "loss"): Mean(t.sum, t.weight) for k, t in terms.items()}, **metrics}
 
     return evaluate

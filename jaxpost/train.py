@@ -6,15 +6,15 @@ A run is a list of stages. A stage takes batches from a source (data, or complet
 objective's gradient, and logs, evaluates and saves on the way. The same command continues a run that was interrupted, exactly
 where it was.
 
-This file reads from top to bottom: the run, the plan of a stage (everything that can go wrong before anything is compiled), the
-stage itself, its evaluation, its ending.
+This file reads from top to bottom: the run, a stage, its evaluation. `plan.py` checks everything that can go wrong before
+anything is compiled.
 """
 
 import json
 import signal
 import sys
+import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,12 @@ from absl import flags
 from etils import epath
 
 from jaxpost import checkpoint, cli, evaluate, optim, recipe, report, sharding, writers
-from jaxpost.data import chat, readers, source
+from jaxpost.data import chat
 from jaxpost.errors import UserError
 from jaxpost.log import Log
-from jaxpost.models import hf, loading
-from jaxpost.resolve import bind, module, resolve
-from jaxpost.rollouts.source import Rollouts
+from jaxpost.models import loading
+from jaxpost.plan import Plan, plan_stage
+from jaxpost.resolve import nearest
 from jaxpost.step import combine, make_evaluation, make_step
 from jaxpost.types import TrainState
 
@@ -45,9 +45,9 @@ def run(config, workdir) -> dict[str, float]:
     workdir = epath.Path(workdir)
     _compare(workdir, config)
     with sharding.use(mesh), _StopRequest() as stop:
-        plans = [_plan(name, settings, mesh) for name, settings in stages]
+        plans = [plan_stage(name, settings, mesh) for name, settings in stages]
         _claim(workdir, config)
-        _introduce(plans[0], workdir)
+        _introduce(plans, workdir)
         for i, plan in enumerate(plans):
             results = _stage(plan, plans[:i], workdir, mesh, stop)
             if stop.asked and plan is not plans[-1]:
@@ -60,6 +60,8 @@ def run(config, workdir) -> dict[str, float]:
 def _compare(workdir: epath.Path, config) -> None:
     """Checks that a workdir is this config's, or nobody's: a run is never continued with other settings by accident."""
     path = workdir / "config.json"
+    if path.exists() and "model_type" in json.loads(path.read_text()):
+        raise UserError(f"--workdir={workdir} is a model's folder, whose config.json a run would replace; give another.")
     begun = (workdir / "checkpoints").exists() and any(checkpoint.steps(p) for p in (workdir / "checkpoints").iterdir())
     if begun and path.exists() and (changes := recipe.difference(json.loads(path.read_text()), config.to_dict())):
         raise UserError(
@@ -78,21 +80,27 @@ def _claim(workdir: epath.Path, config) -> None:
 
 
 class _StopRequest:
-    """Set by SIGTERM. With several processes jax's own handler speaks for all of them, so none is installed here."""
+    """Set by SIGTERM, or by Ctrl-C (a second one stops at once).
+
+    With several processes jax's own handler speaks for all of them, so none is installed here.
+    """
 
     def __init__(self):
-        self.asked, self.before = False, None
+        self.asked, self.before = False, {}
 
     def __enter__(self):
-        if jax.process_count() == 1:
-            self.before = signal.signal(signal.SIGTERM, self._ask)
+        # Handlers belong to the main thread; a caller's other thread does without.
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_):
-        if self.before is not None:
-            signal.signal(signal.SIGTERM, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
-    def _ask(self, *_):
+    def _ask(self, number, _):
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self.asked = True
 
 
@@ -101,136 +109,13 @@ def _leave(where: str) -> None:
     raise SystemExit(0)
 
 
-# --------------------------------------------------------------------------------------------------------------- Plan
-
-
-class Plan(NamedTuple):
-    """A stage, checked and ready: nothing of it is compiled yet, and no weights are read."""
-
-    name: str
-    settings: Any
-    found: loading.Description
-    objective: Callable
-    source: Any  # state -> batch, with a position
-    steps: int
-    held_out: list  # this process's batches for evaluation
-    problems: dict | None  # what evaluate.accuracy takes, for a task
-    example: dict | None  # one encoded example, to be shown
-
-
-def _plan(name: str, s, mesh) -> Plan:
-    """Reads, resolves and checks everything that a stage's settings name."""
-    found = loading.describe(_plain(s.model), s.tokenizer, s.dtype, s.remat)
-    if found.folder is not None:
-        hf.check(found.folder, found.transformer.arch)
-    objective = resolve(_plain(s.objective), "objectives")
-    if s.window > found.transformer.arch.max_positions:
-        raise UserError(f"config.window: {s.window} tokens, but the model takes {found.transformer.arch.max_positions}.")
-    if s.batch_size % (rows := s.microbatches * mesh.shape["data"] * mesh.shape["fsdp"]):
-        raise UserError(
-            f"config.batch_size: {s.batch_size} rows do not divide over microbatches x data x fsdp = {rows}; use a multiple."
-        )
-    if found.tokenizer is None:
-        raise UserError(
-            "config.tokenizer: the model comes without one; name a folder that has one, or a function that makes one."
-        )
-    task = module(s.task.get("name", ""), "tasks") if s.task else None
-    problems = None if task is None else _problems(task, found, s)
-    if s.source == "rollouts":
-        batches, held_out, example, steps = _rollouts(task, found, s, mesh), [], None, s.steps
-        if not steps:
-            raise UserError("config.steps: rollouts have no epochs; say how many steps to take.")
-    elif s.source == "data":
-        batches, held_out, example = _data(task, found, s, mesh)
-        steps = s.steps or len(batches)
-    else:
-        raise UserError(f"config.source: {s.source!r} is neither 'data' nor 'rollouts'.")
-    longest, most = s.rollouts.prompt_window + s.rollouts.new, found.transformer.arch.max_positions
-    if task is not None and longest > most:
-        raise UserError(f"config.rollouts: prompt_window + new = {longest} tokens, but the model takes {most}.")
-    optim.schedule(s.optimizer, steps)
-    return Plan(name, s, found, objective, batches, steps, held_out, problems, example)
-
-
-def _plain(value):
-    return value.to_dict() if hasattr(value, "to_dict") else value
-
-
-def _task_options(s) -> dict:
-    return {k: v for k, v in _plain(s.task).items() if k not in ("name", "examples")}
-
-
-def _problems(task, found, s) -> dict:
-    options = {"prompt_window": s.rollouts.prompt_window, "new": s.rollouts.new, "template": s.template or None}
-    records = task.test_records(s.eval_per_cell)
-    return {"records": records, "reward": task.reward, "tokenizer": found.tokenizer, "rows": s.eval_rows, "options": options}
-
-
-def _data(task, found, s, mesh):
-    """(batches, held-out batches, one example) of a stage that learns from demonstrations."""
-    if s.data:
-        records = readers.read(s.data)
-    elif task is not None:
-        make = bind(task.conversation, {"seed": s.seed, **_task_options(s)}, f"task {s.task['name']}")
-        records = [readers.Record(make(i), f"task {s.task['name']}, example {i}") for i in range(s.task.get("examples", 10000))]
-    else:
-        raise UserError("config.data: give a .jsonl or .json file, or a config.task with demonstrations of its own.")
-    # On the command line every share is a float, a number of examples too.
-    wanted = 0 if s.eval_data else int(s.held_out) if s.held_out >= 1 else float(s.held_out)
-    rest, others = source.split(len(records), wanted, s.seed)
-    kept = readers.read(s.eval_data) if s.eval_data else [records[i] for i in others]
-
-    def rows(records):
-        encoded = source.encode_all(
-            records, found.tokenizer, s.template or None, s.train_on, window=s.window, too_long=s.too_long
-        )
-        return encoded, source.rows(encoded.examples, encoded.lengths, s.window, packing=s.packing, seed=s.seed)
-
-    local = sharding.local_rows(mesh, s.batch_size)
-    encoded, train = rows([records[i] for i in rest])
-    if jax.process_index() == 0:
-        print(f"data: {encoded.report}, {len(train)} rows of {s.window}", file=sys.stderr)
-    batches = source.Batches(train, s.batch_size, seed=s.seed, epochs=None if s.steps else s.epochs, local=local)
-    held_out = []
-    if kept:
-        once = source.Batches(rows(kept)[1], s.batch_size, seed=s.seed, shuffle=False, epochs=1, local=local)
-        held_out = [once() for _ in range(len(once))]
-    return batches, held_out, encoded.examples[0]
-
-
-def _rollouts(task, found, s, mesh) -> Rollouts:
-    if task is None:
-        raise UserError("config.task: rollouts need a task, for prompts and a reward.")
-    template = s.template or None
-
-    def prompt(i):
-        record = task.record(i, seed=s.seed)
-        return record, chat.encode_prompt([{"role": "user", "content": record["prompt"]}], found.tokenizer, template)
-
-    options = {
-        "prompt_window": s.rollouts.prompt_window,
-        "new": s.rollouts.new,
-        "temperature": s.rollouts.temperature,
-        "stop": chat.stop_ids(found.tokenizer, template),
-    }
-    return Rollouts(
-        found.transformer,
-        found.tokenizer,
-        prompt,
-        task.reward,
-        mesh,
-        batch_size=s.batch_size,
-        group=s.rollouts.group,
-        seed=s.seed,
-        options=options,
-    )
-
-
-def _introduce(plan: Plan, workdir: epath.Path) -> None:
+def _introduce(plans: list[Plan], workdir: epath.Path) -> None:
     """Says what is about to be trained on, one example with its mask."""
     if jax.process_index() != 0:
         return
-    loading.keep_description(plan.found, workdir, chat.jinja(plan.found.tokenizer, plan.settings.template or None))
+    result = next((p for p in plans if p.name == p.settings.result), plans[-1])
+    loading.keep_description(result.found, workdir, chat.jinja(result.found.tokenizer, result.settings.template or None))
+    plan = plans[0]
     arch = plan.found.transformer.arch
     print(f"model: {arch.parameters():,} parameters, {jax.device_count()} x {jax.devices()[0].device_kind}", file=sys.stderr)
     if plan.example is not None:
@@ -247,6 +132,11 @@ def _stage(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _Sto
     saved = checkpoint.Checkpoints(workdir / "checkpoints" / plan.name, keep=s.keep, best=s.best, highest=s.highest)
     latest = saved.latest()
     meta = saved.meta(latest) if latest is not None else {"position": 0, "num_tokens": 0, "seconds": 0.0, "done": False}
+    if not meta["done"] and meta.get("data", plan.data) != plan.data:
+        raise UserError(
+            f"config.data: {plan.name} in {workdir} was begun with other data than this, or another tokenizer. Bring them back "
+            "as they were, or use another --workdir."
+        )
     if meta["done"]:
         saved.close()
         print(f"{plan.name}: finished before, at step {latest}.", file=sys.stderr)
@@ -264,12 +154,14 @@ def _stage(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _Sto
     def save(done: bool) -> None:
         log.flush()
         counted = {"num_tokens": log.num_tokens, "seconds": log.seconds, "done": done, "results": results}
-        saved.save(state, {"position": plan.source.position, **counted}, results if judged == at else None)
+        saved.save(state, {"position": plan.source.position, "data": plan.data, **counted}, results if judged == at else None)
 
     # Loop: a batch, a step, and now and then a look at where we are.
     at, judged, results = int(state.step), -1, meta.get("results", {})
     if latest is None:
         results = judge(state, log, 0)
+        if s.best not in results and s.best != recipe.DEFAULTS["best"]:
+            raise UserError(f"config.best: {s.best!r} is no figure of this stage's evaluations.{nearest(s.best, results)}")
     # The last step is saved as the stage's end and never before it: a stage that is not done has a step to take.
     while True:
         log.clock()

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 
 from jaxpost import checkpoint, optim, recipe, sharding, train
+from jaxpost.plan import plan_stage
 
 ROOT = Path(__file__).parent.parent
 TIMES = {"time", "step_time", "wait_time", "tokens_per_second", "mfu"}
@@ -112,7 +113,7 @@ def saved(workdir: Path, name: str) -> dict[int, tuple[dict, dict]]:
     config = recipe.make(**json.loads((workdir / "config.json").read_text()))
     mesh = sharding.make_mesh(fsdp=2, tensor=2)  # not the one it was written on
     with sharding.use(mesh):
-        plan = train._plan(name, dict(recipe.stages(config))[name], mesh)
+        plan = plan_stage(name, dict(recipe.stages(config))[name], mesh)
         kept = checkpoint.Checkpoints(workdir / "checkpoints" / name)
         found = {}
         for step in sorted(int(p.name) for p in (workdir / "checkpoints" / name).iterdir()):

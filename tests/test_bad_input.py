@@ -105,9 +105,17 @@ SETTINGS = {
     "dtype": ({"dtype": "float23"}, ["config.dtype", "Did you mean 'float32'?"]),
     "schedule": ({"optimizer": {"schedule": "cosin"}}, ["config.optimizer.schedule", "Did you mean 'cosine'?"]),
     "no model": ({"model": ""}, ["config.model: give a folder"]),
-    "no folder": ({"model": "nowhere"}, ["config.model: no folder nowhere"]),
+    "no folder": ({"model": "nowhere"}, ["nowhere: no such folder", "config.json and *.safetensors"]),
     "family": ({"model": {**runs.MODEL, "model_type": "lama"}}, ["model_type 'lama'", "llama"]),
     "train_on": ({"train_on": "assistants"}, ["train_on='assistants'", "assistant, last"]),
+    "a pattern": ({"trainable": "(q"}, ["config.trainable: '(q' is no regular expression"]),
+    "a pattern for nothing": ({"trainable": "lora"}, ["config.trainable: 'lora' matches no parameter", "embed/weight"]),
+    "decay": ({"optimizer": {"decay": "["}}, ["config.optimizer.decay: '[' is no regular expression"]),
+    "a tokenizer's folder": ({"tokenizer": "no/where"}, ["config.tokenizer: no folder no/where", "tokenizer.json"]),
+    "prompts": (
+        {"source": "rollouts", "rollouts": {"prompt_window": 3}},
+        ["its prompt has", "config.rollouts.prompt_window takes 3"],
+    ),
     "held_out": ({"held_out": 300}, ["held_out=300", "a fraction below 1.0"]),
 }
 
@@ -127,6 +135,46 @@ def test_rollouts_without_steps_or_a_task(tmp_path):
         )
         with pytest.raises(UserError, match=part):
             train.run(recipe.make(**chosen), tmp_path / "w")
+
+
+@pytest.mark.parametrize(
+    ("code", "parts"),
+    [
+        ("from jaxpost.tasks.arithmetic import record, conversation, test_records", ["has no function reward"]),
+        (
+            "from runs_task import *\ndef test_records(n): return [{'question': '1'}]",
+            ["test problem 0", "`prompt`", "question"],
+        ),
+    ],
+)
+def test_a_task_of_ones_own(tmp_path, monkeypatch, compiled, code, parts):
+    (tmp_path / "runs_task.py").write_text(runs.TASK)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine.py").write_text(code + "\n")
+    message = refused(tmp_path, task={"name": str(tmp_path / "mine.py"), "examples": 300})
+    assert all(part in message for part in parts), message
+    assert not compiled
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("return {}, {}", "with one Term at least"),
+        ("return 0.0", "with one Term at least; this one gave float 0.0"),
+        ("return batch['weights'], {}", "asks for 'weights'.* the columns of its batches are .*mask"),
+    ],
+)
+def test_an_objective_of_ones_own(tmp_path, body, told):
+    (tmp_path / "mine.py").write_text(f"def mine(forward, params, batch, key):\n    {body}\n")
+    chosen = runs.settings(tmp_path, steps=2, objective={"name": f"{tmp_path}/mine.py:mine"})
+    with pytest.raises(UserError, match=told):
+        train.run(recipe.make(**chosen), tmp_path / "w")
+
+
+def test_a_best_that_is_never_measured(tmp_path):
+    chosen = runs.settings(tmp_path, steps=2, best="eval/acuracy")
+    with pytest.raises(UserError, match="config.best: 'eval/acuracy' .* Did you mean 'eval/accuracy'"):
+        train.run(recipe.make(**chosen), tmp_path / "w")
 
 
 KEYS = {
@@ -204,6 +252,10 @@ def commands(folder) -> dict[str, tuple[list[str], list[str]]]:
         "syntax": (runs.command(folder / "syntax.py", w), ["syntax.py, line 1", "SyntaxError"]),
         "key": (runs.command(folder / "key.py", w), ["unknown key 'windwo'", "Did you mean 'window'?"]),
         "flag": (runs.command(good, w, "--config.windwo=3"), ["--config.windwo", "Did you mean 'window'?"]),
+        "flag inside": (
+            runs.command(good, w, "--config.optimizer.wamup=3"),
+            ["--config.optimizer.wamup", "Did you mean 'warmup'?"],
+        ),
         "type": (runs.command(good, w, "--config.window=wide"), ["--config.window=wide", "int"]),
         "argument": (runs.command(good, w, "steps=3"), ["unexpected argument 'steps=3'", "--name=value"]),
         "roles": (
@@ -237,6 +289,12 @@ def test_a_workdir_that_never_saved_takes_the_corrected_settings(tmp_path):
     (tmp_path / "checkpoints" / "train" / "2").mkdir(parents=True)
     with pytest.raises(UserError, match="steps: 3 -> 2"):
         train._compare(epath.Path(tmp_path), corrected)
+
+
+def test_a_models_folder_is_no_workdir(tmp_path):
+    folder = checkpoint(tmp_path / "model")
+    with pytest.raises(UserError, match="is a model's folder"):
+        train.run(recipe.make(**runs.settings(tmp_path, steps=2)), folder)
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_shapes_are_recognised_by_their_columns():
         ({"messages": [turn | {"weight": 1} for turn in turns]}, Conversation(turns, "p")),
         ({"prompt": "q", "completion": "a"}, Completion("q", "a", "p")),
         ({"prompt": "", "completion": "a"}, Completion("", "a", "p")),
-        ({"prompt": system + turns[:1], "completion": turns[1:]}, Conversation(system + turns, "p")),
+        ({"prompt": system + turns[:1], "completion": turns[1:]}, Conversation(system + turns, "p", 2)),
         ({"instruction": "q", "output": "a"}, Conversation(turns, "p")),
         ({"instruction": "q", "input": "", "output": "a"}, Conversation(turns, "p")),
         ({"instruction": "q", "input": "i", "system": None, "output": "a"}, Conversation(conversation("q\ni", "a"), "p")),
@@ -123,6 +123,7 @@ def test_shapes_are_recognised_by_their_columns():
         ({"messages": []}, "p: a conversation without a user turn; add one"),
         ({"prompt": "q", "completion": ""}, "p: completion is empty, so there is nothing to learn; fill it in"),
         ({"prompt": "q", "completion": []}, "p: prompt and completion must both be strings or both lists of messages"),
+        ({"prompt": conversation("q", "a"), "completion": conversation("q")}, "p: the completion has no assistant turn"),
         ({"prompt": 1, "completion": "a"}, "p: prompt must be a string, and is of type int"),
         ({"instruction": "q", "output": " "}, "p: output is empty"),
         ({"instruction": "q", "input": 5, "output": "a"}, "p: input must be a string, and is of type int"),
@@ -133,11 +134,6 @@ def test_a_row_that_breaks_the_rules_is_refused_with_its_place(row, message):
     with pytest.raises(UserError) as error:
         formats.recognise(Record(row, "p"))
     assert message in str(error.value)
-
-
-def test_a_mere_prompt_is_taken_where_nothing_is_trained():
-    turns = conversation("q")
-    assert formats.recognise(Record({"messages": turns}, "p"), training=False) == Conversation(turns, "p")
 
 
 # ---- chat
@@ -158,6 +154,14 @@ def test_plain_template_trains_from_the_first_token_of_a_turn_to_its_stop_token(
     assert learned(example, tokenizer) == expected
     assert example["tokens"].dtype == np.int32 and example["mask"].dtype == np.bool_
     assert (example["tokens"] == 0).sum() == 1, "the first token is written by the template alone, never twice"
+
+
+def test_a_completion_of_several_turns_is_learned_whole_and_its_prompt_is_not():
+    tokenizer, row = characters(), {"prompt": TALK.messages[:2], "completion": TALK.messages[2:]}
+    example = formats.recognise(Record(row, "p"))
+    assert learned(chat.encode(example, tokenizer, train_on="completion"), tokenizer) == "<s>be\nab\n⟦cd</s>⟧e\n⟦f</s>⟧"
+    later = formats.recognise(Record({"prompt": TALK.messages[:4], "completion": TALK.messages[4:]}, "p"))
+    assert learned(chat.encode(later, tokenizer, train_on="completion"), tokenizer) == "<s>be\nab\ncd</s>e\n⟦f</s>⟧"
 
 
 def test_mask_is_exact_token_by_token():

@@ -63,7 +63,9 @@ def test_every_objective_is_known_by_its_short_name():
 WRONG = {
     "typo": ({"name": "sft.nl"}, "'sft.nl'.* Did you mean 'nll'"),
     "typo in the file": ({"name": "stf.nll"}, "unknown objectives 'stf.nll'. Did you mean 'sft.nll'"),
-    "bare": ({"name": "nll"}, "unknown objectives|has no 'nll'"),
+    "bare": ({"name": "nll"}, "unknown objectives 'nll'. Did you mean 'sft.nll'"),
+    "a helper": ({"name": "logprobs.token_scores"}, r"is no function of \(forward, params, batch, key\), as objectives are"),
+    "no function": ({"name": "math.pi"}, "'math.pi' is no function of"),
     "no file": ({"name": "nowhere/losses.py:mine"}, "no file nowhere/losses.py"),
     "no name": ({"beta": 0.1}, "needs a name"),
     "option": ({"name": "sft.nll", "beta": 0.1}, "objectives: sft.nll takes no option 'beta'"),

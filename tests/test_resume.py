@@ -164,12 +164,49 @@ def test_other_settings_are_refused_with_the_difference(whole):
     assert (workdir / "config.json").read_bytes() == kept
 
 
+def test_data_that_changed_under_a_run_is_refused(tmp_path, monkeypatch):
+    data = tmp_path / "data.jsonl"
+    lines = [json.dumps({"text": f"{i}+{i}"}) + "\n" for i in range(40)]
+    data.write_text("".join(lines))
+    chosen = recipe.make(**runs.settings(tmp_path, steps=3, data=str(data), held_out=0))
+    monkeypatch.setattr(train._StopRequest, "__enter__", lambda self: setattr(self, "asked", True) or self)
+    with pytest.raises(SystemExit):
+        train.run(chosen, tmp_path / "w")
+    data.write_text("".join(lines[:-1]))
+    with pytest.raises(UserError, match="config.data: train in .* was begun with other data"):
+        train.run(chosen, tmp_path / "w")
+    data.write_text("".join(lines))
+    with pytest.raises(SystemExit):
+        train.run(chosen, tmp_path / "w")
+    assert checkpoint.steps(tmp_path / "w" / "checkpoints" / "train") == [1, 2]
+
+
+def test_an_interrupt_asks_once_and_stops_the_second_time():
+    with train._StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_settings_that_change_nothing_learned_are_free(whole, capsys):
     workdir, config = whole
     changed = runs.stages(config.parent) | {"log_every": 7, "eval_rows": 3, "mesh": {"data": -1, "fsdp": 2, "tensor": 1}}
     changed["sft"] = changed["sft"] | {"eval_every": 9}
     train.run(recipe.make(**changed), workdir)
     assert "finished before" in capsys.readouterr().err
+
+
+def test_a_run_starts_from_another_runs_result(whole, tmp_path):
+    workdir, _ = whole
+    chosen = runs.settings(tmp_path, steps=1, model=str(workdir), tokenizer="")
+    train.run(recipe.make(**chosen), tmp_path / "w")
+    last, first = (
+        [r for r in runs.rows(w / "metrics.jsonl") if "eval/accuracy" in r][i] for w, i in ((workdir, -1), (tmp_path / "w", 0))
+    )
+    assert first["eval/accuracy_greedy"] == last["eval/accuracy_greedy"]
+    assert first["step"] == 0
 
 
 def test_a_mistake_leaves_the_workdir_free(tmp_path):

@@ -45,8 +45,9 @@ def encode(example: Example, tokenizer: Any, template: str | None = None, train_
     """{"tokens": [n] int32, "mask": [n] bool} of an example; the first token is never in the mask.
 
     `template` is a name in TEMPLATES, a Jinja string, or None for the tokenizer's own (`plain` where it has none). `train_on`
-    picks what is learned of a conversation: "assistant" every assistant turn, "last" or "completion" the last of them, "all"
-    everything. Of a prompt with a completion it is the completion, or with "all" everything; of a plain text everything.
+    picks what is learned of a conversation: "assistant" every assistant turn, "last" the last of them, "completion" those of
+    the row's completion (the last where the row makes no difference), "all" everything. Of a prompt with a completion it is
+    the completion, or with "all" everything; of a plain text everything.
     Raises UserError with the example's place.
     """
     if train_on not in TRAIN_ON:
@@ -119,7 +120,7 @@ def _conversation(example: Conversation, tokenizer: Any, template: str | None, t
     specials = list(_specials(tokenizer).values())
     is_special = np.isin(tokens, specials)
     turns = [number for number, message in enumerate(example.messages) if message["role"] == "assistant"]
-    for turn in turns if train_on == "assistant" else turns[-1:]:
+    for turn in _chosen(turns, example.prompt, train_on):
         begin, end = _span(example, turn, whole, tokenizer, template, train_on)
         # A special token may swallow the white space after it, into the span of the next turn, but it is the header's.
         inside = (ends > begin) & (starts < end) & ~(is_special & (starts < begin))
@@ -131,6 +132,12 @@ def _conversation(example: Conversation, tokenizer: Any, template: str | None, t
             )
         mask |= inside
     return tokens, mask
+
+
+def _chosen(turns: list[int], prompt: int | None, train_on: str) -> list[int]:
+    if train_on == "completion" and prompt is not None:
+        return [turn for turn in turns if turn >= prompt]
+    return turns if train_on == "assistant" else turns[-1:]
 
 
 def _span(example: Conversation, turn: int, whole: str, tokenizer: Any, template: str | None, train_on: str) -> tuple[int, int]:
@@ -148,7 +155,7 @@ def _span(example: Conversation, turn: int, whole: str, tokenizer: Any, template
             " does not begin so; begin its content like that, or use another template"
         )
     remedy = "end the conversation with the assistant, or use another template"
-    if train_on == "assistant":
+    if train_on != "last":
         remedy = 'say train_on="last"'
     raise UserError(
         f"{where}: the chat template rewrites earlier turns (a rendered part is not the beginning of the rendered whole), so"

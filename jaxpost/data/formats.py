@@ -23,10 +23,14 @@ SHAPES = "messages | prompt, completion | instruction, [input,] [system,] output
 
 
 class Conversation(NamedTuple):
-    """Turns of {"role", "content"}: an optional system turn, then user and assistant in turn. Rendered by a chat template."""
+    """Turns of {"role", "content"}: an optional system turn, then user and assistant in turn. Rendered by a chat template.
+
+    `prompt` is the number of messages that its row gave as the prompt, or None where the row made no such difference.
+    """
 
     messages: list[dict[str, str]]
     place: str
+    prompt: int | None = None
 
 
 class Completion(NamedTuple):
@@ -47,26 +51,26 @@ class Text(NamedTuple):
 Example = Conversation | Completion | Text
 
 
-def recognise(record: Record, training: bool = True) -> Example:
-    """The example that a record holds; `training=False` also takes a conversation without an assistant turn, a mere prompt.
+def recognise(record: Record) -> Example:
+    """The example that a record holds.
 
     Raises UserError with the record's place if its columns are no known shape or its content breaks the rules of the shape.
     """
     row, place = record
     present = {column for column, value in row.items() if value is not None}
     if "messages" in present:
-        return Conversation(check(row["messages"], place, training), place)
+        return Conversation(check(row["messages"], place), place)
     if {"prompt", "completion"} <= present:
-        return _prompted(row["prompt"], row["completion"], place, training)
+        return _prompted(row["prompt"], row["completion"], place)
     if {"instruction", "output"} <= present:
-        return Conversation(check(_alpaca(row, place), place, training), place)
+        return Conversation(check(_alpaca(row, place), place), place)
     if "text" in present:
         return Text(_filled(row["text"], "text", place), place)
     found = ", ".join(column if column in present else f"{column} (null)" for column in row) or "none"
     raise UserError(f"{place}: columns not recognised: {found}; rename them to one of: {SHAPES}")
 
 
-def check(messages: Any, place: str, training: bool = True) -> list[dict[str, str]]:
+def check(messages: Any, place: str) -> list[dict[str, str]]:
     """The messages, cut down to role and content, if they follow the rules; UserError with the place and the turn if not."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise UserError(f"{place}: messages must be a list of objects with role and content")
@@ -89,14 +93,17 @@ def check(messages: Any, place: str, training: bool = True) -> list[dict[str, st
     roles = [message["role"] for message in messages]
     if "user" not in roles:
         raise UserError(f"{place}: a conversation without a user turn; add one")
-    if training and "assistant" not in roles:
+    if "assistant" not in roles:
         raise UserError(f"{place}: a conversation without an assistant turn leaves nothing to learn; add one or remove the row")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
-def _prompted(prompt: Any, completion: Any, place: str, training: bool) -> Example:
+def _prompted(prompt: Any, completion: Any, place: str) -> Example:
     if isinstance(prompt, list) and isinstance(completion, list):
-        return Conversation(check(prompt + completion, place, training), place)
+        found = Conversation(check(prompt + completion, place), place, prompt=len(prompt))
+        if not any(message["role"] == "assistant" for message in completion):
+            raise UserError(f"{place}: the completion has no assistant turn, so there is nothing to learn; add one")
+        return found
     if isinstance(prompt, list) or isinstance(completion, list):
         raise UserError(f"{place}: prompt and completion must both be strings or both lists of messages")
     return Completion(_string(prompt, "prompt", place), _filled(completion, "completion", place), place)

@@ -102,9 +102,3 @@ def empty(window: int) -> Row:
         "segments": np.zeros(window, np.int32),
         "positions": np.zeros(window, np.int32),
     }
-
-
-def fill(bins: Sequence[np.ndarray], lengths: Sequence[int], window: int) -> float:
-    """The fraction of the plan's slots that hold a token, in 0..1."""
-    lengths = np.asarray(lengths)
-    return float(sum(lengths[members].sum() for members in bins)) / (len(bins) * window)

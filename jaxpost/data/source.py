@@ -37,11 +37,13 @@ class Encoded(NamedTuple):
     """Examples ready to be packed: `examples[i]` is {tokens, mask}: [lengths[i]]; lengths [N] int32.
 
     `report` counts what was kept (count), dropped and truncated, and the tokens and trained_tokens of what was kept.
+    `digest` is one of all tokens and masks in their order.
     """
 
     examples: grain.MapDataset
     lengths: np.ndarray
     report: dict[str, int]
+    digest: str
 
 
 def encode_all(
@@ -86,7 +88,8 @@ def encode_all(
         place = slice(ends[i] - lengths[i], ends[i])
         return {"tokens": stored["tokens"][place], "mask": stored["mask"][place]}
 
-    return Encoded(grain.MapDataset.range(len(lengths)).map(example), lengths, report)
+    digest = hashlib.sha256(b"".join(stored[name].tobytes() for name in ("tokens", "mask", "lengths"))).hexdigest()
+    return Encoded(grain.MapDataset.range(len(lengths)).map(example), lengths, report, digest[:16])
 
 
 def _fitted(record: Record, tokenizer, template, train_on, window, too_long) -> tuple[pack.Row | None, bool]:

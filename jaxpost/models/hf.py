@@ -29,7 +29,7 @@ def read_config(folder: str | Path) -> dict:
     """The fields of folder/config.json. Raises UserError if there is none or it is broken."""
     path = Path(folder) / "config.json"
     if not Path(folder).is_dir():
-        raise UserError(f"config.model: no folder {folder}. Give a folder with config.json and *.safetensors.")
+        raise UserError(f"{folder}: no such folder. Give one with config.json and *.safetensors, or a workdir.")
     if not path.exists():
         raise UserError(f"{path}: no such file. A model folder holds config.json and *.safetensors.")
     return _object(path)

@@ -27,8 +27,8 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """A model without its weights: transformer, tokenizer (None if the folder has none), config.json's fields, the folder or
-    None.
+    """A model without its weights: transformer, tokenizer (None if the folder has none), config.json's fields, and the folder
+    of the weights (of safetensors, or a checkpoint of ours), None for fresh ones.
     """
 
     transformer: Transformer
@@ -40,22 +40,46 @@ class Description:
 def describe(model: str | Mapping, tokenizer_name: str = "", dtype: str = "float32", remat: str = "none") -> Description:
     """The model that a recipe's `model` and `tokenizer` name. Raises UserError for what is missing, broken or not supported."""
     if not model:
-        raise UserError("config.model: give a folder with config.json and *.safetensors, or the fields of a config.json.")
+        raise UserError("config.model: give a folder with config.json and *.safetensors, a workdir, or a config.json's fields.")
     for value, known, key in ((dtype, DTYPES, "dtype"), (remat, REMAT, "remat")):
         if value not in known:
             raise UserError(f"config.{key}: unknown {value!r}.{nearest(str(value), known)}")
-    folder = Path(model) if isinstance(model, str) else None
-    config = hf.read_config(folder) if folder else dict(model)
-    arch = families.architecture(config, str(folder / "config.json") if folder else "config.model")
-    if tokenizer_name and not Path(tokenizer_name).is_dir():
-        text = find(tokenizer_name.removeprefix("tasks."), "tasks")()
-    else:
-        text = tokenizer.load(tokenizer_name or folder) if tokenizer_name or folder else None
+    described, folder = _locate(model) if isinstance(model, str) else (None, None)
+    config = hf.read_config(described) if described else dict(model)
+    arch = families.architecture(config, str(described / "config.json") if described else "config.model")
+    text = _tokenizer(tokenizer_name or described)
     if text is not None and len(text) > arch.vocab:
         raise UserError(
             f"config.tokenizer: it has {len(text)} tokens, the model's vocabulary {arch.vocab}; they do not belong together."
         )
     return Description(Transformer(arch, DTYPES[dtype], remat), text, config, folder)
+
+
+def _locate(where: str) -> tuple[Path, Path]:
+    """(folder of config.json and tokenizer, folder of the weights): a Hugging Face folder twice, or a workdir's two."""
+    path = Path(where)
+    if not any((path / name).is_dir() for name in ("checkpoints", "params")) and not (path.is_dir() and checkpoint.steps(path)):
+        return path, path
+    step = Path(checkpoint.find_step(path))
+    described = next((p / "model" for p in step.parents if (p / "model" / "config.json").exists()), None)
+    if described is None:
+        raise UserError(f"{where}: has a checkpoint, but no workdir around it with model/config.json.")
+    return described, step
+
+
+def _tokenizer(where: str | Path | None):
+    """The tokenizer of a folder, or one that a function makes."""
+    if where is None or Path(where).is_dir():
+        return None if where is None else tokenizer.load(where)
+    if ".py:" not in (name := str(where)) and ("/" in name or "." not in name):
+        raise UserError(f"config.tokenizer: no folder {name}. Give one with a tokenizer.json, or the name of a function.")
+    return find(name.removeprefix("tasks."), "tasks")()
+
+
+def check(found: Description) -> None:
+    """Holds a folder's files against the architecture, without reading weights. Raises UserError for what does not belong."""
+    if found.folder is not None and not (found.folder / "params").exists():
+        hf.check(found.folder, found.transformer.arch)
 
 
 def abstract(model: Transformer, mesh) -> Params:
@@ -68,6 +92,8 @@ def abstract(model: Transformer, mesh) -> Params:
 def weights(found: Description, mesh, seed: int = 0) -> Params:
     """The folder's weights, or fresh ones drawn from the seed; float32, in their place on the mesh."""
     shapes = abstract(found.transformer, mesh)
+    if found.folder is not None and (found.folder / "params").exists():
+        return checkpoint.load_params(found.folder, shapes)
     if found.folder is not None:
         return hf.load(found.folder, found.transformer.arch, shapes)
     places = jax.tree.map(lambda x: x.sharding, shapes)
@@ -94,14 +120,5 @@ def open_model(where: str, mesh, dtype: str = "float32") -> tuple[Description, P
 
     Raises UserError if `where` is none of them.
     """
-    path = epath.Path(where)
-    # A workdir has a config.json too, the recipe's, which names no model_type.
-    if (path / "config.json").exists() and "model_type" in hf.read_config(path):
-        found = describe(str(path), dtype=dtype)
-        return found, weights(found, mesh)
-    step = checkpoint.find_step(path)
-    described = next((p / "model" for p in step.parents if (p / "model" / "config.json").exists()), None)
-    if described is None:
-        raise UserError(f"{where}: has a checkpoint, but no workdir around it with model/config.json.")
-    found = describe(str(described), dtype=dtype)
-    return found, checkpoint.load_params(step, abstract(found.transformer, mesh))
+    found = describe(where, dtype=dtype)
+    return found, weights(found, mesh)
