@@ -130,13 +130,7 @@ def _stage(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _Sto
     """One stage from its start, or from where it was left, to its end."""
     s, names = plan.settings, [p.name for p in before] + [plan.name]
     saved = checkpoint.Checkpoints(workdir / "checkpoints" / plan.name, keep=s.keep, best=s.best, highest=s.highest)
-    latest = saved.latest()
-    meta = saved.meta(latest) if latest is not None else {"position": 0, "num_tokens": 0, "seconds": 0.0, "done": False}
-    if not meta["done"] and meta.get("data", plan.data) != plan.data:
-        raise UserError(
-            f"config.data: {plan.name} in {workdir} was begun with other data than this, or another tokenizer. Bring them back "
-            "as they were, or use another --workdir."
-        )
+    latest, meta = _left(plan, saved)
     if meta["done"]:
         saved.close()
         print(f"{plan.name}: finished before, at step {latest}.", file=sys.stderr)
@@ -160,8 +154,6 @@ def _stage(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _Sto
     at, judged, results = int(state.step), -1, meta.get("results", {})
     if latest is None:
         results = judge(state, log, 0)
-        if s.best not in results and s.best != recipe.DEFAULTS["best"]:
-            raise UserError(f"config.best: {s.best!r} is no figure of this stage's evaluations.{nearest(s.best, results)}")
     # The last step is saved as the stage's end and never before it: a stage that is not done has a step to take.
     while True:
         log.clock()
@@ -183,6 +175,20 @@ def _stage(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _Sto
     if not done:
         _leave(f"at {plan.name} step {at}")
     return results
+
+
+def _left(plan: Plan, saved: checkpoint.Checkpoints) -> tuple[int | None, dict]:
+    """(step, meta) of where the stage was left; None and a fresh meta if it has not begun. Raises UserError for other data."""
+    latest = saved.latest()
+    if latest is None:
+        return None, {"position": 0, "num_tokens": 0, "seconds": 0.0, "done": False}
+    meta = saved.meta(latest)
+    if not meta["done"] and meta["data"] != plan.data:
+        raise UserError(
+            f"config.data: {saved.folder} was begun with other data than this, or another tokenizer. Bring them back as they "
+            "were, or use another --workdir."
+        )
+    return latest, meta
 
 
 def _compiled(plan: Plan, tx, state: TrainState, mesh) -> Callable:
@@ -257,6 +263,9 @@ class _Judge:
             )
             samples = values.pop("samples")
         log.evaluated(step, values, samples)
+        best = self.plan.settings.best
+        if best not in values and best != recipe.DEFAULTS["best"]:
+            raise UserError(f"config.best: {best!r} is no figure of this stage's evaluations.{nearest(best, values)}")
         return values
 
 
