@@ -30,12 +30,13 @@ def model_flops(arch: Architecture, tokens: float, trained: float, pairs: float)
 
         6 * (weights of the layers) * tokens  +  6 * D * V * trained  +  12 * L * N * H * pairs
 
-    tokens: those that are not padding; trained: those in the mask, the only ones that need the head; pairs: the (query, key)
+    tokens: those that are not padding; trained: those in the mask, the only ones that need the head; of a mixture
+    the experts that a token is sent to; pairs: the (query, key)
     pairs that attention must look at, i.e. each token's position + 1, so causal attention counts by half and documents by
     themselves. Recomputation does not count. MFU is this by the step's time and the devices' peak.
     """
     head = arch.vocab * arch.width
-    layers = arch.parameters() - head * (1 if arch.tied else 2)
+    layers = arch.parameters(active=True) - head * (1 if arch.tied else 2)
     return 6 * layers * tokens + 6 * head * trained + 12 * arch.layers * arch.heads * arch.head_width * pairs
 
 

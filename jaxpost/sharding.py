@@ -32,6 +32,9 @@ RULES = (
     (r"mlp/(gate|up)/kernel$", "LDF"),
     (r"mlp/(gate|up)/bias$", "LF"),
     (r"mlp/down/kernel$", "LFD"),
+    (r"mlp/experts/(gate|up)/kernel$", "LEDF"),
+    (r"mlp/experts/down/kernel$", "LEFD"),
+    (r"mlp/router/kernel$", "LDE"),
 )
 
 STORED = {"D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
@@ -111,6 +114,28 @@ def gather(params: Any) -> Any:
         return _moved(x, _spec(letters.replace("D", " "), x.shape, STORED, mesh), _spec(letters, x.shape, STORED, mesh))
 
     return jax.tree_util.tree_map_with_path(move, params)
+
+
+def by_rows(fn, rows: tuple, weights: list, letters: tuple[str, ...]) -> jax.Array:
+    """fn(*rows, *weights) where every batch shard works on its own rows: all rows are [B, ...], and so is the result.
+
+    letters: of each weight's dimensions. Where one is split along `tensor` (an inner dimension of fn's sum), the parts are
+    added up. Outside of a mesh it is a plain call.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return fn(*rows, *weights)
+    places = [_spec(c.replace("D", " "), w.shape, STORED, mesh) for c, w in zip(letters, weights, strict=True)]
+    split = any("tensor" in place for place in places)
+    batch = P(_spec("B", rows[0].shape[:1], COMPUTED, mesh)[0])
+
+    def local(*arguments):
+        out = fn(*arguments)
+        return jax.lax.psum(out, "tensor") if split else out
+
+    return jax.shard_map(local, mesh=mesh, in_specs=(*[batch] * len(rows), *places), out_specs=batch, check_vma=False)(
+        *rows, *weights
+    )
 
 
 def path_name(path) -> str:

@@ -53,11 +53,16 @@ class Head(flax.struct.PyTreeNode):
 
 
 class Output(flax.struct.PyTreeNode):
-    """What a model's forward gives: final hidden states [B,S,D], the head that turns them into logits, the key/value cache."""
+    """What a model's forward gives: final hidden states [B,S,D], the head that turns them into logits, the key/value cache.
+
+    router, of a mixture of experts without a cache: {"probs", "picks"}, each [B,L,E] float32: for each row and layer, the
+    router's probabilities and how often it chose each expert, added up over the row's real tokens.
+    """
 
     hidden: jax.Array
     head: Head
     cache: Any = None
+    router: Any = None
 
 
 class TrainState(flax.struct.PyTreeNode):

@@ -20,6 +20,7 @@ from jaxpost.models import families, hf, loading
 from jaxpost.models import transformer as transformer_file
 
 HONOURED = {
+    "initializer_range",
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -79,6 +80,7 @@ def test_honoured_fields_reach_the_architecture():
         "tie_word_embeddings": True,
         "attention_bias": True,
         "mlp_bias": True,
+        "initializer_range": 0.5,
         "rope_theta": 500000,
         "rope_scaling": {"type": "linear", "factor": 2},
         "rope_parameters": LLAMA3 | {"rope_theta": 10000.0},
@@ -86,11 +88,14 @@ def test_honoured_fields_reach_the_architecture():
     assert set(moved) == HONOURED
     for name, value in moved.items():
         assert architecture(**{name: value}) != architecture(), name
-    assert architecture(rope_theta=500000).rope == families.Rope(theta=500000.0)
-    assert architecture(rope_scaling={"type": "linear", "factor": 2}).rope == families.Rope(10000.0, "linear", 2.0)
-    assert architecture(rope_scaling=LLAMA3).rope == families.Rope(10000.0, "llama3", 8.0, 1.0, 4.0, 32)
-    assert architecture(rope_theta=None, rope_parameters=LLAMA3 | {"rope_theta": 7}).rope.theta == 7.0
-    assert architecture(initializer_range=0.5).init_std == 0.5
+    ropes = {
+        "base": ({"rope_theta": 500000}, families.Rope(theta=500000.0)),
+        "linear": ({"rope_scaling": {"type": "linear", "factor": 2}}, families.Rope(kind="linear", factor=2.0)),
+        "llama3": ({"rope_scaling": LLAMA3}, families.Rope(kind="llama3", factor=8.0, original=32)),
+    }
+    for changes, rope in ropes.values():
+        assert architecture(**changes).kinds == (families.Kind(None, rope),)
+    assert architecture(rope_theta=None, rope_parameters=LLAMA3 | {"rope_theta": 7}).kinds[0].rope.theta == 7.0
 
 
 def test_fields_left_out_have_the_defaults_of_transformers():
@@ -101,16 +106,14 @@ def test_fields_left_out_have_the_defaults_of_transformers():
 
 @pytest.mark.parametrize("name", sorted(families.NEUTRAL))
 def test_a_neutral_field_is_refused_off_its_neutral_value(name):
-    neutral = families.NEUTRAL[name]
-    assert architecture(**{name: neutral}) == architecture()
+    neutral = families.NEUTRAL[name][0]
+    assert all(architecture(**{name: value}) == architecture() for value in families.NEUTRAL[name])
     other = {bool: not neutral, int: 2, float: 0.5, type(None): {"bits": 4}, dict: {"0": [1]}}[type(neutral)]
     with pytest.raises(UserError, match=rf"config\.json: {name} = .* is not supported"):
         architecture(**{name: other})
 
 
-@pytest.mark.parametrize(
-    "name", ["auto_map", "sliding_window", "rope_ratio", "original_max_position_embeddings", "logit_scale"]
-)
+@pytest.mark.parametrize("name", ["sliding_window", "rope_ratio", "original_max_position_embeddings", "logit_scale"])
 def test_an_unknown_field_is_refused_by_its_name(name):
     with pytest.raises(UserError, match=f"does not understand: {name}"):
         architecture(**{name: 1})
@@ -130,12 +133,12 @@ def test_an_unknown_field_is_refused_by_its_name(name):
         ({"num_hidden_layers": 0}, "layers must be positive"),
         ({"num_attention_heads": 0}, "heads must be positive"),
         ({"num_key_value_heads": 3}, "4 is not a multiple of num_key_value_heads 3"),
-        ({"head_dim": 5}, "head_dim 5 is odd"),
+        ({"head_dim": 5}, "head_dim 5 x 1.0 is odd"),
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported; known are silu"),
         ({"model_type": "mamba"}, "model_type 'mamba' is not supported; known are llama"),
         (
-            {"rope_scaling": {"type": "yarn", "factor": 2.0}},
-            "rope_type 'yarn' is not supported; known are default, linear, llama3",
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope_type 'dynamic' is not supported; known are default, linear, llama3, yarn, longrope",
         ),
         ({"rope_scaling": {"type": "linear"}}, "'linear' lacks factor"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope scaling needs factor > 0"),
@@ -146,7 +149,7 @@ def test_an_unknown_field_is_refused_by_its_name(name):
         ({"rope_scaling": "linear"}, "rope_scaling = 'linear' is not an object"),
         ({"rope_scaling": LLAMA3, "rope_parameters": {"rope_theta": 1e4}}, "both given, and differ"),
         ({"rope_parameters": {"rope_theta": 5e5}}, r"rope_theta = 10000.0, but the rotary parameters say 500000.0"),
-        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "not understood: partial_rotary_factor"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5 is not"),
     ],
 )
 def test_a_field_out_of_range_is_refused(changes, message):

@@ -96,7 +96,7 @@ def test_every_honoured_field_moves_the_logits_in_some_case():
 
 def test_llama3_scaling_has_all_three_bands_in_the_case():
     """Short wavelengths stay, long ones are divided, the middle is blended: a band that is empty would not be tested."""
-    rope = families.architecture(llama_cases.config("llama3")).rope
+    rope = families.architecture(llama_cases.config("llama3")).kinds[0].rope
     scaled = np.asarray(attention.frequencies(rope, 16))
     plain = np.asarray(attention.frequencies(families.Rope(theta=rope.theta), 16))
     ratio = scaled / plain

@@ -4,6 +4,7 @@ Reading: every parameter is asked for by its shards. A device's slice of a stack
 as the same slice of each layer's tensor, so that the host never holds more than one device's piece beyond what it owns.
 """
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,16 @@ from safetensors.numpy import save_file
 
 from jaxpost import sharding
 from jaxpost.errors import UserError
-from jaxpost.models.families import Architecture, tensor_names
+from jaxpost.models.families import Architecture, Tensor, tensor_names
 from jaxpost.types import Params
 
 SHARD_BYTES = 5 * 2**30
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _UNUSED = (".rotary_emb.inv_freq",)  # a constant that old exports stored
+# Of a model that also sees: its language model goes by other names, and the rest of it is left alone.
+_LANGUAGE = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.lm_head.": "lm_head."}
+_VISION = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+_CLASSES = {"qwen3_moe": "Qwen3Moe", "gemma3_text": "Gemma3", "smollm3": "SmolLM3"}
 
 
 def read_config(folder: str | Path) -> dict:
@@ -74,7 +79,14 @@ def _open(folder: Path) -> dict[str, Any]:
         except SafetensorError as e:
             raise UserError(f"{path}: not a whole safetensors file ({e}). Copy or download it again.") from None
         slices |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    if any(name.startswith(_VISION) for name in slices):
+        slices = {_language(name): s for name, s in slices.items() if not name.startswith(_VISION)}
     return slices
+
+
+def _language(name: str) -> str:
+    prefix = next((p for p in _LANGUAGE if name.startswith(p)), None)
+    return name if prefix is None else _LANGUAGE[prefix] + name.removeprefix(prefix)
 
 
 def load(folder: str | Path, arch: Architecture, abstract: Params, dtype=np.float32) -> Params:
@@ -97,7 +109,7 @@ def check(folder: str | Path, arch: Architecture) -> dict[str, Any]:
     """
     folder = Path(folder)
     slices, names = _open(folder), tensor_names(arch)
-    expected = {n.format(i) for n, _ in names.values() for i in range(arch.layers if "{}" in n else 1)}
+    expected = {n for t in names.values() for n in _each(t, (arch.layers, arch.experts))}
     if missing := sorted(expected - set(slices)):
         raise UserError(
             f"{folder}: {len(missing)} tensors are missing, first {missing[0]}; the config does not fit the weights."
@@ -125,29 +137,35 @@ def _check_tied(folder: Path, slices: dict) -> None:
         )
 
 
-def _read(folder: Path, slices: dict, name: tuple[str, bool], leaf, dtype) -> jax.Array:
+def _each(tensor: Tensor, counts: tuple[int, ...]) -> list[str]:
+    """The names of all tensors that make up a parameter, in the order of our leading axes (layers, experts)."""
+    lead = tensor.name.count("{}")
+    return [tensor.name.format(*index) for index in itertools.product(*map(range, counts[:lead]))]
+
+
+def _read(folder: Path, slices: dict, tensor: Tensor, leaf, dtype) -> jax.Array:
     """One parameter, each device's piece read by itself; per-layer tensors are stacked, kernels transposed to [in, out]."""
-    template, transposed = name
-    stacked = "{}" in template
-    want = tuple(leaf.shape[1:] if stacked else leaf.shape)
-    want = want[::-1] if transposed else want
-    for i in range(leaf.shape[0] if stacked else 1):
-        if tuple(got := slices[template.format(i)].get_shape()) != want:
-            raise UserError(f"{folder}: {template.format(i)} has shape {tuple(got)}, the config says {want}.")
-        if (held := slices[template.format(i)].get_dtype()) not in _DTYPES:
-            raise UserError(
-                f"{folder}: {template.format(i)} holds {held}, not one of {', '.join(_DTYPES)}; quantised weights are not read."
-            )
+    lead = tensor.name.count("{}")
+    want = tuple(leaf.shape[lead:])
+    want = want[::-1] if tensor.transposed else want
+    start, _, total = tensor.rows or (0, 0, want[0])
+    for name in _each(tensor, leaf.shape):
+        if tuple(got := slices[name].get_shape()) != (total, *want[1:]):
+            raise UserError(f"{folder}: {name} has shape {tuple(got)}, the config says {(total, *want[1:])}.")
+        if (held := slices[name].get_dtype()) not in _DTYPES:
+            raise UserError(f"{folder}: {name} holds {held}, not one of {', '.join(_DTYPES)}; quantised weights are not read.")
 
     def piece(index):
-        inner = tuple(index[1:] if stacked else index)
-        inner = inner[::-1] if transposed else inner
-        layers = range(leaf.shape[0])[index[0]] if stacked else [0]
+        inner = tuple(index[lead:])
+        inner = inner[::-1] if tensor.transposed else inner
+        rows = range(start, start + want[0])[inner[0]]
+        inner = (slice(rows.start, rows.stop), *inner[1:])
+        outer = [range(n)[i] for n, i in zip(leaf.shape[:lead], index[:lead], strict=True)]
         parts = []
-        for i in layers:
-            part = np.asarray(slices[template.format(i)][inner])
-            parts.append((part.T if transposed else part).astype(dtype))
-        return np.stack(parts) if stacked else parts[0]
+        for place in itertools.product(*outer):
+            part = np.asarray(slices[tensor.name.format(*place)][inner])
+            parts.append((part.T if tensor.transposed else part).astype(dtype))
+        return np.stack(parts).reshape(*map(len, outer), *parts[0].shape) if lead else parts[0]
 
     place = getattr(leaf, "sharding", None) or sharding.single()
     return jax.make_array_from_callback(leaf.shape, place, piece)
@@ -166,22 +184,29 @@ def save(folder: str | Path, params: Params, arch: Architecture, config: dict, d
     if kind is None:
         raise UserError(f"export: dtype {dtype!r} is not one of float32, bfloat16, float16.")
     config = {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")} | {"dtype": dtype}
-    config["architectures"] = config.get("architectures") or ["LlamaForCausalLM"]
+    config["architectures"] = config.get("architectures") or [
+        f"{_CLASSES.get(arch.family, arch.family.capitalize())}ForCausalLM"
+    ]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return _write_shards(folder, _tensors(params, arch, kind))
 
 
 def _tensors(params: Params, arch: Architecture, kind):
-    """Yields (Hugging Face name, array), a layer at a time, so that one copy of one tensor is made."""
-    flat = flatten_dict(params, sep="/")
-    for path, (template, transposed) in tensor_names(arch).items():
-        for i in range(arch.layers if "{}" in template else 1):
-            leaf = flat[path][i] if "{}" in template else flat[path]
-            leaf = np.asarray(jax.device_get(leaf))
-            if kind is np.float16 and np.max(np.abs(leaf), initial=0) > np.finfo(kind).max:
-                raise UserError(f"export: {template.format(i)} has values beyond float16's; use bfloat16 or float32.")
-            leaf = leaf.astype(kind)
-            yield template.format(i), np.ascontiguousarray(leaf.T if transposed else leaf)
+    """Yields (Hugging Face name, array), a tensor at a time, so that one copy of one tensor is made; fused ones are joined."""
+    flat, names = flatten_dict(params, sep="/"), tensor_names(arch)
+    parts = {}
+    for path, tensor in names.items():
+        parts.setdefault(tensor.name, []).append((tensor.rows or (0,), path, tensor.transposed))
+    for template, found in parts.items():
+        for place in itertools.product(*map(range, (arch.layers, arch.experts)[: template.count("{}")])):
+            arrays = []
+            for _, path, transposed in sorted(found):
+                leaf = np.asarray(jax.device_get(flat[path][place]))
+                if kind is np.float16 and np.max(np.abs(leaf), initial=0) > np.finfo(kind).max:
+                    name = template.format(*place)
+                    raise UserError(f"export: {name} has values beyond float16's; use bfloat16 or float32.")
+                arrays.append((leaf.T if transposed else leaf).astype(kind))
+            yield template.format(*place), np.ascontiguousarray(arrays[0] if len(arrays) == 1 else np.concatenate(arrays))
 
 
 def _write_shards(folder: Path, tensors) -> list[str]:

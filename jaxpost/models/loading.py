@@ -46,6 +46,8 @@ def describe(model: str | Mapping, tokenizer_name: str = "", dtype: str = "float
             raise UserError(f"config.{key}: unknown {value!r}.{nearest(str(value), known)}")
     described, folder = _locate(model) if isinstance(model, str) else (None, None)
     config = hf.read_config(described) if described else dict(model)
+    if config.get("model_type") == "gemma3" and isinstance(config.get("text_config"), Mapping):
+        config = {**config["text_config"], "model_type": "gemma3_text"}  # the part of it that reads and writes
     arch = families.architecture(config, str(described / "config.json") if described else "config.model")
     text = _tokenizer(tokenizer_name or described)
     if text is not None and len(text) > arch.vocab:

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxpost import sharding
-from jaxpost.models.attention import attend, cache_mask, document_mask, frequencies, rotate
+from jaxpost.models.attention import attend, cache_mask, document_mask, rotary, rotate
 from jaxpost.models.einsum import project
 from jaxpost.models.families import Architecture
+from jaxpost.models.moe import MoE
 from jaxpost.types import Batch, Head, Output, Params
 
 ACTIVATIONS = {
@@ -45,21 +46,26 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
+        # Read as it is, since linen would hold an adapter's first array against the kernel's shape.
+        if (kernel := self.get_variable("params", "kernel")) is None:
+            kernel = self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.bias else None
         return project(x, kernel, bias)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale, the statistic in float32."""
+    """x / rms(x) * (offset + scale), the statistic in float32."""
 
     eps: float
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        scale = self.param("scale", nn.initializers.constant(1.0 - self.offset), (x.shape[-1],))
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        if self.offset:
+            return (y * (self.offset + scale.astype(jnp.float32))).astype(x.dtype)
         return scale.astype(x.dtype) * y.astype(x.dtype)
 
 
@@ -69,17 +75,23 @@ class Attention(nn.Module):
     arch: Architecture
 
     @nn.compact
-    def __call__(self, x, positions, mask, cache):
+    def __call__(self, x, positions, turn, mask, cache):
         a = self.arch
         b, s, _ = x.shape
 
         def heads(name, n):
-            y = Dense(n * a.head_width, a.attention_bias, a.init_std, name=name)(x)
-            return sharding.shard(y.reshape(b, s, n, a.head_width), "BSNH")
+            y = Dense(n * a.head_width, a.qkv_bias, a.init_std, name=name)(x)
+            if a.qk_norm == "all" and name != "v":
+                y = RMSNorm(a.eps, a.norm_offset, name=f"{name}_norm")(y)
+            if a.qkv_clip is not None:
+                y = jnp.clip(y, -a.qkv_clip, a.qkv_clip)
+            y = sharding.shard(y.reshape(b, s, n, a.head_width), "BSNH")
+            if a.qk_norm == "head" and name != "v":
+                y = RMSNorm(a.eps, a.norm_offset, name=f"{name}_norm")(y)
+            return y
 
-        freq = frequencies(a.rope, a.head_width)
-        q = rotate(heads("q", a.heads), positions, freq)
-        k = rotate(heads("k", a.kv_heads), positions, freq).swapaxes(1, 2)
+        q = rotate(heads("q", a.heads), turn)
+        k = rotate(heads("k", a.kv_heads), turn).swapaxes(1, 2)
         v = heads("v", a.kv_heads).swapaxes(1, 2)
         if cache is not None:
             # A token's slot is its position, so rows of different lengths need no bookkeeping and the garbage that right
@@ -88,8 +100,8 @@ class Attention(nn.Module):
             k = cache["k"].at[rows, :, positions].set(k.swapaxes(1, 2).astype(cache["k"].dtype))
             v = cache["v"].at[rows, :, positions].set(v.swapaxes(1, 2).astype(cache["v"].dtype))
             cache = {"k": k, "v": v}
-        y = attend(q, k.astype(x.dtype), v.astype(x.dtype), mask).reshape(b, s, -1)
-        return Dense(a.width, a.attention_bias, a.init_std, name="o")(y), cache
+        y = attend(q, k.astype(x.dtype), v.astype(x.dtype), mask, a.attention_scale, a.attention_cap).reshape(b, s, -1)
+        return Dense(a.width, a.o_bias, a.init_std, name="o")(y), cache
 
 
 class MLP(nn.Module):
@@ -107,16 +119,28 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); returns the cache it wrote, or None."""
+    """x + attention, then x + feed-forward, each with a norm before it, after it, or both.
+
+    Returns x, the cache it wrote (or None), and what the router said (or None).
+    """
 
     arch: Architecture
 
     @nn.compact
-    def __call__(self, x, positions, mask, cache=None):
-        y, cache = Attention(self.arch, name="attention")(RMSNorm(self.arch.eps, name="norm1")(x), positions, mask, cache)
-        x = sharding.shard(x + y, "BSD")
-        x = x + MLP(self.arch, name="mlp")(RMSNorm(self.arch.eps, name="norm2")(x))
-        return sharding.shard(x, "BSD"), cache
+    def __call__(self, x, positions, turn, mask, cache=None):
+        a, router = self.arch, None
+
+        def norm(name, when, y):
+            return RMSNorm(a.eps, a.norm_offset, name=name)(y) if a.norms in (when, "both") else y
+
+        y, cache = Attention(a, name="attention")(norm("norm1", "pre", x), positions, turn, mask, cache)
+        x = sharding.shard(x + norm("norm1_post", "post", y), "BSD")
+        y = norm("norm2", "pre", x)
+        if a.experts:
+            y, router = MoE(a, ACTIVATIONS[a.activation], name="mlp")(y)
+        else:
+            y = MLP(a, name="mlp")(y)
+        return sharding.shard(x + norm("norm2_post", "post", y), "BSD"), cache, router
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,19 +152,19 @@ class Transformer:
     remat: str = "none"
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh float32 parameters: normal with the architecture's standard deviation, norms 1, biases 0."""
+        """Fresh float32 parameters: normal with the architecture's standard deviation, biases 0, norms that change nothing."""
         a = self.arch
         embed_key, head_key, *layer_keys = jax.random.split(key, a.layers + 2)
         x = jnp.zeros((1, 1, a.width))
         zeros = jnp.zeros((1, 1), jnp.int32)
 
         def layer(k):
-            return Block(a).init(k, x, zeros, zeros[:, :, None] == 0)["params"]
+            return Block(a).init(k, x, zeros, rotary(a.kinds[0].rope, a.head_width, zeros, 1), zeros[:, :, None] == 0)["params"]
 
         params = {
             "embed": {"weight": a.init_std * jax.random.normal(embed_key, (a.vocab, a.width))},
             "layers": jax.vmap(layer)(jnp.stack(layer_keys)),
-            "norm": {"scale": jnp.ones(a.width)},
+            "norm": {"scale": jnp.full(a.width, 1.0 - a.norm_offset)},
         }
         if not a.tied:
             params["head"] = {"weight": a.init_std * jax.random.normal(head_key, (a.vocab, a.width))}
@@ -157,30 +181,65 @@ class Transformer:
         # would move the activations to it.
         embed = sharding.shard(sharding.gather({"embed": params["embed"]})["embed"]["weight"], "VD")
         x = sharding.shard(jnp.take(embed, batch["tokens"], axis=0).astype(self.dtype), "BSD")
-        positions = batch["positions"]
-        mask = document_mask(batch["segments"]) if cache is None else cache_mask(positions, cache[0]["k"].shape[2])
+        x = x * jnp.asarray(self.arch.embed_scale, x.dtype)
+        # What does not depend on the layer is made once, outside of the scan: a table of each kind of layer.
+        tables, positions = self._tables(batch, cache), batch["positions"]
 
-        def block(x, layer, cache):
-            return Block(self.arch).apply({"params": sharding.gather(layer)}, x, positions, mask, cache)
+        def block(x, layer, table, cache):
+            x, cache, router = Block(self.arch).apply({"params": sharding.gather(layer)}, x, positions, *table, cache)
+            return x, cache, _over_tokens(router, batch.get("segments"))
 
         if REMAT[self.remat] is not None and cache is None:
             block = jax.checkpoint(block, policy=REMAT[self.remat])
         if cache is None and not isinstance(params["layers"], tuple):
-            x, _ = jax.lax.scan(lambda x, layer: block(x, layer, None), x, params["layers"])
+            x, router = self._scan(block, x, params["layers"], tables)
         else:
-            written = []
+            written, said = [], []
             for i, layer in enumerate(unstack(params, self.arch.layers)["layers"]):
-                x, new = block(x, layer, None if cache is None else cache[i])
+                x, new, router = block(x, layer, tables[self.arch.kind(i)], None if cache is None else cache[i])
                 written.append(new)
+                said.append(router)
             cache = None if cache is None else tuple(written)
-        hidden = RMSNorm(self.arch.eps).apply({"params": params["norm"]}, x)
+            router = jax.tree.map(lambda *r: jnp.stack(r), *said) if cache is None and self.arch.experts else None
+        hidden = RMSNorm(self.arch.eps, self.arch.norm_offset).apply({"params": params["norm"]}, x)
         weight = embed if self.arch.tied else sharding.gather({"head": params["head"]})["head"]["weight"]
-        return Output(hidden, Head(weight), cache)
+        router = jax.tree.map(lambda r: r.swapaxes(0, 1), router)
+        return Output(hidden, Head(weight, soft_cap=self.arch.logit_cap), cache, router)
+
+    def _tables(self, batch: Batch, cache: Any) -> list:
+        """Of each kind of layer: (cosine, sine), mask."""
+        length = batch["tokens"].shape[1] if cache is None else cache[0]["k"].shape[2]
+
+        def mask(window):
+            if cache is None:
+                return document_mask(batch["segments"], window)
+            return cache_mask(batch["positions"], length, window)
+
+        return [(rotary(k.rope, self.arch.head_width, batch["positions"], length), mask(k.window)) for k in self.arch.kinds]
+
+    def _scan(self, block, x, layers, tables: list):
+        """The blocks one after the other, as one loop; with several kinds of layers each takes its own table."""
+        if len(tables) == 1:
+            return jax.lax.scan(lambda x, layer: block(x, layer, tables[0], None)[::2], x, layers)
+        stacked = jax.tree.map(lambda *t: jnp.stack(t), *tables)
+
+        def turn(x, layer):
+            weights, kind = layer
+            return block(x, weights, jax.tree.map(lambda t: t[kind], stacked), None)[::2]
+
+        return jax.lax.scan(turn, x, (layers, jnp.array(self.arch.pattern)))
 
     def make_cache(self, batch_size: int, length: int) -> tuple:
         """An empty key/value cache: a {k, v} of [B,K,T,H] a layer."""
         shape = (batch_size, self.arch.kv_heads, length, self.arch.head_width)
         return tuple({n: sharding.shard(jnp.zeros(shape, self.dtype), "BKTH") for n in "kv"} for _ in range(self.arch.layers))
+
+
+def _over_tokens(router: Any, segments: jax.Array | None) -> Any:
+    """What a router said of each token [B,S,E], added up over the real ones [B,E]; None where there is nothing to add."""
+    if router is None or segments is None:
+        return None
+    return {k: jnp.einsum("bse,bs->be", r, (segments > 0).astype(r.dtype)) for k, r in router.items()}
 
 
 def unstack(params: Params, layers: int) -> Params:
