@@ -54,8 +54,16 @@ def forward(params, batch) -> Output:
     """Output of the stub; `params` may hold a `nudge` [B,S,D], which is added to the hidden states."""
     used = sharding.gather(params)
     x = used["embed"]["weight"][batch["tokens"]] + used["place"]["weight"][batch["positions"]]
-    x = jnp.tanh(x @ used["mlp"]["up"]["kernel"]) @ used["mlp"]["down"]["kernel"] / 4
-    return Output(x + params.get("nudge", 0.0), Head(used["head"]["weight"]))
+    x = jnp.tanh(x @ used["mlp"]["up"]["kernel"]) @ used["mlp"]["down"]["kernel"] / 4 + params.get("nudge", 0.0)
+    return Output(x, Head(used["head"]["weight"]), router=_router(x, batch["segments"]))
+
+
+def _router(x, segments):
+    """Two layers of four experts: the first and the last four channels are the router's logits, and two experts are chosen."""
+    logits = jnp.stack([x[..., :4], x[..., 4:]], axis=1)
+    real = (segments > 0).astype(x.dtype)[:, None, :, None]
+    picks = jax.nn.one_hot(jax.lax.top_k(logits, 2)[1], 4).sum(axis=-2)
+    return {"probs": jnp.sum(jax.nn.softmax(logits) * real, axis=2), "picks": jnp.sum(picks * real, axis=2)}
 
 
 def documents(seed: int = 0, plan=PLAN) -> list[list[dict]]:

@@ -7,6 +7,7 @@ same folder, from a fresh start, or from a workdir's checkpoint, in any case str
 import copy
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from etils import epath
 
 from jaxpost import checkpoint, sharding, tokenizer
 from jaxpost.errors import UserError
-from jaxpost.models import families, hf
+from jaxpost.models import families, hf, hub
 from jaxpost.models.transformer import REMAT, Transformer
 from jaxpost.resolve import find, nearest
 from jaxpost.types import Params
@@ -35,6 +36,7 @@ class Description:
     tokenizer: Any
     config: dict
     folder: Path | None
+    hub: str = ""  # the name that the folder came by, where its weights may still be on the hub
 
 
 def describe(model: str | Mapping, tokenizer_name: str = "", dtype: str = "float32", remat: str = "none") -> Description:
@@ -50,16 +52,28 @@ def describe(model: str | Mapping, tokenizer_name: str = "", dtype: str = "float
         config = {**config["text_config"], "model_type": "gemma3_text"}  # the part of it that reads and writes
     arch = families.architecture(config, str(described / "config.json") if described else "config.model")
     text = _tokenizer(tokenizer_name or described)
-    if text is not None and len(text) > arch.vocab:
+    # A tokenizer may name added tokens that its model has no row for, such as a picture's; text then has none of them.
+    if text is not None and text.vocab_size > arch.vocab:
         raise UserError(
-            f"config.tokenizer: it has {len(text)} tokens, the model's vocabulary {arch.vocab}; they do not belong together."
+            f"config.tokenizer: it has {text.vocab_size} tokens, the model's vocabulary {arch.vocab}; they are not a pair."
         )
-    return Description(Transformer(arch, DTYPES[dtype], remat), text, config, folder)
+    name = model if isinstance(model, str) and hub.is_name(model) else ""
+    return Description(Transformer(arch, _computable(dtype), remat), text, config, folder, name)
+
+
+def _computable(dtype: str):
+    """The dtype to compute in: float32 where the device has no bfloat16 of its own (GPUs before compute capability 8)."""
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", None)
+    if dtype == "bfloat16" and device.platform == "gpu" and capability and float(capability) < 8:
+        print(f"config.dtype: {device.device_kind} has no bfloat16; computing in float32 instead.", file=sys.stderr)
+        return DTYPES["float32"]
+    return DTYPES[dtype]
 
 
 def _locate(where: str) -> tuple[Path, Path]:
     """(folder of config.json and tokenizer, folder of the weights): a Hugging Face folder twice, or a workdir's two."""
-    path = Path(where)
+    path = hub.fetch(where) if hub.is_name(where) else Path(where)
     if not any((path / name).is_dir() for name in ("checkpoints", "params")) and not (path.is_dir() and checkpoint.steps(path)):
         return path, path
     step = Path(checkpoint.find_step(path))
@@ -70,7 +84,9 @@ def _locate(where: str) -> tuple[Path, Path]:
 
 
 def _tokenizer(where: str | Path | None):
-    """The tokenizer of a folder, or one that a function makes."""
+    """The tokenizer of a folder or of a model on the hub, or one that a function makes."""
+    if hub.is_name(str(where)):
+        where = hub.fetch(str(where))
     if where is None or Path(where).is_dir():
         return None if where is None else tokenizer.load(where)
     if ".py:" not in (name := str(where)) and ("/" in name or "." not in name):
@@ -80,6 +96,8 @@ def _tokenizer(where: str | Path | None):
 
 def check(found: Description) -> None:
     """Holds a folder's files against the architecture, without reading weights. Raises UserError for what does not belong."""
+    if found.hub:
+        hub.fetch(found.hub, weights=True)
     if found.folder is not None and not (found.folder / "params").exists():
         hf.check(found.folder, found.transformer.arch)
 
@@ -123,4 +141,5 @@ def open_model(where: str, mesh, dtype: str = "float32") -> tuple[Description, P
     Raises UserError if `where` is none of them.
     """
     found = describe(where, dtype=dtype)
+    check(found)
     return found, weights(found, mesh)

@@ -1,0 +1,51 @@
+"""Models by their name on the Hugging Face hub: `organisation/model`, or `organisation/model@revision`.
+
+Downloading is `huggingface_hub`'s, so its cache, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE mean what they always do. Only JSON,
+text, tokenizers and safetensors are fetched: never a pickle, never code. The small files come first, so that a model which
+cannot be used is refused before its weights are on their way.
+"""
+
+import re
+from pathlib import Path
+
+from jaxpost.errors import UserError
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+SMALL = ("*.json", "*.model", "*.jinja", "*.txt")
+WEIGHTS = ("*.safetensors",)
+
+
+def is_name(where: str) -> bool:
+    """Whether this could be a model's name on the hub, and is no folder here."""
+    return _NAME.fullmatch(where) is not None and not Path(where).exists()
+
+
+def fetch(name: str, weights: bool = False) -> Path:
+    """The folder, in the cache, with the model's small files; its weights too if asked for.
+
+    Raises UserError where there is no such model or revision, where it is gated, and where there is neither network nor a
+    cached copy.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    model, _, revision = name.partition("@")
+    try:
+        found = huggingface_hub.snapshot_download(
+            model, revision=revision or None, allow_patterns=[*SMALL, *(WEIGHTS if weights else ())]
+        )
+    except errors.GatedRepoError:
+        raise UserError(f"{name}: the hub keeps this model behind its licence; accept it there and set HF_TOKEN.") from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{name}: the hub has this model, but no revision {revision!r} of it.") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(
+            f"{name}: no such folder, and no such model on the hub (a private one needs HF_TOKEN). Check the spelling."
+        ) from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as e:
+        reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
+        raise UserError(
+            f"{name}: no such folder, and the hub cannot give a model of this name now ({reason}). Give a folder, or try again "
+            "with a network."
+        ) from None
+    return Path(found)

@@ -1,0 +1,53 @@
+"""Balancing the router of a mixture of experts, beside any other objective.
+
+A router left alone sends most tokens to few experts. The usual remedy adds a term that is smallest when probability and load
+are spread evenly; it is a Term like any other, with its own denominator.
+"""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+
+from jaxpost.errors import UserError
+from jaxpost.resolve import resolve
+from jaxpost.step import with_prepared
+from jaxpost.types import Term
+
+
+def balanced(forward, params, batch, key, *, of: Mapping | str = "sft.nll", coefficient: float = 0.001):
+    """Another objective, and the load-balancing term of its router:
+
+        L = L_of + coefficient * (1/L) sum_l E sum_e f_le P_le
+
+    f_le: how many of the batch's real tokens layer l sends to expert e, per token (they add up to the number chosen); P_le: the
+    mean probability that its router gives e. f is a constant of the whole global batch, taken by `prepare` in one more forward
+    pass; the gradient goes through P. Evenly spread, the term is the number chosen. of: the other objective, as a config entry.
+
+    It differs from transformers' `router_aux_loss_coef` in that each layer is balanced by itself; with one layer the two are
+    equal. Raises UserError for a model without experts. Source: "Switch Transformers: Scaling to Trillion Parameter Models with
+    Simple and Efficient Sparsity", equations 4 to 6.
+    """
+    out = forward(params, batch)
+    terms, metrics = resolve(of, "objectives")(lambda p, b: out if b is batch else forward(p, b), params, batch, key)
+    probs = _router(out)["probs"]
+    layers, experts = probs.shape[1:]
+    share = jnp.sum(batch["router_load"] * probs) * experts / layers
+    return {**terms, "balance": Term(share, jnp.sum((batch["segments"] > 0).astype(jnp.float32)), coefficient)}, metrics
+
+
+def _loads(forward, params, batch, key, *, of: Mapping | str = "sft.nll"):
+    """The other objective's columns, and router_load [B,L,E]: every row holds the whole batch's f."""
+    columns = with_prepared(resolve(of, "objectives"), forward, params, batch, key)
+    picks = _router(forward(params, batch))["picks"]
+    tokens = jnp.maximum(jnp.sum((batch["segments"] > 0).astype(jnp.float32)), 1.0)
+    load = jnp.broadcast_to(jnp.sum(picks, axis=0) / tokens, picks.shape)
+    return {**{k: v for k, v in columns.items() if k not in batch}, "router_load": load}
+
+
+def _router(out):
+    if out.router is None:
+        raise UserError("objective router.balanced: the model has no experts; use its `of` by itself.")
+    return out.router
+
+
+balanced.prepare = _loads

@@ -1,0 +1,155 @@
+"""Models by name: a hub on loopback serves a checkpoint, once; the cache serves it from then on, without a network."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import llama_cases
+import pytest
+
+from jaxpost.models import hub, loading
+
+ROOT = Path(__file__).parent.parent
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's interface as downloading a snapshot needs."""
+
+    folder: Path
+    asked: list[tuple[str, str]] = []
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self._serve(body=True)
+
+    def do_HEAD(self):
+        self._serve(body=False)
+
+    def _serve(self, body: bool):
+        self.asked.append((self.path, self.headers.get("authorization", "")))
+        parts = self.path.split("?")[0].strip("/").split("/")
+        if parts[:2] == ["api", "models"]:
+            name, revision = "/".join(parts[2:4]), parts[5] if len(parts) > 5 else "main"
+            if name != "org/tiny":
+                return self._send(404, b"", {"X-Error-Code": "RepoNotFound"}, body)
+            if revision not in ("main", "v1", COMMIT):
+                return self._send(404, b"", {"X-Error-Code": "RevisionNotFound"}, body)
+            paths = list(self.folder.iterdir())
+            if parts[4:5] == ["tree"]:
+                files = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": p.name} for p in paths]
+                return self._send(200, json.dumps(files).encode(), {}, body)
+            files = [{"rfilename": p.name} for p in paths]
+            return self._send(200, json.dumps({"id": name, "sha": COMMIT, "siblings": files}).encode(), {}, body)
+        if parts[:2] != ["org", "tiny"] or not (self.folder / parts[-1]).exists():
+            return self._send(404, b"", {"X-Error-Code": "EntryNotFound"}, body)
+        content = (self.folder / parts[-1]).read_bytes()
+        tag = hashlib.sha256(content).hexdigest()
+        return self._send(200, content, {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT, "X-Linked-Size": str(len(content))}, body)
+
+    def _send(self, status: int, content: bytes, headers: dict, body: bool):
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """(address, what was asked) of a hub that has org/tiny: a Llama, with a pickle and a program beside it."""
+    folder = tmp_path_factory.mktemp("hub")
+    llama_cases.write(folder, "grouped")
+    (folder / "pytorch_model.bin").write_bytes(b"never")
+    (folder / "modeling.py").write_text("raise SystemExit('never')")
+    handler = type("Served", (Hub,), {"folder": folder, "asked": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", handler.asked
+    server.shutdown()
+
+
+SCRIPT = """
+import sys
+import jax
+from jaxpost import sharding
+from jaxpost.errors import UserError
+from jaxpost.models import loading
+try:
+    found, params = loading.open_model(sys.argv[1], sharding.make_mesh())
+except UserError as e:
+    sys.exit(f"error: {e}")
+print(found.folder.name, sorted(p.name for p in found.folder.iterdir()), float(abs(params["norm"]["scale"]).sum()))
+"""
+
+
+def opened(name, home, address, **more):
+    """(status, stdout, stderr) of opening a model in a process of its own, since the hub's settings are read at import."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    environment |= {"HF_HOME": str(home), "HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1", **more}
+    run = subprocess.run([sys.executable, "-c", SCRIPT, name], env=environment, capture_output=True, text=True, timeout=120)
+    return run.returncode, run.stdout, run.stderr
+
+
+def test_a_model_comes_by_name_once_and_then_from_the_cache(served, tmp_path):
+    address, asked = served
+    status, out, err = opened("org/tiny@v1", tmp_path, address, HF_TOKEN="hf_secret")
+    assert status == 0, err
+    scale = abs(llama_cases.weights("grouped")["model.norm.weight"]).sum()
+    folder, rest = out.split(" ", 1)
+    assert folder == COMMIT and "['config.json', 'model.safetensors']" in rest
+    assert float(rest.split()[-1]) == pytest.approx(float(scale), rel=1e-6)
+    assert {a for path, a in asked if "org/tiny" in path} == {"Bearer hf_secret"} and "hf_secret" not in out + err
+    assert not [path for path, _ in asked if path.endswith((".bin", ".py"))]
+    asked.clear()
+    status, out, err = opened("org/tiny@v1", tmp_path, address, HF_HUB_OFFLINE="1")
+    assert status == 0 and out.startswith(COMMIT) and not asked, err
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("org/none", "no such folder, and no such model on the hub"),
+        ("org/tiny@v9", "no revision 'v9'"),
+    ],
+)
+def test_what_the_hub_has_not_is_said(served, tmp_path, name, told):
+    status, _, err = opened(name, tmp_path, served[0])
+    assert status == 1 and err.startswith(f"error: {name}: ") and told in err and "Traceback" not in err
+
+
+def test_without_a_network_it_says_so(tmp_path):
+    status, _, err = opened("org/tiny", tmp_path, "http://127.0.0.1:9")
+    assert status == 1 and "the hub cannot give a model of this name now" in err and "Traceback" not in err
+
+
+def test_names_are_told_from_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "here").mkdir(parents=True)
+    names = ["Qwen/Qwen2.5-0.5B", "a/b@refs/pr/1", "org/none"]
+    assert all(hub.is_name(n) for n in names)
+    assert not any(
+        hub.is_name(n) for n in ("org/here", "/a/b", "../a", "a/b/c", "tasks.arithmetic.tokenizer", "model", "a/b.py:f")
+    )
+
+
+def test_a_gpu_without_bfloat16_computes_in_float32_and_says_so(monkeypatch, capsys):
+    class Device:
+        platform, device_kind, compute_capability = "gpu", "Tesla T4", "7.5"
+
+    monkeypatch.setattr(jax, "devices", lambda: [Device])
+    assert loading._computable("bfloat16") == jnp.float32
+    assert "Tesla T4 has no bfloat16" in capsys.readouterr().err
+    Device.compute_capability = "8.0"
+    assert loading._computable("bfloat16") == jnp.bfloat16 and loading._computable("float32") == jnp.float32
+    assert not capsys.readouterr().err
