@@ -212,6 +212,23 @@ def local(x: jax.Array, mesh: Mesh) -> np.ndarray:
     return np.concatenate([np.asarray(pieces[k]) for k in sorted(pieces)]) if x.ndim else np.asarray(pieces[0])
 
 
+def assembled(shape: tuple[int, ...], place, piece) -> jax.Array:
+    """An array of this sharding, made of piece(index) for each of this process's devices, one after the other.
+
+    A piece that several devices hold is made once.
+    """
+    holders = {}
+    for device, index in place.addressable_devices_indices_map(shape).items():
+        bounds = tuple((s.start, s.stop) for s in index)
+        holders.setdefault(bounds, (index, []))[1].append(device)
+    parts = []
+    for index, devices in holders.values():
+        made = piece(index)
+        parts += [jax.device_put(made, device) for device in devices]
+        del made
+    return jax.make_array_from_single_device_arrays(shape, place, parts)
+
+
 def single():
     """The sharding of an array that lives on this process's first device alone."""
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -161,14 +161,23 @@ def _read(folder: Path, slices: dict, tensor: Tensor, leaf, dtype) -> jax.Array:
         rows = range(start, start + want[0])[inner[0]]
         inner = (slice(rows.start, rows.stop), *inner[1:])
         outer = [range(n)[i] for n, i in zip(leaf.shape[:lead], index[:lead], strict=True)]
-        parts = []
-        for place in itertools.product(*outer):
-            part = np.asarray(slices[tensor.name.format(*place)][inner])
-            parts.append((part.T if tensor.transposed else part).astype(dtype))
-        return np.stack(parts).reshape(*map(len, outer), *parts[0].shape) if lead else parts[0]
+        out = _aligned(tuple(len(range(n)[i]) for n, i in zip(leaf.shape, index, strict=True)), dtype)
+        for number, place in enumerate(itertools.product(*outer)):
+            part = slices[tensor.name.format(*place)][inner]
+            out.reshape(-1, *out.shape[lead:])[number] = part.T if tensor.transposed else part
+        return out
 
+    # One device's piece at a time, so that the host holds no more than that beyond what it owns.
     place = getattr(leaf, "sharding", None) or sharding.single()
-    return jax.make_array_from_callback(leaf.shape, place, piece)
+    return sharding.assembled(leaf.shape, place, piece)
+
+
+def _aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
+    """An empty array where a CPU device would want it, so that it can be taken over without a copy."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    room = np.empty(size + 64, np.uint8)
+    first = -room.ctypes.data % 64
+    return room[first : first + size].view(dtype).reshape(shape)
 
 
 def save(folder: str | Path, params: Params, arch: Architecture, config: dict, dtype: str | None = None) -> list[str]:
