@@ -35,9 +35,11 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "fit": ["libtpu"],
+        "gcs": ["gcsfs", "google-cloud-storage"],  # gs:// paths; the second is what Orbax asks for
+        "hub": ["datasets"],  # hf:OWNER/NAME as data
         "rewards": ["math-verify"],
         "eval": ["lm-eval"],
-        "test": ["pytest>=8", "ruff>=0.9", "tensorboard"],
+        "test": ["pytest>=8", "ruff>=0.9", "tensorboard", "gcsfs", "google-cloud-storage", "gcp-storage-emulator"],
         "parity": ["torch==2.13.0"],  # only to make golden values again
     },
 )

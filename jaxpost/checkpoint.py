@@ -3,6 +3,10 @@
 A stage keeps its checkpoints under workdir/checkpoints/<stage>/<step>: the last few and the best by a metric, each written
 asynchronously and renamed into place when whole. One holds `params` (the model's tree), `ema` where there is one, `optimizer`
 (what else the train state has), and `meta`: the data's position and the loop's own numbers, as JSON.
+
+Frozen weights that some folder holds already are not written again. `params` then has the other leaves alone, by path, and
+`meta` says under `base` where the frozen ones are, the digest of what they were, and which of them are `beside` it all the
+same, here; under `adapter` what was put around them. `models/loading.py` makes the tree of the two.
 """
 
 import json
@@ -37,7 +41,7 @@ class Checkpoints:
                 )
             )
         self.best = best
-        self.folder = epath.Path(folder).absolute() if "://" not in str(folder) else epath.Path(folder)
+        self.folder = absolute(folder)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(policies),
             # Not consulted beside a policy, but Orbax keeps no metrics for the next process without it.
@@ -50,11 +54,12 @@ class Checkpoints:
     def save(self, state: TrainState, meta: dict, metrics: dict[str, float] | None = None) -> None:
         """Starts writing the state; returns when the device's part is copied.
 
-        metrics: of this very state, or None where it was not evaluated (it is then no candidate for the best).
+        meta: where it names a `base`, only what that lacks is written of the frozen weights. metrics: of this very state, or
+        None where it was not evaluated (it is then no candidate for the best).
         """
         step = int(state.step)
         metrics = {k: v for k, v in (metrics or {}).items() if k == self.best and np.isfinite(v)}
-        items = {k: ocp.args.StandardSave(v) for k, v in _items(state).items()}
+        items = {k: ocp.args.StandardSave(v) for k, v in _items(state, meta.get("base")).items()}
         self.manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items), metrics=metrics, force=True)
 
     def latest(self) -> int | None:
@@ -65,11 +70,15 @@ class Checkpoints:
         """The JSON part of a checkpoint."""
         return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
-    def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """The state at a step, laid out as `abstract` says; any mesh can read what any other wrote."""
-        items = {k: ocp.args.StandardRestore(v) for k, v in _items(abstract).items()}
+    def restore(self, step: int, abstract: TrainState, below: Params = None) -> TrainState:
+        """The state at a step, laid out as `abstract` says; any mesh can read what any other wrote.
+
+        below: for one whose frozen weights are elsewhere, the whole tree of parameters with those in it.
+        """
+        base = None if below is None else self.meta(step)["base"]
+        items = {k: ocp.args.StandardRestore(v) for k, v in _items(abstract, base).items()}
         found = self.manager.restore(step, args=ocp.args.Composite(**items))
-        rest, params = found["optimizer"], found["params"]
+        rest, params = found["optimizer"], found["params"] if base is None else _over(found["params"], below)
         train = jax.tree.map(lambda a, x: None if a is None else x, abstract.train, params, is_leaf=lambda x: x is None)
         frozen = jax.tree.map(lambda a, x: None if a is None else x, abstract.frozen, params, is_leaf=lambda x: x is None)
         mean = None if abstract.ema is None else _unflat(found["ema"], abstract.ema)
@@ -84,9 +93,12 @@ class Checkpoints:
         self.manager.close()
 
 
-def _items(state: TrainState) -> dict[str, Any]:
+def _items(state: TrainState, base: dict | None) -> dict[str, Any]:
     rest = {k: getattr(state, k) for k in ("step", "opt_state", "key", "skipped", "streak")}
-    items = {"params": combine(state.train, state.frozen), "optimizer": rest}
+    params = combine(state.train, state.frozen)
+    if base is not None:
+        params = _flat(state.train) | {k: v for k, v in _flat(state.frozen).items() if k in base["beside"]}
+    items = {"params": params, "optimizer": rest}
     return items if state.ema is None else {**items, "ema": _flat(state.ema)}
 
 
@@ -98,6 +110,12 @@ def _flat(tree: Params) -> dict[str, Any]:
 def _unflat(flat: dict[str, Any], like: Params) -> Params:
     """The inverse of _flat, with `like`'s structure; None where flat has no leaf."""
     return jax.tree_util.tree_map_with_path(lambda path, _: flat.get(sharding.path_name(path).replace("/", ".")), like)
+
+
+def _over(flat: dict[str, Any], tree: Params) -> Params:
+    """The tree, with flat's leaf wherever it has one."""
+    keep = {"is_leaf": lambda x: x is None}
+    return jax.tree_util.tree_map_with_path(lambda p, x: flat.get(sharding.path_name(p).replace("/", "."), x), tree, **keep)
 
 
 def find_step(folder) -> epath.Path:
@@ -124,18 +142,42 @@ def find_step(folder) -> epath.Path:
 
 def steps(folder: epath.Path) -> list[int]:
     """The steps that a stage's folder has whole checkpoints of, in order."""
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+    # In an object store one that is being written has its name already, and lacks a last object that says it is whole.
+    numbered = (p for p in folder.iterdir() if p.name.isdigit())
+    return sorted(int(p.name) for p in numbered if ocp.utils.is_checkpoint_finalized(p))
 
 
-def load_params(step_folder, abstract: Params) -> Params:
-    """The parameters of one checkpoint, laid out as `abstract` says: the running mean where it has one, else the weights."""
-    folder = epath.Path(step_folder)
-    folder = folder if "://" in str(folder) else folder.absolute()
+def read_meta(step_folder) -> dict:
+    """The JSON part of one checkpoint's folder; empty where there is none."""
+    folder = absolute(step_folder)
+    if not (folder / "meta").exists():
+        return {}
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return reader.restore(folder / "meta")
+
+
+def paths(step_folder, item: str = "params") -> list[str]:
+    """The leaves that one checkpoint holds by path, with dots between: those it does not take from elsewhere."""
+    # The handler itself: asked through a checkpointer, Orbax warns of a file that belongs to whole checkpoints alone.
+    return sorted(ocp.PyTreeCheckpointHandler().metadata(absolute(step_folder) / item).tree.keys())
+
+
+def load_params(step_folder, abstract: Params, below: Params = None) -> Params:
+    """The parameters of one checkpoint, laid out as `abstract` says: the running mean where it has one, else the weights.
+
+    below: for one whose frozen weights are elsewhere, the whole tree of parameters with those in it.
+    """
+    folder, flat = absolute(step_folder), _flat(abstract)
     with ocp.StandardCheckpointer() as reader:
-        params = reader.restore(folder / "params", abstract)
-        if (folder / "ema").exists():
-            flat = _flat(abstract)
-            held = reader.metadata(folder / "ema").item_metadata.keys()
-            mean = reader.restore(folder / "ema", {k: flat[k] for k in held})
-            params = combine(_unflat(mean, abstract), params)
-    return params
+
+        def some(item):
+            return reader.restore(folder / item, {k: flat[k] for k in paths(folder, item)})
+
+        params = reader.restore(folder / "params", abstract) if below is None else _over(some("params"), below)
+        return _over(some("ema"), params) if (folder / "ema").exists() else params
+
+
+def absolute(folder) -> epath.Path:
+    """A folder's whole path; one that is not on this machine's disks has no other."""
+    folder = epath.Path(folder)
+    return folder if "://" in str(folder) else folder.absolute()

@@ -1,18 +1,41 @@
 """Evaluation: an Eval is a function that yields (name, value).
 
+    python -m jaxpost.evaluate --model=FOLDER --data=FILE.jsonl        perplexity of a file
+    python -m jaxpost.evaluate --model=WORKDIR --task=arithmetic       a task's accuracy, by generation
+    python -m jaxpost.evaluate --model=FOLDER --lm_eval=task.yaml      lm-eval's tasks (extra [eval])
+
 `held_out` gives the objective's loss and metrics on data it did not train on; `accuracy` has the model answer a task's test
 problems, sampled at temperature 1 and greedily, and lets the task's own reward judge.
+
+`perplexity` is exp(nll), the mean over all scored tokens of a file. Which tokens are scored the file's shape says, as in
+training: of `text` all (but each document's first, which nothing precedes), of a conversation the assistant's, of prompt and
+completion the completion's, stop tokens included. Every document is read by itself, so packing several into a row only saves
+time. One that is longer than the window is read in windows that overlap by half: each token is scored once, the first window's
+all and then those of each window's second half, which have between half a window and a whole one of context. Figures of
+different windows therefore differ: a longer window gives more context and a lower perplexity.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
+from absl import flags
 
-from jaxpost import metrics, sharding
-from jaxpost.data import chat
+from jaxpost import api, cli, metrics, sharding
+from jaxpost.data import chat, readers, source
+from jaxpost.data.chat import TRAIN_ON
+from jaxpost.errors import UserError
+from jaxpost.models import loading
+from jaxpost.objectives import sft
+from jaxpost.resolve import module, resolve
 from jaxpost.sampling.decode import answers, complete
+from jaxpost.step import make_evaluation
 from jaxpost.types import Params
+
+# What a window is where none is asked for, unless the model takes less.
+WINDOW = 1024
 
 
 def held_out(evaluate: Callable, params: Params, batches: Iterable[dict], mesh, batch_size: int) -> Iterator[tuple[str, float]]:
@@ -72,3 +95,131 @@ def accuracy(
             }
             samples.append(shown | {"kind": "sampled" if temperature else "greedy"})
     yield "samples", samples
+
+
+def slide(examples: Sequence[dict], window: int) -> list[dict]:
+    """Examples ({tokens, mask}: [n]) cut into pieces of at most `window` tokens, in which each masked token is once.
+
+    Pieces of one example overlap by half a window, masked in the later one only past the overlap. Pieces without a masked token
+    are left out. window: 2 or more.
+    """
+    pieces = []
+    for example in examples:
+        tokens, mask = example["tokens"], example["mask"]
+        end = 0
+        while end < len(tokens):
+            start = max(0, end - window // 2)
+            stop = min(start + window, len(tokens))
+            fresh = mask[start:stop] & (np.arange(start, stop) >= max(end, 1))
+            if fresh.any():
+                pieces.append({"tokens": tokens[start:stop], "mask": fresh})
+            end = stop
+    return pieces
+
+
+def perplexity(
+    model: api.Model, path: str, *, window: int | None = None, train_on: str = "assistant", template: str | None = None, rows=8
+) -> Iterator[tuple[str, float | int]]:
+    """(perplexity, nll in nats a token, tokens that were scored, entropy, mean_token_accuracy) of a data file.
+
+    window: tokens read at a time, None for the model's positions or WINDOW, whichever is less; rows: how many windows at once.
+    Raises UserError for whatever is wrong with the file, and for a window the model does not take.
+    """
+    model.need_tokenizer()
+    most = model.transformer.arch.max_positions
+    window = min(WINDOW, most) if window is None else window
+    if not 2 <= window <= most:
+        raise UserError(f"--window={window}: give 2 to {most} tokens, which is what the model takes.")
+    # Cut by `slide`, not by the encoder, to which no example is too long.
+    encoded = source.encode_all(readers.read(path), model.tokenizer, template, train_on, window=2**31 - 1)
+    pieces = slide([encoded.examples[i] for i in range(len(encoded.lengths))], window)
+    rows += -rows % (model.mesh.shape["data"] * model.mesh.shape["fsdp"])
+    packed = source.rows(pieces, [len(p["tokens"]) for p in pieces], window, seed=0)
+    local = sharding.local_rows(model.mesh, rows)
+    batches = source.Batches(packed, rows, seed=0, shuffle=False, epochs=1, local=local)
+    with sharding.use(model.mesh):
+        judge = jax.jit(make_evaluation(model.forward, sft.nll))
+        found = dict(held_out(judge, model.params, (batches() for _ in range(len(batches))), model.mesh, rows))
+    nll = found.pop("eval/loss")
+    yield from {"perplexity": math.exp(nll), "nll": nll, "tokens": sum(int(p["mask"].sum()) for p in pieces)}.items()
+    yield from ((name.removeprefix("eval/"), value) for name, value in found.items())
+
+
+def solves(
+    model: api.Model, name: str, *, per_cell: int = 50, new: int = 64, reward: str = "", template: str | None = None, rows=64
+) -> Iterator[tuple[str, float]]:
+    """(accuracy, accuracy_greedy, and of each cell) of a task's test problems; see `accuracy`.
+
+    name: of the task; reward: a function in place of the task's own; new: the most tokens of an answer; rows: problems at a
+    time.
+    Raises UserError for an unknown task, or one whose problems the model has no room for.
+    """
+    model.need_tokenizer()
+    task = module(name, "tasks")
+    if not callable(getattr(task, "test_records", None)) or not (reward or callable(getattr(task, "reward", None))):
+        raise UserError(f"--task={name}: has no test_records or no reward; CONTRIBUTING.md lists what a task has.")
+    judge = resolve(reward, "rewards") if reward else task.reward
+    records = task.test_records(per_cell)
+    turns = ([{"role": "user", "content": r["prompt"]}] for r in records)
+    longest = max(len(chat.encode_prompt(t, model.tokenizer, template)) for t in turns)
+    if (new := min(new, model.transformer.arch.max_positions - longest)) < 1:
+        raise UserError(f"--task={name}: a prompt of {longest} tokens leaves no room for an answer in the model's positions.")
+    options = {"prompt_window": longest, "new": new, "template": template}
+    rows = min(rows, len(records))
+    found = accuracy(
+        model.transformer, model.params, model.tokenizer, records, judge, model.mesh, rows=rows, options=options, step=0
+    )
+    yield from ((key.removeprefix("eval/"), value) for key, value in found if key != "samples")
+
+
+def _lm_eval(model: api.Model, tasks: list[str], limit: int | None) -> dict:
+    try:
+        from jaxpost.evals import harness
+    except ModuleNotFoundError as e:
+        if e.name != "lm_eval":
+            raise
+        raise UserError("--lm_eval: lm-eval is not installed; pip install 'jaxpost[eval]'.") from e
+    return harness.evaluate(model, tasks, limit=limit)
+
+
+def main(_) -> None:
+    """The command line; see the module's docstring."""
+    given = flags.FLAGS
+    (where,) = cli.required("model")
+    if not (given.data or given.task or given.lm_eval):
+        raise UserError("nothing to evaluate on: give --data=FILE, --task=NAME or --lm_eval=TASK. See --help.")
+    model = api.load(where, dtype=given.dtype)
+    template, found = given.template or None, {}
+    if given.data:
+        found |= dict(perplexity(model, given.data, window=given.window, train_on=given.train_on, template=template))
+    if given.task:
+        found |= dict(solves(model, given.task, per_cell=given.per_cell, new=given.new, reward=given.reward, template=template))
+    if given.lm_eval:
+        found["lm_eval"] = _lm_eval(model, given.lm_eval, given.limit)
+    if jax.process_index() == 0:
+        print(json.dumps(found, indent=2))
+
+
+ABOUT = """Evaluates a model, and prints one JSON object.
+
+    python -m jaxpost.evaluate --model=FOLDER --data=FILE.jsonl
+    python -m jaxpost.evaluate --model=/tmp/quickstart --task=arithmetic --per_cell=20
+    python -m jaxpost.evaluate --model=FOLDER --lm_eval=arc_easy --lm_eval=my_task.yaml
+"""
+
+if __name__ == "__main__":
+    flags.DEFINE_string(
+        "model", None, "Folder of the model: Hugging Face's, a workdir of jaxpost.train, or a checkpoint in one."
+    )
+    flags.DEFINE_string("data", None, "File to give the perplexity of; its rows are recognised as in training.")
+    flags.DEFINE_integer("window", None, f"Tokens read at a time (default: {WINDOW}, or what the model takes).", lower_bound=2)
+    flags.DEFINE_enum("train_on", "assistant", TRAIN_ON, "Which tokens of a conversation count, as in training.")
+    flags.DEFINE_string("template", "", "Chat template: a name, or Jinja; empty is the tokenizer's own.")
+    flags.DEFINE_string("task", None, "Task to measure the accuracy on: arithmetic, or a file of your own.")
+    flags.DEFINE_integer("per_cell", 50, "Test problems of each of the task's cells.", lower_bound=1)
+    flags.DEFINE_integer("new", 64, "The most tokens of an answer.", lower_bound=1)
+    flags.DEFINE_string("reward", "", "A function (record, completion) -> float in place of the task's own.")
+    flags.DEFINE_multi_string("lm_eval", [], "A task of lm-eval, by name or file; for several, give it several times.")
+    flags.DEFINE_integer("limit", None, "Documents of each lm-eval task (default: all).", lower_bound=1)
+    flags.DEFINE_enum("dtype", "float32", sorted(loading.DTYPES), "The computation's number format.")
+    cli.run(main, ABOUT)

@@ -2,17 +2,20 @@
 
     python -m jaxpost.export --checkpoint=WORKDIR --out=FOLDER
 
+An adapter is merged into the weights it is around, and quantised weights become numbers again; `--adapter` writes the adapter
+alone instead, as the `peft` library has it.
+
 The folder gets config.json, safetensors, the tokenizer with its chat template, and generation_config.json with the ids that end
 an answer: a server that reads it stops where training taught the model to stop.
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from jaxpost import cli, sharding, tokenizer
+from jaxpost import cli, cloud, sharding, tokenizer
+from jaxpost.adapters import peft
 from jaxpost.data.chat import stop_ids
 from jaxpost.errors import UserError
 from jaxpost.models import hf, loading
@@ -20,13 +23,14 @@ from jaxpost.models import hf, loading
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def export(checkpoint: str, out: str, *, mesh, dtype: str | None = None) -> list[str]:
+def export(checkpoint: str, out: str, *, mesh, dtype: str | None = None, adapter: bool = False) -> list[str]:
     """Writes the model of a workdir, of one checkpoint in it, or of a Hugging Face folder to `out`; returns the files' names.
 
     Where a run kept a running mean of the weights, that is what is written. dtype: one of DTYPES; None is the one that
-    config.json names, else float32. Raises UserError if `out` holds anything, and for whatever is wrong with the checkpoint.
+    config.json names, else float32. adapter: whether to write what is around the weights, alone. Raises UserError if `out`
+    holds anything, and for whatever is wrong with the checkpoint.
     """
-    folder = Path(out)
+    folder = cloud.path(out)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out={out}: is a file; give a folder that is new or empty.")
     if folder.exists() and (held := sorted(p.name for p in folder.iterdir())):
@@ -34,6 +38,9 @@ def export(checkpoint: str, out: str, *, mesh, dtype: str | None = None) -> list
             f"--out={out}: is not empty (it holds {held[0]}); nothing is overwritten, give a folder that is new or empty."
         )
     found, params = loading.open_model(checkpoint, mesh)
+    if adapter:
+        base = loading.base_name(found)
+        return peft.save(folder, params, found.transformer.arch, found.adapter, base)
     special = {} if found.tokenizer is None else _special_ids(found.tokenizer)
     # What config.json already says of these ids stays: it does not change the forward, and others may rely on it.
     hf.save(folder, params, found.transformer.arch, {**special, **found.config}, dtype)
@@ -53,7 +60,7 @@ def _special_ids(text: Any) -> dict[str, int]:
 def main(_) -> None:
     """The command line; see the module's docstring."""
     where, out = cli.required("checkpoint", "out")
-    names = export(where, out, mesh=sharding.make_mesh(), dtype=flags.FLAGS.dtype)
+    names = export(where, out, mesh=sharding.make_mesh(), dtype=flags.FLAGS.dtype, adapter=flags.FLAGS.adapter)
     print(f"{out}: {', '.join(names)}")
 
 
@@ -64,6 +71,8 @@ The checkpoint is a workdir of jaxpost.train (its last stage's newest is taken),
     python -m jaxpost.export --checkpoint=/tmp/quickstart --out=/tmp/arithmetic
     python -m jaxpost.export --checkpoint=/tmp/quickstart/checkpoints/reinforce --out=/tmp/arithmetic --dtype=bfloat16
 
+    python -m jaxpost.export --checkpoint=WORKDIR --out=FOLDER --adapter
+
 The folder opens with transformers.AutoModelForCausalLM.from_pretrained, and with jaxpost.generate --model.
 """
 
@@ -72,5 +81,6 @@ if __name__ == "__main__":
         "checkpoint", None, "A workdir of jaxpost.train, or the folder of a stage or a step under its checkpoints."
     )
     flags.DEFINE_string("out", None, "The folder to write; it must be new or empty.")
+    flags.DEFINE_bool("adapter", False, "Write the adapter alone, as peft has it.")
     flags.DEFINE_enum("dtype", None, DTYPES, "Number format of the weights (default: what config.json names, else float32).")
     cli.run(main, ABOUT)

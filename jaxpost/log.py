@@ -5,6 +5,7 @@ but never in name. Time is counted here as well, because only here is it known w
 alone, the compilation of the step included, evaluation and saving left out, and goes on through restarts.
 """
 
+import io
 import json
 import time
 from collections import Counter
@@ -81,8 +82,9 @@ class Log:
             self.mark = None
 
     def _count(self, values: dict, took: float, wait: float) -> None:
+        arch = self.plan.found.transformer.arch
         work = (values["num_tokens"], values.pop("num_trained"), values.pop("num_pairs"))
-        flops = model_flops(self.plan.found.transformer.arch, *work)
+        flops = model_flops(arch, *work, frozen=max(0.0, 1 - self.plan.trained / arch.parameters()))
         self.since.update({"seconds": took, "wait": wait, "steps": 1, "tokens": work[0], "flops": flops})
 
     def _write(self, at: int, values: dict) -> None:
@@ -106,8 +108,9 @@ class Log:
         if values["skipped_in_a_row"] < self.plan.settings.max_skipped:
             return
         path = self.workdir / f"nonfinite-{self.plan.name}-{at}-process{jax.process_index()}.npz"
-        with path.open("wb") as file:
-            np.savez(file, **batch)
+        content = io.BytesIO()
+        np.savez(content, **batch)
+        path.write_bytes(content.getvalue())
         raise UserError(
             f"{self.plan.name} step {at}: {int(values['skipped_in_a_row'])} updates in a row were not finite and were left out "
             f"(loss {values['loss']}, gradient norm {values['grad_norm']}). The batch is in {path}; lower the learning rate, "

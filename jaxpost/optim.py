@@ -8,11 +8,14 @@ import re
 from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxpost.errors import UserError
 from jaxpost.resolve import nearest
 from jaxpost.sharding import path_name
+
+ADDED = r"/kernel/(?!base(/|$))"  # the leaves that an adapter adds to the tree
 
 
 def cosine(lr: float, steps: int, warmup: int, end: float) -> Callable:
@@ -80,6 +83,9 @@ def partition(params, pattern: str):
     if not any(map(matches, paths)):
         raise UserError(f"config.trainable: {pattern!r} matches no parameter; there are, for example, {', '.join(paths[:3])}.")
     chosen = jax.tree_util.tree_map_with_path(lambda path, _: bool(matches(path_name(path))), params)
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        if matches(path_name(path)) and not jnp.issubdtype(x.dtype, jnp.floating):
+            raise UserError(f"config.trainable: {pattern!r} matches {path_name(path)}, whose {x.dtype} has no gradient.")
     train = jax.tree.map(lambda x, c: x if c else None, params, chosen)
     frozen = jax.tree.map(lambda x, c: None if c else x, params, chosen)
     return train, frozen

@@ -4,14 +4,17 @@ A stage's settings name functions, files, a model and sizes. `plan_stage` reads,
 gives is ready to run, and no weights have been read yet.
 """
 
+import math
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from jaxpost import optim, sharding
-from jaxpost.data import chat, readers, source
+from jaxpost.data import chat, mixture, source, templates
+from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.resolve import bind, module, resolve
@@ -31,14 +34,18 @@ class Plan(NamedTuple):
     data: str  # a digest of what is learned from; "" for rollouts
     problems: dict | None  # what evaluate.accuracy takes, for a task
     example: dict | None  # one encoded example, to be shown
+    trainable: str  # pattern of the paths that train
+    trained: int  # how many parameters that is
 
 
 def plan_stage(name: str, s, mesh) -> Plan:
     """Reads, resolves and checks everything that a stage's settings name."""
-    found = loading.describe(_plain(s.model), s.tokenizer, s.dtype, s.remat)
+    found = loading.describe(_plain(s.model), s.tokenizer, s.dtype, s.remat, _plain(s.adapter))
     loading.check(found)
     objective = resolve(_plain(s.objective), "objectives")
-    optim.partition(jax.eval_shape(lambda: found.transformer.init(jax.random.PRNGKey(0))), s.trainable)
+    trainable = optim.ADDED if found.adapter and s.trainable == ".*" else s.trainable
+    train, _ = optim.partition(loading.abstract(found.transformer, mesh, found.adapter), trainable)
+    trained = sum(x.size for x in jax.tree.leaves(train))
     if s.window > found.transformer.arch.max_positions:
         raise UserError(f"config.window: {s.window} tokens, but the model takes {found.transformer.arch.max_positions}.")
     if s.batch_size % (rows := s.microbatches * mesh.shape["data"] * mesh.shape["fsdp"]):
@@ -49,10 +56,13 @@ def plan_stage(name: str, s, mesh) -> Plan:
         raise UserError(
             "config.tokenizer: the model comes without one; name a folder that has one, or a function that makes one."
         )
+    if s.reward and not s.task:
+        raise UserError("config.reward: there is no config.task whose completions it could judge.")
     task = _task(s) if s.task else None
-    problems = None if task is None else _problems(task, found, s)
+    reward = None if task is None else _reward(task, s)
+    problems = None if task is None else _problems(task, reward, found, s)
     if s.source == "rollouts":
-        batches, held_out, example, data, steps = _rollouts(task, found, s, mesh), [], None, "", s.steps
+        batches, held_out, example, data, steps = _rollouts(task, reward, found, s, mesh), [], None, "", s.steps
         if not steps:
             raise UserError("config.steps: rollouts have no epochs; say how many steps to take.")
     elif s.source == "data":
@@ -64,7 +74,7 @@ def plan_stage(name: str, s, mesh) -> Plan:
     if task is not None and longest > most:
         raise UserError(f"config.rollouts: prompt_window + new = {longest} tokens, but the model takes {most}.")
     optim.make(s.optimizer, steps)
-    return Plan(name, s, found, objective, batches, steps, held_out, data, problems, example)
+    return Plan(name, s, found, objective, batches, steps, held_out, data, problems, example, trainable, trained)
 
 
 def _plain(value):
@@ -74,7 +84,11 @@ def _plain(value):
 def _task(s):
     """The module that the task's settings name, with all that this stage will ask of it."""
     found = module(s.task.get("name", ""), "tasks")
-    needed = ["record", "reward", "test_records"] + (["conversation"] if s.source == "data" and not s.data else [])
+    needed = (
+        ["record", "test_records"]
+        + ([] if s.reward else ["reward"])
+        + (["conversation"] if s.source == "data" and not s.data else [])
+    )
     if missing := [name for name in needed if not callable(getattr(found, name, None))]:
         raise UserError(f"config.task: {s.task['name']} has no function {missing[0]}; CONTRIBUTING.md lists what a task has.")
     return found
@@ -84,20 +98,38 @@ def _task_options(s) -> dict:
     return {k: v for k, v in _plain(s.task).items() if k not in ("name", "examples")}
 
 
-def _problems(task, found, s) -> dict:
-    options = {"prompt_window": s.rollouts.prompt_window, "new": s.rollouts.new, "template": s.template or None}
+def _reward(task, s) -> Callable:
+    """The judge of completions: config.reward, or the task's own; a UserError where it gives no finite number."""
+    own, place = resolve(_plain(s.reward), "rewards") if s.reward else task.reward, s.reward or f"task {s.task['name']}"
+
+    def judged(record, completion) -> float:
+        value = own(record, completion)
+        if not isinstance(value, (bool, int, float, np.number, np.bool_)) or not math.isfinite(value):
+            raise UserError(
+                f"reward of {place}: gave {value!r} for the completion {completion[:60]!r}; it must be a finite number."
+            )
+        return float(value)
+
+    return judged
+
+
+def _problems(task, reward, found, s) -> dict:
+    options = {"prompt_window": s.rollouts.prompt_window, "new": s.rollouts.new, "template": template(found, s)}
     records = task.test_records(s.eval_per_cell)
     _check_prompts(((r, f"test problem {i}") for i, r in enumerate(records)), found, s)
-    return {"records": records, "reward": task.reward, "tokenizer": found.tokenizer, "rows": s.eval_rows, "options": options}
+    return {"records": records, "reward": reward, "tokenizer": found.tokenizer, "rows": s.eval_rows, "options": options}
 
 
 def _check_prompts(problems, found, s) -> None:
     """problems: (record, where it is from). Raises UserError for one without a prompt, or with one longer than the window."""
+    jinja = template(found, s)
     for record, place in problems:
         if not isinstance(record.get("prompt"), str):
             raise UserError(f"task {s.task['name']}, {place}: has no text under `prompt`; its keys are {', '.join(record)}.")
         turn = [{"role": "user", "content": record["prompt"]}]
-        length = len(chat.encode_prompt(turn, found.tokenizer, s.template or None))
+        ids = chat.encode_prompt(turn, found.tokenizer, jinja)
+        _check_ids(int(ids.max()), found, f"task {s.task['name']}, {place}")
+        length = len(ids)
         if length > s.rollouts.prompt_window:
             raise UserError(
                 f"task {s.task['name']}, {place}: its prompt has {length} tokens; config.rollouts.prompt_window takes "
@@ -105,59 +137,95 @@ def _check_prompts(problems, found, s) -> None:
             )
 
 
+def template(found, s) -> str:
+    """The Jinja of the chat template that a stage's settings choose, with its options."""
+    return templates.jinja(found.tokenizer, s.template or None, mixture.pairs(_plain(s.template_options), "template_options"))
+
+
+def _sources(task, s) -> list[mixture.Part]:
+    """What the settings' data names, or else the task's demonstrations."""
+    if s.bad_rows not in source.BAD_ROWS:
+        raise UserError(f"config.bad_rows: {s.bad_rows!r} is neither {' nor '.join(map(repr, source.BAD_ROWS))}.")
+    if s.data:
+        return mixture.read(_plain(s.data), "data", s.bad_rows == "skip")
+    if task is None:
+        raise UserError("config.data: give a file (README.md lists the kinds), or a config.task with demonstrations.")
+    make = bind(task.conversation, {"seed": s.seed, **_task_options(s)}, f"task {s.task['name']}")
+    name = f"task {s.task['name']}"
+    records = [Record(make(i), f"{name}, example {i}") for i in range(s.task.get("examples", 10000))]
+    return [mixture.Part(name, None, records, [])]
+
+
+def _check_ids(highest: int, found, place: str) -> None:
+    """A tokenizer may have added tokens that its model has no row for; text must not use them."""
+    if highest >= (vocab := found.transformer.arch.vocab):
+        text = found.tokenizer.convert_ids_to_tokens(highest)
+        raise UserError(
+            f"{place}: has the token {text!r} (id {highest}), and the model has a vocabulary of {vocab}; take it out."
+        )
+
+
 def _data(task, found, s, mesh):
     """(batches, held-out batches, one example, digest) of a stage that learns from demonstrations."""
-    if s.data:
-        records = readers.read(s.data)
-    elif task is not None:
-        make = bind(task.conversation, {"seed": s.seed, **_task_options(s)}, f"task {s.task['name']}")
-        records = [readers.Record(make(i), f"task {s.task['name']}, example {i}") for i in range(s.task.get("examples", 10000))]
-    else:
-        raise UserError("config.data: give a .jsonl or .json file, or a config.task with demonstrations of its own.")
+    parts = _sources(task, s)
     # On the command line every share is a float, a number of examples too.
     wanted = 0 if s.eval_data else int(s.held_out) if s.held_out >= 1 else float(s.held_out)
-    rest, others = source.split(len(records), wanted, s.seed)
-    kept = readers.read(s.eval_data) if s.eval_data else [records[i] for i in others]
+    _, others = source.split(sum(len(part.records) for part in parts), wanted, s.seed)
+    kept, rest = mixture.divide(parts, others)
+    if s.eval_data:
+        kept = mixture.read(_plain(s.eval_data), "eval_data", s.bad_rows == "skip")
+        if kept[0].weight is not None:
+            raise UserError("config.eval_data: evaluation takes every row once; leave the weights out.")
+    options = {"window": s.window, "too_long": s.too_long, "bad_rows": s.bad_rows}
+    options["columns"] = mixture.pairs(_plain(s.columns), "columns")
 
-    def rows(records):
-        encoded = source.encode_all(
-            records, found.tokenizer, s.template or None, s.train_on, window=s.window, too_long=s.too_long
-        )
-        return encoded, source.rows(encoded.examples, encoded.lengths, s.window, packing=s.packing, seed=s.seed)
+    def rows(part, what):
+        encoded = source.encode_all(part.records, found.tokenizer, template(found, s), s.train_on, **options)
+        packed = source.rows(encoded.examples, encoded.lengths, s.window, packing=s.packing, seed=s.seed)
+        if jax.process_index() == 0:
+            mixture.tell(f"{what} {part.name}", part, encoded, len(packed), s.window)
+        _check_ids(encoded.highest, found, f"{what} {part.name}")
+        return encoded, packed
 
     local = sharding.local_rows(mesh, s.batch_size)
-    encoded, train = rows([records[i] for i in rest])
-    if jax.process_index() == 0:
-        print(f"data: {encoded.report}, {len(train)} rows of {s.window}", file=sys.stderr)
-    batches = source.Batches(train, s.batch_size, seed=s.seed, epochs=None if s.steps else s.epochs, local=local)
+    encoded, packed = zip(*(rows(part, "data") for part in rest), strict=True)
+    weights = [part.weight for part in rest]
+    mixed = len(rest) > 1
+    train = mixture.mix(packed, weights, s.seed) if mixed else packed[0]
+    if mixed and jax.process_index() == 0:
+        print(f"data: an epoch of the mixture has {len(train)} rows", file=sys.stderr)
+    batches = source.Batches(
+        train, s.batch_size, seed=s.seed, shuffle=not mixed, epochs=None if s.steps else s.epochs, local=local
+    )
     held_out = []
-    if kept:
-        once = source.Batches(rows(kept)[1], s.batch_size, seed=s.seed, shuffle=False, epochs=1, local=local)
-        held_out = [once() for _ in range(len(once))]
-    return batches, held_out, encoded.examples[0], encoded.digest
+    for part in kept:
+        once = source.Batches(rows(part, "eval data")[1], s.batch_size, seed=s.seed, shuffle=False, epochs=1, local=local)
+        held_out += [once() for _ in range(len(once))]
+    digest = encoded[0].digest if not mixed else mixture.digest([e.digest for e in encoded], weights)
+    return batches, held_out, encoded[0].examples[0], digest
 
 
-def _rollouts(task, found, s, mesh) -> Rollouts:
+def _rollouts(task, reward, found, s, mesh) -> Rollouts:
     if task is None:
         raise UserError("config.task: rollouts need a task, for prompts and a reward.")
-    template = s.template or None
+    jinja = template(found, s)
     _check_prompts(((task.record(i, seed=s.seed), f"problem {i}") for i in range(256)), found, s)
 
     def prompt(i):
         record = task.record(i, seed=s.seed)
-        return record, chat.encode_prompt([{"role": "user", "content": record["prompt"]}], found.tokenizer, template)
+        return record, chat.encode_prompt([{"role": "user", "content": record["prompt"]}], found.tokenizer, jinja)
 
     options = {
         "prompt_window": s.rollouts.prompt_window,
         "new": s.rollouts.new,
         "temperature": s.rollouts.temperature,
-        "stop": chat.stop_ids(found.tokenizer, template),
+        "stop": chat.stop_ids(found.tokenizer, jinja),
     }
     return Rollouts(
         found.transformer,
         found.tokenizer,
         prompt,
-        task.reward,
+        reward,
         mesh,
         batch_size=s.batch_size,
         group=s.rollouts.group,

@@ -25,19 +25,20 @@ PEAKS = {
 }
 
 
-def model_flops(arch: Architecture, tokens: float, trained: float, pairs: float) -> float:
+def model_flops(arch: Architecture, tokens: float, trained: float, pairs: float, frozen: float = 0.0) -> float:
     """FLOPs that a training step's mathematics needs, forward and backward:
 
         6 * (weights of the layers) * tokens  +  6 * D * V * trained  +  12 * L * N * H * pairs
 
     tokens: those that are not padding; trained: those in the mask, the only ones that need the head; of a mixture
-    the experts that a token is sent to; pairs: the (query, key)
-    pairs that attention must look at, i.e. each token's position + 1, so causal attention counts by half and documents by
-    themselves. Recomputation does not count. MFU is this by the step's time and the devices' peak.
+    the experts that a token is sent to; pairs: the (query, key) pairs that attention must look at, i.e. each token's position
+    + 1, so causal attention counts by half and documents by themselves; frozen: the share of the weights that do not train,
+    which count 4 times instead of 6, as they need no gradient of their own. Recomputation does not count. MFU is this by the
+    step's time and the devices' peak.
     """
     head = arch.vocab * arch.width
     layers = arch.parameters(active=True) - head * (1 if arch.tied else 2)
-    return 6 * layers * tokens + 6 * head * trained + 12 * arch.layers * arch.heads * arch.head_width * pairs
+    return (6 - 2 * frozen) * (layers * tokens + head * trained) + 12 * arch.layers * arch.heads * arch.head_width * pairs
 
 
 def peak_flops() -> float:

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict
 
 from jaxpost.errors import UserError
-from jaxpost.resolve import nearest
+from jaxpost.naming import named
+from jaxpost.resolve import find, nearest
 
 DEFAULTS = {
     "seed": 0,
@@ -28,19 +29,30 @@ DEFAULTS = {
     # default is on the device (bfloat16 passes on a TPU, unless JAX_DEFAULT_MATMUL_PRECISION=highest).
     "dtype": "float32",
     "remat": "none",  # what a layer keeps for the backward pass: none (all of it), dots, full (its input alone)
-    "trainable": ".*",  # pattern over parameter paths; the others are frozen and cost no optimizer memory
+    # What goes around the model's weights, which are then frozen: dict(name="lora", rank=8, alpha=16.0), of adapters/. A stage
+    # that starts from one with an adapter trains it on.
+    "adapter": {},
+    # Pattern over parameter paths; the others are frozen and cost no optimizer memory, nor room in checkpoints where a folder
+    # holds them. With an adapter ".*" means what it adds.
+    "trainable": ".*",
     "objective": {"name": "sft.nll"},
     # Where batches come from: "data" (files, or the task's demonstrations) or "rollouts" (completions of the current weights).
     "source": "data",
-    "data": "",  # a .jsonl or .json file; "" is the task's demonstrations
-    "eval_data": "",  # a file held out for evaluation; "" takes `held_out` from data
+    # Files, folders, patterns, tfds:NAME/SPLIT or hf:NAME (data/readers.py), with commas between several, and =WEIGHT after
+    # each for a mixture (data/mixture.py); "" is the task's demonstrations.
+    "data": "",
+    "eval_data": "",  # the same, held out for evaluation; "" takes `held_out` from data
+    "columns": "",  # the data's own names for columns of a shape: "prompt=problem,completion=solution", or a dict
+    "bad_rows": "stop",  # what a row does that cannot be learned from: stop the run, or skip (counted and told)
     "held_out": 0.0,  # how much of data to hold out: a share below 1, or a number of examples
-    "template": "",  # chat template: a name, or Jinja; "" is the tokenizer's own
+    "template": "",  # chat template: plain, chatml, llama3, gemma, or Jinja; "" is the tokenizer's own
+    "template_options": "",  # values for variables that it reads: "enable_thinking=false", or a dict
     "train_on": "assistant",  # assistant, last, completion, all
     "window": 512,  # tokens a row
     "packing": True,  # several documents a row, by a plan
-    "too_long": "error",  # an example longer than the window: error, truncate, drop
+    "too_long": "error",  # an example longer than the window: error, truncate, split (into pieces), drop
     "task": {},  # dict(name="arithmetic", ...): problems, demonstrations and a reward from one module
+    "reward": "",  # a function (record, completion) -> float in place of the task's own: a name, or a dict with one
     "rollouts": {"group": 8, "prompt_window": 64, "new": 64, "temperature": 1.0},
     # The length of the run: steps, or passes over the data where steps is 0.
     "batch_size": 8,  # rows, over all devices and microbatches
@@ -57,7 +69,7 @@ DEFAULTS = {
         "b2": 0.999,
         "eps": 1e-8,
         "weight_decay": 0.0,
-        "decay": "(kernel|weight)$",  # pattern of the paths that decay
+        "decay": "(kernel(/[ab])?|weight)$",  # pattern of the paths that decay
         "clip": 1.0,  # of the gradient's global norm; 0 is off
     },
     "ema": 0.0,  # decay of a running mean of the weights; 0 keeps none
@@ -94,7 +106,34 @@ COUNTS = (
 
 def make(**changes) -> ConfigDict:
     """The defaults with `changes`; nested dicts are merged. Raises UserError for an unknown key, naming the nearest."""
+    changes = named(changes, DEFAULTS)
     return ConfigDict(_merge(DEFAULTS, changes, _stage_names(changes), "config"))
+
+
+def opened(config: ConfigDict | Mapping | str | None, **changes) -> ConfigDict:
+    """A recipe as Python gives it: its path ("configs/sft.py", or "configs/sft.py:dft" with its argument), what `make` made, or
+    None for the defaults; with `changes`, those of a stage under its name.
+
+    Raises UserError for an unknown key, and for a change that would reach no stage because each has a setting of its own.
+    """
+    if isinstance(config, str):
+        path, _, argument = config.partition(":")
+        config = find(f"{path}:get_config", "configs")(*[argument] * bool(argument))
+    plain = config.to_dict() if hasattr(config, "to_dict") else config or {}
+    plain, changes = named(plain, DEFAULTS), named(changes, DEFAULTS)
+    names = _stage_names({**plain, **changes})
+    changes |= {name: _onto(plain.get(name, {}), changes[name]) for name in names if isinstance(changes.get(name), Mapping)}
+    known = names + _idle({**plain, **changes})
+    for key in ("objective", "reward", "task"):
+        if names and key in changes and all(key in changes.get(n, plain.get(n, {})) for n in names):
+            raise UserError(f"config.{key}: each stage has its own; give it to one, as {names[0]}=dict({key}=...).")
+    return ConfigDict(_merge(_merge(DEFAULTS, plain, known, "config"), changes, known, "config"))
+
+
+def _onto(old: Mapping, new: Mapping) -> dict:
+    """old updated by new, dicts into dicts unless they name a function."""
+    inner = {k for k, v in new.items() if isinstance(v, Mapping) and isinstance(old.get(k), Mapping) and "name" not in v}
+    return {**old, **{k: _onto(old[k], v) if k in inner else v for k, v in new.items()}}
 
 
 def _stage_names(settings: Mapping) -> tuple[str, ...]:
@@ -108,13 +147,17 @@ def _stage_names(settings: Mapping) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _idle(plain: Mapping) -> tuple[str, ...]:
+    """Stages that the command line took out of `stages`: their settings are still in the recipe."""
+    others = {k: v for k, v in plain.items() if k not in DEFAULTS and isinstance(v, Mapping)}
+    return tuple(k for k, v in others.items() if v and v.keys() <= DEFAULTS.keys())
+
+
 def stages(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
     """(name, settings) of each stage in order, every key present. Raises UserError where the config does not add up."""
     plain = config.to_dict()
     names = _stage_names(plain)
-    # A stage that the command line took out of `stages` still has its settings in the recipe.
-    others = {k: v for k, v in plain.items() if k not in DEFAULTS and isinstance(v, Mapping)}
-    idle = tuple(k for k, v in others.items() if v and v.keys() <= DEFAULTS.keys())
+    idle = _idle(plain)
     whole = _merge(DEFAULTS, plain, names + idle, "config")
     shared = {k: v for k, v in whole.items() if k not in names + idle}
     if whole["result"] not in ("", *names):
@@ -126,8 +169,19 @@ def stages(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
         for key in ("start", "time_of"):
             if settings[key] and settings[key] not in [n for n, _ in found]:
                 raise UserError(f"config.{name}.{key}: no stage {settings[key]!r} comes before {name!r}.")
+        before = dict(found).get(settings["start"] or (found[-1][0] if found else ""))
+        settings["adapter"] = _adapter(name, settings["adapter"], before)
         found.append((name, ConfigDict(settings)))
     return found
+
+
+def _adapter(name: str, asked: Mapping | str, before: ConfigDict | None) -> dict:
+    """The adapter of a stage: its own, or that of the stage it starts from. Raises UserError for one over another."""
+    asked = {"name": asked} if isinstance(asked, str) and asked else dict(asked or {})
+    inside = {} if before is None else before.adapter.to_dict()
+    if asked and inside and asked != inside:
+        raise UserError(f"config.{name}.adapter: the stage that it starts from has another; a weight takes one. Leave it out.")
+    return asked or inside
 
 
 def _merge(base: Mapping, changes: Mapping, extra: tuple, place: str, defaults: Mapping = DEFAULTS) -> dict:
@@ -137,24 +191,39 @@ def _merge(base: Mapping, changes: Mapping, extra: tuple, place: str, defaults: 
         if key in extra:
             if not isinstance(value, Mapping):
                 raise UserError(f"{place}.{key}: {value!r}; a stage is a dict of what differs from the settings around it.")
-            merged[key] = _merge(DEFAULTS, value, (), f"{place}.{key}") and dict(value)
+            _merge(DEFAULTS, value, (), f"{place}.{key}")
+            merged[key] = {k: _stored(k, v) for k, v in value.items()}
         elif key not in base:
             raise UserError(f"{place}: unknown key {key!r}.{nearest(key, base)}")
-        elif isinstance(base[key], Mapping) and isinstance(value, Mapping) and base[key] and "name" not in value:
+        elif _merges(key, base[key], value):
             merged[key] = _merge(base[key], value, (), f"{place}.{key}", defaults.get(key, {}))
         else:
             if key in defaults:
                 _check(key, defaults[key], value, place)
-            merged[key] = dict(value) if isinstance(value, Mapping) else value
+            merged[key] = _stored(key, value)
     return merged
 
 
+def _merges(key: str, old, new) -> bool:
+    return isinstance(old, Mapping) and isinstance(new, Mapping) and bool(old) and "name" not in new and key not in _WHOLE
+
+
+def _stored(key: str, value):
+    """The value as a ConfigDict takes it: no key with a dot, such as a file's name."""
+    if isinstance(value, Mapping):
+        return tuple(value.items()) if key in ("data", "eval_data") else dict(value)
+    return value
+
+
+_WHOLE = ("columns", "template_options")  # dicts of the user's own names: a change replaces them
 _KINDS = {bool: (bool,), int: (int,), float: (float, int), str: (str,), tuple: (tuple, list), dict: (Mapping,)}
 
 
 def _check(key: str, default, value, place: str) -> None:
     """Raises UserError for a value that is not of its default's kind, and for a number out of range."""
-    kinds = (str, Mapping) if key in ("model", "objective") else _KINDS[type(default)]
+    kinds = (str, Mapping) if key in ("model", "objective", "reward", "adapter", *_WHOLE) else _KINDS[type(default)]
+    if key in ("data", "eval_data") and default == "":
+        kinds = (str, Mapping, tuple, list)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join("dict" if k is Mapping else k.__name__ for k in kinds)
         raise UserError(f"{place}.{key}: {value!r} is no {wanted}.")

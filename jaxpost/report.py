@@ -26,7 +26,7 @@ from pathlib import Path
 
 from etils import epath
 
-from jaxpost import chart
+from jaxpost import chart, cloud
 from jaxpost.errors import UserError
 from jaxpost.writers import METRICS, SAMPLES, read_rows
 
@@ -61,7 +61,7 @@ def write(workdir, out=None):
 
     Raises UserError when `workdir` is not a folder or one of its files cannot be read.
     """
-    workdir = epath.Path(workdir)
+    workdir = cloud.path(workdir)
     if not workdir.is_dir():
         raise UserError(f"{workdir}: no such folder; give the --workdir of a run")
     metrics, samples = read_rows(workdir / METRICS), read_rows(workdir / SAMPLES)
@@ -85,7 +85,7 @@ def write(workdir, out=None):
     )
     content = "\n".join(filter(None, body))
     page = f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{content}\n</body></html>\n'
-    path = epath.Path(out) if out else workdir / "report.html"
+    path = cloud.path(out) if out else workdir / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(page.encode())
     return path

@@ -1,8 +1,10 @@
 """From a name in a config to a function: the file path is the registry.
 
     dict(name="sft.nll")                      jaxpost/objectives/sft.py, function nll (the noun's folder is implied)
+    dict(name="lora", rank=8)                 without a dot, the function that its file is named after: adapters/lora.py, lora
     dict(name="my_package.losses.mine", a=1)  any importable package.module.function
     dict(name="losses.py:mine", a=1)          a function in a file of one's own
+    dict(name=mine, a=1)                      from Python, the function itself (`naming` says what is recorded of it)
 
 The other keys are the function's keyword arguments. An unknown name or keyword fails at once and names the nearest known one.
 """
@@ -17,9 +19,14 @@ from pathlib import Path
 from types import ModuleType
 
 from jaxpost.errors import UserError
+from jaxpost.naming import given
 
 # The arguments that the functions of a noun take by place; what else stands in its folder is a helper.
-ARGUMENTS = {"objectives": ("forward", "params", "batch", "key")}
+ARGUMENTS = {
+    "objectives": ("forward", "params", "batch", "key"),
+    "rewards": ("record", "completion"),
+    "adapters": ("params", "key"),
+}
 
 
 def nearest(word: str, known) -> str:
@@ -65,12 +72,14 @@ def bind(function: Callable, options: Mapping, place: str) -> Callable:
 
 
 def find(name: str, noun: str) -> Callable:
-    """The object a name stands for; see the module's docstring for the three forms."""
+    """The object a name stands for; see the module's docstring for the forms."""
+    if "#" in name:
+        return _given(name)
     if ".py:" in name:
         path, _, attribute = name.rpartition(":")
         return _attribute(_file(path), attribute, name)
     module, _, attribute = name.rpartition(".")
-    for candidate in (f"jaxpost.{noun}.{module}", module) if module else ():
+    for candidate in (f"jaxpost.{noun}.{module}", module) if module else (f"jaxpost.{noun}.{name}",):
         if (found := _module(candidate)) is not None:
             return _attribute(found, attribute, name)
     raise UserError(
@@ -79,7 +88,9 @@ def find(name: str, noun: str) -> Callable:
 
 
 def module(name: str, noun: str) -> ModuleType:
-    """A whole module by name (a task is one): under jaxpost/<noun>, importable, or path/file.py."""
+    """A whole module by name (a task is one): under jaxpost/<noun>, importable, path/file.py, or an object given for it."""
+    if "#" in name:
+        return _given(name)
     if name.endswith(".py"):
         return _file(name)
     for candidate in (f"jaxpost.{noun}.{name}", name):
@@ -129,6 +140,14 @@ def _file(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     found = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(found)
+    return found
+
+
+def _given(name: str):
+    if (found := given(name)) is None:
+        raise UserError(
+            f"config: {name!r} was handed over from Python, in another session; hand it over again to jaxpost.train."
+        )
     return found
 
 

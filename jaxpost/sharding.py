@@ -37,6 +37,10 @@ RULES = (
     (r"mlp/router/kernel$", "LDE"),
 )
 
+# What stands for a kernel (an adapter around it, its integers and scales) lies as the kernel does: the parts of a node, by the
+# letters of the kernel's last two dimensions. r, the rank, is never split. Other parts have the kernel's own letters.
+PARTS = {"a": lambda i, o: i + "r", "b": lambda i, o: "r" + o, "magnitude": lambda i, o: o}
+
 STORED = {"D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
 COMPUTED = {"B": ("data", "fsdp"), "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
 
@@ -145,8 +149,11 @@ def path_name(path) -> str:
 
 def _letters(name: str, ndim: int) -> str | None:
     """The letters of a leaf by its path; inside the scan over layers the leading L is gone."""
+    stem, _, part = name.partition("/kernel/")
     for pattern, letters in RULES:
-        if re.search(pattern, name):
+        if re.search(pattern, f"{stem}/kernel" if part else name):
+            if part:
+                letters = letters[:-2] + PARTS.get(part.rpartition("/")[2], "{}{}".format)(*letters[-2:])
             letters = letters.lstrip("L") if ndim == len(letters) - 1 else letters
             return letters if len(letters) == ndim else None
     return None

@@ -6,14 +6,21 @@ A run is a list of stages. A stage takes batches from a source (data, or complet
 objective's gradient, and logs, evaluates and saves on the way. The same command continues a run that was interrupted, exactly
 where it was.
 
+From Python it is the same loop, with functions where a recipe has names:
+
+    jaxpost.train("configs/sft.py", "runs/mine", model="FOLDER", data="FILE.jsonl", objective=my_loss)
+
 This file reads from top to bottom: the run, a stage, its evaluation. `plan.py` checks everything that can go wrong before
 anything is compiled.
 """
 
+import contextlib
+import dataclasses
 import json
 import signal
 import sys
 import threading
+import types
 from collections.abc import Callable
 
 import jax
@@ -21,12 +28,12 @@ import jax.numpy as jnp
 from absl import flags
 from etils import epath
 
-from jaxpost import checkpoint, cli, evaluate, optim, recipe, report, sharding, writers
+from jaxpost import checkpoint, cli, cloud, evaluate, optim, recipe, report, sharding, writers
 from jaxpost.data import chat
 from jaxpost.errors import UserError
 from jaxpost.log import Log
 from jaxpost.models import loading
-from jaxpost.plan import Plan, plan_stage
+from jaxpost.plan import Plan, plan_stage, template
 from jaxpost.resolve import nearest
 from jaxpost.step import combine, make_evaluation, make_step
 from jaxpost.types import TrainState
@@ -34,15 +41,19 @@ from jaxpost.types import TrainState
 # ---------------------------------------------------------------------------------------------------------------- Run
 
 
-def run(config, workdir) -> dict[str, float]:
+def run(config, workdir, **changes) -> dict[str, float]:
     """Runs (or continues) a recipe's stages in a workdir; returns the last evaluation's figures.
 
-    config: a ConfigDict as `recipe.make` gives. Raises UserError, before anything is compiled, for whatever the recipe gets
-    wrong, and SystemExit(0) after saving when the process is asked to stop (SIGTERM).
+    config: a ConfigDict as `recipe.make` gives, a recipe's path, or None for the defaults. changes: settings that differ from
+    it; `objective`, `reward` and `task` may be the function or object itself, of which config.json keeps the name (`naming`).
+    Raises UserError, before anything is compiled, for whatever the recipe gets wrong, and SystemExit(0) after saving when the
+    process is asked to stop (SIGTERM).
     """
+    config = recipe.opened(config, **changes)
     stages = recipe.stages(config)
     mesh = sharding.make_mesh(**config.mesh)
-    workdir = epath.Path(workdir)
+    workdir = cloud.path(workdir)
+    cloud.check_bucket(workdir)
     _compare(workdir, config)
     with sharding.use(mesh), _StopRequest() as stop:
         plans = [plan_stage(name, settings, mesh) for name, settings in stages]
@@ -114,10 +125,12 @@ def _introduce(plans: list[Plan], workdir: epath.Path) -> None:
     if jax.process_index() != 0:
         return
     result = next((p for p in plans if p.name == p.settings.result), plans[-1])
-    loading.keep_description(result.found, workdir, chat.jinja(result.found.tokenizer, result.settings.template or None))
+    loading.keep_description(result.found, workdir, template(result.found, result.settings))
     plan = plans[0]
     arch = plan.found.transformer.arch
-    print(f"model: {arch.parameters():,} parameters, {jax.device_count()} x {jax.devices()[0].device_kind}", file=sys.stderr)
+    learned = "" if plan.trained == arch.parameters() else f", {plan.trained:,} learned"
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    print(f"model: {arch.parameters():,} parameters{learned}, {devices}", file=sys.stderr)
     if plan.example is not None:
         shown = chat.show(plan.example["tokens"], plan.example["mask"], plan.found.tokenizer, colour=sys.stderr.isatty())
         print(f"one example (what is learned stands out):\n{shown}", file=sys.stderr, flush=True)
@@ -128,17 +141,30 @@ def _introduce(plans: list[Plan], workdir: epath.Path) -> None:
 
 def _stage(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _StopRequest) -> dict[str, float]:
     """One stage from its start, or from where it was left, to its end."""
-    s, names = plan.settings, [p.name for p in before] + [plan.name]
+    s = plan.settings
     saved = checkpoint.Checkpoints(workdir / "checkpoints" / plan.name, keep=s.keep, best=s.best, highest=s.highest)
+    # Closed whatever happens: in a notebook the next attempt would meet the threads of this one, still writing.
+    with contextlib.closing(saved):
+        results, left = _steps(plan, before, workdir, mesh, stop, saved)
+    if left is not None:
+        _leave(f"at {plan.name} step {left}")
+    return results
+
+
+def _steps(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _StopRequest, saved) -> tuple[dict, int | None]:
+    """The results of a stage, and None at its end or else the step that it was asked to stop at."""
+    s, names = plan.settings, [p.name for p in before] + [plan.name]
     latest, meta = _left(plan, saved)
     if meta["done"]:
-        saved.close()
         print(f"{plan.name}: finished before, at step {latest}.", file=sys.stderr)
-        return meta["results"]
+        return meta["results"], None
 
     # Set up: the state, where it was left or where it starts, and the step; the files taken back to there.
     tx = optim.make(s.optimizer, plan.steps)
-    state = _restore(plan, saved, latest, tx, mesh) if latest is not None else _start(plan, names, workdir, tx, mesh)
+    if latest is None:
+        state, kept = _start(plan, names, workdir, tx, mesh)
+    else:
+        state, kept = _restore(plan, saved, latest, tx, mesh), {k: meta.get(k) for k in ("adapter", "base")}
     step = _compiled(plan, tx, state, mesh)
     plan.source.position = meta["position"]
     budget = _seconds_of(s.time_of, workdir) if s.time_of else float("inf")
@@ -148,7 +174,8 @@ def _stage(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _Sto
     def save(done: bool) -> None:
         log.flush()
         counted = {"num_tokens": log.num_tokens, "seconds": log.seconds, "done": done, "results": results}
-        saved.save(state, {"position": plan.source.position, "data": plan.data, **counted}, results if judged == at else None)
+        counted |= {"position": plan.source.position, "data": plan.data}
+        saved.save(state, counted | kept, results if judged == at else None)
 
     # Loop: a batch, a step, and now and then a look at where we are.
     at, judged, results = int(state.step), -1, meta.get("results", {})
@@ -170,11 +197,8 @@ def _stage(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _Sto
             save(done)
         if done or asked:
             break
-    saved.close()
     log.close()
-    if not done:
-        _leave(f"at {plan.name} step {at}")
-    return results
+    return results, None if done else at
 
 
 def _left(plan: Plan, saved: checkpoint.Checkpoints) -> tuple[int | None, dict]:
@@ -199,16 +223,15 @@ def _compiled(plan: Plan, tx, state: TrainState, mesh) -> Callable:
     return jax.jit(step, out_shardings=places, donate_argnums=0)
 
 
-def _start(plan: Plan, names: list[str], workdir: epath.Path, tx, mesh) -> TrainState:
-    """A fresh state: the weights of the stage that this one starts from, or the model's own."""
-    s = plan.settings
-    origin = s.start or (names[-2] if len(names) > 1 else "")
-    if origin:
-        shapes = loading.abstract(plan.found.transformer, mesh)
-        params = checkpoint.load_params(checkpoint.find_step(workdir / "checkpoints" / origin), shapes)
-    else:
-        params = loading.weights(plan.found, mesh, s.seed)
-    train, frozen = optim.partition(params, s.trainable)
+def _start(plan: Plan, names: list[str], workdir: epath.Path, tx, mesh) -> tuple[TrainState, dict]:
+    """A fresh state: the weights of the stage that this one starts from, or the model's own; and what its checkpoints say of
+    the weights that they do not hold.
+    """
+    s, found = plan.settings, plan.found
+    if origin := s.start or (names[-2] if len(names) > 1 else ""):
+        found = dataclasses.replace(found, folder=checkpoint.find_step(workdir / "checkpoints" / origin), hub="")
+    train, frozen = optim.partition(loading.weights(found, mesh, s.seed), plan.trainable)
+    kept = {"adapter": loading.recorded(found.adapter), "base": loading.base_in(found, workdir, frozen)}
 
     def rest(train):
         count = jnp.zeros((), jnp.int32)
@@ -217,19 +240,25 @@ def _start(plan: Plan, names: list[str], workdir: epath.Path, tx, mesh) -> Train
 
     places = sharding.stored(mesh, jax.eval_shape(rest, train))
     key = jax.device_put(jax.random.PRNGKey(s.seed), sharding.replicated(mesh))
-    return TrainState(train=train, frozen=frozen, key=key, **jax.jit(rest, out_shardings=places)(train))
+    return TrainState(train=train, frozen=frozen, key=key, **jax.jit(rest, out_shardings=places)(train)), kept
 
 
 def _restore(plan: Plan, saved: checkpoint.Checkpoints, step: int, tx, mesh) -> TrainState:
     """The state of a checkpoint; the mesh may be another than the one it was written on."""
-    s = plan.settings
-    train, frozen = optim.partition(loading.abstract(plan.found.transformer, mesh), s.trainable)
+    s, meta = plan.settings, saved.meta(step)
+    inside, base = meta.get("adapter") or {}, meta.get("base")
+    train, frozen = optim.partition(loading.abstract(plan.found.transformer, mesh, inside), plan.trainable)
     count = jax.ShapeDtypeStruct((), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.PRNGKey(0))
     rest = {"opt_state": jax.eval_shape(tx.init, train), "ema": train if s.ema else None, "key": key}
     shapes = TrainState(train=train, frozen=frozen, step=count, skipped=count, streak=count, **rest)
     places = sharding.stored(mesh, shapes)
-    return saved.restore(step, jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p), shapes, places))
+    shapes = jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p), shapes, places)
+    if not base:
+        return saved.restore(step, shapes)
+    folder = loading.base_of(saved.folder / str(step), base)
+    below = loading.weights(dataclasses.replace(plan.found, folder=folder, adapter=inside), mesh, s.seed)
+    return saved.restore(step, shapes, below)
 
 
 def _seconds_of(stage: str, workdir: epath.Path) -> float:
@@ -264,7 +293,7 @@ class _Judge:
             samples = values.pop("samples")
         log.evaluated(step, values, samples)
         best = self.plan.settings.best
-        if best not in values and best != recipe.DEFAULTS["best"]:
+        if best and best not in values and best != recipe.DEFAULTS["best"]:
             raise UserError(f"config.best: {best!r} is no figure of this stage's evaluations.{nearest(best, values)}")
         return values
 
@@ -281,6 +310,16 @@ def main(_) -> None:
     if jax.process_index() == 0:
         print(json.dumps({k: v for k, v in results.items() if isinstance(v, float)}, indent=2))
 
+
+class _Callable(types.ModuleType):
+    """This module, which is called as the function it is named after: `import jaxpost.train` puts the module where
+    `jaxpost.train` would be looked for, so in either order of imports there is one object, and it does both."""
+
+    __call__ = staticmethod(run)
+
+
+if __name__ != "__main__":
+    sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     flags.DEFINE_string(

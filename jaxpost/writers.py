@@ -31,15 +31,12 @@ from pathlib import Path
 
 from etils import epath
 
+from jaxpost import cloud
 from jaxpost.errors import UserError
 
 METRICS, SAMPLES, EVENTS = "metrics.jsonl", "samples.jsonl", "tensorboard"
 _OWN_NAMES = ("stage", "step", "time")
 _COPY_SECONDS = 30.0
-
-
-def _is_remote(path):
-    return "://" in str(path)
 
 
 def _plain(value):
@@ -100,7 +97,7 @@ class MetricWriter:
     def __init__(self, workdir, config_dict, stage_names):
         self._workdir = epath.Path(workdir)
         self._workdir.mkdir(parents=True, exist_ok=True)
-        self._staging = tempfile.mkdtemp() if _is_remote(workdir) else None
+        self._staging = tempfile.mkdtemp() if cloud.is_remote(workdir) else None
         self._local = Path(self._staging or workdir)
         if self._staging:
             for name in (METRICS, SAMPLES):
@@ -108,7 +105,7 @@ class MetricWriter:
                     (self._workdir / name).copy(epath.Path(self._local / name))
         earlier = read_rows(self._local / METRICS)
         self._start = time.time() - (earlier[-1]["time"] if earlier else 0.0)
-        self._copied = time.time()
+        self._copied, self._copied_sizes = time.time(), {}
         self._files = {name: open(self._local / name, "ab") for name in (METRICS, SAMPLES)}  # noqa: SIM115 (closed in close)
         self._events = {}
         self._wandb = _start_wandb(self._workdir, config_dict, stage_names)
@@ -136,10 +133,12 @@ class MetricWriter:
         """Makes everything written so far safe from the end of this process. Call it before a checkpoint is written."""
         if self._staging:
             for path in sorted(self._local.rglob("*")):
-                if path.is_file():
+                # All of them only grow.
+                if path.is_file() and self._copied_sizes.get(path) != (size := path.stat().st_size):
                     target = self._workdir / path.relative_to(self._local)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     epath.Path(path).copy(target, overwrite=True)
+                    self._copied_sizes[path] = size
         else:
             for file in self._files.values():
                 os.fsync(file.fileno())
@@ -228,6 +227,9 @@ def cut_back(workdir, stage_order, stage, step):
 def replace(path, content):
     """Makes `content` (bytes) the file at `path` (local or gs://), at once: a stop leaves the old file or the new one."""
     path = epath.Path(path)
+    if cloud.is_remote(path):
+        path.write_bytes(content)
+        return
     # Written beside the file and then renamed.
     beside = path.parent / (path.name + ".new")
     beside.write_bytes(content)

@@ -13,9 +13,10 @@ import runs
 from etils import epath
 from safetensors.numpy import save_file
 
-from jaxpost import recipe, train
+from jaxpost import recipe, tokenizer, train
 from jaxpost.errors import UserError
 from jaxpost.models import families
+from jaxpost.tasks import arithmetic
 
 CHAT = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
 
@@ -111,7 +112,7 @@ SETTINGS = {
     "a pattern": ({"trainable": "(q"}, ["config.trainable: '(q' is no regular expression"]),
     "a pattern for nothing": ({"trainable": "lora"}, ["config.trainable: 'lora' matches no parameter", "embed/weight"]),
     "decay": ({"optimizer": {"decay": "["}}, ["config.optimizer.decay: '[' is no regular expression"]),
-    "a tokenizer's folder": ({"tokenizer": "no/where"}, ["config.tokenizer: no folder no/where", "tokenizer.json"]),
+    "a tokenizer's folder": ({"tokenizer": "./no/where"}, ["config.tokenizer: no folder ./no/where", "tokenizer.json"]),
     "prompts": (
         {"source": "rollouts", "rollouts": {"prompt_window": 3}},
         ["its prompt has", "config.rollouts.prompt_window takes 3"],
@@ -177,13 +178,25 @@ def test_a_best_that_is_never_measured(tmp_path):
         train.run(recipe.make(**chosen), tmp_path / "w")
 
 
+def test_a_token_that_the_model_has_no_row_for(tmp_path, compiled):
+    """A tokenizer may name more tokens than its model has rows, as Gemma's does; only a text that uses one is refused."""
+    folder = tmp_path / "text"
+    text = arithmetic.tokenizer()
+    text.add_tokens(["<picture>"])
+    tokenizer.save(text, folder)
+    model = {"tokenizer": str(folder), "model": runs.MODEL, "held_out": 0}
+    told = refused(tmp_path, data=holding(tmp_path, [{"text": "1+1=2".replace("=", "+")}, {"text": "1<picture>2"}]), **model)
+    assert "has the token '<picture>' (id 17), and the model has a vocabulary of 17" in told
+    assert not compiled
+
+
 KEYS = {
     "unknown": ({"windwo": 1}, "config: unknown key 'windwo'. Did you mean 'window'?"),
     "unknown inside": ({"optimizer": {"rl": 1}}, "config.optimizer: unknown key 'rl'. "),
     "unknown in a stage": ({"stages": ("a",), "a": {"stesp": 1}}, "config.a: unknown key 'stesp'. Did you mean 'steps'?"),
     "text for a number": ({"batch_size": "8"}, "config.batch_size: '8' is no int."),
     "a share for a count": ({"batch_size": 0.5}, "config.batch_size: 0.5 is no int."),
-    "a number for text": ({"data": 7}, "config.data: 7 is no str."),
+    "a number for text": ({"data": 7}, "config.data: 7 is no str or dict or tuple or list."),
     "yes for a number": ({"steps": True}, "config.steps: True is no int."),
     "text inside": ({"optimizer": {"lr": "2e-5"}}, "config.optimizer.lr: '2e-5' is no float or int."),
     "no rows": ({"batch_size": 0}, "config.batch_size: 0; it must be at least 1."),
@@ -206,7 +219,7 @@ def checkpoint(folder, cut: int = 0, without: str = ""):
     """A Hugging Face folder of the tiny model, `cut` bytes short of whole or a tensor short of complete."""
     arch = families.architecture(runs.MODEL)
     d, f, shapes = arch.width, arch.mlp_width, {}
-    for name, _ in families.tensor_names(arch).values():
+    for name, *_ in families.tensor_names(arch).values():
         shape = {"embed": (arch.vocab, d), "gate": (f, d), "up": (f, d), "down": (d, f)}
         kind = next((k for k in shape if k in name), "norm" if "norm" in name else "attention")
         for i in range(arch.layers if "{}" in name else 1):

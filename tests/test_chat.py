@@ -10,7 +10,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers
 from toy_tokenizers import byte_pairs, characters, conversation, learned
 
-from jaxpost.data import chat, formats, pack, readers
+from jaxpost.data import chat, formats, pack, templates
 from jaxpost.data.formats import Completion, Conversation, Text
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
@@ -32,52 +32,6 @@ TALK = Conversation(
     ],
     "talk",
 )
-
-
-def write(folder, name, text):
-    file = folder / name
-    file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return str(file)
-
-
-# ---- readers
-
-
-def test_read_keeps_the_place_of_every_row(tmp_path):
-    lines = write(tmp_path, "x.jsonl", '\ufeff{"text": "a\u2028b"}\r\n\n{"text": "c"}\n')
-    assert readers.read(lines) == [Record({"text": "a\u2028b"}, "x.jsonl, line 1"), Record({"text": "c"}, "x.jsonl, line 3")]
-    rows = write(tmp_path, "x.json", '[{"text": "a"}, {"text": "b"}]')
-    assert readers.read(rows) == [Record({"text": "a"}, "x.json, row 1"), Record({"text": "b"}, "x.json, row 2")]
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "parts"),
-    [
-        ("a.csv", "x", ["a.csv", "give a .jsonl"]),
-        ("a.jsonl", "\n \n", ["a.jsonl: no rows", "at least one"]),
-        ("a.json", " ", ["a.json: no rows"]),
-        ("a.json", "[]", ["a.json: no rows"]),
-        ("a.json", '[{"a": 1},\n {"a" 2}]', ["a.json, line 2, column 7", "mend"]),
-        ("a.json", '{"a": 1}\n{"a": 2}', ["a.json, line 2, column 1", "name the file .jsonl"]),
-        ("a.json", '{"a": 1}', ["a.json: the top level is a dict", "write the rows as"]),
-        ("a.json", '[{"a": 1}, 3]', ["a.json, row 2: a int, not an object"]),
-        ("a.jsonl", '{"a": 1}\n{"a": }', ["a.jsonl, line 2, column 7", "each line"]),
-        ("a.jsonl", '{"a": 1}\n[1]', ["a.jsonl, line 2: a list, not an object"]),
-        ("a.jsonl", b'{"a": "\xff"}', ["a.jsonl: not UTF-8 at byte 7", "save"]),
-    ],
-)
-def test_read_says_what_is_wrong_and_where(tmp_path, name, text, parts):
-    with pytest.raises(UserError) as error:
-        readers.read(write(tmp_path, name, text))
-    assert all(part in str(error.value) for part in parts), str(error.value)
-
-
-def test_read_refuses_what_is_no_file(tmp_path):
-    (tmp_path / "folder.json").mkdir()
-    with pytest.raises(UserError, match="gone.json: no such file; check the path"):
-        readers.read(str(tmp_path / "gone.json"))
-    with pytest.raises(UserError, match="folder.json: a folder, not a file; name"):
-        readers.read(str(tmp_path / "folder.json"))
 
 
 # ---- formats
@@ -111,7 +65,10 @@ def test_shapes_are_recognised_by_their_columns():
         ({"question": "q", "output": None}, "p: columns not recognised: question, output (null); rename them to one of: mess"),
         ({}, "p: columns not recognised: none;"),
         ({"messages": "hi"}, "p: messages must be a list of objects"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "p, message 1: role 'tool' is not supported; the roles are system"),
+        (
+            {"messages": [{"role": "critic", "content": "x"}]},
+            "p, message 1: role 'critic' is not supported; the roles are system",
+        ),
         ({"messages": [{"content": "x"}]}, "p, message 1: role None is not supported"),
         ({"messages": conversation("q", "a", "q")[1:]}, "p, message 1: the role is assistant, not user; user and"),
         ({"messages": conversation("q") * 2}, "p, message 2: the role is user, not assistant"),
@@ -172,7 +129,7 @@ def test_mask_is_exact_token_by_token():
 
 
 def test_chatml_gives_the_end_of_turn_to_the_turn_and_the_white_space_after_it_to_nobody():
-    tokenizer = byte_pairs(chat.TEMPLATES["chatml"])
+    tokenizer = byte_pairs(templates.TEMPLATES["chatml"])
     expected = (
         "<|im_start|>system\nbe<|im_end|>\n<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\n⟦cd<|im_end|>⟧\n"
         "<|im_start|>user\ne<|im_end|>\n<|im_start|>assistant\n⟦f<|im_end|>⟧\n"
@@ -220,7 +177,7 @@ def test_template_that_rewrites_earlier_turns_is_refused_and_its_last_turn_can_b
 
 def test_template_that_opens_the_turn_otherwise_for_generation_is_refused():
     tokenizer = characters()
-    template = chat.TEMPLATES["plain"] + "{% if add_generation_prompt %}<think>{% endif %}"
+    template = templates.TEMPLATES["plain"] + "{% if add_generation_prompt %}<think>{% endif %}"
     with pytest.raises(UserError, match="p, message 2: for generation .* opens the assistant's turn with '<think>'.*begin its"):
         chat.encode(Conversation(conversation("a", "b"), "p"), tokenizer, template)
     talk = Conversation(conversation("a", "<think>b"), "p")
@@ -311,7 +268,7 @@ def test_errors_of_encoding_name_the_remedy():
 
 
 def test_stop_ids_are_eos_and_the_token_that_ends_a_turn():
-    tokenizer = byte_pairs(chat.TEMPLATES["chatml"])
+    tokenizer = byte_pairs(templates.TEMPLATES["chatml"])
     end, eos = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     assert chat.stop_ids(tokenizer) == (eos, end)
     assert chat.stop_ids(tokenizer, "plain") == (eos,)

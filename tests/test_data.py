@@ -79,13 +79,18 @@ def test_packed_row_keeps_documents_apart():
 
 def test_fit_refuses_cuts_or_drops_what_is_too_long():
     long = item(1, 2, 3, 4, mask=[False, False, True, True])
-    assert pack.fit(long, 4, "error", "p") is long
+    (same,) = pack.fit(long, 4, "error", "p")
+    assert same is long
     with pytest.raises(UserError, match=r'p: the example has 4 tokens and the window 3; make the window 4 or lon.*"truncate"'):
         pack.fit(long, 3, "error", "p")
-    cut = pack.fit(long, 3, "truncate", "p")
+    (cut,) = pack.fit(long, 3, "truncate", "p")
     assert cut["tokens"].tolist() == [1, 2, 3] and cut["mask"].tolist() == [False, False, True]
-    assert pack.fit(long, 2, "truncate", "p") is None, "an example cut down to its prompt trains nothing"
-    assert pack.fit(long, 3, "drop", "p") is None
+    assert pack.fit(long, 2, "truncate", "p") == [], "an example cut down to its prompt trains nothing"
+    assert pack.fit(long, 3, "drop", "p") == []
+    tokens = np.arange(8)
+    pieces = pack.fit({"tokens": tokens, "mask": np.array([0, 1, 1, 0, 0, 0, 1, 1], bool)}, 3, "split", "p")
+    assert [p["tokens"].tolist() for p in pieces] == [[0, 1, 2], [6, 7]], "the piece 3, 4, 5 trains nothing"
+    assert [p["mask"].tolist() for p in pieces] == [[False, True, True], [False, True]]
 
 
 # ---- source
@@ -102,16 +107,34 @@ def test_encode_all_reports_what_it_kept():
         Record({"prompt": "abcdef", "completion": "g"}, "c"),
     ]
     cut = source.encode_all(records, characters(), window=6, too_long="truncate")
-    assert cut.report == {"count": 2, "dropped": 1, "truncated": 1, "tokens": 11, "trained_tokens": 5}
+    assert cut.report == {"count": 2, "dropped": 1, "truncated": 1, "split": 0, "skipped": 0, "tokens": 11, "trained_tokens": 5}
     assert cut.lengths.tolist() == [5, 6]
     assert [learned(cut.examples[i], characters()) for i in range(2)] == ["<s>ab⟦c</s>⟧", "<s>ab⟦cde⟧"]
     dropped = source.encode_all(records, characters(), window=6, too_long="drop")
-    assert dropped.report == {"count": 1, "dropped": 2, "truncated": 0, "tokens": 5, "trained_tokens": 2}
+    assert dropped.report == {
+        "count": 1,
+        "dropped": 2,
+        "truncated": 0,
+        "split": 0,
+        "skipped": 0,
+        "tokens": 5,
+        "trained_tokens": 2,
+    }
+    pieces = source.encode_all(records, characters(), window=6, too_long="split")
+    assert pieces.report == {
+        "count": 4,
+        "dropped": 0,
+        "truncated": 0,
+        "split": 2,
+        "skipped": 0,
+        "tokens": 16,
+        "trained_tokens": 8,
+    }
     with pytest.raises(UserError, match="b: the example has 8 tokens and the window 6"):
         source.encode_all(records, characters(), window=6)
     with pytest.raises(UserError, match="none of the 3 examples fits a window of 2 tokens; make it longer"):
         source.encode_all(records, characters(), window=2, too_long="drop")
-    with pytest.raises(UserError, match="too_long='cut' is not known; choose one of error, truncate, drop"):
+    with pytest.raises(UserError, match="too_long='cut' is not known; choose one of error, truncate, split, drop"):
         source.encode_all(records, characters(), window=6, too_long="cut")
 
 
@@ -148,6 +171,8 @@ def test_the_cache_is_missed_when_anything_that_matters_changes(tmp_path):
         {"train_on": "all"},
         {"window": 8},
         {"too_long": "drop"},
+        {"columns": {"text": "text"}},
+        {"bad_rows": "skip"},
     ]
     for number, change in enumerate(changes, start=1):
         source.encode_all(**(base | change))

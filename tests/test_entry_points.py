@@ -18,12 +18,13 @@ import toy_tokenizers
 import transformers
 from tokenizers import decoders
 
-from jaxpost import checkpoint, export, generate, sharding, tokenizer
-from jaxpost.data import chat
+from jaxpost import api, checkpoint, export, sharding, tokenizer
+from jaxpost.data import chat, templates
 from jaxpost.errors import UserError
 from jaxpost.models import families, hf, loading
 from jaxpost.models.heads import logits
 from jaxpost.models.transformer import Transformer
+from jaxpost.sampling import text as text_module
 from jaxpost.sampling.decode import Completions
 from jaxpost.types import TrainState
 
@@ -49,7 +50,7 @@ def workdir(tmp_path_factory):
     """What a run with two stages leaves behind: seed 1's weights at step 3 of `first`, 3's at step 5 of `last`, 2's at 10."""
     folder = tmp_path_factory.mktemp("run")
     found = loading.describe(MODEL, "tasks.arithmetic.tokenizer")
-    loading.keep_description(found, folder, chat.jinja(found.tokenizer))
+    loading.keep_description(found, folder, templates.jinja(found.tokenizer))
     (folder / "config.json").write_text(json.dumps({"stages": ["first", "last"]}))
     for stage, step, seed in (("first", 3, 1), ("last", 5, 3), ("last", 10, 2)):
         saved = checkpoint.Checkpoints(folder / "checkpoints" / stage)
@@ -115,9 +116,8 @@ def test_generate_from_a_workdir_prints_one_object_a_completion(workdir):
     arguments = ["--chat", "--prompt=12+34", "--prompt=7x8", "--n=2", "--temperature=1", "--new=5", "--seed=3", "--json"]
     status, out, error = command("jaxpost.generate", f"--model={workdir}", *arguments)
     assert (status, error) == (0, "")
-    found, params = parameters(workdir)
-    options = {"mesh": one_device(), "new": 5, "temperature": 1.0, "chat": True, "seed": 3, "n": 2}
-    texts = generate.generate(found.transformer, params, found.tokenizer, ["12+34", "7x8"], **options)
+    model = api.load(workdir, mesh=one_device())
+    texts = model.generate(["12+34", "7x8"], new=5, temperature=1.0, chat=True, seed=3, n=2)
     rows = [json.loads(line) for line in out.splitlines()]
     assert [r["prompt"] for r in rows] == ["12+34", "12+34", "7x8", "7x8"]
     assert [r["completion"] for r in rows] == texts
@@ -173,8 +173,8 @@ def test_the_template_of_the_run_travels_with_the_workdir(tmp_path):
     text = toy_tokenizers.byte_pairs()
     tokenizer.save(text, tmp_path / "tokenizer")
     found = loading.describe({**MODEL, "vocab_size": 300}, str(tmp_path / "tokenizer"))
-    loading.keep_description(found, tmp_path, chat.jinja(found.tokenizer, "chatml"))
-    assert tokenizer.load(tmp_path / "model").chat_template == chat.TEMPLATES["chatml"]
+    loading.keep_description(found, tmp_path, templates.jinja(found.tokenizer, "chatml"))
+    assert tokenizer.load(tmp_path / "model").chat_template == templates.TEMPLATES["chatml"]
     assert found.tokenizer.chat_template is None
 
 
@@ -184,7 +184,7 @@ def test_export_of_a_template_with_its_own_stop_token_names_both(tmp_path):
     hf.save(
         folder, loading.weights(found, one_device()), found.transformer.arch, {**MODEL, "vocab_size": 300, "eos_token_id": 7}
     )
-    tokenizer.save(toy_tokenizers.byte_pairs(chat.TEMPLATES["chatml"]), folder)
+    tokenizer.save(toy_tokenizers.byte_pairs(templates.TEMPLATES["chatml"]), folder)
     export.export(str(folder), str(tmp_path / "out"), mesh=one_device())
     text = tokenizer.load(folder)
     both = [text.eos_token_id, text.convert_tokens_to_ids("<|im_end|>")]
@@ -210,7 +210,7 @@ def test_a_run_without_a_checkpoint_yet_is_refused(tmp_path):
 
 
 def asked_of_the_sampler(monkeypatch, text, prompts, positions=64, answer=" cab", **options):
-    """(what generate.generate asks of the sampler, the texts it makes of a stub's answer and its stop token)."""
+    """(what is asked of the sampler, the texts made of a stub's answer and its stop token)."""
     asked = {}
 
     def complete(model, params, prompts, **options):
@@ -222,9 +222,10 @@ def asked_of_the_sampler(monkeypatch, text, prompts, positions=64, answer=" cab"
             tokens[i, : len(row)] = row
         return Completions(tokens, np.full(len(rows), len(ids)), np.zeros(tokens.shape), np.ones(len(rows), bool))
 
-    monkeypatch.setattr(generate, "complete", complete)
+    monkeypatch.setattr(text_module, "complete", complete)
     model = Transformer(families.architecture({**MODEL, "max_position_embeddings": positions}))
-    return asked, generate.generate(model, None, text, prompts, mesh=None, **options)
+    pairs = text_module.completed(model, None, text, prompts, mesh=None, **options)
+    return asked, [text_module.continuation(text, *pair) for pair in pairs]
 
 
 def test_a_raw_prompt_gets_the_opening_token_once(monkeypatch):
@@ -297,5 +298,5 @@ def test_a_model_without_a_tokenizer_cannot_generate(tmp_path):
     assert status == 2
     assert (
         error
-        == f"error: --model={tmp_path}: the folder has no tokenizer (tokenizer.json), so there is no way from text to tokens.\n"
+        == "error: the model's folder has no tokenizer (tokenizer.json), so there is no way from text to tokens.\n"
     )

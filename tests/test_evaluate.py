@@ -1,13 +1,24 @@
-"""Evaluation's arithmetic: weights, cells, and means over batches of unequal size."""
+"""Evaluation's arithmetic: weights, cells, means over batches of unequal size, and which token is scored with which context."""
+
+import json
+import math
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
+import runs
 
-from jaxpost import evaluate, sharding
+import jaxpost
+from jaxpost import api, evaluate, sharding
+from jaxpost.errors import UserError
 from jaxpost.metrics import Mean
+from jaxpost.models import hf
 from jaxpost.sampling.decode import Completions
 from jaxpost.tasks import arithmetic
+from jaxpost.tokenizer import save
 
 TEXT = arithmetic.tokenizer()
 RECORDS = [
@@ -72,3 +83,112 @@ def test_held_out_divides_once():
         return {"loss": Mean(np.float32(6.0), np.float32(3.0)) if first else Mean(np.float32(1.0), np.float32(1.0))}
 
     assert dict(evaluate.held_out(judged, None, batches, mesh, 2)) == {"eval/loss": 7 / 4}
+
+
+# ---------------------------------------------------------------------------------------------------------- Perplexity
+
+
+def pieces(masks, window):
+    examples = [{"tokens": np.arange(len(m)), "mask": np.array(m, bool)} for m in masks]
+    return [(p["tokens"].tolist(), p["tokens"][p["mask"]].tolist()) for p in evaluate.slide(examples, window)]
+
+
+def test_each_token_is_scored_once_with_half_a_window_of_context():
+    ten = [0, *[1] * 9]
+    assert pieces([ten], 10) == [([*range(10)], [*range(1, 10)])]
+    assert pieces([ten], 4) == [
+        ([0, 1, 2, 3], [1, 2, 3]),
+        ([2, 3, 4, 5], [4, 5]),
+        ([4, 5, 6, 7], [6, 7]),
+        ([6, 7, 8, 9], [8, 9]),
+    ]
+    assert pieces([ten], 7) == [([*range(7)], [*range(1, 7)]), ([4, 5, 6, 7, 8, 9], [7, 8, 9])]
+    # A prompt longer than the window is context, and scored nowhere; a document of one token has nothing to score.
+    assert pieces([[0, 0, 0, 0, 0, 1], [0]], 4) == [([2, 3, 4, 5], [5])]
+    assert pieces([[0, 1, 1]], 2) == [([0, 1], [1]), ([1, 2], [2])]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small model's folder, its predictions far from uniform."""
+    where = tmp_path_factory.mktemp("model")
+    fields = {**runs.MODEL, "hidden_size": 16, "intermediate_size": 24, "initializer_range": 0.3}
+    model = jaxpost.load(fields)
+    hf.save(where, model.params, model.transformer.arch, fields)
+    save(TEXT, where)
+    return where
+
+
+def by_hand(model: api.Model, documents: list[tuple[list[int], int]], window: int) -> tuple[float, int]:
+    """(nats, tokens) of (ids, how many of them are only read), each token scored by a call of its own."""
+    total, count = 0.0, 0
+    for ids, read in documents:
+        for place in range(max(read, 1), len(ids)):
+            # Windows begin at 0, then where the one before has half a window left.
+            hop = window - window // 2
+            start = 0 if place < window else ((place - window) // hop + 1) * hop
+            logits = np.asarray(
+                model.logits([ids[start:place] + [0] * (window - place + start)])[0, place - start - 1], np.float64
+            )
+            total -= logits[ids[place]] - np.log(np.exp(logits).sum())
+            count += 1
+    return total, count
+
+
+def test_perplexity_of_a_file_is_that_of_each_token_by_hand(folder, tmp_path):
+    end = TEXT.eos_token_id
+    rows = [{"text": "12+34-56x7"}, {"text": "8x9"}, {"prompt": "1+1-0+3", "completion": "5"}, arithmetic.conversation(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = api.load(folder)
+    ids = lambda text: TEXT(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    turns = TEXT.apply_chat_template(rows[3]["messages"], return_dict=False)
+    answer = len(rows[3]["messages"][1]["content"]) + 1
+    documents = [([*ids("12+34-56x7"), end], 1), ([*ids("8x9"), end], 1), ([*ids("1+1-0+35"), end], 7)]
+    documents.append((turns, len(turns) - answer))
+    for window in (6, 16):
+        found = dict(evaluate.perplexity(model, str(tmp_path / "rows.jsonl"), window=window))
+        total, count = by_hand(model, documents, window)
+        assert found["tokens"] == count == 10 + 3 + 2 + answer
+        # Sums of some 20 terms in float32.
+        assert found["nll"] == pytest.approx(total / count, rel=1e-5)
+        assert found["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+    with pytest.raises(UserError, match="--window=65: give 2 to 64"):
+        next(evaluate.perplexity(model, str(tmp_path / "rows.jsonl"), window=65))
+
+
+def test_accuracy_of_a_task_by_name(folder, monkeypatch, tmp_path):
+    asked = {}
+
+    def complete(model, params, prompts, *, prompt_window, new, **_):
+        asked.update(prompt_window=prompt_window, new=new, rows=len(prompts))
+        tokens = np.zeros((len(prompts), prompt_window + new), np.int32)
+        for row, ids in zip(tokens, prompts, strict=True):
+            row[: len(ids) + 1] = [*ids, *TEXT("2")["input_ids"]]
+        return Completions(tokens, np.ones(len(prompts), int), np.zeros(tokens.shape), np.zeros(len(prompts), bool))
+
+    monkeypatch.setattr(evaluate, "complete", complete)
+    (tmp_path / "judge.py").write_text("def two(record, completion):\n    return float(completion == '2')")
+    found = dict(evaluate.solves(api.load(folder), "arithmetic", per_cell=1, reward=f"{tmp_path}/judge.py:two", rows=4))
+    assert found["accuracy"] == found["accuracy_greedy/x3"] == 1.0 and len(found) == 20
+    # <|user|>, seven characters of the longest problem, <|assistant|>; and as much of 64 as the model's positions leave.
+    assert asked == {"prompt_window": 9, "new": 55, "rows": 4}
+    own = dict(evaluate.solves(api.load(folder), "arithmetic", per_cell=1, rows=4, new=5))
+    assert asked["new"] == 5
+    records = arithmetic.test_records(1)
+    right = [r["answer"] == "2" for r in records]
+    assert own["accuracy"] == pytest.approx(np.average(right, weights=[r["weight"] for r in records]))
+
+
+def test_the_command_prints_one_object(folder, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "12+34"}\n')
+
+    def command(*arguments):
+        environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(runs.ROOT)}
+        words = [sys.executable, "-m", "jaxpost.evaluate", f"--model={folder}", *arguments]
+        return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120)
+
+    done = command(f"--data={tmp_path / 'rows.jsonl'}")
+    found = json.loads(done.stdout)
+    assert done.returncode == 0 and found["tokens"] == 5 and found["perplexity"] == pytest.approx(math.exp(found["nll"]))
+    none = command()
+    assert none.returncode == 2 and none.stderr.startswith("error: nothing to evaluate on: give --data=FILE, --task=NAME or")

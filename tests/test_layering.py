@@ -17,7 +17,7 @@ NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]
 # Families are folders of methods that do not know of each other; data and sampling serve them all.
 FAMILIES = ("objectives", "rollouts", "rewards", "adapters", "merging", "evals", "tasks")
 SERVICES = ("data", "sampling", "models")
-ENTRY_POINTS = ("train", "annotate", "generate", "evaluate", "merge", "export", "fit", "report")
+ENTRY_POINTS = ("train", "api", "annotate", "generate", "evaluate", "merge", "export", "fit", "report")
 LONG = {"models/families.py": 700}
 
 

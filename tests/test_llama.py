@@ -14,7 +14,8 @@ import llama_cases
 import numpy as np
 import pytest
 
-from jaxpost import generate, sharding
+import jaxpost
+from jaxpost import sharding
 from jaxpost.models import attention, families, hf, loading
 from jaxpost.models.heads import logits
 from jaxpost.models.transformer import REMAT, Transformer, unstack
@@ -147,11 +148,10 @@ def test_stories_continue_as_with_transformers(shared):
     """Greedy text from the real checkpoint, 120 tokens: one wrong constant in the forward and it is another story."""
     wanted = json.loads((GOLDEN / "stories.json").read_text())
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    found, params = loading.open_model(str(shared / "models" / "stories260k"), mesh)
-    options = {"mesh": mesh, "new": len(wanted["continuation"])}
-    (text,) = generate.generate(found.transformer, params, found.tokenizer, [wanted["text"]], **options)
-    whole = found.tokenizer.decode(wanted["prompt"] + wanted["continuation"])
-    assert whole == found.tokenizer.decode(wanted["prompt"]) + text
+    model = jaxpost.load(str(shared / "models" / "stories260k"), mesh=mesh)
+    (text,) = model.generate(wanted["text"], new=len(wanted["continuation"]))
+    whole = model.tokenizer.decode(wanted["prompt"] + wanted["continuation"])
+    assert whole == model.tokenizer.decode(wanted["prompt"]) + text
     assert text.startswith(", there was a little girl named Lily.")
 
 

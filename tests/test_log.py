@@ -27,6 +27,7 @@ def test_model_flops_by_hand(tied):
     weights = 2 * (2 * 16 + 2 * 8 + 3 * 24 + 8) + 4
     assert progress.model_flops(arch, 10, 0, 0) == 6 * weights * 10
     assert progress.model_flops(arch, 0, 3, 0) == 6 * 11 * 4 * 3
+    assert progress.model_flops(arch, 10, 3, 0, frozen=0.75) == 4.5 * (weights * 10 + 11 * 4 * 3)
     # Scores and values, forward and twice in the backward pass: 2 products x 2 FLOPs x 3, a layer, a head channel, a pair.
     assert progress.model_flops(arch, 0, 0, 5) == 12 * 2 * 4 * 5
 
@@ -42,7 +43,8 @@ def clock(monkeypatch):
 def test_speed_is_over_all_steps_since_the_last_row(tmp_path, clock):
     settings = recipe.make(log_every=3, model=FIELDS, steps=9)
     found = types.SimpleNamespace(transformer=types.SimpleNamespace(arch=architecture(FIELDS)))
-    plan = types.SimpleNamespace(name="train", settings=settings, steps=9, found=found, source=None)
+    trained = found.transformer.arch.parameters()
+    plan = types.SimpleNamespace(name="train", settings=settings, steps=9, found=found, source=None, trained=trained)
     counts = {"num_tokens": 0, "seconds": 0.0}
     written = log.Log(plan, tmp_path, ["train"], counts, 0, float("inf"))
     for at in range(1, 7):

@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 
-from jaxpost import chart, report, writers
+from jaxpost import chart, cloud, report, writers
 from jaxpost.errors import UserError
 
 STAGES = ["sft", "reinforce"]
@@ -113,7 +113,7 @@ def test_without_tensorboard_the_rows_are_still_written(tmp_path, monkeypatch):
 
 
 def test_a_remote_folder_gets_the_same_files_by_copying(tmp_path, monkeypatch):
-    monkeypatch.setattr(writers, "_is_remote", lambda path: True)
+    monkeypatch.setattr(cloud, "is_remote", lambda path: True)
     write_run(tmp_path, TWO_STAGES[:2])
     writer = writers.MetricWriter(tmp_path, {}, STAGES)
     writer.write("sft", 4, {"loss": 6.0})

@@ -20,23 +20,13 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from jaxpost.data.formats import Completion, Conversation, Example
+from jaxpost.data.templates import adapted, render
 from jaxpost.errors import UserError
 from jaxpost.tokenizer import encoding
 
-TEMPLATES = {
-    "plain": (
-        "{{ bos_token or '' }}{% for m in messages %}{{ m['content'] }}"
-        "{% if m['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '\\n' }}{% endif %}{% endfor %}"
-    ),
-    "chatml": (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-    ),
-}
 TRAIN_ON = ("assistant", "last", "completion", "all")
 _PROBE = "probe"
 
@@ -44,10 +34,10 @@ _PROBE = "probe"
 def encode(example: Example, tokenizer: Any, template: str | None = None, train_on: str = "assistant") -> dict[str, np.ndarray]:
     """{"tokens": [n] int32, "mask": [n] bool} of an example; the first token is never in the mask.
 
-    `template` is a name in TEMPLATES, a Jinja string, or None for the tokenizer's own (`plain` where it has none). `train_on`
-    picks what is learned of a conversation: "assistant" every assistant turn, "last" the last of them, "completion" those of
-    the row's completion (the last where the row makes no difference), "all" everything. Of a prompt with a completion it is
-    the completion, or with "all" everything; of a plain text everything.
+    `template` is what `templates.jinja` takes: a name, a Jinja string, or None for the tokenizer's own. `train_on` picks what
+    is learned of a conversation: "assistant" every assistant turn, "last" the last of them, "completion" those of the row's
+    completion (the last where the row makes no difference), in all three save turns of weight 0; "all" everything. Of a prompt
+    with a completion it is the completion, or with "all" everything; of a plain text everything.
     Raises UserError with the example's place.
     """
     if train_on not in TRAIN_ON:
@@ -66,29 +56,18 @@ def encode(example: Example, tokenizer: Any, template: str | None = None, train_
 
 def encode_prompt(messages: Sequence[dict[str, str]], tokenizer: Any, template: str | None = None) -> np.ndarray:
     """[n] int32: the messages as generation sees them, the opening of the assistant's turn included."""
-    return _tokenise(_render(messages, tokenizer, template, True, "the prompt"), tokenizer, "the prompt")[0]
+    return _tokenise(render(messages, tokenizer, template, True, "the prompt"), tokenizer, "the prompt")[0]
 
 
 def stop_ids(tokenizer: Any, template: str | None = None) -> tuple[int, ...]:
     """The ids that end an assistant's turn: eos, and the special token the template puts after its content; may be empty."""
     found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     probe = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
-    tail = _render(probe, tokenizer, template, False, "the template").rpartition(_PROBE)[2].lstrip()
+    tail = render(probe, tokenizer, template, False, "the template").rpartition(_PROBE)[2].lstrip()
     ends = [token for token in _specials(tokenizer) if tail.startswith(token)]
     if ends:
         found.append(_specials(tokenizer)[max(ends, key=len)])
     return tuple(dict.fromkeys(found))
-
-
-def jinja(tokenizer: Any, template: str | None = None) -> str:
-    """The template that `encode` uses, as Jinja. Raises UserError for a name that is not in TEMPLATES."""
-    if template is None:
-        return tokenizer.get_chat_template() if tokenizer.chat_template else TEMPLATES["plain"]
-    if template in TEMPLATES:
-        return TEMPLATES[template]
-    if "{" not in template:
-        raise UserError(f"chat template {template!r} is not known; give one of {', '.join(TEMPLATES)}, or a Jinja string")
-    return template
 
 
 def show(tokens: np.ndarray, mask: np.ndarray, tokenizer: Any, colour: bool = True) -> str:
@@ -112,7 +91,8 @@ def show(tokens: np.ndarray, mask: np.ndarray, tokenizer: Any, colour: bool = Tr
 
 def _conversation(example: Conversation, tokenizer: Any, template: str | None, train_on: str) -> tuple[np.ndarray, np.ndarray]:
     """tokens, mask [n]: of the whole, the tokens that belong to the assistant's turns chosen by train_on."""
-    whole = _render(example.messages, tokenizer, template, False, example.place)
+    example = adapted(example, tokenizer, template)
+    whole = render(example.messages, tokenizer, template, False, example.place, example.tools)
     tokens, starts, ends = _tokenise(whole, tokenizer, example.place)
     mask = np.zeros(len(tokens), np.bool_)
     if train_on == "all":
@@ -121,6 +101,8 @@ def _conversation(example: Conversation, tokenizer: Any, template: str | None, t
     is_special = np.isin(tokens, specials)
     turns = [number for number, message in enumerate(example.messages) if message["role"] == "assistant"]
     for turn in _chosen(turns, example.prompt, train_on):
+        if turn in example.untrained:
+            continue
         begin, end = _span(example, turn, whole, tokenizer, template, train_on)
         # A special token may swallow the white space after it, into the span of the next turn, but it is the header's.
         inside = (ends > begin) & (starts < end) & ~(is_special & (starts < begin))
@@ -142,13 +124,14 @@ def _chosen(turns: list[int], prompt: int | None, train_on: str) -> list[int]:
 
 def _span(example: Conversation, turn: int, whole: str, tokenizer: Any, template: str | None, train_on: str) -> tuple[int, int]:
     """Where an assistant turn begins and ends in the rendered whole, in characters."""
-    before = _render(example.messages[:turn], tokenizer, template, True, example.place)
+    before = render(example.messages[:turn], tokenizer, template, True, example.place, example.tools)
     last = turn + 1 == len(example.messages)
-    through = whole if last else _render(example.messages[: turn + 1], tokenizer, template, False, example.place)
+    part = example.messages[: turn + 1]
+    through = whole if last else render(part, tokenizer, template, False, example.place, example.tools)
     if whole.startswith(before) and whole.startswith(through):
         return len(before), len(through.rstrip())
     where = f"{example.place}, message {turn + 1}"
-    bare = _render(example.messages[:turn], tokenizer, template, False, example.place)
+    bare = render(example.messages[:turn], tokenizer, template, False, example.place, example.tools)
     if whole.startswith(bare) and not whole.startswith(before):
         raise UserError(
             f"{where}: for generation the chat template opens the assistant's turn with {before[len(bare) :]!r}, and this turn"
@@ -176,16 +159,6 @@ def _document(prompt: str, completion: str, tokenizer: Any, place: str) -> tuple
     if tokens[-1:].tolist() != [tokenizer.eos_token_id]:
         tokens, mask = np.append(tokens, np.int32(tokenizer.eos_token_id)), np.append(mask, True)
     return tokens, mask
-
-
-def _render(messages: Sequence[dict[str, str]], tokenizer: Any, template: str | None, generate: bool, place: str) -> str:
-    template = jinja(tokenizer, template)
-    try:
-        return tokenizer.apply_chat_template(
-            list(messages), chat_template=template, tokenize=False, add_generation_prompt=generate
-        )
-    except jinja2.TemplateError as error:
-        raise UserError(f"{place}: the chat template refuses the messages: {error}; change them or the template") from error
 
 
 def _tokenise(text: str, tokenizer: Any, place: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,36 +1,56 @@
-"""From a row to an example: the shape of a data set is recognised by its columns, never configured.
+"""From a row to an example: the shape of a data set is recognised by its columns.
 
-Four shapes of row make three kinds of example:
-
-    messages                        -> Conversation: a list of {"role", "content"}
-    prompt, completion              -> Completion: two strings (or, both being lists of messages, a Conversation)
-    instruction, [input, system,] output   -> Conversation: the Alpaca shape
-    text                            -> Text
+    chosen, rejected, [prompt | messages | conversations]   -> Preference
+    messages | conversations | prompt, completion, with a verdict true or false in label or kto_tag   -> Rated
+    messages, [tools]                                       -> Conversation
+    conversations, [tools, system]                          -> Conversation: ShareGPT
+    prompt, completion                     -> Completion: two strings (or, both being turns, a Conversation)
+    instruction, [input, system,] output   -> Conversation: Alpaca
+    question, answer                       -> Conversation: GSM8K, its answer with calculations and #### as it stands
+    text                                   -> Text
 
 The shapes are tried in that order and the first whose columns are all there (and not null) wins; other columns are ignored,
-since data sets carry identifiers, sources and scores that training does not need. What is recognised is also checked here,
-once, so that nothing after this file has to wonder about roles, empty turns or types. The checks are strict on purpose: an
-empty assistant turn or two user turns in a row is a defect of the data that would otherwise be learned.
+since data sets carry identifiers, sources and scores that training does not need. The manners in which turns are written down
+are those of `messages`.
+
+A data set of other columns is read by naming them: `columns={"prompt": "problem", "completion": "solution"}` takes the prompt
+from the column problem. Where the named columns make a shape by themselves, nothing else of the row is looked at; otherwise the
+row's other columns stay beside them. So a shape may be chosen as well: `{"messages": "messages"}` learns rated conversations as
+plain ones, verdict or no.
+
+What is recognised is also checked here, once, so that nothing after this file has to wonder about roles, empty turns or types.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from jaxpost.data.messages import Message, check, definitions, filled, string, turns
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
+from jaxpost.resolve import nearest
 
-ROLES = ("system", "user", "assistant")
-SHAPES = "messages | prompt, completion | instruction, [input,] [system,] output | text"
+SHAPES = (
+    "messages | conversations | prompt, completion | instruction, [input,] [system,] output | question, answer | text"
+    " (chosen, rejected and label are for preference objectives)"
+)
+COLUMNS = (
+    *("messages", "conversations", "tools", "system", "prompt", "completion", "instruction", "input", "output"),
+    *("question", "answer", "text", "chosen", "rejected", "label", "kto_tag"),
+)
 
 
 class Conversation(NamedTuple):
-    """Turns of {"role", "content"}: an optional system turn, then user and assistant in turn. Rendered by a chat template.
+    """Turns in the form of `messages`: an optional system turn, then user and assistant in turn. Rendered by a chat template.
 
-    `prompt` is the number of messages that its row gave as the prompt, or None where the row made no such difference.
+    `prompt` is the number of messages that its row gave as the prompt, or None where the row made no such difference. `tools`
+    are the functions that the assistant may call, or None. `untrained` are the places of assistant turns of weight 0.
     """
 
-    messages: list[dict[str, str]]
+    messages: list[Message]
     place: str
     prompt: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    untrained: tuple[int, ...] = ()
 
 
 class Completion(NamedTuple):
@@ -48,82 +68,210 @@ class Text(NamedTuple):
     place: str
 
 
+class Preference(NamedTuple):
+    """Two answers to one prompt, the first preferred. All three are lists of messages, in the form of `messages`.
+
+    `prompt_messages + chosen_messages` and `prompt_messages + rejected_messages` are conversations that `messages.check` lets
+    pass, save that an answer's last turn may be empty. Both answers begin with an assistant's turn; several turns are an answer
+    that goes on after its first. A prompt that the row gave as a string is one user turn, an answer given as a string one
+    assistant turn. Of whole conversations (lists, or HH-RLHF's transcripts) the prompt is what both begin with, up to the last
+    place where both go on with an assistant's turn. `tools` as in Conversation. Weights of turns play no part.
+    """
+
+    prompt_messages: list[Message]
+    chosen_messages: list[Message]
+    rejected_messages: list[Message]
+    place: str
+    tools: list[dict[str, Any]] | None = None
+
+
+class Rated(NamedTuple):
+    """One answer to a prompt and whether it is a good one (KTO). Prompt and completion are lists of messages.
+
+    `prompt + completion` is a conversation as in Preference. The completion begins with an assistant's turn: it is the row's
+    own completion, or of a conversation the last turn, which must be the assistant's. `label` is True for a good answer.
+    """
+
+    prompt: list[Message]
+    completion: list[Message]
+    label: bool
+    place: str
+    tools: list[dict[str, Any]] | None = None
+
+
 Example = Conversation | Completion | Text
 
 
-def recognise(record: Record) -> Example:
-    """The example that a record holds.
+def recognise(record: Record, columns: Mapping[str, str] | None = None) -> Example | Preference | Rated:
+    """The example that a record holds; `columns` names the row's column for each column of a shape, where it differs.
 
     Raises UserError with the record's place if its columns are no known shape or its content breaks the rules of the shape.
     """
     row, place = record
+    if columns:
+        named = _named(row, columns, place)
+        row = named if _shape(named) else {k: v for k, v in row.items() if k not in columns.values()} | named
+    make = _shape(row)
+    if make:
+        return make({column: value for column, value in row.items() if value is not None}, place)
+    found = ", ".join(f"{column} (null)" if value is None else str(column) for column, value in row.items()) or "none"
+    remedy = 'or name them, as in config.columns="prompt=problem,completion=solution"'
+    raise UserError(f"{place}: columns not recognised: {found}; rename them to one of: {SHAPES}; {remedy}")
+
+
+def demonstration(record: Record, columns: Mapping[str, str] | None = None) -> Example:
+    """As `recognise`, for learning by imitation: refuses judged answers with the columns that make demonstrations of them."""
+    found = recognise(record, columns)
+    if isinstance(found, Preference):
+        way = next((f"prompt={c},completion=chosen" for c in ("prompt", "conversations") if c in record.row), "messages=chosen")
+        raise UserError(
+            f"{found.place}: a pair of answers, chosen and rejected, which only a preference objective learns from; "
+            f'to imitate the chosen one say config.columns="{way}"'
+        )
+    if isinstance(found, Rated):
+        kept = [c for c in ("messages", "conversations", "prompt", "completion") if c in record.row]
+        raise UserError(
+            f"{found.place}: an answer with a verdict (label or kto_tag), which only a preference objective learns from; to "
+            f'imitate every one, the bad ones too, say config.columns="{",".join(f"{c}={c}" for c in kept)}"'
+        )
+    return found
+
+
+def _named(row: dict[str, Any], columns: Mapping[str, str], place: str) -> dict[str, Any]:
+    for target, own in columns.items():
+        if target not in COLUMNS:
+            raise UserError(f"config.columns: no shape has a column {target!r}.{nearest(target, COLUMNS)}")
+        if own not in row:
+            has = ", ".join(map(str, row)) or "none"
+            raise UserError(f"{place}: no column {own!r}, which config.columns names; the row has {has}")
+    return {target: row[own] for target, own in columns.items()}
+
+
+def _shape(row: dict[str, Any]):
+    """The maker of the first shape whose columns are all in the row, or None."""
     present = {column for column, value in row.items() if value is not None}
-    if "messages" in present:
-        return Conversation(check(row["messages"], place), place)
-    if {"prompt", "completion"} <= present:
-        return _prompted(row["prompt"], row["completion"], place)
-    if {"instruction", "output"} <= present:
-        return Conversation(check(_alpaca(row, place), place), place)
-    if "text" in present:
-        return Text(_filled(row["text"], "text", place), place)
-    found = ", ".join(column if column in present else f"{column} (null)" for column in row) or "none"
-    raise UserError(f"{place}: columns not recognised: {found}; rename them to one of: {SHAPES}")
+    answered = bool(present & {"messages", "conversations"}) or {"prompt", "completion"} <= present
+    if {"chosen", "rejected"} <= present:
+        return _preference
+    if answered and isinstance(_verdict(row), bool):
+        return _rated
+    return next((make for needed, make in _MAKERS.items() if set(needed) <= present), None)
 
 
-def check(messages: Any, place: str) -> list[dict[str, str]]:
-    """The messages, cut down to role and content, if they follow the rules; UserError with the place and the turn if not."""
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise UserError(f"{place}: messages must be a list of objects with role and content")
-    expected = "user"
-    for number, message in enumerate(messages, start=1):
-        where = f"{place}, message {number}"
-        role = message.get("role")
-        if role not in ROLES:
-            raise UserError(f"{where}: role {role!r} is not supported; the roles are {', '.join(ROLES)}")
-        content = _string(message.get("content"), "content", where)
-        if role == "system":
-            if number > 1:
-                raise UserError(f"{where}: a system turn must be first; move it there or fold it into the user's turn")
-            continue
-        if role != expected:
-            raise UserError(f"{where}: the role is {role}, not {expected}; user and assistant must alternate, user first")
-        if role == "assistant":
-            _filled(content, "content of the assistant's turn", where)
-        expected = "user" if role == "assistant" else "assistant"
-    roles = [message["role"] for message in messages]
-    if "user" not in roles:
-        raise UserError(f"{place}: a conversation without a user turn; add one")
-    if "assistant" not in roles:
-        raise UserError(f"{place}: a conversation without an assistant turn leaves nothing to learn; add one or remove the row")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+def _conversation(row: dict[str, Any], place: str) -> Conversation:
+    column = "messages" if "messages" in row else "conversations"
+    found = turns(row[column], column, place)
+    system = string(row.get("system", ""), "system", place) if column == "conversations" else ""
+    if system and found and found[0]["role"] != "system":
+        found = [{"role": "system", "content": system}, *found]
+    return _checked(found, place, row.get("tools"))
 
 
-def _prompted(prompt: Any, completion: Any, place: str) -> Example:
-    if isinstance(prompt, list) and isinstance(completion, list):
-        found = Conversation(check(prompt + completion, place), place, prompt=len(prompt))
-        if not any(message["role"] == "assistant" for message in completion):
+def _checked(found: list[Message], place: str, tools: Any = None, prompt: int | None = None) -> Conversation:
+    untrained = tuple(i for i, message in enumerate(found) if message.get("weight") == 0)
+    found = [{key: value for key, value in message.items() if key != "weight"} for message in found]
+    return Conversation(check(found, place), place, prompt, definitions(tools, place), untrained)
+
+
+def _prompted(row: dict[str, Any], place: str) -> Example:
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, (list, dict)) and isinstance(completion, (list, dict)):
+        before, after = turns(prompt, "prompt", place), turns(completion, "completion", place)
+        found = _checked(before + after, place, row.get("tools"), prompt=len(before))
+        if not any(message["role"] == "assistant" for message in after):
             raise UserError(f"{place}: the completion has no assistant turn, so there is nothing to learn; add one")
         return found
-    if isinstance(prompt, list) or isinstance(completion, list):
-        raise UserError(f"{place}: prompt and completion must both be strings or both lists of messages")
-    return Completion(_string(prompt, "prompt", place), _filled(completion, "completion", place), place)
+    if isinstance(prompt, (list, dict)) or isinstance(completion, (list, dict)):
+        raise UserError(f"{place}: prompt and completion must both be strings or both lists of messages; write both alike")
+    return Completion(string(prompt, "prompt", place), filled(completion, "completion", place), place)
 
 
-def _alpaca(row: dict[str, Any], place: str) -> list[dict[str, str]]:
-    parts = [_string(row.get(column) or "", column, place) for column in ("instruction", "input")]
-    system = _string(row.get("system") or "", "system", place)
-    turns = [("user", "\n".join(part for part in parts if part)), ("assistant", _filled(row["output"], "output", place))]
-    return [{"role": role, "content": content} for role, content in ([("system", system)] if system else []) + turns]
+def _alpaca(row: dict[str, Any], place: str) -> Conversation:
+    parts = [string(row.get(column, ""), column, place) for column in ("instruction", "input")]
+    system = string(row.get("system", ""), "system", place)
+    found = [{"role": "system", "content": system}] if system else []
+    return _checked(found + _pair("\n".join(part for part in parts if part), filled(row["output"], "output", place)), place)
 
 
-def _string(value: Any, column: str, place: str) -> str:
-    if not isinstance(value, str):
-        found = "missing or null" if value is None else f"of type {type(value).__name__}"
-        raise UserError(f"{place}: {column} must be a string, and is {found}; write it as one")
-    return value
+def _question(row: dict[str, Any], place: str) -> Conversation:
+    return _checked(_pair(filled(row["question"], "question", place), filled(row["answer"], "answer", place)), place)
 
 
-def _filled(value: Any, column: str, place: str) -> str:
-    if not _string(value, column, place).strip():
-        raise UserError(f"{place}: {column} is empty, so there is nothing to learn; fill it in or remove the row")
-    return value
+def _pair(user: str, assistant: str) -> list[Message]:
+    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+
+
+def _text(row: dict[str, Any], place: str) -> Text:
+    return Text(filled(row["text"], "text", place), place)
+
+
+def _preference(row: dict[str, Any], place: str) -> Preference:
+    column = next((c for c in ("messages", "conversations", "prompt") if c in row), None)
+    before = _turns_or(row[column], column, place, "user") if column else []
+    whole = []
+    for side in ("chosen", "rejected"):
+        after = _turns_or(row[side], side, place, "assistant")
+        if not after:
+            raise UserError(f"{place}: {side} has no turns; give an answer or remove the row")
+        if not before and after[0]["role"] == "assistant":
+            raise UserError(f"{place}: {side} is an answer without a prompt; give a column prompt, or whole conversations")
+        # Some data sets repeat the prompt in each answer; it then stands in front of the assistant's turn.
+        whole.append(after if after[0]["role"] != "assistant" else before + after)
+    chosen, rejected = ([{k: v for k, v in m.items() if k != "weight"} for m in side] for side in whole)
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        check(side, f"{place}, {name}", empty=True)
+        if side[: len(before)] != before and [m for m in side if m["role"] != "system"][: len(before)] != before:
+            raise UserError(f"{place}: {name} begins with another prompt than {column}; leave out {column}, or make them agree")
+    start = _parting(chosen, rejected)
+    if not start:
+        raise UserError(f"{place}: chosen and rejected answer different prompts; the turns before the answers must be equal")
+    tools = definitions(row.get("tools"), place)
+    return Preference(chosen[:start], chosen[start:], rejected[start:], place, tools)
+
+
+def _parting(chosen: list[Message], rejected: list[Message]) -> int:
+    """The number of messages of the common prompt; 0 where there is none."""
+    same = 0
+    for one, other in zip(chosen, rejected, strict=False):
+        if one != other:
+            break
+        same += 1
+    ways = range(min(same, len(chosen) - 1, len(rejected) - 1), 0, -1)
+    return next((i for i in ways if chosen[i]["role"] == rejected[i]["role"] == "assistant"), 0)
+
+
+def _rated(row: dict[str, Any], place: str) -> Rated:
+    if "messages" in row or "conversations" in row:
+        column = "messages" if "messages" in row else "conversations"
+        found = turns(row[column], column, place)
+        start = len(found) - 1
+    else:
+        before = _turns_or(row["prompt"], "prompt", place, "user")
+        found = before + _turns_or(row["completion"], "completion", place, "assistant")
+        start = len(before)
+    found = [{k: v for k, v in message.items() if k != "weight"} for message in found]
+    check(found, place, empty=True)
+    if start == len(found) or found[start]["role"] != "assistant":
+        raise UserError(f"{place}: the answer that is judged must be an assistant's turn at the end; end the row with it")
+    return Rated(found[:start], found[start:], _verdict(row), place, definitions(row.get("tools"), place))
+
+
+def _verdict(row: dict[str, Any]) -> Any:
+    label, tag = row.get("label"), row.get("kto_tag")
+    return label if isinstance(label, bool) else tag
+
+
+def _turns_or(value: Any, column: str, place: str, role: str) -> list[Message]:
+    """The turns in a column, a plain string being one turn of the role."""
+    found = turns(value, column, place) if not isinstance(value, str) or value.startswith("\n\nHuman:") else None
+    return [{"role": role, "content": value}] if found is None else found
+
+
+_MAKERS = {
+    ("messages",): _conversation,
+    ("conversations",): _conversation,
+    ("prompt", "completion"): _prompted,
+    ("instruction", "output"): _alpaca,
+    ("question", "answer"): _question,
+    ("text",): _text,
+}

@@ -20,23 +20,26 @@ from jaxpost.errors import UserError
 Row = dict[str, np.ndarray]
 
 
-def fit(example: Row, window: int, too_long: str, place: str) -> Row | None:
-    """The example ({tokens, mask}: [n]) made to fit a window of so many tokens, or None where it is to be dropped.
+def fit(example: Row, window: int, too_long: str, place: str) -> list[Row]:
+    """The example ({tokens, mask}: [n]) made to fit a window of so many tokens: itself, pieces of it, or [] if it is dropped.
 
-    `too_long` says what becomes of a longer one: "error"; "truncate", which keeps its first tokens, and drops it where none of
-    those is trained on; "drop". Raises UserError for "error", with place, length, window and remedy.
+    `too_long` says what becomes of a longer one: "error"; "truncate" keeps its first tokens; "split" keeps all of them, in
+    pieces that know nothing of each other, as is usual for documents; "drop". A piece of which nothing is trained on is left
+    out, and a piece's first token never is. Raises UserError for "error", with place, length, window and remedy.
     """
     length = len(example["tokens"])
     if length <= window:
-        return example
+        return [example]
     if too_long == "drop":
-        return None
-    if too_long == "truncate":
-        cut = {name: column[:window] for name, column in example.items()}
-        return cut if cut["mask"].any() else None
+        return []
+    if too_long in ("truncate", "split"):
+        starts = range(0, length, window) if too_long == "split" else [0]
+        learned = example["mask"] & (np.arange(length) % window > 0)
+        pieces = [{"tokens": example["tokens"][s : s + window], "mask": learned[s : s + window]} for s in starts]
+        return [piece for piece in pieces if piece["mask"].any()]
     raise UserError(
         f"{place}: the example has {length} tokens and the window {window}; make the window {length} or longer, or say"
-        ' too_long="truncate" or too_long="drop"'
+        ' too_long="truncate", "split" or "drop"'
     )
 
 

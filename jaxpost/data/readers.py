@@ -1,17 +1,36 @@
-"""Reading a file into records: the one place that knows file formats.
+"""Reading data into records: the one place that knows file formats and the libraries behind `tfds:` and `hf:`.
 
 A record is a row and its place. The place travels with the row to the very end, so that whatever later refuses the row
 (an unknown column, an empty turn, an example too long for the window) can say where to look: "alpaca.json, row 17".
-Rows are counted from 1, as people count; in JSON lines the count is the line's number, which is what an editor shows.
+Rows are counted from 1, as people count; in JSON lines and in text the count is the line's number, which is what an editor
+shows. Of a folder or a pattern the place names the file within it.
+
+    x.jsonl  x.json  x.txt             and each with .gz after it
+    x.parquet  x.arrayrecord           an ArrayRecord's records are JSON objects
+    a folder  dir/part-*.jsonl         every file of these kinds directly in it, in the order of their names
+    tfds:NAME[/CONFIG][:VERSION]/SPLIT from TensorFlow Datasets, without TensorFlow; text arrives as bytes and is decoded
+    hf:OWNER/NAME[/CONFIG][:SPLIT]     from the Hugging Face hub, where `datasets` is installed; the split is train if not given
+
+A text file holds one document a line, as the text loaders of other libraries have it; blank lines are passed over. A document
+with line breaks of its own belongs into JSON lines, under `text`.
 
 Nothing here looks into a row: that is `formats`. Paths go through `etils.epath`, so gs:// paths are read like local ones.
+Records are a list in memory: a row of text is small beside the model that learns from it.
 """
 
+import gzip
+import importlib
 import json
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from etils import epath
 
+from jaxpost import cloud
 from jaxpost.errors import UserError
 
 
@@ -22,61 +41,240 @@ class Record(NamedTuple):
     place: str
 
 
-def read(path: str) -> list[Record]:
-    """All rows of a .jsonl file (one object a line; blank lines are passed over) or a .json file (a list of objects).
+class _File(NamedTuple):
+    shown: str
+    whole: str
+    read: Callable[[str], Iterator[Record | UserError]]  # of the name that places are to bear
 
-    Raises UserError, naming file and place, if it is missing, empty, not UTF-8, not JSON, or has other rows than objects.
+
+def read(path: str | Sequence[str], bad: list[str] | None = None) -> list[Record]:
+    """All rows of a file, folder, pattern, `tfds:` or `hf:` name (see above), or of a list of them, one after the other.
+
+    A row that cannot be read (broken JSON, no object, no UTF-8) is refused; where `bad` is a list, its message is added to
+    that instead and the row is left out. Raises UserError, with file and place, for it and for whatever is missing or empty.
     """
-    file = epath.Path(path)
-    readers = {".jsonl": _lines, ".json": _list}
-    if file.suffix not in readers:
-        raise UserError(f"{path}: not readable; give a .jsonl (one object a line) or a .json (a list of them)")
+    paths = [path] if isinstance(path, str) else list(path)
+    files = [file for one in paths for file in _files(one)]
+    names = [file.shown for file in files]
+    records, failed = [], []
+    for file in files:
+        name = file.shown if names.count(file.shown) == 1 else file.whole
+        before = len(records) + len(failed)
+        for found in file.read(name):
+            if isinstance(found, Record):
+                records.append(found)
+            elif bad is None:
+                raise found
+            else:
+                failed.append(str(found))
+        if len(records) + len(failed) == before:
+            raise UserError(f"{name if len(files) > 1 else path}: no rows in it; give a file with at least one example")
+    if not records:
+        reason = f"none of its {len(failed)} rows can be read, the first because: {failed[0]}" if failed else "it names no file"
+        raise UserError(f"{path}: no rows in it; {reason}")
+    if bad is not None:
+        bad.extend(failed)
+    return records
+
+
+def _files(path: str) -> list[_File]:
+    """What a path stands for, in order. Raises UserError where there is nothing."""
+    if path.startswith(("tfds:", "hf:")):
+        reader = _tfds if path.startswith("tfds:") else _hf
+        return [_File(path, path, lambda name: reader(path, name))]
+    file = cloud.path(path)
+    if file.is_dir():
+        return _several(file, "*", f"{path}: a folder without data in it")
+    if not file.exists() and any(letter in path for letter in "*?["):
+        if "**" in path:
+            raise UserError(f"{path}: ** goes into every folder below, slow in a bucket; write */ for each level instead")
+        fixed = next(i for i, part in enumerate(file.parts) if any(letter in part for letter in "*?["))
+        folder = epath.Path(*file.parts[:fixed]) if fixed else epath.Path(".")
+        return _several(folder, "/".join(file.parts[fixed:]), f"{path}: no data matches it")
+    if not _kind(file):
+        raise UserError(f"{path}: not readable; give a {_KNOWN}")
     if not file.exists():
         raise UserError(f"{path}: no such file; check the path (it is taken relative to the current directory)")
-    if file.is_dir():
-        raise UserError(f"{path}: a folder, not a file; name one file in it")
+    return [_file(file, file.name)]
+
+
+def _several(folder: epath.Path, pattern: str, nothing: str) -> list[_File]:
+    found = sorted((f for f in folder.glob(pattern) if _kind(f) and not f.is_dir()), key=str)
+    if not found:
+        raise UserError(f"{nothing}; name a {_KNOWN}")
+    return [_file(file, str(file.relative_to(folder))) for file in found]
+
+
+def _file(file: epath.Path, shown: str) -> _File:
+    return _File(shown, str(file), lambda name: _kind(file)(file, name))
+
+
+def _kind(file: epath.Path) -> Callable[[epath.Path, str], Iterator[Record | UserError]] | None:
+    """The reader of files of this name, or None."""
+    name = file.name.lower()
+    zipped = name.endswith(".gz")
+    suffix = Path(name.removesuffix(".gz")).suffix
+    return None if zipped and suffix not in (".jsonl", ".json", ".txt") else _KINDS.get(suffix)
+
+
+def _text_of(file: epath.Path, name: str) -> str:
+    content = file.read_bytes()
+    if file.name.lower().endswith(".gz"):
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{name}: broken gzip ({error}); fetch or compress it again") from error
     try:
         # A byte-order mark is what some editors and spreadsheets put first; JSON proper would refuse it.
-        text = file.read_bytes().decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
-    records = readers[file.suffix](text, file.name)
-    if not records:
-        raise UserError(f"{path}: no rows in it; give a file with at least one example")
-    return records
+        raise UserError(f"{name}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
 
 
-def _lines(text: str, name: str) -> list[Record]:
+def _numbered(text: str, name: str) -> Iterator[tuple[str, str]]:
+    """(line, place) of every line that is not blank."""
     # Not str.splitlines: it also splits at U+2028 and kin, which JSON allows inside a string.
-    records = []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            place = f"{name}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                where = f"{place}, column {error.colno}"
-                raise UserError(f"{where}: broken JSON ({error.msg}); each line must be one object") from error
-            records.append(_record(row, place))
-    return records
+            yield line, f"{name}, line {number}"
 
 
-def _list(text: str, name: str) -> list[Record]:
-    if not text.strip():
-        return []
+def _lines(file: epath.Path, name: str) -> Iterator[Record | UserError]:
+    for line, place in _numbered(_text_of(file, name), name):
+        yield _object(line, place, "each line must be one object")
+
+
+def _documents(file: epath.Path, name: str) -> Iterator[Record | UserError]:
+    for line, place in _numbered(_text_of(file, name), name):
+        yield Record({"text": line.strip()}, place)
+
+
+def _object(text: str | bytes, place: str, rule: str) -> Record | UserError:
     try:
-        rows = json.loads(text)
+        return _record(json.loads(text), place)
+    except json.JSONDecodeError as error:
+        return UserError(f"{place}, column {error.colno}: broken JSON ({error.msg}); {rule}")
+    except (ValueError, RecursionError) as error:
+        return UserError(f"{place}: broken JSON ({error}); {rule}")
+
+
+def _list(file: epath.Path, name: str) -> Iterator[Record | UserError]:
+    text = _text_of(file, name)
+    try:
+        rows = json.loads(text) if text.strip() else []
     except json.JSONDecodeError as error:
         where = f"{name}, line {error.lineno}, column {error.colno}"
         one_a_line = error.msg == "Extra data"
         remedy = "if each line is an object of its own, name the file .jsonl" if one_a_line else "mend the file there"
         raise UserError(f"{where}: broken JSON ({error.msg}); {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}: broken JSON ({error}); mend the file") from error
     if not isinstance(rows, list):
         raise UserError(f"{name}: the top level is a {type(rows).__name__}, not a list; write the rows as [{{...}}, {{...}}]")
-    return [_record(row, f"{name}, row {number}") for number, row in enumerate(rows, start=1)]
+    yield from _rows(rows, name)
 
 
-def _record(row: Any, place: str) -> Record:
+def _rows(rows, name: str) -> Iterator[Record | UserError]:
+    for number, row in enumerate(rows, start=1):
+        yield _record(row, f"{name}, row {number}")
+
+
+def _record(row: Any, place: str) -> Record | UserError:
     if not isinstance(row, dict):
-        raise UserError(f"{place}: a {type(row).__name__}, not an object; each row must map column names to values")
-    return Record(row, place)
+        return UserError(f"{place}: a {type(row).__name__}, not an object; each row must map column names to values")
+    try:
+        return Record(_plain(row), place)
+    except UnicodeDecodeError as error:
+        return UserError(f"{place}: bytes that are no UTF-8 ({error.reason}); only text can be learned, so store it as UTF-8")
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's types, as the readers of binary formats do not give it."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, (np.ndarray, np.generic)):
+        return _plain(value.tolist())
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _parquet(file: epath.Path, name: str) -> Iterator[Record | UserError]:
+    parquet = _library("pyarrow.parquet", "pyarrow", f"{name}: Parquet")
+    try:
+        with file.open("rb") as stream:
+            rows = parquet.read_table(stream).to_pylist()
+    except (OSError, ValueError) as error:  # pyarrow's own are kinds of these
+        raise UserError(f"{name}: not readable as Parquet ({error}); fetch or write it again") from error
+    yield from _rows(rows, name)
+
+
+def _array_record(file: epath.Path, name: str) -> Iterator[Record | UserError]:
+    library = _library("array_record.python.array_record_module", "array_record", f"{name}: ArrayRecord")
+    with tempfile.TemporaryDirectory() as folder:
+        # The reader opens local files only.
+        local = file if "://" not in str(file) else file.copy(epath.Path(folder) / "copy")
+        reader = library.ArrayRecordReader(str(local))
+        if not reader.ok():
+            raise UserError(f"{name}: not readable as ArrayRecord; fetch or write it again")
+        contents = reader.read_all() if reader.num_records() else []
+        reader.close()
+    for number, content in enumerate(contents, start=1):
+        yield _object_of(content, f"{name}, row {number}")
+
+
+def _object_of(content: bytes, place: str) -> Record | UserError:
+    rule = "each record must be one JSON object in UTF-8 (prepared TFDS data sets are read by tfds:NAME/SPLIT)"
+    try:
+        return _object(content.decode(), place, rule)
+    except UnicodeDecodeError:
+        return UserError(f"{place}: not UTF-8; {rule}")
+
+
+def _tfds(path: str, name: str) -> Iterator[Record | UserError]:
+    library = _library("tensorflow_datasets", "tensorflow-datasets", path)
+    dataset, _, split = path.removeprefix("tfds:").rpartition("/")
+    if not (dataset and split):
+        raise UserError(f"{path}: a TFDS name and split are written tfds:NAME/SPLIT, such as tfds:gsm8k/train")
+    # Most builders of the library are in no register before their modules are imported.
+    base = dataset.partition("/")[0].partition(":")[0]
+    folder = Path(library.__file__).parent
+    if base.isidentifier() and base not in library.list_builders(with_community_datasets=False):
+        for found in sorted({*folder.glob(f"*/{base}"), *folder.glob(f"*/{base}.py")}):
+            importlib.import_module(f"{library.__name__}.{found.parent.name}.{base}")
+    try:
+        rows = library.data_source(dataset, split=split, builder_kwargs={"file_format": "array_record"})
+    except Exception as error:  # of many kinds: an unknown name or split, a download, a format without random access
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"{path}: TFDS cannot give it ({type(error).__name__}: {first}); check name and network") from error
+    yield from _rows(rows, name)
+
+
+def _hf(path: str, name: str) -> Iterator[Record | UserError]:
+    library = _library("datasets", "datasets", path)
+    dataset, _, split = path.removeprefix("hf:").partition(":")
+    owner_name, config = "/".join(dataset.split("/")[:2]), "/".join(dataset.split("/")[2:])
+    try:
+        rows = library.load_dataset(owner_name, config or None, split=split or "train")
+    except Exception as error:  # of many kinds: an unknown name, config or split, a download
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"{path}: not to be had ({type(error).__name__}: {first}); check name, split and network") from error
+    yield from _rows(rows, name)
+
+
+def _library(module: str, package: str, what: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"{what} is read by {package}, which is not here ({error}); pip install {package}") from error
+
+
+_KINDS = {
+    ".jsonl": _lines,
+    ".json": _list,
+    ".txt": _documents,
+    ".parquet": _parquet,
+    ".arrayrecord": _array_record,
+    ".array_record": _array_record,
+}
+_KNOWN = ".jsonl (one object a line), .json (a list of them) or .txt (a document a line), maybe .gz; a .parquet or .arrayrecord"

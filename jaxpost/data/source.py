@@ -16,7 +16,7 @@ import json
 import os
 import uuid
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,24 +26,28 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from jaxpost.data import chat, formats, pack
+from jaxpost.data import chat, formats, messages, pack, templates
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
 
-TOO_LONG = ("error", "truncate", "drop")
+TOO_LONG = ("error", "truncate", "split", "drop")
+BAD_ROWS = ("stop", "skip")
 
 
 class Encoded(NamedTuple):
     """Examples ready to be packed: `examples[i]` is {tokens, mask}: [lengths[i]]; lengths [N] int32.
 
-    `report` counts what was kept (count), dropped and truncated, and the tokens and trained_tokens of what was kept.
-    `digest` is one of all tokens and masks in their order.
+    `report` counts what was kept (count), dropped, truncated and split for their length and skipped as bad, and the tokens
+    and trained_tokens of what was kept. `reason` says what was wrong with the first that was skipped; "" if none was.
+    `digest` is one of all tokens and masks in their order, `highest` the largest token id.
     """
 
     examples: grain.MapDataset
     lengths: np.ndarray
     report: dict[str, int]
     digest: str
+    reason: str
+    highest: int
 
 
 def encode_all(
@@ -54,33 +58,37 @@ def encode_all(
     *,
     window: int,
     too_long: str = "error",
+    columns: Mapping[str, str] | None = None,
+    bad_rows: str = "stop",
 ) -> Encoded:
-    """The records as examples of at most `window` tokens; see `chat.encode` for template and train_on, `pack.fit` for too_long.
+    """The records as examples of at most `window` tokens.
 
+    See `chat.encode` for template and train_on, `pack.fit` for too_long, `formats.recognise` for columns. A row that breaks the
+    rules stops everything, or with bad_rows="skip" is left out and counted; one too long is what too_long says, either way.
     The tokens come from the cache folder (the environment's JAXPOST_CACHE, else ~/.cache/jaxpost) if they are there.
     Raises UserError, with the record's place, for whatever cannot be encoded or would train nothing.
     """
     if too_long not in TOO_LONG:
         raise UserError(f"too_long={too_long!r} is not known; choose one of {', '.join(TOO_LONG)}")
+    if bad_rows not in BAD_ROWS:
+        raise UserError(f"bad_rows={bad_rows!r} is not known; choose one of {', '.join(BAD_ROWS)}")
     # The first call settles the tokenizer's truncation state here, in one thread; later ones may come from several at a time.
     tokenizer("")
 
-    file = _cache_folder() / f"{_key(records, tokenizer, (template, train_on, window, too_long))}.npz"
-    stored = _load(file, len(records))
+    choices = (templates.jinja(tokenizer, template), train_on, window, too_long, dict(columns or {}), bad_rows)
+    file = _cache_folder() / f"{_key(records, tokenizer, choices)}.npz"
+    stored = _load(file)
     if stored is None:
-        fitted = [_fitted(record, tokenizer, template, train_on, window, too_long) for record in records]
-        kept = [row for row, _ in fitted if row is not None]
-        stored = {
-            "tokens": np.concatenate([row["tokens"] for row in kept] or [np.zeros(0, np.int32)]),
-            "mask": np.concatenate([row["mask"] for row in kept] or [np.zeros(0, np.bool_)]),
-            "lengths": np.array([0 if row is None else len(row["tokens"]) for row, _ in fitted], np.int32),
-            "truncated": np.array([cut for _, cut in fitted], np.bool_),
-        }
+        stored = _encoded(records, lambda record: _whole(record, tokenizer, template, train_on, columns), choices)
         _save(file, stored)
-    lengths = stored["lengths"][stored["lengths"] > 0]
+    lengths, cut = stored["lengths"], int(stored["cut"])
+    skipped, reason = int(stored["skipped"]), str(stored["reason"])
+    if skipped == len(records) and skipped:
+        raise UserError(f"none of the {skipped} examples can be learned from; the first because: {reason}")
     if not len(lengths):
-        raise UserError(f"none of the {len(records)} examples fits a window of {window} tokens; make it longer")
-    report = {"count": len(lengths), "dropped": len(records) - len(lengths), "truncated": int(stored["truncated"].sum())}
+        raise UserError(f"none of the {len(records) - skipped} examples fits a window of {window} tokens; make it longer")
+    report = {"count": len(lengths), "dropped": int(stored["dropped"]), "truncated": cut if too_long == "truncate" else 0}
+    report |= {"split": cut if too_long == "split" else 0, "skipped": skipped}
     report |= {"tokens": len(stored["tokens"]), "trained_tokens": int(stored["mask"].sum())}
     ends = np.cumsum(lengths, dtype=np.int64)
 
@@ -89,16 +97,43 @@ def encode_all(
         return {"tokens": stored["tokens"][place], "mask": stored["mask"][place]}
 
     digest = hashlib.sha256(b"".join(stored[name].tobytes() for name in ("tokens", "mask", "lengths"))).hexdigest()
-    return Encoded(grain.MapDataset.range(len(lengths)).map(example), lengths, report, digest[:16])
+    examples = grain.MapDataset.range(len(lengths)).map(example)
+    return Encoded(examples, lengths, report, digest[:16], reason, int(stored["tokens"].max()))
 
 
-def _fitted(record: Record, tokenizer, template, train_on, window, too_long) -> tuple[pack.Row | None, bool]:
-    """(the example as it fits the window, or None if it is dropped; whether it was cut)."""
-    whole = chat.encode(formats.recognise(record), tokenizer, template, train_on)
+def _encoded(records: Sequence[Record], encode, choices: tuple) -> dict[str, np.ndarray]:
+    """What is cached: the tokens, masks and lengths of what is kept, and the counts of the others."""
+    *_, window, too_long, _, bad_rows = choices
+    kept, cut, dropped, reasons = [], 0, 0, []
+    for record in records:
+        try:
+            whole = encode(record)
+        except UserError as error:
+            if bad_rows == "stop":
+                raise
+            reasons.append(str(error))
+            continue
+        fitted = pack.fit(whole, window, too_long, record.place)
+        kept += fitted
+        dropped += not fitted
+        cut += bool(fitted) and fitted[0] is not whole
+    return {
+        "tokens": np.concatenate([row["tokens"] for row in kept] or [np.zeros(0, np.int32)]),
+        "mask": np.concatenate([row["mask"] for row in kept] or [np.zeros(0, np.bool_)]),
+        "lengths": np.array([len(row["tokens"]) for row in kept], np.int32),
+        "cut": np.array(cut),
+        "dropped": np.array(dropped),
+        "skipped": np.array(len(reasons)),
+        "reason": np.array(reasons[0] if reasons else ""),
+    }
+
+
+def _whole(record: Record, tokenizer, template, train_on, columns) -> pack.Row:
+    """The example that a record holds, whatever its length."""
+    whole = chat.encode(formats.demonstration(record, columns), tokenizer, template, train_on)
     if not whole["mask"].any():
         raise UserError(f"{record.place}: no token of it is trained on; check train_on={train_on!r} and the template")
-    kept = pack.fit(whole, window, too_long, record.place)
-    return kept, kept is not None and kept is not whole
+    return whole
 
 
 def split(count: int, held_out: int | float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -208,8 +243,9 @@ def _cache_folder() -> epath.Path:
 
 def _key(records: Sequence[Record], tokenizer: Any, choices: tuple) -> str:
     """A digest of all that the lengths depend on: the rows, the tokenizer, the choices, and the code between them."""
+    # tokenizer.py encodes as well, but what of it matters here is the tokenizer itself.
     digest = hashlib.sha256()
-    for module in (chat, formats, pack):
+    for module in (chat, formats, messages, pack, templates):
         digest.update(Path(module.__file__).read_bytes())
     names = (metadata.version("transformers"), tokenizer.special_tokens_map, tokenizer.chat_template, *choices)
     digest.update(json.dumps(names, sort_keys=True, default=str).encode())
@@ -219,13 +255,13 @@ def _key(records: Sequence[Record], tokenizer: Any, choices: tuple) -> str:
     return digest.hexdigest()
 
 
-def _load(file: epath.Path, count: int) -> dict[str, np.ndarray] | None:
+def _load(file: epath.Path) -> dict[str, np.ndarray] | None:
     try:
         with file.open("rb") as stream:
             stored = dict(np.load(stream))
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile):
         return None
-    whole = stored.keys() == {"tokens", "mask", "lengths", "truncated"} and len(stored["lengths"]) == count
+    whole = stored.keys() == {"tokens", "mask", "lengths", "cut", "dropped", "skipped", "reason"}
     return stored if whole and len(stored["tokens"]) == stored["lengths"].sum(dtype=np.int64) else None
 
 

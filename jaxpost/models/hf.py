@@ -6,18 +6,20 @@ as the same slice of each layer's tensor, so that the host never holds more than
 
 import itertools
 import json
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxpost import sharding
+from jaxpost import cloud, sharding
 from jaxpost.errors import UserError
+from jaxpost.models import lazy
+from jaxpost.models.einsum import dense
 from jaxpost.models.families import Architecture, Tensor, tensor_names
 from jaxpost.types import Params
 
@@ -30,17 +32,17 @@ _VISION = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "mo
 _CLASSES = {"qwen3_moe": "Qwen3Moe", "gemma3_text": "Gemma3", "smollm3": "SmolLM3"}
 
 
-def read_config(folder: str | Path) -> dict:
+def read_config(folder: str | epath.Path) -> dict:
     """The fields of folder/config.json. Raises UserError if there is none or it is broken."""
-    path = Path(folder) / "config.json"
-    if not Path(folder).is_dir():
+    path = cloud.path(folder) / "config.json"
+    if not path.parent.is_dir():
         raise UserError(f"{folder}: no such folder. Give one with config.json and *.safetensors, or a workdir.")
     if not path.exists():
         raise UserError(f"{path}: no such file. A model folder holds config.json and *.safetensors.")
     return _object(path)
 
 
-def _object(path: Path) -> dict:
+def _object(path: epath.Path) -> dict:
     """A file's JSON object."""
     try:
         found = json.loads(path.read_text())
@@ -53,7 +55,7 @@ def _object(path: Path) -> dict:
     return found
 
 
-def _files(folder: Path) -> list[Path]:
+def _files(folder: epath.Path) -> list[epath.Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         where = _object(index).get("weight_map")
@@ -70,18 +72,14 @@ def _files(folder: Path) -> list[Path]:
     raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json.{hint}")
 
 
-def _open(folder: Path) -> dict[str, Any]:
+def _open(folder: epath.Path) -> dict[str, Any]:
     """Tensor name -> lazy slice, over all files. Raises UserError for a file that is cut off or broken."""
-    slices = {}
+    found = {}
     for path in _files(folder):
-        try:
-            file = safe_open(path, framework="np")
-        except SafetensorError as e:
-            raise UserError(f"{path}: not a whole safetensors file ({e}). Copy or download it again.") from None
-        slices |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    if any(name.startswith(_VISION) for name in slices):
-        slices = {_language(name): s for name, s in slices.items() if not name.startswith(_VISION)}
-    return slices
+        found |= lazy.tensors(path)
+    if any(name.startswith(_VISION) for name in found):
+        found = {_language(name): s for name, s in found.items() if not name.startswith(_VISION)}
+    return found
 
 
 def _language(name: str) -> str:
@@ -89,25 +87,31 @@ def _language(name: str) -> str:
     return name if prefix is None else _LANGUAGE[prefix] + name.removeprefix(prefix)
 
 
-def load(folder: str | Path, arch: Architecture, abstract: Params, dtype=np.float32) -> Params:
+def load(
+    folder: str | epath.Path,
+    arch: Architecture,
+    abstract: Params,
+    dtype=np.float32,
+    then: Callable[[str, jax.Array], Any] = lambda path, array: array,
+) -> Params:
     """Parameters from a folder's safetensors.
 
     abstract: the tree of ShapeDtypeStruct (shapes, and shardings where wanted) that `Transformer.init` would give. dtype: what
-    the parameters become (float32 masters; the files' own bfloat16 widens exactly). Raises UserError for missing, left-over or
-    wrongly shaped tensors.
+    the parameters become (float32 masters; the files' own bfloat16 widens exactly). then(path, array): what to keep of a
+    parameter in its place, made before the next one is read. Raises UserError for missing, left-over or wrongly shaped tensors.
     """
-    folder = Path(folder)
+    folder = cloud.path(folder)
     slices, names = check(folder, arch), tensor_names(arch)
     flat = flatten_dict(abstract, sep="/")
-    return unflatten_dict({path: _read(folder, slices, names[path], leaf, dtype) for path, leaf in flat.items()}, sep="/")
+    return unflatten_dict({p: then(p, _read(folder, slices, names[p], leaf, dtype)) for p, leaf in flat.items()}, sep="/")
 
 
-def check(folder: str | Path, arch: Architecture) -> dict[str, Any]:
+def check(folder: str | epath.Path, arch: Architecture) -> dict[str, Any]:
     """Tensor name -> lazy slice of a folder's weights, of which only the headers are read.
 
     Raises UserError for files that are missing or cut off, and for tensors that are missing or that the architecture lacks.
     """
-    folder = Path(folder)
+    folder = cloud.path(folder)
     slices, names = _open(folder), tensor_names(arch)
     expected = {n for t in names.values() for n in _each(t, (arch.layers, arch.experts))}
     if missing := sorted(expected - set(slices)):
@@ -124,7 +128,7 @@ def check(folder: str | Path, arch: Architecture) -> dict[str, Any]:
     return slices
 
 
-def _check_tied(folder: Path, slices: dict) -> None:
+def _check_tied(folder: epath.Path, slices: dict) -> None:
     """Some exports store a tied head as well; it must then be the embedding, or one of the two would be dropped unseen."""
     embed, head = slices["model.embed_tokens.weight"], slices["lm_head.weight"]
     same = embed.get_shape() == head.get_shape()
@@ -143,7 +147,7 @@ def _each(tensor: Tensor, counts: tuple[int, ...]) -> list[str]:
     return [tensor.name.format(*index) for index in itertools.product(*map(range, counts[:lead]))]
 
 
-def _read(folder: Path, slices: dict, tensor: Tensor, leaf, dtype) -> jax.Array:
+def _read(folder: epath.Path, slices: dict, tensor: Tensor, leaf, dtype) -> jax.Array:
     """One parameter, each device's piece read by itself; per-layer tensors are stacked, kernels transposed to [in, out]."""
     lead = tensor.name.count("{}")
     want = tuple(leaf.shape[lead:])
@@ -180,13 +184,13 @@ def _aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
     return room[first : first + size].view(dtype).reshape(shape)
 
 
-def save(folder: str | Path, params: Params, arch: Architecture, config: dict, dtype: str | None = None) -> list[str]:
+def save(folder: str | epath.Path, params: Params, arch: Architecture, config: dict, dtype: str | None = None) -> list[str]:
     """Writes config.json and safetensors that `transformers` opens; returns the files' names.
 
     dtype: "float32", "bfloat16" or "float16"; None keeps what the config names, else float32. Files are cut at 5 GiB with an
     index.
     """
-    folder = Path(folder)
+    folder = cloud.path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
     kind = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}.get(dtype)
@@ -210,7 +214,7 @@ def _tensors(params: Params, arch: Architecture, kind):
         for place in itertools.product(*map(range, (arch.layers, arch.experts)[: template.count("{}")])):
             arrays = []
             for _, path, transposed in sorted(found):
-                leaf = np.asarray(jax.device_get(flat[path][place]))
+                leaf = np.asarray(jax.device_get(dense(jax.tree.map(lambda x, place=place: x[place], flat[path]))))
                 if kind is np.float16 and np.max(np.abs(leaf), initial=0) > np.finfo(kind).max:
                     name = template.format(*place)
                     raise UserError(f"export: {name} has values beyond float16's; use bfloat16 or float32.")
@@ -218,13 +222,14 @@ def _tensors(params: Params, arch: Architecture, kind):
             yield template.format(*place), np.ascontiguousarray(arrays[0] if len(arrays) == 1 else np.concatenate(arrays))
 
 
-def _write_shards(folder: Path, tensors) -> list[str]:
+def _write_shards(folder: epath.Path, tensors) -> list[str]:
     groups, size = [{}], 0
     temporary = []
 
     def flush():
         temporary.append((folder / f"part-{len(temporary)}.safetensors", list(groups[-1])))
-        save_file(groups[-1], temporary[-1][0], metadata={"format": "pt"})
+        with cloud.local_target(temporary[-1][0]) as file:
+            save_file(groups[-1], file, metadata={"format": "pt"})
 
     total = 0
     for name, array in tensors:

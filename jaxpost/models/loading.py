@@ -2,25 +2,32 @@
 
 `describe` reads everything but the weights, so that a mistake is found before the long part begins. Weights then come from the
 same folder, from a fresh start, or from a workdir's checkpoint, in any case straight into their place on the mesh.
+
+An adapter is a part of the description: weights that it goes around are swapped as they are read, one at a time. A checkpoint
+of ours names the adapter that is in it, and, where its frozen weights are elsewhere, the folder that has them and what they
+were; then the tree is made of the two.
 """
 
 import copy
 import dataclasses
+import inspect
 import json
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxpost import checkpoint, sharding, tokenizer
+from jaxpost import checkpoint, cloud, fingerprint, optim, sharding, tokenizer
 from jaxpost.errors import UserError
 from jaxpost.models import families, hf, hub
 from jaxpost.models.transformer import REMAT, Transformer
-from jaxpost.resolve import find, nearest
+from jaxpost.resolve import find, nearest, resolve
 from jaxpost.types import Params
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -35,12 +42,22 @@ class Description:
     transformer: Transformer
     tokenizer: Any
     config: dict
-    folder: Path | None
+    folder: epath.Path | None
     hub: str = ""  # the name that the folder came by, where its weights may still be on the hub
+    adapter: dict = dataclasses.field(default_factory=dict)  # config's entry, or a checkpoint's; empty for none
 
 
-def describe(model: str | Mapping, tokenizer_name: str = "", dtype: str = "float32", remat: str = "none") -> Description:
-    """The model that a recipe's `model` and `tokenizer` name. Raises UserError for what is missing, broken or not supported."""
+def describe(
+    model: str | Mapping,
+    tokenizer_name: str = "",
+    dtype: str = "float32",
+    remat: str = "none",
+    adapter: str | Mapping | None = None,
+) -> Description:
+    """The model that a recipe's `model`, `tokenizer` and `adapter` name.
+
+    Raises UserError for what is missing, broken or not supported.
+    """
     if not model:
         raise UserError("config.model: give a folder with config.json and *.safetensors, a workdir, or a config.json's fields.")
     for value, known, key in ((dtype, DTYPES, "dtype"), (remat, REMAT, "remat")):
@@ -58,7 +75,8 @@ def describe(model: str | Mapping, tokenizer_name: str = "", dtype: str = "float
             f"config.tokenizer: it has {text.vocab_size} tokens, the model's vocabulary {arch.vocab}; they are not a pair."
         )
     name = model if isinstance(model, str) and hub.is_name(model) else ""
-    return Description(Transformer(arch, _computable(dtype), remat), text, config, folder, name)
+    found = Description(Transformer(arch, _computable(dtype), remat), text, config, folder, name)
+    return dataclasses.replace(found, adapter=_chosen(adapter, carried(folder)))
 
 
 def _computable(dtype: str):
@@ -71,23 +89,23 @@ def _computable(dtype: str):
     return DTYPES[dtype]
 
 
-def _locate(where: str) -> tuple[Path, Path]:
+def _locate(where: str) -> tuple[epath.Path, epath.Path]:
     """(folder of config.json and tokenizer, folder of the weights): a Hugging Face folder twice, or a workdir's two."""
-    path = hub.fetch(where) if hub.is_name(where) else Path(where)
+    path = epath.Path(hub.fetch(where)) if hub.is_name(where) else cloud.path(where)
     if not any((path / name).is_dir() for name in ("checkpoints", "params")) and not (path.is_dir() and checkpoint.steps(path)):
         return path, path
-    step = Path(checkpoint.find_step(path))
+    step = checkpoint.find_step(path)
     described = next((p / "model" for p in step.parents if (p / "model" / "config.json").exists()), None)
     if described is None:
         raise UserError(f"{where}: has a checkpoint, but no workdir around it with model/config.json.")
     return described, step
 
 
-def _tokenizer(where: str | Path | None):
+def _tokenizer(where: str | epath.Path | None):
     """The tokenizer of a folder or of a model on the hub, or one that a function makes."""
     if hub.is_name(str(where)):
         where = hub.fetch(str(where))
-    if where is None or Path(where).is_dir():
+    if where is None or cloud.path(where).is_dir():
         return None if where is None else tokenizer.load(where)
     if ".py:" not in (name := str(where)) and ("/" in name or "." not in name):
         raise UserError(f"config.tokenizer: no folder {name}. Give one with a tokenizer.json, or the name of a function.")
@@ -102,22 +120,137 @@ def check(found: Description) -> None:
         hf.check(found.folder, found.transformer.arch)
 
 
-def abstract(model: Transformer, mesh) -> Params:
-    """The tree of shapes, dtypes and shardings that the model's parameters have on a mesh."""
-    shapes = jax.eval_shape(model.init, jax.random.PRNGKey(0))
+def abstract(model: Transformer, mesh, adapter: Mapping | None = None) -> Params:
+    """The tree of shapes, dtypes and shardings that the model's parameters have on a mesh, with an adapter around them."""
+    key = jax.eval_shape(lambda: jax.random.PRNGKey(0))  # a shape is enough, and costs no compilation
+    shapes = jax.eval_shape(model.init, key)
+    if adapter:
+        shapes = jax.eval_shape(resolve(adapter, "adapters"), shapes, key)
     places = sharding.stored(mesh, shapes)
     return jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p), shapes, places)
 
 
 def weights(found: Description, mesh, seed: int = 0) -> Params:
-    """The folder's weights, or fresh ones drawn from the seed; float32, in their place on the mesh."""
-    shapes = abstract(found.transformer, mesh)
-    if found.folder is not None and (found.folder / "params").exists():
-        return checkpoint.load_params(found.folder, shapes)
-    if found.folder is not None:
-        return hf.load(found.folder, found.transformer.arch, shapes)
-    places = jax.tree.map(lambda x: x.sharding, shapes)
-    return jax.jit(found.transformer.init, out_shardings=places)(jax.random.PRNGKey(seed))
+    """The folder's weights, or fresh ones drawn from the seed; float32, in their place on the mesh, with the adapter around."""
+    shapes, around = abstract(found.transformer, mesh), _around(found, mesh, seed)
+    if found.folder is not None and not (found.folder / "params").exists():
+        return hf.load(found.folder, found.transformer.arch, shapes, then=around)
+    if found.folder is None:
+        places = jax.tree.map(lambda x: x.sharding, shapes)
+        params = jax.jit(found.transformer.init, out_shardings=places)(jax.random.PRNGKey(seed))
+    else:
+        meta, inside = checkpoint.read_meta(found.folder), carried(found.folder)
+        base, within = meta.get("base"), dataclasses.replace(found, adapter=inside)
+        below = base and weights(dataclasses.replace(within, folder=base_of(found.folder, base)), mesh, seed)
+        params = checkpoint.load_params(found.folder, abstract(found.transformer, mesh, inside), below)
+        if inside:
+            return params
+    flat = flatten_dict(params, sep="/")
+    del params
+    return unflatten_dict({path: around(path, flat.pop(path)) for path in list(flat)}, sep="/")
+
+
+def _around(found: Description, mesh, seed: int) -> Callable[[str, Any], Any]:
+    """(path, weight) -> the leaf that the description's adapter makes of it: one at a time, so that no more is held twice."""
+    if not found.adapter:
+        return lambda path, weight: weight
+    make, key = resolve(found.adapter, "adapters"), jax.random.PRNGKey(seed)
+    whole = flatten_dict(abstract(found.transformer, mesh, found.adapter), sep="/")
+
+    def leaf(path, weight):
+        if isinstance(whole[path], jax.ShapeDtypeStruct):
+            return weight
+        places = jax.tree.map(lambda x: x.sharding, whole[path])
+
+        def one(weight):
+            return flatten_dict(make(unflatten_dict({path: weight}, sep="/"), key), sep="/")[path]
+
+        return jax.jit(one, out_shardings=places)(weight)
+
+    return leaf
+
+
+def carried(folder) -> dict:
+    """The adapter that a checkpoint's folder names; empty for none, and for a folder of another kind."""
+    return checkpoint.read_meta(folder).get("adapter") or {} if folder is not None else {}
+
+
+def recorded(adapter: str | Mapping | None) -> dict:
+    """What a checkpoint writes down of an adapter's entry: the function's whole name and all its options, the defaults too.
+
+    An adapter that is read from files says by its `recorded` what it is without them.
+    """
+    if not adapter:
+        return {}
+    bound = resolve(adapter, "adapters")
+    if own := getattr(bound.func, "recorded", None):
+        return own(**bound.keywords)
+    name = adapter if isinstance(adapter, str) else adapter["name"]
+    keywords = inspect.signature(bound.func).parameters.values()
+    defaults = {p.name: p.default for p in keywords if p.kind is p.KEYWORD_ONLY}
+    return {"name": f"{name}.{name}" if name.isidentifier() else name, **defaults, **bound.keywords}
+
+
+def _chosen(asked: str | Mapping | None, inside: dict) -> dict:
+    """The adapter of a description: the one that the checkpoint has inside, else the one that is asked for."""
+    if asked and inside and recorded(asked) != inside:
+        raise UserError(
+            f"config.adapter: the model has one inside, {inside}. Leave the setting out to train that one on, or merge it "
+            "first: python -m jaxpost.export --checkpoint=WORKDIR --out=FOLDER."
+        )
+    return inside or ({"name": asked} if isinstance(asked, str) and asked else dict(asked or {}))
+
+
+def base_in(found: Description, workdir, frozen: Params) -> dict | None:
+    """How a checkpoint in `workdir` names the folder that the frozen weights are in: a path (from the workdir on, if inside it)
+    or a name on the hub, its digest, and the frozen leaves that are to be kept beside it. None where it is in no folder, being
+    fresh, or where nothing is frozen: then all of it is kept.
+    """
+    names = [sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(frozen)]
+    if found.folder is None or not names:
+        return None
+    base, held = checkpoint.read_meta(found.folder).get("base"), set()
+    folder, workdir = checkpoint.absolute(found.folder), checkpoint.absolute(workdir)
+    name = found.hub and f"{found.hub.partition('@')[0]}@{folder.name}"
+    if base:
+        held, folder = set(checkpoint.paths(found.folder)), checkpoint.absolute(base_of(found.folder, base, verify=False))
+        name = base["reference"] if hub.is_name(base["reference"]) else ""
+    if not name:
+        name = str(folder.relative_to(workdir) if folder.is_relative_to(workdir) else folder)
+    beside = [n.replace("/", ".") for n in names if re.search(optim.ADDED, n) or n.replace("/", ".") in held]
+    return {"reference": name, "hash": base["hash"] if base else fingerprint.digest(folder), "beside": sorted(beside)}
+
+
+def base_name(found: Description) -> str | None:
+    """The Hugging Face model that a description's weights are around: a name on the hub or a folder; None if there is none."""
+    base = found.folder is not None and checkpoint.read_meta(found.folder).get("base")
+    if not base:
+        return found.hub or (None if found.folder is None or (found.folder / "params").exists() else str(found.folder))
+    if hub.is_name(base["reference"]):
+        return base["reference"].partition("@")[0]
+    folder = base_of(found.folder, base, verify=False)
+    return None if (folder / "params").exists() else str(folder)
+
+
+def base_of(step, base: dict, verify: bool = True) -> epath.Path:
+    """The folder that a checkpoint's frozen weights are in. Raises UserError where it is gone, or holds others than it did."""
+    where = base["reference"]
+    if hub.is_name(where):
+        folder = hub.fetch(where, weights=True)
+    else:
+        whole = "://" in where or Path(where).is_absolute()
+        folder = epath.Path(where) if whole else checkpoint.absolute(step).parents[2] / where
+    if not folder.exists():
+        raise UserError(
+            f"{step}: its frozen weights are those in {folder}, which is not there. Bring them back to that place (a link "
+            "will do)."
+        )
+    if verify and fingerprint.digest(folder) != base["hash"]:
+        raise UserError(
+            f"{step}: its frozen weights are those that {folder} held when training began; what it holds now is something "
+            "else. Bring the old ones back to that place."
+        )
+    return folder
 
 
 def keep_description(found: Description, workdir, template: str) -> None:
@@ -134,12 +267,12 @@ def keep_description(found: Description, workdir, template: str) -> None:
         tokenizer.save(text, folder)
 
 
-def open_model(where: str, mesh, dtype: str = "float32") -> tuple[Description, Params]:
+def open_model(where: str, mesh, dtype: str = "float32", adapter: Mapping | None = None) -> tuple[Description, Params]:
     """Description and weights of a Hugging Face folder, a workdir, or one checkpoint in a workdir (its newest, where it has
-    several).
+    several), with the adapter around them that the checkpoint has inside, or that is asked for.
 
     Raises UserError if `where` is none of them.
     """
-    found = describe(where, dtype=dtype)
+    found = describe(where, dtype=dtype, adapter=adapter)
     check(found)
     return found, weights(found, mesh)

@@ -1,0 +1,137 @@
+"""A model in Python: what `jaxpost.load` gives.
+
+    model = jaxpost.load("FOLDER")                       a Hugging Face folder, a workdir, or one checkpoint in a workdir
+    model.generate("Once upon a time", new=40)           [text]
+    model.logits(tokens)                                 [B,S,V]
+    model.scores(tokens)["logps"]                        [B,S], without the [B,S,V]
+    jax.grad(lambda p: loss(model.forward(p, batch)))(model.params)
+
+`params` is a plain tree of arrays in its place on the mesh, and `forward` a plain function of it: the very one that objectives
+get. The rest are conveniences around the two that fill in a batch's columns and compile once a shape.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpost import sharding
+from jaxpost.errors import UserError
+from jaxpost.models import loading
+from jaxpost.models.heads import logits
+from jaxpost.models.transformer import Transformer
+from jaxpost.objectives.logprobs import token_scores
+from jaxpost.sampling.text import completed, continuation
+from jaxpost.types import Batch, Output, Params
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A model with its weights, its tokenizer (None where its folder has none), config.json's fields, and the mesh it is on."""
+
+    transformer: Transformer
+    # Left out of what a notebook prints of a model: it would be pages.
+    params: Params = dataclasses.field(repr=False)
+    tokenizer: Any = dataclasses.field(repr=False)
+    config: dict = dataclasses.field(repr=False)
+    mesh: Any
+
+    def forward(self, params: Params, batch: Batch) -> Output:
+        """Final hidden states [B,S,D], and the head that makes logits of them; batch: tokens, segments, positions [B,S]."""
+        return self.transformer.forward(params, batch)
+
+    def logits(self, tokens, lengths=None) -> jax.Array:
+        """[B,S,V] float32, of ids [B,S], each place's for the token after it.
+
+        lengths [B]: how many of a row's tokens are real, where it is padded on the right; what stands past them changes nothing
+        before them, and the logits there mean nothing. The largest array there is: `scores` does without it.
+        """
+        batch, rows = self._batch(tokens, lengths)
+        with sharding.use(self.mesh):
+            return _logits(self.transformer, self.params, batch)[:rows]
+
+    def scores(self, tokens, lengths=None) -> dict[str, jax.Array]:
+        """What the model says of each token of ids [B,S] given those before it: the log-probability `logps`, the `entropy`
+        there, and whether it is the likeliest, `correct` (1 or 0), each [B,S] float32; zero at a row's first token and past
+        its length.
+        """
+        batch, rows = self._batch(tokens, lengths, beyond=1)  # the last token is scored, and never read
+        with sharding.use(self.mesh):
+            return {k: v[:rows] for k, v in _scores(self.transformer, self.params, batch).items()}
+
+    def generate(self, prompts: str | Sequence, **options) -> list[str]:
+        """`n` completions of each prompt, those of one prompt side by side; see `complete` for the arguments."""
+        return [continuation(self.tokenizer, *pair) for pair in self._completed(prompts, **options)]
+
+    def complete(self, prompts: str | Sequence, **options) -> list[np.ndarray]:
+        """`generate` without the way back to text: the completions' ids, without the token that stopped them.
+
+        prompts: a string, or a list of them; or a conversation (a list of {"role", "content"}, whose next turn is the
+        assistant's), or a list of such; or arrays of token ids, taken as they are. Options:
+        chat=False: a string is a user's message, not text to continue. template=None: for chat, a name or Jinja.
+        new=None: the most tokens of a completion; 200, or what the model has room for. temperature=0.0: 0 takes the likeliest
+        token. n=1: completions a prompt. seed=0: which random numbers.
+        Raises UserError for no or empty prompts, where prompt and `new` exceed the model's positions, or without a tokenizer.
+        """
+        return [ids for _, ids in self._completed(prompts, **options)]
+
+    def _completed(self, prompts, **options) -> list[tuple[np.ndarray, np.ndarray]]:
+        self.need_tokenizer()
+        one = isinstance(prompts, (str, np.ndarray)) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
+        asked = [prompts] if one else list(prompts)
+        return completed(self.transformer, self.params, self.tokenizer, asked, mesh=self.mesh, **options)
+
+    def need_tokenizer(self) -> None:
+        """Raises UserError for a model without a tokenizer."""
+        if self.tokenizer is None:
+            raise UserError("the model's folder has no tokenizer (tokenizer.json), so there is no way from text to tokens.")
+
+    def _batch(self, tokens, lengths, beyond: int = 0) -> tuple[dict, int]:
+        """(columns on the mesh, rows asked for): one document a row, and rows of padding where the mesh needs more."""
+        tokens = np.asarray(tokens)
+        arch = self.transformer.arch
+        if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+            raise UserError(f"tokens are ids [B,S], all rows of one length; these are {tokens.dtype} of shape {tokens.shape}.")
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < arch.vocab:
+            raise UserError(f"token ids are 0 to {arch.vocab - 1}; these are {tokens.min()} to {tokens.max()}.")
+        rows, length = tokens.shape
+        if not 0 < length <= (most := arch.max_positions + beyond) or not rows:
+            raise UserError(f"tokens of shape {tokens.shape}: give rows of 1 to {most} tokens, and one at least.")
+        lengths = np.full(rows, length) if lengths is None else np.asarray(lengths)
+        if lengths.shape != (rows,) or not ((lengths >= 0) & (lengths <= length)).all():
+            raise UserError(f"lengths are {rows} numbers of 0 to {length}, one a row; these are {lengths.tolist()}.")
+        real = np.arange(length) < lengths[:, None]
+        columns = {"tokens": np.where(real, tokens, 0), "segments": real, "positions": np.where(real, np.arange(length), 0)}
+        extra = -rows % (self.mesh.shape["data"] * self.mesh.shape["fsdp"])
+        padded = {k: np.pad(x.astype(np.int32), ((0, extra), (0, 0))) for k, x in columns.items()}
+        first, last = sharding.local_rows(self.mesh, rows + extra)
+        return sharding.distribute({k: x[first:last] for k, x in padded.items()}, self.mesh, rows + extra), rows
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model: Transformer, params: Params, batch: Batch) -> jax.Array:
+    out = model.forward(params, batch)
+    return sharding.shard(logits(out.hidden, out.head), "BSV")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _scores(model: Transformer, params: Params, batch: Batch) -> dict[str, jax.Array]:
+    mask = (batch["segments"] > 0) & (jnp.arange(batch["tokens"].shape[1]) > 0)
+    return token_scores(model.forward(params, batch), batch, mask)
+
+
+def load(where: str | Mapping, *, mesh=None, dtype: str = "float32", adapter: Mapping | str | None = None) -> Model:
+    """The model of a Hugging Face folder, a workdir, or one checkpoint in a workdir; config.json's fields give a fresh one.
+
+    mesh: what `jaxpost.sharding.make_mesh` gives; None is all devices side by side. dtype: of the computation, float32 or
+    bfloat16; the weights are float32. adapter: a recipe's entry, such as {"name": "peft", "folder": "FOLDER"} or
+    {"name": "lora", "rank": 16}; a workdir's own comes without asking. Raises UserError if `where` is none of these, or broken,
+    or not supported.
+    """
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    found, params = loading.open_model(where if isinstance(where, Mapping) else str(where), mesh, dtype, adapter)
+    return Model(found.transformer, params, found.tokenizer, found.config, mesh)

@@ -1,0 +1,103 @@
+"""Paths in Google Cloud Storage, and how libraries that know only local files get at them.
+
+Everything of a user's that is read or written, from a workdir to an export, may be `gs://bucket/folder`. `etils.epath` does the
+work, by TensorFlow where that is installed, else by `gcsfs`; Orbax writes its arrays through TensorStore, and asks Google's own
+client about the bucket. `pip install 'jaxpost[gcs]'` brings what is needed. Credentials are Google's defaults: the machine's
+service account on Google Cloud, elsewhere those of `gcloud auth application-default login`. A workdir needs the right to read,
+write and delete objects, and `storage.buckets.get`, which Orbax uses.
+
+An object store is no disk, in three ways that matter here. An object appears at once and whole when its upload ends, so it
+needs no file beside it that is renamed into place; renaming is what is slow, being a copy. Nothing can be appended to
+(`writers`). And a folder is only the common beginning of names, so there is nothing to create, and an empty one does not exist.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from etils import epath
+
+from jaxpost.errors import UserError
+
+
+def is_remote(where) -> bool:
+    """Whether a path is in an object store, not on a disk of this machine."""
+    return "://" in str(where)
+
+
+def path(where) -> epath.Path:
+    """The path, local or gs://. Raises UserError for another store, and where a library for gs:// is missing."""
+    if is_remote(where):
+        if not str(where).startswith("gs://"):
+            raise UserError(f"{where}: of the object stores only gs:// is known; copy it there, or to a local folder.")
+        _prepare()
+    return epath.Path(where)
+
+
+@functools.cache
+def _prepare() -> None:
+    tensorflow = importlib.util.find_spec("tensorflow") is not None
+    wanted = ["google.cloud.storage"] if tensorflow else ["gcsfs", "google.cloud.storage"]
+    if missing := [name for name in wanted if not _installed(name)]:
+        raise UserError(f"gs:// paths need {' and '.join(missing)}, which is not installed; pip install 'jaxpost[gcs]'.")
+    if not tensorflow:
+        from etils.epath import backend
+
+        # Its memory of what a folder holds would miss what TensorStore, another process or another machine puts there.
+        listings = backend.fsspec_backend.fs("gs://").dircache
+        listings.clear()
+        listings.use_listings_cache = False
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # not even the package that it would be in
+        return False
+
+
+def check_bucket(where) -> None:
+    """Raises UserError if the bucket of a gs:// path is not there, or not to be used with the credentials at hand."""
+    if not is_remote(where):
+        return
+    name = path(where).parts[2]
+    from google.api_core.exceptions import GoogleAPIError
+    from google.auth.exceptions import GoogleAuthError
+    from google.cloud import storage
+
+    try:
+        storage.Client().get_bucket(name)
+    except (GoogleAPIError, GoogleAuthError, OSError) as e:
+        raise UserError(
+            f"{where}: the bucket {name} cannot be used ({_first_line(e)}). Check its name, that this machine's account has "
+            "storage.buckets.get and may write objects there, or log in: gcloud auth application-default login."
+        ) from e
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+@contextlib.contextmanager
+def local_copy(file: epath.Path) -> Iterator[Path]:
+    """A local file with the content of `file`: itself, or for the length of the block a copy."""
+    if not is_remote(file):
+        yield Path(file)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file.copy(epath.Path(folder) / file.name)
+        yield Path(folder) / file.name
+
+
+@contextlib.contextmanager
+def local_target(file: epath.Path) -> Iterator[Path]:
+    """A local path to write to, whose content is that of `file` when the block ends."""
+    if not is_remote(file):
+        yield Path(file)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder) / file.name
+        epath.Path(folder, file.name).copy(file, overwrite=True)

@@ -1,0 +1,220 @@
+"""Conversations in one form: whatever manner of writing turns down a data set has, the rest of the package sees this one.
+
+    {"role": "system" | "user" | "assistant" | "tool", "content": str}
+
+and, where the row has them: `reasoning_content` (what the assistant thought), `tool_calls` (a list of {"type": "function",
+"function": {"name", "arguments": {...}}}), `name` and `tool_call_id` (of a tool's turn), and on an assistant's turn `weight`: 0
+where the row says that this turn is not to be learned.
+
+The manners are OpenAI's (role and content, the content maybe a list of parts), ShareGPT's (from and value; human, gpt, system,
+function_call, observation) and HH-RLHF's transcripts ("\\n\\nHuman: ... \\n\\nAssistant: ..."), in which successive turns of
+one speaker are one turn.
+
+`check` holds the rules of sequence: an optional system turn, then user and assistant in turn, where an assistant that calls
+tools hears from them before it goes on. The checks are strict on purpose: an empty assistant turn or two user turns in a row is
+a defect of the data that would otherwise be learned.
+"""
+
+import json
+import re
+from typing import Any
+
+from jaxpost.errors import UserError
+
+ROLES = ("system", "user", "assistant", "tool")
+Message = dict[str, Any]
+
+_SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "function_call": "assistant",
+    "observation": "tool",
+    "tool": "tool",
+}
+_SPEECH = re.compile(r"\n\n(Human|Assistant):")
+
+
+def turns(value: Any, column: str, place: str) -> list[Message]:
+    """The turns that a column holds, in the one form: from a list of turns, one turn alone, or a transcript.
+
+    Raises UserError with the place, and with the number of the turn, for what is none of these. The sequence is not checked.
+    """
+    if isinstance(value, str) and _SPEECH.match(value):
+        return _transcript(value)
+    if isinstance(value, dict):
+        lengths = {len(part) if isinstance(part, list) else -1 for part in value.values()}
+        # A sequence of structures arrives from TFDS as a structure of sequences.
+        together = len(lengths) == 1 and -1 not in lengths
+        value = [dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)] if together else [value]
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        raise UserError(f"{place}: {column} must be a list of objects with role and content (or from and value); write it so")
+    return [_turn(turn, f"{place}, message {number}") for number, turn in enumerate(value, start=1)]
+
+
+def check(messages: list[Message], place: str, empty: bool = False) -> list[Message]:
+    """The messages, if their sequence follows the rules; UserError with the place and the turn if not.
+
+    `empty` lets the last assistant turn say nothing, as a rejected answer may.
+    """
+    expected = ("user",)
+    for number, message in enumerate(messages, start=1):
+        where = f"{place}, message {number}"
+        role = message["role"]
+        if role == "system":
+            if number > 1:
+                raise UserError(f"{where}: a system turn must be first; move it there or fold it into the user's turn")
+            continue
+        if role == "tool" and role not in expected:
+            raise UserError(f"{where}: a tool's turn without a call before it; an assistant's tool_calls must come first")
+        if role not in expected:
+            rule = "the tools that were called answer first" if "tool" in expected else "user and assistant must alternate"
+            raise UserError(f"{where}: the role is {role}, not {' or '.join(expected)}; {rule}, user first")
+        calls = message.get("tool_calls")
+        if role == "assistant" and not (message["content"].strip() or calls or (empty and number == len(messages))):
+            raise UserError(
+                f"{where}: content of the assistant's turn is empty, so there is nothing to learn; fill it in or remove the row"
+            )
+        after = {"user": ("assistant",), "tool": ("tool", "assistant"), "assistant": ("tool",) if calls else ("user",)}
+        expected = after[role]
+    roles = [message["role"] for message in messages]
+    if "user" not in roles:
+        raise UserError(f"{place}: a conversation without a user turn; add one")
+    if "assistant" not in roles:
+        raise UserError(f"{place}: a conversation without an assistant turn leaves nothing to learn; add one or remove the row")
+    return messages
+
+
+def definitions(value: Any, place: str) -> list[dict[str, Any]] | None:
+    """The functions that a row's `tools` column defines, each {"type": "function", "function": {"name", ...}}; None if none.
+
+    The column is a list, or JSON of one; a definition may leave out the envelope. Raises UserError with the place otherwise.
+    """
+    if isinstance(value, str) and value.strip():
+        value = _json(value, "tools", place)
+    if value is None or value == "" or value == []:
+        return None
+    listed = value if isinstance(value, list) else [None]
+    found = [isinstance(tool, dict) and (tool.get("function") or tool) for tool in listed]
+    if not all(isinstance(tool, dict) and isinstance(tool.get("name"), str) for tool in found):
+        raise UserError(
+            f"{place}: tools must be a list of functions, each an object with a name; write it so, or as [] if none"
+        )
+    return [{"type": "function", "function": tool} for tool in found]
+
+
+def string(value: Any, column: str, place: str) -> str:
+    """The value, if it is a string; UserError with the place if not."""
+    if not isinstance(value, str):
+        found = "missing or null" if value is None else f"of type {type(value).__name__}"
+        raise UserError(f"{place}: {column} must be a string, and is {found}; write it as one")
+    return value
+
+
+def filled(value: Any, column: str, place: str) -> str:
+    """The value, if it is a string with more than white space; UserError with the place if not."""
+    if not string(value, column, place).strip():
+        raise UserError(f"{place}: {column} is empty, so there is nothing to learn; fill it in or remove the row")
+    return value
+
+
+def _transcript(text: str) -> list[Message]:
+    parts = _SPEECH.split(text)[1:]
+    found: list[Message] = []
+    for speaker, said in zip(parts[::2], parts[1::2], strict=True):
+        role = "user" if speaker == "Human" else "assistant"
+        if found and found[-1]["role"] == role:
+            found[-1]["content"] += "\n\n" + said.strip()
+        else:
+            found.append({"role": role, "content": said.strip()})
+    return found
+
+
+def _turn(turn: dict[str, Any], where: str) -> Message:
+    given = {key: value for key, value in turn.items() if value is not None}
+    if "role" not in given and "from" in given:
+        return _sharegpt(given, where)
+    role = given.get("role")
+    if role not in ROLES:
+        raise UserError(f"{where}: role {role!r} is not supported; the roles are {', '.join(ROLES)}")
+    content, thought, calls = _content(given.get("content"), bool(given.get("tool_calls")), where)
+    thought = thought or string(given.get("reasoning_content") or "", "reasoning_content", where)
+    calls = calls or _calls(given.get("tool_calls") or [], where)
+    if (thought or calls) and role != "assistant":
+        raise UserError(f"{where}: reasoning and tool calls belong to the assistant, not to the {role}; move them")
+    found = {"role": role, "content": content}
+    found |= {"reasoning_content": thought} if thought else {}
+    found |= {"tool_calls": calls} if calls else {}
+    if role == "tool":
+        found |= {key: string(given[key], key, where) for key in ("name", "tool_call_id") if key in given}
+    if role == "assistant" and _weight(given, where) == 0:
+        found["weight"] = 0
+    return found
+
+
+def _weight(given: dict[str, Any], where: str) -> float:
+    weight = given.get("weight", given.get("loss_weight", 1))
+    if weight not in (0, 1):
+        raise UserError(f"{where}: weight {weight!r}; a turn is learned (1) or not (0), so give one of these")
+    return weight
+
+
+def _sharegpt(given: dict[str, Any], where: str) -> Message:
+    speaker = given["from"]
+    role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        raise UserError(f"{where}: from {speaker!r} is not supported; the speakers are {', '.join(_SPEAKERS)}")
+    value = string(given.get("value"), "value", where)
+    if speaker == "function_call":
+        calls = _json(value, "a function_call", where)
+        return {"role": role, "content": "", "tool_calls": _calls(calls if isinstance(calls, list) else [calls], where)}
+    found = {"role": role, "content": value}
+    return found | ({"weight": 0} if role == "assistant" and _weight(given, where) == 0 else {})
+
+
+def _content(value: Any, calls: bool, where: str) -> tuple[str, str, list]:
+    """(text, thought, tool calls) of a content: a string, or a list of parts, which are joined."""
+    if value is None and calls:
+        return "", "", []
+    if not isinstance(value, list):
+        return string(value, "content", where), "", []
+    texts, thoughts, called = [], [], []
+    for part in value:
+        part = {"type": "text", "text": part} if isinstance(part, str) else part
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind not in ("text", "reasoning", "tool_call"):
+            raise UserError(f"{where}: a part of type {kind!r}; content is text alone, so remove the part or the row")
+        said = string(next((part[key] for key in ("text", "value", kind) if part.get(key) is not None), None), kind, where)
+        if kind == "tool_call":
+            called.append(_json(said, "a tool_call", where))
+        else:
+            (texts if kind == "text" else thoughts).append(said)
+    return "".join(texts), "".join(thoughts), _calls(called, where)
+
+
+def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """The calls, each {"type", "function": {"name", "arguments"}}, and "id" where it has one; arguments as an object."""
+    if not isinstance(calls, list):
+        raise UserError(f"{where}: tool_calls must be a list, each with a name and arguments; write them so")
+    found = []
+    for call in calls:
+        function = call.get("function") or call if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise UserError(f"{where}: a tool call must be an object with a name and arguments; write it so")
+        arguments = function.get("arguments")
+        if isinstance(arguments, str) and arguments.strip():
+            arguments = _json(arguments, "a call's arguments", where)
+        if not isinstance(arguments or {}, dict):
+            raise UserError(f"{where}: a call's arguments must be an object of names and values; write them so")
+        kept = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        found.append(kept | {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}})
+    return found
+
+
+def _json(text: str, what: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: {what} is broken JSON ({error}); mend it or remove the row") from error

@@ -1,0 +1,188 @@
+"""Several sources in one stream: lists, which are read one after the other, and mixtures, which are drawn from by weight.
+
+In `config.data` sources are separated by commas, and a weight follows its source after an equals sign:
+
+    a.jsonl,b.jsonl                one data set of two files, each row once an epoch
+    a.jsonl=3,b.jsonl=1            a mixture: three rows in four from a.jsonl
+    {"a.jsonl": 3, "b.jsonl": 1}   the same in a recipe; there a list takes a path with a comma or an equals sign in it too
+
+Weights are of rows, and a row is never of two sources. With packing every row is full, so they are shares of tokens; without,
+they are shares of examples. The order is Grain's: as even as the weights allow, so that every batch has nearly the proportions
+of the whole, and a row's source is a function of its place alone. Each source is permuted anew every time it has been gone
+through. So a mixture is random access like everything else here, and is resumed by the same integer.
+
+An epoch of a mixture ends when every source has been gone through at least once: nothing is left out, and what weighs more than
+its size begins again before that.
+"""
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from jaxpost.data import readers
+from jaxpost.errors import UserError
+
+
+class Part(NamedTuple):
+    """A source of a mixture, or the only one: its records, and what was wrong with the rows that were left out of them."""
+
+    name: str
+    weight: float | None
+    records: list[readers.Record]
+    unread: list[str]
+
+
+def read(data: Any, key: str, skip: bool) -> list[Part]:
+    """The parts of `config.<key>`: one for each weighted source, or a single one of all sources that have no weight.
+
+    data: a string, a list of strings and (path, weight) pairs, or a dict of weights, as above. With `skip` rows that cannot be
+    read are left out and told. Raises UserError for what is none of these, for weights of 0 or less, and as `readers.read`.
+    """
+    entries = list(_entries(data, key))
+    weights = [weight for _, weight in entries]
+    if any(w is not None and not (math.isfinite(w) and w > 0) for w in weights):
+        raise UserError(f"config.{key}: weights must be above 0, and are {weights}; leave a source out to weigh it nothing")
+    weighted = [w is not None for w in weights]
+    if any(weighted) and not all(weighted):
+        raise UserError(
+            f"config.{key}: {entries[weighted.index(False)][0]!r} has no weight, as others have; give all one or none"
+        )
+    if not entries:
+        raise UserError(f"config.{key}: names no source; give a file, a folder, a pattern, tfds:NAME/SPLIT or hf:NAME")
+    names = [name for name, _ in entries]
+    together = [(", ".join(names), None, names[0] if len(names) == 1 else names)]
+    parts = []
+    for name, weight, paths in [(n, w, n) for n, w in entries] if all(weighted) else together:
+        unread: list[str] = []
+        parts.append(Part(name, weight, readers.read(paths, unread if skip else None), unread))
+    return parts
+
+
+def mix(rows: Sequence[grain.MapDataset], weights: Sequence[float], seed: int) -> grain.MapDataset:
+    """The datasets' rows by weight (relative, above 0), shuffled by seed; as long as one epoch, and as endless when repeated.
+
+    rows: each with one row or more. Weights are honoured to a hundredth of the least of them.
+    """
+    seeds = [int(np.random.SeedSequence([seed, k]).generate_state(1)[0]) for k in range(len(rows))]
+    endless = [part.shuffle(s).repeat() for part, s in zip(rows, seeds, strict=True)]
+    mixed = grain.MapDataset.mix(endless, list(weights))
+    return _Epoch(mixed, _epoch([len(part) for part in rows], weights))
+
+
+def divide(parts: Sequence[Part], chosen: np.ndarray) -> tuple[list[Part], list[Part]]:
+    """(kept, rest): the parts' records whose places in all of them together are in `chosen` (sorted), and the others.
+
+    Parts without a kept record are not among the kept. Raises UserError for a part of which nothing is left.
+    """
+    kept, rest, start = [], [], 0
+    taken = set(chosen.tolist())
+    for part in parts:
+        places = range(start, start := start + len(part.records))
+        own = [part.records[i - places[0]] for i in places if i in taken]
+        others = [part.records[i - places[0]] for i in places if i not in taken]
+        if not others:
+            raise UserError(f"config.held_out: leaves nothing of {part.name} to train on; hold out less, or name eval_data")
+        kept += [part._replace(records=own, unread=[])] if own else []
+        rest.append(part._replace(records=others))
+    return kept, rest
+
+
+def digest(digests: Sequence[str], weights: Sequence[float]) -> str:
+    """One digest of a mixture's parts and their weights, in their order."""
+    return hashlib.sha256(json.dumps([list(digests), list(weights)]).encode()).hexdigest()[:16]
+
+
+def tell(what: str, part: Part, encoded: Any, rows: int, window: int) -> None:
+    """Prints what became of a part's records (encoded: source.Encoded), and what was wrong with the first that was skipped."""
+    report = encoded.report | {"skipped": encoded.report["skipped"] + len(part.unread)}
+    sizes = "{count:,} examples, {tokens:,} tokens ({trained_tokens:,} learned)".format(**report)
+    lost = [f"{report[k]:,} {k}" for k in ("truncated", "split", "dropped", "skipped") if report[k]]
+    first = f"; the first skipped: {(part.unread or [encoded.reason])[0]}" if report["skipped"] else ""
+    print(f"{what}: {sizes} in {rows:,} rows of {window}{''.join(f', {x}' for x in lost)}{first}", file=sys.stderr)
+
+
+def pairs(value: str | Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The names and values of a setting that is a dict, or on the command line `name=value,name=value`.
+
+    A value that is JSON (true, 3, "x") is taken as such, any other as the string it is. Raises UserError for a bad pair.
+    """
+    if isinstance(value, Mapping):
+        return dict(value)
+    found = {}
+    for pair in filter(None, (part.strip() for part in value.split(","))):
+        name, equals, text = (part.strip() for part in pair.partition("="))
+        if not (name and equals and text):
+            raise UserError(f"config.{key}: {pair!r} is no pair; write name=value, with commas between pairs")
+        try:
+            found[name] = json.loads(text)
+        except ValueError:
+            found[name] = json.loads(text.lower()) if text in ("True", "False") else text
+    return found
+
+
+def _entries(data: Any, key: str):
+    """(path, weight or None) of every source."""
+    if isinstance(data, str):
+        for entry in filter(None, (part.strip() for part in data.split(","))):
+            path, _, weight = entry.rpartition("=")
+            yield (path, float(weight)) if path and _number(weight) else (entry, None)
+        return
+    for entry in data.items() if isinstance(data, Mapping) else data:
+        path, weight = (entry, None) if isinstance(entry, str) else entry if _is_pair(entry) else (None, None)
+        if path is None:
+            raise UserError(f"config.{key}: {entry!r} is neither a path nor a path with its weight; write ('a.jsonl', 3)")
+        yield path, None if weight is None else float(weight)
+
+
+def _is_pair(entry: Any) -> bool:
+    return (
+        isinstance(entry, (list, tuple))
+        and len(entry) == 2
+        and isinstance(entry[0], str)
+        and isinstance(entry[1], (int, float))
+        and not isinstance(entry[1], bool)
+    )
+
+
+def _number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _epoch(lengths: Sequence[int], weights: Sequence[float]) -> int:
+    """The number of rows of a mixture after which all parts have been gone through."""
+    # Element n of this mixture says which part row n is from and how many rows of that part came before it.
+    counts = [grain.MapDataset.range(sys.maxsize).map(lambda i, k=k: (k, i)) for k in range(len(lengths))]
+    order = grain.MapDataset.mix(counts, list(weights))
+    ends = []
+    for k, (length, weight) in enumerate(zip(lengths, weights, strict=True)):
+        share = sum(weights) / weight
+        # Rows of a part keep to their even spacing within a few places, so the search is short; rounded weights may drift.
+        place = max(0, int((length - 1) * share * 0.98 - (len(lengths) + 2) * share))
+        while order[place][0] != k or order[place][1] < length - 1:
+            place += 1
+        ends.append(place + 1)
+    return max(ends)
+
+
+class _Epoch(grain.MapDataset):
+    """The first `length` elements of an endless dataset; when it is repeated, the ones after them."""
+
+    def __init__(self, parent: grain.MapDataset, length: int):
+        super().__init__(parent)
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index):
+        return self.slice(index) if isinstance(index, slice) else self.parents[0][index]

@@ -1,0 +1,77 @@
+"""The tensors of a safetensors file, read lazily and in part, wherever the file is.
+
+On a disk that is the safetensors library's own work, by a memory map. From gs:// the header is read, and then of each tensor
+the rows that are asked for, as one range of the object: nothing is downloaded to a disk first, and each host of several reads
+what its own devices hold. Columns are cut on the host, so where the columns of a weight are split over devices its rows are
+read once for each.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+from safetensors import SafetensorError, safe_open
+
+from jaxpost import cloud
+from jaxpost.errors import UserError
+
+_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_HEADER = 8  # bytes, which say how long the description after them is
+
+
+def tensors(file: epath.Path) -> dict[str, Any]:
+    """Name -> lazy slice, with get_shape(), get_dtype() and indexing by slices. Raises UserError for a file that is cut off."""
+    try:
+        if cloud.is_remote(file):
+            return _remote(file)
+        found = safe_open(file, framework="np")
+    except (SafetensorError, ValueError, KeyError) as e:
+        raise UserError(f"{file}: not a whole safetensors file ({e}). Copy or download it again.") from None
+    return {name: found.get_slice(name) for name in found.keys()}  # noqa: SIM118 (not a dict)
+
+
+def _remote(file: epath.Path) -> dict[str, "_Slice"]:
+    size = file.stat().length
+    length = int.from_bytes(_range(file, 0, _HEADER), "little") if size >= _HEADER else size
+    start = _HEADER + length
+    if start > size:
+        raise ValueError("it ends within its header")
+    header = json.loads(_range(file, _HEADER, start))
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    if start + max((entry["data_offsets"][1] for entry in entries.values()), default=0) != size:
+        raise ValueError("its size is not what its header says")
+    return {name: _Slice(file, start, entry) for name, entry in entries.items()}
+
+
+def _range(file: epath.Path, start: int, stop: int) -> bytes:
+    with file.open("rb") as stream:
+        stream.seek(start)
+        return stream.read(stop - start)
+
+
+class _Slice:
+    """One tensor of a remote file; indexing takes slices alone, of step 1, as the library's own does here."""
+
+    def __init__(self, file: epath.Path, start: int, entry: Mapping):
+        self.file, self.entry = file, entry
+        self.start = start + entry["data_offsets"][0]
+
+    def get_shape(self) -> list[int]:
+        return self.entry["shape"]
+
+    def get_dtype(self) -> str:
+        return self.entry["dtype"]
+
+    def __getitem__(self, index) -> np.ndarray:
+        shape, kind = self.entry["shape"], np.dtype(_DTYPES[self.entry["dtype"]])
+        index = index if isinstance(index, tuple) else (index,)
+        if not shape:
+            return np.frombuffer(_range(self.file, self.start, self.start + kind.itemsize), kind).reshape(())
+        first, last, _ = index[0].indices(shape[0])
+        row = math.prod(shape[1:]) * kind.itemsize
+        read = _range(self.file, self.start + first * row, self.start + last * row) if last > first else b""
+        return np.frombuffer(read, kind).reshape(max(last - first, 0), *shape[1:])[:, *index[1:]]

@@ -1,0 +1,109 @@
+"""Text to text: prompts are encoded, completed by the model, and decoded.
+
+A prompt is a string, continued as it stands after the beginning-of-text token where the tokenizer adds one on its own; or a
+string as a user's message, or a whole conversation, which the chat template renders and opens the assistant's turn after. A
+completion ends at the tokenizer's end-of-text token or the chat template's end of turn, which is not shown.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxpost import tokenizer
+from jaxpost.data.chat import encode_prompt, stop_ids
+from jaxpost.errors import UserError
+from jaxpost.models.transformer import Transformer
+from jaxpost.sampling.decode import complete
+from jaxpost.types import Params
+
+DEFAULT_NEW = 200
+# Prompts are padded to a multiple of this, so that prompts of about one length share a compiled program.
+_BUCKET = 32
+
+
+def completed(
+    model: Transformer,
+    params: Params,
+    text: Any,
+    prompts: Sequence[str | list[dict] | np.ndarray],
+    *,
+    mesh,
+    new: int | None = None,
+    temperature: float = 0.0,
+    chat: bool = False,
+    template: str | None = None,
+    seed: int = 0,
+    n: int = 1,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(ids of the prompt, ids of its completion without the stop token): `n` of each prompt, side by side.
+
+    text: the tokenizer. prompts: strings, conversations (lists of role and content), or ids. chat: a string is a user's
+    message, not text to continue. new: the most tokens a completion may have; None is 200, or as many as the model's positions
+    leave room for. temperature: 0 takes the likeliest token. template: for `chat`, a name or Jinja; None is the tokenizer's
+    own. The same seed, prompts and n give the same ids. Raises UserError for no or empty prompts, and where prompt and `new`
+    exceed the model's positions.
+    """
+    ids = [_encoded(text, p, chat, template) for p in prompts for _ in range(n)]
+    if not ids:
+        raise UserError("nothing to complete: give at least one prompt.")
+    longest, room = max(map(len, ids)), model.arch.max_positions
+    new = min(DEFAULT_NEW, room - longest) if new is None else new
+    if new < 1 or longest + new > room:
+        raise UserError(
+            f"a prompt of {longest} tokens and {max(new, 1)} new ones do not fit the model's {room} positions "
+            f"(max_position_embeddings); {_remedy(room - longest)}"
+        )
+    found = complete(
+        model,
+        params,
+        ids,
+        mesh=mesh,
+        prompt_window=min(longest + -longest % _BUCKET, room - new),
+        new=new,
+        stop=stop_ids(text, template),
+        temperature=temperature,
+        seed=seed,
+    )
+    ends = found.lengths - found.stopped
+    return [(p, row[len(p) : len(p) + end]) for p, row, end in zip(ids, found.tokens, ends, strict=True)]
+
+
+def _remedy(left: int) -> str:
+    return f"set new to {left} or less." if left > 0 else "shorten the prompt."
+
+
+def _encoded(text: Any, prompt: str | list[dict] | np.ndarray, chat: bool, template: str | None) -> np.ndarray:
+    if isinstance(prompt, np.ndarray):
+        return prompt.astype(np.int32)
+    if isinstance(prompt, str) and not chat:
+        return _raw(text, prompt)
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    strings = isinstance(turns, list) and all(
+        isinstance(t, dict) and all(isinstance(t.get(k), str) for k in ("role", "content")) for t in turns
+    )
+    if not strings or not turns or turns[-1]["role"] == "assistant":
+        raise UserError(
+            "a prompt is a string, or a list of {'role', 'content'} that does not end with the assistant, not "
+            f"{str(prompt)[:80]}."
+        )
+    return encode_prompt(turns, text, template)
+
+
+def _raw(text: Any, prompt: str) -> np.ndarray:
+    """A prompt's ids, after the beginning-of-text token where the tokenizer adds one and the prompt does not spell it out."""
+    ids = tokenizer.encode(text, prompt)
+    opening = text("")["input_ids"][:1]
+    if opening == [text.bos_token_id] and ids[:1] != opening:
+        ids = opening + ids
+    if not ids:
+        raise UserError("the prompt is empty, and the tokenizer has no beginning-of-text token to start from; give some text.")
+    return np.array(ids, np.int32)
+
+
+def continuation(text: Any, prompt: np.ndarray, completion: np.ndarray) -> str:
+    """The completion as the text it adds to the prompt's: decoded alone it would lose its leading space in some tokenizers."""
+    before, whole = (
+        text.decode(ids.tolist(), clean_up_tokenization_spaces=False) for ids in (prompt, np.concatenate([prompt, completion]))
+    )
+    return whole.removeprefix(before) if whole.startswith(before) else text.decode(completion.tolist())

@@ -1,0 +1,44 @@
+"""The notebooks run from top to bottom, offline, with the tiny stand-in that they fall back to."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxpost.errors import UserError
+from jaxpost.models import hub
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+
+
+def cells(path: Path) -> list[str]:
+    """The code of a notebook, cell by cell."""
+    return ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_is_committed_without_its_outputs(path):
+    held = json.loads(path.read_text())
+    code = [cell for cell in held["cells"] if cell["cell_type"] == "code"]
+    assert held["nbformat"] == 4 and code
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in code)
+
+
+@pytest.mark.slow
+def test_fine_tuning_from_the_first_cell_to_the_last(tmp_path, monkeypatch):
+    def unreachable(name, weights=False):
+        raise UserError(f"{name}: no network")
+
+    monkeypatch.setattr(hub, "fetch", unreachable)
+    monkeypatch.chdir(tmp_path)
+    names, said = {"__name__": "__main__"}, io.StringIO()
+    with contextlib.redirect_stdout(said):
+        for source in cells(Path(__file__).parent.parent / "notebooks" / "01_sft.ipynb"):
+            exec(compile(source, "01_sft.ipynb", "exec"), names)  # the notebook's own code
+    losses = [row["loss"] for row in names["figures"] if "loss" in row]
+    assert losses[-1] < 0.7 * losses[0], losses
+    assert "Going on with a stand-in" in said.getvalue() and "What colour is grass? -> " in said.getvalue()
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in (tmp_path / "exported").iterdir()}
+    assert names["results"]["eval/loss"] < losses[0] and (tmp_path / "runs" / "sft" / "report.html").exists()

@@ -1,0 +1,147 @@
+"""Chat templates: the named ones spelled out, variables set once for all, and what is written where a template lacks a word.
+
+Every expected value is the whole rendered text with the mask in it: what a tool answered is never learned, what the assistant
+calls always is.
+"""
+
+import pytest
+from toy_tokenizers import byte_pairs, characters, conversation, learned
+
+from jaxpost.data import chat, templates
+from jaxpost.data.formats import Conversation
+from jaxpost.errors import UserError
+
+SYSTEM = {"role": "system", "content": "be"}
+FUNCTION = {"name": "f", "description": "d"}
+TOOLS = [{"type": "function", "function": FUNCTION}]
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": "é"}}}
+TOOL_TALK = Conversation(
+    [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "wait", "tool_calls": [CALL, CALL], "reasoning_content": "hm"},
+        {"role": "tool", "content": "7"},
+        {"role": "tool", "content": "8"},
+        {"role": "assistant", "content": "15"},
+    ],
+    "p",
+    None,
+    TOOLS,
+)
+# One that knows tools and reasoning, in a manner of its own.
+CAPABLE = (
+    "{% if tools %}<|im_start|>tools{% for t in tools %} {{ t.function.name }}{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}"
+    "{{ m.content }}{% for c in m.tool_calls or [] %}[{{ c.function.name }} {{ c.function.arguments.values() | list | first }}]"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def shown(talk, tokenizer, template=None, train_on="assistant"):
+    return learned(chat.encode(talk, tokenizer, template, train_on), tokenizer)
+
+
+def with_tokens(*tokens):
+    tokenizer = byte_pairs()
+    tokenizer.add_special_tokens({"additional_special_tokens": list(tokens), "bos_token": "<bos>"})
+    return tokenizer
+
+
+TALK = Conversation([SYSTEM, *conversation(" a ", "b", "c", "d")], "p")
+
+
+def test_llama3():
+    tokenizer = with_tokens("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+
+    def turn(role, content):
+        return f"<|start_header_id|>{role}<|end_header_id|>\n\n{content}"
+
+    expected = "<bos>" + turn("system", "be<|eot_id|>") + turn("user", "a<|eot_id|>") + turn("assistant", "⟦b<|eot_id|>⟧")
+    expected += turn("user", "c<|eot_id|>") + turn("assistant", "⟦d<|eot_id|>⟧")
+    assert shown(TALK, tokenizer, "llama3") == expected
+    assert chat.stop_ids(tokenizer, "llama3")[1:] == (tokenizer.convert_tokens_to_ids("<|eot_id|>"),)
+
+
+def test_gemma_folds_the_system_turn_into_the_first_user_turn():
+    tokenizer = with_tokens("<start_of_turn>", "<end_of_turn>")
+    expected = (
+        "<bos><start_of_turn>user\nbe\n\na<end_of_turn>\n<start_of_turn>model\n⟦b<end_of_turn>⟧\n"
+        "<start_of_turn>user\nc<end_of_turn>\n<start_of_turn>model\n⟦d<end_of_turn>⟧\n"
+    )
+    assert shown(TALK, tokenizer, "gemma") == expected
+    assert shown(Conversation(TALK.messages[1:], "p"), tokenizer, "gemma") == expected.replace("be\n\n", "")
+    assert chat.stop_ids(tokenizer, "gemma")[1:] == (tokenizer.convert_tokens_to_ids("<end_of_turn>"),)
+
+
+def test_turns_of_weight_0_are_not_learned():
+    talk = Conversation(conversation("a", "b", "c", "d"), "p", untrained=(1,))
+    assert shown(talk, characters()) == "<s>a\nb</s>c\n⟦d</s>⟧"
+    assert shown(talk, characters(), train_on="last") == "<s>a\nb</s>c\n⟦d</s>⟧"
+    assert not chat.encode(talk._replace(untrained=(1, 3)), characters())["mask"].any()
+    assert not chat.encode(talk._replace(untrained=(3,)), characters(), train_on="last")["mask"].any()
+
+
+def test_a_template_that_knows_tools_and_reasoning_writes_them_itself():
+    tokenizer = byte_pairs(CAPABLE)
+    expected = (
+        "<|im_start|>tools f<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n⟦(hm)wait[f é][f é]<|im_end|>⟧\n"
+        "<|im_start|>tool\n7<|im_end|>\n<|im_start|>tool\n8<|im_end|>\n<|im_start|>assistant\n⟦15<|im_end|>⟧\n"
+    )
+    assert shown(TOOL_TALK, tokenizer) == expected
+
+
+def test_what_a_template_does_not_know_is_written_into_the_turns():
+    talk = TOOL_TALK._replace(untrained=(4,), prompt=4)
+    call = '<tool_call>{"name": "f", "arguments": {"x": "é"}}</tool_call>'
+    said = f"⟦<think>\nhm\n</think>\n\nwait\n{call}\n{call}<|im_end|>⟧"
+    middle = (
+        f"<|im_start|>assistant\n{said}\n<|im_start|>user\n<tool_response>7</tool_response>\n<tool_response>8</tool_response>"
+    )
+    listed = 'Functions that may be called, one a line:\n{"name": "f", "description": "d"}'
+    start = f"<|im_start|>system\n{listed}<|im_end|>\n<|im_start|>user\nq<|im_end|>\n"
+    end = "<|im_end|>\n<|im_start|>assistant\n15<|im_end|>\n"
+    assert shown(talk, byte_pairs(), "chatml") == start + middle + end
+    adapted = templates.adapted(talk, byte_pairs(), "chatml")
+    assert (adapted.prompt, adapted.untrained, adapted.tools) == (4, (4,), None)
+    assert [m["role"] for m in adapted.messages] == ["system", "user", "assistant", "user", "assistant"]
+    own = templates.adapted(talk._replace(messages=[SYSTEM, *talk.messages], untrained=(5,), prompt=5), byte_pairs(), "chatml")
+    assert own.messages[0]["content"] == f"be\n\n{listed}" and (own.prompt, own.untrained) == (4, (4,))
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + templates.TEMPLATES["chatml"]
+    folded = templates.adapted(talk, byte_pairs(refusing))
+    assert folded.messages[0] == {"role": "user", "content": f"{listed}\n\nq"} and (folded.prompt, folded.untrained) == (
+        3,
+        (3,),
+    )
+    plain = Conversation(conversation("a", "b"), "p")
+    assert templates.adapted(plain, byte_pairs(), "chatml") is plain
+
+
+THINKING = templates.TEMPLATES["chatml"].replace(
+    "assistant\\n' }}{% endif %}",
+    "assistant\\n' }}{% if not (enable_thinking | default(true)) %}<think></think>{% endif %}{% endif %}",
+)
+
+
+def test_options_are_set_in_the_template_itself():
+    tokenizer, asked = byte_pairs(THINKING), conversation("a")
+    off = templates.jinja(tokenizer, None, {"enable_thinking": False})
+    for template, option in ((None, {}), (off, {"enable_thinking": False})):
+        theirs = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, **option)
+        assert templates.render(asked, tokenizer, template, True, "p") == theirs
+        assert theirs.endswith("<think></think>") == bool(option)
+    assert templates.jinja(tokenizer, off) == off
+    assert templates.jinja(tokenizer, "\n{{ x }}{{ y }}", {"x": 'a"\n', "y": 1.5}).endswith("{{ '' }}\n{{ x }}{{ y }}")
+    top = templates.jinja(tokenizer, "\n{{ x }}{{ y }}", {"x": 'a"\n', "y": 1.5})
+    assert templates.render(asked, tokenizer, top, False, "") == '\na"\n1.5'
+    with pytest.raises(UserError, match="template_options: the chat template reads no variable 'enable_thinkin'; leave it out"):
+        templates.jinja(tokenizer, None, {"enable_thinkin": False})
+    with pytest.raises(UserError, match="template_options.enable_thinking: None; give true or false, a number or a string"):
+        templates.jinja(tokenizer, None, {"enable_thinking": None})
+
+
+def test_a_switch_of_thinking_changes_what_must_be_learned():
+    talk = Conversation(conversation("a", "<think></think>b"), "p")
+    tokenizer = byte_pairs(THINKING)
+    off = templates.jinja(tokenizer, None, {"enable_thinking": False})
+    start = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    assert shown(talk, tokenizer) == start + "⟦<think></think>b<|im_end|>⟧\n"
+    assert shown(talk, tokenizer, off) == start + "<think></think>⟦b<|im_end|>⟧\n"
