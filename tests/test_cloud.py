@@ -16,6 +16,7 @@ import pyarrow
 import pytest
 import runs
 import tensorstore
+from array_record.python import array_record_module
 from etils import epath
 from pyarrow import parquet
 from safetensors.numpy import save_file
@@ -210,17 +211,23 @@ def test_an_adapter_goes_out_and_comes_back(bucket):
 def test_data_of_every_kind_is_read(bucket, tmp_path):
     rows = [{"text": f"row {i}"} for i in range(3)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
+    writer = array_record_module.ArrayRecordWriter(str(tmp_path / "e.arrayrecord"), "group_size:1")
+    for row in rows:
+        writer.write(json.dumps(row).encode())
+    writer.close()
     files = {"a.jsonl": lines(rows).encode(), "b.json.gz": gzip.compress(json.dumps(rows).encode())}
-    files |= {"c.parquet": (tmp_path / "c.parquet").read_bytes(), "d.txt": b"row 0\nrow 1\nrow 2\n"}
+    files |= {name: (tmp_path / name).read_bytes() for name in ("c.parquet", "e.arrayrecord")} | {
+        "d.txt": b"row 0\nrow 1\nrow 2\n"
+    }
     for name, content in files.items():
         (bucket / "kinds" / name).write_bytes(content)
         assert [r.row for r in readers.read(str(bucket / "kinds" / name))] == rows
     for several in ("kinds", "kinds/*", "kinds/[ab].json*"):
         found = readers.read(str(bucket / several))
-        assert [r.row for r in found] == rows * (2 if "[" in several else 4)
+        assert [r.row for r in found] == rows * (2 if "[" in several else 5)
         assert found[0].place == "a.jsonl, line 1"
-    with pytest.raises(UserError, match="gs://jaxpost-tests/kinds/e.jsonl: no such file"):
-        readers.read(str(bucket / "kinds" / "e.jsonl"))
+    with pytest.raises(UserError, match="gs://jaxpost-tests/kinds/f.jsonl: no such file"):
+        readers.read(str(bucket / "kinds" / "f.jsonl"))
 
 
 def test_files_of_a_run_are_replaced_cut_back_and_copied_only_where_they_grew(bucket, monkeypatch):

@@ -296,7 +296,4 @@ def test_a_model_without_a_tokenizer_cannot_generate(tmp_path):
     llama_cases.write(tmp_path, "tied")
     status, _, error = command("jaxpost.generate", f"--model={tmp_path}", "--prompt=a")
     assert status == 2
-    assert (
-        error
-        == "error: the model's folder has no tokenizer (tokenizer.json), so there is no way from text to tokens.\n"
-    )
+    assert error == "error: the model's folder has no tokenizer (tokenizer.json), so there is no way from text to tokens.\n"

@@ -21,7 +21,6 @@ Records are a list in memory: a row of text is small beside the model that learn
 import gzip
 import importlib
 import json
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -211,9 +210,7 @@ def _parquet(file: epath.Path, name: str) -> Iterator[Record | UserError]:
 
 def _array_record(file: epath.Path, name: str) -> Iterator[Record | UserError]:
     library = _library("array_record.python.array_record_module", "array_record", f"{name}: ArrayRecord")
-    with tempfile.TemporaryDirectory() as folder:
-        # The reader opens local files only.
-        local = file if "://" not in str(file) else file.copy(epath.Path(folder) / "copy")
+    with cloud.local_copy(file) as local:
         reader = library.ArrayRecordReader(str(local))
         if not reader.ok():
             raise UserError(f"{name}: not readable as ArrayRecord; fetch or write it again")
