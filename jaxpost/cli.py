@@ -9,6 +9,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
+from jaxpost import recipe
 from jaxpost.errors import UserError
 from jaxpost.recipe import DEFAULTS
 from jaxpost.resolve import nearest
@@ -27,8 +28,13 @@ def run(main: Callable, about: str, config: bool = False) -> None:
     def parse(argv):
         try:
             if config:
-                _find_recipe(argv)
-            return flags.FLAGS(argv)
+                argv, own = _own_keywords(_find_recipe(argv))
+                sys.argv[:] = argv  # ml_collections looks there, not at what it is given
+            rest = flags.FLAGS(argv)
+            if config and flags.FLAGS.config is not None:
+                for path, value in own:
+                    recipe.put(flags.FLAGS.config, path, value)
+            return rest
         except Exception as e:  # a recipe is the user's code, and may raise anything
             _fail(_explain(e, argv))
 
@@ -50,12 +56,11 @@ def _explain(error: Exception, argv: list[str]) -> str:
         error = error.__context__
     if isinstance(error, (flags.Error, UserError)):
         return str(error)
-    word = (re.findall(r"\w+", str(error)) or [""])[0]
-    given = [a.lstrip("-").partition("=")[0] for a in argv if a.startswith("--config.")]
-    if isinstance(error, (AttributeError, KeyError)) and (wrong := [k for k in given if word in k.split(".")]):
+    if isinstance(error, (AttributeError, KeyError)) and (wrong := _unknown(argv)):
+        path, word = wrong
+        known = _known_beside(path, word)
         absent = " Set it in the recipe; the command line only changes what is there."
-        known = _known_beside(wrong[0].split("."), word)
-        return f"--{wrong[0]}: the recipe has no key {word!r} there.{absent if word in known else nearest(word, known)}"
+        return f"--{'.'.join(path)}: the recipe has no key {word!r} there.{absent if word in known else nearest(word, known)}"
     own = str(Path(__file__).parent)
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((own, "<"))]
     places = [f"{f.filename}, line {f.lineno}: " for f in frames if "site-packages" not in f.filename]
@@ -70,14 +75,54 @@ def _known_beside(path: list[str], word: str) -> Mapping:
     return level if isinstance(level, Mapping) else {}
 
 
-def _find_recipe(argv: list[str]) -> None:
-    """Raises UserError where --config names no file: ml_collections would go on with a stand-in until it is used."""
-    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+def _unknown(argv: list[str]) -> tuple[list[str], str] | None:
+    """The first --config.a.b on the command line that the recipe has not, as a path, and which part of it is unknown."""
+    try:
+        config = _recipe(argv)
+    except Exception:  # then it is the recipe that is wrong
+        return None
+    for argument in argv:
+        if argument.startswith("--config."):
+            path, level = argument.lstrip("-").partition("=")[0].split("."), config
+            for part in path[1:]:
+                if not isinstance(level, Mapping) or part not in level:
+                    return path, part
+                level = level[part]
+    return None
+
+
+def _recipe(argv: list[str]) -> Mapping:
+    """What the recipe on the command line gives, as plain dicts, before the command line changes it."""
+    value = next(a.partition("=")[2] for a in argv if a.startswith("--config="))
+    return recipe.opened(value).to_dict()
+
+
+def _own_keywords(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """(the arguments without them, [(path, value)]) of the keywords of functions that the recipe does not mention.
+
+    ml_collections changes only what is there, but which keywords an objective or a task has is for the function to say.
+    """
+    pattern = re.compile(rf"--config\.((?:\w+\.)?(?:{'|'.join(recipe.CALLS)})\.\w+)=(.*)", re.DOTALL)
+    found = [m.groups() for a in argv if (m := pattern.fullmatch(a))]
+    if not found or not any(a.startswith("--config=") for a in argv):
+        return argv, []
+    config = _recipe(argv)
+    own = [(path, value) for path, value in found if not recipe.has(config, path)]
+    return [a for a in argv if a not in [f"--config.{path}={value}" for path, value in own]], own
+
+
+def _find_recipe(argv: list[str]) -> list[str]:
+    """The arguments as --config=PATH, the path of a recipe that is there: as given, or one of those that come with jaxpost.
+
+    Raises UserError where there is no such file: ml_collections would go on with a stand-in until it is used.
+    """
+    out, rest = [], iter(argv)
+    for argument in rest:
         name, equals, value = argument.partition("=")
         if name in ("--config", "-config"):
-            path = (value if equals else following).partition(":")[0]
-            if not Path(path).is_file():
-                raise UserError(f"--config={path}: no such file. Give a recipe, such as configs/sft.py.")
+            argument = f"--config={recipe.located(value if equals else next(rest, ''))}"
+        out.append(argument)
+    return out
 
 
 def _define_config() -> None:

@@ -14,6 +14,7 @@ needs no file beside it that is renamed into place; renaming is what is slow, be
 import contextlib
 import functools
 import importlib.util
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +91,17 @@ def local_copy(file: epath.Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         file.copy(epath.Path(folder) / file.name)
         yield Path(folder) / file.name
+
+
+def save_tensors(tensors: dict, file: epath.Path) -> None:
+    """Writes a safetensors file, local or not, that others may read as they may what is beside it."""
+    from safetensors.numpy import save_file
+
+    with local_target(file) as place:
+        save_file(tensors, place, metadata={"format": "pt"})
+        mask = os.umask(0)
+        os.umask(mask)
+        place.chmod(0o666 & ~mask)  # the library makes its files for their owner alone
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
+import tqdm
 from absl import flags
 
 from jaxpost import api, cli, metrics, sharding
@@ -55,7 +56,7 @@ def accuracy(
     model, params: Params, tokenizer, records: list[dict], reward: Callable, mesh, *, rows: int, options: dict, step: int
 ) -> Iterator[tuple[str, float | list]]:
     """(eval/accuracy, mean reward of one sample a problem), (eval/accuracy_greedy, ...), the same for each cell as
-    <name>/<cell>.
+    <name>/<cell>, where there are several.
 
     records: dicts with prompt, and maybe answer, cell (else "all") and a weight in the overall mean. rows: how many are
     completed at a time; options: prompt_window, new, template. Last yields ("samples", rows of prompt, completion, answer,
@@ -84,8 +85,10 @@ def accuracy(
         scores = np.array([reward(r, text) for r, text in zip(records, texts, strict=True)])
         yield name, float(np.average(scores, weights=[r.get("weight", 1.0) for r in records]))
         cells = np.array([r.get("cell", "all") for r in records])
+        several = len(set(cells)) > 1
         for cell in dict.fromkeys(cells):
-            yield f"{name}/{cell}", float(scores[cells == cell].mean())
+            if several:
+                yield f"{name}/{cell}", float(scores[cells == cell].mean())
             i = int(np.flatnonzero(cells == cell)[0])
             shown = {
                 "prompt": records[i]["prompt"],
@@ -139,7 +142,9 @@ def perplexity(
     batches = source.Batches(packed, rows, seed=0, shuffle=False, epochs=1, local=local)
     with sharding.use(model.mesh):
         judge = jax.jit(make_evaluation(model.forward, sft.nll))
-        found = dict(held_out(judge, model.params, (batches() for _ in range(len(batches))), model.mesh, rows))
+        # Shown on a terminal alone: it may take minutes.
+        turns = tqdm.tqdm(range(len(batches)), desc=path, unit="batch", disable=None)
+        found = dict(held_out(judge, model.params, (batches() for _ in turns), model.mesh, rows))
     nll = found.pop("eval/loss")
     yield from {"perplexity": math.exp(nll), "nll": nll, "tokens": sum(int(p["mask"].sum()) for p in pieces)}.items()
     yield from ((name.removeprefix("eval/"), value) for name, value in found.items())

@@ -46,8 +46,8 @@ def plan_stage(name: str, s, mesh) -> Plan:
     trainable = optim.ADDED if found.adapter and s.trainable == ".*" else s.trainable
     train, _ = optim.partition(loading.abstract(found.transformer, mesh, found.adapter), trainable)
     trained = sum(x.size for x in jax.tree.leaves(train))
-    if s.window > found.transformer.arch.max_positions:
-        raise UserError(f"config.window: {s.window} tokens, but the model takes {found.transformer.arch.max_positions}.")
+    if s.window > (most := found.transformer.arch.max_positions):
+        raise UserError(f"config.window: {s.window} tokens, but the model takes {most}; give that at most.")
     if s.batch_size % (rows := s.microbatches * mesh.shape["data"] * mesh.shape["fsdp"]):
         raise UserError(
             f"config.batch_size: {s.batch_size} rows do not divide over microbatches x data x fsdp = {rows}; use a multiple."
@@ -180,7 +180,13 @@ def _data(task, found, s, mesh):
     options["columns"] = mixture.pairs(_plain(s.columns), "columns")
 
     def rows(part, what):
-        encoded = source.encode_all(part.records, found.tokenizer, template(found, s), s.train_on, **options)
+        try:
+            encoded = source.encode_all(part.records, found.tokenizer, template(found, s), s.train_on, **options)
+        except UserError as error:
+            if not str(error).startswith("none of"):
+                raise
+            none = "" if what == "data" or s.eval_data else "; config.held_out=0 keeps none out"
+            raise UserError(f"{what} {part.name}: {error}{none}") from error
         packed = source.rows(encoded.examples, encoded.lengths, s.window, packing=s.packing, seed=s.seed)
         if jax.process_index() == 0:
             mixture.tell(f"{what} {part.name}", part, encoded, len(packed), s.window)

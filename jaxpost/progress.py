@@ -65,6 +65,7 @@ class Progress:
 
     def __init__(self, stage: str, steps: int, done: int, quiet: bool, budget: float):
         self.stage, self.steps, self.quiet, self.budget = stage, steps, quiet, budget
+        self.first = None  # (step, seconds) of the first line that came after a step
         self.terminal = sys.stderr.isatty() and not quiet
         self.bar = tqdm.tqdm(total=steps, initial=done, desc=stage, disable=not self.terminal, unit="step")
 
@@ -79,8 +80,13 @@ class Progress:
         if self.terminal:
             self.bar.set_postfix_str(text)
         elif not self.quiet:
-            left = min(seconds / max(step, 1) * (self.steps - step), self.budget - seconds)
-            print(f"{self.stage} {step}/{self.steps}  {text}  left {max(left, 0):.0f}s", file=sys.stderr, flush=True)
+            # The first step is mostly compilation, and says nothing of those to come.
+            first, since = self.first or (step, seconds)
+            self.first = (first, since) if first else None
+            rate = (seconds - since) / (step - first) if step > first else None
+            left = None if rate is None else min(rate * (self.steps - step), self.budget - seconds)
+            told = "" if left is None else f"  left {max(left, 0):.0f}s"
+            print(f"{self.stage} {step}/{self.steps}  {text}{told}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Ends the bar."""

@@ -10,6 +10,7 @@ holds what differs from the settings around it.
 import copy
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -89,6 +90,9 @@ DEFAULTS = {
 # What may differ between a workdir and the command that continues it, since it changes nothing that is learned.
 FREE = ("result", "log_every", "eval_every", "save_every", "keep", "eval_rows", "eval_per_cell", "mesh", "max_skipped", "remat")
 
+# Keys that hold a function's call, whose keywords are the function's own.
+CALLS = ("objective", "reward", "task", "adapter")
+
 # Keys that count something and must be at least 1; other numbers must not be negative.
 COUNTS = (
     "window",
@@ -117,7 +121,7 @@ def opened(config: ConfigDict | Mapping | str | None, **changes) -> ConfigDict:
     Raises UserError for an unknown key, and for a change that would reach no stage because each has a setting of its own.
     """
     if isinstance(config, str):
-        path, _, argument = config.partition(":")
+        path, _, argument = located(config).partition(":")
         config = find(f"{path}:get_config", "configs")(*[argument] * bool(argument))
     plain = config.to_dict() if hasattr(config, "to_dict") else config or {}
     plain, changes = named(plain, DEFAULTS), named(changes, DEFAULTS)
@@ -128,6 +132,46 @@ def opened(config: ConfigDict | Mapping | str | None, **changes) -> ConfigDict:
         if names and key in changes and all(key in changes.get(n, plain.get(n, {})) for n in names):
             raise UserError(f"config.{key}: each stage has its own; give it to one, as {names[0]}=dict({key}=...).")
     return ConfigDict(_merge(_merge(DEFAULTS, plain, known, "config"), changes, known, "config"))
+
+
+def located(path: str) -> str:
+    """The path (with its `:argument`) of a recipe's file, or of the one of that name that came with jaxpost.
+
+    Raises UserError where there is neither.
+    """
+    file, colon, argument = path.partition(":")
+    own = Path(__file__).parent
+    for place in (Path(file), own / file, own.parent / file):  # installed, recipes lie inside the package; in a clone beside it
+        if place.is_file() and (place == Path(file) or file.startswith("configs/")):
+            return f"{place}{colon}{argument}"
+    have = sorted(p.name for folder in (own / "configs", own.parent / "configs") for p in folder.glob("[!_]*.py"))
+    raise UserError(f"--config={file}: no such file. Give a recipe of your own, or one of configs/: {', '.join(have)}.")
+
+
+def has(config: Mapping, path: str) -> bool:
+    """Whether a config has the key that a path such as sft.optimizer.lr names."""
+    for part in path.split("."):
+        if not isinstance(config, Mapping) or part not in config:
+            return False
+        config = config[part]
+    return True
+
+
+def put(config: ConfigDict, path: str, text: str) -> None:
+    """Adds a keyword that the command line gives to a function: JSON is taken as such, any other text as the string it is."""
+    *inner, key = path.split(".")
+    for part in inner:
+        if part not in config:
+            raise UserError(f"--config.{path}: the recipe has no key {part!r} there.{nearest(part, config.keys())}")
+        config = config[part]
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config.{path}: the recipe has {config!r} there, and no keywords.")
+    try:
+        value = json.loads(text.lower() if text in ("True", "False") else text)
+    except ValueError:
+        value = text
+    with config.unlocked():
+        config[key] = value
 
 
 def _onto(old: Mapping, new: Mapping) -> dict:
@@ -160,6 +204,7 @@ def stages(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
     idle = _idle(plain)
     whole = _merge(DEFAULTS, plain, names + idle, "config")
     shared = {k: v for k, v in whole.items() if k not in names + idle}
+    _check_reach(shared, [plain.get(name, {}) for name in names], names)
     if whole["result"] not in ("", *names):
         raise UserError(f"config.result: no stage {whole['result']!r}.{nearest(whole['result'], names)}")
     found = []
@@ -173,6 +218,15 @@ def stages(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
         settings["adapter"] = _adapter(name, settings["adapter"], before)
         found.append((name, ConfigDict(settings)))
     return found
+
+
+def _check_reach(shared: Mapping, own: list[Mapping], names: tuple[str, ...]) -> None:
+    """Raises UserError for a setting around the stages that reaches none of them, because each has it as well."""
+    flat, defaults, each = _flat(shared), _flat(DEFAULTS), [_flat(stage) for stage in own]
+    for key, value in flat.items() if names else ():
+        if value != defaults.get(key, value) and key.partition(".")[0] not in _WHOLE and all(key in stage for stage in each):
+            told = ", ".join(f"config.{name}.{key}" for name in names)
+            raise UserError(f"config.{key}: {value!r} reaches no stage, since each has its own; change {told}.")
 
 
 def _adapter(name: str, asked: Mapping | str, before: ConfigDict | None) -> dict:

@@ -113,7 +113,9 @@ def summary(workdir):
         lines.append(f"{cell.lstrip('/') or 'all':5}{ends}")
     for stage in stages:
         shown = [row for row in samples if row["stage"] == stage and row.get("kind") == "sampled"][-5:]
-        lines += [f"{stage}: {row['prompt']} -> {row['completion']} (answer {row['answer']})" for row in shown]
+        for row in shown:
+            wanted = f" (answer {row['answer']})" if row["answer"] else ""
+            lines.append(f"{stage}: {row['prompt']} -> {row['completion']}{wanted}")
     return "\n".join(lines)
 
 

@@ -77,11 +77,11 @@ def find(name: str, noun: str) -> Callable:
         return _given(name)
     if ".py:" in name:
         path, _, attribute = name.rpartition(":")
-        return _attribute(_file(path), attribute, name)
+        return _attribute(_file(path), attribute, name, noun)
     module, _, attribute = name.rpartition(".")
     for candidate in (f"jaxpost.{noun}.{module}", module) if module else (f"jaxpost.{noun}.{name}",):
         if (found := _module(candidate)) is not None:
-            return _attribute(found, attribute, name)
+            return _attribute(found, attribute, name, noun)
     raise UserError(
         f"config: unknown {noun} {name!r}.{nearest(name, known(noun))} Or give package.module.function, or file.py:function."
     )
@@ -151,8 +151,8 @@ def _given(name: str):
     return found
 
 
-def _attribute(found: ModuleType, attribute: str, name: str):
+def _attribute(found: ModuleType, attribute: str, name: str, noun: str):
     if not hasattr(found, attribute):
-        have = [k for k, v in vars(found).items() if inspect.isfunction(v) and not k.startswith("_")]
+        have = [k for k, v in vars(found).items() if inspect.isfunction(v) and not k.startswith("_") and _fits(v, noun)]
         raise UserError(f"config: {name!r}: {found.__name__} has no {attribute!r}.{nearest(attribute, have)}")
     return getattr(found, attribute)

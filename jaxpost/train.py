@@ -46,8 +46,8 @@ def run(config, workdir, **changes) -> dict[str, float]:
 
     config: a ConfigDict as `recipe.make` gives, a recipe's path, or None for the defaults. changes: settings that differ from
     it; `objective`, `reward` and `task` may be the function or object itself, of which config.json keeps the name (`naming`).
-    Raises UserError, before anything is compiled, for whatever the recipe gets wrong, and SystemExit(0) after saving when the
-    process is asked to stop (SIGTERM).
+    Raises UserError, before anything is compiled, for whatever the recipe gets wrong, and SystemExit after saving when
+    the process is asked to stop (0 for SIGTERM, 130 for Ctrl-C).
     """
     config = recipe.opened(config, **changes)
     stages = recipe.stages(config)
@@ -62,7 +62,7 @@ def run(config, workdir, **changes) -> dict[str, float]:
         for i, plan in enumerate(plans):
             results = _stage(plan, plans[:i], workdir, mesh, stop)
             if stop.asked and plan is not plans[-1]:
-                _leave(f"after {plan.name}")
+                _leave(f"after {plan.name}", stop)
     if jax.process_index() == 0:
         print(report.summary(workdir), f"report: {report.write(workdir)}", sep="\n", file=sys.stderr)
     return results
@@ -97,7 +97,7 @@ class _StopRequest:
     """
 
     def __init__(self):
-        self.asked, self.before = False, {}
+        self.asked, self.status, self.before = False, 0, {}
 
     def __enter__(self):
         # Handlers belong to the main thread; a caller's other thread does without.
@@ -112,12 +112,13 @@ class _StopRequest:
     def _ask(self, number, _):
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
+        # Who asks by SIGTERM wants it to end well; after Ctrl-C a shell must not go on to what was to come next.
+        self.asked, self.status = True, 130 if number == signal.SIGINT else 0
 
 
-def _leave(where: str) -> None:
+def _leave(where: str, stop: _StopRequest) -> None:
     print(f"\nstopped {where}, all saved; the same command continues.", file=sys.stderr)
-    raise SystemExit(0)
+    raise SystemExit(stop.status)
 
 
 def _introduce(plans: list[Plan], workdir: epath.Path) -> None:
@@ -131,6 +132,9 @@ def _introduce(plans: list[Plan], workdir: epath.Path) -> None:
     learned = "" if plan.trained == arch.parameters() else f", {plan.trained:,} learned"
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     print(f"model: {arch.parameters():,} parameters{learned}, {devices}", file=sys.stderr)
+    for each in plans:
+        most = "until the time is up" if each.settings.time_of else f"{each.steps:,} steps"
+        print(f"{each.name}: {most} of {each.settings.batch_size} rows", file=sys.stderr)
     if plan.example is not None:
         shown = chat.show(plan.example["tokens"], plan.example["mask"], plan.found.tokenizer, colour=sys.stderr.isatty())
         print(f"one example (what is learned stands out):\n{shown}", file=sys.stderr, flush=True)
@@ -147,7 +151,7 @@ def _stage(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _Sto
     with contextlib.closing(saved):
         results, left = _steps(plan, before, workdir, mesh, stop, saved)
     if left is not None:
-        _leave(f"at {plan.name} step {left}")
+        _leave(f"at {plan.name} step {left}", stop)
     return results
 
 

@@ -294,7 +294,7 @@ def test_a_notebook_trains_is_interrupted_goes_on_and_is_refused_another_functio
 
 def test_the_module_is_the_function():
     assert jaxpost.train is train and train.run is find("jaxpost.train.run", "")
-    with pytest.raises(UserError, match="no file nowhere.py"):
+    with pytest.raises(UserError, match="nowhere.py: no such file"):
         jaxpost.train("nowhere.py", "w")
 
 

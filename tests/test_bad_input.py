@@ -260,14 +260,22 @@ def commands(folder) -> dict[str, tuple[list[str], list[str]]]:
     weights = runs.settings(folder, model=checkpoint(folder / "cut", cut=100))
     return {
         "no workdir": (runs.command(good), ["--workdir=... is required", "--help"]),
-        "no recipe": (runs.command(folder / "none.py", w), ["none.py: no such file", "configs/sft.py"]),
+        "no recipe": (runs.command(folder / "none.py", w), ["none.py: no such file", "lora.py, quickstart.py, sft.py"]),
         "python": (runs.command(folder / "python.py", w), ["python.py, line 2", "NameError"]),
         "syntax": (runs.command(folder / "syntax.py", w), ["syntax.py, line 1", "SyntaxError"]),
         "key": (runs.command(folder / "key.py", w), ["unknown key 'windwo'", "Did you mean 'window'?"]),
         "flag": (runs.command(good, w, "--config.windwo=3"), ["--config.windwo", "Did you mean 'window'?"]),
         "flag inside": (
-            runs.command(good, w, "--config.optimizer.wamup=3"),
+            runs.command(good, w, "--config.objective.name=sft.nll", "--config.optimizer.wamup=3"),
             ["--config.optimizer.wamup", "Did you mean 'warmup'?"],
+        ),
+        "keyword": (
+            runs.command(good, w, "--config.objective.gamma=2.0"),
+            ["objectives: sft.nll takes no option 'gamma'"],
+        ),
+        "reaches no stage": (
+            runs.command("configs/quickstart.py", w, "--config.steps=5"),
+            ["config.steps: 5 reaches no stage", "config.sft.steps, config.reinforce.steps, config.control.steps"],
         ),
         "type": (runs.command(good, w, "--config.window=wide"), ["--config.window=wide", "int"]),
         "argument": (runs.command(good, w, "steps=3"), ["unexpected argument 'steps=3'", "--name=value"]),

@@ -136,10 +136,11 @@ def test_without_a_network_it_says_so(tmp_path):
 def test_names_are_told_from_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "here").mkdir(parents=True)
-    names = ["Qwen/Qwen2.5-0.5B", "a/b@refs/pr/1", "org/none"]
+    names = ["Qwen/Qwen2.5-0.5B", "a/b@refs/pr/1", "other/none"]
     assert all(hub.is_name(n) for n in names)
     assert not any(
-        hub.is_name(n) for n in ("org/here", "/a/b", "../a", "a/b/c", "tasks.arithmetic.tokenizer", "model", "a/b.py:f")
+        hub.is_name(n)
+        for n in ("org/here", "org/misspelt", "/a/b", "../a", "a/b/c", "tasks.arithmetic.tokenizer", "model", "a/b.py:f")
     )
 
 

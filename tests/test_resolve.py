@@ -105,6 +105,40 @@ def test_nearest_names_one_or_all():
 # ------------------------------------------------------------------------------------------------------------ Recipes
 
 
+def test_the_command_line_adds_keywords_to_functions_alone():
+    config = recipe.make(stages=("a", "b"), a={"objective": {"name": "sft.nll"}}, b={"steps": 3})
+    recipe.put(config, "a.objective.gamma", "1.5")
+    recipe.put(config, "task.name", "arithmetic")
+    recipe.put(config, "objective.flag", "True")
+    assert config.a.objective.to_dict() == {"name": "sft.nll", "gamma": 1.5}
+    assert config.task.name == "arithmetic" and config.objective.flag is True
+    assert recipe.has(config.to_dict(), "a.objective.gamma") and not recipe.has(config.to_dict(), "b.objective.gamma")
+    with pytest.raises(UserError, match="--config.b.objective.gamma: the recipe has no key 'objective' there"):
+        recipe.put(config, "b.objective.gamma", "1.5")
+
+
+def test_a_setting_that_reaches_no_stage_is_refused():
+    changes = {"stages": ("a", "b"), "a": {"steps": 3, "optimizer": {"lr": 1.0}}, "b": {"steps": 4, "optimizer": {"lr": 2.0}}}
+    assert [s.steps for _, s in recipe.stages(recipe.make(**changes))] == [3, 4]
+    with pytest.raises(UserError, match="config.steps: 5 reaches no stage, .* config.a.steps, config.b.steps"):
+        recipe.stages(recipe.make(**changes, steps=5))
+    with pytest.raises(UserError, match="config.optimizer.lr: 3.0 reaches no stage"):
+        recipe.stages(recipe.make(**changes, optimizer={"lr": 3.0}))
+    # One stage without it is enough for it to matter.
+    (_, a), (_, b) = recipe.stages(recipe.make(**{**changes, "b": {}}, steps=5))
+    assert (a.steps, b.steps) == (3, 5)
+
+
+def test_recipes_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert recipe.located("configs/sft.py:dft").endswith("configs/sft.py:dft")
+    assert recipe.opened("configs/sft.py:dft").objective.name == "sft.dft"
+    with pytest.raises(UserError, match="mine.py: no such file.*lora.py, quickstart.py, sft.py"):
+        recipe.located("mine.py")
+    (tmp_path / "mine.py").write_text("")
+    assert recipe.located("mine.py") == "mine.py"
+
+
 def test_a_stage_is_the_settings_around_it_with_its_own_on_top():
     made = recipe.make(
         stages=("one", "two"),

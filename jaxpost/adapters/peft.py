@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.numpy import save_file
 
 from jaxpost import cloud
 from jaxpost.adapters.lora import Dora, Lora, dora, lora
@@ -158,6 +157,5 @@ def save(folder: str | epath.Path, params: Params, arch: Architecture, entry: Ma
     folder = cloud.path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    with cloud.local_target(folder / "adapter_model.safetensors") as file:
-        save_file(tensors, file, metadata={"format": "pt"})
+    cloud.save_tensors(tensors, folder / "adapter_model.safetensors")
     return sorted(p.name for p in folder.iterdir())

@@ -103,6 +103,8 @@ def tell(what: str, part: Part, encoded: Any, rows: int, window: int) -> None:
     report = encoded.report | {"skipped": encoded.report["skipped"] + len(part.unread)}
     sizes = "{count:,} examples, {tokens:,} tokens ({trained_tokens:,} learned)".format(**report)
     lost = [f"{report[k]:,} {k}" for k in ("truncated", "split", "dropped", "skipped") if report[k]]
+    if report["truncated"] or report["dropped"]:
+        lost[-1] += " (for their length: config.window, config.too_long)"
     first = f"; the first skipped: {(part.unread or [encoded.reason])[0]}" if report["skipped"] else ""
     print(f"{what}: {sizes} in {rows:,} rows of {window}{''.join(f', {x}' for x in lost)}{first}", file=sys.stderr)
 

@@ -86,7 +86,10 @@ def encode_all(
     if skipped == len(records) and skipped:
         raise UserError(f"none of the {skipped} examples can be learned from; the first because: {reason}")
     if not len(lengths):
-        raise UserError(f"none of the {len(records) - skipped} examples fits a window of {window} tokens; make it longer")
+        raise UserError(
+            f"none of the {len(records) - skipped} examples has something to learn within a window of {window} tokens"
+            f" (too_long={too_long!r}); the shortest needs {int(stored['needed'])}"
+        )
     report = {"count": len(lengths), "dropped": int(stored["dropped"]), "truncated": cut if too_long == "truncate" else 0}
     report |= {"split": cut if too_long == "split" else 0, "skipped": skipped}
     report |= {"tokens": len(stored["tokens"]), "trained_tokens": int(stored["mask"].sum())}
@@ -104,16 +107,18 @@ def encode_all(
 def _encoded(records: Sequence[Record], encode, choices: tuple) -> dict[str, np.ndarray]:
     """What is cached: the tokens, masks and lengths of what is kept, and the counts of the others."""
     *_, window, too_long, _, bad_rows = choices
-    kept, cut, dropped, reasons = [], 0, 0, []
+    kept, cut, dropped, needed, reasons = [], 0, 0, [], []
     for record in records:
         try:
             whole = encode(record)
         except UserError as error:
             if bad_rows == "stop":
-                raise
+                raise UserError(f'{error} (or leave such rows out, and have them counted: bad_rows="skip")') from error
             reasons.append(str(error))
             continue
         fitted = pack.fit(whole, window, too_long, record.place)
+        # The least window with which it would be of use: up to its first learned token where it is cut, else all of it.
+        needed.append(int(np.argmax(whole["mask"])) + 1 if too_long == "truncate" else len(whole["tokens"]))
         kept += fitted
         dropped += not fitted
         cut += bool(fitted) and fitted[0] is not whole
@@ -123,6 +128,7 @@ def _encoded(records: Sequence[Record], encode, choices: tuple) -> dict[str, np.
         "lengths": np.array([len(row["tokens"]) for row in kept], np.int32),
         "cut": np.array(cut),
         "dropped": np.array(dropped),
+        "needed": np.array(min(needed, default=0)),
         "skipped": np.array(len(reasons)),
         "reason": np.array(reasons[0] if reasons else ""),
     }
@@ -261,7 +267,7 @@ def _load(file: epath.Path) -> dict[str, np.ndarray] | None:
             stored = dict(np.load(stream))
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile):
         return None
-    whole = stored.keys() == {"tokens", "mask", "lengths", "cut", "dropped", "skipped", "reason"}
+    whole = stored.keys() == {"tokens", "mask", "lengths", "cut", "dropped", "needed", "skipped", "reason"}
     return stored if whole and len(stored["tokens"]) == stored["lengths"].sum(dtype=np.int64) else None
 
 

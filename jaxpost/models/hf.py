@@ -14,7 +14,6 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.numpy import save_file
 
 from jaxpost import cloud, sharding
 from jaxpost.errors import UserError
@@ -228,8 +227,7 @@ def _write_shards(folder: epath.Path, tensors) -> list[str]:
 
     def flush():
         temporary.append((folder / f"part-{len(temporary)}.safetensors", list(groups[-1])))
-        with cloud.local_target(temporary[-1][0]) as file:
-            save_file(groups[-1], file, metadata={"format": "pt"})
+        cloud.save_tensors(groups[-1], temporary[-1][0])
 
     total = 0
     for name, array in tensors:

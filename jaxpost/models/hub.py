@@ -16,8 +16,8 @@ WEIGHTS = ("*.safetensors",)
 
 
 def is_name(where: str) -> bool:
-    """Whether this could be a model's name on the hub, and is no folder here."""
-    return _NAME.fullmatch(where) is not None and not Path(where).exists()
+    """Whether this could be a model's name on the hub, and no path here: neither it nor the folder before its slash exists."""
+    return _NAME.fullmatch(where) is not None and not Path(where).parent.exists()
 
 
 def fetch(name: str, weights: bool = False) -> Path:
