@@ -135,6 +135,9 @@ def perplexity(
         raise UserError(f"--window={window}: give 2 to {most} tokens, which is what the model takes.")
     # Cut by `slide`, not by the encoder, to which no example is too long.
     encoded = source.encode_all(readers.read(path), model.tokenizer, template, train_on, window=2**31 - 1)
+    if encoded.highest >= model.transformer.arch.vocab:
+        text = model.tokenizer.convert_ids_to_tokens(encoded.highest)
+        raise UserError(f"{path}: has the token {text!r}, which the model has no row for; take it out.")
     pieces = slide([encoded.examples[i] for i in range(len(encoded.lengths))], window)
     rows += -rows % (model.mesh.shape["data"] * model.mesh.shape["fsdp"])
     packed = source.rows(pieces, [len(p["tokens"]) for p in pieces], window, seed=0)

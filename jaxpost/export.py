@@ -40,7 +40,7 @@ def export(checkpoint: str, out: str, *, mesh, dtype: str | None = None, adapter
     found, params = loading.open_model(checkpoint, mesh)
     if adapter:
         base = loading.base_name(found)
-        return peft.save(folder, params, found.transformer.arch, found.adapter, base)
+        return peft.save(folder, params, found.transformer.arch, found.adapter, base, loading.beside(found))
     special = {} if found.tokenizer is None else _special_ids(found.tokenizer)
     # What config.json already says of these ids stays: it does not change the forward, and others may rely on it.
     hf.save(folder, params, found.transformer.arch, {**special, **found.config}, dtype)

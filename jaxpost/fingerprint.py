@@ -1,8 +1,8 @@
 """Whether a folder's weights are still what they were: a digest that reads little of a checkpoint of any size.
 
-SHA-256 over, of each file that holds weights and in the order of their names: its name, its size, and its content, whole up to
-8 MiB, and beyond that the first MiB (where safetensors keeps names, shapes and offsets) and 64 pieces of 64 KiB spread evenly
-to the end. A hundred GB in files of five are 100 MB read.
+SHA-256 over, of each file that holds weights (model*.safetensors, as Hugging Face names them) and in the order of their names:
+its name, its size, and its content, whole up to 8 MiB, and beyond that the first MiB (where safetensors keeps names, shapes and
+offsets) and 64 pieces of 64 KiB spread evenly to the end. A hundred GB in files of five are 100 MB read.
 
 So another model, another training run, a truncated or re-sharded copy are told apart for certain, as all of their tensors or
 their sizes differ. What can pass unseen is a change within a file that leaves its size and every sampled piece as they are: a
@@ -22,7 +22,7 @@ def digest(folder) -> str:
     mean)."""
     folder = epath.Path(folder)
     parts = [folder / item for item in ("params", "ema") if (folder / item).exists()]
-    files = [f for part in parts for f in _below(part)] or [f for f in folder.iterdir() if f.suffix == ".safetensors"]
+    files = [f for part in parts for f in _below(part)] or [f for f in folder.iterdir() if f.match("model*.safetensors")]
     held = hashlib.sha256()
     for name, file in sorted((str(f.relative_to(folder)), f) for f in files):
         size = file.stat().length

@@ -85,13 +85,31 @@ def _told(thing: Any, within: tuple) -> str:
     if inspect.ismethod(thing):
         return tell([thing.__func__, thing.__self__])
     if inspect.isfunction(thing):
-        held = [cell.cell_contents for cell in thing.__closure__ or ()]
+        held = [_held(cell) for cell in thing.__closure__ or ()]
         return tell([_source(thing), thing.__defaults__, thing.__kwdefaults__, held, vars(thing)])
     if hasattr(thing, "__array__") and not isinstance(thing, type):
         return tell([np.asarray(thing).dtype.str, np.asarray(thing).shape, np.asarray(thing).tobytes()])
     kind = thing if isinstance(thing, type) else type(thing)
-    methods = {k: v for c in kind.__mro__[:-1] for k, v in vars(c).items() if inspect.isfunction(v)}
-    return tell([kind.__qualname__, methods, {} if thing is kind else getattr(thing, "__dict__", {})])
+    if isinstance(thing, (staticmethod, classmethod)):
+        return tell(thing.__func__)
+    if isinstance(thing, property):
+        return tell([thing.fget, thing.fset])
+    if inspect.ismemberdescriptor(thing) or inspect.isgetsetdescriptor(thing):
+        return thing.__name__
+    # All that a class has, the methods that Python writes too, but for what says where it is.
+    parts = {k: v for c in kind.__mro__[:-1] for k, v in vars(c).items() if k not in _WHERE}
+    slots = [getattr(thing, name, None) for c in kind.__mro__ for name in getattr(c, "__slots__", ())]
+    return tell([kind.__qualname__, parts, [] if thing is kind else [getattr(thing, "__dict__", {}), slots]])
+
+
+_WHERE = ("__module__", "__dict__", "__weakref__", "__doc__", "__annotations__", "__firstlineno__", "__static_attributes__")
+
+
+def _held(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a name that is given a value only later
+        return None
 
 
 def _source(function: Any) -> str | CodeType:

@@ -14,6 +14,8 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import sys
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -137,9 +139,15 @@ def _module(name: str) -> ModuleType | None:
 def _file(path: str) -> ModuleType:
     if not Path(path).is_file():
         raise UserError(f"config: no file {path}.")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
+    whole = Path(path).resolve()
+    name = f"{whole.stem}_{zlib.crc32(str(whole).encode()):08x}"  # a name of its own, since two files may share theirs
+    spec = importlib.util.spec_from_file_location(name, whole)
+    found = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
+    sys.path.insert(0, str(whole.parent))  # for what lies beside it, as if it were run
+    try:
+        spec.loader.exec_module(found)
+    finally:
+        sys.path.remove(str(whole.parent))
     return found
 
 

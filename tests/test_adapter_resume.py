@@ -241,7 +241,7 @@ def test_a_fresh_model_is_kept_whole(tmp_path):
 
 def test_what_the_digest_covers(tmp_path):
     """Every byte of a small file; of a large one its head, pieces throughout and its end; names and sizes."""
-    file, other = tmp_path / "model.safetensors", tmp_path / "more.safetensors"
+    file, other = tmp_path / "model.safetensors", tmp_path / "model-2.safetensors"
     rng = np.random.default_rng(0)
     content = bytearray(rng.bytes(3 * fingerprint.WHOLE))
     file.write_bytes(content)

@@ -315,3 +315,48 @@ def test_the_readmes_cells_mean_what_they_say(model, monkeypatch):
     assert list(terms) == ["focal"]
     judge = resolve(second.reward.to_dict(), "rewards")
     assert [judge({"answer": "46"}, text) for text in (" 46 ", "47")] == [1.0, 0.0]
+
+
+def test_a_digest_tells_all_that_a_class_does():
+    from jaxpost import naming
+
+    def made(sign, attribute=1, slot=0):
+        class Task:
+            factor = attribute
+            __slots__ = ("k",)
+
+            @staticmethod
+            def reward(record, completion, sign=sign):
+                return sign * len(completion)
+
+            @property
+            def twice(self, by=sign):
+                return by
+
+        task = Task()
+        task.k = slot
+        return naming._told(task, ())
+
+    assert made(1) == made(1)
+    assert len({made(1), made(-1), made(1, attribute=2), made(1, slot=3)}) == 4
+
+    def outer():
+        def early():
+            return late
+
+        told = naming._told(early, ())  # its cell is still empty
+        late = 1
+        return told, late
+
+    assert outer()
+
+
+def test_a_file_of_ones_own_may_have_dataclasses_and_neighbours(tmp_path):
+    from jaxpost.resolve import find
+
+    (tmp_path / "neighbour.py").write_text("VALUE = 7\n")
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nimport dataclasses\nimport neighbour\n\n\n@dataclasses.dataclass\nclass Held:\n"
+        "    value: int = neighbour.VALUE\n\n\ndef mine():\n    return Held().value\n"
+    )
+    assert find(f"{tmp_path}/mine.py:mine", "tasks")() == 7

@@ -262,6 +262,40 @@ def test_yarn_and_longrope_have_their_ramp_and_their_two_lengths():
     np.testing.assert_allclose(within / beyond, np.array(long.long) / np.array(long.short), rtol=1e-6)
 
 
+def test_longrope_goes_by_the_document_and_not_by_the_row():
+    arch = families.architecture(cases.config("phi3/short"))
+    model = Transformer(
+        dataclasses.replace(arch, kinds=(families.Kind(None, dataclasses.replace(arch.kinds[0].rope, original=8)),))
+    )
+    params = model.init(jax.random.PRNGKey(0))
+    short, long = np.arange(6) % 37, np.arange(12) % 37
+    alone = {n: scores(model, params, batch_of([row], len(row))) for n, row in (("short", short), ("long", long))}
+    packed = batch_of([np.concatenate([short, long])], 24)
+    packed["segments"][0, 6:18], packed["positions"][0, 6:18] = 2, np.arange(12)
+    found = scores(model, params, packed)
+    np.testing.assert_allclose(found[0, :6], alone["short"][0], atol=1e-5)
+    np.testing.assert_allclose(found[0, 6:18], alone["long"][0], atol=1e-5)
+    np.testing.assert_array_equal(attention.document_lengths(packed["segments"], packed["positions"])[0, [0, 6]], [6, 12])
+
+
+def test_fields_of_released_files_that_change_nothing_are_taken():
+    extra = {
+        "smollm3": {"pretraining_tp": 2, "max_window_layers": 28},
+        "phi3": {
+            "attention_bias": False,
+            "mlp_bias": False,
+            "lm_head_bias": False,
+            "full_attn_mod": 1,
+            "interpolate_factor": 1,
+        },
+    }
+    for family, fields in extra.items():
+        plain = cases.config(f"{family}/{next(iter(cases.CASES[family]))}")
+        assert families.architecture(plain | fields) == families.architecture(plain)
+    with pytest.raises(UserError, match="lm_head_bias = True is not supported"):
+        families.architecture(plain | {"lm_head_bias": True})
+
+
 def test_router_sums_count_real_tokens_alone(tmp_path):
     found, params = opened(tmp_path, "mixtral/window")
     batch = batch_of(cases.tokens("mixtral/window"), 24)

@@ -321,3 +321,20 @@ def chat_mask(line, tokenizer):
         return chat.encode(formats.demonstration(Record(json.loads(line), "p")), tokenizer)["mask"].any()
     except (UserError, ValueError, AttributeError):
         return False
+
+
+def test_what_a_system_or_earlier_turns_say_is_never_dropped():
+    turns = conversation("q", "a")
+    system = [{"role": "system", "content": "s"}]
+    for row in (
+        {"messages": turns, "system": "s"},
+        {"prompt": turns[:1], "completion": turns[1:], "system": "s"},
+        {"instruction": "q", "output": "a", "system": "s", "history": []},
+    ):
+        assert formats.recognise(Record(row, "p")).messages == system + turns
+    earlier = {"instruction": "q", "output": "a", "history": [["x", "y"]]}
+    assert formats.recognise(Record(earlier, "p")).messages == conversation("x", "y", "q", "a")
+    with pytest.raises(UserError, match="p: system goes with messages"):
+        formats.recognise(Record({"prompt": "q", "completion": "a", "system": "s"}, "p"))
+    with pytest.raises(UserError, match="p: history must be a list of"):
+        formats.recognise(Record(earlier | {"history": ["x"]}, "p"))

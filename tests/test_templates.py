@@ -145,3 +145,22 @@ def test_a_switch_of_thinking_changes_what_must_be_learned():
     start = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
     assert shown(talk, tokenizer) == start + "⟦<think></think>b<|im_end|>⟧\n"
     assert shown(talk, tokenizer, off) == start + "<think></think>⟦b<|im_end|>⟧\n"
+
+
+def test_new_options_take_the_place_of_those_a_saved_template_begins_with():
+    text = characters()
+    text.chat_template = (
+        "{% if on %}yes{% else %}no{% endif %}{{ size }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    text.chat_template = templates.jinja(text, None, {"on": False, "size": 3})
+    turns = conversation("a", "b")
+    assert templates.render(turns, text, None, False, "p").startswith("no3")
+    again = templates.jinja(text, None, {"on": True})
+    assert templates.render(turns, text, again, False, "p").startswith("yes3")
+    assert again.count("set on") == 1
+
+
+def test_a_template_that_prints_the_date_prints_the_same_every_day():
+    text = characters()
+    template = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    assert templates.render(conversation("a", "b"), text, template, False, "p").startswith("26 Jul 2024")

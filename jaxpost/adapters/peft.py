@@ -116,16 +116,24 @@ def _stacked(folder: str, read: Mapping, stem: str, part: str, shape: tuple[int,
     return jnp.asarray(np.stack(layers))
 
 
-def save(folder: str | epath.Path, params: Params, arch: Architecture, entry: Mapping, model: str | None) -> list[str]:
+def save(
+    folder: str | epath.Path, params: Params, arch: Architecture, entry: Mapping, model: str | None, beside=()
+) -> list[str]:
     """Writes the adapter of a tree as `peft` has it; returns the files' names.
 
     entry: the config's or checkpoint's entry of the adapter; model: the name or folder of what it goes around, None where that
-    is no Hugging Face model. Raises UserError for a tree without an adapter, and for a family with fused projections.
+    is no Hugging Face model; beside: what else was learned. Raises UserError for anything beside, for a tree without an
+    adapter, and for a family with fused projections.
     """
     names = tensor_names(arch)
     nodes = {k: v for k, v in flatten_dict(params, sep="/").items() if isinstance(v, (Lora, Dora))}
     if not nodes:
         raise UserError("export: there is no adapter in this checkpoint; leave --adapter out.")
+    if beside:
+        raise UserError(
+            f"export: this run learned {', '.join(sorted(beside)[:3])} as well, which is no part of an adapter. Leave --adapter "
+            "out: all of it is then in the model."
+        )
     if fused := [names[k].name for k in nodes if names[k].rows]:
         raise UserError(
             f"export: {arch.family} keeps several projections in one tensor ({fused[0].format(0)}), around which peft puts one "

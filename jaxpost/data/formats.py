@@ -161,10 +161,13 @@ def _shape(row: dict[str, Any]):
 def _conversation(row: dict[str, Any], place: str) -> Conversation:
     column = "messages" if "messages" in row else "conversations"
     found = turns(row[column], column, place)
-    system = string(row.get("system", ""), "system", place) if column == "conversations" else ""
-    if system and found and found[0]["role"] != "system":
-        found = [{"role": "system", "content": system}, *found]
-    return _checked(found, place, row.get("tools"))
+    return _checked(_with_system(found, row, place), place, row.get("tools"))
+
+
+def _with_system(found: list[Message], row: dict[str, Any], place: str) -> list[Message]:
+    """The turns after the row's own column of what the system says, if it has one and they have none."""
+    system = string(row.get("system") or "", "system", place)
+    return [{"role": "system", "content": system}, *found] if system and found and found[0]["role"] != "system" else found
 
 
 def _checked(found: list[Message], place: str, tools: Any = None, prompt: int | None = None) -> Conversation:
@@ -176,20 +179,26 @@ def _checked(found: list[Message], place: str, tools: Any = None, prompt: int | 
 def _prompted(row: dict[str, Any], place: str) -> Example:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, (list, dict)) and isinstance(completion, (list, dict)):
-        before, after = turns(prompt, "prompt", place), turns(completion, "completion", place)
+        before, after = _with_system(turns(prompt, "prompt", place), row, place), turns(completion, "completion", place)
         found = _checked(before + after, place, row.get("tools"), prompt=len(before))
         if not any(message["role"] == "assistant" for message in after):
             raise UserError(f"{place}: the completion has no assistant turn, so there is nothing to learn; add one")
         return found
     if isinstance(prompt, (list, dict)) or isinstance(completion, (list, dict)):
         raise UserError(f"{place}: prompt and completion must both be strings or both lists of messages; write both alike")
+    if row.get("system"):
+        raise UserError(f"{place}: system goes with messages; write prompt and completion as lists of them, or leave it out")
     return Completion(string(prompt, "prompt", place), filled(completion, "completion", place), place)
 
 
 def _alpaca(row: dict[str, Any], place: str) -> Conversation:
     parts = [string(row.get(column, ""), column, place) for column in ("instruction", "input")]
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise UserError(f"{place}: history must be a list of [instruction, output] pairs; write it so, or leave it out")
+    earlier = [m for asked, told in history for m in _pair(filled(asked, "history", place), filled(told, "history", place))]
     system = string(row.get("system", ""), "system", place)
-    found = [{"role": "system", "content": system}] if system else []
+    found = ([{"role": "system", "content": system}] if system else []) + earlier
     return _checked(found + _pair("\n".join(part for part in parts if part), filled(row["output"], "output", place)), place)
 
 

@@ -82,14 +82,7 @@ def encode_all(
         stored = _encoded(records, lambda record: _whole(record, tokenizer, template, train_on, columns), choices)
         _save(file, stored)
     lengths, cut = stored["lengths"], int(stored["cut"])
-    skipped, reason = int(stored["skipped"]), str(stored["reason"])
-    if skipped == len(records) and skipped:
-        raise UserError(f"none of the {skipped} examples can be learned from; the first because: {reason}")
-    if not len(lengths):
-        raise UserError(
-            f"none of the {len(records) - skipped} examples has something to learn within a window of {window} tokens"
-            f" (too_long={too_long!r}); the shortest needs {int(stored['needed'])}"
-        )
+    skipped, reason = _useful(stored, len(records), window, too_long)
     report = {"count": len(lengths), "dropped": int(stored["dropped"]), "truncated": cut if too_long == "truncate" else 0}
     report |= {"split": cut if too_long == "split" else 0, "skipped": skipped}
     report |= {"tokens": len(stored["tokens"]), "trained_tokens": int(stored["mask"].sum())}
@@ -102,6 +95,19 @@ def encode_all(
     digest = hashlib.sha256(b"".join(stored[name].tobytes() for name in ("tokens", "mask", "lengths"))).hexdigest()
     examples = grain.MapDataset.range(len(lengths)).map(example)
     return Encoded(examples, lengths, report, digest[:16], reason, int(stored["tokens"].max()))
+
+
+def _useful(stored: dict, count: int, window: int, too_long: str) -> tuple[int, str]:
+    """(how many records were skipped, why the first was). Raises UserError if nothing is left to learn from."""
+    skipped, reason = int(stored["skipped"]), str(stored["reason"])
+    if skipped == count and skipped:
+        raise UserError(f"none of the {skipped} examples can be learned from; the first because: {reason}")
+    if not len(stored["lengths"]):
+        raise UserError(
+            f"none of the {count - skipped} examples has something to learn within a window of {window} tokens"
+            f" (too_long={too_long!r}); the shortest needs {int(stored['needed'])}"
+        )
+    return skipped, reason
 
 
 def _encoded(records: Sequence[Record], encode, choices: tuple) -> dict[str, np.ndarray]:

@@ -16,6 +16,7 @@ probe: what does not come out again of a rendered probe is written into the turn
 Where a template refuses system turns, the definitions open the first user turn instead.
 """
 
+import datetime
 import functools
 import json
 import re
@@ -27,6 +28,12 @@ import jinja2
 from jaxpost.data.formats import Conversation
 from jaxpost.data.messages import Message
 from jaxpost.errors import UserError
+
+# The day that templates which print today's (Llama 3.2, SmolLM 3) are given: what a run learns must not depend on when it was
+# begun, or continued. It is the one that Llama's template falls back to.
+_DATE = datetime.date(2024, 7, 26)
+_PARTS = "".join(f" | replace({code!r}, {_DATE.strftime(code)!r})" for code in "%d %b %B %m %y %Y %a %A %H %M %S".split())
+_TODAY = f"{{% macro strftime_now(form) %}}{{{{ form{_PARTS} }}}}{{% endmacro %}}{{{{ '' }}}}"
 
 TEMPLATES = {
     "plain": (
@@ -70,7 +77,11 @@ def jinja(tokenizer: Any, template: str | None = None, options: Mapping[str, Any
         found = template
     else:
         raise UserError(f"chat template {template!r} is not known; give one of {', '.join(TEMPLATES)}, or a Jinja string")
+    # A saved template begins with the options that its run had; new values take their place.
     top = ""
+    if options and (held := re.match(r"((?:\{% set \w+ = .*? %\})+)\{\{ '' \}\}", found, re.DOTALL)):
+        found = found[held.end() :]
+        top = "".join(m[0] for m in re.finditer(r"\{% set (\w+) = .*? %\}", held[1], re.DOTALL) if m[1] not in options)
     for name, value in (options or {}).items():
         if not (name.isidentifier() and re.search(rf"\b{name}\b", found)):
             raise UserError(f"config.template_options: the chat template reads no variable {name!r}; leave it out")
@@ -86,9 +97,14 @@ def render(
 ) -> str:
     """The messages as one string; `generate` opens the assistant's next turn. Raises UserError, with place, if it cannot be."""
     template = jinja(tokenizer, template)
+    template = _TODAY + template if "strftime_now" in template else template
     try:
         return tokenizer.apply_chat_template(
-            list(messages), tools=tools, chat_template=template, tokenize=False, add_generation_prompt=generate
+            list(messages),
+            tools=tools,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=generate,
         )
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise UserError(f"{place}: the chat template refuses the messages: {error}; change them or the template") from error

@@ -19,7 +19,7 @@ def frequencies(rope: Rope, head_width: int, length: int = 0) -> np.ndarray:
     `factor`, and the ones between are blended linearly in original / wavelength. yarn ("YaRN: Efficient Context Window
     Extension of Large Language Models"): a linear ramp over the channels, between those that turn beta_fast and beta_slow times
     within the original length. longrope ("LongRoPE: Extending LLM Context Window Beyond 2 Million Tokens"): a divisor for each
-    channel, the long ones where `length`, the most tokens that a row can hold, is beyond the original.
+    channel, the long ones where a document's `length` is beyond the original.
 
     They are constants, made on the host: a power's last bits, multiplied by a position in the thousands, are a visible angle on
     devices that approximate it.
@@ -52,9 +52,13 @@ def _channel(rope: Rope, width: int, turns: float) -> float:
     return width * math.log(rope.original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
 
-def rotary(rope: Rope, head_width: int, positions: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
-    """(cosine, sine), each [B,S,1,R/2] float32, of the positions [B,S] in rows that hold at most `length` tokens."""
-    angle = positions[:, :, None, None].astype(jnp.float32) * frequencies(rope, head_width, length)
+def rotary(rope: Rope, head_width: int, positions: jax.Array, lengths: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    """(cosine, sine), each [B,S,1,R/2] float32, of the positions [B,S] in documents of so many tokens (a number, or [B,S])."""
+    places = positions[:, :, None, None].astype(jnp.float32)
+    angle = places * frequencies(rope, head_width)
+    if rope.kind == "longrope":
+        long = jnp.broadcast_to(lengths, positions.shape)[:, :, None, None] > rope.original
+        angle = jnp.where(long, places * frequencies(rope, head_width, rope.original + 1), angle)
     return jnp.cos(angle) * rope.scale, jnp.sin(angle) * rope.scale
 
 
@@ -65,6 +69,13 @@ def rotate(x: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
     a, b = jnp.split(x[..., :width].astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
     return turned if width == x.shape[-1] else jnp.concatenate([turned, x[..., width:]], axis=-1)
+
+
+def document_lengths(segments: jax.Array, positions: jax.Array) -> jax.Array:
+    """[B,S] document numbers and positions -> [B,S]: how many tokens the document of each has."""
+    count = segments.shape[1] + 1
+    last = jax.vmap(lambda p, s: jax.ops.segment_max(p, s, num_segments=count)[s])(positions, segments)
+    return last + 1
 
 
 def document_mask(segments: jax.Array, window: int | None = None) -> jax.Array:

@@ -106,7 +106,7 @@ HARMLESS = {
     "output_hidden_states", "output_attentions", "output_scores", "output_router_logits", "router_aux_loss_coef",
     "chunk_size_feed_forward", "tokenizer_class", "task_specific_params", "finetuning_task", "prefix", "_commit_hash",
     "_attn_implementation", "unsloth_version", "unsloth_fixed", "mlx_version", "is_llama_config", "transformers.js_config",
-    "auto_map", "cache_implementation", "use_mambapy",
+    "auto_map", "cache_implementation", "use_mambapy", "pretraining_tp",
 }  # fmt: skip
 
 # Fields that would change it, and the values at which they do not.
@@ -114,7 +114,6 @@ NEUTRAL = {
     "attention_dropout": (0.0,),
     "resid_pdrop": (0.0,),
     "embd_pdrop": (0.0,),
-    "pretraining_tp": (1,),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
     "is_decoder": (False,),
@@ -422,11 +421,18 @@ def olmoe(config: Mapping, place: str) -> Architecture:
     ))  # fmt: skip
 
 
+# Fields of Phi-4-mini's files, and the values at which they change nothing.
+_PHI4 = {"attention_bias": False, "mlp_bias": False, "lm_head_bias": False, "full_attn_mod": 1, "interpolate_factor": 1}
+
+
 def phi3(config: Mapping, place: str) -> Architecture:
     """Phi-3 and 4: fused projections in the file, a part of each head rotates, longrope, perhaps a sliding window."""
     f = Fields(config, place)
     c = f.common(rms_norm_eps=1e-5, max_position_embeddings=4096)
     f.left.setdefault("original_max_position_embeddings", 4096)
+    for name, neutral in _PHI4.items():
+        if (value := f.left.pop(name, neutral)) != neutral:
+            raise UserError(f"{place}: {name} = {value!r} is not supported (only {neutral!r} is).")
     if isinstance(scaling := f.left.get("rope_scaling"), dict) and scaling.get("type") == "yarn":
         f.left["rope_scaling"] = {**scaling, "type": "longrope"}  # what its first release called it
     rope = f.rope(c["max_positions"], partial=True)
@@ -438,6 +444,7 @@ def smollm3(config: Mapping, place: str) -> Architecture:
     """SmolLM 3: every fourth layer has no rotary positions."""
     f = Fields(config, place)
     c = f.common(num_key_value_heads=4, max_position_embeddings=32768, tie_word_embeddings=True)
+    f.take("max_window_layers", int, 0)  # in its files, and read by nobody
     bias, interval = f.take("attention_bias", bool, False), f.take("no_rope_layer_interval", int, 4)
     rotated = f.take("no_rope_layers", list, [int((i + 1) % interval != 0) for i in range(c["layers"])])
     if len(rotated) != c["layers"] or not set(rotated) <= {0, 1}:

@@ -12,12 +12,17 @@ from jaxpost.errors import UserError
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 SMALL = ("*.json", "*.model", "*.jinja", "*.txt")
-WEIGHTS = ("*.safetensors",)
+WEIGHTS = ("model*.safetensors",)  # some models lie there twice, once in their makers' own layout
+
+
+def is_spelled(name: str) -> bool:
+    """Whether this is spelled like a model's name on the hub, whatever there is here."""
+    return _NAME.fullmatch(name) is not None
 
 
 def is_name(where: str) -> bool:
     """Whether this could be a model's name on the hub, and no path here: neither it nor the folder before its slash exists."""
-    return _NAME.fullmatch(where) is not None and not Path(where).parent.exists()
+    return is_spelled(where) and not Path(where).parent.exists()
 
 
 def fetch(name: str, weights: bool = False) -> Path:

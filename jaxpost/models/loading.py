@@ -214,11 +214,23 @@ def base_in(found: Description, workdir, frozen: Params) -> dict | None:
     name = found.hub and f"{found.hub.partition('@')[0]}@{folder.name}"
     if base:
         held, folder = set(checkpoint.paths(found.folder)), checkpoint.absolute(base_of(found.folder, base, verify=False))
-        name = base["reference"] if hub.is_name(base["reference"]) else ""
-    if not name:
-        name = str(folder.relative_to(workdir) if folder.is_relative_to(workdir) else folder)
+        name = base["reference"] if hub.is_spelled(base["reference"]) else ""
+    elif (folder / "params").exists() and not checkpoint.read_meta(folder).get("done"):
+        raise UserError(
+            f"config.model: {folder} is a checkpoint of a run that is not over, which may delete it. Let the run end, or make "
+            "a folder of it: python -m jaxpost.export."
+        )
+    if not name:  # a path inside the workdir begins with a dot, so that it is never taken for a name on the hub
+        name = f"./{folder.relative_to(workdir)}" if folder.is_relative_to(workdir) else str(folder)
     beside = [n.replace("/", ".") for n in names if re.search(optim.ADDED, n) or n.replace("/", ".") in held]
     return {"reference": name, "hash": base["hash"] if base else fingerprint.digest(folder), "beside": sorted(beside)}
+
+
+def beside(found: Description) -> list[str]:
+    """The weights that a checkpoint around a base holds and that are no part of its adapter: what was learned besides."""
+    if found.folder is None or not checkpoint.read_meta(found.folder).get("base"):
+        return []
+    return [name for name in checkpoint.paths(found.folder) if not re.search(optim.ADDED, name.replace(".", "/"))]
 
 
 def base_name(found: Description) -> str | None:
@@ -226,7 +238,7 @@ def base_name(found: Description) -> str | None:
     base = found.folder is not None and checkpoint.read_meta(found.folder).get("base")
     if not base:
         return found.hub or (None if found.folder is None or (found.folder / "params").exists() else str(found.folder))
-    if hub.is_name(base["reference"]):
+    if hub.is_spelled(base["reference"]):
         return base["reference"].partition("@")[0]
     folder = base_of(found.folder, base, verify=False)
     return None if (folder / "params").exists() else str(folder)
@@ -235,7 +247,7 @@ def base_name(found: Description) -> str | None:
 def base_of(step, base: dict, verify: bool = True) -> epath.Path:
     """The folder that a checkpoint's frozen weights are in. Raises UserError where it is gone, or holds others than it did."""
     where = base["reference"]
-    if hub.is_name(where):
+    if hub.is_spelled(where):
         folder = hub.fetch(where, weights=True)
     else:
         whole = "://" in where or Path(where).is_absolute()

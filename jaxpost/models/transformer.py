@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpost import sharding
-from jaxpost.models.attention import attend, cache_mask, document_mask, rotary, rotate
+from jaxpost.models.attention import attend, cache_mask, document_lengths, document_mask, rotary, rotate
 from jaxpost.models.einsum import project
 from jaxpost.models.families import Architecture
 from jaxpost.models.moe import MoE
@@ -208,14 +208,16 @@ class Transformer:
 
     def _tables(self, batch: Batch, cache: Any) -> list:
         """Of each kind of layer: (cosine, sine), mask."""
-        length = batch["tokens"].shape[1] if cache is None else cache[0]["k"].shape[2]
+        # While decoding, how long a document will be is not known: what there is room for stands for it.
+        length = None if cache is None else cache[0]["k"].shape[2]
+        lengths = document_lengths(batch["segments"], batch["positions"]) if cache is None else length
 
         def mask(window):
             if cache is None:
                 return document_mask(batch["segments"], window)
             return cache_mask(batch["positions"], length, window)
 
-        return [(rotary(k.rope, self.arch.head_width, batch["positions"], length), mask(k.window)) for k in self.arch.kinds]
+        return [(rotary(k.rope, self.arch.head_width, batch["positions"], lengths), mask(k.window)) for k in self.arch.kinds]
 
     def _scan(self, block, x, layers, tables: list):
         """The blocks one after the other, as one loop; with several kinds of layers each takes its own table."""

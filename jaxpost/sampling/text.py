@@ -47,6 +47,7 @@ def completed(
     ids = [_encoded(text, p, chat, template) for p in prompts for _ in range(n)]
     if not ids:
         raise UserError("nothing to complete: give at least one prompt.")
+    _check_ids(ids, model.arch.vocab)
     longest, room = max(map(len, ids)), model.arch.max_positions
     new = min(DEFAULT_NEW, room - longest) if new is None else new
     if new < 1 or longest + new > room:
@@ -67,6 +68,15 @@ def completed(
     )
     ends = found.lengths - found.stopped
     return [(p, row[len(p) : len(p) + end]) for p, row, end in zip(ids, found.tokens, ends, strict=True)]
+
+
+def _check_ids(prompts: list[np.ndarray], vocab: int) -> None:
+    for ids in prompts:
+        if ids.ndim != 1 or not 0 <= ids.min(initial=0) <= ids.max(initial=0) < vocab:
+            raise UserError(
+                f"a prompt is ids [n] from 0 to {vocab - 1}, the model's vocabulary; one has the shape {ids.shape} and ids up "
+                f"to {ids.max(initial=0)}."
+            )
 
 
 def _remedy(left: int) -> str:
