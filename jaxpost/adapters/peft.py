@@ -116,17 +116,8 @@ def _stacked(folder: str, read: Mapping, stem: str, part: str, shape: tuple[int,
     return jnp.asarray(np.stack(layers))
 
 
-def save(
-    folder: str | epath.Path, params: Params, arch: Architecture, entry: Mapping, model: str | None, beside=()
-) -> list[str]:
-    """Writes the adapter of a tree as `peft` has it; returns the files' names.
-
-    entry: the config's or checkpoint's entry of the adapter; model: the name or folder of what it goes around, None where that
-    is no Hugging Face model; beside: what else was learned. Raises UserError for anything beside, for a tree without an
-    adapter, and for a family with fused projections.
-    """
-    names = tensor_names(arch)
-    nodes = {k: v for k, v in flatten_dict(params, sep="/").items() if isinstance(v, (Lora, Dora))}
+def _check_alone(nodes: Mapping, names: Mapping, arch: Architecture, beside) -> None:
+    """Raises UserError where an adapter's file alone could not say what was learned."""
     if not nodes:
         raise UserError("export: there is no adapter in this checkpoint; leave --adapter out.")
     if beside:
@@ -139,6 +130,20 @@ def save(
             f"export: {arch.family} keeps several projections in one tensor ({fused[0].format(0)}), around which peft puts one "
             "adapter and this model has several. Leave --adapter out: the adapter is then merged into the model."
         )
+
+
+def save(
+    folder: str | epath.Path, params: Params, arch: Architecture, entry: Mapping, model: str | None, beside=()
+) -> list[str]:
+    """Writes the adapter of a tree as `peft` has it; returns the files' names.
+
+    entry: the config's or checkpoint's entry of the adapter; model: the name or folder of what it goes around, None where that
+    is no Hugging Face model; beside: what else was learned. Raises UserError for anything beside, for a tree without an
+    adapter, and for a family with fused projections.
+    """
+    names = tensor_names(arch)
+    nodes = {k: v for k, v in flatten_dict(params, sep="/").items() if isinstance(v, (Lora, Dora))}
+    _check_alone(nodes, names, arch, beside)
     tensors = {}
     for path, node in nodes.items():
         for suffix, part in _PARTS.items():

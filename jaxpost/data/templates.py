@@ -32,7 +32,7 @@ from jaxpost.errors import UserError
 # The day that templates which print today's (Llama 3.2, SmolLM 3) are given: what a run learns must not depend on when it was
 # begun, or continued. It is the one that Llama's template falls back to.
 _DATE = datetime.date(2024, 7, 26)
-_PARTS = "".join(f" | replace({code!r}, {_DATE.strftime(code)!r})" for code in "%d %b %B %m %y %Y %a %A %H %M %S".split())
+_PARTS = "".join(f" | replace('%{code}', {_DATE.strftime(f'%{code}')!r})" for code in "dbBmyYaAHMS")
 _TODAY = f"{{% macro strftime_now(form) %}}{{{{ form{_PARTS} }}}}{{% endmacro %}}{{{{ '' }}}}"
 
 TEMPLATES = {
