@@ -122,8 +122,8 @@ def _check_alone(nodes: Mapping, names: Mapping, arch: Architecture, beside) -> 
         raise UserError("export: there is no adapter in this checkpoint; leave --adapter out.")
     if beside:
         raise UserError(
-            f"export: this run learned {', '.join(sorted(beside)[:3])} as well, which is no part of an adapter. Leave --adapter "
-            "out: all of it is then in the model."
+            f"export: this run learned {', '.join(sorted(beside)[:3])} as well, which is no part of an adapter. Leave "
+            "--adapter out: all of it is then in the model."
         )
     if fused := [names[k].name for k in nodes if names[k].rows]:
         raise UserError(
