@@ -12,6 +12,7 @@ import runs
 
 import jaxpost
 from jaxpost import checkpoint, export, fingerprint, optim, recipe, sharding, train
+from jaxpost.adapters import lora, peft
 from jaxpost.errors import UserError
 from jaxpost.log import Log
 from jaxpost.models import families, hf, loading
@@ -265,3 +266,21 @@ def test_what_the_digest_covers(tmp_path):
     short = fingerprint.digest(tmp_path)
     other.write_bytes(content[:500] + b"x" + content[501:1000])
     assert fingerprint.digest(tmp_path) != short
+
+
+def test_a_base_that_may_be_deleted_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "3" / "params").mkdir(parents=True)
+    found = loading.Description(None, None, {}, tmp_path / "3")
+    monkeypatch.setattr(checkpoint, "read_meta", lambda folder: {"done": False})
+    with pytest.raises(UserError, match="config.model: .*3 is a checkpoint of a run that is not over"):
+        loading.base_in(found, tmp_path / "w", {"norm": {"scale": jnp.ones(2)}})
+    assert loading.base_in(found, tmp_path / "w", {"norm": {"scale": None}}) is None
+
+
+def test_what_was_learned_beside_an_adapter_is_no_part_of_its_file(tmp_path):
+    arch = families.architecture(runs.MODEL)
+    params = Transformer(arch).init(jax.random.PRNGKey(0))
+    adapted = lora.lora(params, jax.random.PRNGKey(1), rank=2)
+    with pytest.raises(UserError, match="this run learned norm.scale as well"):
+        peft.save(tmp_path, adapted, arch, {"name": "lora"}, None, ["norm.scale"])
+    assert not list(tmp_path.iterdir())
