@@ -223,7 +223,7 @@ def asked_of_the_sampler(monkeypatch, text, prompts, positions=64, answer=" cab"
         return Completions(tokens, np.full(len(rows), len(ids)), np.zeros(tokens.shape), np.ones(len(rows), bool))
 
     monkeypatch.setattr(text_module, "complete", complete)
-    model = Transformer(families.architecture({**MODEL, "max_position_embeddings": positions}))
+    model = Transformer(families.architecture({**MODEL, "vocab_size": 300, "max_position_embeddings": positions}))
     pairs = text_module.completed(model, None, text, prompts, mesh=None, **options)
     return asked, [text_module.continuation(text, *pair) for pair in pairs]
 
