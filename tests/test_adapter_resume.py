@@ -203,7 +203,7 @@ def test_a_stage_of_the_same_run_is_named_from_the_workdir_on(whole, tmp_path):
     ]
     assert metas[0]["base"] is None and metas[0]["adapter"] == {}
     reference = [meta["base"]["reference"] for meta in metas[1:]]
-    assert reference == ["checkpoints/sft/1"] * 2
+    assert reference == ["./checkpoints/sft/1"] * 2
     # What is drawn at random is kept, learned or not; the norm, once learned, stays with the adapter though frozen again.
     assert {name.rpartition(".")[2] for name in metas[1]["base"]["beside"]} == {"a"}
     assert metas[2]["base"]["beside"] == ["norm.scale"]
