@@ -13,8 +13,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     # The recipes go along as jaxpost/configs, so that an installed package has them too.
-    packages=[*find_packages(include=["jaxpost", "jaxpost.*"]), "jaxpost.configs"],
-    package_dir={"jaxpost.configs": "configs"},
+    packages=[*find_packages(include=["jaxpost", "jaxpost.*"]), "jaxpost.configs", "jaxpost.configs.tpu"],
+    package_dir={"jaxpost.configs": "configs", "jaxpost.configs.tpu": "configs/tpu"},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",

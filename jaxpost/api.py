@@ -19,13 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpost import sharding
+from jaxpost import programs, sharding
 from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.models.heads import logits
 from jaxpost.models.transformer import Transformer
 from jaxpost.objectives.logprobs import token_scores
 from jaxpost.sampling.text import completed, continuation
+from jaxpost.tokenizer import check_ids
 from jaxpost.types import Batch, Output, Params
 
 
@@ -88,7 +89,9 @@ class Model:
     def need_tokenizer(self) -> None:
         """Raises UserError for a model without a tokenizer."""
         if self.tokenizer is None:
-            raise UserError("the model's folder has no tokenizer (tokenizer.json), so there is no way from text to tokens.")
+            raise UserError(
+                "the model's folder has no tokenizer (tokenizer.json), so there is no way from text to tokens; give it one."
+            )
 
     def _batch(self, tokens, lengths, beyond: int = 0) -> tuple[dict, int]:
         """(columns on the mesh, rows asked for): one document a row, and rows of padding where the mesh needs more."""
@@ -96,8 +99,7 @@ class Model:
         arch = self.transformer.arch
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
             raise UserError(f"tokens are ids [B,S], all rows of one length; these are {tokens.dtype} of shape {tokens.shape}.")
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < arch.vocab:
-            raise UserError(f"token ids are 0 to {arch.vocab - 1}; these are {tokens.min()} to {tokens.max()}.")
+        check_ids(tokens, arch.vocab, self.tokenizer, "tokens")
         rows, length = tokens.shape
         if not 0 < length <= (most := arch.max_positions + beyond) or not rows:
             raise UserError(f"tokens of shape {tokens.shape}: give rows of 1 to {most} tokens, and one at least.")
@@ -132,6 +134,7 @@ def load(where: str | Mapping, *, mesh=None, dtype: str = "float32", adapter: Ma
     {"name": "lora", "rank": 16}; a workdir's own comes without asking. Raises UserError if `where` is none of these, or broken,
     or not supported.
     """
+    programs.keep()
     mesh = sharding.make_mesh() if mesh is None else mesh
     found, params = loading.open_model(where if isinstance(where, Mapping) else str(where), mesh, dtype, adapter)
     return Model(found.transformer, params, found.tokenizer, found.config, mesh)

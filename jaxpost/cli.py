@@ -9,8 +9,9 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from jaxpost import recipe
+from jaxpost import programs, recipe
 from jaxpost.errors import UserError
+from jaxpost.naming import NOUNS
 from jaxpost.recipe import DEFAULTS
 from jaxpost.resolve import nearest
 
@@ -42,6 +43,7 @@ def run(main: Callable, about: str, config: bool = False) -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax narrates every file it renames
         if argv[1:]:
             _fail(f"unexpected argument {argv[1]!r}; settings are given as --name=value. See --help.")
+        programs.keep()
         try:
             main(argv)
         except UserError as e:
@@ -102,7 +104,7 @@ def _own_keywords(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
 
     ml_collections changes only what is there, but which keywords an objective or a task has is for the function to say.
     """
-    pattern = re.compile(rf"--config\.((?:\w+\.)?(?:{'|'.join(recipe.CALLS)})\.\w+)=(.*)", re.DOTALL)
+    pattern = re.compile(rf"--config\.((?:\w+\.)?(?:{'|'.join(NOUNS)})\.\w+)=(.*)", re.DOTALL)
     found = [m.groups() for a in argv if (m := pattern.fullmatch(a))]
     if not found or not any(a.startswith("--config=") for a in argv):
         return argv, []

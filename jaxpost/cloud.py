@@ -21,7 +21,7 @@ from pathlib import Path
 
 from etils import epath
 
-from jaxpost.errors import UserError
+from jaxpost.errors import UserError, first_line
 
 
 def is_remote(where) -> bool:
@@ -73,13 +73,14 @@ def check_bucket(where) -> None:
         storage.Client().get_bucket(name)
     except (GoogleAPIError, GoogleAuthError, OSError) as e:
         raise UserError(
-            f"{where}: the bucket {name} cannot be used ({_first_line(e)}). Check its name, that this machine's account has "
+            f"{where}: the bucket {name} cannot be used ({first_line(e)}). Check its name, that this machine's account has "
             "storage.buckets.get and may write objects there, or log in: gcloud auth application-default login."
         ) from e
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+def cache_folder() -> epath.Path:
+    """Where what can be made again is kept between runs: the environment's JAXPOST_CACHE, else ~/.cache/jaxpost."""
+    return epath.Path(os.environ.get("JAXPOST_CACHE") or "~/.cache/jaxpost").expanduser()
 
 
 @contextlib.contextmanager

@@ -4,8 +4,9 @@
     python -m jaxpost.evaluate --model=WORKDIR --task=arithmetic       a task's accuracy, by generation
     python -m jaxpost.evaluate --model=FOLDER --lm_eval=task.yaml      lm-eval's tasks (extra [eval])
 
-`held_out` gives the objective's loss and metrics on data it did not train on; `accuracy` has the model answer a task's test
-problems, sampled at temperature 1 and greedily, and lets the task's own reward judge.
+`held_out` gives the objective's loss and metrics on data it did not train on; `graded` has the model answer a task's test
+problems, sampled at temperature 1 and greedily, and lets a reward judge. The mean of a reward that is annotated `-> bool`, as a
+verifier is, is called accuracy; that of any other is called reward.
 
 `perplexity` is exp(nll), the mean over all scored tokens of a file. Which tokens are scored the file's shape says, as in
 training: of `text` all (but each document's first, which nothing precedes), of a conversation the assistant's, of prompt and
@@ -15,6 +16,7 @@ all and then those of each window's second half, which have between half a windo
 different windows therefore differ: a longer window gives more context and a lower perplexity.
 """
 
+import inspect
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,9 +32,11 @@ from jaxpost.data.chat import TRAIN_ON
 from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.objectives import sft
-from jaxpost.resolve import module, resolve
+from jaxpost.plan import judge
+from jaxpost.resolve import module
 from jaxpost.sampling.decode import answers, complete
 from jaxpost.step import make_evaluation
+from jaxpost.tokenizer import check_ids
 from jaxpost.types import Params
 
 # What a window is where none is asked for, unless the model takes less.
@@ -52,20 +56,20 @@ def held_out(evaluate: Callable, params: Params, batches: Iterable[dict], mesh, 
         yield f"eval/{name}", value
 
 
-def accuracy(
+def graded(
     model, params: Params, tokenizer, records: list[dict], reward: Callable, mesh, *, rows: int, options: dict, step: int
 ) -> Iterator[tuple[str, float | list]]:
-    """(eval/accuracy, mean reward of one sample a problem), (eval/accuracy_greedy, ...), the same for each cell as
-    <name>/<cell>, where there are several.
+    """(eval/reward, mean of one sample a problem), (eval/reward_greedy, ...), the same for each cell as <name>/<cell>, where
+    there are several; with accuracy for reward where the reward is a verifier, whose signature says that it gives a bool.
 
     records: dicts with prompt, and maybe answer, cell (else "all") and a weight in the overall mean. rows: how many are
     completed at a time; options: prompt_window, new, template. Last yields ("samples", rows of prompt, completion, answer,
     reward, kind) for the log: the first problem of each cell. All processes compute the same.
     """
     template = options["template"]
-    prompts = [chat.encode_prompt([{"role": "user", "content": r["prompt"]}], tokenizer, template) for r in records]
-    samples = []
-    for name, temperature in (("eval/accuracy", 1.0), ("eval/accuracy_greedy", 0.0)):
+    prompts = [chat.encode_prompt(r["prompt"], tokenizer, template) for r in records]
+    samples, kind = [], "accuracy" if inspect.signature(reward).return_annotation in (bool, "bool") else "reward"
+    for name, temperature in ((f"eval/{kind}", 1.0), (f"eval/{kind}_greedy", 0.0)):
         texts = []
         for first in range(0, len(prompts), rows):
             part = prompts[first : first + rows]
@@ -135,9 +139,7 @@ def perplexity(
         raise UserError(f"--window={window}: give 2 to {most} tokens, which is what the model takes.")
     # Cut by `slide`, not by the encoder, to which no example is too long.
     encoded = source.encode_all(readers.read(path), model.tokenizer, template, train_on, window=2**31 - 1)
-    if encoded.highest >= model.transformer.arch.vocab:
-        text = model.tokenizer.convert_ids_to_tokens(encoded.highest)
-        raise UserError(f"{path}: has the token {text!r}, which the model has no row for; take it out.")
+    check_ids(encoded.highest, model.transformer.arch.vocab, model.tokenizer, path)
     pieces = slide([encoded.examples[i] for i in range(len(encoded.lengths))], window)
     rows += -rows % (model.mesh.shape["data"] * model.mesh.shape["fsdp"])
     packed = source.rows(pieces, [len(p["tokens"]) for p in pieces], window, seed=0)
@@ -156,7 +158,7 @@ def perplexity(
 def solves(
     model: api.Model, name: str, *, per_cell: int = 50, new: int = 64, reward: str = "", template: str | None = None, rows=64
 ) -> Iterator[tuple[str, float]]:
-    """(accuracy, accuracy_greedy, and of each cell) of a task's test problems; see `accuracy`.
+    """(accuracy or reward, the same _greedy, and of each cell) of a task's test problems; see `graded`.
 
     name: of the task; reward: a function in place of the task's own; new: the most tokens of an answer; rows: problems at a
     time.
@@ -166,16 +168,15 @@ def solves(
     task = module(name, "tasks")
     if not callable(getattr(task, "test_records", None)) or not (reward or callable(getattr(task, "reward", None))):
         raise UserError(f"--task={name}: has no test_records or no reward; CONTRIBUTING.md lists what a task has.")
-    judge = resolve(reward, "rewards") if reward else task.reward
+    verdict = judge(task, name, reward)
     records = task.test_records(per_cell)
-    turns = ([{"role": "user", "content": r["prompt"]}] for r in records)
-    longest = max(len(chat.encode_prompt(t, model.tokenizer, template)) for t in turns)
+    longest = max(len(chat.encode_prompt(r["prompt"], model.tokenizer, template)) for r in records)
     if (new := min(new, model.transformer.arch.max_positions - longest)) < 1:
         raise UserError(f"--task={name}: a prompt of {longest} tokens leaves no room for an answer in the model's positions.")
     options = {"prompt_window": longest, "new": new, "template": template}
     rows = min(rows, len(records))
-    found = accuracy(
-        model.transformer, model.params, model.tokenizer, records, judge, model.mesh, rows=rows, options=options, step=0
+    found = graded(
+        model.transformer, model.params, model.tokenizer, records, verdict, model.mesh, rows=rows, options=options, step=0
     )
     yield from ((key.removeprefix("eval/"), value) for key, value in found if key != "samples")
 

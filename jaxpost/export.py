@@ -38,6 +38,11 @@ def export(checkpoint: str, out: str, *, mesh, dtype: str | None = None, adapter
             f"--out={out}: is not empty (it holds {held[0]}); nothing is overwritten, give a folder that is new or empty."
         )
     found, params = loading.open_model(checkpoint, mesh)
+    if found.leaves:
+        raise UserError(
+            f"--checkpoint={checkpoint}: it has {', '.join(found.leaves)} besides the model's weights, for which a language "
+            "model of Hugging Face has no place; jaxpost.annotate --what=reward uses a reward model as it is."
+        )
     if adapter:
         base = loading.base_name(found)
         return peft.save(folder, params, found.transformer.arch, found.adapter, base, loading.beside(found))

@@ -1,6 +1,6 @@
 """Whether a folder's weights are still what they were: a digest that reads little of a checkpoint of any size.
 
-SHA-256 over, of each file that holds weights (model*.safetensors, as Hugging Face names them) and in the order of their names:
+SHA-256 over, of each file that holds weights (those that are read, where there are others) and in the order of their names:
 its name, its size, and its content, whole up to 8 MiB, and beyond that the first MiB (where safetensors keeps names, shapes and
 offsets) and 64 pieces of 64 KiB spread evenly to the end. A hundred GB in files of five are 100 MB read.
 
@@ -14,15 +14,17 @@ import hashlib
 import numpy as np
 from etils import epath
 
+from jaxpost.models import hf
+
 WHOLE, HEAD, PIECE, PIECES = 2**23, 2**20, 2**16, 64
 
 
 def digest(folder) -> str:
     """The digest of the weights in a folder of safetensors, or in one of our checkpoints' folders (its weights and running
-    mean)."""
+    mean). Raises UserError for a folder without either."""
     folder = epath.Path(folder)
     parts = [folder / item for item in ("params", "ema") if (folder / item).exists()]
-    files = [f for part in parts for f in _below(part)] or [f for f in folder.iterdir() if f.match("model*.safetensors")]
+    files = [f for part in parts for f in _below(part)] or hf.files(folder)
     held = hashlib.sha256()
     for name, file in sorted((str(f.relative_to(folder)), f) for f in files):
         size = file.stat().length

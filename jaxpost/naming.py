@@ -22,6 +22,15 @@ from typing import Any
 
 import numpy as np
 
+# What a recipe may name, by its key, and the arguments that its functions take by place; a task is a module, which has several.
+# Those that come with jaxpost lie in the folder of the key's plural.
+NOUNS = {
+    "objective": ("forward", "params", "batch", "key"),
+    "reward": ("record", "completion"),
+    "adapter": ("params", "key"),
+    "annotator": ("forward", "params", "batch"),
+    "task": None,
+}
 _GIVEN: dict[str, Any] = {}
 
 
@@ -33,9 +42,14 @@ def name_of(thing: Any, noun: str) -> str:
     module = None if place == "__main__" else sys.modules.get(place)
     if module is thing or (module is not None and vars(module).get(name) is thing):
         return (place if whole else f"{place}.{name}").removeprefix(f"jaxpost.{noun}.")
-    name = f"{name.rpartition('.')[2].strip('<>')}#{hashlib.sha256(_told(thing, ()).encode()).hexdigest()[:8]}"
+    name = f"{name.rpartition('.')[2].strip('<>')}#{digest_of(thing)}"
     _GIVEN[name] = thing
     return name
+
+
+def digest_of(thing: Any) -> str:
+    """A digest of what a function or an object does, the same in every process; see the module's docstring for its limits."""
+    return hashlib.sha256(_told(thing, ()).encode()).hexdigest()[:8]
 
 
 def given(name: str) -> Any:
@@ -48,16 +62,15 @@ def named(settings: Mapping, known: Container[str]) -> dict:
 
     known: the settings' keys; a dict under another is a stage's.
     """
-    nouns = {"objective": "objectives", "reward": "rewards", "task": "tasks", "adapter": "adapters"}
     found = dict(settings)
     for key, value in settings.items():
-        if key not in nouns:
+        if key not in NOUNS:
             found[key] = named(value, known) if isinstance(value, Mapping) and key not in known else value
         elif isinstance(value, Mapping):
             called = value.get("name", "")
-            found[key] = dict(value) if isinstance(called, str) else {**value, "name": name_of(called, nouns[key])}
+            found[key] = dict(value) if isinstance(called, str) else {**value, "name": name_of(called, f"{key}s")}
         elif not isinstance(value, str):
-            found[key] = {"name": name_of(value, nouns[key])}
+            found[key] = {"name": name_of(value, f"{key}s")}
         elif key == "task" and value:
             found[key] = {"name": value}
     return found

@@ -4,21 +4,25 @@ A stage's settings name functions, files, a model and sizes. `plan_stage` reads,
 gives is ready to run, and no weights have been read yet.
 """
 
+import dataclasses
+import functools
+import json
 import math
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxpost import optim, sharding
-from jaxpost.data import chat, mixture, source, templates
-from jaxpost.data.readers import Record
+from jaxpost import checkpoint, cloud, datasets, optim
+from jaxpost.data import chat, source
 from jaxpost.errors import UserError
 from jaxpost.models import loading
-from jaxpost.resolve import bind, module, resolve
+from jaxpost.profile import SKIPPED
+from jaxpost.resolve import attribute, module, resolve
+from jaxpost.rollouts import source as rollouts
 from jaxpost.rollouts.source import Rollouts
+from jaxpost.tokenizer import check_ids
 
 
 class Plan(NamedTuple):
@@ -28,30 +32,26 @@ class Plan(NamedTuple):
     settings: Any
     found: loading.Description
     objective: Callable
+    sets: list[datasets.Set]  # what is learned from; none for rollouts
     source: Any  # state -> batch, with a position
     steps: int
     held_out: list  # this process's batches for evaluation
     data: str  # a digest of what is learned from; "" for rollouts
-    problems: dict | None  # what evaluate.accuracy takes, for a task
-    example: dict | None  # one encoded example, to be shown
+    problems: dict | None  # what evaluate.graded takes, for a task
+    example: list[dict]  # the documents of one example, to be shown
     trainable: str  # pattern of the paths that train
     trained: int  # how many parameters that is
+    reads: tuple[str, ...] = ()  # the columns that its objective reads and that its batches do not have by themselves
+    made: dict = {}  # of each data set, by its digest, the columns that frozen models made (columns.py)
 
 
 def plan_stage(name: str, s, mesh) -> Plan:
     """Reads, resolves and checks everything that a stage's settings name."""
-    found = loading.describe(_plain(s.model), s.tokenizer, s.dtype, s.remat, _plain(s.adapter))
+    device = mesh.devices.flat[0]
+    options = {"attention": s.attention, "device": device}
+    found = loading.describe(_plain(s.model), s.tokenizer, s.dtype, s.remat, _plain(s.adapter), **options)
     loading.check(found)
-    objective = resolve(_plain(s.objective), "objectives")
-    trainable = optim.ADDED if found.adapter and s.trainable == ".*" else s.trainable
-    train, _ = optim.partition(loading.abstract(found.transformer, mesh, found.adapter), trainable)
-    trained = sum(x.size for x in jax.tree.leaves(train))
-    if s.window > (most := found.transformer.arch.max_positions):
-        raise UserError(f"config.window: {s.window} tokens, but the model takes {most}; give that at most.")
-    if s.batch_size % (rows := s.microbatches * mesh.shape["data"] * mesh.shape["fsdp"]):
-        raise UserError(
-            f"config.batch_size: {s.batch_size} rows do not divide over microbatches x data x fsdp = {rows}; use a multiple."
-        )
+    found, objective, trainable, trained = learned(found, s, mesh)
     if found.tokenizer is None:
         raise UserError(
             "config.tokenizer: the model comes without one; name a folder that has one, or a function that makes one."
@@ -59,22 +59,95 @@ def plan_stage(name: str, s, mesh) -> Plan:
     if s.reward and not s.task:
         raise UserError("config.reward: there is no config.task whose completions it could judge.")
     task = _task(s) if s.task else None
-    reward = None if task is None else _reward(task, s)
+    reward = None if task is None else judge(task, s.task["name"], _plain(s.reward))
     problems = None if task is None else _problems(task, reward, found, s)
     if s.source == "rollouts":
-        batches, held_out, example, data, steps = _rollouts(task, reward, found, s, mesh), [], None, "", s.steps
+        sets, held_out, example, data, steps = [], [], [], "", s.steps
+        batches = _rollouts(task, reward, found, s, mesh)
         if not steps:
             raise UserError("config.steps: rollouts have no epochs; say how many steps to take.")
     elif s.source == "data":
-        batches, held_out, example, data = _data(task, found, s, mesh)
+        sets = datasets.read(task, found, s, objective)
+        (batches, held_out), example, data = datasets.batches(sets, s, mesh), datasets.shown(sets), datasets.digest(sets)
         steps = s.steps or len(batches)
     else:
         raise UserError(f"config.source: {s.source!r} is neither 'data' nor 'rollouts'.")
     longest, most = s.rollouts.prompt_window + s.rollouts.new, found.transformer.arch.max_positions
     if task is not None and longest > most:
         raise UserError(f"config.rollouts: prompt_window + new = {longest} tokens, but the model takes {most}.")
+    if s.profile and steps < (needed := s.profile + SKIPPED):
+        raise UserError(f"config.profile: tracing {s.profile} steps takes {needed}, and there are {steps}; ask for fewer.")
     optim.make(s.optimizer, steps)
-    return Plan(name, s, found, objective, batches, steps, held_out, data, problems, example, trainable, trained)
+    reads = tuple(name for name in attribute(objective, "columns", {}) if name not in _own_columns(s, objective))
+    return Plan(name, s, found, objective, sets, batches, steps, held_out, data, problems, example, trainable, trained, reads)
+
+
+def learned(found: loading.Description, s, mesh) -> tuple[loading.Description, Callable, str, int]:
+    """(the model with the leaves that the objective asks for, objective, pattern of the paths that train, how many parameters
+    that is) of a stage, its sizes checked: what needs neither a tokenizer, nor data, nor weights.
+
+    An objective asks for leaves by an attribute `leaves`: {path: (letters, first value)}; they train with an adapter too.
+    """
+    objective = resolve(_plain(s.objective), "objectives")
+    found = dataclasses.replace(found, leaves=attribute(objective, "leaves", {}))
+    trainable = s.trainable
+    if found.adapter and trainable == ".*":
+        trainable = "|".join([optim.ADDED, *(f"^{path}$" for path in found.leaves)])
+    train, _ = optim.partition(loading.abstract(found.transformer, mesh, found.adapter, found.leaves), trainable)
+    _check_shape(s, datasets.shape(objective))
+    # Of pairs several documents are one example; each by itself is held to the model's positions where it is encoded.
+    alone = s.source == "rollouts" or datasets.shape(objective) == "demonstrations"
+    if alone and s.window > (most := found.transformer.arch.max_positions):
+        raise UserError(f"config.window: {s.window} tokens, but the model takes {most}; give that at most.")
+    if s.batch_size % (rows := s.microbatches * mesh.shape["data"] * mesh.shape["fsdp"]):
+        raise UserError(
+            f"config.batch_size: {s.batch_size} rows do not divide over microbatches x data x fsdp = {rows}; use a multiple."
+        )
+    return found, objective, trainable, sum(x.size for x in jax.tree.leaves(train))
+
+
+def _check_shape(s, shape: str) -> None:
+    """Raises UserError for settings that have no meaning for what the objective learns from."""
+    if s.source == "rollouts" and shape != "demonstrations":
+        raise UserError(f"config.source: the objective learns from {shape} of a data set, and rollouts are none.")
+    if s.shared_prefix and shape not in ("pairs", "mismatched"):
+        raise UserError("config.shared_prefix: only a prompt with two answers has a prefix to share; leave it out.")
+
+
+def columns(s, objective: Callable) -> dict[str, jax.ShapeDtypeStruct]:
+    """The columns of a stage's batches as shapes: those of its source, and those that the objective says it reads besides.
+
+    An objective says so by an attribute `columns`: {name: (letters, dtype)}, e.g. {"ref_logps": ("BS", "float32")}. What
+    further letters stand for, the folder in config.annotations says. Raises UserError where it does not.
+    """
+    found, written = _own_columns(s, objective), {}
+    rows, length = found["tokens"].shape
+    for file in (
+        file for folder in s.annotations.split(",") if folder for file in cloud.path(folder.strip()).glob("*/meta.json")
+    ):
+        written |= json.loads(file.read_text())["columns"]
+    for name, (letters, dtype) in attribute(objective, "columns", {}).items():
+        shape = [{"B": rows, "S": length}[letter] for letter in letters[:2]]
+        if letters[2:] and name not in written:
+            raise UserError(f"config.annotations: name the folder of the column {name}, which alone says how wide it is.")
+        shape += written[name]["shape"] if letters[2:] else []
+        found.setdefault(name, jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype)))
+    return found
+
+
+def _own_columns(s, objective: Callable) -> dict[str, jax.ShapeDtypeStruct]:
+    """The columns of a stage's source, as shapes."""
+    if s.source == "rollouts":
+        return rollouts.columns(s.batch_size, s.rollouts.prompt_window + s.rollouts.new)
+    margins = "margins" in attribute(objective, "columns", {})
+    return source.columns(s.batch_size, s.window, datasets.shape(objective), s.shared_prefix, margins)
+
+
+def starting(found: loading.Description, s, before: list[str], workdir) -> loading.Description:
+    """The model that a stage starts from: the result of the one that its settings name or of the one before, or its own."""
+    if origin := s.start or (before[-1] if before else ""):
+        return dataclasses.replace(found, folder=checkpoint.find_step(workdir / "checkpoints" / origin), hub="")
+    return found
 
 
 def _plain(value):
@@ -98,11 +171,15 @@ def _task_options(s) -> dict:
     return {k: v for k, v in _plain(s.task).items() if k not in ("name", "examples")}
 
 
-def _reward(task, s) -> Callable:
-    """The judge of completions: config.reward, or the task's own; a UserError where it gives no finite number."""
-    own, place = resolve(_plain(s.reward), "rewards") if s.reward else task.reward, s.reward or f"task {s.task['name']}"
+def judge(task, name: str, reward: Mapping | str = "") -> Callable:
+    """(record, completion) -> float of a task's own reward, or of the one that an entry names in its place.
 
-    def judged(record, completion) -> float:
+    What it gives raises UserError for a value that is no finite number.
+    """
+    own, place = (resolve(reward, "rewards"), reward) if reward else (task.reward, f"task {name}")
+
+    @functools.wraps(own)  # its signature says what its mean is called
+    def judged(record, completion):
         value = own(record, completion)
         if not isinstance(value, (bool, int, float, np.number, np.bool_)) or not math.isfinite(value):
             raise UserError(
@@ -114,7 +191,7 @@ def _reward(task, s) -> Callable:
 
 
 def _problems(task, reward, found, s) -> dict:
-    options = {"prompt_window": s.rollouts.prompt_window, "new": s.rollouts.new, "template": template(found, s)}
+    options = {"prompt_window": s.rollouts.prompt_window, "new": s.rollouts.new, "template": datasets.template(found, s)}
     records = task.test_records(s.eval_per_cell)
     _check_prompts(((r, f"test problem {i}") for i, r in enumerate(records)), found, s)
     return {"records": records, "reward": reward, "tokenizer": found.tokenizer, "rows": s.eval_rows, "options": options}
@@ -122,13 +199,12 @@ def _problems(task, reward, found, s) -> dict:
 
 def _check_prompts(problems, found, s) -> None:
     """problems: (record, where it is from). Raises UserError for one without a prompt, or with one longer than the window."""
-    jinja = template(found, s)
+    jinja = datasets.template(found, s)
     for record, place in problems:
         if not isinstance(record.get("prompt"), str):
             raise UserError(f"task {s.task['name']}, {place}: has no text under `prompt`; its keys are {', '.join(record)}.")
-        turn = [{"role": "user", "content": record["prompt"]}]
-        ids = chat.encode_prompt(turn, found.tokenizer, jinja)
-        _check_ids(int(ids.max()), found, f"task {s.task['name']}, {place}")
+        ids = chat.encode_prompt(record["prompt"], found.tokenizer, jinja)
+        check_ids(ids, found.transformer.arch.vocab, found.tokenizer, f"task {s.task['name']}, {place}")
         length = len(ids)
         if length > s.rollouts.prompt_window:
             raise UserError(
@@ -137,89 +213,15 @@ def _check_prompts(problems, found, s) -> None:
             )
 
 
-def template(found, s) -> str:
-    """The Jinja of the chat template that a stage's settings choose, with its options."""
-    return templates.jinja(found.tokenizer, s.template or None, mixture.pairs(_plain(s.template_options), "template_options"))
-
-
-def _sources(task, s) -> list[mixture.Part]:
-    """What the settings' data names, or else the task's demonstrations."""
-    if s.bad_rows not in source.BAD_ROWS:
-        raise UserError(f"config.bad_rows: {s.bad_rows!r} is neither {' nor '.join(map(repr, source.BAD_ROWS))}.")
-    if s.data:
-        return mixture.read(_plain(s.data), "data", s.bad_rows == "skip")
-    if task is None:
-        raise UserError("config.data: give a file (README.md lists the kinds), or a config.task with demonstrations.")
-    make = bind(task.conversation, {"seed": s.seed, **_task_options(s)}, f"task {s.task['name']}")
-    name = f"task {s.task['name']}"
-    records = [Record(make(i), f"{name}, example {i}") for i in range(s.task.get("examples", 10000))]
-    return [mixture.Part(name, None, records, [])]
-
-
-def _check_ids(highest: int, found, place: str) -> None:
-    """A tokenizer may have added tokens that its model has no row for; text must not use them."""
-    if highest >= (vocab := found.transformer.arch.vocab):
-        text = found.tokenizer.convert_ids_to_tokens(highest)
-        raise UserError(
-            f"{place}: has the token {text!r} (id {highest}), and the model has a vocabulary of {vocab}; take it out."
-        )
-
-
-def _data(task, found, s, mesh):
-    """(batches, held-out batches, one example, digest) of a stage that learns from demonstrations."""
-    parts = _sources(task, s)
-    # On the command line every share is a float, a number of examples too.
-    wanted = 0 if s.eval_data else int(s.held_out) if s.held_out >= 1 else float(s.held_out)
-    _, others = source.split(sum(len(part.records) for part in parts), wanted, s.seed)
-    kept, rest = mixture.divide(parts, others)
-    if s.eval_data:
-        kept = mixture.read(_plain(s.eval_data), "eval_data", s.bad_rows == "skip")
-        if kept[0].weight is not None:
-            raise UserError("config.eval_data: evaluation takes every row once; leave the weights out.")
-    options = {"window": s.window, "too_long": s.too_long, "bad_rows": s.bad_rows}
-    options["columns"] = mixture.pairs(_plain(s.columns), "columns")
-
-    def rows(part, what):
-        try:
-            encoded = source.encode_all(part.records, found.tokenizer, template(found, s), s.train_on, **options)
-        except UserError as error:
-            if not str(error).startswith("none of"):
-                raise
-            none = "" if what == "data" or s.eval_data else "; config.held_out=0 keeps none out"
-            raise UserError(f"{what} {part.name}: {error}{none}") from error
-        packed = source.rows(encoded.examples, encoded.lengths, s.window, packing=s.packing, seed=s.seed)
-        if jax.process_index() == 0:
-            mixture.tell(f"{what} {part.name}", part, encoded, len(packed), s.window)
-        _check_ids(encoded.highest, found, f"{what} {part.name}")
-        return encoded, packed
-
-    local = sharding.local_rows(mesh, s.batch_size)
-    encoded, packed = zip(*(rows(part, "data") for part in rest), strict=True)
-    weights = [part.weight for part in rest]
-    mixed = len(rest) > 1
-    train = mixture.mix(packed, weights, s.seed) if mixed else packed[0]
-    if mixed and jax.process_index() == 0:
-        print(f"data: an epoch of the mixture has {len(train)} rows", file=sys.stderr)
-    batches = source.Batches(
-        train, s.batch_size, seed=s.seed, shuffle=not mixed, epochs=None if s.steps else s.epochs, local=local
-    )
-    held_out = []
-    for part in kept:
-        once = source.Batches(rows(part, "eval data")[1], s.batch_size, seed=s.seed, shuffle=False, epochs=1, local=local)
-        held_out += [once() for _ in range(len(once))]
-    digest = encoded[0].digest if not mixed else mixture.digest([e.digest for e in encoded], weights)
-    return batches, held_out, encoded[0].examples[0], digest
-
-
 def _rollouts(task, reward, found, s, mesh) -> Rollouts:
     if task is None:
         raise UserError("config.task: rollouts need a task, for prompts and a reward.")
-    jinja = template(found, s)
+    jinja = datasets.template(found, s)
     _check_prompts(((task.record(i, seed=s.seed), f"problem {i}") for i in range(256)), found, s)
 
     def prompt(i):
         record = task.record(i, seed=s.seed)
-        return record, chat.encode_prompt([{"role": "user", "content": record["prompt"]}], found.tokenizer, jinja)
+        return record, chat.encode_prompt(record["prompt"], found.tokenizer, jinja)
 
     options = {
         "prompt_window": s.rollouts.prompt_window,

@@ -75,7 +75,8 @@ class Progress:
 
     def show(self, step: int, values: dict[str, float], seconds: float) -> None:
         """The step's main figures; seconds: of training so far, which the time left goes by."""
-        names = ("loss", "reward", "eval/loss", "eval/accuracy", "eval/accuracy_greedy", "tokens_per_second", "mfu")
+        graded = ("eval/accuracy", "eval/accuracy_greedy", "eval/reward", "eval/reward_greedy")
+        names = ("loss", "reward", "eval/loss", *graded, "tokens_per_second", "mfu")
         text = "  ".join(f"{n} {values[n]:.4g}" for n in names if n in values)
         if self.terminal:
             self.bar.set_postfix_str(text)

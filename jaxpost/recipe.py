@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from jaxpost.errors import UserError
 from jaxpost.naming import named
-from jaxpost.resolve import find, nearest
+from jaxpost.resolve import find, nearest, value_of
 
 DEFAULTS = {
     "seed": 0,
@@ -29,7 +29,10 @@ DEFAULTS = {
     # Of the computation: float32 or bfloat16; parameters and optimizer are float32. Products of float32 are as exact as jax's
     # default is on the device (bfloat16 passes on a TPU, unless JAX_DEFAULT_MATMUL_PRECISION=highest).
     "dtype": "float32",
-    "remat": "none",  # what a layer keeps for the backward pass: none (all of it), dots, full (its input alone)
+    # What a layer keeps for the backward pass: none (all of it), dots (what weights multiplied), attention (its kernel's output
+    # and the layer's input), full (its input alone).
+    "remat": "none",
+    "attention": "auto",  # over whole rows: xla, splash (TPU), cudnn (GPU), auto (the platform's fast one)
     # What goes around the model's weights, which are then frozen: dict(name="lora", rank=8, alpha=16.0), of adapters/. A stage
     # that starts from one with an adapter trains it on.
     "adapter": {},
@@ -51,6 +54,8 @@ DEFAULTS = {
     "train_on": "assistant",  # assistant, last, completion, all
     "window": 512,  # tokens a row
     "packing": True,  # several documents a row, by a plan
+    "shared_prefix": False,  # pairs: the prompt once, with both answers as branches behind it
+    "annotations": "",  # folders of jaxpost.annotate whose columns the objective reads, with commas between several
     "too_long": "error",  # an example longer than the window: error, truncate, split (into pieces), drop
     "task": {},  # dict(name="arithmetic", ...): problems, demonstrations and a reward from one module
     "reward": "",  # a function (record, completion) -> float in place of the task's own: a name, or a dict with one
@@ -76,11 +81,13 @@ DEFAULTS = {
     "ema": 0.0,  # decay of a running mean of the weights; 0 keeps none
     "max_skipped": 10,  # updates left out in a row, for not being finite, after which the run stops
     "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+    "topology": "",  # the machine that the recipe was made for, e.g. v5e:2x4: what jaxpost.fit compiles for
     # When to write, evaluate and save (in steps; 0 is only at the end), and what to keep.
     "log_every": 10,
     "eval_every": 0,
     "save_every": 0,
     "keep": 2,
+    "profile": 0,  # steps of each stage to trace, once it is under way (profile.py)
     "best": "eval/loss",  # the metric whose best checkpoint stays as well
     "highest": False,  # whether more of it is better
     "eval_rows": 64,  # evaluation rows generated at a time
@@ -88,10 +95,21 @@ DEFAULTS = {
 }
 
 # What may differ between a workdir and the command that continues it, since it changes nothing that is learned.
-FREE = ("result", "log_every", "eval_every", "save_every", "keep", "eval_rows", "eval_per_cell", "mesh", "max_skipped", "remat")
-
-# Keys that hold a function's call, whose keywords are the function's own.
-CALLS = ("objective", "reward", "task", "adapter")
+FREE = (
+    "attention",
+    "result",
+    "topology",
+    "log_every",
+    "eval_every",
+    "save_every",
+    "keep",
+    "eval_rows",
+    "eval_per_cell",
+    "mesh",
+    "max_skipped",
+    "remat",
+    "profile",
+)
 
 # Keys that count something and must be at least 1; other numbers must not be negative.
 COUNTS = (
@@ -128,10 +146,9 @@ def opened(config: ConfigDict | Mapping | str | None, **changes) -> ConfigDict:
     names = _stage_names({**plain, **changes})
     changes |= {name: _onto(plain.get(name, {}), changes[name]) for name in names if isinstance(changes.get(name), Mapping)}
     known = names + _idle({**plain, **changes})
-    for key in ("objective", "reward", "task"):
-        if names and key in changes and all(key in changes.get(n, plain.get(n, {})) for n in names):
-            raise UserError(f"config.{key}: each stage has its own; give it to one, as {names[0]}=dict({key}=...).")
-    return ConfigDict(_merge(_merge(DEFAULTS, plain, known, "config"), changes, known, "config"))
+    whole = _merge(_merge(DEFAULTS, plain, known, "config"), changes, known, "config")
+    _check_reach(_flat({k: v for k, v in changes.items() if k not in known}), whole, names)
+    return ConfigDict(whole)
 
 
 def located(path: str) -> str:
@@ -158,7 +175,7 @@ def has(config: Mapping, path: str) -> bool:
 
 
 def put(config: ConfigDict, path: str, text: str) -> None:
-    """Adds a keyword that the command line gives to a function: JSON is taken as such, any other text as the string it is."""
+    """Adds a keyword that the command line gives to a function."""
     *inner, key = path.split(".")
     for part in inner:
         if part not in config:
@@ -166,12 +183,8 @@ def put(config: ConfigDict, path: str, text: str) -> None:
         config = config[part]
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config.{path}: the recipe has {config!r} there, and no keywords.")
-    try:
-        value = json.loads(text.lower() if text in ("True", "False") else text)
-    except ValueError:
-        value = text
     with config.unlocked():
-        config[key] = value
+        config[key] = value_of(text)
 
 
 def _onto(old: Mapping, new: Mapping) -> dict:
@@ -204,7 +217,8 @@ def stages(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
     idle = _idle(plain)
     whole = _merge(DEFAULTS, plain, names + idle, "config")
     shared = {k: v for k, v in whole.items() if k not in names + idle}
-    _check_reach(shared, [plain.get(name, {}) for name in names], names)
+    flat, defaults = _flat(shared), _flat(DEFAULTS)
+    _check_reach({k: v for k, v in flat.items() if k not in defaults or v != defaults[k]}, plain, names)
     if whole["result"] not in ("", *names):
         raise UserError(f"config.result: no stage {whole['result']!r}.{nearest(whole['result'], names)}")
     found = []
@@ -220,13 +234,25 @@ def stages(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
     return found
 
 
-def _check_reach(shared: Mapping, own: list[Mapping], names: tuple[str, ...]) -> None:
-    """Raises UserError for a setting around the stages that reaches none of them, because each has it as well."""
-    flat, defaults, each = _flat(shared), _flat(DEFAULTS), [_flat(stage) for stage in own]
-    for key, value in flat.items() if names else ():
-        if value != defaults.get(key, value) and key.partition(".")[0] not in _WHOLE and all(key in stage for stage in each):
-            told = ", ".join(f"config.{name}.{key}" for name in names)
+def _check_reach(given: Mapping, whole: Mapping, names: tuple[str, ...]) -> None:
+    """Raises UserError for a setting around the stages (given: flat) that reaches none of them, because each has its own."""
+    for key, value in given.items() if names else ():
+        own = [_own(whole.get(name, {}), key) for name in names]
+        if all(own):
+            told = ", ".join(f"config.{name}.{path}" for name, path in zip(names, own, strict=True))
             raise UserError(f"config.{key}: {value!r} reaches no stage, since each has its own; change {told}.")
+
+
+def _own(stage: Mapping, path: str) -> str:
+    """The path of what a stage has in place of the setting at a path around it, the same or all of a call; "" for nothing."""
+    parts = path.split(".")
+    for depth, part in enumerate(parts, start=1):
+        if part not in stage:
+            return ""
+        stage = stage[part]
+        if _replaces(part, stage):
+            return ".".join(parts[:depth])
+    return path
 
 
 def _adapter(name: str, asked: Mapping | str, before: ConfigDict | None) -> dict:
@@ -249,7 +275,7 @@ def _merge(base: Mapping, changes: Mapping, extra: tuple, place: str, defaults: 
             merged[key] = {k: _stored(k, v) for k, v in value.items()}
         elif key not in base:
             raise UserError(f"{place}: unknown key {key!r}.{nearest(key, base)}")
-        elif _merges(key, base[key], value):
+        elif isinstance(base[key], Mapping) and base[key] and not _replaces(key, value):
             merged[key] = _merge(base[key], value, (), f"{place}.{key}", defaults.get(key, {}))
         else:
             if key in defaults:
@@ -258,8 +284,9 @@ def _merge(base: Mapping, changes: Mapping, extra: tuple, place: str, defaults: 
     return merged
 
 
-def _merges(key: str, old, new) -> bool:
-    return isinstance(old, Mapping) and isinstance(new, Mapping) and bool(old) and "name" not in new and key not in _WHOLE
+def _replaces(key: str, value) -> bool:
+    """Whether a value takes the place of the one before, not being a dict that is merged into it."""
+    return not isinstance(value, Mapping) or "name" in value or key in _WHOLE
 
 
 def _stored(key: str, value):

@@ -7,8 +7,9 @@ beside them. A run that is still going, or that stopped early, gets a report on 
 
 The page has the accuracies first: each stage's first evaluation and its last one, over all held-out problems and then cell by
 cell, sampled with greedy decoding beside it. They are read from metrics named `eval/accuracy`, `eval/accuracy_greedy`, and the
-same two with a cell's name after another slash. Then come the curves of every metric, those with a common prefix together, a
-colour a stage; then sample completions of each stage, oldest and newest; then the config and the environment.
+same two with a cell's name after another slash; of a run without them, the rewards, which have `reward` in these names. Then
+come the curves of every metric, those with a common prefix together, a colour a stage; then sample completions of each stage,
+oldest and newest; then the config and the environment.
 
 The charts are SVG drawn here and the style sheet is in the page. There is no script and nothing is fetched, so the file can be
 mailed, archived and opened in ten years. Whatever a model or a config says is escaped before it gets into the page.
@@ -30,7 +31,6 @@ from jaxpost import chart, cloud
 from jaxpost.errors import UserError
 from jaxpost.writers import METRICS, SAMPLES, read_rows
 
-_SAMPLED, _GREEDY = "eval/accuracy", "eval/accuracy_greedy"
 _ROW_NAMES = ("stage", "step", "time")
 _COLOURS = ("#2563a8", "#d1600f", "#2f8a4e", "#9a3f9e", "#b3262e", "#0e8a94", "#8a6d1b", "#5b5f66")
 _PACKAGES = ("jaxpost", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers", "libtpu")
@@ -94,19 +94,22 @@ def write(workdir, out=None):
 def summary(workdir):
     """The run in a few lines of text: accuracy before and after each stage, sampled with greedy beside it, cell by cell.
 
-    Below it stand each stage's last sampled completions. Empty for a run that measured no accuracy.
+    Below it stand each stage's last sampled completions. Empty for a run that measured neither accuracy nor reward.
     """
     metrics, samples = (read_rows(epath.Path(workdir) / name) for name in (METRICS, SAMPLES))
-    stages = list(dict.fromkeys(row["stage"] for row in metrics if _SAMPLED in row))
-    cells = dict.fromkeys(name.removeprefix(_SAMPLED) for row in metrics for name in row if name.startswith(_SAMPLED + "/"))
+    names = sampled, _ = _graded(metrics)
+    stages = list(dict.fromkeys(row["stage"] for row in metrics if sampled in row))
+    cells = dict.fromkeys(name.removeprefix(sampled) for row in metrics for name in row if name.startswith(sampled + "/"))
     if not stages:
         return ""
 
     def figures(stage, cell, end):
-        pair = (_ends(metrics, stage, name + cell)[end] for name in (_SAMPLED, _GREEDY))
-        return " ".join(f"{'-' if value is None else format(100 * value, '.0f'):>4}" for value in pair)
+        pair = (_ends(metrics, stage, name + cell)[end] for name in names)
+        told = "{:.0%}" if "accuracy" in sampled else "{:.2g}"
+        return " ".join(f"{'-' if value is None else told.format(value).rstrip('%'):>4}" for value in pair)
 
-    lines = ["held-out accuracy in percent, sampled at temperature 1 and greedy, before and after each stage"]
+    what = "accuracy in percent" if "accuracy" in sampled else "reward"
+    lines = [f"held-out {what}, sampled at temperature 1 and greedy, before and after each stage"]
     lines.append(f"{'cell':5}" + "".join(f" | {stage:^23}" for stage in stages))
     for cell in ("", *cells):
         ends = "".join(f" | {figures(stage, cell, 0)}  -> {figures(stage, cell, 1)}" for stage in stages)
@@ -169,8 +172,19 @@ def _escape(value):
     return html.escape(str(value))
 
 
-def _percent(value):
-    return "&ndash;" if value is None else f"{100 * value:.1f}%"
+def _graded(metrics):
+    """The names of what answers were judged by, sampled and greedy: accuracies, or rewards in a run that has only those."""
+    kind = "accuracy" if any("eval/accuracy_greedy" in row for row in metrics) else "reward"
+    return f"eval/{kind}", f"eval/{kind}_greedy"
+
+
+def _figure(name, value, sign=""):
+    """An accuracy in percent (with a sign, in points), a reward as it is."""
+    if value is None:
+        return "&ndash;"
+    if "accuracy" not in name:
+        return f"{value:{sign}.3g}"
+    return f"{100 * value:+.1f}" if sign else f"{100 * value:.1f}%"
 
 
 def _ends(metrics, stage, name):
@@ -198,12 +212,13 @@ def _summary(metrics, stages, environment_):
 
 
 def _headline(metrics, stages):
-    """One row a stage: steps, seconds, and the accuracy before and after it, sampled and greedy."""
+    """One row a stage: steps, seconds, and the accuracy (or reward) before and after it, sampled and greedy."""
     if not metrics:
         return '<p class="note">No metrics have been written yet.</p>'
-    named = [("sampled", _SAMPLED), ("greedy", _GREEDY)]
+    named = list(zip(("sampled", "greedy"), _graded(metrics), strict=True))
+    what = named[0][1].removeprefix("eval/")
     named = [(label, name) for label, name in named if any(name in row for row in metrics)]
-    over = "".join(f'<th colspan="3" class="stage">accuracy, {label}</th>' for label, _ in named)
+    over = "".join(f'<th colspan="3" class="stage">{what}, {label}</th>' for label, _ in named)
     under = '<th class="open">before</th><th>after</th><th>change</th>' * len(named)
     head = f"<tr><th></th><th></th><th></th>{over}</tr><tr><th>stage</th><th>steps</th><th>seconds</th>{under}</tr>"
     rows, ended = [], 0.0
@@ -213,19 +228,23 @@ def _headline(metrics, stages):
         ended = mine[-1]["time"]
         for _, name in named:
             before, after = _ends(metrics, stage, name)
-            change = "&ndash;" if before is None or after is None else f"{100 * (after - before):+.1f}"
-            cells += f'<td class="open">{_percent(before)}</td><td class="best">{_percent(after)}</td><td>{change}</td>'
+            change = _figure(name, None if before is None or after is None else after - before, "+")
+            cells += (
+                f'<td class="open">{_figure(name, before)}</td><td class="best">{_figure(name, after)}</td><td>{change}</td>'
+            )
         rows.append(f"<tr>{cells}</tr>")
-    note = '<p class="note">On held-out problems; the change is in percentage points.</p>' if named else ""
+    points = "; the change is in percentage points" if what == "accuracy" else ""
+    note = f'<p class="note">On held-out problems{points}.</p>' if named else ""
     return f"<h2>Stages</h2>{note}{_table(head, rows)}"
 
 
 def _cells(metrics, stages):
     """One row a cell, two columns a stage: its first and its last evaluation, sampled with greedy beside it."""
-    found = {(row["stage"], name): None for row in metrics for name in row if name.startswith(_SAMPLED + "/")}
+    names = _graded(metrics)
+    found = {(row["stage"], name): None for row in metrics for name in row if name.startswith(names[0] + "/")}
     if not found:
         return ""
-    cells = dict.fromkeys(name.removeprefix(_SAMPLED + "/") for _, name in found)
+    cells = dict.fromkeys(name.removeprefix(names[0] + "/") for _, name in found)
     measured = [stage for stage in stages if any(stage == holder for holder, _ in found)]
     head = "<tr><th></th>" + "".join(f'<th colspan="2" class="stage">{_escape(stage)}</th>' for stage in measured)
     head += "</tr><tr><th>cell</th>" + '<th class="open">before</th><th>after</th>' * len(measured) + "</tr>"
@@ -233,13 +252,13 @@ def _cells(metrics, stages):
     for cell in cells:
         row = f"<td>{_escape(cell)}</td>"
         for stage in measured:
-            sampled, greedy = (_ends(metrics, stage, f"{name}/{cell}") for name in (_SAMPLED, _GREEDY))
+            sampled, greedy = (_ends(metrics, stage, f"{name}/{cell}") for name in names)
             for end, style in ((0, "open"), (1, "")):
-                shade = f' style="background: rgba(47, 138, 78, {0.45 * sampled[end]:.2f})"' if sampled[end] else ""
-                beside = f" <small>{_percent(greedy[end])}</small>" if greedy[end] is not None else ""
-                row += f'<td class="{style}"{shade}>{_percent(sampled[end])}{beside}</td>'
+                shade = f' style="background: rgba(47, 138, 78, {0.45 * sampled[end]:.2f})"' if (sampled[end] or 0) > 0 else ""
+                beside = f" <small>{_figure(names[1], greedy[end])}</small>" if greedy[end] is not None else ""
+                row += f'<td class="{style}"{shade}>{_figure(names[0], sampled[end])}{beside}</td>'
         rows.append(f"<tr>{row}</tr>")
-    note = "Sampled accuracy, with greedy decoding in grey beside it, at a stage's first and last evaluation."
+    note = f"Sampled {names[0][5:]}, with greedy decoding in grey beside it, at a stage's first and last evaluation."
     return f'<h2>Cells</h2><p class="note">{note}</p>{_table(head, rows)}'
 
 

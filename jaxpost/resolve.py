@@ -14,21 +14,19 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import json
 import sys
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from jaxpost.errors import UserError
-from jaxpost.naming import given
+from jaxpost.naming import NOUNS, given
 
-# The arguments that the functions of a noun take by place; what else stands in its folder is a helper.
-ARGUMENTS = {
-    "objectives": ("forward", "params", "batch", "key"),
-    "rewards": ("record", "completion"),
-    "adapters": ("params", "key"),
-}
+# By folder, the arguments that its noun's functions take by place; what else stands in it is a helper.
+ARGUMENTS = {f"{noun}s": arguments for noun, arguments in NOUNS.items() if arguments}
 
 
 def nearest(word: str, known) -> str:
@@ -36,6 +34,14 @@ def nearest(word: str, known) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known) or 'none'}."
+
+
+def value_of(text: str) -> Any:
+    """What a text on the command line stands for: JSON (true, 3, "x"), True and False are taken as such, all else as it is."""
+    try:
+        return json.loads(text.lower() if text in ("True", "False") else text)
+    except ValueError:
+        return text
 
 
 def resolve(spec: Mapping | str, noun: str) -> Callable:
@@ -71,6 +77,12 @@ def bind(function: Callable, options: Mapping, place: str) -> Callable:
         takes = inspect.signature(prepare).parameters
         bound.prepare = functools.partial(prepare, **{k: v for k, v in options.items() if k in takes})
     return bound
+
+
+def attribute(function: Callable, name: str, default: Any) -> Any:
+    """What a function that `resolve` gave says of itself by an attribute, which may be a function of its keywords."""
+    found = getattr(getattr(function, "func", function), name, default)
+    return found(**getattr(function, "keywords", {})) if callable(found) else found
 
 
 def find(name: str, noun: str) -> Callable:

@@ -13,8 +13,9 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -64,7 +65,23 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices=None) -
         sizes[sizes.index(-1)] = count // known
     if int(np.prod(sizes)) != count:
         raise UserError(f"config.mesh: {named} does not fill {count} devices; set one axis to -1 to let it take what is left.")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return Mesh(_arranged(sizes, jax.devices() if devices is None else devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _arranged(sizes: list[int], devices) -> np.ndarray:
+    """The devices as an array of these sizes, neighbours in the mesh near each other in the network.
+
+    An axis of the torus may be split between axes of the mesh. Several slices, which have the data centre's network between
+    them, lie along `data`. Raises UserError where they do not divide it.
+    """
+    slices = len({getattr(d, "slice_index", None) or 0 for d in devices})
+    if sizes[0] % slices:
+        raise UserError(f"config.mesh: data={sizes[0]} is no multiple of the {slices} slices, which lie along that axis.")
+    near = [sizes[0] // slices, *sizes[1:]]
+    options = {"devices": devices, "allow_split_physical_axes": True}
+    if slices > 1:
+        return mesh_utils.create_hybrid_device_mesh(near, (slices, 1, 1), **options)
+    return mesh_utils.create_device_mesh(sizes, **options)
 
 
 def use(mesh: Mesh):
@@ -102,39 +119,87 @@ _moved.defvjp(
 )
 
 
-def gather(params: Any) -> Any:
+def gather(params: Any, dtype: Any = None) -> Any:
     """Weights laid out for use: whole along fsdp, still split along tensor; their gradients go back to the stored layout.
 
-    Call it on the smallest tree that is about to be used (one layer inside the scan), or that much more memory is held.
+    Matrices are made numbers of `dtype` first, so that no more bytes travel than are multiplied, there and back. Call it on the
+    smallest tree that is about to be used (one layer inside the scan), or that much more memory is held.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return params
 
     def move(path, x):
-        letters = _letters(path_name(path), x.ndim)
+        name = path_name(path)
+        letters = _letters(name, x.ndim)
         if letters is None:
+            return x
+        if dtype is not None and x.dtype == np.float32 and re.search("(weight|kernel|kernel/base)$", name):
+            x = x.astype(dtype)
+        if mesh.empty or "E" in letters:  # experts are gathered by `by_rows`
             return x
         return _moved(x, _spec(letters.replace("D", " "), x.shape, STORED, mesh), _spec(letters, x.shape, STORED, mesh))
 
     return jax.tree_util.tree_map_with_path(move, params)
 
 
+def lookup(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
+    """Rows of an embedding [V,D] for tokens [B,S] -> [B,S,D] of dtype.
+
+    Each device looks up its own channels for all rows of its fsdp group, which are then exchanged for all channels of its own
+    rows: activations travel, a small part of what the table weighs, and so they do in the backward pass.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jnp.take(table, tokens, axis=0).astype(dtype)
+    spread = _spec("BSD", (*tokens.shape, table.shape[1]), {"B": "data", "D": "fsdp"}, mesh)
+    tokens = jax.lax.with_sharding_constraint(tokens, P(*spread[:2]))
+    found = jnp.take(table, tokens, axis=0).astype(dtype)
+    return shard(jax.lax.with_sharding_constraint(found, spread), "BSD")
+
+
+def summed(parts: jax.Array, letters: str) -> jax.Array:
+    """The sum of a gradient's parts [W, ...], one from each batch shard, laid out as the parameter of these letters is stored:
+    scattered along fsdp while it is added up, so that only a shard of it is added up along data.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or parts.shape[0] == 1:
+        return parts.sum(0)
+    place = _spec(letters, parts.shape[1:], STORED, mesh)
+    parts = parts.reshape(ways("data"), ways("fsdp"), *parts.shape[1:])
+    scattered = jax.lax.with_sharding_constraint(parts.sum(1), P("data", *place))
+    return jax.lax.with_sharding_constraint(scattered.sum(0), place)
+
+
+def locally(fn, arrays: tuple, letters: tuple[str, ...]) -> jax.Array:
+    """fn(*arrays) where every device works on its own rows and heads; the result lies as the first array does."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return fn(*arrays)
+    places = tuple(_spec(c, x.shape, COMPUTED, mesh) for c, x in zip(letters, arrays, strict=True))
+    return jax.shard_map(fn, mesh=mesh, in_specs=places, out_specs=places[0], check_vma=False)(*arrays)
+
+
 def by_rows(fn, rows: tuple, weights: list, letters: tuple[str, ...]) -> jax.Array:
     """fn(*rows, *weights) where every batch shard works on its own rows: all rows are [B, ...], and so is the result.
 
-    letters: of each weight's dimensions. Where one is split along `tensor` (an inner dimension of fn's sum), the parts are
-    added up. Outside of a mesh it is a plain call.
+    letters: of each weight's dimensions. Weights come as they are stored and are gathered along fsdp here, since what is then
+    scattered on the way back would otherwise be added up whole. Where one is split along `tensor` (an inner dimension of fn's
+    sum), the parts are added up. Outside of a mesh it is a plain call.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return fn(*rows, *weights)
-    places = [_spec(c.replace("D", " "), w.shape, STORED, mesh) for c, w in zip(letters, weights, strict=True)]
+    places = [_spec(c, w.shape, STORED, mesh) for c, w in zip(letters, weights, strict=True)]
     split = any("tensor" in place for place in places)
     batch = P(_spec("B", rows[0].shape[:1], COMPUTED, mesh)[0])
 
+    def whole(weight, place):
+        if "fsdp" not in place:
+            return weight
+        return jax.lax.all_gather(weight, "fsdp", axis=place.index("fsdp"), tiled=True)
+
     def local(*arguments):
-        out = fn(*arguments)
+        mine = [whole(w, place) for w, place in zip(arguments[len(rows) :], places, strict=True)]
+        out = fn(*arguments[: len(rows)], *mine)
         return jax.lax.psum(out, "tensor") if split else out
 
     return jax.shard_map(local, mesh=mesh, in_specs=(*[batch] * len(rows), *places), out_specs=batch, check_vma=False)(
@@ -167,6 +232,16 @@ def stored(mesh: Mesh, tree: Any) -> Any:
         return NamedSharding(mesh, P() if letters is None else _spec(letters, x.shape, STORED, mesh))
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def placed(shapes: Any, places: Any) -> Any:
+    """Shapes (anything with shape and dtype) with a sharding each: what a program can be compiled for without arrays."""
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+
+
+def batch_shapes(columns: Any, mesh: Mesh) -> Any:
+    """A batch's columns as shapes with the shardings that `distribute` gives arrays."""
+    return placed(columns, jax.tree.map(lambda x: _row_sharding(mesh, len(x.shape)), columns))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -241,10 +316,15 @@ def single():
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
+def ways(axis: str) -> int:
+    """Into how many parts the mesh in use splits along an axis; 1 outside of a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape[axis]
+
+
 def batch_ways() -> int:
     """Into how many parts the mesh in use splits the batch; 1 outside of a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+    return ways("data") * ways("fsdp")
 
 
 def everywhere(x: jax.Array) -> np.ndarray:

@@ -6,6 +6,7 @@ add. What an objective needs to know of the whole batch (a sort, a baseline, the
 into columns first.
 """
 
+import contextlib
 from collections.abc import Callable
 
 import jax
@@ -22,16 +23,23 @@ def combine(train, frozen):
     return jax.tree.map(lambda a, b: b if a is None else a, train, frozen, is_leaf=lambda x: x is None)
 
 
-def evaluated(objective: Callable, forward: Callable, params, batch: Batch, key) -> tuple[dict, dict]:
-    """The objective's terms and metrics. Raises UserError where it reads a column that the batch has not, or gives no Terms."""
+@contextlib.contextmanager
+def _reading(batch: Batch):
+    """Raises UserError for a column that is read inside and that the batch has not."""
     try:
-        found = objective(forward, params, batch, key)
+        yield
     except KeyError as e:
         if e.args[0] in batch or not isinstance(e.args[0], str):
             raise
         raise UserError(
             f"the objective asks for {e}, and there is none; the columns of its batches are {', '.join(batch)}."
         ) from e
+
+
+def evaluated(objective: Callable, forward: Callable, params, batch: Batch, key) -> tuple[dict, dict]:
+    """The objective's terms and metrics. Raises UserError where it reads a column that the batch has not, or gives no Terms."""
+    with _reading(batch):
+        found = objective(forward, params, batch, key)
     terms = found[0] if isinstance(found, tuple) and len(found) == 2 else None
     if not isinstance(terms, dict) or not terms or not all(isinstance(t, Term) for t in terms.values()):
         raise UserError(
@@ -51,7 +59,8 @@ def with_prepared(objective: Callable, forward: Callable, params, batch: Batch, 
     prepare = getattr(objective, "prepare", None)
     if prepare is None:
         return batch
-    columns = prepare(forward, jax.lax.stop_gradient(params), batch, key)
+    with _reading(batch):
+        columns = prepare(forward, jax.lax.stop_gradient(params), batch, key)
     return {**batch, **jax.lax.stop_gradient(columns)}
 
 

@@ -13,15 +13,17 @@ Each turn opens with its role; only an assistant's turn is closed, since only th
 no beginning-of-text token that a template and an encoder could both add.
 
 `encode` is how rendered text becomes ids: it adds nothing, and says which character a tokenizer without an unknown token lacks.
+`check_ids` holds ids against a model's vocabulary.
 """
 
 import functools
 import os
 import tempfile
 
+import numpy as np
 from etils import epath
 
-from jaxpost.errors import UserError
+from jaxpost.errors import UserError, first_line
 
 PAD, USER, ASSISTANT, END = SPECIAL = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")
 
@@ -82,16 +84,12 @@ def _read(folder, *, shown):
         found = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the Rust half raises bare Exception
         raise UserError(
-            f"{shown}: the tokenizer cannot be read ({type(error).__name__}: {_first_line(error)}); "
+            f"{shown}: the tokenizer cannot be read ({type(error).__name__}: {first_line(error)}); "
             "save it again as tokenizer.json, or remove its files to work on token ids alone"
         ) from error
     if not isinstance(found, transformers.PreTrainedTokenizerFast):
         raise UserError(f"{shown}: {type(found).__name__} is not a fast tokenizer; convert it to tokenizer.json")
     return found
-
-
-def _first_line(error):
-    return (str(error).splitlines() or [""])[0]
 
 
 def characters(alphabet):
@@ -148,6 +146,25 @@ def _encodes(tokenizer, text):
     except Exception:  # as above
         return False
     return True
+
+
+def check_ids(ids, vocab, tokenizer, place):
+    """Raises UserError, with place, for an id that a model has no row for: its vocabulary is 0 to vocab - 1.
+
+    ids: an array or a number. tokenizer: None where there is none; it may have tokens of its own that its model lacks.
+    """
+    lowest, highest = int(np.min(ids, initial=0)), int(np.max(ids, initial=0))
+    if lowest < 0 or highest >= vocab:
+        wrong = min(lowest, 0) or highest
+        token = tokenizer.convert_ids_to_tokens(wrong) if tokenizer is not None and 0 < wrong < len(tokenizer) else None
+        spelled = f"id {wrong}" if token is None else f"the token {token!r} (id {wrong})"
+        raise UserError(f"{place}: has {spelled}, and the model has a vocabulary of {vocab}; take it out.")
+
+
+def opening(tokenizer):
+    """The ids that a text begins with: [the beginning-of-text token] where the tokenizer adds one on its own, else []."""
+    found = tokenizer("")["input_ids"][:1]
+    return found if found == [tokenizer.bos_token_id] else []
 
 
 def save(tokenizer, folder):

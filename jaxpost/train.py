@@ -21,21 +21,22 @@ import signal
 import sys
 import threading
 import types
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from absl import flags
 from etils import epath
 
-from jaxpost import checkpoint, cli, cloud, evaluate, optim, recipe, report, sharding, writers
+from jaxpost import checkpoint, cli, cloud, columns, datasets, evaluate, optim, programs, recipe, report, sharding, writers
 from jaxpost.data import chat
 from jaxpost.errors import UserError
 from jaxpost.log import Log
 from jaxpost.models import loading
-from jaxpost.plan import Plan, plan_stage, template
+from jaxpost.plan import Plan, plan_stage, starting
+from jaxpost.profile import Profile
 from jaxpost.resolve import nearest
-from jaxpost.step import combine, make_evaluation, make_step
+from jaxpost.state import program, shapes
+from jaxpost.step import combine, make_evaluation
 from jaxpost.types import TrainState
 
 # ---------------------------------------------------------------------------------------------------------------- Run
@@ -49,6 +50,7 @@ def run(config, workdir, **changes) -> dict[str, float]:
     Raises UserError, before anything is compiled, for whatever the recipe gets wrong, and SystemExit after saving when
     the process is asked to stop (0 for SIGTERM, 130 for Ctrl-C).
     """
+    programs.keep()
     config = recipe.opened(config, **changes)
     stages = recipe.stages(config)
     mesh = sharding.make_mesh(**config.mesh)
@@ -56,7 +58,7 @@ def run(config, workdir, **changes) -> dict[str, float]:
     cloud.check_bucket(workdir)
     _compare(workdir, config)
     with sharding.use(mesh), _StopRequest() as stop:
-        plans = [plan_stage(name, settings, mesh) for name, settings in stages]
+        plans = [columns.annotated(plan_stage(name, settings, mesh), mesh) for name, settings in stages]
         _claim(workdir, config)
         _introduce(plans, workdir)
         for i, plan in enumerate(plans):
@@ -126,7 +128,7 @@ def _introduce(plans: list[Plan], workdir: epath.Path) -> None:
     if jax.process_index() != 0:
         return
     result = next((p for p in plans if p.name == p.settings.result), plans[-1])
-    loading.keep_description(result.found, workdir, template(result.found, result.settings))
+    loading.keep_description(result.found, workdir, datasets.template(result.found, result.settings))
     plan = plans[0]
     arch = plan.found.transformer.arch
     learned = "" if plan.trained == arch.parameters() else f", {plan.trained:,} learned"
@@ -135,9 +137,10 @@ def _introduce(plans: list[Plan], workdir: epath.Path) -> None:
     for each in plans:
         most = "until the time is up" if each.settings.time_of else f"{each.steps:,} steps"
         print(f"{each.name}: {most} of {each.settings.batch_size} rows", file=sys.stderr)
-    if plan.example is not None:
-        shown = chat.show(plan.example["tokens"], plan.example["mask"], plan.found.tokenizer, colour=sys.stderr.isatty())
-        print(f"one example (what is learned stands out):\n{shown}", file=sys.stderr, flush=True)
+    if plan.example:
+        colour = sys.stderr.isatty()
+        shown = [chat.show(document["tokens"], document["mask"], plan.found.tokenizer, colour) for document in plan.example]
+        print("one example (what is learned stands out):", *shown, sep="\n", file=sys.stderr, flush=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- Stage
@@ -168,11 +171,12 @@ def _steps(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _Sto
     if latest is None:
         state, kept = _start(plan, names, workdir, tx, mesh)
     else:
-        state, kept = _restore(plan, saved, latest, tx, mesh), {k: meta.get(k) for k in ("adapter", "base")}
-    step = _compiled(plan, tx, state, mesh)
+        state, kept = _restore(plan, saved, latest, tx, mesh), {k: meta.get(k) for k in ("adapter", "leaves", "base")}
+    plan = _with_reference(plan, names, workdir, mesh, state if latest is None else None)
+    step = program(plan.found.transformer, plan.objective, tx, state, mesh, microbatches=s.microbatches, ema=s.ema)
     plan.source.position = meta["position"]
-    budget = _seconds_of(s.time_of, workdir) if s.time_of else float("inf")
-    log = Log(plan, workdir, names, meta, int(state.step), budget)
+    log = Log(plan, workdir, names, meta, int(state.step), _seconds_of(s.time_of, workdir))
+    profile = Profile(s.profile, workdir / "profile" / plan.name, int(state.step))
     judge = _Judge(plan, mesh)
 
     def save(done: bool) -> None:
@@ -182,16 +186,16 @@ def _steps(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _Sto
         saved.save(state, counted | kept, results if judged == at else None)
 
     # Loop: a batch, a step, and now and then a look at where we are.
-    at, judged, results = int(state.step), -1, meta.get("results", {})
-    if latest is None:
-        results = judge(state, log, 0)
+    at, judged = int(state.step), -1
+    results = judge(state, log, 0) if latest is None else meta.get("results", {})
     # The last step is saved as the stage's end and never before it: a stage that is not done has a step to take.
     while True:
-        log.clock()
-        batch = plan.source(state)
-        log.waited()
-        state, measured = step(state, sharding.distribute(batch, mesh, s.batch_size))
         at += 1
+        with profile.step(at, state):
+            log.clock()
+            batch = plan.source(state)
+            log.waited()
+            state, measured = step(state, sharding.distribute(batch, mesh, s.batch_size))
         log.step(at, batch, measured)
         done = at == plan.steps or log.out_of_time()
         if done or (s.eval_every and at % s.eval_every == 0):
@@ -201,6 +205,7 @@ def _steps(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _Sto
             save(done)
         if done or asked:
             break
+    profile.close(state)
     log.close()
     return results, None if done else at
 
@@ -219,23 +224,14 @@ def _left(plan: Plan, saved: checkpoint.Checkpoints) -> tuple[int | None, dict]:
     return latest, meta
 
 
-def _compiled(plan: Plan, tx, state: TrainState, mesh) -> Callable:
-    """The train step as one program, which takes the state's memory for the next state and leaves every leaf where it was."""
-    s = plan.settings
-    step = make_step(plan.found.transformer.forward, plan.objective, tx, microbatches=s.microbatches, ema=s.ema or None)
-    places = sharding.stored(mesh, state), sharding.replicated(mesh)
-    return jax.jit(step, out_shardings=places, donate_argnums=0)
-
-
 def _start(plan: Plan, names: list[str], workdir: epath.Path, tx, mesh) -> tuple[TrainState, dict]:
     """A fresh state: the weights of the stage that this one starts from, or the model's own; and what its checkpoints say of
     the weights that they do not hold.
     """
-    s, found = plan.settings, plan.found
-    if origin := s.start or (names[-2] if len(names) > 1 else ""):
-        found = dataclasses.replace(found, folder=checkpoint.find_step(workdir / "checkpoints" / origin), hub="")
+    s, found = plan.settings, starting(plan.found, plan.settings, names[:-1], workdir)
     train, frozen = optim.partition(loading.weights(found, mesh, s.seed), plan.trainable)
-    kept = {"adapter": loading.recorded(found.adapter), "base": loading.base_in(found, workdir, frozen)}
+    kept = {"adapter": loading.recorded(found.adapter), "leaves": found.leaves}
+    kept["base"] = loading.base_in(found, workdir, frozen)
 
     def rest(train):
         count = jnp.zeros((), jnp.int32)
@@ -251,22 +247,30 @@ def _restore(plan: Plan, saved: checkpoint.Checkpoints, step: int, tx, mesh) -> 
     """The state of a checkpoint; the mesh may be another than the one it was written on."""
     s, meta = plan.settings, saved.meta(step)
     inside, base = meta.get("adapter") or {}, meta.get("base")
-    train, frozen = optim.partition(loading.abstract(plan.found.transformer, mesh, inside), plan.trainable)
-    count = jax.ShapeDtypeStruct((), jnp.int32)
-    key = jax.eval_shape(lambda: jax.random.PRNGKey(0))
-    rest = {"opt_state": jax.eval_shape(tx.init, train), "ema": train if s.ema else None, "key": key}
-    shapes = TrainState(train=train, frozen=frozen, step=count, skipped=count, streak=count, **rest)
-    places = sharding.stored(mesh, shapes)
-    shapes = jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p), shapes, places)
+    state = shapes(plan.found.transformer, mesh, tx, plan.trainable, adapter=inside, leaves=plan.found.leaves, ema=s.ema > 0)
     if not base:
-        return saved.restore(step, shapes)
+        return saved.restore(step, state)
     folder = loading.base_of(saved.folder / str(step), base)
     below = loading.weights(dataclasses.replace(plan.found, folder=folder, adapter=inside), mesh, s.seed)
-    return saved.restore(step, shapes, below)
+    return saved.restore(step, state, below)
+
+
+def _with_reference(plan: Plan, names: list[str], workdir: epath.Path, mesh, state: TrainState | None) -> Plan:
+    """The plan with its frozen reference as a column: the weights that the stage starts from. The state has them still, if it
+    is a fresh one; for a restored one (None) they are read again, should the column be gone.
+    """
+    origin = starting(plan.found, plan.settings, names[:-1], workdir)
+
+    def weights():
+        return loading.weights(origin, mesh, plan.settings.seed) if state is None else combine(state.train, state.frozen)
+
+    return columns.referenced(plan, origin, weights, workdir / "columns", mesh)
 
 
 def _seconds_of(stage: str, workdir: epath.Path) -> float:
-    """The training time that a finished stage took, evaluation left out."""
+    """The training time that a finished stage took, evaluation left out; without end for no stage."""
+    if not stage:
+        return float("inf")
     other = checkpoint.Checkpoints(workdir / "checkpoints" / stage)
     seconds = other.meta(other.latest())["seconds"]
     other.close()
@@ -292,7 +296,7 @@ class _Judge:
             )
         if self.plan.problems:
             values |= dict(
-                evaluate.accuracy(self.plan.found.transformer, params, mesh=self.mesh, step=step, **self.plan.problems)
+                evaluate.graded(self.plan.found.transformer, params, mesh=self.mesh, step=step, **self.plan.problems)
             )
             samples = values.pop("samples")
         log.evaluated(step, values, samples)

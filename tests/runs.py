@@ -75,7 +75,7 @@ def stages(folder: Path) -> dict:
             "objective": {"name": "policy_gradient.reinforce"},
             "steps": 30,
             "eval_every": 10,
-            "best": "eval/accuracy",
+            "best": "eval/reward",
             "highest": True,
         },
         control={"start": "sft", "time_of": "reinforce", "steps": 100000, "save_every": 0},

@@ -7,7 +7,11 @@ real ones, so the sharding rules apply to it as they are.
 The toys stand for the two kinds of objective that see the batch as a whole. `matched` sorts over it: each document's
 likelihood is drawn to the value of equal rank among others. `contrast` has in-batch negatives: each document's embedding
 should recognise its partner's among all. What they need to know of the other rows, their `prepare` turns into columns.
+
+A row is a list of units, and a unit the documents that stay together: one, or the two of a pair.
 """
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +22,7 @@ from jaxpost.metrics import Max, Std, masked_mean
 from jaxpost.objectives.logprobs import token_scores
 from jaxpost.types import Head, Output, Term
 
-VOCAB, WIDTH, INNER, ROWS, LENGTH = 32, 8, 16, 16, 16
+VOCAB, WIDTH, INNER, ROWS, LENGTH, TEACHER, TOP = 32, 8, 16, 16, 16, 6, 4
 
 # Lengths of the documents of each row; the sums leave padding, and rows left out are padding altogether.
 PLAN = (
@@ -38,14 +42,34 @@ PLAN = (
 )
 
 
+# The same for pairs, the chosen before the rejected.
+PAIRS = (
+    (5, 7),
+    (9, 6),
+    (4, 4, 4, 4),
+    (8, 3),
+    (3, 8),
+    (6, 5),
+    (7, 2, 3, 3),
+    (12, 3),
+    (2, 2, 2, 2),
+    (10, 5),
+    (8, 7),
+    (3, 3, 6, 4),
+    (11, 4),
+)
+
+
 def init(seed: int = 0) -> dict:
-    """Parameters of the stub, float32, at a scale where no softmax is flat."""
+    """Parameters of the stub, float32, at a scale where no softmax is flat; a scalar head and a teacher's are among them."""
     rng = np.random.default_rng(seed)
     shapes = {
         "embed": {"weight": (VOCAB, WIDTH)},
         "place": {"weight": (LENGTH, WIDTH)},
         "mlp": {"up": {"kernel": (WIDTH, INNER)}, "down": {"kernel": (INNER, WIDTH)}},
         "head": {"weight": (VOCAB, WIDTH)},
+        "reward_head": {"kernel": (WIDTH, 1)},
+        "teacher_head": {"weight": (VOCAB, TEACHER)},
     }
     return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s), jnp.float32), shapes, is_leaf=lambda s: isinstance(s, tuple))
 
@@ -66,13 +90,15 @@ def _router(x, segments):
     return {"probs": jnp.sum(jax.nn.softmax(logits) * real, axis=2), "picks": jnp.sum(picks * real, axis=2)}
 
 
-def documents(seed: int = 0, plan=PLAN) -> list[list[dict]]:
-    """Rows of documents: each a dict of equally long columns, with a prompt that is not learned, and rollout columns too."""
+def documents(seed: int = 0, plan=PLAN, together: int = 1) -> list[list[list[dict]]]:
+    """Rows of units of so many documents: each a dict of equally long columns, with a prompt that is not learned, and the
+    columns of rollouts, references, labels and teachers too.
+    """
     rng = np.random.default_rng(seed)
     rows, number = [], 0
     for lengths in plan:
         row = []
-        for n in lengths:
+        for i, n in enumerate(lengths):
             mask = np.arange(n) >= rng.integers(1, n)
             if n > 4:
                 mask[n // 2] = False
@@ -83,17 +109,34 @@ def documents(seed: int = 0, plan=PLAN) -> list[list[dict]]:
                 "old_logps": np.where(mask, -rng.exponential(3.0, n), 0.0).astype(np.float32),
                 "advantages": np.where(mask, rng.normal(), 0.0).astype(np.float32),
                 "pairs": np.full(n, number // 2 + 1, np.int32),
+                **_frozen(rng, mask),
             }
-            row.append(columns)
+            row[-1].append(columns) if i % together else row.append([columns])
             number += 1
         rows.append(row)
     return rows
 
 
-def pack(rows: list[list[dict]], shape=(ROWS, LENGTH), *, row_columns: bool = True, seed: int = 0) -> dict[str, np.ndarray]:
+def _frozen(rng, mask: np.ndarray) -> dict:
+    """What frozen models and people say of a document with this mask."""
+    n = len(mask)
+    likely = np.sort(rng.dirichlet(np.ones(TOP + 1), n)[:, :TOP])[:, ::-1]
+    return {
+        # Near the stub's own, as a reference is: some methods have the exponential of the difference.
+        "ref_logps": np.where(mask, rng.normal(-4.5, 0.5, n), 0.0).astype(np.float32),
+        "labels": np.full(n, rng.integers(-1, 2), np.float32),
+        "margins": np.full(n, rng.random(), np.float32),
+        "teacher_hidden": rng.normal(size=(n, TEACHER)).astype(np.float32),
+        "teacher_tokens": np.argsort(rng.random((n, VOCAB)))[:, :TOP].astype(np.int32),
+        "teacher_logps": np.log(likely).astype(np.float32),
+    }
+
+
+def pack(rows: list[list], shape=(ROWS, LENGTH), *, row_columns: bool = True, seed: int = 0) -> dict[str, np.ndarray]:
     """A batch of the documents as they lie; an empty row is padding. row_columns: also those of [B]."""
+    rows = [list(itertools.chain(*row)) for row in rows]
     like = next(row[0] for row in rows if row)
-    batch = {k: np.zeros(shape, v.dtype) for k, v in like.items()} | {"segments": np.zeros(shape, np.int32)}
+    batch = {k: np.zeros((*shape, *v.shape[1:]), v.dtype) for k, v in like.items()} | {"segments": np.zeros(shape, np.int32)}
     for i, row in enumerate(rows):
         start = 0
         for number, columns in enumerate(row, 1):
@@ -139,7 +182,7 @@ def _partners(forward, params, batch, key):
     starts = _starts(batch)
     own, others = (
         jnp.where(starts, x, jnp.inf).ravel()
-        for x in (_likelihoods(forward, params, batch), _by_document(batch["old_logps"], batch))
+        for x in (_likelihoods(forward, params, batch), _by_document(jnp.where(batch["mask"], batch["old_logps"], 0.0), batch))
     )
     ranks = jnp.argsort(jnp.argsort(own))
     return {"partners": jnp.where(starts, jnp.sort(others)[ranks].reshape(starts.shape), 0.0)}

@@ -241,13 +241,17 @@ def test_a_fresh_model_is_kept_whole(tmp_path):
 
 
 def test_what_the_digest_covers(tmp_path):
-    """Every byte of a small file; of a large one its head, pieces throughout and its end; names and sizes."""
-    file, other = tmp_path / "model.safetensors", tmp_path / "model-2.safetensors"
+    """Every byte of a small file; of a large one its head, pieces throughout and its end; names and sizes; of the files that
+    are read, whatever they are called, and of no others."""
+    file, other, index = (tmp_path / name for name in ("model.safetensors", "part.safetensors", "model.safetensors.index.json"))
+    with pytest.raises(UserError, match="no model.safetensors and no model.safetensors.index.json"):
+        fingerprint.digest(tmp_path)
     rng = np.random.default_rng(0)
     content = bytearray(rng.bytes(3 * fingerprint.WHOLE))
     file.write_bytes(content)
     before = fingerprint.digest(tmp_path)
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model-makers.safetensors").write_text("the same weights in another layout")
     assert fingerprint.digest(tmp_path) == before  # not a weight
     seen = {}
     for place in (0, fingerprint.HEAD - 1, len(content) - 1, len(content) - fingerprint.PIECE, fingerprint.HEAD + 300_000):
@@ -261,6 +265,7 @@ def test_what_the_digest_covers(tmp_path):
     file.write_bytes(content)
     assert fingerprint.digest(tmp_path) == before
     file.rename(other)
+    index.write_text(json.dumps({"weight_map": {"norm": other.name}}))
     assert fingerprint.digest(tmp_path) != before
     other.write_bytes(content[:1000])
     short = fingerprint.digest(tmp_path)

@@ -298,6 +298,7 @@ def test_an_adapter_goes_out_in_pefts_layout_and_comes_back(kind, tmp_path):
 
 BAD = {
     "no config": (lambda c, t: (None, t), "has no adapter_config.json"),
+    "no object": (lambda c, t: ([c], t), "adapter_config.json: holds a JSON list, not an object"),
     "kind": (lambda c, t: (c | {"peft_type": "IA3"}, t), "peft_type = 'IA3' is not supported"),
     "pissa": (lambda c, t: (c | {"init_lora_weights": "pissa"}, t), "init_lora_weights = 'pissa' is not supported"),
     "ranks": (lambda c, t: (c | {"rank_pattern": {"q_proj": 4}}, t), "rank_pattern = {'q_proj': 4} is not supported"),

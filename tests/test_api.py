@@ -5,6 +5,7 @@ notebook: its functions come out of exec, so no file holds them and no import fi
 """
 
 import functools
+import inspect
 import json
 import os
 import subprocess
@@ -100,7 +101,7 @@ def test_logits_of_padded_rows_are_those_of_each_alone(model, alone):
     [
         ([1, 2], None, r"ids \[B,S\].*shape \(2,\)"),
         ([[1.5]], None, "float64"),
-        ([[1, 17]], None, "0 to 16; these are 1 to 17"),
+        ([[1, 17]], None, "tokens: has id 17, and the model has a vocabulary of 17"),
         (np.zeros((2, 65), int), None, "rows of 1 to 64"),
         ([[1, 2]], [3], "0 to 2"),
         ([[1, 2]], [1, 1], "1 numbers"),
@@ -134,6 +135,12 @@ def test_prompts_in_each_form(model):
     for wrong in ([], [[]], [{"role": "user"}], [*turns, {"role": "assistant", "content": "3"}], [7]):
         with pytest.raises(UserError, match="prompt"):
             model.generate(wrong)
+    for wrong in (np.zeros(0, int), np.ones((1, 2), int), np.ones(2)):
+        with pytest.raises(UserError, match=r"a prompt of ids is \[n\] integers, n at least 1; this one is"):
+            model.generate(wrong)
+    for wrong in ([1, 17], [-1]):
+        with pytest.raises(UserError, match=f"a prompt: has id {wrong[-1]}, and the model has a vocabulary of 17"):
+            model.generate(np.array(wrong))
 
 
 # --------------------------------------------------------------------------------------------------------------- Names
@@ -199,8 +206,9 @@ def test_a_recipe_with_changes_from_python():
     assert (a.objective.name, a.rollouts.group, a.rollouts.new, a.steps) == ("sft.nll", 2, 5, 7)
     assert (b.objective.name, b.steps) == ("sft.dft", 3)
     assert recipe.opened(staged) == staged
-    with pytest.raises(UserError, match=r"config\.objective: each stage has its own; give it to one, as a=dict\(objective="):
-        recipe.opened(staged, objective=sft.dft, b={"objective": sft.nll})
+    # Even what is the default: it was asked for.
+    with pytest.raises(UserError, match=r"config\.objective\.name: 'sft\.nll' reaches no stage, .* config\.a\.objective, "):
+        recipe.opened(staged, objective=sft.nll, b={"objective": sft.dft})
     with pytest.raises(UserError, match="unknown key 'windw'. Did you mean 'window'"):
         recipe.opened(path, windw=3)
 
@@ -216,6 +224,10 @@ def test_a_reward_takes_the_place_of_the_tasks_own(tmp_path):
     plan = planned(tmp_path, reward={"name": f"{tmp_path}/judge.py:short", "most": 2})
     assert [plan.problems["reward"]({}, text) for text in ("12", "123")] == [1.0, 0.0]
     assert planned(tmp_path).problems["reward"]({}, "123") == 0.75
+    # What the mean is called goes by the annotation, through whatever is around the function.
+    plan = planned(tmp_path, task=arithmetic)
+    assert inspect.signature(plan.problems["reward"]).return_annotation is bool
+    assert plan.problems["reward"]({"answer": "7"}, "7 ") == 1.0
     with pytest.raises(UserError, match="config.reward: there is no config.task"):
         plan_stage(
             "train",
@@ -287,7 +299,7 @@ def test_a_notebook_trains_is_interrupted_goes_on_and_is_refused_another_functio
         session(objective=sft.nll)
 
     results, calls = session()
-    assert len(calls) == 2 * 16 + 4 and 0 <= results["eval/accuracy"] <= 1
+    assert len(calls) == 2 * 16 + 4 and 0 <= results["eval/reward"] <= 1
     rows = [json.loads(line) for line in (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
 

@@ -173,8 +173,8 @@ def test_an_objective_of_ones_own(tmp_path, body, told):
 
 
 def test_a_best_that_is_never_measured(tmp_path):
-    chosen = runs.settings(tmp_path, steps=2, best="eval/acuracy")
-    with pytest.raises(UserError, match="config.best: 'eval/acuracy' .* Did you mean 'eval/accuracy'"):
+    chosen = runs.settings(tmp_path, steps=2, best="eval/rewrad")
+    with pytest.raises(UserError, match="config.best: 'eval/rewrad' .* Did you mean 'eval/reward'"):
         train.run(recipe.make(**chosen), tmp_path / "w")
 
 
@@ -260,7 +260,7 @@ def commands(folder) -> dict[str, tuple[list[str], list[str]]]:
     weights = runs.settings(folder, model=checkpoint(folder / "cut", cut=100))
     return {
         "no workdir": (runs.command(good), ["--workdir=... is required", "--help"]),
-        "no recipe": (runs.command(folder / "none.py", w), ["none.py: no such file", "lora.py, quickstart.py, sft.py"]),
+        "no recipe": (runs.command(folder / "none.py", w), ["none.py: no such file", "lora.py, quickstart.py, ", "sft.py"]),
         "python": (runs.command(folder / "python.py", w), ["python.py, line 2", "NameError"]),
         "syntax": (runs.command(folder / "syntax.py", w), ["syntax.py, line 1", "SyntaxError"]),
         "key": (runs.command(folder / "key.py", w), ["unknown key 'windwo'", "Did you mean 'window'?"]),

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxpost import resolve, sharding, train
+from jaxpost import annotate, datasets, resolve, sharding, train
 from jaxpost.models import families, hf
 from jaxpost.models.transformer import Transformer
 from jaxpost.tasks import arithmetic
@@ -31,8 +31,15 @@ def model_folder(folder: Path) -> str:
     return str(folder)
 
 
-def data_file(path: Path) -> str:
-    path.write_text("".join(json.dumps(arithmetic.conversation(i)) + "\n" for i in range(64)))
+def data_file(path: Path, shape: str) -> str:
+    rows = [arithmetic.conversation(i) for i in range(64)]
+    if shape == "pairs":
+        wrong = [row["messages"][:-1] + [{"role": "assistant", "content": "0" * (1 + i % 2)}] for i, row in enumerate(rows)]
+        rows = [{"chosen": row["messages"], "rejected": other} for row, other in zip(rows, wrong, strict=True)]
+        rows = [row for row in rows if row["chosen"] != row["rejected"]]
+    elif shape != "demonstrations":
+        rows = [{"messages": row["messages"], "label": i % 3 > 0} for i, row in enumerate(rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
@@ -47,11 +54,15 @@ def test_two_steps(path, tmp_path):
         if config.model:
             config.model = {**config.model.to_dict(), **TINY}
         else:
-            config.model, config.data = model_folder(tmp_path / "model"), data_file(tmp_path / "data.jsonl")
+            shape = datasets.shape(resolve.resolve(config.objective.to_dict(), "objectives"))
+            config.model, config.data = model_folder(tmp_path / "model"), data_file(tmp_path / "data.jsonl", shape)
         if config.task:
             config.task.examples, config.eval_per_cell = 200, 1
         for settings in [config[name] for name in config.stages] or [config]:
             settings.steps, settings.batch_size = 2, 16
+    if path.stem == "distill":
+        annotate.annotate(config, {"name": "topk", "k": 4}, out=tmp_path / "teacher")
+        config.annotations = str(tmp_path / "teacher")
     train.run(config, tmp_path / "run")
     assert sharding.batch_ways() == 1, "the mesh must not outlive the run"
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -236,6 +236,7 @@ def test_a_raw_prompt_gets_the_opening_token_once(monkeypatch):
         (adds, "<s>ab", [0, 68, 69]),
         (adds, "", [0]),
         (plain, "ab", [68, 69]),
+        (toy_tokenizers.characters(bos_token="<unk>"), "ab", [68, 69]),  # what it adds is no beginning of a text
     ):
         asked, _ = asked_of_the_sampler(monkeypatch, text, [prompt])
         assert asked["prompts"] == [wanted]
@@ -296,4 +297,7 @@ def test_a_model_without_a_tokenizer_cannot_generate(tmp_path):
     llama_cases.write(tmp_path, "tied")
     status, _, error = command("jaxpost.generate", f"--model={tmp_path}", "--prompt=a")
     assert status == 2
-    assert error == "error: the model's folder has no tokenizer (tokenizer.json), so there is no way from text to tokens.\n"
+    assert (
+        error
+        == "error: the model's folder has no tokenizer (tokenizer.json), so there is no way from text to tokens; give it one.\n"
+    )

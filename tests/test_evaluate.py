@@ -1,5 +1,6 @@
 """Evaluation's arithmetic: weights, cells, means over batches of unequal size, and which token is scored with which context."""
 
+import dataclasses
 import json
 import math
 import os
@@ -50,9 +51,15 @@ def test_accuracy_weighs_the_whole_and_counts_in_the_cells(monkeypatch, rows):
     calls = []
     monkeypatch.setattr(evaluate, "complete", answering(calls))
     options = {"prompt_window": 6, "new": 4, "template": None}
-    found = evaluate.accuracy(None, None, TEXT, RECORDS, arithmetic.reward, None, rows=rows, options=options, step=7)
+    found = evaluate.graded(None, None, TEXT, RECORDS, arithmetic.reward, None, rows=rows, options=options, step=7)
     values = dict(found)
     samples = values.pop("samples")
+    # Of a reward that does not say that it is a verdict, the mean is no accuracy, whatever values it happens to have.
+    plain = evaluate.graded(
+        None, None, TEXT, RECORDS, lambda *x: arithmetic.reward(*x), None, rows=rows, options=options, step=7
+    )
+    plain = {name: value for name, value in plain if name != "samples"}
+    assert plain == {name.replace("accuracy", "reward"): value for name, value in values.items()}
     assert values == pytest.approx(
         {
             "eval/accuracy": 0.7 / 0.9,
@@ -63,6 +70,7 @@ def test_accuracy_weighs_the_whole_and_counts_in_the_cells(monkeypatch, rows):
             "eval/accuracy_greedy/hard": 1.0,
         }
     )
+    calls = calls[: len(calls) // 2]
     assert [(s["prompt"], s["completion"], s["reward"], s["kind"]) for s in samples] == [
         ("1+1", "2", 1.0, "sampled"),
         ("2+1", "4", 0.0, "sampled"),
@@ -152,6 +160,13 @@ def test_perplexity_of_a_file_is_that_of_each_token_by_hand(folder, tmp_path):
         # Sums of some 20 terms in float32.
         assert found["nll"] == pytest.approx(total / count, rel=1e-5)
         assert found["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+    text = arithmetic.tokenizer()
+    text.add_tokens(["<picture>"])
+    (tmp_path / "seen.jsonl").write_text('{"text": "1<picture>"}')
+    with pytest.raises(
+        UserError, match=r"seen.jsonl: has the token '<picture>' \(id 17\), and the model has a vocabulary of 17"
+    ):
+        next(evaluate.perplexity(dataclasses.replace(model, tokenizer=text), str(tmp_path / "seen.jsonl")))
     with pytest.raises(UserError, match="--window=65: give 2 to 64"):
         next(evaluate.perplexity(model, str(tmp_path / "rows.jsonl"), window=65))
 
@@ -167,11 +182,14 @@ def test_accuracy_of_a_task_by_name(folder, monkeypatch, tmp_path):
         return Completions(tokens, np.ones(len(prompts), int), np.zeros(tokens.shape), np.zeros(len(prompts), bool))
 
     monkeypatch.setattr(evaluate, "complete", complete)
-    (tmp_path / "judge.py").write_text("def two(record, completion):\n    return float(completion == '2')")
+    (tmp_path / "judge.py").write_text("def two(record, completion) -> 'bool':\n    return completion == '2'")
     found = dict(evaluate.solves(api.load(folder), "arithmetic", per_cell=1, reward=f"{tmp_path}/judge.py:two", rows=4))
     assert found["accuracy"] == found["accuracy_greedy/x3"] == 1.0 and len(found) == 20
     # <|user|>, seven characters of the longest problem, <|assistant|>; and as much of 64 as the model's positions leave.
     assert asked == {"prompt_window": 9, "new": 55, "rows": 4}
+    (tmp_path / "judge.py").write_text("def none(record, completion):\n    return None")
+    with pytest.raises(UserError, match=r"reward of .*judge.py:none: gave None for the completion '2'; it must be a finite"):
+        dict(evaluate.solves(api.load(folder), "arithmetic", per_cell=1, reward=f"{tmp_path}/judge.py:none", rows=4))
     own = dict(evaluate.solves(api.load(folder), "arithmetic", per_cell=1, rows=4, new=5))
     assert asked["new"] == 5
     records = arithmetic.test_records(1)

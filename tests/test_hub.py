@@ -9,14 +9,15 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import llama_cases
 import pytest
 
+from jaxpost.errors import UserError
 from jaxpost.models import hub, loading
 
 ROOT = Path(__file__).parent.parent
+SHARDS = [f"shard-0000{i}-of-00002.safetensors" for i in (1, 2)]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -67,9 +68,15 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """(address, what was asked) of a hub that has org/tiny: a Llama, with a pickle and a program beside it."""
+    """(address, what was asked) of a hub that has org/tiny: a Llama in files that only its index knows, beside the same in one
+    of their makers' own, a pickle and a program."""
     folder = tmp_path_factory.mktemp("hub")
-    llama_cases.write(folder, "grouped")
+    llama_cases.write(folder, "grouped", files=2)
+    for file in folder.glob("model-*.safetensors"):
+        file.rename(folder / file.name.replace("model", "shard"))
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-", "shard-"))
+    (folder / "model-makers.safetensors").write_bytes(b"too much")
     (folder / "pytorch_model.bin").write_bytes(b"never")
     (folder / "modeling.py").write_text("raise SystemExit('never')")
     handler = type("Served", (Hub,), {"folder": folder, "asked": []})
@@ -81,7 +88,6 @@ def served(tmp_path_factory):
 
 SCRIPT = """
 import sys
-import jax
 from jaxpost import sharding
 from jaxpost.errors import UserError
 from jaxpost.models import loading
@@ -107,7 +113,7 @@ def test_a_model_comes_by_name_once_and_then_from_the_cache(served, tmp_path):
     assert status == 0, err
     scale = abs(llama_cases.weights("grouped")["model.norm.weight"]).sum()
     folder, rest = out.split(" ", 1)
-    assert folder == COMMIT and "['config.json', 'model.safetensors']" in rest
+    assert folder == COMMIT and rest.startswith(f"{['config.json', 'model.safetensors.index.json', *SHARDS]} ")
     assert float(rest.split()[-1]) == pytest.approx(float(scale), rel=1e-6)
     assert {a for path, a in asked if "org/tiny" in path} == {"Bearer hf_secret"} and "hf_secret" not in out + err
     assert not [path for path, _ in asked if path.endswith((".bin", ".py"))]
@@ -144,13 +150,26 @@ def test_names_are_told_from_folders(tmp_path, monkeypatch):
     )
 
 
-def test_a_gpu_without_bfloat16_computes_in_float32_and_says_so(monkeypatch, capsys):
+def test_a_gpu_without_bfloat16_computes_in_float32_and_says_so(capsys):
     class Device:
         platform, device_kind, compute_capability = "gpu", "Tesla T4", "7.5"
 
-    monkeypatch.setattr(jax, "devices", lambda: [Device])
-    assert loading._computable("bfloat16") == jnp.float32
+    assert loading._computable("bfloat16", Device) == jnp.float32
     assert "Tesla T4 has no bfloat16" in capsys.readouterr().err
     Device.compute_capability = "8.0"
-    assert loading._computable("bfloat16") == jnp.bfloat16 and loading._computable("float32") == jnp.float32
+    assert loading._computable("bfloat16", Device) == jnp.bfloat16
+    assert loading._computable("float32", Device) == jnp.float32
     assert not capsys.readouterr().err
+
+
+def test_the_kernel_of_attention_is_the_platforms():
+    class Device:
+        platform, device_kind = "tpu", "TPU v5p"
+
+    assert [loading._kernel(asked, Device) for asked in ("auto", "xla", "splash")] == ["splash", "xla", "splash"]
+    with pytest.raises(UserError, match="config.attention: 'cudnn' does not run on TPU v5p; leave it at auto, or take xla"):
+        loading._kernel("cudnn", Device)
+    with pytest.raises(UserError, match="config.attention: unknown 'spalsh'. Did you mean 'splash'"):
+        loading._kernel("spalsh", Device)
+    Device.platform = "cpu"
+    assert loading._kernel("auto", Device) == "xla"

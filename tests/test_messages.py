@@ -334,6 +334,16 @@ def test_what_a_system_or_earlier_turns_say_is_never_dropped():
         assert formats.recognise(Record(row, "p")).messages == system + turns
     earlier = {"instruction": "q", "output": "a", "history": [["x", "y"]]}
     assert formats.recognise(Record(earlier, "p")).messages == conversation("x", "y", "q", "a")
+    assert read({"q": "q", "output": "a", "past": [["x", "y"]]}, instruction="q", output="output", history="past").messages == (
+        conversation("x", "y", "q", "a")
+    )
+    rated, pair = Rated([*system, USER], [SAID], True, "p"), Preference([*system, USER], [SAID], [SAID], "p")
+    for row in ({"messages": turns}, {"prompt": "q", "completion": "a"}, {"prompt": turns[:1], "completion": turns[1:]}):
+        assert read(row | {"label": True, "system": "s"}) == rated
+    for row in ({"prompt": "q", "chosen": "a", "rejected": "a"}, {"prompt": "q", "chosen": turns, "rejected": turns}):
+        assert read(row | {"system": "s"}) == pair
+    assert read({"chosen": turns, "rejected": turns, "system": "s"}) == pair
+    assert read({"chosen": system + turns, "rejected": system + turns, "system": "other"}) == pair, "its own stays"
     with pytest.raises(UserError, match="p: system goes with messages"):
         formats.recognise(Record({"prompt": "q", "completion": "a", "system": "s"}, "p"))
     with pytest.raises(UserError, match="p: history must be a list of"):

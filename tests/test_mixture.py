@@ -142,6 +142,18 @@ def test_bad_rows_are_skipped_and_counted_and_long_ones_are_another_matter():
         source.encode_all(records, characters(), window=5, bad_rows="drop")
 
 
+def test_the_hint_stands_where_it_belongs(capsys):
+    def told(**counts):
+        report = dict.fromkeys(("count", "dropped", "truncated", "split", "skipped", "tokens", "trained_tokens"), 0) | counts
+        encoded = source.Encoded([], np.zeros(0), np.zeros(0), report, "", "because", 0)
+        mixture.tell("data", mixture.Part("p", None, [], []), encoded, 3, 8)
+        return capsys.readouterr().err.partition("3 rows of 8")[2].strip()
+
+    hint = " (for their length: config.window, config.too_long)"
+    assert told(truncated=2, dropped=1, skipped=4) == f", 2 truncated, 1 dropped{hint}, 4 skipped; the first skipped: because"
+    assert told(truncated=2) == f", 2 truncated{hint}" and told(split=2) == ", 2 split" and told() == ""
+
+
 # ---- a stage's plan
 
 
@@ -211,25 +223,36 @@ def test_bad_rows_of_a_stage_stop_it_or_are_told(tmp_path, capsys):
         plan(tmp_path, data=data, bad_rows="ignore")
 
 
+def test_a_held_out_part_of_no_use_is_no_reason_to_give_the_data_up(tmp_path):
+    data = digits(tmp_path, "a.jsonl", "1", 2, '{"text": "' + "1" * 40 + '"}\n')  # of three, the seed holds out the last
+    for changes, what, remedy in (
+        ({"held_out": 1}, "eval data", "; config.held_out=0 keeps none out"),
+        ({"window": 8}, "data", ""),
+    ):
+        with pytest.raises(UserError, match=rf"^{what} .*a.jsonl: none of the .*; the shortest needs \d+{remedy}$"):
+            plan(tmp_path, data=data, too_long="drop", **changes)
+
+
 def test_columns_and_template_options_from_the_command_line_or_a_recipe(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"ask": "1+1", "reply": "2"}\n' * 16)
     template = "{{ '-' if x }}{% for m in messages %}{{ m.content }}{{ '<|end|>' if m.role == 'assistant' }}{% endfor %}"
     base = {"data": str(tmp_path / "a.jsonl"), "template": template}
     for columns in ("question=ask,answer=reply", {"question": "ask", "answer": "reply"}):
         made = plan(tmp_path, **base, columns=columns)
-        assert made.found.tokenizer.decode(made.example["tokens"].tolist()) == "1+12<|end|>"
+        assert made.found.tokenizer.decode(made.example[0]["tokens"].tolist()) == "1+12<|end|>"
     for options in ("x=true", {"x": True}):
         made = plan(tmp_path, **base, columns="question=ask,answer=reply", template_options=options)
-        assert made.found.tokenizer.decode(made.example["tokens"].tolist()) == "-1+12<|end|>"
+        assert made.found.tokenizer.decode(made.example[0]["tokens"].tolist()) == "-1+12<|end|>"
     with pytest.raises(UserError, match=r"a.jsonl, line 1: columns not recognised: ask, reply; .*config.columns="):
         plan(tmp_path, **base)
     with pytest.raises(UserError, match="config.template_options: the chat template reads no variable 'y'"):
         plan(tmp_path, **base, columns="question=ask,answer=reply", template_options="y=1")
     with pytest.raises(UserError, match=r"config.columns: 3 is no str or dict"):
         plan(tmp_path, columns=3)
-    recipes = recipe.make(stages=("one",), columns={"prompt": "a"}, one={"columns": {"text": "b"}, "data": {"a.jsonl": 1}})
-    ((_, settings),) = recipe.stages(recipes)
-    assert settings.columns.to_dict() == {"text": "b"} and settings.data == (("a.jsonl", 1),), "a stage's own replaces"
+    own = {"columns": {"text": "b"}, "data": {"a.jsonl": 1}}
+    (_, one), (_, two) = recipe.stages(recipe.make(stages=("one", "two"), columns={"prompt": "a"}, one=own))
+    assert one.columns.to_dict() == {"text": "b"} and one.data == (("a.jsonl", 1),), "a stage's own replaces"
+    assert two.columns.to_dict() == {"prompt": "a"}
 
 
 # ---- real data

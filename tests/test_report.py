@@ -211,6 +211,21 @@ def test_the_summary_has_a_line_a_cell_with_both_ends_of_each_stage(tmp_path):
     assert report.summary(tmp_path) == ""
 
 
+def test_rewards_are_told_as_they_are_where_there_is_no_accuracy(tmp_path):
+    rows = [
+        ("rl", step, {"eval/reward": r, "eval/reward/+2": r, "eval/reward_greedy": 2 * r}) for step, r in ((0, -1.5), (9, 2.25))
+    ]
+    write_run(tmp_path, rows)
+    page = Outline(report.write(tmp_path).read_text())
+    assert [row[3:] for row in page.rows if row[0] == "rl" and len(row) == 9] == [
+        ["-1.5", "2.25", "+3.75", "-3", "4.5", "+7.5"]
+    ]
+    assert ["+2", "-1.5", "2.25"] in page.rows and ["", "", "", "reward, sampled", "reward, greedy"] in page.rows
+    first, _, overall, *_ = report.summary(tmp_path).splitlines()
+    assert first.startswith("held-out reward, sampled")
+    assert overall.split() == ["all", "|", "-1.5", "-3", "->", "2.2", "4.5"]
+
+
 def test_a_chart_runs_from_its_first_value_to_its_last(tmp_path):
     line = [(0, 4.0), (50, math.nan), (75, 1.0), (100, 2.0)]
     write_run(tmp_path, [("sft", step, {"loss": value}) for step, value in line])

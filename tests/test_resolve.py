@@ -124,6 +124,19 @@ def test_a_setting_that_reaches_no_stage_is_refused():
         recipe.stages(recipe.make(**changes, steps=5))
     with pytest.raises(UserError, match="config.optimizer.lr: 3.0 reaches no stage"):
         recipe.stages(recipe.make(**changes, optimizer={"lr": 3.0}))
+    # A call takes the place of the whole call around it, without a name its own keywords alone; a dict of the user's own names
+    # takes the place of all of it.
+    called = {"task": {"name": "arithmetic"}, "reward": {"name": "math.copysign"}}
+    for around, own, told, place in (
+        ({"task": {"name": "t.py"}}, called, "config.task.name: 't.py'", "task"),
+        ({"reward": {"name": "r", "most": 2}}, called, "config.reward.most: 2", "reward"),
+        ({"task": {"name": "t.py", "examples": 1}}, {"task": {"examples": 2}}, "config.task.examples: 1", "task.examples"),
+        ({"columns": {"prompt": "a"}}, {"columns": {"text": "b"}}, "config.columns.prompt: 'a'", "columns"),
+    ):
+        change = f"change config.a.{place}, config.b.{place}."
+        with pytest.raises(UserError, match=f"{told} reaches no stage, since each has its own; {change}"):
+            recipe.stages(recipe.make(stages=("a", "b"), **around, a=own, b=own))
+        assert recipe.stages(recipe.make(stages=("a", "b"), **around, a=own))
     # One stage without it is enough for it to matter.
     (_, a), (_, b) = recipe.stages(recipe.make(**{**changes, "b": {}}, steps=5))
     assert (a.steps, b.steps) == (3, 5)
@@ -133,7 +146,7 @@ def test_recipes_are_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert recipe.located("configs/sft.py:dft").endswith("configs/sft.py:dft")
     assert recipe.opened("configs/sft.py:dft").objective.name == "sft.dft"
-    with pytest.raises(UserError, match="mine.py: no such file.*lora.py, quickstart.py, sft.py"):
+    with pytest.raises(UserError, match="mine.py: no such file.*lora.py, quickstart.py, .*sft.py"):
         recipe.located("mine.py")
     (tmp_path / "mine.py").write_text("")
     assert recipe.located("mine.py") == "mine.py"

@@ -123,10 +123,10 @@ def test_the_figures_of_a_run(whole):
     for stage, evaluated in (("sft", [0, 8, 16, 24, 30]), ("reinforce", [0, 10, 20, 30])):
         own = [row for row in rows if row["stage"] == stage]
         assert [r["step"] for r in own if "loss" in r] == list(range(1, 31))
-        assert [r["step"] for r in own if "eval/accuracy" in r] == evaluated
+        assert [r["step"] for r in own if "eval/reward" in r] == evaluated
     assert all(r["grad_norm"] > 0 for r in rows if r["stage"] == "reinforce" and "frac_reward_zero_std" in r)
     # The second stage starts from the first one's running mean, which is what was evaluated.
-    last, first = ([r for r in rows if r["stage"] == s and "eval/accuracy" in r][i] for s, i in (("sft", -1), ("control", 0)))
+    last, first = ([r for r in rows if r["stage"] == s and "eval/reward" in r][i] for s, i in (("sft", -1), ("control", 0)))
     assert last["eval/loss"] == first["eval/loss"]
 
 
@@ -203,9 +203,9 @@ def test_a_run_starts_from_another_runs_result(whole, tmp_path):
     chosen = runs.settings(tmp_path, steps=1, model=str(workdir), tokenizer="")
     train.run(recipe.make(**chosen), tmp_path / "w")
     last, first = (
-        [r for r in runs.rows(w / "metrics.jsonl") if "eval/accuracy" in r][i] for w, i in ((workdir, -1), (tmp_path / "w", 0))
+        [r for r in runs.rows(w / "metrics.jsonl") if "eval/reward" in r][i] for w, i in ((workdir, -1), (tmp_path / "w", 0))
     )
-    assert first["eval/accuracy_greedy"] == last["eval/accuracy_greedy"]
+    assert first["eval/reward_greedy"] == last["eval/reward_greedy"]
     assert first["step"] == 0
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toy_tokenizers import byte_pairs, characters
 
 from jaxpost import sharding
 from jaxpost.errors import UserError
@@ -21,7 +22,8 @@ from jaxpost.objectives.logprobs import token_scores
 from jaxpost.objectives.policy_gradient import reinforce
 from jaxpost.rollouts.advantages import leave_one_out
 from jaxpost.rollouts.source import Rollouts
-from jaxpost.sampling.decode import answers, complete, draw
+from jaxpost.sampling.decode import Completions, answers, complete, draw
+from jaxpost.sampling.text import continuation
 from jaxpost.step import gradients
 from jaxpost.tasks import arithmetic
 from jaxpost.types import Head, Output, TrainState
@@ -176,6 +178,19 @@ def test_the_stop_token_is_part_of_the_completion_and_the_limit_is_no_stop():
     tokenizer = arithmetic.tokenizer()
     texts = answers(found, prompts(), tokenizer)
     assert [texts[i] for i in np.flatnonzero(found.stopped)] == [tokenizer.decode(t[:-1]) for t in ended]
+
+
+def test_an_answer_is_judged_and_shown_as_it_was_written():
+    """Some tokenizers tidy up what they decode, and a verifier would judge what the model did not say."""
+    tokenizer = characters(adds_bos=False)
+    tokenizer.clean_up_tokenization_spaces = True
+    ids = np.array(tokenizer("a . b ?")["input_ids"])
+    assert tokenizer.decode(ids) == "a. b?"
+    found = Completions(ids[None], np.array([6]), np.zeros((1, 7)), np.array([False]))
+    assert answers(found, [ids[:1]], tokenizer) == [" . b ?"] == [continuation(tokenizer, ids[:1], ids[1:])]
+    # A prompt may end within a letter of several bytes: the completion then stands by itself.
+    ids = np.array(byte_pairs()("é .")["input_ids"])
+    assert continuation(byte_pairs(), ids[:1], ids[1:]) == "\N{REPLACEMENT CHARACTER} ."
 
 
 class Counting(NamedTuple):

@@ -11,7 +11,7 @@ from jaxpost import metrics, optim, recipe
 from jaxpost.errors import UserError
 from jaxpost.objectives import sft
 from jaxpost.objectives.logprobs import token_scores
-from jaxpost.step import contributions, gradients, make_evaluation, make_step
+from jaxpost.step import contributions, gradients, make_evaluation, make_step, with_prepared
 from jaxpost.types import Head, Output, Term, TrainState
 
 PLAIN = recipe.DEFAULTS["optimizer"] | {"lr": 0.1, "schedule": "constant", "warmup": 0, "clip": 0.0}
@@ -248,3 +248,12 @@ def test_noise_by_row_does_not_depend_on_the_split():
     assert abs(float(whole)) > 1e-2
     for loss in split:
         np.testing.assert_allclose(loss, whole, rtol=1e-5)
+
+
+def test_a_column_that_prepare_asks_for_in_vain_is_named():
+    def objective(forward, params, batch, key):
+        return {"x": Term(jnp.float32(0.0), jnp.float32(1.0))}, {}
+
+    objective.prepare = lambda forward, params, batch, key: {"baseline": batch["ref_logps"].mean()}
+    with pytest.raises(UserError, match="asks for 'ref_logps', .* its batches are mask"):
+        with_prepared(objective, None, {}, {"mask": jnp.ones((1, 2), bool)}, None)

@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxpost import cloud
 from jaxpost.adapters.lora import Dora, Lora, dora, lora
 from jaxpost.errors import UserError
-from jaxpost.models import lazy
+from jaxpost.models import hf, lazy
 from jaxpost.models.families import STEMS, Architecture, tensor_names
 from jaxpost.types import Params
 
@@ -81,15 +81,14 @@ def _config(folder: epath.Path) -> dict:
     path = folder / "adapter_config.json"
     if not path.exists():
         raise UserError(f"config.adapter.folder: {folder} has no adapter_config.json; give a folder that peft saved.")
-    try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path}: not valid JSON, line {e.lineno} column {e.colno}: {e.msg}.") from None
+    config = hf.read_object(path)
     for field, value in config.items():
         if field not in _READ and value not in _NEUTRAL.get(field, (None, False, "", [], {})):
-            raise UserError(f"{path}: {field} = {value!r} is not supported.")
+            raise UserError(
+                f"{path}: {field} = {value!r} is not supported; merge the adapter into its model with peft instead."
+            )
     if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), (int, float)):
-        raise UserError(f"{path}: has no whole number `r` or no number `lora_alpha`.")
+        raise UserError(f"{path}: has no whole number `r` or no number `lora_alpha`; save it from peft again.")
     return config
 
 

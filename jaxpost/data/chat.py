@@ -25,7 +25,7 @@ import numpy as np
 from jaxpost.data.formats import Completion, Conversation, Example
 from jaxpost.data.templates import adapted, render
 from jaxpost.errors import UserError
-from jaxpost.tokenizer import encoding
+from jaxpost.tokenizer import encoding, opening
 
 TRAIN_ON = ("assistant", "last", "completion", "all")
 _PROBE = "probe"
@@ -54,8 +54,9 @@ def encode(example: Example, tokenizer: Any, template: str | None = None, train_
     return {"tokens": tokens, "mask": mask}
 
 
-def encode_prompt(messages: Sequence[dict[str, str]], tokenizer: Any, template: str | None = None) -> np.ndarray:
-    """[n] int32: the messages as generation sees them, the opening of the assistant's turn included."""
+def encode_prompt(messages: str | Sequence[dict[str, str]], tokenizer: Any, template: str | None = None) -> np.ndarray:
+    """[n] int32: the messages, or one of the user, as generation sees them, the opening of the assistant's turn included."""
+    messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
     return _tokenise(render(messages, tokenizer, template, True, "the prompt"), tokenizer, "the prompt")[0]
 
 
@@ -152,10 +153,10 @@ def _document(prompt: str, completion: str, tokenizer: Any, place: str) -> tuple
         raise UserError(f"{place}: the tokenizer has no eos_token, so a model would never learn to stop; give it one")
     tokens, _, ends = _tokenise(prompt + completion, tokenizer, place)
     mask = ends > len(prompt)
-    opening = tokenizer("")["input_ids"][:1]
+    first = opening(tokenizer)
     # A text that spells the special tokens out itself has them already.
-    if opening and opening == [tokenizer.bos_token_id] and tokens[:1].tolist() != opening:
-        tokens, mask = np.insert(tokens, 0, opening), np.insert(mask, 0, False)
+    if first and tokens[:1].tolist() != first:
+        tokens, mask = np.insert(tokens, 0, first), np.insert(mask, 0, False)
     if tokens[-1:].tolist() != [tokenizer.eos_token_id]:
         tokens, mask = np.append(tokens, np.int32(tokenizer.eos_token_id)), np.append(mask, True)
     return tokens, mask

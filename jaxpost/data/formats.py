@@ -1,26 +1,32 @@
 """From a row to an example: the shape of a data set is recognised by its columns.
 
     chosen, rejected, [prompt | messages | conversations]   -> Preference
+    prompt | messages | conversations, completions, ratings -> Preference: the best of several answers and the worst
     messages | conversations | prompt, completion, with a verdict true or false in label or kto_tag   -> Rated
-    messages, [tools]                                       -> Conversation
-    conversations, [tools, system]                          -> Conversation: ShareGPT
+    messages                               -> Conversation
+    conversations                          -> Conversation: ShareGPT
     prompt, completion                     -> Completion: two strings (or, both being turns, a Conversation)
-    instruction, [input, system,] output   -> Conversation: Alpaca
+    instruction, [input, history,] output  -> Conversation: Alpaca, its history a list of earlier [instruction, output]
     question, answer                       -> Conversation: GSM8K, its answer with calculations and #### as it stands
     text                                   -> Text
 
-The shapes are tried in that order and the first whose columns are all there (and not null) wins; other columns are ignored,
-since data sets carry identifiers, sources and scores that training does not need. The manners in which turns are written down
-are those of `messages`.
+The shapes are tried in that order and the first whose columns are all there (and not null) wins. Beside turns, `system` is a
+system turn before them where they have none, and `tools` are the functions that they may call. Other columns are ignored, since
+data sets carry identifiers, sources and scores that training does not need. The manners in which turns are written down are
+those of `messages`.
 
 A data set of other columns is read by naming them: `columns={"prompt": "problem", "completion": "solution"}` takes the prompt
 from the column problem. Where the named columns make a shape by themselves, nothing else of the row is looked at; otherwise the
 row's other columns stay beside them. So a shape may be chosen as well: `{"messages": "messages"}` learns rated conversations as
 plain ones, verdict or no.
 
+How much better the chosen answer is, where a row says so, becomes a Preference's margin: of `margin`, of `score_chosen` and
+`score_rejected`, or of the ratings. `pair` and `labelled` take only what can be compared or is judged, and say what is missing.
+
 What is recognised is also checked here, once, so that nothing after this file has to wonder about roles, empty turns or types.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -30,12 +36,13 @@ from jaxpost.errors import UserError
 from jaxpost.resolve import nearest
 
 SHAPES = (
-    "messages | conversations | prompt, completion | instruction, [input,] [system,] output | question, answer | text"
-    " (chosen, rejected and label are for preference objectives)"
+    "messages | conversations | prompt, completion | instruction, [input, history,] output | question, answer | text"
+    ", [system, tools] beside turns (chosen, rejected, ratings and label are for preference objectives)"
 )
 COLUMNS = (
     *("messages", "conversations", "tools", "system", "prompt", "completion", "instruction", "input", "output"),
-    *("question", "answer", "text", "chosen", "rejected", "label", "kto_tag"),
+    *("history", "question", "answer", "text", "chosen", "rejected", "label", "kto_tag"),
+    *("completions", "ratings", "margin", "score_chosen", "score_rejected"),
 )
 
 
@@ -75,7 +82,8 @@ class Preference(NamedTuple):
     pass, save that an answer's last turn may be empty. Both answers begin with an assistant's turn; several turns are an answer
     that goes on after its first. A prompt that the row gave as a string is one user turn, an answer given as a string one
     assistant turn. Of whole conversations (lists, or HH-RLHF's transcripts) the prompt is what both begin with, up to the last
-    place where both go on with an assistant's turn. `tools` as in Conversation. Weights of turns play no part.
+    place where both go on with an assistant's turn. `tools` as in Conversation. Weights of turns play no part. `margin` is how
+    much better the chosen one is, in the row's own unit; None where it does not say.
     """
 
     prompt_messages: list[Message]
@@ -83,6 +91,7 @@ class Preference(NamedTuple):
     rejected_messages: list[Message]
     place: str
     tools: list[dict[str, Any]] | None = None
+    margin: float | None = None
 
 
 class Rated(NamedTuple):
@@ -107,10 +116,7 @@ def recognise(record: Record, columns: Mapping[str, str] | None = None) -> Examp
 
     Raises UserError with the record's place if its columns are no known shape or its content breaks the rules of the shape.
     """
-    row, place = record
-    if columns:
-        named = _named(row, columns, place)
-        row = named if _shape(named) else {k: v for k, v in row.items() if k not in columns.values()} | named
+    row, place = _renamed(record, columns), record.place
     make = _shape(row)
     if make:
         return make({column: value for column, value in row.items() if value is not None}, place)
@@ -124,9 +130,11 @@ def demonstration(record: Record, columns: Mapping[str, str] | None = None) -> E
     found = recognise(record, columns)
     if isinstance(found, Preference):
         way = next((f"prompt={c},completion=chosen" for c in ("prompt", "conversations") if c in record.row), "messages=chosen")
+        remedy = f'to imitate the chosen one say config.columns="{way}"'
+        if "chosen" not in record.row:
+            remedy = "to imitate the best answer write it under completion"
         raise UserError(
-            f"{found.place}: a pair of answers, chosen and rejected, which only a preference objective learns from; "
-            f'to imitate the chosen one say config.columns="{way}"'
+            f"{found.place}: a pair of answers, chosen and rejected, which only a preference objective learns from; {remedy}"
         )
     if isinstance(found, Rated):
         kept = [c for c in ("messages", "conversations", "prompt", "completion") if c in record.row]
@@ -135,6 +143,53 @@ def demonstration(record: Record, columns: Mapping[str, str] | None = None) -> E
             f'imitate every one, the bad ones too, say config.columns="{",".join(f"{c}={c}" for c in kept)}"'
         )
     return found
+
+
+def pair(record: Record, columns: Mapping[str, str] | None = None) -> Preference:
+    """As `recognise`, for comparing answers: refuses what is no pair, a pair of equal answers, and an empty prompt."""
+    row = _renamed(record, columns)
+    for side, other in (("chosen", "rejected"), ("rejected", "chosen")):
+        if row.get(side) is not None and row.get(other) is None:
+            raise UserError(f"{record.place}: there is no {other} answer beside the {side} one; give it, or remove the row")
+    found = recognise(record, columns)
+    if not isinstance(found, Preference):
+        raise UserError(
+            f"{record.place}: the objective compares two answers, and the row's columns {', '.join(map(str, row))} hold none "
+            "to compare; give chosen and rejected (README.md lists the forms), or use an objective that learns from such rows"
+        )
+    if found.chosen_messages == found.rejected_messages:
+        raise UserError(f"{found.place}: chosen and rejected are the same answer, so neither is better; remove the row")
+    _asked(found.prompt_messages, found.place)
+    return found
+
+
+def labelled(record: Record, columns: Mapping[str, str] | None = None) -> Rated:
+    """As `recognise`, for learning from judged answers: refuses rows without a verdict, and an empty prompt."""
+    row = _renamed(record, columns)
+    found = recognise(record, columns)
+    if isinstance(found, Rated):
+        _asked(found.prompt, found.place)
+        return found
+    given = [(c, row[c]) for c in ("label", "kto_tag") if row.get(c) is not None]
+    what = f"{given[0][0]} is {given[0][1]!r}, neither true nor false" if given else "there is no label, true or false"
+    raise UserError(
+        f"{record.place}: {what}, and the objective learns from answers with a verdict; write label as true or false beside "
+        "prompt and completion, or messages"
+    )
+
+
+def _asked(prompt: list[Message], place: str) -> None:
+    if prompt[-1]["role"] == "user" and not prompt[-1]["content"].strip():
+        raise UserError(f"{place}: the prompt is empty, so there is nothing to answer; fill it in or remove the row")
+
+
+def _renamed(record: Record, columns: Mapping[str, str] | None) -> dict[str, Any]:
+    """The row as `columns` has it read."""
+    row, place = record
+    if not columns:
+        return row
+    named = _named(row, columns, place)
+    return named if _shape(named) else {k: v for k, v in row.items() if k not in columns.values()} | named
 
 
 def _named(row: dict[str, Any], columns: Mapping[str, str], place: str) -> dict[str, Any]:
@@ -153,6 +208,8 @@ def _shape(row: dict[str, Any]):
     answered = bool(present & {"messages", "conversations"}) or {"prompt", "completion"} <= present
     if {"chosen", "rejected"} <= present:
         return _preference
+    if {"completions", "ratings"} <= present and present & {"prompt", "messages", "conversations"}:
+        return _best_and_worst
     if answered and isinstance(_verdict(row), bool):
         return _rated
     return next((make for needed, make in _MAKERS.items() if set(needed) <= present), None)
@@ -197,9 +254,8 @@ def _alpaca(row: dict[str, Any], place: str) -> Conversation:
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise UserError(f"{place}: history must be a list of [instruction, output] pairs; write it so, or leave it out")
     earlier = [m for asked, told in history for m in _pair(filled(asked, "history", place), filled(told, "history", place))]
-    system = string(row.get("system", ""), "system", place)
-    found = ([{"role": "system", "content": system}] if system else []) + earlier
-    return _checked(found + _pair("\n".join(part for part in parts if part), filled(row["output"], "output", place)), place)
+    found = earlier + _pair("\n".join(part for part in parts if part), filled(row["output"], "output", place))
+    return _checked(_with_system(found, row, place), place)
 
 
 def _question(row: dict[str, Any], place: str) -> Conversation:
@@ -225,7 +281,7 @@ def _preference(row: dict[str, Any], place: str) -> Preference:
         if not before and after[0]["role"] == "assistant":
             raise UserError(f"{place}: {side} is an answer without a prompt; give a column prompt, or whole conversations")
         # Some data sets repeat the prompt in each answer; it then stands in front of the assistant's turn.
-        whole.append(after if after[0]["role"] != "assistant" else before + after)
+        whole.append(_with_system(after if after[0]["role"] != "assistant" else before + after, row, place))
     chosen, rejected = ([{k: v for k, v in m.items() if k != "weight"} for m in side] for side in whole)
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         check(side, f"{place}, {name}", empty=True)
@@ -235,7 +291,32 @@ def _preference(row: dict[str, Any], place: str) -> Preference:
     if not start:
         raise UserError(f"{place}: chosen and rejected answer different prompts; the turns before the answers must be equal")
     tools = definitions(row.get("tools"), place)
-    return Preference(chosen[:start], chosen[start:], rejected[start:], place, tools)
+    return Preference(chosen[:start], chosen[start:], rejected[start:], place, tools, _margin(row))
+
+
+def _best_and_worst(row: dict[str, Any], place: str) -> Preference:
+    answers, ratings = row["completions"], row["ratings"]
+    if not isinstance(answers, list) or not isinstance(ratings, list) or len(answers) != len(ratings):
+        raise UserError(f"{place}: completions and ratings must be lists of the same length, a rating for each answer")
+    if not all(map(_is_number, ratings)):
+        raise UserError(f"{place}: a rating is no number; write them all as numbers, or remove the row")
+    if len(set(ratings)) < 2:
+        raise UserError(f"{place}: the ratings tell no answer from another, so none is preferred; remove the row")
+    best, worst = ratings.index(max(ratings)), ratings.index(min(ratings))
+    sides = {"chosen": answers[best], "rejected": answers[worst], "margin": ratings[best] - ratings[worst]}
+    return _preference({k: v for k, v in row.items() if k not in ("completions", "ratings")} | sides, place)
+
+
+def _margin(row: dict[str, Any]) -> float | None:
+    """What the row says of the distance between its answers; columns of these names that hold something else are ignored."""
+    if _is_number(row.get("margin")):
+        return float(row["margin"])
+    scores = row.get("score_chosen"), row.get("score_rejected")
+    return float(scores[0] - scores[1]) if all(map(_is_number, scores)) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _parting(chosen: list[Message], rejected: list[Message]) -> int:
@@ -252,10 +333,10 @@ def _parting(chosen: list[Message], rejected: list[Message]) -> int:
 def _rated(row: dict[str, Any], place: str) -> Rated:
     if "messages" in row or "conversations" in row:
         column = "messages" if "messages" in row else "conversations"
-        found = turns(row[column], column, place)
+        found = _with_system(turns(row[column], column, place), row, place)
         start = len(found) - 1
     else:
-        before = _turns_or(row["prompt"], "prompt", place, "user")
+        before = _with_system(_turns_or(row["prompt"], "prompt", place, "user"), row, place)
         found = before + _turns_or(row["completion"], "completion", place, "assistant")
         start = len(before)
     found = [{k: v for k, v in message.items() if k != "weight"} for message in found]

@@ -27,6 +27,7 @@ import numpy as np
 
 from jaxpost.data import readers
 from jaxpost.errors import UserError
+from jaxpost.resolve import value_of
 
 
 class Part(NamedTuple):
@@ -102,9 +103,9 @@ def tell(what: str, part: Part, encoded: Any, rows: int, window: int) -> None:
     """Prints what became of a part's records (encoded: source.Encoded), and what was wrong with the first that was skipped."""
     report = encoded.report | {"skipped": encoded.report["skipped"] + len(part.unread)}
     sizes = "{count:,} examples, {tokens:,} tokens ({trained_tokens:,} learned)".format(**report)
-    lost = [f"{report[k]:,} {k}" for k in ("truncated", "split", "dropped", "skipped") if report[k]]
-    if report["truncated"] or report["dropped"]:
-        lost[-1] += " (for their length: config.window, config.too_long)"
+    lost = [f"{report[k]:,} {k}" for k in ("truncated", "dropped") if report[k]]
+    lost[-1:] = [f"{last} (for their length: config.window, config.too_long)" for last in lost[-1:]]
+    lost += [f"{report[k]:,} {k}" for k in ("split", "skipped") if report[k]]
     first = f"; the first skipped: {(part.unread or [encoded.reason])[0]}" if report["skipped"] else ""
     print(f"{what}: {sizes} in {rows:,} rows of {window}{''.join(f', {x}' for x in lost)}{first}", file=sys.stderr)
 
@@ -112,7 +113,7 @@ def tell(what: str, part: Part, encoded: Any, rows: int, window: int) -> None:
 def pairs(value: str | Mapping[str, Any], key: str) -> dict[str, Any]:
     """The names and values of a setting that is a dict, or on the command line `name=value,name=value`.
 
-    A value that is JSON (true, 3, "x") is taken as such, any other as the string it is. Raises UserError for a bad pair.
+    See `resolve.value_of` for values. Raises UserError for a bad pair.
     """
     if isinstance(value, Mapping):
         return dict(value)
@@ -121,10 +122,7 @@ def pairs(value: str | Mapping[str, Any], key: str) -> dict[str, Any]:
         name, equals, text = (part.strip() for part in pair.partition("="))
         if not (name and equals and text):
             raise UserError(f"config.{key}: {pair!r} is no pair; write name=value, with commas between pairs")
-        try:
-            found[name] = json.loads(text)
-        except ValueError:
-            found[name] = json.loads(text.lower()) if text in ("True", "False") else text
+        found[name] = value_of(text)
     return found
 
 

@@ -80,28 +80,38 @@ def plan(lengths: Sequence[int], window: int, seed: int) -> list[np.ndarray]:
 def pack(examples: Sequence[Row], window: int) -> Row:
     """One row of S = window tokens from examples ({tokens, mask}: [n]): tokens, segments, positions [S] int32, mask [S] bool.
 
+    Examples that consist of several documents bring their own segments, counted from 1, and positions; whatever other columns
+    [n, ...] they have, each has, and the row has them too.
     Raises ValueError if the examples together are longer than the window.
     """
     total = sum(len(example["tokens"]) for example in examples)
     if total > window:
         raise ValueError(f"{len(examples)} examples of {total} tokens do not fit a window of {window}")
-    row = empty(window)
-    start = 0
-    for number, example in enumerate(examples, start=1):
-        stop = start + len(example["tokens"])
-        row["tokens"][start:stop] = example["tokens"]
-        row["mask"][start + 1 : stop] = example["mask"][1:]
-        row["segments"][start:stop] = number
-        row["positions"][start:stop] = np.arange(stop - start)
-        start = stop
+    row = empty(window, examples[0] if examples else {})
+    start = seen = 0
+    for example in examples:
+        size = len(example["tokens"])
+        own = {"segments": np.ones(size, np.int32), "positions": np.arange(size, dtype=np.int32)} | example
+        for name, column in row.items():
+            column[start : start + size] = own[name] + seen if name == "segments" else own[name]
+        row["mask"][start] = False
+        start += size
+        seen += int(own["segments"].max())
     return row
 
 
-def empty(window: int) -> Row:
-    """The padding row: all zeros, no segment, nothing to learn. The columns of `pack`, each [S]."""
+def empty(window: int, like: Row | None = None) -> Row:
+    """The padding row: all zeros, no segment, nothing to learn. The columns of `pack`, each [S], and those of an example."""
+    own = {"tokens": np.int32, "mask": np.bool_, "segments": np.int32, "positions": np.int32}
+    row = {name: np.zeros(window, dtype) for name, dtype in own.items()}
+    others = {name: column for name, column in (like or {}).items() if name not in own}
+    return row | {name: np.zeros((window, *column.shape[1:]), column.dtype) for name, column in others.items()}
+
+
+def stored(examples: Sequence[Row]) -> Row:
+    """Examples as flat arrays: tokens [all] int32, mask [all] bool, and their sizes [N] int32."""
     return {
-        "tokens": np.zeros(window, np.int32),
-        "mask": np.zeros(window, np.bool_),
-        "segments": np.zeros(window, np.int32),
-        "positions": np.zeros(window, np.int32),
+        "tokens": np.concatenate([np.zeros(0, np.int32), *(example["tokens"] for example in examples)]),
+        "mask": np.concatenate([np.zeros(0, np.bool_), *(example["mask"] for example in examples)]),
+        "sizes": np.array([len(example["tokens"]) for example in examples], np.int32),
     }

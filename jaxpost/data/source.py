@@ -6,6 +6,9 @@ packing plan put there, place k of epoch e is a row by a permutation drawn from 
 any number of processes: each takes its own slice of the rows of batch n, and where there were two processes yesterday there may
 be four today.
 
+An example is what lies in a row together: a document, or the documents of a pair (`pairs`). What it is, is said by the shape
+that the objective learns from.
+
 The plan needs the length of every example, so every example is tokenised at the start. The tokens (five bytes each, far less
 than the records they came from) stay in memory, and on disk under a key of everything that they depend on, this package's
 encoding code included, so a second run starts at once.
@@ -13,29 +16,36 @@ encoding code included, so a second run starts at once.
 
 import hashlib
 import json
-import os
 import uuid
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
 from absl import logging
 from etils import epath
 
-from jaxpost.data import chat, formats, messages, pack, templates
+from jaxpost import cloud
+from jaxpost.data import chat, formats, messages, pack, pairs, templates
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
 
 TOO_LONG = ("error", "truncate", "split", "drop")
 BAD_ROWS = ("stop", "skip")
+SHAPES = ("demonstrations", *pairs.SHAPES)
+
+
+class NothingToLearn(UserError):
+    """There were records, and none of them was of use."""
 
 
 class Encoded(NamedTuple):
-    """Examples ready to be packed: `examples[i]` is {tokens, mask}: [lengths[i]]; lengths [N] int32.
+    """Examples ready to be packed: `examples[i]` is {tokens, mask}: [lengths[i]], and of pairs and judged answers the further
+    columns of `pairs.layout`; lengths [N] int32, and how many of their tokens are learned, learned [N].
 
     `report` counts what was kept (count), dropped, truncated and split for their length and skipped as bad, and the tokens
     and trained_tokens of what was kept. `reason` says what was wrong with the first that was skipped; "" if none was.
@@ -44,10 +54,26 @@ class Encoded(NamedTuple):
 
     examples: grain.MapDataset
     lengths: np.ndarray
+    learned: np.ndarray
     report: dict[str, int]
     digest: str
     reason: str
     highest: int
+
+
+class Choices(NamedTuple):
+    """What becomes of a record, apart from the tokenizer: see `encode_all`."""
+
+    template: str
+    train_on: str
+    window: int
+    too_long: str
+    columns: dict[str, str]
+    bad_rows: str
+    shape: str
+    shared: bool
+    longest: int
+    margins: bool
 
 
 def encode_all(
@@ -60,84 +86,123 @@ def encode_all(
     too_long: str = "error",
     columns: Mapping[str, str] | None = None,
     bad_rows: str = "stop",
+    shape: str = "demonstrations",
+    shared: bool = False,
+    longest: int | None = None,
+    margins: bool = False,
 ) -> Encoded:
     """The records as examples of at most `window` tokens.
 
-    See `chat.encode` for template and train_on, `pack.fit` for too_long, `formats.recognise` for columns. A row that breaks the
-    rules stops everything, or with bad_rows="skip" is left out and counted; one too long is what too_long says, either way.
-    The tokens come from the cache folder (the environment's JAXPOST_CACHE, else ~/.cache/jaxpost) if they are there.
-    Raises UserError, with the record's place, for whatever cannot be encoded or would train nothing.
+    See `chat.encode` for template and train_on, `pack.fit` and `pairs.fit` for too_long, `formats.recognise` for columns. A row
+    that breaks the rules stops everything, or with bad_rows="skip" is left out and counted; one too long is what too_long says,
+    either way. shape: demonstrations, or one of `pairs.SHAPES`, with or without a shared prefix, whose documents have `longest`
+    tokens at most; margins: whether pairs have one each, as a column. The tokens come from the cache folder (the environment's
+    JAXPOST_CACHE, else ~/.cache/jaxpost) if they are there.
+    Raises UserError, with the record's place, for whatever cannot be encoded, and NothingToLearn where no example is left.
     """
-    if too_long not in TOO_LONG:
-        raise UserError(f"too_long={too_long!r} is not known; choose one of {', '.join(TOO_LONG)}")
-    if bad_rows not in BAD_ROWS:
-        raise UserError(f"bad_rows={bad_rows!r} is not known; choose one of {', '.join(BAD_ROWS)}")
+    for key, value, known in (("too_long", too_long, TOO_LONG), ("bad_rows", bad_rows, BAD_ROWS)):
+        if value not in known:
+            raise UserError(f"{key}={value!r} is not known; choose one of {', '.join(known)}")
+    if shape != "demonstrations" and too_long == "split":
+        raise UserError('too_long="split": pieces of a judged answer cannot be judged; choose error, truncate or drop')
     # The first call settles the tokenizer's truncation state here, in one thread; later ones may come from several at a time.
     tokenizer("")
 
-    choices = (templates.jinja(tokenizer, template), train_on, window, too_long, dict(columns or {}), bad_rows)
-    file = _cache_folder() / f"{_key(records, tokenizer, choices)}.npz"
+    jinja = templates.jinja(tokenizer, template)
+    longest = min(window, longest or window)
+    choices = Choices(jinja, train_on, window, too_long, dict(columns or {}), bad_rows, shape, shared, longest, margins)
+    file = cloud.cache_folder() / f"{_key(records, tokenizer, choices)}.npz"
     stored = _load(file)
     if stored is None:
-        stored = _encoded(records, lambda record: _whole(record, tokenizer, template, train_on, columns), choices)
+        stored = _encoded(records, tokenizer, choices)
         _save(file, stored)
-    lengths, cut = stored["lengths"], int(stored["cut"])
-    skipped, reason = _useful(stored, len(records), window, too_long)
-    report = {"count": len(lengths), "dropped": int(stored["dropped"]), "truncated": cut if too_long == "truncate" else 0}
-    report |= {"split": cut if too_long == "split" else 0, "skipped": skipped}
+    return _opened(stored, choices, len(records))
+
+
+def _opened(stored: dict, c: Choices, count: int) -> Encoded:
+    """What was cached of so many records, as examples."""
+    skipped, reason = _useful(stored, count, c.window, c.too_long)
+    cut = int(stored["cut"])
+    report = {
+        "count": len(stored["sizes"]),
+        "dropped": int(stored["dropped"]),
+        "truncated": cut if c.too_long != "split" else 0,
+    }
+    report |= {"split": cut if c.too_long == "split" else 0, "skipped": skipped}
     report |= {"tokens": len(stored["tokens"]), "trained_tokens": int(stored["mask"].sum())}
-    ends = np.cumsum(lengths, dtype=np.int64)
+    ends = np.cumsum(stored["sizes"], dtype=np.int64)
+    starts = ends - stored["sizes"]
 
     def example(i: int) -> pack.Row:
-        place = slice(ends[i] - lengths[i], ends[i])
-        return {"tokens": stored["tokens"][place], "mask": stored["mask"][place]}
+        if c.shape == "demonstrations":
+            return {name: stored[name][starts[i] : ends[i]] for name in ("tokens", "mask")}
+        return pairs.layout(pairs.unit_at(stored, starts[i], i, c.shape), c.shape, c.shared, c.margins)
 
-    digest = hashlib.sha256(b"".join(stored[name].tobytes() for name in ("tokens", "mask", "lengths"))).hexdigest()
+    lengths = stored["sizes"] if c.shape == "demonstrations" else pairs.lengths(stored, c.shape, c.shared)
+    learned = np.add.reduceat(stored["mask"], starts, dtype=np.int64)
     examples = grain.MapDataset.range(len(lengths)).map(example)
-    return Encoded(examples, lengths, report, digest[:16], reason, int(stored["tokens"].max()))
+    return Encoded(examples, lengths, learned, report, _digest(stored, c), reason, int(stored["tokens"].max()))
+
+
+def _digest(stored: dict, choices: Choices) -> str:
+    parts = [stored[name].tobytes() for name in ("tokens", "mask", "sizes")]
+    if choices.shape != "demonstrations":
+        parts += [stored["parts"].tobytes(), stored["values"].tobytes(), f"{choices.shape} {choices.shared}".encode()]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def _useful(stored: dict, count: int, window: int, too_long: str) -> tuple[int, str]:
-    """(how many records were skipped, why the first was). Raises UserError if nothing is left to learn from."""
+    """(how many records were skipped, why the first was). Raises NothingToLearn if nothing is left."""
     skipped, reason = int(stored["skipped"]), str(stored["reason"])
     if skipped == count and skipped:
-        raise UserError(f"none of the {skipped} examples can be learned from; the first because: {reason}")
-    if not len(stored["lengths"]):
-        raise UserError(
+        raise NothingToLearn(f"none of the {skipped} examples can be learned from; the first because: {reason}")
+    if not len(stored["sizes"]):
+        raise NothingToLearn(
             f"none of the {count - skipped} examples has something to learn within a window of {window} tokens"
             f" (too_long={too_long!r}); the shortest needs {int(stored['needed'])}"
         )
     return skipped, reason
 
 
-def _encoded(records: Sequence[Record], encode, choices: tuple) -> dict[str, np.ndarray]:
-    """What is cached: the tokens, masks and lengths of what is kept, and the counts of the others."""
-    *_, window, too_long, _, bad_rows = choices
+def _encoded(records: Sequence[Record], tokenizer, c: Choices) -> dict[str, np.ndarray]:
+    """What is cached: the tokens, masks and sizes of what is kept, and the counts of the others."""
     kept, cut, dropped, needed, reasons = [], 0, 0, [], []
+    encode, fit, need = _ways(records, tokenizer, c)
     for record in records:
         try:
             whole = encode(record)
         except UserError as error:
-            if bad_rows == "stop":
+            if c.bad_rows == "stop":
                 raise UserError(f'{error} (or leave such rows out, and have them counted: bad_rows="skip")') from error
             reasons.append(str(error))
             continue
-        fitted = pack.fit(whole, window, too_long, record.place)
-        # The least window with which it would be of use: up to its first learned token where it is cut, else all of it.
-        needed.append(int(np.argmax(whole["mask"])) + 1 if too_long == "truncate" else len(whole["tokens"]))
+        fitted = fit(whole, record.place)
+        needed.append(need(whole))
         kept += fitted
         dropped += not fitted
         cut += bool(fitted) and fitted[0] is not whole
-    return {
-        "tokens": np.concatenate([row["tokens"] for row in kept] or [np.zeros(0, np.int32)]),
-        "mask": np.concatenate([row["mask"] for row in kept] or [np.zeros(0, np.bool_)]),
-        "lengths": np.array([len(row["tokens"]) for row in kept], np.int32),
-        "cut": np.array(cut),
-        "dropped": np.array(dropped),
-        "needed": np.array(min(needed, default=0)),
-        "skipped": np.array(len(reasons)),
-        "reason": np.array(reasons[0] if reasons else ""),
-    }
+    counts = {"cut": cut, "dropped": dropped, "needed": min(needed, default=0), "skipped": len(reasons)}
+    counts |= {"reason": reasons[0] if reasons else ""}
+    return (pack.stored if c.shape == "demonstrations" else pairs.stored)(kept) | {k: np.array(v) for k, v in counts.items()}
+
+
+def _ways(records: Sequence[Record], tokenizer, c: Choices) -> tuple[Callable, Callable, Callable]:
+    """(record -> the whole of what it holds; the whole, place -> what of it fits, a list; the whole -> the least window with
+    which it would be of use).
+    """
+    if c.shape == "demonstrations":
+        return (
+            lambda record: _whole(record, tokenizer, c.template, c.train_on, c.columns),
+            lambda whole, place: pack.fit(whole, c.window, c.too_long, place),
+            lambda whole: int(np.argmax(whole["mask"])) + 1 if c.too_long == "truncate" else len(whole["tokens"]),
+        )
+
+    def fit(whole, place):
+        found = pairs.fit(whole, c.window, c.longest, c.too_long, c.shared, place)
+        return [] if found is None else [found]
+
+    encode = pairs.encoder(c.shape, records, tokenizer, c.template, c.train_on, c.columns, c.margins)
+    return encode, fit, lambda whole: pairs.needed(whole, c.too_long, c.shared)
 
 
 def _whole(record: Record, tokenizer, template, train_on, columns) -> pack.Row:
@@ -166,8 +231,22 @@ def rows(
     examples: Sequence[pack.Row] | grain.MapDataset, lengths: Sequence[int], window: int, *, packing: bool = True, seed: int
 ) -> grain.MapDataset:
     """Rows of S = window tokens (the columns of `pack.pack`, each [S]): packed by plan, or one example a row."""
-    bins = pack.plan(lengths, window, seed) if packing else list(np.arange(len(lengths))[:, None])
-    return grain.MapDataset.source(bins).map(lambda members: pack.pack([examples[int(i)] for i in members], window))
+    placed = grain.MapDataset.source(bins(lengths, window, packing=packing, seed=seed))
+    return placed.map(lambda members: pack.pack([examples[int(i)] for i in members], window))
+
+
+def bins(lengths: Sequence[int], window: int, *, packing: bool = True, seed: int) -> list[np.ndarray]:
+    """The examples of each row of `rows`, by number."""
+    return pack.plan(lengths, window, seed) if packing else list(np.arange(len(lengths))[:, None])
+
+
+def columns(
+    batch_size: int, window: int, shape: str = "demonstrations", shared: bool = False, margins: bool = False
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The columns of a whole batch as shapes: those of a row, [B,S] each."""
+    like = {} if shape == "demonstrations" else pairs.layout(pairs.EXAMPLE, shape, shared, margins)
+    row = pack.empty(window, like)
+    return {k: jax.ShapeDtypeStruct((batch_size, *x.shape), x.dtype) for k, x in row.items()}
 
 
 class Batches:
@@ -249,15 +328,11 @@ class _LocalBatches(grain.MapDataset):
         return {name: np.stack([row[name] for row in found + missing]) for name in like}
 
 
-def _cache_folder() -> epath.Path:
-    return epath.Path(os.environ.get("JAXPOST_CACHE") or "~/.cache/jaxpost").expanduser()
-
-
-def _key(records: Sequence[Record], tokenizer: Any, choices: tuple) -> str:
-    """A digest of all that the lengths depend on: the rows, the tokenizer, the choices, and the code between them."""
+def _key(records: Sequence[Record], tokenizer: Any, choices: Choices) -> str:
+    """A digest of all that the tokens depend on: the rows, the tokenizer, the choices, and the code between them."""
     # tokenizer.py encodes as well, but what of it matters here is the tokenizer itself.
     digest = hashlib.sha256()
-    for module in (chat, formats, messages, pack, templates):
+    for module in (chat, formats, messages, pack, pairs, templates):
         digest.update(Path(module.__file__).read_bytes())
     names = (metadata.version("transformers"), tokenizer.special_tokens_map, tokenizer.chat_template, *choices)
     digest.update(json.dumps(names, sort_keys=True, default=str).encode())
@@ -273,8 +348,8 @@ def _load(file: epath.Path) -> dict[str, np.ndarray] | None:
             stored = dict(np.load(stream))
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile):
         return None
-    whole = stored.keys() == {"tokens", "mask", "lengths", "cut", "dropped", "needed", "skipped", "reason"}
-    return stored if whole and len(stored["tokens"]) == stored["lengths"].sum(dtype=np.int64) else None
+    whole = stored.keys() >= {"tokens", "mask", "sizes", "cut", "dropped", "needed", "skipped", "reason"}
+    return stored if whole and len(stored["tokens"]) == stored["sizes"].sum(dtype=np.int64) else None
 
 
 def _save(file: epath.Path, stored: dict[str, np.ndarray]) -> None:

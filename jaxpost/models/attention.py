@@ -1,15 +1,24 @@
 """Attention behind one seam: rotary positions, which pairs may see each other, and the product itself.
 
-The product is written in plain XLA operations; it is the oracle that any faster kernel must equal.
+`attend` is the product in plain XLA operations, the oracle that the faster kernels equal: `splash` on TPUs and `cudnn` on GPUs,
+which never hold a [S,S] array. `over_rows` chooses between them, by what the model was described for and what a kernel can do;
+decoding over a cache is always plain.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpost.models.families import Rope
+from jaxpost import sharding
+from jaxpost.models.families import Architecture, Rope
+from jaxpost.types import Batch
+
+KERNELS = {"tpu": "splash", "gpu": "cudnn"}  # the fast one of a platform; elsewhere there is only xla
+RESIDUALS = "attention"  # the name under which a kernel's output may be kept for the backward pass
 
 
 def frequencies(rope: Rope, head_width: int, length: int = 0) -> np.ndarray:
@@ -78,15 +87,22 @@ def document_lengths(segments: jax.Array, positions: jax.Array) -> jax.Array:
     return last + 1
 
 
-def document_mask(segments: jax.Array, window: int | None = None) -> jax.Array:
-    """[B,S] document numbers -> [B,S,S] bool: a token sees itself and what stands before it in its own document.
+def document_mask(batch: Batch, window: int | None = None) -> jax.Array:
+    """Which tokens see which, [B,S,S] bool: a token sees itself and what stands before it in its own document.
 
-    window: how many of those it sees, itself included; None is all.
+    window: how many of those it sees, itself included; None is all. Where the batch has `branches`, documents 2i - 1 and 2i are
+    two branches behind one prompt, and a token sees the prompt and its own branch.
     """
+    segments, positions = batch["segments"], batch["positions"]
     order = jnp.arange(segments.shape[1])
-    back = order[:, None] - order[None, :]
-    near = (back >= 0) if window is None else (back >= 0) & (back < window)
-    return (segments[:, :, None] == segments[:, None, :]) & near & (segments > 0)[:, :, None]
+    sees = (order[:, None] >= order[None, :]) & (segments > 0)[:, :, None]
+    if "branches" in batch:
+        pairs, branches = (segments + 1) // 2, batch["branches"]
+        behind = (branches[:, None, :] == 0) | (branches[:, :, None] == branches[:, None, :])
+        sees &= (pairs[:, :, None] == pairs[:, None, :]) & behind
+    else:
+        sees &= segments[:, :, None] == segments[:, None, :]
+    return sees if window is None else sees & (positions[:, :, None] - positions[:, None, :] < window)
 
 
 def cache_mask(positions: jax.Array, length: int, window: int | None = None) -> jax.Array:
@@ -115,3 +131,67 @@ def attend(
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgst,bkth->bskgh", weights, v).reshape(b, s, n, h)
+
+
+def splash(q, k, v, segments, *, window=None, scale=None, cap=None, interpret=False) -> jax.Array:
+    """`attend` over documents by the TPU kernel that skips what the mask excludes: q [B,S,N,H], k and v [B,K,T,H], segments
+    [B,S] -> [B,S,N,H]. S is a multiple of 128. interpret: run it as plain operations, on any device.
+
+    Each device computes its own rows and heads. Padding sees padding, and is read by nobody.
+    """
+    # Imported where it is used: it takes a second, which no other platform should pay.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    groups = q.shape[2] // k.shape[1]
+    if k.shape[1] % sharding.ways("tensor") and q.shape[2] % sharding.ways("tensor") == 0:
+        k, v = (jnp.repeat(x, groups, axis=1) for x in (k, v))  # else a device would have queries without their keys
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+    def local(q, k, v, segments):
+        length, heads = q.shape[1:3]
+        mask = masks.CausalMask((length, length))
+        if window is not None:
+            mask = masks.LocalMask((length, length), (window - 1, 0), 0)
+        block = next(b for b in (512, 256, 128) if length % b == 0)
+        names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+        kernel = kernels.make_splash_mha(
+            masks.MultiHeadMask([mask] * heads),
+            block_sizes=kernels.BlockSizes(**{f"block_{name}": block for name in names}),
+            attn_logits_soft_cap=cap,
+            residual_checkpoint_name=RESIDUALS,
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=interpret,
+        )
+        scaled = (q * scale).astype(q.dtype).swapaxes(1, 2)
+        return jax.vmap(kernel)(scaled, k, v, kernels.SegmentIds(segments, segments)).swapaxes(1, 2)
+
+    return sharding.locally(local, (q, k, v, segments), ("BSNH", "BKTH", "BKTH", "BS"))
+
+
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float | None = None) -> jax.Array:
+    """`attend` by cuDNN's fused kernel: q [B,S,N,H], k and v [B,K,T,H], mask [B,S,T] -> [B,S,N,H], of bfloat16 or float16."""
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale, implementation="cudnn")
+
+
+def over_rows(kernel: str, arch: Architecture, batch: Batch, dtype) -> tuple[list, Callable]:
+    """How the layers of a model attend over a batch's documents: (what each kind of layer sees, attend).
+
+    attend(q, k, v, sees) -> [B,S,N,H] takes one of the former, or one chosen by a traced index out of their stack. A kernel
+    that cannot do what is asked gives way to XLA: splash needs rows of a multiple of 128 tokens and knows no branches; cudnn
+    needs 16-bit numbers and heads of at most 128 channels, in eights, and knows no soft cap.
+    """
+    scale, cap, segments = arch.attention_scale, arch.attention_cap, batch["segments"]
+    if kernel == "splash" and segments.shape[1] % 128 == 0 and "branches" not in batch:
+        ways = [functools.partial(splash, segments=segments, window=k.window, scale=scale, cap=cap) for k in arch.kinds]
+
+        def by_kind(q, k, v, kind):
+            return ways[0](q, k, v) if len(ways) == 1 else jax.lax.switch(kind, ways, q, k, v)
+
+        return list(range(len(ways))), by_kind
+    seen, width = [document_mask(batch, kind.window) for kind in arch.kinds], arch.head_width
+    if kernel == "cudnn" and jnp.dtype(dtype).itemsize == 2 and width % 8 == 0 and width <= 128 and cap is None:
+        return seen, functools.partial(cudnn, scale=scale)
+    return seen, functools.partial(attend, scale=scale, cap=cap)

@@ -11,16 +11,13 @@ import jax.numpy as jnp
 
 
 def project(x: jax.Array, kernel: Any, bias: jax.Array | None = None) -> jax.Array:
-    """x [..., I] @ kernel [I, O] (+ bias [O]) -> [..., O], in x's dtype, accumulated in float32.
+    """x [..., I] @ kernel [I, O] (+ bias [O]) -> [..., O], in x's dtype (matrix units add up in float32, whatever that is).
 
     The leading axes are flattened first: XLA:CPU's fast matrix product wants two dimensions (a step was 20% faster for it), and
     on other platforms the reshape is free.
     """
     flat = x.reshape(-1, x.shape[-1])
-    if hasattr(kernel, "project"):
-        out = kernel.project(flat)
-    else:
-        out = jnp.dot(flat, kernel.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+    out = kernel.project(flat) if hasattr(kernel, "project") else jnp.dot(flat, kernel.astype(x.dtype))
     out = out.reshape(*x.shape[:-1], out.shape[-1])
     return out if bias is None else out + bias.astype(x.dtype)
 

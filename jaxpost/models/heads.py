@@ -9,10 +9,33 @@ from jaxpost.types import Head
 def logits(hidden: jax.Array, head: Head) -> jax.Array:
     """hidden [..., D] -> logits [..., V] in float32. Callers keep the leading axes small: it is the largest array of a step."""
     flat = hidden.reshape(-1, hidden.shape[-1])
-    out = jnp.einsum("bd,vd->bv", flat, head.weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    out = _product(flat, head.weight)
     out = out.reshape(*hidden.shape[:-1], -1)
     if head.scale != 1.0:
         out = out * head.scale
     if head.soft_cap is not None:
         out = head.soft_cap * jnp.tanh(out / head.soft_cap)
     return out
+
+
+@jax.custom_vjp
+def _product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [T,D], w [V,D] -> [T,V] float32, multiplied as numbers of x's dtype.
+
+    So are the products of its gradient: left to itself, the float32 that arrives would be multiplied as such, with the other
+    factor in bfloat16, many times slower on a matrix unit.
+    """
+    return _dot(x, w.astype(x.dtype), 1, 1)
+
+
+def _dot(a, b, i, j):
+    return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _product_backward(saved, g):
+    x, w = saved
+    g = g.astype(x.dtype)
+    return _dot(g, w.astype(x.dtype), 1, 0).astype(x.dtype), _dot(g, x, 0, 0).astype(w.dtype)
+
+
+_product.defvjp(lambda x, w: (_product(x, w), (x, w)), _product_backward)

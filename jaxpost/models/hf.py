@@ -38,11 +38,11 @@ def read_config(folder: str | epath.Path) -> dict:
         raise UserError(f"{folder}: no such folder. Give one with config.json and *.safetensors, or a workdir.")
     if not path.exists():
         raise UserError(f"{path}: no such file. A model folder holds config.json and *.safetensors.")
-    return _object(path)
+    return read_object(path)
 
 
-def _object(path: epath.Path) -> dict:
-    """A file's JSON object."""
+def read_object(path: epath.Path) -> dict:
+    """The object that a JSON file holds. Raises UserError for what is none."""
     try:
         found = json.loads(path.read_text())
     except json.JSONDecodeError as e:
@@ -54,18 +54,27 @@ def _object(path: epath.Path) -> dict:
     return found
 
 
-def _files(folder: epath.Path) -> list[epath.Path]:
+def listed(folder: epath.Path) -> list[str]:
+    """The names of the files that hold a folder's weights, as its index says, whether they are there or not."""
     index = folder / "model.safetensors.index.json"
-    if index.exists():
-        where = _object(index).get("weight_map")
-        if not isinstance(where, dict) or not where:
-            raise UserError(f"{index}: has no weight_map. Download the folder again.")
-        files = sorted({folder / f for f in where.values()})
-        if missing := [f.name for f in files if not f.exists()]:
-            raise UserError(f"{index}: lists files that are not there: {', '.join(missing)}. Download the folder again.")
-        return files
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
+    if not index.exists():
+        return ["model.safetensors"]
+    where = read_object(index).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise UserError(f"{index}: has no weight_map. Download the folder again.")
+    if others := [f for f in where.values() if not str(f).endswith(".safetensors")]:
+        raise UserError(f"{index}: lists {others[0]}, which is no safetensors file. Convert the weights to safetensors first.")
+    return sorted(set(where.values()))
+
+
+def files(folder: epath.Path) -> list[epath.Path]:
+    """The files that hold a folder's weights. Raises UserError where one is not there."""
+    found = [folder / name for name in listed(folder)]
+    missing = [f.name for f in found if not f.exists()]
+    if not missing:
+        return found
+    if (index := folder / "model.safetensors.index.json").exists():
+        raise UserError(f"{index}: lists files that are not there: {', '.join(missing)}. Download the folder again.")
     pickles = [p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth"))]
     hint = f" It has {pickles[0]}, a pickle, which is never read: convert it to safetensors first." if pickles else ""
     raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json.{hint}")
@@ -74,7 +83,7 @@ def _files(folder: epath.Path) -> list[epath.Path]:
 def _open(folder: epath.Path) -> dict[str, Any]:
     """Tensor name -> lazy slice, over all files. Raises UserError for a file that is cut off or broken."""
     found = {}
-    for path in _files(folder):
+    for path in files(folder):
         found |= lazy.tensors(path)
     if any(name.startswith(_VISION) for name in found):
         found = {_language(name): s for name, s in found.items() if not name.startswith(_VISION)}

@@ -6,13 +6,16 @@ cannot be used is refused before its weights are on their way.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from jaxpost.errors import UserError
+from etils import epath
+
+from jaxpost.errors import UserError, first_line
+from jaxpost.models import hf
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 SMALL = ("*.json", "*.model", "*.jinja", "*.txt")
-WEIGHTS = ("model*.safetensors",)  # some models lie there twice, once in their makers' own layout
 
 
 def is_spelled(name: str) -> bool:
@@ -26,19 +29,23 @@ def is_name(where: str) -> bool:
 
 
 def fetch(name: str, weights: bool = False) -> Path:
-    """The folder, in the cache, with the model's small files; its weights too if asked for.
+    """The folder, in the cache, with the model's small files; its weights too if asked for, which are the files that its index
+    names: some models lie there twice, once in their makers' own layout.
 
     Raises UserError where there is no such model or revision, where it is gated, and where there is neither network nor a
     cached copy.
     """
+    folder = _snapshot(name, SMALL)
+    return _snapshot(name, hf.listed(epath.Path(folder))) if weights else folder
+
+
+def _snapshot(name: str, patterns: Sequence[str]) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
     model, _, revision = name.partition("@")
     try:
-        found = huggingface_hub.snapshot_download(
-            model, revision=revision or None, allow_patterns=[*SMALL, *(WEIGHTS if weights else ())]
-        )
+        found = huggingface_hub.snapshot_download(model, revision=revision or None, allow_patterns=list(patterns))
     except errors.GatedRepoError:
         raise UserError(f"{name}: the hub keeps this model behind its licence; accept it there and set HF_TOKEN.") from None
     except errors.RevisionNotFoundError:
@@ -48,9 +55,8 @@ def fetch(name: str, weights: bool = False) -> Path:
             f"{name}: no such folder, and no such model on the hub (a private one needs HF_TOKEN). Check the spelling."
         ) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as e:
-        reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
         raise UserError(
-            f"{name}: no such folder, and the hub cannot give a model of this name now ({reason}). Give a folder, or try again "
-            "with a network."
+            f"{name}: no such folder, and the hub cannot give a model of this name now ({first_line(e)}). Give a folder, or "
+            "try again with a network."
         ) from None
     return Path(found)

@@ -20,12 +20,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxpost import checkpoint, cloud, fingerprint, optim, sharding, tokenizer
 from jaxpost.errors import UserError
 from jaxpost.models import families, hf, hub
+from jaxpost.models.attention import KERNELS
 from jaxpost.models.transformer import REMAT, Transformer
 from jaxpost.resolve import find, nearest, resolve
 from jaxpost.types import Params
@@ -45,6 +47,7 @@ class Description:
     folder: epath.Path | None
     hub: str = ""  # the name that the folder came by, where its weights may still be on the hub
     adapter: dict = dataclasses.field(default_factory=dict)  # config's entry, or a checkpoint's; empty for none
+    leaves: dict = dataclasses.field(default_factory=dict)  # what is there besides the model's: path -> (letters, first value)
 
 
 def describe(
@@ -53,9 +56,15 @@ def describe(
     dtype: str = "float32",
     remat: str = "none",
     adapter: str | Mapping | None = None,
+    *,
+    attention: str = "auto",
+    device: Any = None,
+    text: bool = True,
 ) -> Description:
     """The model that a recipe's `model`, `tokenizer` and `adapter` name.
 
+    attention: the kernel over whole rows, "auto" for the platform's fast one. device: one of those that will compute, if not
+    this process's; text: False leaves the tokenizer out.
     Raises UserError for what is missing, broken or not supported.
     """
     if not model:
@@ -68,25 +77,36 @@ def describe(
     if config.get("model_type") == "gemma3" and isinstance(config.get("text_config"), Mapping):
         config = {**config["text_config"], "model_type": "gemma3_text"}  # the part of it that reads and writes
     arch = families.architecture(config, str(described / "config.json") if described else "config.model")
-    text = _tokenizer(tokenizer_name or described)
+    words = _tokenizer(tokenizer_name or described) if text else None
     # A tokenizer may name added tokens that its model has no row for, such as a picture's; text then has none of them.
-    if text is not None and text.vocab_size > arch.vocab:
+    if words is not None and words.vocab_size > arch.vocab:
         raise UserError(
-            f"config.tokenizer: it has {text.vocab_size} tokens, the model's vocabulary {arch.vocab}; they are not a pair."
+            f"config.tokenizer: it has {words.vocab_size} tokens, the model's vocabulary {arch.vocab}; they are not a pair."
         )
     name = model if isinstance(model, str) and hub.is_name(model) else ""
-    found = Description(Transformer(arch, _computable(dtype), remat), text, config, folder, name)
-    return dataclasses.replace(found, adapter=_chosen(adapter, carried(folder)))
+    device = device or jax.devices()[0]
+    transformer = Transformer(arch, _computable(dtype, device), remat, _kernel(attention, device))
+    found = Description(transformer, words, config, folder, name)
+    return dataclasses.replace(found, adapter=_chosen(adapter, carried(folder)), leaves=carried(folder, "leaves"))
 
 
-def _computable(dtype: str):
+def _computable(dtype: str, device):
     """The dtype to compute in: float32 where the device has no bfloat16 of its own (GPUs before compute capability 8)."""
-    device = jax.devices()[0]
     capability = getattr(device, "compute_capability", None)
     if dtype == "bfloat16" and device.platform == "gpu" and capability and float(capability) < 8:
         print(f"config.dtype: {device.device_kind} has no bfloat16; computing in float32 instead.", file=sys.stderr)
         return DTYPES["float32"]
     return DTYPES[dtype]
+
+
+def _kernel(asked: str, device) -> str:
+    """The attention kernel that a recipe asks for, on the device that will compute."""
+    fast = KERNELS.get(device.platform, "xla")
+    if asked not in (known := ("auto", "xla", *KERNELS.values())):
+        raise UserError(f"config.attention: unknown {asked!r}.{nearest(asked, known)}")
+    if asked not in ("auto", "xla", fast):
+        raise UserError(f"config.attention: {asked!r} does not run on {device.device_kind}; leave it at auto, or take xla.")
+    return fast if asked == "auto" else asked
 
 
 def _locate(where: str) -> tuple[epath.Path, epath.Path]:
@@ -120,18 +140,37 @@ def check(found: Description) -> None:
         hf.check(found.folder, found.transformer.arch)
 
 
-def abstract(model: Transformer, mesh, adapter: Mapping | None = None) -> Params:
-    """The tree of shapes, dtypes and shardings that the model's parameters have on a mesh, with an adapter around them."""
+def abstract(model: Transformer, mesh, adapter: Mapping | None = None, leaves: Mapping | None = None) -> Params:
+    """The tree of shapes, dtypes and shardings that the model's parameters have on a mesh, with an adapter around them.
+
+    leaves: what is there besides, path -> (letters, first value): a size for each letter (D, V) or digit.
+    """
     key = jax.eval_shape(lambda: jax.random.PRNGKey(0))  # a shape is enough, and costs no compilation
     shapes = jax.eval_shape(model.init, key)
     if adapter:
         shapes = jax.eval_shape(resolve(adapter, "adapters"), shapes, key)
-    places = sharding.stored(mesh, shapes)
-    return jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p), shapes, places)
+    sizes = {"D": model.arch.width, "V": model.arch.vocab}
+    for path, (letters, _) in (leaves or {}).items():
+        shape = tuple(sizes[c] if c in sizes else int(c) for c in letters)
+        shapes |= unflatten_dict({path: jax.ShapeDtypeStruct(shape, jnp.float32)}, sep="/")
+    return sharding.placed(shapes, sharding.stored(mesh, shapes))
 
 
 def weights(found: Description, mesh, seed: int = 0) -> Params:
-    """The folder's weights, or fresh ones drawn from the seed; float32, in their place on the mesh, with the adapter around."""
+    """The folder's weights, or fresh ones drawn from the seed; float32, in their place on the mesh, with the adapter around and
+    the leaves beside them: those that the folder has, and new ones.
+    """
+    own, flat = flatten_dict(abstract(found.transformer, mesh, None, found.leaves), sep="/"), {}
+    params = _weights(found, mesh, seed)
+    held = flatten_dict(params, sep="/")
+    for path, (_, first) in found.leaves.items():
+        flat[path] = held.get(path, jax.device_put(np.full(own[path].shape, first, np.float32), own[path].sharding))
+    gone = carried(found.folder, "leaves").keys() - found.leaves.keys()
+    return unflatten_dict({path: x for path, x in held.items() if path not in gone} | flat, sep="/") if flat or gone else params
+
+
+def _weights(found: Description, mesh, seed: int) -> Params:
+    """The same without leaves that the folder has not, and with all that it has."""
     shapes, around = abstract(found.transformer, mesh), _around(found, mesh, seed)
     if found.folder is not None and not (found.folder / "params").exists():
         return hf.load(found.folder, found.transformer.arch, shapes, then=around)
@@ -142,7 +181,8 @@ def weights(found: Description, mesh, seed: int = 0) -> Params:
         meta, inside = checkpoint.read_meta(found.folder), carried(found.folder)
         base, within = meta.get("base"), dataclasses.replace(found, adapter=inside)
         below = base and weights(dataclasses.replace(within, folder=base_of(found.folder, base)), mesh, seed)
-        params = checkpoint.load_params(found.folder, abstract(found.transformer, mesh, inside), below)
+        leaves = carried(found.folder, "leaves")
+        params = checkpoint.load_params(found.folder, abstract(found.transformer, mesh, inside, leaves), below)
         if inside:
             return params
     flat = flatten_dict(params, sep="/")
@@ -155,7 +195,8 @@ def _around(found: Description, mesh, seed: int) -> Callable[[str, Any], Any]:
     if not found.adapter:
         return lambda path, weight: weight
     make, key = resolve(found.adapter, "adapters"), jax.random.PRNGKey(seed)
-    whole = flatten_dict(abstract(found.transformer, mesh, found.adapter), sep="/")
+    leaves = carried(found.folder, "leaves")
+    whole = flatten_dict(abstract(found.transformer, mesh, found.adapter, leaves), sep="/")
 
     def leaf(path, weight):
         if isinstance(whole[path], jax.ShapeDtypeStruct):
@@ -170,9 +211,9 @@ def _around(found: Description, mesh, seed: int) -> Callable[[str, Any], Any]:
     return leaf
 
 
-def carried(folder) -> dict:
-    """The adapter that a checkpoint's folder names; empty for none, and for a folder of another kind."""
-    return checkpoint.read_meta(folder).get("adapter") or {} if folder is not None else {}
+def carried(folder, what: str = "adapter") -> dict:
+    """The adapter (or the leaves) that a checkpoint's folder names; empty for none, and for a folder of another kind."""
+    return checkpoint.read_meta(folder).get(what) or {} if folder is not None else {}
 
 
 def recorded(adapter: str | Mapping | None) -> dict:

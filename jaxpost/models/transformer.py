@@ -7,6 +7,7 @@ sampler, which reads every weight once a token, unstacks them first (see `unstac
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpost import sharding
-from jaxpost.models.attention import attend, cache_mask, document_lengths, document_mask, rotary, rotate
+from jaxpost.models.attention import RESIDUALS, attend, cache_mask, document_lengths, over_rows, rotary, rotate
 from jaxpost.models.einsum import project
 from jaxpost.models.families import Architecture
 from jaxpost.models.moe import MoE
@@ -29,11 +30,16 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
 }
 
-# What a layer keeps for its backward pass: everything, the results of weight products, or its input alone.
+# What a layer keeps for its backward pass: everything, the results of weight products and of an attention kernel, its input and
+# the latter, or its input alone.
+_POLICIES = jax.checkpoint_policies
 REMAT = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": _POLICIES.save_from_both_policies(
+        _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names(RESIDUALS)
+    ),
+    "attention": _POLICIES.save_only_these_names(RESIDUALS),
+    "full": _POLICIES.nothing_saveable,
 }
 
 
@@ -75,7 +81,7 @@ class Attention(nn.Module):
     arch: Architecture
 
     @nn.compact
-    def __call__(self, x, positions, turn, mask, cache):
+    def __call__(self, x, positions, turn, sees, attend, cache):
         a = self.arch
         b, s, _ = x.shape
 
@@ -100,7 +106,7 @@ class Attention(nn.Module):
             k = cache["k"].at[rows, :, positions].set(k.swapaxes(1, 2).astype(cache["k"].dtype))
             v = cache["v"].at[rows, :, positions].set(v.swapaxes(1, 2).astype(cache["v"].dtype))
             cache = {"k": k, "v": v}
-        y = attend(q, k.astype(x.dtype), v.astype(x.dtype), mask, a.attention_scale, a.attention_cap).reshape(b, s, -1)
+        y = attend(q, k.astype(x.dtype), v.astype(x.dtype), sees).reshape(b, s, -1)
         return Dense(a.width, a.o_bias, a.init_std, name="o")(y), cache
 
 
@@ -127,13 +133,13 @@ class Block(nn.Module):
     arch: Architecture
 
     @nn.compact
-    def __call__(self, x, positions, turn, mask, cache=None):
+    def __call__(self, x, positions, turn, sees, attend, cache=None):
         a, router = self.arch, None
 
         def norm(name, when, y):
             return RMSNorm(a.eps, a.norm_offset, name=name)(y) if a.norms in (when, "both") else y
 
-        y, cache = Attention(a, name="attention")(norm("norm1", "pre", x), positions, turn, mask, cache)
+        y, cache = Attention(a, name="attention")(norm("norm1", "pre", x), positions, turn, sees, attend, cache)
         x = sharding.shard(x + norm("norm1_post", "post", y), "BSD")
         y = norm("norm2", "pre", x)
         if a.experts:
@@ -145,11 +151,14 @@ class Block(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Transformer:
-    """init and forward for an Architecture; dtype is the computation's, parameters keep their own (float32 masters)."""
+    """init and forward for an Architecture; dtype is the computation's, parameters keep their own (float32 masters). kernel:
+    attention's over whole rows, see `attention.over_rows`.
+    """
 
     arch: Architecture
     dtype: Any = jnp.float32
     remat: str = "none"
+    kernel: str = "xla"
 
     def init(self, key: jax.Array) -> Params:
         """Fresh float32 parameters: normal with the architecture's standard deviation, biases 0, norms that change nothing."""
@@ -159,7 +168,8 @@ class Transformer:
         zeros = jnp.zeros((1, 1), jnp.int32)
 
         def layer(k):
-            return Block(a).init(k, x, zeros, rotary(a.kinds[0].rope, a.head_width, zeros, 1), zeros[:, :, None] == 0)["params"]
+            turn = rotary(a.kinds[0].rope, a.head_width, zeros, 1)
+            return Block(a).init(k, x, zeros, turn, zeros[:, :, None] == 0, attend)["params"]
 
         params = {
             "embed": {"weight": a.init_std * jax.random.normal(embed_key, (a.vocab, a.width))},
@@ -177,16 +187,15 @@ class Transformer:
         `make_cache`): tokens and positions [B,S], each token written to the slot of its position and attending to the slots up
         to it.
         """
-        # The second pin is for the gradient: were the lookup's scatter asked for the stored layout at once, the partitioner
-        # would move the activations to it.
-        embed = sharding.shard(sharding.gather({"embed": params["embed"]})["embed"]["weight"], "VD")
-        x = sharding.shard(jnp.take(embed, batch["tokens"], axis=0).astype(self.dtype), "BSD")
+        x = sharding.lookup(params["embed"]["weight"], batch["tokens"], self.dtype)
         x = x * jnp.asarray(self.arch.embed_scale, x.dtype)
         # What does not depend on the layer is made once, outside of the scan: a table of each kind of layer.
-        tables, positions = self._tables(batch, cache), batch["positions"]
+        tables, attend = self._tables(batch, cache)
+        positions = batch["positions"]
 
         def block(x, layer, table, cache):
-            x, cache, router = Block(self.arch).apply({"params": sharding.gather(layer)}, x, positions, *table, cache)
+            layer = sharding.gather(layer, self.dtype)
+            x, cache, router = Block(self.arch).apply({"params": layer}, x, positions, *table, attend, cache)
             return x, cache, _over_tokens(router, batch.get("segments"))
 
         if REMAT[self.remat] is not None and cache is None:
@@ -202,22 +211,24 @@ class Transformer:
             cache = None if cache is None else tuple(written)
             router = jax.tree.map(lambda *r: jnp.stack(r), *said) if cache is None and self.arch.experts else None
         hidden = RMSNorm(self.arch.eps, self.arch.norm_offset).apply({"params": params["norm"]}, x)
-        weight = embed if self.arch.tied else sharding.gather({"head": params["head"]})["head"]["weight"]
+        name = "embed" if self.arch.tied else "head"
+        weight = sharding.gather({name: params[name]}, self.dtype)[name]["weight"]
         router = jax.tree.map(lambda r: r.swapaxes(0, 1), router)
         return Output(hidden, Head(weight, soft_cap=self.arch.logit_cap), cache, router)
 
-    def _tables(self, batch: Batch, cache: Any) -> list:
-        """Of each kind of layer: (cosine, sine), mask."""
-        # While decoding, how long a document will be is not known: what there is room for stands for it.
-        length = None if cache is None else cache[0]["k"].shape[2]
-        lengths = document_lengths(batch["segments"], batch["positions"]) if cache is None else length
-
-        def mask(window):
-            if cache is None:
-                return document_mask(batch["segments"], window)
-            return cache_mask(batch["positions"], length, window)
-
-        return [(rotary(k.rope, self.arch.head_width, batch["positions"], lengths), mask(k.window)) for k in self.arch.kinds]
+    def _tables(self, batch: Batch, cache: Any) -> tuple[list, Callable]:
+        """Of each kind of layer (cosine and sine, what it sees); and the attention that takes the latter."""
+        a, positions = self.arch, batch["positions"]
+        if cache is None:
+            seen, over = over_rows(self.kernel, a, batch, self.dtype)
+            lengths = document_lengths(batch["segments"], positions)
+        else:
+            # While decoding, how long a document will be is not known: what there is room for stands for it.
+            lengths = cache[0]["k"].shape[2]
+            seen = [cache_mask(positions, lengths, kind.window) for kind in a.kinds]
+            over = functools.partial(attend, scale=a.attention_scale, cap=a.attention_cap)
+        turns = [rotary(kind.rope, a.head_width, positions, lengths) for kind in a.kinds]
+        return list(zip(turns, seen, strict=True)), over
 
     def _scan(self, block, x, layers, tables: list):
         """The blocks one after the other, as one loop; with several kinds of layers each takes its own table."""

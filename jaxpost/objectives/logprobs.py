@@ -20,14 +20,15 @@ from jaxpost.types import Batch, Head, Output
 CHUNK = 2**22
 
 
-def over_head(fn: Callable, hidden: jax.Array, head: Head, columns: dict, mask: jax.Array) -> dict:
-    """fn(logits [R,V] float32, {column: [R]}) -> {name: [R]}, for the positions of `hidden` [B,S,D] that `mask` [B,S] keeps.
+def over_head(fn: Callable, hidden: jax.Array, head: Head, columns: dict, mask: jax.Array, constants: tuple = ()) -> dict:
+    """fn(logits [R,V] float32, {column: [R,...]}, *constants) -> {name: [R]}, for the positions of `hidden` [B,S,D] that `mask`
+    [B,S] keeps.
 
     Returns {name: [B,S] float32}, zero elsewhere. Differentiable in hidden and head; fn must be a module-level function, and
-    columns ([B,S], or scalars) are constants to it.
+    columns ([B,S,...], or scalars) and constants (a teacher's Head, which every chunk takes whole) have no gradient.
     """
-    rows = {k: jnp.broadcast_to(v, mask.shape) for k, v in columns.items()}
-    return _over_head(fn, hidden, head, rows, mask)
+    rows = {k: v if jnp.ndim(v) > 2 else jnp.broadcast_to(v, mask.shape) for k, v in columns.items()}
+    return _over_head(fn, hidden, head, rows, mask, constants)
 
 
 def _width(batch: int, length: int, vocab: int) -> int:
@@ -45,6 +46,11 @@ def _layout(mask: jax.Array, vocab: int):
     return order, width, trips
 
 
+def _counted(mask: jax.Array, width: int):
+    """The scope of a loop over chunks, by whose name `jaxpost.fit` knows how long it is where everything is learned."""
+    return jax.named_scope(f"at_most_{-(-mask.shape[1] // width)}_times")
+
+
 def _take(x: jax.Array, order: jax.Array, width: int) -> jax.Array:
     """x [B,S,...] in the given order, padded to whole chunks."""
     x = jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
@@ -57,9 +63,10 @@ def _put_back(x: jax.Array, order: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x[:, : order.shape[1]], inverse.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
-def _apply(fn, hidden, head, columns):
+def _apply(fn, hidden, head, columns, constants):
     """fn over [B,C] positions at once, flattened to the [R] it is written for."""
-    flat = fn(logits(hidden.reshape(-1, hidden.shape[-1]), head), jax.tree.map(jnp.ravel, columns))
+    rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), columns)
+    flat = fn(logits(hidden.reshape(-1, hidden.shape[-1]), head), rows, *constants)
     return {k: v.reshape(hidden.shape[:-1]).astype(jnp.float32) for k, v in flat.items()}
 
 
@@ -72,26 +79,28 @@ def _update(tree, part, i, width):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _over_head(fn, hidden, head, columns, mask):
-    return _forward(fn, hidden, head, columns, mask)[0]
+def _over_head(fn, hidden, head, columns, mask, constants):
+    return _forward(fn, hidden, head, columns, mask, constants)[0]
 
 
-def _forward(fn, hidden, head, columns, mask):
+def _forward(fn, hidden, head, columns, mask, constants):
     order, width, trips = _layout(mask, head.weight.shape[0])
     inputs = jax.tree.map(lambda x: _take(x, order, width), (hidden, columns))
-    shapes = jax.eval_shape(lambda h, c: _apply(fn, h, head, c), *inputs)
+    shapes = jax.eval_shape(lambda h, c: _apply(fn, h, head, c, constants), *inputs)
     out = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     def body(i, out):
-        return _update(out, _apply(fn, _slice(inputs[0], i, width), head, _slice(inputs[1], i, width)), i, width)
+        hidden, columns = (_slice(x, i, width) for x in inputs)
+        return _update(out, _apply(fn, hidden, head, columns, constants), i, width)
 
-    out = jax.lax.fori_loop(0, trips, body, out)
+    with _counted(mask, width):
+        out = jax.lax.fori_loop(0, trips, body, out)
     out = {k: jnp.where(mask, _put_back(v, order), 0.0) for k, v in out.items()}
-    return out, (hidden, head, columns, mask)
+    return out, (hidden, head, columns, mask, constants)
 
 
 def _backward(fn, saved, cotangents):
-    hidden, head, columns, mask = saved
+    hidden, head, columns, mask, constants = saved
     order, width, trips = _layout(mask, head.weight.shape[0])
     cotangents = jax.tree.map(lambda g: jnp.where(mask, g, 0.0), cotangents)
     inputs = jax.tree.map(lambda x: _take(x, order, width), (hidden, columns, cotangents))
@@ -101,7 +110,7 @@ def _backward(fn, saved, cotangents):
     zeros = jax.tree.map(lambda w: sharding.shard(jnp.zeros((ways, *w.shape), jnp.float32), "BVD"), head)
 
     def gradient(head, h, c, g):
-        return jax.vjp(lambda head, h: _apply(fn, h, head, c), head, h)[1](g)
+        return jax.vjp(lambda head, h: _apply(fn, h, head, c, constants), head, h)[1](g)
 
     def body(i, carry):
         d_head, d_hidden = carry
@@ -110,9 +119,10 @@ def _backward(fn, saved, cotangents):
         d_head = jax.tree.map(lambda a, b: sharding.shard(a + b.astype(jnp.float32), "BVD"), d_head, part)
         return d_head, _update(d_hidden, d_h.reshape(-1, *d_h.shape[2:]), i, width)
 
-    d_head, d_hidden = jax.lax.fori_loop(0, trips, body, (zeros, jnp.zeros_like(inputs[0])))
-    d_head = jax.tree.map(lambda g, w: g.sum(0).astype(w.dtype), d_head, head)
-    return jnp.where(mask[..., None], _put_back(d_hidden, order), 0), d_head, None, None
+    with _counted(mask, width):
+        d_head, d_hidden = jax.lax.fori_loop(0, trips, body, (zeros, jnp.zeros_like(inputs[0])))
+    d_head = jax.tree.map(lambda g, w: sharding.summed(g.astype(w.dtype), "VD"), d_head, head)
+    return jnp.where(mask[..., None], _put_back(d_hidden, order), 0), d_head, None, None, None
 
 
 _over_head.defvjp(_forward, _backward)

@@ -7,6 +7,7 @@ number of batches made: prompts and noise are functions of it, and completions f
 
 from collections.abc import Callable
 
+import jax
 import numpy as np
 
 from jaxpost import sharding
@@ -14,6 +15,16 @@ from jaxpost.errors import UserError
 from jaxpost.rollouts.advantages import leave_one_out
 from jaxpost.sampling.decode import answers, complete
 from jaxpost.step import combine
+
+
+def columns(batch_size: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The columns of a whole batch as shapes; length: of a prompt's window and its completion together."""
+    token = {"tokens": "int32", "segments": "int32", "positions": "int32", "mask": "bool"}
+    token |= {"old_logps": "float32", "advantages": "float32"}
+    row = {"rewards": "float32", "group_std": "float32", "truncated": "bool"}
+    found = {k: jax.ShapeDtypeStruct((batch_size, length), np.dtype(dtype)) for k, dtype in token.items()}
+    found |= {k: jax.ShapeDtypeStruct((batch_size,), np.dtype(dtype)) for k, dtype in row.items()}
+    return {**found, "temperature": jax.ShapeDtypeStruct((), np.float32)}
 
 
 class Rollouts:

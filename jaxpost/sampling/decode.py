@@ -153,10 +153,11 @@ def complete(
 
 
 def answers(found: Completions, prompts: Sequence[np.ndarray], tokenizer) -> list[str]:
-    """The completions of these prompts as text, without the stop token that ended them: it is trained on, but is no part of the
-    answer.
+    """The completions of these prompts as text, to the letter, without the stop token that ended them: it is trained on, but is
+    no part of the answer.
     """
     texts = []
     for prompt, row, length, stopped in zip(prompts, found.tokens, found.lengths, found.stopped, strict=False):
-        texts.append(tokenizer.decode(row[len(prompt) : len(prompt) + int(length) - int(stopped)]))
+        ids = row[len(prompt) : len(prompt) + int(length) - int(stopped)]
+        texts.append(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
     return texts

@@ -47,7 +47,8 @@ def completed(
     ids = [_encoded(text, p, chat, template) for p in prompts for _ in range(n)]
     if not ids:
         raise UserError("nothing to complete: give at least one prompt.")
-    _check_ids(ids, model.arch.vocab)
+    for prompt in ids:
+        tokenizer.check_ids(prompt, model.arch.vocab, text, "a prompt")
     longest, room = max(map(len, ids)), model.arch.max_positions
     new = min(DEFAULT_NEW, room - longest) if new is None else new
     if new < 1 or longest + new > room:
@@ -70,42 +71,35 @@ def completed(
     return [(p, row[len(p) : len(p) + end]) for p, row, end in zip(ids, found.tokens, ends, strict=True)]
 
 
-def _check_ids(prompts: list[np.ndarray], vocab: int) -> None:
-    for ids in prompts:
-        if ids.ndim != 1 or not 0 <= ids.min(initial=0) <= ids.max(initial=0) < vocab:
-            raise UserError(
-                f"a prompt is ids [n] from 0 to {vocab - 1}, the model's vocabulary; one has the shape {ids.shape} and ids up "
-                f"to {ids.max(initial=0)}."
-            )
-
-
 def _remedy(left: int) -> str:
     return f"set new to {left} or less." if left > 0 else "shorten the prompt."
 
 
 def _encoded(text: Any, prompt: str | list[dict] | np.ndarray, chat: bool, template: str | None) -> np.ndarray:
     if isinstance(prompt, np.ndarray):
+        if prompt.ndim != 1 or not prompt.size or not np.issubdtype(prompt.dtype, np.integer):
+            raise UserError(
+                f"a prompt of ids is [n] integers, n at least 1; this one is {prompt.dtype} of shape {prompt.shape}."
+            )
         return prompt.astype(np.int32)
     if isinstance(prompt, str) and not chat:
         return _raw(text, prompt)
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    strings = isinstance(turns, list) and all(
-        isinstance(t, dict) and all(isinstance(t.get(k), str) for k in ("role", "content")) for t in turns
+    strings = isinstance(prompt, list) and all(
+        isinstance(t, dict) and all(isinstance(t.get(k), str) for k in ("role", "content")) for t in prompt
     )
-    if not strings or not turns or turns[-1]["role"] == "assistant":
+    if not isinstance(prompt, str) and (not strings or not prompt or prompt[-1]["role"] == "assistant"):
         raise UserError(
-            "a prompt is a string, or a list of {'role', 'content'} that does not end with the assistant, not "
+            "a prompt is a string, an array of ids, or a list of {'role', 'content'} that does not end with the assistant, not "
             f"{str(prompt)[:80]}."
         )
-    return encode_prompt(turns, text, template)
+    return encode_prompt(prompt, text, template)
 
 
 def _raw(text: Any, prompt: str) -> np.ndarray:
     """A prompt's ids, after the beginning-of-text token where the tokenizer adds one and the prompt does not spell it out."""
     ids = tokenizer.encode(text, prompt)
-    opening = text("")["input_ids"][:1]
-    if opening == [text.bos_token_id] and ids[:1] != opening:
-        ids = opening + ids
+    first = tokenizer.opening(text)
+    ids = ids if ids[:1] == first else first + ids
     if not ids:
         raise UserError("the prompt is empty, and the tokenizer has no beginning-of-text token to start from; give some text.")
     return np.array(ids, np.int32)
@@ -113,7 +107,8 @@ def _raw(text: Any, prompt: str) -> np.ndarray:
 
 def continuation(text: Any, prompt: np.ndarray, completion: np.ndarray) -> str:
     """The completion as the text it adds to the prompt's: decoded alone it would lose its leading space in some tokenizers."""
-    before, whole = (
-        text.decode(ids.tolist(), clean_up_tokenization_spaces=False) for ids in (prompt, np.concatenate([prompt, completion]))
+    before, whole, alone = (
+        text.decode(ids.tolist(), clean_up_tokenization_spaces=False)
+        for ids in (prompt, np.concatenate([prompt, completion]), completion)
     )
-    return whole.removeprefix(before) if whole.startswith(before) else text.decode(completion.tolist())
+    return whole.removeprefix(before) if whole.startswith(before) else alone

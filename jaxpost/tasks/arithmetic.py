@@ -151,15 +151,15 @@ def _test_problems(operator, digits, seed):
 test_records.__test__ = False
 
 
-def reward(record, completion):
-    """1.0 if `completion` (a string, white space around it ignored) is the record's answer and nothing else, otherwise 0.0.
+def reward(record, completion) -> bool:
+    """Whether `completion` (a string, white space around it ignored) is the record's answer and nothing else.
 
-    Any string gets a figure. Raises UserError when the record has no answer to compare with.
+    Any string gets a verdict. Raises UserError when the record has no answer to compare with.
     """
     answer = record.get("answer")
     if answer is None:
         raise UserError(f"record {record}: has no answer, so its completions cannot be checked; add an `answer` column")
-    return float(completion.strip() == answer)
+    return completion.strip() == answer
 
 
 def tokenizer():

@@ -1,0 +1,88 @@
+"""Supervised fine-tuning by jaxpost: the very loop of `python -m jaxpost.train`, its loader and its log included.
+
+`prepare` is what the competitors share. Rows are texts of random words, and what a competitor is given is the batches that our
+loader makes of them, in its order.
+"""
+
+import contextlib
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxpost
+from jaxpost import checkpoint, recipe, sharding, writers
+from jaxpost.models import loading
+from jaxpost.plan import plan_stage
+from jaxpost.progress import model_flops
+
+ROWS, LENGTH = 8, 128
+
+
+def settings(job: dict):
+    """The recipe: rows of one text each, every token learned, the optimizer that all share."""
+    optimizer = {"lr": job["lr"], "schedule": "constant", "warmup": 0, "clip": 1.0, "b1": 0.9, "b2": 0.999, "eps": 1e-8}
+    rows = {
+        "data": job["texts"],
+        "window": LENGTH,
+        "packing": False,
+        "batch_size": ROWS,
+        "steps": job["steps"],
+        "remat": "dots",
+    }
+    return recipe.make(model=job["model"], optimizer=optimizer, log_every=1, **rows)
+
+
+def prepare(job: dict, folder: Path) -> dict:
+    """The job with its data: job["texts"] for our loader, and job["rows"], the file of its batches [steps,B,S] int32."""
+    job = {**job, "lr": 1e-4, "texts": str(folder / "texts.jsonl"), "rows": str(folder / "rows.npy")}
+    job["tokens_per_step"] = ROWS * LENGTH
+    vocab = loading.describe(job["model"]).transformer.arch.vocab
+    # The loader ends a text with the end-of-text token.
+    ids = np.random.default_rng(0).integers(3, vocab, (job["steps"] * ROWS, LENGTH - 1))
+    texts = [json.dumps({"text": " ".join(f"w{i}" for i in row)}) for row in ids]
+    Path(job["texts"]).write_text("\n".join(texts) + "\n")
+    mesh = sharding.make_mesh()
+    with sharding.use(mesh):
+        source = plan_stage("train", recipe.stages(settings(job))[0][1], mesh).source
+        batches = [source() for _ in range(job["steps"])]
+    assert all(b["mask"][:, 1:].all() and (b["segments"] == 1).all() for b in batches)
+    np.save(job["rows"], np.stack([b["tokens"] for b in batches]))
+    return job
+
+
+class _Over(Exception):
+    """The last step is over: competitors save nothing, so neither does this one."""
+
+
+def run(job: dict, clock) -> dict:
+    """Trains; a step is over when its row is in the metrics' file. Returns what the roofline's figure needs."""
+    write, workdir = writers.MetricWriter.write, Path(job["result"]).parent / "run"
+
+    def written(self, stage, step, values):
+        write(self, stage, step, values)
+        clock.tick(values["loss"])
+
+    def over(*_):
+        raise _Over
+
+    writers.MetricWriter.write, checkpoint.Checkpoints.save = written, over
+    with contextlib.suppress(_Over):
+        jaxpost.train(settings(job), str(workdir))
+    arch = loading.describe(job["model"]).transformer.arch
+    flops = model_flops(arch, ROWS * LENGTH, ROWS * (LENGTH - 1), ROWS * LENGTH * (LENGTH + 1) / 2)
+    return {"flops": flops, "matmul": matmul()}
+
+
+def matmul(size: int = 2048, times: int = 15) -> float:
+    """FLOP/s of a large plain product in float32, the median of a few, measured now."""
+    x = jnp.full((size, size), 1 / size, jnp.float32)
+    product, took = jax.jit(lambda x: x @ x), []
+    for _ in range(times + 1):
+        start = time.perf_counter()
+        x = product(x).block_until_ready()
+        took.append(time.perf_counter() - start)
+    return 2 * size**3 / float(np.median(took[1:]))

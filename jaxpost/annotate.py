@@ -1,0 +1,84 @@
+"""Columns of a data set, made by a frozen model: what annotators say of every token, written once.
+
+    python -m jaxpost.annotate --config=configs/dpo.py --workdir=W --config.model=FOLDER --config.data=FILE --what=ref_logps
+    python -m jaxpost.annotate --config=configs/distill.py --out=FOLDER2 --config.model=TEACHER --config.data=FILE --what=topk
+
+The data is a stage's: read, tokenised, packed and held out as a run with the same recipe has it. The model is the one that the
+stage starts from. With --workdir the columns go where that run looks for its reference; a folder of one's own (--out) is named
+to a stage by `config.annotations`. The same command goes on after an interruption, and does nothing where all is done.
+
+--what is an annotator of annotators/ (ref_logps, logps, perplexity, reward, topk, hidden), FILE.py:function with (forward,
+params, batch) -> {column: [B,S,...]}, or a JSON object with its name and keywords: '{"name": "topk", "k": 32}'.
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+
+import jax
+from absl import flags
+
+from jaxpost import cli, cloud, columns, programs, recipe, sharding
+from jaxpost.errors import UserError
+from jaxpost.models import loading
+from jaxpost.naming import named
+from jaxpost.plan import plan_stage, starting
+from jaxpost.resolve import nearest, value_of
+
+
+def annotate(config, what, *, workdir="", out="", stage="", **changes) -> list[str]:
+    """Makes an annotator's columns for the data sets of a recipe's stage; the folders that they lie in, one a data set.
+
+    config and changes: as `jaxpost.train` takes them; what: the annotator's name, a dict with it and its keywords, or the
+    function itself; out: a folder, else the workdir's own; stage: which one, where the recipe has several. Raises UserError for
+    whatever the recipe gets wrong, and for a stage without a data set.
+    """
+    programs.keep()
+    stages = dict(recipe.stages(recipe.opened(config, **changes)))
+    names = list(stages)
+    if not stage and len(names) > 1:
+        raise UserError(f"--stage=... is required: the recipe has {', '.join(names)}.")
+    if stage and stage not in names:
+        raise UserError(f"--stage={stage}: the recipe has no such stage.{nearest(stage, names)}")
+    if not (workdir or out):
+        raise UserError("--out=... is required where there is no --workdir: the folder for the columns.")
+    stage = stage or names[0]
+    settings, what = stages[stage], named({"annotator": what}, ())["annotator"]
+    mesh = sharding.make_mesh(**settings.mesh)
+    with sharding.use(mesh):
+        plan = plan_stage(stage, settings, mesh)
+        if not plan.sets:
+            raise UserError(f"--stage={stage}: its batches are rollouts, which are there only while it runs; name another.")
+        found = starting(plan.found, settings, names[: names.index(stage)], cloud.path(workdir)) if workdir else plan.found
+        # All that the folder has, whatever the stage's own objective makes of it: a reward model's head too.
+        found = dataclasses.replace(found, leaves=loading.carried(found.folder, "leaves"))
+        weights = functools.partial(loading.weights, found, mesh, settings.seed)
+        where = cloud.path(out) if out else cloud.path(workdir) / "columns"
+        return [str(folder) for folder in columns.make(what, plan, found, weights, where, mesh)]
+
+
+def main(_) -> None:
+    """The command line; see the module's docstring."""
+    given = flags.FLAGS
+    config, what = cli.required("config", "what")
+    if given.distributed:
+        jax.distributed.initialize()
+    folders = annotate(config, value_of(what), workdir=given.workdir, out=given.out, stage=given.stage)
+    if jax.process_index() == 0:
+        told = {folder: {name: list(x.shape) for name, x in columns.read(folder).items()} for folder in folders}
+        print(json.dumps(told, indent=2))
+        print("all is there; the same command would make nothing anew.", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("what", None, "The annotator: a name (ref_logps, topk), FILE.py:function, or JSON with its keywords.")
+    flags.DEFINE_string("workdir", "", "The run that it is for: columns go into it, earlier stages' weights come from it.")
+    flags.DEFINE_string("out", "", "Folder for the columns, to be named in config.annotations; the workdir's own if empty.")
+    flags.DEFINE_string("stage", "", "Which of the recipe's stages, where there are several.")
+    flags.DEFINE_bool("distributed", False, "Several processes (a TPU pod slice, a GPU cluster): start jax.distributed first.")
+    cli.run(
+        main,
+        "Makes columns of a data set.\n\n    python -m jaxpost.annotate --config=RECIPE --workdir=W --what=ref_logps",
+        config=True,
+    )

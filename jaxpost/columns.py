@@ -1,0 +1,219 @@
+"""A frozen model is a column: made once for a data set, kept on disk, and read back into its batches.
+
+A column has a number (or several) for each token that is learned, in the order of the data set's examples, so it does not
+depend on how they are packed. It lies in a folder of its own,
+
+    OUT/<key>/meta.json        whose data, which annotator, which weights; written last, and what says that all is there
+              <column>.npy     [T, ...]: T learned tokens
+
+whose key is a digest of the tokens (which are all that a model sees of text, tokenizer and template), of the annotator with its
+options and source, of the weights, and of the batches' shape. Rows are scored packed as the training's are, in batches of the
+training's shape and by a program of their own, so that the numbers are bit for bit what that program gives on the training's
+batches. Until all of them are there they lie in parts, and a run that was killed goes on after the last part.
+
+A stage whose objective reads `ref_logps` makes that column itself, before its first step, with the weights that it starts
+from. For an adapter that is new these are the base's, since it adds nothing yet. Nothing else of the reference is kept.
+"""
+
+import hashlib
+import io
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+from etils import epath
+
+from jaxpost import cloud, datasets, fingerprint, sharding, writers
+from jaxpost.data import source
+from jaxpost.errors import UserError
+from jaxpost.models import loading
+from jaxpost.naming import digest_of
+from jaxpost.plan import Plan
+from jaxpost.resolve import resolve
+from jaxpost.types import Params
+
+REFERENCE = "ref_logps"  # the column that a stage makes itself, and the annotator that does
+# A part is written after so many seconds, or bytes: what a kill costs.
+SECONDS, BYTES = 20.0, 2**26
+
+
+def identity(found: loading.Description, seed: int) -> dict[str, Any]:
+    """What tells a stage's first weights from any others: a digest of their files, or what fresh ones are drawn from."""
+    drawn = {"config": dict(found.config), "seed": seed} if found.folder is None else {}
+    files = "" if found.folder is None else fingerprint.digest(found.folder)
+    return {"files": files, **drawn, "adapter": loading.recorded(found.adapter)}
+
+
+def make(what: Mapping | str, plan: Plan, found: loading.Description, params: Callable[[], Params], out, mesh) -> list:
+    """The folders under `out` of an annotator's columns for each of a stage's data sets; whatever is not there yet is made.
+
+    what: the annotator's entry, a bare name being one of annotators/scores.py; found: the model, which says what `params`
+    gives: its weights in their place on the mesh, which are asked for only if needed. Raises UserError for an unknown
+    annotator, and for one that gives no columns.
+    """
+    what = {"name": what} if isinstance(what, str) else dict(what)
+    if str(what.get("name", "")).isidentifier():
+        what["name"] = f"scores.{what['name']}"
+    annotator, s = resolve(what, "annotators"), plan.settings
+    # The annotator's source too: one of the user's own may change under its name.
+    recorded = {**what, "does": digest_of(annotator)}
+    told = {"what": recorded, "weights": identity(found, s.seed)}
+    told |= {k: s[k] for k in ("window", "packing", "seed", "batch_size", "dtype")}
+    program, folders = _program(annotator, found.transformer.forward), []
+    weights = None
+    for one in plan.sets:
+        meta = {"data": one.encoded.digest, **told}
+        folder = epath.Path(out) / hashlib.sha256(json.dumps(meta, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        folders.append(folder)
+        if (folder / "meta.json").exists():
+            continue
+        weights = params() if weights is None else weights
+        _score(one, program, weights, s, mesh, folder)
+        if jax.process_index() == 0:
+            _gather(one, s, folder, meta)
+        sharding.agree(0.0)  # nobody reads before all is written
+    return folders
+
+
+def _program(annotator: Callable, forward: Callable) -> Callable:
+    return jax.jit(lambda params, batch: annotator(forward, params, batch))
+
+
+def _score(one: datasets.Set, program: Callable, params: Params, s, mesh, folder: epath.Path) -> None:
+    """Scores the batches that no part in the folder holds yet, part after part."""
+    local = sharding.local_rows(mesh, s.batch_size)
+    batches = source.Batches(datasets.rows(one, s, {}), s.batch_size, seed=0, shuffle=False, epochs=1, local=local)
+    first = int(sharding.agree(_scored(folder)))
+    batches.position, held, since = first, [], time.monotonic()
+    for at in tqdm.tqdm(range(first, len(batches)), desc=f"annotating {one.name}", unit="batch", disable=None):
+        batch = sharding.distribute(batches(), mesh, s.batch_size)
+        if at == first:
+            _check(jax.eval_shape(program, params, batch), batch["mask"].shape)
+        mask = sharding.everywhere(batch["mask"])
+        held.append({name: sharding.everywhere(x)[mask] for name, x in program(params, batch).items()})
+        full = time.monotonic() - since >= SECONDS or sum(x.nbytes for part in held for x in part.values()) >= BYTES
+        if full or at + 1 == len(batches):
+            if jax.process_index() == 0:
+                content = io.BytesIO()
+                np.savez(content, **{name: np.concatenate([part[name] for part in held]) for name in held[0]})
+                folder.mkdir(parents=True, exist_ok=True)
+                writers.replace(folder / f"part-{at + 1:08d}.npz", content.getvalue())
+            held, since = [], time.monotonic()
+
+
+def _scored(folder: epath.Path) -> int:
+    """After how many batches the last part in a folder ends."""
+    return max((int(p.name[5:13]) for p in _parts(folder)), default=0)
+
+
+def _parts(folder: epath.Path) -> list[epath.Path]:
+    return sorted(folder.glob("part-*.npz"), key=lambda p: p.name) if folder.exists() else []
+
+
+def _check(columns: Any, shape: tuple[int, int]) -> None:
+    good = isinstance(columns, dict) and all(getattr(x, "shape", ())[:2] == shape for x in columns.values())
+    if not good or not columns:
+        raise UserError(
+            f"an annotator returns {{column: array [B,S,...]}} with [B,S] = {list(shape)}; this one gave {columns}."
+        )
+
+
+def _gather(one: datasets.Set, s, folder: epath.Path, meta: dict) -> None:
+    """Puts the parts' numbers, which lie in the order of the rows, into that of the examples, and says that all is there."""
+    learned = one.encoded.learned
+    order = np.concatenate(source.bins(one.encoded.lengths, s.window, packing=s.packing, seed=s.seed))
+    begins = (np.cumsum(learned) - learned)[order]
+    before = np.cumsum(learned[order]) - learned[order]
+    places = np.repeat(begins - before, learned[order]) + np.arange(learned.sum())
+    parts = _parts(folder)
+    with np.load(io.BytesIO(parts[0].read_bytes())) as part:
+        kinds = {name: (part[name].shape[1:], part[name].dtype) for name in part.files}
+    for name, (shape, dtype) in kinds.items():
+        with cloud.local_target(folder / f"{name}.npy") as target:
+            whole = np.lib.format.open_memmap(target, "w+", dtype, (len(places), *shape))
+            done = 0
+            for part in parts:
+                with np.load(io.BytesIO(part.read_bytes())) as stored:
+                    values = stored[name]
+                whole[places[done : done + len(values)]] = values
+                done += len(values)
+            whole.flush()
+            del whole
+    about = {name: {"shape": list(shape), "dtype": str(dtype)} for name, (shape, dtype) in kinds.items()}
+    writers.replace(folder / "meta.json", (json.dumps(meta | {"columns": about}, indent=2, default=str) + "\n").encode())
+    for part in parts:
+        part.unlink()
+
+
+def read(folder) -> dict[str, np.ndarray]:
+    """The columns in one of `make`'s folders, {name: [T, ...]}; on a disk of this machine they stay there until used."""
+    folder = epath.Path(folder)
+    names = json.loads((folder / "meta.json").read_text())["columns"]
+    files = {name: folder / f"{name}.npy" for name in names}
+    if cloud.is_remote(folder):
+        return {name: np.load(io.BytesIO(file.read_bytes())) for name, file in files.items()}
+    return {name: np.load(file, mmap_mode="r") for name, file in files.items()}
+
+
+def annotated(plan: Plan, mesh) -> Plan:
+    """The plan with the columns that config.annotations names in its batches.
+
+    Raises UserError where they are of other data, and for a column that the objective reads and nothing gives.
+    """
+    folders = [cloud.path(part.strip()) for part in plan.settings.annotations.split(",") if part.strip()]
+    used = [plan.data]
+    made = {one.encoded.digest: {} for one in plan.sets}
+    for file in [meta for folder in folders for meta in sorted(_metas(folder))]:
+        of = made.get(json.loads(file.read_text())["data"])
+        if of is not None:
+            found = read(file.parent)
+            if twice := of.keys() & found.keys():
+                raise UserError(
+                    f"config.annotations: {', '.join(twice)} is there twice, in {file.parent} again; name one folder."
+                )
+            of |= found
+            used.append(file.parent.name)
+    if folders and not all(made.values()):
+        raise UserError(
+            f"config.annotations: {plan.settings.annotations} has no columns for this data, or not for all of it (held-out "
+            "rows too), with this tokenizer, template and window; run jaxpost.annotate with the same settings."
+        )
+    lacking = [name for name in plan.reads if name != REFERENCE and not all(name in of for of in made.values())]
+    if lacking or (plan.reads and not plan.sets):
+        name = (lacking or plan.reads)[0]
+        raise UserError(
+            f"config.objective: it reads the column {name}, which its batches do not have; have jaxpost.annotate make it of "
+            "the data, and name the folder in config.annotations."
+        )
+    if not folders:
+        return plan
+    # A run is never continued with what another model said of the same data.
+    data = hashlib.sha256(" ".join(used).encode()).hexdigest()[:16]
+    return _joined(plan._replace(data=data), made, mesh)
+
+
+def _metas(folder: epath.Path) -> list[epath.Path]:
+    if not folder.exists():
+        raise UserError(f"config.annotations: no folder {folder}; give one that jaxpost.annotate wrote.")
+    return list(folder.glob("*/meta.json"))
+
+
+def referenced(plan: Plan, found: loading.Description, params: Callable[[], Params], out, mesh) -> Plan:
+    """The plan with the reference's column in its batches, where its objective reads one that nothing else gave; see `make`."""
+    if REFERENCE not in plan.reads or (plan.made and all(REFERENCE in of for of in plan.made.values())):
+        return plan
+    if jax.process_index() == 0:
+        print(f"{plan.name}: the reference is the model as it starts; its column {REFERENCE} is made once", file=sys.stderr)
+    folders = make(REFERENCE, plan, found, params, out, mesh)
+    columns = {one.encoded.digest: read(folder) for one, folder in zip(plan.sets, folders, strict=True)}
+    return _joined(plan, {key: {**plan.made.get(key, {}), **own} for key, own in columns.items()}, mesh)
+
+
+def _joined(plan: Plan, made: dict, mesh) -> Plan:
+    stream, held_out = datasets.batches(plan.sets, plan.settings, mesh, made)
+    return plan._replace(source=stream, held_out=held_out, made=made)

@@ -1,0 +1,196 @@
+"""A stage's programs, compiled for a machine that is not here, and what their compilation says.
+
+Nothing is initialised: the state and the batches are shapes. The programs are the ones that a run has, made by the same code:
+the train step, and for rollouts the sampler.
+"""
+
+import contextlib
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from jaxpost import optim, plan, sharding, state
+from jaxpost.compiled import hlo, roofline
+from jaxpost.compiled.topology import Topology
+from jaxpost.models import known, loading
+from jaxpost.sampling import decode
+from jaxpost.step import combine
+
+GIVEN_UP = re.compile(
+    r"Involuntary full rematerialization\. The compiler cannot go from (.*?) efficiently for HLO operation (.*?)\. As"
+)
+
+# What the compiler says of a program that takes more than a chip's memory: so much.
+REFUSED = re.compile(r"RESOURCE_EXHAUSTED: Ran out of memory on HBM[^(]*\(([\d.]+)([MGT])\)")
+
+
+class Traced(NamedTuple):
+    """A program before it is compiled: a jitted function, its arguments as shapes, and the trees that its memory goes to."""
+
+    name: str
+    function: Callable
+    arguments: tuple
+    keywords: dict
+    held: dict  # kind of memory -> tree of shapes
+
+
+def outline(s, mesh) -> tuple[loading.Description, Callable, str, int]:
+    """(model, objective, pattern of what trains, parameters that train) of a stage's settings, checked, without a tokenizer."""
+    named = (known.fields(s.model) or s.model) if isinstance(s.model, str) else s.model.to_dict()
+    adapter = s.adapter.to_dict()
+    found = loading.describe(
+        named, "", s.dtype, s.remat, adapter, attention=s.attention, device=mesh.devices.flat[0], text=False
+    )
+    return plan.learned(found, s, mesh)
+
+
+class Prepared(NamedTuple):
+    """A stage before it is compiled: its model, how many parameters train, and its programs."""
+
+    model: loading.Description
+    trained: int
+    programs: list[Traced]
+
+    def state_bytes(self) -> float:
+        """Bytes a device of what is held between steps: what no remedy but another mesh makes smaller."""
+        return sum(bytes_held(tree) for kind, tree in self.programs[0].held.items() if kind != "inputs")
+
+
+def prepared(s, mesh) -> Prepared:
+    """A stage with settings s on a mesh. Its programs are the step, and the sampler where it makes its own data."""
+    found, objective, trainable, trained = outline(s, mesh)
+    tx = optim.make(s.optimizer, s.steps or 1000)
+    held = state.shapes(found.transformer, mesh, tx, trainable, adapter=found.adapter, leaves=found.leaves, ema=s.ema > 0)
+    batch = sharding.batch_shapes(plan.columns(s, objective), mesh)
+    step = state.program(found.transformer, objective, tx, held, mesh, microbatches=s.microbatches, ema=s.ema)
+    kinds = {"weights": held.train, "optimizer": held.opt_state, "ema": held.ema, "frozen": held.frozen, "inputs": batch}
+    made = [Traced("step", step, (held, batch), {}, kinds)]
+    made += [_sampler(s, mesh, found, held, kinds)] if s.source == "rollouts" else []
+    return Prepared(found, trained, made)
+
+
+def _sampler(s, mesh, found, held, kinds: dict) -> Traced:
+    """What completes prompts with the current weights, while the optimizer's state waits."""
+    rows, options = s.batch_size, s.rollouts
+    columns = {"prompts": (rows, options.prompt_window), "lengths": (rows,), "rows": (rows,)}
+    columns = {k: jax.ShapeDtypeStruct(shape, jnp.int32) for k, shape in columns.items()}
+    scalars = {"noise": ((2,), jnp.int32), "temperature": ((), jnp.float32), "stop": ((2,), jnp.int32)}
+    scalars = {k: jax.ShapeDtypeStruct(*x, sharding=sharding.replicated(mesh)) for k, x in scalars.items()}
+    keywords = {**sharding.batch_shapes(columns, mesh), **scalars, "new": options.new}
+    arguments = (found.transformer, combine(held.train, held.frozen))
+    return Traced("sampler", decode.sample, arguments, keywords, {**kinds, "inputs": columns})
+
+
+# ------------------------------------------------------------------------------------------------------------ Compiling
+
+
+@contextlib.contextmanager
+def heard():
+    """Collects what is written to file descriptor 2, by C++ as well: yields a list that holds the text in the end."""
+    said, sys_stderr = [], os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        sys.stderr.flush()
+        os.dup2(file.fileno(), 2)
+        try:
+            yield said
+        finally:
+            sys.stderr.flush()
+            os.dup2(sys_stderr, 2)
+            os.close(sys_stderr)
+            file.seek(0)
+            said.append(file.read().decode(errors="replace"))
+
+
+@contextlib.contextmanager
+def _uncached():
+    """Without the cache of compiled programs: what comes from there comes without the compiler's warnings."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
+def measured(s, mesh, topology: Topology, traced: Traced) -> dict[str, Any]:
+    """Compiles a program: everything that there is to say of it, as data. Bytes and FLOPs are a device's."""
+    with sharding.use(mesh), _uncached():
+        start = time.perf_counter()
+        trace = traced.function.trace(*traced.arguments, **traced.keywords)
+        lowered = trace.lower()
+        begun = time.perf_counter()
+        said, refused = [""], None
+        try:
+            with heard() as said:
+                compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if not (refused := REFUSED.search(str(error))):  # a kernel may want too much of another memory
+                raise
+            compiled = None
+    found = {"program": traced.name, "lower_seconds": begun - start, "compile_seconds": time.perf_counter() - begun}
+    hbm, fits = _memory(compiled, refused, traced, topology)
+    found |= {"fits": fits, "hbm": hbm, "given_up": given_up(said[0])}
+    found["flops"] = roofline.flops(trace.jaxpr) / mesh.size
+    return found if compiled is None else {**found, **_cost(mesh, topology, compiled, found["flops"])}
+
+
+def given_up(said: str) -> list[str]:
+    """The arrays whose split the partitioner gave up, copying them whole to every device: what it wrote of each."""
+    if "Involuntary full rematerialization" not in said:
+        return []
+    found = [f"{operation.partition('), ')[0]}: from {change}" for change, operation in GIVEN_UP.findall(said)]
+    return list(dict.fromkeys(found)) or ["(the compiler does not say which)"]
+
+
+def _memory(compiled, refused: re.Match | None, traced: Traced, topology: Topology) -> tuple[dict[str, float], bool]:
+    """Bytes a device by kind, and whether they fit."""
+    held = {kind: bytes_held(tree) for kind, tree in traced.held.items() if jax.tree.leaves(tree)}
+    limit = topology.chip.hbm if topology.chip else float("inf")
+    arguments = sum(held.values())
+    if compiled is None:
+        total = float(refused[1]) * {"M": 2**20, "G": 2**30, "T": 2**40}[refused[2]]
+        return {**held, "temporaries": total - arguments, "total": total, "limit": limit}, False
+    stats = compiled.memory_analysis()
+    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    waiting = sum(bytes_held(traced.held[kind]) for kind in ("optimizer", "ema") if traced.name == "sampler")
+    # Peak memory counts arguments and results; what is left of it is the program's own.
+    peak = stats.peak_memory_in_bytes or stats.argument_size_in_bytes + outputs + stats.temp_size_in_bytes
+    own = max(peak - stats.argument_size_in_bytes - outputs, 0)
+    total = peak + waiting
+    return {**held, "outputs": outputs, "temporaries": own, "total": total, "limit": limit}, total <= limit
+
+
+def bytes_held(tree) -> float:
+    """Bytes of a tree of shapes on one device."""
+    return float(sum(np.prod(_shard(x), dtype=np.int64) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+
+
+def _shard(x) -> tuple[int, ...]:
+    return x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) is not None else x.shape
+
+
+def _cost(mesh, topology: Topology, compiled, flops: float) -> dict[str, Any]:
+    """Bytes, collectives and times of a compiled program."""
+    program, devices = hlo.parse(compiled.as_text()), list(mesh.devices.flat)
+    merged: dict[tuple[str, str], dict] = {}
+    for c in hlo.collectives(program, dict(mesh.shape)):
+        links, network = roofline.seconds(topology, devices, c) if topology.chip else (0.0, 0.0)
+        entry = merged.setdefault((c.kind, c.axes), {"kind": c.kind, "axes": c.axes, "largest": c.name})
+        for key, more in (("count", c.times), ("bytes", c.sent * c.times), ("links", links), ("network", network)):
+            entry[key] = entry.get(key, 0) + more
+    found = {"traffic": hlo.traffic(program), "collectives": sorted(merged.values(), key=lambda e: -e["bytes"])}
+    if topology.chip:
+        totals = (sum(e[key] for e in found["collectives"]) for key in ("links", "network"))
+        found["seconds"] = roofline.times(topology, flops, found["traffic"], *totals)
+    return found

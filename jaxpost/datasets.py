@@ -1,0 +1,150 @@
+"""A stage's data sets: what its settings name, encoded in the shape that its objective learns from, and packed into batches.
+
+An objective says its shape by an attribute: `data = "pairs"` (or "labelled", "mismatched"; see data/pairs.py), and what columns
+it reads besides those of every batch by another, `columns`. So a recipe names the objective alone. Either may be a function of
+the objective's keywords, where these decide.
+
+Columns that are no part of the data, but were made of it by a frozen model (columns.py), come along with their tokens wherever
+a plan puts them.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+
+from jaxpost import sharding
+from jaxpost.data import mixture, pairs, source, templates
+from jaxpost.data.readers import Record
+from jaxpost.errors import UserError
+from jaxpost.resolve import attribute, bind
+from jaxpost.tokenizer import check_ids
+
+
+class Set(NamedTuple):
+    """One source of a stage, encoded: its name, its weight in the mixture (None for the only one), whether it is held out."""
+
+    name: str
+    weight: float | None
+    encoded: source.Encoded
+    held_out: bool
+
+
+def shape(objective: Callable) -> str:
+    """What the objective learns from: one of source.SHAPES. Raises UserError for an attribute `data` that is none of them."""
+    found = attribute(objective, "data", "demonstrations")
+    if found not in source.SHAPES:
+        raise UserError(f"config.objective: its `data` is {found!r}; it must be one of {', '.join(source.SHAPES)}.")
+    return found
+
+
+def template(found, s) -> str:
+    """The Jinja of the chat template that a stage's settings choose, with its options."""
+    return templates.jinja(found.tokenizer, s.template or None, mixture.pairs(_plain(s.template_options), "template_options"))
+
+
+def read(task, found, s, objective: Callable) -> list[Set]:
+    """The data sets of a stage, those that are held out last. task: a module, or None; found: loading.Description."""
+    parts = _sources(task, s)
+    # On the command line every share is a float, a number of examples too.
+    wanted = 0 if s.eval_data else int(s.held_out) if s.held_out >= 1 else float(s.held_out)
+    _, others = source.split(sum(len(part.records) for part in parts), wanted, s.seed)
+    kept, rest = mixture.divide(parts, others)
+    if s.eval_data:
+        kept = mixture.read(_plain(s.eval_data), "eval_data", s.bad_rows == "skip")
+        if kept[0].weight is not None:
+            raise UserError("config.eval_data: evaluation takes every row once; leave the weights out.")
+    options = {"window": s.window, "too_long": s.too_long, "bad_rows": s.bad_rows, "shape": shape(objective)}
+    options["columns"] = mixture.pairs(_plain(s.columns), "columns")
+    options |= {"shared": s.shared_prefix, "longest": found.transformer.arch.max_positions}
+    options["margins"] = "margins" in attribute(objective, "columns", {})
+
+    def encoded(part: mixture.Part, held_out: bool) -> Set:
+        what = f"{'eval data' if held_out else 'data'} {part.name}"
+        try:
+            made = source.encode_all(part.records, found.tokenizer, template(found, s), s.train_on, **options)
+        except source.NothingToLearn as error:
+            none = "; config.held_out=0 keeps none out" if held_out and not s.eval_data else ""
+            raise UserError(f"{what}: {error}{none}") from error
+        if jax.process_index() == 0:
+            rows = len(source.bins(made.lengths, s.window, packing=s.packing, seed=s.seed))
+            mixture.tell(what, part, made, rows, s.window)
+        check_ids(made.highest, found.transformer.arch.vocab, found.tokenizer, what)
+        return Set(part.name, part.weight, made, held_out)
+
+    return [encoded(part, False) for part in rest] + [encoded(part, True) for part in kept]
+
+
+def _sources(task, s) -> list[mixture.Part]:
+    """What the settings' data names, or else the task's demonstrations."""
+    if s.bad_rows not in source.BAD_ROWS:
+        raise UserError(f"config.bad_rows: {s.bad_rows!r} is neither {' nor '.join(map(repr, source.BAD_ROWS))}.")
+    if s.data:
+        return mixture.read(_plain(s.data), "data", s.bad_rows == "skip")
+    if task is None:
+        raise UserError("config.data: give a file (README.md lists the kinds), or a config.task with demonstrations.")
+    options = {k: v for k, v in _plain(s.task).items() if k not in ("name", "examples")}
+    make = bind(task.conversation, {"seed": s.seed, **options}, f"task {s.task['name']}")
+    name = f"task {s.task['name']}"
+    records = [Record(make(i), f"{name}, example {i}") for i in range(s.task.get("examples", 10000))]
+    return [mixture.Part(name, None, records, [])]
+
+
+def batches(sets: Sequence[Set], s, mesh, made: Mapping[str, Mapping[str, Any]] | None = None) -> tuple[source.Batches, list]:
+    """(batches, held-out batches) of a stage's data sets, this process's rows of each.
+
+    made: for each data set, by its digest, further columns {name: [T, ...]}, a value for each token that is learned in the
+    order of the examples; they are zero at the other tokens.
+    """
+    local = sharding.local_rows(mesh, s.batch_size)
+    packed = [rows(one, s, (made or {}).get(one.encoded.digest, {})) for one in sets]
+    train = [p for p, one in zip(packed, sets, strict=True) if not one.held_out]
+    weights = [one.weight for one in sets if not one.held_out]
+    mixed = mixture.mix(train, weights, s.seed) if len(train) > 1 else train[0]
+    if len(train) > 1 and made is None and jax.process_index() == 0:
+        print(f"data: an epoch of the mixture has {len(mixed)} rows", file=sys.stderr)
+    epochs = None if s.steps else s.epochs
+    stream = source.Batches(mixed, s.batch_size, seed=s.seed, shuffle=len(train) == 1, epochs=epochs, local=local)
+    held_out = []
+    for p in (p for p, one in zip(packed, sets, strict=True) if one.held_out):
+        once = source.Batches(p, s.batch_size, seed=s.seed, shuffle=False, epochs=1, local=local)
+        held_out += [once() for _ in range(len(once))]
+    return stream, held_out
+
+
+def rows(one: Set, s, made: Mapping[str, Any]) -> grain.MapDataset:
+    """The packed rows of a data set; made: its further columns, as `batches` takes them."""
+    examples, learned = one.encoded.examples, one.encoded.learned
+    if made:
+        ends = np.cumsum(learned)
+        examples = grain.MapDataset.range(len(learned)).map(
+            lambda i: _joined(one.encoded.examples[i], made, ends[i] - learned[i], ends[i])
+        )
+    return source.rows(examples, one.encoded.lengths, s.window, packing=s.packing, seed=s.seed)
+
+
+def _joined(example: dict, made: Mapping[str, Any], start: int, stop: int) -> dict:
+    found = dict(example)
+    for name, values in made.items():
+        found[name] = np.zeros((len(example["tokens"]), *values.shape[1:]), values.dtype)
+        found[name][example["mask"]] = values[start:stop]
+    return found
+
+
+def digest(sets: Sequence[Set]) -> str:
+    """One digest of all that is trained on."""
+    trained = [one for one in sets if not one.held_out]
+    own = [one.encoded.digest for one in trained]
+    return own[0] if len(own) == 1 else mixture.digest(own, [one.weight for one in trained])
+
+
+def shown(sets: Sequence[Set]) -> list[dict]:
+    """The first example's documents, {tokens, mask} each."""
+    return pairs.documents(sets[0].encoded.examples[0])
+
+
+def _plain(value):
+    return value.to_dict() if hasattr(value, "to_dict") else value

@@ -1,0 +1,261 @@
+"""Will it fit, and how fast would it be: a recipe's programs compiled for a machine that is not here.
+
+    python -m jaxpost.fit --config=configs/sft.py --config.model=FOLDER --topology=v5e:2x4
+    python -m jaxpost.fit --config=configs/tpu/llama31_8b.py              the recipe names its topology
+    python -m jaxpost.fit --config=... --search                           proposes the best mesh and microbatches
+    python -m jaxpost.fit --config=... --json=PATH                        everything in the table as data; - is stdout
+
+The exit status is 0 if every stage fits and 3 if one does not; then what makes it fit is looked for, cheapest first, and each
+remedy is compiled before it is named. From Python: `fit.report(config, "v5p:4x4x4")` gives the same data.
+
+No weights are made and no data is read: a batch is taken to be full, one document a row, all of it learned. What runs on the
+chip is compiled by libtpu, whose own account of memory is the one that is given. Times are a model (`compiled/roofline.py`).
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from jaxpost import cli, recipe, sharding
+from jaxpost.compiled import program, search, topology
+from jaxpost.errors import UserError
+from jaxpost.progress import model_flops
+
+MISFIT = 3  # the exit status where something does not fit
+REMEDIES = 32  # how many ways to make a stage fit are compiled; those that do not fit fail early, within seconds
+TRIED = 4  # how many of the search's candidates are compiled
+
+
+def report(config, where: str = "", *, remedy: bool = True, best: bool = False, **changes) -> dict[str, Any]:
+    """What every program of a recipe's stages takes on a topology, as data: bytes and FLOPs a device, seconds.
+
+    config: as `jaxpost.train` takes it; where: a topology's name, else the recipe's own; remedy: whether to look for what makes
+    a misfit fit; best: whether to search for a better mesh; changes: settings that differ. Raises UserError for whatever the
+    recipe gets wrong, and for an unknown topology.
+    """
+    config = recipe.opened(config, **changes)
+    with program.heard():  # libtpu has much to say as it starts
+        machine = topology.find(_named(where or config.topology))
+    mesh = sharding.make_mesh(**config.mesh, devices=machine.devices)
+    found = {"topology": machine.name, "devices": len(machine.devices), "mesh": dict(mesh.shape), "stages": []}
+    for name, settings in recipe.stages(config):
+        stage = {"stage": name, **_stage(settings, mesh, machine, program.prepared(settings, mesh))}
+        alone = name if config.stages else ""
+        if remedy and not all(one["fits"] for one in stage["programs"]):
+            stage["remedy"] = _remedy(settings, mesh, machine, alone)
+        if best:
+            stage["search"] = _best(settings, machine, alone)
+        found["stages"].append(stage)
+    return {**found, "fits": all(stage["fits"] for stage in found["stages"])}
+
+
+def _named(where: str) -> str:
+    if not where:
+        raise UserError(f"--topology=... is required, since the recipe names none. {topology.known()}")
+    return where
+
+
+def _stage(s, mesh, machine: topology.Topology, prepared: program.Prepared) -> dict[str, Any]:
+    """One stage's programs, compiled."""
+    arch, trained, rows, length = prepared.model.transformer.arch, prepared.trained, *_sizes(s)
+    work = model_flops(
+        arch, rows * length, rows * length, rows * length * (length + 1) / 2, max(0.0, 1 - trained / arch.parameters())
+    )
+    found = {"parameters": arch.parameters(), "trained": trained, "rows": rows, "length": length}
+    found |= {k: s[k] for k in ("microbatches", "remat", "dtype")} | {"model_flops": work / mesh.size}
+    found |= {"state_bytes": prepared.state_bytes(), "programs": []}
+    for traced in prepared.programs:
+        one = program.measured(s, mesh, machine, traced)
+        if "seconds" in one and one["program"] == "step":
+            best = {k: one["seconds"][k] for k in ("overlapped", "serial")}
+            one["mfu"] = {k: found["model_flops"] / t / machine.chip.peak for k, t in best.items()}
+            one["tokens_per_second"] = {k: rows * length / t for k, t in best.items()}
+        found["programs"].append(one)
+    return {**found, "fits": all(one["fits"] and not one["given_up"] for one in found["programs"])}
+
+
+def _sizes(s) -> tuple[int, int]:
+    return s.batch_size, s.rollouts.prompt_window + s.rollouts.new if s.source == "rollouts" else s.window
+
+
+# ------------------------------------------------------------------------------------------------- Remedies and search
+
+
+def _remedy(s, mesh, machine: topology.Topology, stage: str) -> dict[str, Any]:
+    """The cheapest change that makes a stage fit, compiled; or what it lacks."""
+    limit, tried, small = machine.chip.hbm if machine.chip else float("inf"), 0, []
+    for way in search.remedies(s, mesh, machine.slices):
+        settings = search.changed(s, way)
+        if tried == REMEDIES or settings.mesh in small:
+            continue
+        try:
+            other = sharding.make_mesh(**settings.mesh, devices=machine.devices)
+            prepared = program.prepared(settings, other)
+        except UserError:  # rows that do not divide, slices that a mesh does not follow
+            continue
+        if prepared.state_bytes() >= limit:
+            small.append(settings.mesh)
+            continue
+        tried += 1
+        found = _stage(settings, other, machine, prepared)
+        if found["fits"]:
+            return {"settings": way, "flags": search.told(way, stage), "tried": tried, "result": found}
+    return {"settings": None, "tried": tried}
+
+
+def _best(s, machine: topology.Topology, stage: str) -> dict[str, Any]:
+    """The fastest of the few best candidates, by the modelled time of what was compiled."""
+    if machine.chip is None:
+        raise UserError(f"--search: there is no model of the time on {machine.name}; give the topology of a TPU.")
+    compiled = []
+    for _, way in search.candidates(s, machine):
+        settings = search.changed(s, way)
+        mesh = sharding.make_mesh(**settings.mesh, devices=machine.devices)
+        found = _stage(settings, mesh, machine, program.prepared(settings, mesh))
+        if found["fits"]:
+            compiled.append({"settings": way, "flags": search.told(way, stage), "result": found})
+        if len(compiled) == TRIED:
+            break
+    compiled.sort(key=lambda c: sum(one["seconds"]["overlapped"] for one in c["result"]["programs"]))
+    return {"tried": compiled}
+
+
+# ----------------------------------------------------------------------------------------------------------- The table
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """A report as text."""
+    sizes = " ".join(f"{k}={v}" for k, v in found["mesh"].items())
+    lines = [f"{found['topology']}: {found['devices']} devices, mesh {sizes}"]
+    for stage in found["stages"]:
+        lines += ["", *_stage_lines(stage)]
+        for one in stage["programs"]:
+            lines += ["", *_program_lines(one)]
+        if remedy := stage.get("remedy"):
+            lines += ["", *_remedy_lines(stage, remedy)]
+        if "search" in stage:
+            lines += ["", *_search_lines(stage["search"])]
+    return "\n".join(lines)
+
+
+def _stage_lines(stage) -> list[str]:
+    learned = "" if stage["trained"] >= stage["parameters"] else f", {stage['trained']:,} learned"
+    return [
+        f"{stage['stage']}: {stage['parameters']:,} parameters{learned}; {stage['rows']} rows of {stage['length']} tokens in "
+        f"{stage['microbatches']} microbatches, {stage['dtype']}, remat {stage['remat']}"
+    ]
+
+
+def _program_lines(one) -> list[str]:
+    hbm = one["hbm"]
+    lines = [f"{one['program']}, memory of a device"]
+    lines += [f"  {kind:<28}{_bytes(hbm[kind]):>12}" for kind in hbm if kind not in ("total", "limit")]
+    limit = f" of {_bytes(hbm['limit'])}" if hbm["limit"] < float("inf") else ""
+    lines.append(f"  {'total':<28}{_bytes(hbm['total']):>12}{limit}: {'fits' if one['fits'] else 'DOES NOT FIT'}")
+    lines += [f"  FAILURE: the partitioner gives up a split and copies all of {where}" for where in one["given_up"]]
+    if "traffic" in one:
+        lines += _work_lines(one)
+    return [*lines, f"traced in {one['lower_seconds']:.1f} s, compiled in {one['compile_seconds']:.1f} s"]
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
+
+
+def _si(value: float, unit: str) -> str:
+    """A number with three digits or more and a unit's usual prefix."""
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0), ("m", 1e-3)):
+        if abs(value) >= size * 0.9995:
+            return f"{value / size:.3g} {prefix}{unit}" if value < 1000 * size else f"{value / size:,.0f} {prefix}{unit}"
+    return f"{value * 1e6:.3g} u{unit}" if value else f"0 {unit}"
+
+
+def _work_lines(one) -> list[str]:
+    seconds = one.get("seconds", {})
+
+    def line(what, runs, amount, took) -> str:
+        return f"  {what:<42}{runs:>8}{amount:>14}{_si(took, 's') if seconds else '':>12}"
+
+    lines = [f"{'work of a device':<44}{'runs':>8}{'':>14}{'at full speed' if seconds else '':>14}"]
+    lines.append(line("arithmetic", "", _si(one["flops"], "FLOP"), seconds.get("compute")))
+    lines.append(line("memory read and written", "", _si(one["traffic"], "B"), seconds.get("memory")))
+    for c in one["collectives"]:
+        took = c["links"] + c["network"]
+        lines.append(line(f"{c['kind']} along {c['axes']}", f"{c['count']:,.0f}", _si(c["bytes"], "B"), took))
+    padded = sum(c["bytes"] for c in one["collectives"] if c["kind"] == "all-gather as all-reduce")
+    if padded > 0.1 * sum(c["bytes"] for c in one["collectives"]):
+        lines.append(
+            "  all-gathers come as sums of padded arrays, as over three axes of a torus: keep fsdp to two, data on the third"
+        )
+    return [*lines, *_time_lines(one)] if seconds else lines
+
+
+def _time_lines(one) -> list[str]:
+    mfu, lines = one.get("mfu"), []
+    for key, when in (("overlapped", "if everything overlaps"), ("serial", "if no collective does")):
+        rate = f", {one['tokens_per_second'][key]:,.0f} tokens/s, MFU {mfu[key]:.0%}" if mfu else ""
+        lines.append(f"modelled time {when}: {_si(one['seconds'][key], 's')}{rate}")
+    return lines
+
+
+def _remedy_lines(stage, remedy) -> list[str]:
+    if remedy["settings"] is None:
+        limit = stage["programs"][0]["hbm"]["limit"]
+        return [
+            f"nothing makes it fit here ({remedy['tried']} ways compiled): weights and optimizer alone take "
+            f"{_bytes(stage['state_bytes'])} of {_bytes(limit)}; take a larger topology, an adapter, or a quantised base."
+        ]
+    return ["it fits with", f"  {remedy['flags']}", *_short(remedy["result"])]
+
+
+def _short(result) -> list[str]:
+    found = []
+    for one in result["programs"]:
+        best, worst = (_si(one["seconds"][k], "s") if "seconds" in one else "" for k in ("overlapped", "serial"))
+        time = f", modelled {best} to {worst}" if best else ""
+        found.append(f"  {one['program']}: {_bytes(one['hbm']['total'])} of {_bytes(one['hbm']['limit'])}{time}")
+    return found
+
+
+def _search_lines(searched) -> list[str]:
+    if not searched["tried"]:
+        return ["search: no mesh was found that fits."]
+    lines = ["search: compiled, fastest first"]
+    for one in searched["tried"]:
+        lines += [f"  {one['flags']}", *_short(one["result"])]
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------- Main
+
+
+def main(_) -> None:
+    """The command line; see the module's docstring."""
+    (config,) = cli.required("config")
+    where = flags.FLAGS.topology or config.topology
+    topology.simulate(where)  # nothing runs on what is compiled for: the devices of this machine stay free
+    found = report(config, where, best=flags.FLAGS.search)
+    if flags.FLAGS.json:
+        text = json.dumps(found, indent=2) + "\n"
+        if flags.FLAGS.json == "-":
+            print(text, end="")
+        else:
+            Path(flags.FLAGS.json).write_text(text)
+    if flags.FLAGS.json != "-":
+        print(table(found))
+    sys.exit(0 if found["fits"] else MISFIT)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("topology", "", "The machine: v5e:2x4, v4:2x2x2, v6e:4x4*2 (two slices), cpu:8; else the recipe's.")
+    flags.DEFINE_bool("search", False, "Look for the fastest mesh and microbatches.")
+    flags.DEFINE_string("json", "", "Where to write everything as JSON; - is stdout, in place of the table.")
+    cli.run(
+        main,
+        "Says whether a recipe fits a machine.\n\n    python -m jaxpost.fit --config=RECIPE --topology=v5e:2x4",
+        config=True,
+    )

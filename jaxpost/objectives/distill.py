@@ -1,0 +1,139 @@
+"""Distillation: make a token's whole distribution that of a teacher, not only the drawn token likely.
+
+p is the teacher's distribution at a learned token's place and q the student's, both of logits divided by `temperature`. Losses
+are means over the mask's tokens of the global batch, in nats, and are not rescaled by the temperature squared.
+
+A teacher is frozen, so what it says is a column. Over the full vocabulary that is its last hidden states, `teacher_hidden`
+[B,S,Dt] float32, one for each token as a model's own Output.hidden (the state at a token predicts the next), and its
+unembedding is a leaf of the parameters, params["teacher_head"]["weight"] [V,Dt]; logits of both are made in chunks. Stored
+top-k needs no teacher at all: `teacher_tokens` [B,S,K] int32 and `teacher_logps` [B,S,K] float32, about the token at its own
+place.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxpost.errors import UserError
+from jaxpost.metrics import masked_mean
+from jaxpost.models.heads import logits as logits_of
+from jaxpost.objectives.logprobs import over_head
+from jaxpost.types import Head, Term
+
+HIDDEN = {"teacher_hidden": ("BSD", "float32")}
+STORED = {"teacher_tokens": ("BSK", "int32"), "teacher_logps": ("BSK", "float32")}
+
+
+def _kl(p: jax.Array, q: jax.Array) -> jax.Array:
+    """KL(p || q) of log-probabilities [R,N] -> [R]; what p gives no mass counts nothing."""
+    return jnp.sum(jnp.exp(p) * jnp.where(p > -jnp.inf, p - q, 0.0), axis=-1)
+
+
+def _forward(p, q, beta):
+    return _kl(p, q)
+
+
+def _reverse(p, q, beta):
+    return _kl(q, p)
+
+
+def _jensen_shannon(p, q, beta):
+    beta = beta[:, None]
+    middle = jnp.logaddexp(p + jnp.log(beta), q + jnp.log1p(-beta))
+    return beta[:, 0] * _kl(p, middle) + (1 - beta[:, 0]) * _kl(q, middle)
+
+
+def _said(loss: jax.Array, q: jax.Array, teacher_mode: jax.Array) -> dict:
+    constant = jax.lax.stop_gradient(q)
+    entropy = -jnp.sum(jnp.exp(constant) * constant, axis=-1)
+    return {"loss": loss, "entropy": entropy, "agreement": jnp.argmax(constant, axis=-1) == teacher_mode}
+
+
+def _full(divergence, logits, columns, head) -> dict:
+    teacher = logits_of(columns["teacher_hidden"], head) / columns["temperature"][:, None]
+    p, q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(logits / columns["temperature"][:, None])
+    return _said(divergence(p, q, columns["beta"]), q, jnp.argmax(p, axis=-1))
+
+
+# over_head keys its compiled parts by function: one object for each, made once.
+_OVER = {name: functools.partial(_full, d) for name, d in (("f", _forward), ("r", _reverse), ("js", _jensen_shannon))}
+
+
+def _tail(logps: jax.Array) -> jax.Array:
+    """Log-probability [R,1] of all that is not among the top [R,K]."""
+    total = jnp.minimum(jax.nn.logsumexp(logps, axis=-1, keepdims=True), 0.0)
+    return jnp.where(total < 0, jnp.log(-jnp.expm1(jnp.where(total < 0, total, -1.0))), -jnp.inf)
+
+
+def _over_top(logits, columns) -> dict:
+    q = jax.nn.log_softmax(logits / columns["temperature"][:, None])
+    tokens, stored = columns["teacher_tokens"], columns["teacher_logps"]
+    rows = jnp.arange(len(tokens))[:, None]
+    p, top = stored, jnp.take_along_axis(q, tokens, axis=-1)
+    if tokens.shape[-1] < q.shape[-1]:
+        # The student's tail is summed, not taken as what is left of 1: where it is small that would be rounding.
+        rest = jax.nn.logsumexp(q.at[rows, tokens].set(-jnp.inf), axis=-1, keepdims=True)
+        p, top = jnp.concatenate([stored, _tail(stored)], axis=-1), jnp.concatenate([top, rest], axis=-1)
+    best = jnp.argmax(stored, axis=-1, keepdims=True)
+    return _said(_kl(p, top), q, jnp.take_along_axis(tokens, best, axis=-1)[:, 0])
+
+
+def _distilled(output, batch, fn, columns: dict, constants: tuple = ()) -> tuple[dict, dict]:
+    """Term and metrics of fn over the predictors of the mask's tokens."""
+    mask = batch["mask"]
+    keep = jnp.roll(mask, -1, axis=1).at[:, -1].set(False)
+    found = over_head(fn, output.hidden, output.head, jax.lax.stop_gradient(columns), keep, constants)
+    loss = Term(jnp.sum(found["loss"]), jnp.sum(mask.astype(jnp.float32)))
+    return {"distill": loss}, {k: masked_mean(found[k], keep) for k in ("entropy", "agreement")}
+
+
+def _taught(forward, params, batch, name: str, temperature: float, beta: float = 0.0) -> tuple[dict, dict]:
+    columns = {"teacher_hidden": batch["teacher_hidden"], "temperature": jnp.float32(temperature), "beta": jnp.float32(beta)}
+    head = Head(jax.lax.stop_gradient(params["teacher_head"]["weight"]))
+    return _distilled(forward(params, batch), batch, _OVER[name], columns, (head,))
+
+
+def forward_kl(forward, params, batch, key, *, temperature: float = 1.0):
+    """L = KL(p || q) = sum_v p_v log(p_v / q_v).
+
+    The classic: the student covers all that the teacher might say. Reads mask and teacher_hidden. Source: "Distilling the
+    Knowledge in a Neural Network", without its factor of the temperature squared.
+    """
+    return _taught(forward, params, batch, "f", temperature)
+
+
+def reverse_kl(forward, params, batch, key, *, temperature: float = 1.0):
+    """L = KL(q || p) = sum_v q_v log(q_v / p_v).
+
+    It differs from forward_kl in that the student says only what the teacher would. Reads mask and teacher_hidden. Source:
+    "MiniLLM: Knowledge Distillation of Large Language Models", its token-level term.
+    """
+    return _taught(forward, params, batch, "r", temperature)
+
+
+def jensen_shannon(forward, params, batch, key, *, beta: float = 0.5, temperature: float = 1.0):
+    """L = beta KL(p || m) + (1 - beta) KL(q || m),  m = beta p + (1 - beta) q,  0 < beta < 1.
+
+    Between forward_kl (L / beta as beta goes to 0) and reverse_kl (L / (1 - beta) as it goes to 1), and bounded. Reads mask and
+    teacher_hidden. Raises UserError for another beta. Source: "On-Policy Distillation of Language Models: Learning from
+    Self-Generated Mistakes".
+    """
+    if not 0 < beta < 1:
+        raise UserError(f"config.objective.beta: {beta!r}; it is between 0 (distill.forward_kl) and 1 (distill.reverse_kl).")
+    return _taught(forward, params, batch, "js", temperature, beta)
+
+
+def top_k(forward, params, batch, key, *, temperature: float = 1.0):
+    """KL(p || q) over the teacher's K likeliest tokens and one more outcome, all the others together.
+
+    It differs from forward_kl in reading what was stored, and is at most as large: equal where K is the vocabulary.
+    teacher_logps are log-probabilities at this temperature, over the whole vocabulary. Reads mask, teacher_tokens,
+    teacher_logps. Source: forward_kl's, by the data-processing inequality.
+    """
+    columns = {k: jnp.roll(batch[k], -1, axis=1) for k in STORED} | {"temperature": jnp.float32(temperature)}
+    return _distilled(forward(params, batch), batch, _over_top, columns)
+
+
+forward_kl.columns = reverse_kl.columns = jensen_shannon.columns = HIDDEN
+top_k.columns = STORED

@@ -1,0 +1,225 @@
+"""What the losses over pairs share: the pairs of a batch, and how arithmetic on pairs becomes an objective.
+
+A pair is two consecutive documents of a row, the chosen before the rejected (`documents.sides`). A method of the family is a
+function of `Pairs` that gives each pair's loss [B,P], or several Terms of [B,P] arrays. `pairwise` makes an objective of it:
+
+    @pairwise
+    def mine(pairs, *, beta=0.1):
+        return -jax.nn.log_sigmoid(beta * (pairs.chosen - pairs.rejected))
+
+Each Term is a sum over pairs divided by the global batch's number of pairs (or by the weights that the method gives). `around`
+makes an objective of a function Pairs -> Pairs: it changes what another method sees. `composed` makes one of several methods.
+So every method takes every change, all of them score the tokens once, and what needs the whole batch is prepared for each.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxpost.errors import UserError
+from jaxpost.metrics import Mean, masked_mean
+from jaxpost.objectives import documents
+from jaxpost.objectives.logprobs import token_scores
+from jaxpost.resolve import resolve
+from jaxpost.types import Batch, Output, Term
+
+REFERENCE = {"ref_logps": ("BS", "float32")}
+
+
+def _itself(x):
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """The pairs of a batch; what is said of pairs is [B,P].
+
+    scores: the tokens' logps, entropy and correct [B,S]. emphasis [B,S]: how much each token's log-probability counts. score:
+    what a log-ratio becomes. weight [B,P]: how much each pair's loss counts. prepared: columns [B,P] made of the whole batch.
+    """
+
+    output: Output
+    batch: Batch
+    scores: dict
+    emphasis: jax.Array | float = 1.0
+    score: Callable = _itself
+    weight: jax.Array | float = 1.0
+    prepared: dict = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def lengths(self) -> tuple[jax.Array, jax.Array]:
+        """Tokens of the chosen and of the rejected completion, the stop token included; 0 where there is no pair."""
+        return documents.sides(documents.lengths(self.batch))
+
+    @property
+    def real(self) -> jax.Array:
+        """[B,P] bool: whether there is a pair, both of its completions with tokens."""
+        return (self.lengths[0] > 0) & (self.lengths[1] > 0)
+
+    @functools.cached_property
+    def logps(self) -> tuple[jax.Array, jax.Array]:
+        """Log-probabilities of the chosen and of the rejected completion, nats."""
+        return documents.sides(documents.sums(self.emphasis * self.scores["logps"], self.batch))
+
+    @functools.cached_property
+    def references(self) -> tuple[jax.Array, jax.Array]:
+        """The same under the frozen reference, from its column `ref_logps`."""
+        return documents.sides(documents.sums(self.emphasis * jax.lax.stop_gradient(self.batch["ref_logps"]), self.batch))
+
+    @property
+    def ratios(self) -> tuple[jax.Array, jax.Array]:
+        """log policy / reference of both completions."""
+        return self.logps[0] - self.references[0], self.logps[1] - self.references[1]
+
+    @property
+    def chosen(self) -> jax.Array:
+        """The chosen completion's score: its log-ratio, unless a divergence makes something else of it."""
+        return self.score(self.ratios[0])
+
+    @property
+    def rejected(self) -> jax.Array:
+        """The rejected completion's score."""
+        return self.score(self.ratios[1])
+
+    def means(self, sides: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Numbers of both completions, a token."""
+        return tuple(x / jnp.maximum(n, 1.0) for x, n in zip(sides, self.lengths, strict=True))
+
+    @property
+    def nll(self) -> jax.Array:
+        """Negative log-likelihood of the chosen completion, all of its tokens at full weight."""
+        return -documents.sides(documents.sums(self.scores["logps"], self.batch))[0]
+
+    def constant(self, name: str) -> jax.Array:
+        """A column that is constant over a pair, read at the chosen completion."""
+        return documents.sides(documents.constants(self.batch[name], self.batch))[0]
+
+
+class Part(NamedTuple):
+    """A method with its settings, and what it sees the pairs through (outermost first): one summand of an objective."""
+
+    name: str
+    loss: Callable
+    settings: dict
+    columns: dict
+    rewards: Callable  # Pairs -> (chosen, rejected): what is reported, times the setting beta, as the implicit rewards
+    prepare: Callable | None  # Pairs -> columns [B,P], of the whole batch
+    through: tuple[Callable, ...] = ()
+    coefficient: float = 1.0
+
+    def sees(self, pairs: Pairs) -> Pairs:
+        """The pairs as this method sees them."""
+        pairs = functools.reduce(lambda p, change: change(p), self.through, pairs)
+        own = f"{self.name}:"
+        prepared = {k.removeprefix(own): v for k, v in pairs.batch.items() if k.startswith(own)}
+        return dataclasses.replace(pairs, prepared=prepared)
+
+    def terms(self, pairs: Pairs) -> dict[str, Term]:
+        """The method's Terms, summed over the pairs that are there."""
+        found = self.loss(pairs, **self.settings)
+        named = {f"{self.name}/{k}": t for k, t in found.items()} if isinstance(found, dict) else {self.name: Term(found, 1.0)}
+
+        def summed(t):
+            value, weight = (jnp.sum(jnp.where(pairs.real, x, 0.0)) for x in (pairs.weight * t.sum, t.weight))
+            return Term(value, weight, self.coefficient * t.coefficient)
+
+        return {k: summed(t) for k, t in named.items()}
+
+
+def pairwise(loss=None, *, columns: dict = REFERENCE, rewards: Callable | None = None, prepare: Callable | None = None):
+    """The objective of a method: loss(pairs, *, keywords) -> [B,P], or {name: Term of [B,P] arrays}.
+
+    columns: what it reads besides tokens, segments and mask. rewards: of which numbers the reported rewards are made; the
+    log-ratios if None. prepare: Pairs -> columns [B,P] of the whole batch, which it finds in pairs.prepared.
+    """
+    if loss is None:
+        return functools.partial(pairwise, columns=columns, rewards=rewards, prepare=prepare)
+    name, rewards = loss.__name__, rewards or (lambda pairs: pairs.ratios)
+    objective = _objective(loss, lambda settings: [Part(name, loss, settings, columns, rewards, prepare)])
+    objective.columns = columns
+    if prepare is None:
+        del objective.prepare
+    return objective
+
+
+def around(change: Callable) -> Callable:
+    """The objective of a change: change(pairs, *, of, keywords) -> Pairs, which the objective named by `of` then sees."""
+
+    def parts(settings):
+        see = functools.partial(change, **settings)
+        return [part._replace(through=(see, *part.through)) for part in inside(settings["of"])]
+
+    return _objective(change, parts)
+
+
+def composed(make: Callable) -> Callable:
+    """The objective of several methods: make(*, keywords) -> their Parts."""
+    return _objective(make, lambda settings: make(**settings))
+
+
+def inside(entry: Any) -> list[Part]:
+    """The Parts of an objective over pairs, from its config entry. Raises UserError for an objective of another kind."""
+    bound = resolve(entry, "objectives")
+    if not hasattr(bound.func, "parts"):
+        raise UserError(f"config: {entry!r} is no loss over pairs; preference.sigmoid is one.")
+    return bound.func.parts(bound.keywords)
+
+
+def _objective(function: Callable, parts: Callable) -> Callable:
+    """(forward, params, batch, key, *, the function's keywords) -> terms, metrics; parts: settings -> [Part]."""
+    takes = inspect.signature(function).parameters.values()
+    keywords = [p for p in takes if p.kind is p.KEYWORD_ONLY]
+    defaults = {p.name: p.default for p in keywords if p.default is not p.empty}
+    placed = [inspect.Parameter(k, inspect.Parameter.POSITIONAL_OR_KEYWORD) for k in ("forward", "params", "batch", "key")]
+
+    def settled(options):
+        return parts({**defaults, **options})
+
+    @functools.wraps(function)
+    def objective(forward, params, batch, key, **options):
+        found, pairs = settled(options), _read(forward, params, batch)
+        terms = [part.terms(part.sees(pairs)) for part in found]
+        return functools.reduce(dict.__or__, terms), _metrics(found[0], found[0].sees(pairs))
+
+    def prepare(forward, params, batch, key, **options):
+        made, pairs = {}, _read(forward, params, batch)
+        for part in settled(options):
+            columns = part.prepare(part.sees(pairs)) if part.prepare else {}
+            made |= {f"{part.name}:{k}": v for k, v in columns.items()}
+        return made
+
+    def columns(**options):
+        return functools.reduce(dict.__or__, [part.columns for part in settled(options)])
+
+    objective.__signature__ = prepare.__signature__ = inspect.Signature([*placed, *keywords])
+    objective.parts = lambda options: parts({**defaults, **options})
+    objective.prepare, objective.columns, objective.data = prepare, columns, "pairs"
+    return objective
+
+
+def _read(forward: Callable, params: Any, batch: Batch) -> Pairs:
+    output = forward(params, batch)
+    return Pairs(output, batch, token_scores(output, batch))
+
+
+def _metrics(part: Part, pairs: Pairs) -> dict:
+    """What every method reports, under TRL's names: of the first one's rewards, where there are several."""
+    real, batch, beta = pairs.real, pairs.batch, part.settings.get("beta", 1.0)
+    chosen, rejected = (beta * x for x in part.rewards(pairs))
+    learned = batch["mask"] & (batch["segments"] % 2 == 1)
+    return {
+        "rewards/chosen": masked_mean(chosen, real),
+        "rewards/rejected": masked_mean(rejected, real),
+        "rewards/margins": masked_mean(chosen - rejected, real),
+        "rewards/accuracies": masked_mean(chosen > rejected, real),
+        "logps/chosen": masked_mean(pairs.logps[0], real),
+        "logps/rejected": masked_mean(pairs.logps[1], real),
+        "nll": Mean(jnp.sum(jnp.where(real, pairs.nll, 0.0)), jnp.sum(jnp.where(real, pairs.lengths[0], 0.0))),
+        "entropy": masked_mean(pairs.scores["entropy"], batch["mask"]),
+        "mean_token_accuracy": masked_mean(pairs.scores["correct"], learned),
+    }

@@ -1,0 +1,100 @@
+"""The benchmarks: equal work is shown or no ratio is told, all get the same weights and rows, and every command runs."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxpost.models import loading
+from jaxpost.objectives import logprobs
+
+ROOT = Path(__file__).parent.parent
+ONE = {**os.environ, "XLA_FLAGS": ""}  # one device
+FOLDER = ROOT / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def side_by_side():
+    sys.path.insert(0, str(FOLDER))
+    import side_by_side
+
+    yield side_by_side
+    sys.path.remove(str(FOLDER))
+
+
+def round_of(seconds, losses, **more):
+    return {"steps": seconds, "losses": losses, "peak_bytes": 2**30, "first": 5.0, "others": 0.0, **more}
+
+
+def test_a_ratio_is_told_only_of_equal_work(side_by_side):
+    losses = [9.0, 8.5, 8.0, 7.5, 7.0, 6.5, 6.0]
+    # 100 FLOPs at 0.5 of 400 a second; the second round is slower for all, and only the ratios within a round know it.
+    ours = [round_of([0.5, 0.5, 9.0], losses, flops=100, matmul=400), round_of([1.0] * 3, losses, flops=100, matmul=200)]
+    near = [round_of([1.0] * 3, losses), round_of([3.0] * 3, losses, peak_bytes=3 * 2**30, first=4.0)]
+    near[1]["losses"] = [x + 9e-5 for x in losses[:6]] + [0.0]  # what comes after six steps is not compared
+    far = [near[0], {**near[1], "losses": [x + 2e-4 for x in losses]}]
+    line = side_by_side.summary("peer", near, ours, 1000)
+    assert line["times_slower"] == 2.5 and line["tokens_per_second"] == 500 and line["roofline"] == (0.25 + 1 / 6) / 2
+    assert (line["peak_gib"], line["peak_gib_cold"], line["first_step"], line["first_step_cold"]) == (3, 1, 4, 5)
+    lines = [side_by_side.summary(name, found, ours, 1000) for name, found in (("near", near), ("far", far))]
+    short = side_by_side.summary("short", [{**r, "losses": losses[:5]} for r in near], ours, 1000)
+    told = side_by_side.table([*lines, short]).splitlines()
+    assert "2.50 times" in told[2] and "9.0e-05" in told[2]
+    assert "not equal work" in told[3] and "times" not in told[3] and "2.0e-04" in told[3]
+    assert "not equal work" in told[4] and "unknown" in told[4]
+
+
+def test_a_busy_machine_is_told(side_by_side):
+    ours = [round_of([1.0], [9.0] * 6, flops=1, matmul=1, others=share) for share in (0.01, 0.3)]
+    job = {"tokens_per_step": 10}
+    said = [side_by_side.told([side_by_side.summary("ours", r, r, 10)], {"ours": r}, job) for r in (ours, ours[:1])]
+    assert "30% of the machine" in said[0] and "of the machine" not in said[1]
+
+
+def test_all_get_the_rows_that_our_loader_makes(side_by_side, tmp_path):
+    side_by_side.model.make(tmp_path / "model", "tiny")
+    found = loading.describe(str(tmp_path / "model"))
+    assert found.tokenizer("w17 w3 w511 <eos>")["input_ids"] == [17, 3, 511, 2]
+    prepare = side_by_side.competitor.load(FOLDER / "sft" / "ours.py").prepare
+    rows = np.load(prepare({"model": str(tmp_path / "model"), "steps": 3}, tmp_path)["rows"])
+    assert rows.shape == (3, 8, 128) and (rows[..., -1] == 2).all() and (rows[..., :-1] >= 3).all()
+    texts = [json.loads(line)["text"].split() for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
+    assert sorted(rows[..., :-1].reshape(-1, 127).tolist()) == sorted([int(w[1:]) for w in text] for text in texts)
+
+
+def test_the_head_costs_its_chunk_and_not_the_logits(side_by_side, monkeypatch):
+    import memory
+
+    monkeypatch.setattr(logprobs, "CHUNK", 2**14)
+    arch = dataclasses.replace(memory.BASE, vocab=32768, width=16, mlp_width=16, layers=1, heads=1, kv_heads=1, head_width=16)
+    needed, seconds = memory.measured(arch, 2, 128, "none")
+    assert 0 < needed < 2 * 128 * 32768 * 4 / memory.MIB and seconds > 0
+
+
+@pytest.mark.slow
+def test_ours_is_measured_and_what_fails_is_left_out(tmp_path):
+    command = [sys.executable, FOLDER / "side_by_side.py", "--size=tiny", "--steps=6", "--rounds=2"]
+    command += [f"--json={tmp_path / 'found.json'}", f"--peer=trl={shutil.which('false')}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=ONE)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [line["name"] for line in found["lines"]] == ["ours"] and "trl ended with status 1" in done.stderr
+    first, second = found["rounds"]["ours"]
+    assert first["losses"] == second["losses"] and len(first["losses"]) == 9 and len(first["steps"]) == 6
+    assert "| ours |" in done.stdout and first["matmul"] > 0 and second["peak_bytes"] > 2**27
+
+
+@pytest.mark.slow
+def test_packing_is_measured(tmp_path):
+    rows = [{"prompt": "count to " + "one " * (i % 40), "completion": "two " * (i % 7 + 1)} for i in range(200)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--size=tiny", "--steps=3", "--rounds=1", "--window=128", f"--data={tmp_path / 'rows.jsonl'}"]
+    done = subprocess.run([sys.executable, FOLDER / "packing.py", *options], capture_output=True, text=True, cwd=ROOT, env=ONE)
+    assert done.returncode == 0, done.stderr
+    fills = [float(line.split("|")[3]) for line in done.stdout.splitlines() if line.startswith(("| packed", "| padded"))]
+    assert fills[0] > 0.9 > 0.5 > fills[1] > 0

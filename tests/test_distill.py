@@ -1,0 +1,136 @@
+"""Distillation against divergences written out in float64 over the whole vocabulary, differentiated numerically."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpost import metrics
+from jaxpost.errors import UserError
+from jaxpost.objectives import distill, logprobs
+from jaxpost.resolve import resolve
+from jaxpost.step import gradients
+from jaxpost.types import Head, Output
+
+BATCHES, B, S, V, K, WIDTH = 50, 2, 5, 7, 3, 4
+MASK = np.array([[0, 1, 0, 1, 1], [0, 0, 1, 0, 0]], bool)
+BEFORE = [(0, 0), (0, 2), (0, 3), (1, 1)]  # the places that predict the learned tokens
+TEMPERATURE = 1.7
+
+RNG = np.random.default_rng(5)
+STUDENT = RNG.normal(size=(BATCHES, B, S, V)).astype(np.float32)
+HIDDEN = RNG.normal(size=(BATCHES, B, S, WIDTH)).astype(np.float32)
+UNEMBED = RNG.normal(size=(V, WIDTH)).astype(np.float32)
+
+
+def _log_softmax(x):
+    return x - np.log(np.sum(np.exp(x), axis=-1, keepdims=True))
+
+
+TEACHER = _log_softmax(HIDDEN.astype(np.float64) @ UNEMBED.T.astype(np.float64) / TEMPERATURE)
+TOP = np.argsort(-TEACHER, axis=-1)[..., :K]
+# A stored column is about the token at its own place: what the place before it predicts.
+STORED = {
+    "teacher_tokens": np.roll(TOP, 1, axis=2).astype(np.int32),
+    "teacher_logps": np.roll(np.take_along_axis(TEACHER, TOP, -1), 1, axis=2).astype(np.float32),
+}
+
+
+def _kl(p, q):
+    return np.sum(np.exp(p) * (p - q), axis=-1)
+
+
+def _middle(beta):
+    def loss(p, q):
+        m = np.log(beta * np.exp(p) + (1 - beta) * np.exp(q))
+        return beta * _kl(p, m) + (1 - beta) * _kl(q, m)
+
+    return loss
+
+
+def _cut(p, q):
+    """The divergence of the top and of all the others as one outcome."""
+
+    def short(x):
+        top = np.take_along_axis(x, TOP, -1)
+        return np.concatenate([top, np.log(1 - np.sum(np.exp(top), -1, keepdims=True))], axis=-1)
+
+    return _kl(short(p), short(q))
+
+
+LOSSES = {
+    "forward_kl": ({}, _kl),
+    "reverse_kl": ({}, lambda p, q: _kl(q, p)),
+    "jensen_shannon": ({"beta": 0.3}, _middle(0.3)),
+    "top_k": ({}, _cut),
+}
+
+
+def _measured(name, options, columns, student=STUDENT, head=UNEMBED):
+    """(losses, gradients by the student's logits, metrics) of every batch; the student's hidden states are its logits."""
+    objective = resolve({"name": f"distill.{name}", "temperature": TEMPERATURE, **options}, "objectives")
+
+    def one(student, columns):
+        params = {"student": student, "teacher_head": {"weight": jnp.asarray(head)}}
+        forward = lambda params, batch: Output(params["student"], Head(jnp.eye(V)))  # noqa: E731
+        batch = {"mask": MASK, "tokens": MASK.astype(np.int32), "segments": np.ones_like(MASK, np.int32), **columns}
+        frozen = jax.tree.map(lambda _: None, params)
+        loss, grads, measured = gradients(forward, objective, params, frozen, batch, jax.random.PRNGKey(0))
+        return loss, grads, measured
+
+    return jax.device_get(jax.jit(lambda s, c: jax.lax.map(lambda x: one(*x), (s, c)))(student, columns))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_value_and_gradient_are_the_divergences(name):
+    options, divergence = LOSSES[name]
+    found, grads, _ = _measured(name, options, STORED if name == "top_k" else {"teacher_hidden": HIDDEN})
+
+    def reference(student):
+        all_places = divergence(TEACHER, _log_softmax(student / TEMPERATURE))
+        return sum(all_places[:, i, j] for i, j in BEFORE) / len(BEFORE)
+
+    exact, step = STUDENT.astype(np.float64), 1e-4
+    # float32 logits of a handful of terms; a divergence is a small difference of larger numbers, hence the absolute part.
+    np.testing.assert_allclose(found, reference(exact), rtol=1e-5, atol=1e-6)
+    wanted = np.zeros_like(exact)
+    for place in np.ndindex(B, S, V):
+        up, down = exact.copy(), exact.copy()
+        up[:, *place] += step
+        down[:, *place] -= step
+        wanted[:, *place] = (reference(up) - reference(down)) / (2 * step)
+    np.testing.assert_allclose(grads["student"], wanted, rtol=1e-5, atol=1e-6)
+    assert not grads["teacher_head"]["weight"].any()
+
+
+def test_a_student_like_its_teacher_has_nothing_to_learn():
+    hidden, eye = {"teacher_hidden": STUDENT}, np.eye(V, dtype=np.float32)
+    for name in ("forward_kl", "reverse_kl", "jensen_shannon"):
+        loss, grads, measured = _measured(name, {}, hidden, head=eye)
+        assert np.abs(loss).max() < 1e-6 and np.abs(grads["student"]).max() < 1e-7
+        assert metrics.values({"a": jax.tree.map(lambda x: x[0], measured["agreement"])})["a"] == 1
+
+
+def test_all_tokens_stored_are_the_whole_divergence():
+    order = np.argsort(-TEACHER, axis=-1)
+    stored = {
+        "teacher_tokens": np.roll(order, 1, axis=2).astype(np.int32),
+        "teacher_logps": np.roll(np.take_along_axis(TEACHER, order, -1), 1, axis=2).astype(np.float32),
+    }
+    whole, grads, _ = _measured("forward_kl", {}, {"teacher_hidden": HIDDEN})
+    found, found_grads, _ = _measured("top_k", {}, stored)
+    np.testing.assert_allclose(found, whole, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found_grads["student"], grads["student"], rtol=1e-5, atol=1e-6)
+
+
+def test_chunks_change_nothing(monkeypatch):
+    whole = _measured("reverse_kl", {}, {"teacher_hidden": HIDDEN})
+    monkeypatch.setattr(logprobs, "CHUNK", 2 * V)  # one place of each row at a time
+    parts = _measured("reverse_kl", {}, {"teacher_hidden": HIDDEN})
+    np.testing.assert_allclose(parts[0], whole[0], rtol=1e-6)
+    np.testing.assert_allclose(parts[1]["student"], whole[1]["student"], rtol=1e-5, atol=1e-8)
+
+
+def test_a_beta_at_the_ends_names_the_function_that_is_meant():
+    with pytest.raises(UserError, match="forward_kl"):
+        distill.jensen_shannon(None, None, None, None, beta=0.0)

@@ -1,0 +1,414 @@
+"""Machines that are not here, and whether a recipe fits them.
+
+What needs libtpu skips where it is not installed; the same on simulated devices does not.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpost import fit, plan, recipe, resolve, sharding
+from jaxpost.compiled import program, roofline, search, topology
+from jaxpost.compiled.hlo import Collective
+from jaxpost.data import pack, source
+from jaxpost.errors import UserError
+from jaxpost.models import families, known
+from jaxpost.rollouts import source as rollouts
+from jaxpost.sampling.decode import Completions
+
+TINY = {
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+TPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed")
+RECIPES = sorted((Path(__file__).parent.parent / "configs" / "tpu").glob("[!_]*.py"))
+GIB = topology.GIB
+
+
+def tiny(**changes):
+    settings = {"model": TINY, "window": 32, "batch_size": 16, "steps": 10, "mesh": {"data": 2, "fsdp": 2, "tensor": 2}}
+    return recipe.make(**{**settings, **changes})
+
+
+# ------------------------------------------------------------------------------------------------------------ Machines
+
+
+@TPU
+@pytest.mark.parametrize(
+    ("name", "devices", "kind", "slices"),
+    [
+        ("v5e:2x4", 8, "TPU v5 lite", 1),
+        ("v5e:1x1", 1, "TPU v5 lite", 1),
+        ("v4:2x2x1", 4, "TPU v4", 1),
+        ("v4:1x1x1", 1, "TPU v4", 1),
+        ("v5p:2x2x4", 16, "TPU v5", 1),
+        ("v6e:4x4*2", 32, "TPU v6 lite", 2),
+        ("tpu7x:2x2x1", 8, "TPU7x", 1),
+    ],
+)
+def test_a_topology_is_found_by_its_name(name, devices, kind, slices):
+    found = topology.find(name)
+    assert (len(found.devices), found.slices, topology.slices_of(found.devices)) == (devices, slices, slices)
+    assert {d.device_kind for d in found.devices} == {kind}
+
+
+@pytest.mark.parametrize("name", ["v7x:2x2", "v5e", "v5e:4x4*0", "cpu", "tpu:8"])
+def test_an_unknown_topology_is_refused_with_those_there_are(name):
+    with pytest.raises(UserError, match=r"v5e, v6e have shapes 1x1 2x2 2x4.*v5p.*cpu:N"):
+        topology.find(name)
+
+
+def test_more_devices_than_were_simulated_are_refused():
+    assert len(topology.find("cpu:4").devices) == 4
+    with pytest.raises(UserError, match="started with 8 simulated devices"):
+        topology.find("cpu:16")
+
+
+def test_without_libtpu_the_extra_is_named(monkeypatch):
+    def absent(**_):
+        raise RuntimeError("libtpu.so is not found")
+
+    monkeypatch.setattr(topology.topologies, "get_topology_desc", absent)
+    with pytest.raises(UserError, match=r"pip install 'jaxpost\[fit\]'"):
+        topology.find("v5e:2x4")
+
+
+@TPU
+def test_a_group_has_the_links_of_the_axes_that_it_spans():
+    flat, cube, pod = topology.find("v5e:4x4"), topology.find("v5p:4x4x4"), topology.find("v5e:16x16")
+    row = [d for d in flat.devices if d.coords[0] == 0]
+    assert topology.links(flat, row) == 1  # four in a line, which a v5e closes to a ring at sixteen
+    assert topology.links(flat, flat.devices) == 2
+    assert topology.links(flat, [d for d in row if d.coords[1] % 2]) == 1  # at least one, though shared
+    assert topology.links(cube, cube.devices) == 6
+    assert topology.links(cube, [d for d in cube.devices if d.coords[2] == 1]) == 4
+    assert topology.links(pod, [d for d in pod.devices if d.coords[0] == 3]) == 2
+
+
+@TPU
+def test_fsdp_lies_on_two_axes_of_a_torus_and_data_across_slices():
+    cube = topology.find("v5p:4x4x4")
+    mesh = sharding.make_mesh(4, 16, 1, devices=cube.devices)
+    assert all(topology.torus_axes(list(mesh.devices[i, :, 0])) == 2 for i in range(4))
+    sharding.make_mesh(2, 32, 1, devices=cube.devices)  # splits an axis of the torus
+    two = topology.find("v6e:2x2*2")
+    mesh = sharding.make_mesh(2, 4, 1, devices=two.devices)
+    assert [topology.slices_of(list(mesh.devices[i, :, 0])) for i in (0, 1)] == [1, 1]
+    assert topology.slices_of(list(mesh.devices[:, 0, 0])) == 2
+    with pytest.raises(UserError, match="data=1 is no multiple of the 2 slices"):
+        sharding.make_mesh(1, 8, 1, devices=two.devices)
+
+
+# ----------------------------------------------------------------------------------------------------------- The model
+
+
+def test_known_models_have_the_sizes_they_are_called_by():
+    counts = {n: families.architecture(known.fields(n)).parameters() for n in known.names()}
+    assert counts == {
+        "meta-llama/Llama-3.1-8B": 8030261248,
+        "meta-llama/Llama-3.1-70B": 70553706496,
+        "Qwen/Qwen3-1.7B": 1720574976,
+        "Qwen/Qwen3-8B": 8190735360,
+        "Qwen/Qwen3-32B": 32762123264,
+        "Qwen/Qwen3-30B-A3B": 30532122624,
+        "google/gemma-3-12b-pt": 11766034176,
+    }
+    assert known.fields("google/gemma-3-12b-it") == known.fields("google/gemma-3-12b-pt")
+    assert known.fields("Qwen/Qwen3-8B-Base") == known.fields("Qwen/Qwen3-8B") and known.fields("x/y") is None
+
+
+def test_the_columns_of_a_batch_are_those_that_a_source_makes():
+    def shapes(batch):
+        return {k: (np.shape(x), np.asarray(x).dtype) for k, x in batch.items()}
+
+    def told(columns):
+        return {k: (x.shape, x.dtype) for k, x in columns.items()}
+
+    rows = source.rows([{"tokens": np.arange(5, dtype=np.int32), "mask": np.ones(5, bool)}], [5], 32, seed=0)
+    batch = source.Batches(rows, 16, seed=0)()
+    assert told(source.columns(16, 32)) == shapes(batch) == {k: ((16, 32), x.dtype) for k, x in pack.empty(32).items()}
+
+    class Tokenizer:
+        def decode(self, ids, **_):
+            return ""
+
+    options = {"prompt_window": 8, "new": 24, "temperature": 1.0}
+    made = rollouts.Rollouts(
+        None, Tokenizer(), None, lambda record, text: 0.0, sharding.make_mesh(), batch_size=16, group=8, seed=0, options=options
+    )
+    found = Completions(np.ones((16, 32), np.int32), np.full(16, 3), np.zeros((16, 32), np.float32), np.ones(16, bool))
+    drawn = [({}, np.arange(1, 5))] * 16
+    assert told(rollouts.columns(16, 32)) == shapes(made._batch(drawn, found))
+
+
+def test_an_objective_may_read_columns_of_its_own():
+    def mine(forward, params, batch, key):
+        """Reads what a reference said."""
+
+    mine.columns = {"ref_logps": ("BS", "float32"), "rated": ("B", "bool"), "tokens": ("BS", "float32")}
+    found = plan.columns(tiny(), resolve.bind(mine, {}, "mine"))
+    assert (found["ref_logps"].shape, found["ref_logps"].dtype) == ((16, 32), np.float32)
+    assert (found["rated"].shape, found["rated"].dtype) == ((16,), np.bool_)
+    assert found["tokens"].dtype == np.int32  # the source's own
+
+
+# ------------------------------------------------------------------------------------------------------- A whole report
+
+
+@pytest.fixture(scope="module")
+def report():
+    return fit.report(tiny(), "cpu:8")
+
+
+def test_a_report_says_where_the_memory_goes(report):
+    (stage,) = report["stages"]
+    (step,) = stage["programs"]
+    mesh, hbm = sharding.make_mesh(2, 2, 2), step["hbm"]
+    state = program.prepared(recipe.stages(tiny())[0][1], mesh).programs[0].arguments[0]
+    pieces = sum(4 * np.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(state.train))
+    # Of each kernel a quarter, of each norm (32 numbers, five of them) the whole.
+    matrices = 2 * 96 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64)
+    assert hbm["weights"] == pieces == 4 * (matrices / 4 + 5 * 32)
+    assert hbm["optimizer"] == 2 * hbm["weights"] + 8  # two moments, two counters
+    assert hbm["inputs"] == 16 / 4 * 32 * (3 * 4 + 1)
+    assert hbm["total"] == pytest.approx(sum(hbm[k] for k in hbm if k not in ("total", "limit")), rel=0.02)
+    assert stage["fits"] and report["fits"] and stage["parameters"] == matrices + 5 * 32
+
+
+def test_a_report_says_what_is_computed_and_sent(report):
+    (step,) = report["stages"][0]["programs"]
+    # Six for every weight and token, four products of attention forward and twice that back; the head's loop says how often it
+    # turns at most, or counts once.
+    tokens, layer = 16 * 32, 4 * 32 * 32 + 3 * 32 * 64
+    least = (6 * 2 * layer * tokens + 3 * 2 * 4 * 16 * 32 * 32 * 32) / 8
+    assert least < step["flops"] <= least + 8 * 96 * 32 * tokens / 8
+    gathered = {c["axes"]: c["bytes"] for c in step["collectives"] if c["kind"] == "all-gather"}
+    # Each kernel and the head once: the half that is elsewhere, of what tensor leaves; and for the lookup less than the table.
+    assert 0 <= gathered["fsdp"] - (2 * layer + 96 * 32) / 2 / 2 * 4 < 96 * 32 / 2 / 2 * 4
+    assert "seconds" not in step and not step["given_up"] and step["compile_seconds"] > 0
+
+
+def test_the_table_is_the_report(report):
+    text = fit.table(report)
+    assert "cpu:8: 8 devices, mesh data=2 fsdp=2 tensor=2" in text
+    assert "train: 26,784 parameters; 16 rows of 32 tokens in 1 microbatches, float32, remat none" in text
+    assert "all-gather along fsdp" in text and "fits" in text and "modelled" not in text
+    assert json.loads(json.dumps(report)) == report
+
+
+# ----------------------------------------------------------------------------------------------- Remedies and the search
+
+
+def _machine(hbm=4.0):
+    chip = topology.CHIPS["v5e"]._replace(hbm=hbm)
+    return topology.Topology("v5e:2x4", jax.devices(), chip)
+
+
+@pytest.fixture
+def stubbed(monkeypatch):
+    """fit.report with a compiler that finds 8 bytes, halved by each doubling of microbatches, and by remat."""
+    seen = []
+
+    def measured(s, mesh, machine, traced):
+        total = 8e8 / s.microbatches / (1 if s.remat == "none" else 2) * (1 if s.dtype == "float32" else 0.5)
+        seen.append((s.remat, s.microbatches, dict(mesh.shape), s.dtype))
+        hbm = {"temporaries": total, "total": total, "limit": machine.chip.hbm}
+        times = {"compute": 1.0, "memory": 1.0, "overlapped": 1.0 / mesh.shape["fsdp"], "serial": 2.0}
+        more = {"flops": 1.0, "traffic": 1.0, "collectives": [], "seconds": times, "given_up": []}
+        named = {"program": "step", "lower_seconds": 0.0, "compile_seconds": 0.0}
+        return {**named, "fits": total <= machine.chip.hbm, "hbm": hbm, **more}
+
+    monkeypatch.setattr(program, "measured", measured)
+    return seen
+
+
+def _report(monkeypatch, hbm, **options):
+    monkeypatch.setattr(topology, "find", lambda name: _machine(1e8 * hbm))
+    return fit.report(tiny(mesh={"data": 8}), "v5e:2x4", **options)
+
+
+@pytest.mark.parametrize(
+    ("hbm", "flags"),
+    [
+        (4.0, "--config.remat=dots"),
+        (2.0, "--config.remat=full --config.microbatches=2"),
+        # Two rows a device allow no more than two microbatches; where tensor takes devices, there are more rows.
+        (1.0, "--config.remat=full --config.microbatches=4 --config.mesh.data=1 --config.mesh.fsdp=4 --config.mesh.tensor=2"),
+    ],
+)
+def test_the_cheapest_remedy_that_fits_is_named(stubbed, monkeypatch, hbm, flags):
+    found = _report(monkeypatch, hbm)["stages"][0]
+    assert found["remedy"]["flags"] == flags and not found["fits"]
+    assert found["remedy"]["tried"] == len(stubbed) - 1
+    assert f"it fits with\n  {flags}" in fit.table({**found, "topology": "", "devices": 8, "mesh": {}, "stages": [found]})
+
+
+def test_remedies_come_cheapest_first_and_divide():
+    s = recipe.stages(tiny(batch_size=24, microbatches=1, remat="dots"))[0][1]
+    ways = list(search.remedies(s, sharding.make_mesh(4, 2, 1)))
+    ways = [way for way in ways if way.get("remat") != "attention"]
+    assert ways[:2] == [{"remat": "full"}, {"mesh.data": 1, "mesh.fsdp": 8, "mesh.tensor": 1}]  # three rows a device: no halves
+    assert ways[4:6] == [
+        {**m, "mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2}
+        for m in ({"remat": "full"}, {"remat": "full", "microbatches": 2})
+    ]
+    cast = [way.get("dtype") for way in ways]
+    assert cast == [None] * (len(ways) // 2) + ["bfloat16"] * (len(ways) // 2 + 1) and {"dtype": "bfloat16"} in ways
+    assert (
+        search.told(ways[4], "sft")
+        == "--config.sft.remat=full --config.mesh.data=1 --config.mesh.fsdp=4 --config.mesh.tensor=2"
+    )
+    two = list(search.remedies(s, sharding.make_mesh(4, 2, 1), slices=2))
+    assert {way["mesh.data"] for way in two if "mesh.data" in way} == {2}
+
+
+def test_where_nothing_helps_the_state_is_named(stubbed, monkeypatch):
+    found = _report(monkeypatch, 1e-8)
+    assert found["stages"][0]["remedy"] == {"settings": None, "tried": 0} and not found["fits"]
+    assert "take a larger topology, an adapter, or a quantised base" in fit.table(found)
+
+
+def test_the_search_compiles_the_few_best_and_takes_the_fastest(stubbed, monkeypatch):
+    monkeypatch.setattr(
+        search, "candidates", lambda s, machine: [(1, {"mesh.data": 8 // f, "mesh.fsdp": f}) for f in (1, 8, 2)]
+    )
+    (stage,) = _report(monkeypatch, 8.0, best=True)["stages"]
+    assert [c["settings"]["mesh.fsdp"] for c in stage["search"]["tried"]] == [8, 2, 1]
+
+
+def test_candidates_divide_and_are_estimated_to_fit():
+    s = recipe.stages(tiny())[0][1]
+    found = search.candidates(s, _machine(16 * GIB))
+    ways = [way for _, way in found]
+    assert {"microbatches": 2, "mesh.data": 8, "mesh.fsdp": 1, "mesh.tensor": 1} in ways
+    assert all(16 % (w["microbatches"] * w["mesh.data"] * w["mesh.fsdp"]) == 0 and w["mesh.tensor"] <= 4 for w in ways)
+    assert [t for t, _ in found] == sorted(t for t, _ in found)
+    assert search.candidates(s, _machine(1e4)) == []
+
+
+# ------------------------------------------------------------------------------------------------------------ The time
+
+
+def test_a_step_takes_as_long_as_its_longest_part():
+    chip = topology.Chip(hbm=1, peak=100.0, bandwidth=10.0, link=1.0, dcn=1.0, wrap=4)
+    found = roofline.times(topology.Topology("", [], chip), 300.0, 20.0, 4.0, 1.0)
+    assert found == {"compute": 3.0, "memory": 2.0, "links": 4.0, "network": 1.0, "overlapped": 4.0, "serial": 8.0}
+    found = roofline.times(topology.Topology("", [], chip), 100.0, 20.0, 1.0, 1.0)  # arithmetic waits for memory
+    assert (found["overlapped"], found["serial"]) == (2.0, 4.0)
+
+
+@TPU
+def test_a_collective_takes_its_bytes_over_its_links():
+    machine = topology.find("v5e:2x4")
+    mesh = sharding.make_mesh(1, 8, 1, devices=machine.devices)
+    devices, link = list(mesh.devices.flat), machine.chip.link
+    gather = Collective("all-gather", "fsdp", tuple(range(8)), 8e9, 7e9, 3.0, "")
+    assert roofline.seconds(machine, devices, gather) == (pytest.approx(3 * 7e9 / (2 * link)), 0.0)
+    exchange = gather._replace(kind="all-to-all")
+    assert roofline.seconds(machine, devices, exchange)[0] == pytest.approx(2 * 3 * 7e9 / (2 * link))
+    far = gather._replace(kind="all-reduce between slices")
+    assert roofline.seconds(machine, devices, far) == (0.0, pytest.approx(3 * 7e9 / machine.chip.dcn))
+
+
+# -------------------------------------------------------------------------------------------------------- The compiler
+
+
+def _given_up(machine):
+    mesh = sharding.make_mesh(2, 2, 2, devices=machine.devices)
+    table = {"embed": {"weight": jax.ShapeDtypeStruct((112, 32), jnp.float32)}}
+    places = sharding.stored(mesh, table)
+    tokens = sharding.batch_shapes({"t": jax.ShapeDtypeStruct((16, 20), jnp.int32)}, mesh)["t"]
+
+    def total(table, tokens):
+        x = jnp.take(sharding.gather(table)["embed"]["weight"], tokens, axis=0)
+        return jnp.sum(sharding.shard(x, "BSD") ** 2)
+
+    function = jax.jit(jax.grad(total), out_shardings=places)
+    table = sharding.placed(table, places)
+    traced = program.Traced("step", function, (table, tokens), {}, {"weights": table, "inputs": tokens})
+    return program.measured(None, mesh, machine, traced)
+
+
+def test_a_split_that_the_partitioner_gives_up_is_a_failure():
+    found = _given_up(topology.find("cpu:8"))
+    assert len(found["given_up"]) == 1 and "f32[4,20,32]" in found["given_up"][0]
+    assert "FAILURE: the partitioner gives up a split" in "\n".join(fit._program_lines(found))
+
+
+@TPU
+def test_libtpu_says_so_as_well():
+    # In a process of its own: what libtpu says is settled as jax first looks for a TPU.
+    code = "import json, test_fit as t; print(json.dumps(t._given_up(t.topology.find('v5e:2x4'))['given_up']))"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (told,) = json.loads(done.stdout)
+    assert "f32[4,20,32]" in told
+
+
+@TPU
+def test_what_does_not_fit_is_measured_all_the_same():
+    machine = topology.find("v5e:1x1")
+    mesh = sharding.make_mesh(devices=machine.devices)
+    x = jax.ShapeDtypeStruct((2**16, 2**16), jnp.float32, sharding=sharding.replicated(mesh))  # 16 GiB
+    traced = program.Traced("step", jax.jit(lambda x: jnp.sin(x) @ x), (x,), {}, {"weights": x})
+    found = program.measured(None, mesh, machine, traced)
+    assert not found["fits"] and found["hbm"]["total"] >= 32 * GIB and found["hbm"]["weights"] == 16 * GIB
+    assert found["hbm"]["limit"] == 15.75 * GIB and found["flops"] == 2 * 2.0**48
+
+
+@TPU
+def test_the_compilers_limit_is_the_one_in_the_table():
+    for kind in ("v4", "v5e", "v5p", "v6e", "tpu7x"):
+        machine = topology.find(f"{kind}:{'1x1x1' if kind in ('v4', 'v5p', 'tpu7x') else '1x1'}")
+        mesh = sharding.make_mesh(devices=machine.devices)
+        x = jax.ShapeDtypeStruct((2**18, 2**18), jnp.float32, sharding=sharding.replicated(mesh))
+        with sharding.use(mesh), pytest.raises(Exception, match=rf"exceeds available HBM \({machine.chip.hbm / GIB:.2f}G\)"):
+            jax.jit(jnp.sin).lower(x).compile()
+
+
+@TPU
+@pytest.mark.slow
+def test_a_tiny_recipe_on_a_tpu():
+    sft = fit.report(tiny(), "v5e:2x4")["stages"][0]["programs"][0]
+    assert sft["fits"] and 0 < sft["mfu"]["serial"] < sft["mfu"]["overlapped"] < 1
+    rl = tiny(
+        source="rollouts",
+        objective={"name": "policy_gradient.reinforce"},
+        rollouts={"group": 8, "prompt_window": 8, "new": 24, "temperature": 1.0},
+    )
+    step, sampler = fit.report(rl, "v5e:2x4")["stages"][0]["programs"]
+    assert (step["program"], sampler["program"]) == ("step", "sampler")
+    assert sampler["hbm"]["total"] >= sampler["hbm"]["weights"] + sampler["hbm"]["optimizer"]
+
+
+# --------------------------------------------------------------------------------------------------------- The recipes
+
+
+@TPU
+@pytest.mark.parametrize("argument", ["", "lora"])
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_a_tpu_recipe_is_checked_and_its_state_fits(path, argument):
+    config = resolve.find(f"{path}:get_config", "configs")(argument)
+    machine = topology.find(config.topology)
+    mesh = sharding.make_mesh(**config.mesh, devices=machine.devices)
+    ((_, settings),) = recipe.stages(config)
+    assert program.prepared(settings, mesh).state_bytes() < machine.chip.hbm
+    for axis in range(3):  # no axis of the mesh over all three of a torus, which would be gathered by summing
+        line = [x for i, x in np.ndenumerate(mesh.devices) if all(n == 0 for a, n in enumerate(i) if a != axis)]
+        assert topology.torus_axes(line) < 3

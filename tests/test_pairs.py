@@ -1,0 +1,325 @@
+"""Pairs and judged answers: from rows to documents that lie in a row together, by columns small enough to work out by hand.
+
+The boundary between a prompt and its answers is the one thing that must survive tokenisation, so it is tried on a tokenizer
+that merges across it. What is refused is refused with file and row.
+"""
+
+import json
+
+import numpy as np
+import pytest
+from toy_tokenizers import byte_pairs, characters, learned
+
+from jaxpost import datasets, recipe, sharding
+from jaxpost.data import formats, mixture, pack, pairs, readers, source
+from jaxpost.data.readers import Record
+from jaxpost.errors import UserError
+from jaxpost.plan import columns, plan_stage
+from jaxpost.tokenizer import load
+
+PLAIN = "{% for m in messages %}{{ m['content'] }}{{ eos_token if m['role'] == 'assistant' }}{% endfor %}"
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXPOST_CACHE", str(tmp_path / "cache"))
+
+
+def pair(prompt, chosen, rejected, **more):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}
+
+
+def records(*rows):
+    return [Record(row, f"d.jsonl, line {i}") for i, row in enumerate(rows, start=1)]
+
+
+def encode(rows, shape="pairs", tokenizer=None, **options):
+    options = {"window": 64, "template": PLAIN, **options}
+    return source.encode_all(records(*rows), tokenizer or characters(), shape=shape, **options)
+
+
+def texts(example, tokenizer):
+    return [learned(document, tokenizer) for document in pairs.documents(example)]
+
+
+def listed(row):
+    return {name: column.tolist() for name, column in row.items()}
+
+
+# ---- layouts
+
+UNIT = pairs.Unit(np.array([5, 6, 7], np.int32), (np.array([8, 9]), np.array([4])), (np.ones(2, bool), np.ones(1, bool)), 1.0)
+
+
+def test_documents_of_a_pair_follow_each_other():
+    assert listed(pairs.layout(UNIT, "pairs", False, margins=True)) == {
+        "tokens": [5, 6, 7, 8, 9, 5, 6, 7, 4],
+        "mask": [False, False, False, True, True, False, False, False, True],
+        "segments": [1, 1, 1, 1, 1, 2, 2, 2, 2],
+        "positions": [0, 1, 2, 3, 4, 0, 1, 2, 3],
+        "margins": [1.0] * 9,
+    }
+
+
+def test_a_shared_prefix_is_there_once_but_for_its_last_token():
+    row = pairs.layout(UNIT, "mismatched", True)
+    assert listed(row) == {
+        "tokens": [5, 6, 7, 8, 9, 7, 4],
+        "mask": [False, False, False, True, True, False, True],
+        "segments": [1, 1, 1, 1, 1, 2, 2],
+        "positions": [0, 1, 2, 3, 4, 2, 3],
+        "branches": [0, 0, 1, 1, 1, 2, 2],
+        "labels": [1.0, 1.0, 1.0, 1.0, 1.0, -1.0, -1.0],
+    }
+    apart = pairs.layout(UNIT, "pairs", False)
+    for one, other in zip(pairs.documents(row), pairs.documents(apart), strict=True):
+        assert listed(one) == listed(other), "the same documents either way"
+    short = UNIT._replace(prompt=np.zeros(0, np.int32))
+    assert listed(pairs.layout(short, "pairs", True))["branches"] == [1, 1, 2]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("size", [0, 1, 3])
+def test_lengths_are_those_of_the_layout(shared, size):
+    unit = UNIT._replace(prompt=UNIT.prompt[:size])
+    flat = pairs.stored([unit, UNIT])
+    expected = [len(pairs.layout(each, "pairs", shared)["tokens"]) for each in (unit, UNIT)]
+    assert pairs.lengths(flat, "pairs", shared).tolist() == expected
+    assert pairs.length(size, [2, 1], shared) == expected[0]
+    again = pairs.unit_at(flat, int(flat["sizes"][0]), 1, "pairs")
+    assert listed(pairs.layout(again, "pairs", shared)) == listed(pairs.layout(UNIT, "pairs", shared))
+
+
+def test_pairs_pack_into_one_row_and_count_on():
+    rows = [pair("q", "a", "bc"), pair("p", "x", "y")]
+    encoded = encode(rows)
+    row = source.rows(encoded.examples, encoded.lengths, 16, seed=0)[0]
+    # "qa</s>" and "qbc</s>", then "px</s>" and "py</s>": 3 + 4 + 3 + 3 tokens.
+    assert row["segments"].tolist() == [1] * 3 + [2] * 4 + [3] * 3 + [4] * 3 + [0] * 3
+    assert row["positions"].tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 0, 0, 0]
+    assert row["mask"].tolist() == [False, True, True, False] + [True] * 3 + [False, True, True] * 2 + [False] * 3
+    with pytest.raises(ValueError, match="2 examples of 13 tokens do not fit a window of 12"):
+        pack.pack([encoded.examples[0], encoded.examples[1]], 12)
+
+
+# ---- the boundary
+
+
+def test_what_an_answer_merges_with_the_prompt_is_the_answers():
+    tokenizer = byte_pairs(PLAIN)
+    (example,) = [encode([pair("ab", "cx", "dx")], tokenizer=tokenizer, template=None).examples[0]]
+    assert texts(example, tokenizer) == ["a⟦bcx<|endoftext|>⟧", "a⟦bdx<|endoftext|>⟧"]
+    ids = [document["tokens"].tolist() for document in pairs.documents(example)]
+    assert ids[0] == tokenizer("abcx<|endoftext|>")["input_ids"] and ids[1] == tokenizer("abdx<|endoftext|>")["input_ids"]
+    shared = encode([pair("xab", "cx", "dx")], tokenizer=tokenizer, template=None, shared=True).examples[0]
+    assert shared["branches"].tolist() == [0, 1, 1, 1, 1, 2, 2, 2, 2, 2]
+    assert shared["mask"].tolist() == [False, False, True, True, True, False, True, True, True, True]
+
+
+def test_equal_beginnings_of_answers_are_no_prompt():
+    (example,) = [encode([pair("q", "same a", "same b")]).examples[0]]
+    assert texts(example, characters()) == ["q⟦same a</s>⟧", "q⟦same b</s>⟧"]
+
+
+def test_only_the_assistant_is_learned_in_an_answer_of_several_turns():
+    turns = [{"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "s"))]
+    row = {"chosen": turns, "rejected": [turns[0], {"role": "assistant", "content": ""}]}
+    assert texts(encode([row]).examples[0], characters()) == ["q⟦a</s>⟧r⟦s</s>⟧", "q⟦</s>⟧"]
+    assert texts(encode([row], train_on="last").examples[0], characters()) == ["qa</s>r⟦s</s>⟧", "q⟦</s>⟧"]
+
+
+# ---- labels, ratings, margins
+
+
+def test_labelled_answers_stand_alone_and_mismatched_ones_beside_them():
+    rows = [{"prompt": p, "completion": c, "label": v} for p, c, v in (("p", "a", True), ("q", "b", False), ("q", "c", True))]
+    alone = encode(rows, "labelled")
+    assert [texts(alone.examples[i], characters()) for i in range(3)] == [["p⟦a</s>⟧"], ["q⟦b</s>⟧"], ["q⟦c</s>⟧"]]
+    assert [alone.examples[i]["labels"][0] for i in range(3)] == [1, 0, 1]
+    both = encode(rows, "mismatched")
+    # The answer before, going round; the third's neighbour has its own prompt, so it takes the neighbour's.
+    found = [texts(both.examples[i], characters())[1] for i in range(3)]
+    assert found == ["p⟦c</s>⟧", "q⟦a</s>⟧", "q⟦a</s>⟧"]
+    assert both.examples[1]["labels"].tolist() == [0, 0, 0, -1, -1, -1]
+    with pytest.raises(UserError, match="line 1: there is no other prompt whose answer could be its mismatch"):
+        encode(rows[1:], "mismatched")
+
+
+def test_ratings_make_the_best_and_the_worst_a_pair():
+    row = {"prompt": "q", "completions": ["a", "b", "c"], "ratings": [1, 5.5, 2]}
+    found = formats.pair(Record(row, "p"))
+    assert (found.chosen_messages[0]["content"], found.rejected_messages[0]["content"], found.margin) == ("b", "a", 4.5)
+    assert formats.pair(Record(pair("q", "a", "b", score_chosen=3, score_rejected=1), "p")).margin == 2
+    assert formats.pair(Record(pair("q", "a", "b", margin="large"), "p")).margin is None
+    assert encode([row], margins=True).examples[0]["margins"].tolist() == [4.5] * 6
+    wrong = (([1, 1, 1], "the ratings tell no answer"), ([1, 2], "of the same length"), ([1, 2, "3"], "no number"))
+    for ratings, message in wrong:
+        with pytest.raises(UserError, match=f"line 1: .*{message}"):
+            encode([row | {"ratings": ratings}])
+
+
+BAD = {
+    "no rejected": (pair("q", "a", None), "pairs", "there is no rejected answer beside the chosen one"),
+    "no chosen": ({"prompt": "q", "rejected": "a"}, "pairs", "there is no chosen answer beside the rejected one"),
+    "equal": (pair("q", "a", "a"), "pairs", "chosen and rejected are the same answer"),
+    "no prompt": (pair(" ", "a", "b"), "pairs", "the prompt is empty"),
+    "a demonstration": ({"prompt": "q", "completion": "a"}, "pairs", "columns prompt, completion hold none to compare"),
+    "a number for a label": ({"prompt": "q", "completion": "a", "label": 1}, "labelled", "label is 1, neither true nor false"),
+    "no label": ({"prompt": "q", "completion": "a"}, "labelled", "there is no label, true or false"),
+    "no prompt to a label": ({"prompt": "", "completion": "a", "label": True}, "labelled", "the prompt is empty"),
+    "an unknown column": ({"x": 1}, "pairs", "columns not recognised: x"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_rows_stop_with_their_place_or_are_counted(kind):
+    row, shape, message = BAD[kind]
+    good = [pair("q", "a", "b")] if shape == "pairs" else [{"prompt": "q", "completion": "a", "label": True}]
+    with pytest.raises(UserError, match=f"d.jsonl, line 2: .*{message}"):
+        encode([*good, row], shape)
+    encoded = encode([*good, row], shape, bad_rows="skip")
+    assert encoded.report["count"] == encoded.report["skipped"] == 1 and message in encoded.reason
+
+
+def test_settings_that_mean_nothing_for_pairs_are_refused():
+    rows = [pair("q", "a", "b")]
+    for options, message in (
+        ({"train_on": "all"}, "config.train_on: 'all' of a prompt with judged answers"),
+        ({"too_long": "split"}, "pieces of a judged answer cannot be judged"),
+        ({"margins": True}, "line 1: the objective reads margins, and there is no number under margin"),
+    ):
+        with pytest.raises(UserError, match=message):
+            encode(rows, **options)
+
+
+# ---- the window
+
+
+def test_a_pair_too_long_is_refused_cut_at_its_answers_ends_or_dropped():
+    rows = [pair("pq", "abcdef", "xy"), pair("p", "a", "b")]
+    whole = "the prompt with both answers has 14 tokens and the window 11; make the window 14 or longer, or say"
+    with pytest.raises(UserError, match=f"line 1: {whole}"):
+        encode(rows, window=11)
+    cut = encode(rows, window=11, too_long="truncate")
+    assert texts(cut.examples[0], characters()) == ["pq⟦abcd⟧", "pq⟦xy</s>⟧"], "the longer answer gives, the prompt never"
+    assert (cut.report["truncated"], cut.report["count"]) == (1, 2)
+    shared = encode(rows, window=11, too_long="truncate", shared=True)
+    assert texts(shared.examples[0], characters()) == ["pq⟦abcde⟧", "pq⟦xy</s>⟧"], "the prompt is there once: one token more"
+    assert encode(rows, window=11, too_long="drop").report["dropped"] == 1
+    long = encode(rows, window=64, longest=5, too_long="truncate")
+    assert texts(long.examples[0], characters()) == ["pq⟦abc⟧", "pq⟦xy</s>⟧"], "no document is longer than the model takes"
+    with pytest.raises(UserError, match="line 1: a document of 9 tokens, and the model takes 5; say"):
+        encode(rows, window=64, longest=5)
+    with pytest.raises(UserError, match=r"none of the 1 examples .* window of 4 .*; the shortest needs 6"):
+        encode(rows[:1], window=4, too_long="truncate")
+    same = encode([pair("p", "aaab", "aaac"), pair("p", "a", "b")], window=8, too_long="truncate")
+    assert same.report["dropped"] == 1, "cut down to what both begin with, there is nothing to compare"
+
+
+# ---- a stage
+
+MODEL = {"model_type": "llama", "vocab_size": 99, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+MODEL |= {"num_attention_heads": 2, "max_position_embeddings": 16}
+
+
+def compared(forward, params, batch, key):
+    """An objective of pairs, never called here."""
+
+
+def told_apart(forward, params, batch, key, *, margins: bool = True):
+    """One whose columns its keyword decides."""
+
+
+compared.data, compared.columns = "pairs", {"ref_logps": ("BS", "float32")}
+told_apart.data, told_apart.columns = "pairs", lambda margins=True: {"margins": ("BS", "float32")} if margins else {}
+
+
+def plan(tmp_path, rows, objective=compared, **changes):
+    file = tmp_path / "d.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"model": MODEL, "tokenizer": "test_pairs.characters", "template": PLAIN, "data": str(file), "objective": objective}
+    ((name, s),) = recipe.stages(recipe.opened(None, **{**given, "window": 32, "batch_size": 8, **changes}))
+    mesh = sharding.make_mesh()
+    return plan_stage(name, s, mesh), s
+
+
+ROWS = [pair("q" * (1 + i % 3), "a" * (1 + i % 4), "b", margin=i) for i in range(40)]
+
+
+def test_a_stage_learns_from_the_shape_that_its_objective_says(tmp_path):
+    for objective, changes, more in (
+        (compared, {}, set()),
+        (compared, {"shared_prefix": True}, {"branches"}),
+        (told_apart, {}, {"margins"}),
+        ({"name": told_apart, "margins": False}, {}, set()),
+    ):
+        made, s = plan(tmp_path, ROWS, objective, held_out=8, **changes)
+        batch = made.source(None)
+        assert batch.keys() == {"tokens", "mask", "segments", "positions", *more}
+        shapes = {k: (x.shape, x.dtype) for k, x in columns(s, made.objective).items()}
+        assert {k: v for k, v in shapes.items() if k != "ref_logps"} == {k: (x.shape, x.dtype) for k, x in batch.items()}
+        assert made.reads == (("ref_logps",) if objective is compared else ()) and ("ref_logps" in shapes) == bool(made.reads)
+        assert (batch["segments"].max(axis=1) % 2 == 0).all() and len(made.example) == 2 and len(made.held_out) == 1
+    digests = {plan(tmp_path, rows, **kw)[0].data for rows in (ROWS, ROWS[::-1]) for kw in ({}, {"shared_prefix": True})}
+    assert len(digests) == 4
+
+
+def test_batches_of_pairs_resume_by_their_number(tmp_path):
+    made, _ = plan(tmp_path, ROWS, epochs=3)
+    batches = [made.source(None) for _ in range(len(made.source))]
+    again, _ = plan(tmp_path, ROWS, epochs=3)
+    again.source.position = 1
+    for expected in batches[1:]:
+        found = again.source(None)
+        assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_stage_refuses_what_does_not_go_with_its_shape(tmp_path):
+    demonstrations = [{"prompt": "q", "completion": "a"}] * 8
+
+    def wrong(forward, params, batch, key):
+        """Names a shape that is none."""
+
+    wrong.data = "pair"
+    for rows, changes, message in (
+        (demonstrations, {"objective": "sft.nll", "shared_prefix": True, "window": 16}, "config.shared_prefix: only a prompt"),
+        (demonstrations, {}, "d.jsonl, line 1: the objective compares two answers"),
+        (ROWS, {"objective": "sft.nll", "window": 16}, "a pair of answers, chosen and rejected, which only"),
+        ([pair("q" * 20, "a", "b")] * 8, {"window": 64}, "line 1: a document of 22 tokens, and the model takes 16"),
+        (ROWS, {"objective": wrong}, "its `data` is 'pair'; it must be one of demonstrations, pairs"),
+        (ROWS, {"source": "rollouts", "task": "arithmetic", "steps": 1}, "config.source: the objective learns from pairs"),
+    ):
+        with pytest.raises(UserError, match=message):
+            plan(tmp_path, rows, **changes)
+
+
+# ---- real files
+
+FILES = {"hh-rlhf/harmless_base.jsonl.gz": "pairs", "llamafactory/dpo_en_demo.json": "pairs"}
+FILES |= {"llamafactory/kto_en_demo.json": "mismatched"}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_real_files(shared, file):
+    found = readers.read(str(shared / "data" / file))[:100]
+    tokenizer, shape = load(shared / "models" / "stories260k"), FILES[file]
+    options = {"window": 10**6, "shape": shape, "bad_rows": "skip"}
+    apart = source.encode_all(found, tokenizer, **options)
+    once = source.encode_all(found, tokenizer, shared=True, **options)
+    assert apart.report["count"] >= 90 and apart.report["count"] == once.report["count"]
+    assert apart.learned.tolist() == once.learned.tolist() and (once.lengths < apart.lengths).all()
+    for i in range(apart.report["count"]):
+        one, other = pairs.documents(apart.examples[i])
+        starts = [int(np.argmax(document["mask"])) for document in (one, other)]
+        assert starts[0] == starts[1] and np.array_equal(one["tokens"][: starts[0]], other["tokens"][: starts[0]])
+        assert one["tokens"][-1] == other["tokens"][-1] == tokenizer.eos_token_id and one["mask"][-1] and other["mask"][-1]
+        for document, same in zip((one, other), pairs.documents(once.examples[i]), strict=True):
+            assert listed(document) == listed(same)
+
+
+def test_sets_of_a_mixture_have_a_digest_of_all(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[: 30 if name == "a" else 20]))
+    made, _ = plan(tmp_path, ROWS, data=f"{tmp_path}/a.jsonl=1,{tmp_path}/b.jsonl=3", held_out=8)
+    own = [one.encoded.digest for one in made.sets if not one.held_out]
+    assert made.data == datasets.digest(made.sets) == mixture.digest(own, [1.0, 3.0]) and len(made.sets) == 4
