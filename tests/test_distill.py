@@ -84,7 +84,7 @@ def _measured(name, options, columns, student=STUDENT, head=UNEMBED):
 @pytest.mark.parametrize("name", LOSSES)
 def test_value_and_gradient_are_the_divergences(name):
     options, divergence = LOSSES[name]
-    found, grads, _ = _measured(name, options, STORED if name == "top_k" else {"teacher_hidden": HIDDEN})
+    found, grads, _ = _measured(name, options, STORED if name == "top_k" else {"teacher_hidden": np.roll(HIDDEN, 1, axis=2)})
 
     def reference(student):
         all_places = divergence(TEACHER, _log_softmax(student / TEMPERATURE))
@@ -104,7 +104,7 @@ def test_value_and_gradient_are_the_divergences(name):
 
 
 def test_a_student_like_its_teacher_has_nothing_to_learn():
-    hidden, eye = {"teacher_hidden": STUDENT}, np.eye(V, dtype=np.float32)
+    hidden, eye = {"teacher_hidden": np.roll(STUDENT, 1, axis=2)}, np.eye(V, dtype=np.float32)
     for name in ("forward_kl", "reverse_kl", "jensen_shannon"):
         loss, grads, measured = _measured(name, {}, hidden, head=eye)
         assert np.abs(loss).max() < 1e-6 and np.abs(grads["student"]).max() < 1e-7
@@ -117,16 +117,16 @@ def test_all_tokens_stored_are_the_whole_divergence():
         "teacher_tokens": np.roll(order, 1, axis=2).astype(np.int32),
         "teacher_logps": np.roll(np.take_along_axis(TEACHER, order, -1), 1, axis=2).astype(np.float32),
     }
-    whole, grads, _ = _measured("forward_kl", {}, {"teacher_hidden": HIDDEN})
+    whole, grads, _ = _measured("forward_kl", {}, {"teacher_hidden": np.roll(HIDDEN, 1, axis=2)})
     found, found_grads, _ = _measured("top_k", {}, stored)
     np.testing.assert_allclose(found, whole, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found_grads["student"], grads["student"], rtol=1e-5, atol=1e-6)
 
 
 def test_chunks_change_nothing(monkeypatch):
-    whole = _measured("reverse_kl", {}, {"teacher_hidden": HIDDEN})
+    whole = _measured("reverse_kl", {}, {"teacher_hidden": np.roll(HIDDEN, 1, axis=2)})
     monkeypatch.setattr(logprobs, "CHUNK", 2 * V)  # one place of each row at a time
-    parts = _measured("reverse_kl", {}, {"teacher_hidden": HIDDEN})
+    parts = _measured("reverse_kl", {}, {"teacher_hidden": np.roll(HIDDEN, 1, axis=2)})
     np.testing.assert_allclose(parts[0], whole[0], rtol=1e-6)
     np.testing.assert_allclose(parts[1]["student"], whole[1]["student"], rtol=1e-5, atol=1e-8)
 

@@ -4,10 +4,9 @@ p is the teacher's distribution at a learned token's place and q the student's, 
 are means over the mask's tokens of the global batch, in nats, and are not rescaled by the temperature squared.
 
 A teacher is frozen, so what it says is a column. Over the full vocabulary that is its last hidden states, `teacher_hidden`
-[B,S,Dt] float32, one for each token as a model's own Output.hidden (the state at a token predicts the next), and its
-unembedding is a leaf of the parameters, params["teacher_head"]["weight"] [V,Dt]; logits of both are made in chunks. Stored
-top-k needs no teacher at all: `teacher_tokens` [B,S,K] int32 and `teacher_logps` [B,S,K] float32, about the token at its own
-place.
+[B,S,Dt] float32, and its unembedding is a leaf of the parameters, params["teacher_head"]["weight"] [V,Dt]; logits of both are
+made in chunks. Stored top-k needs no teacher at all: `teacher_tokens` [B,S,K] int32 and `teacher_logps` [B,S,K] float32. All
+are about the token at its own place: the state that predicts it, and what was likely there. `jaxpost.annotate` writes them.
 """
 
 import functools
@@ -89,7 +88,8 @@ def _distilled(output, batch, fn, columns: dict, constants: tuple = ()) -> tuple
 
 
 def _taught(forward, params, batch, name: str, temperature: float, beta: float = 0.0) -> tuple[dict, dict]:
-    columns = {"teacher_hidden": batch["teacher_hidden"], "temperature": jnp.float32(temperature), "beta": jnp.float32(beta)}
+    hidden = jnp.roll(batch["teacher_hidden"], -1, axis=1)  # onto the predictors, as the student's are
+    columns = {"teacher_hidden": hidden, "temperature": jnp.float32(temperature), "beta": jnp.float32(beta)}
     head = Head(jax.lax.stop_gradient(params["teacher_head"]["weight"]))
     return _distilled(forward(params, batch), batch, _OVER[name], columns, (head,))
 

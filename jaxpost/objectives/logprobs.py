@@ -15,8 +15,8 @@ from jaxpost import sharding
 from jaxpost.models.heads import logits
 from jaxpost.types import Batch, Head, Output
 
-# Logits held at a time, in elements a batch shard (16 MiB in float32): large enough for a matrix unit, small beside a layer's
-# activations.
+# Logits held at a time, in elements a batch shard (16 MiB in float32), where a quarter of the head's gradient is not more. Every
+# chunk reads the head and adds to that gradient, so a wide model's chunks must be long, or that is all that they do.
 CHUNK = 2**22
 
 
@@ -31,16 +31,17 @@ def over_head(fn: Callable, hidden: jax.Array, head: Head, columns: dict, mask: 
     return _over_head(fn, hidden, head, rows, mask, constants)
 
 
-def _width(batch: int, length: int, vocab: int) -> int:
+def _width(batch: int, length: int, head: Head) -> int:
     """Positions of each row that go into one chunk."""
-    wanted = CHUNK * sharding.batch_ways() // (batch * vocab)
+    vocab, channels = head.weight.shape
+    wanted = max(CHUNK, vocab * channels // 4) * sharding.batch_ways() // (batch * vocab)
     return max(1, min(length, wanted))
 
 
-def _layout(mask: jax.Array, vocab: int):
+def _layout(mask: jax.Array, head: Head):
     """(order [B,S], chunk width, chunks that hold anything): kept positions first, in their order."""
     b, s = mask.shape
-    width = _width(b, s, vocab)
+    width = _width(b, s, head)
     order = jnp.argsort(~mask, axis=1, stable=True)
     trips = (jnp.max(jnp.sum(mask, axis=1)) + width - 1) // width
     return order, width, trips
@@ -84,7 +85,7 @@ def _over_head(fn, hidden, head, columns, mask, constants):
 
 
 def _forward(fn, hidden, head, columns, mask, constants):
-    order, width, trips = _layout(mask, head.weight.shape[0])
+    order, width, trips = _layout(mask, head)
     inputs = jax.tree.map(lambda x: _take(x, order, width), (hidden, columns))
     shapes = jax.eval_shape(lambda h, c: _apply(fn, h, head, c, constants), *inputs)
     out = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -101,7 +102,7 @@ def _forward(fn, hidden, head, columns, mask, constants):
 
 def _backward(fn, saved, cotangents):
     hidden, head, columns, mask, constants = saved
-    order, width, trips = _layout(mask, head.weight.shape[0])
+    order, width, trips = _layout(mask, head)
     cotangents = jax.tree.map(lambda g: jnp.where(mask, g, 0.0), cotangents)
     inputs = jax.tree.map(lambda x: _take(x, order, width), (hidden, columns, cotangents))
     # One head gradient a batch shard, summed after the loop: summed inside it, every chunk would cost an all-reduce of [V,D].
