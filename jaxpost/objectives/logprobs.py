@@ -15,8 +15,8 @@ from jaxpost import sharding
 from jaxpost.models.heads import logits
 from jaxpost.types import Batch, Head, Output
 
-# Logits held at a time, in elements a batch shard (16 MiB in float32), where a quarter of the head's gradient is not more. Every
-# chunk reads the head and adds to that gradient, so a wide model's chunks must be long, or that is all that they do.
+# Logits held at a time, in elements a batch shard (16 MiB in float32), or a quarter of the head's size if that is more: every
+# chunk reads the head and adds to its gradient, so a wide model's chunks must be long, or that is all that they do.
 CHUNK = 2**22
 
 
