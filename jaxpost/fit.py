@@ -27,7 +27,7 @@ from jaxpost.progress import model_flops
 
 MISFIT = 3  # the exit status where something does not fit
 REMEDIES = 32  # how many ways to make a stage fit are compiled; those that do not fit fail early, within seconds
-TRIED = 4  # how many of the search's candidates are compiled
+TRIED = 4  # how many of the search's candidates are to fit, and half of those that are compiled for that at most
 
 
 def report(config, where: str = "", *, remedy: bool = True, best: bool = False, **changes) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def report(config, where: str = "", *, remedy: bool = True, best: bool = False, 
     for name, settings in recipe.stages(config):
         stage = {"stage": name, **_stage(settings, mesh, machine, program.prepared(settings, mesh))}
         alone = name if config.stages else ""
-        if remedy and not all(one["fits"] for one in stage["programs"]):
+        if remedy and not stage["fits"]:
             stage["remedy"] = _remedy(settings, mesh, machine, alone)
         if best:
             stage["search"] = _best(settings, machine, alone)
@@ -112,7 +112,7 @@ def _best(s, machine: topology.Topology, stage: str) -> dict[str, Any]:
     if machine.chip is None:
         raise UserError(f"--search: there is no model of the time on {machine.name}; give the topology of a TPU.")
     compiled = []
-    for _, way in search.candidates(s, machine):
+    for _, way in search.candidates(s, machine)[: 2 * TRIED]:
         settings = search.changed(s, way)
         mesh = sharding.make_mesh(**settings.mesh, devices=machine.devices)
         found = _stage(settings, mesh, machine, program.prepared(settings, mesh))
@@ -206,7 +206,7 @@ def _remedy_lines(stage, remedy) -> list[str]:
     if remedy["settings"] is None:
         limit = stage["programs"][0]["hbm"]["limit"]
         return [
-            f"nothing makes it fit here ({remedy['tried']} ways compiled): weights and optimizer alone take "
+            f"none of the {remedy['tried']} ways that were compiled makes it fit here: weights and optimizer alone take "
             f"{_bytes(stage['state_bytes'])} of {_bytes(limit)}; take a larger topology, an adapter, or a quantised base."
         ]
     return ["it fits with", f"  {remedy['flags']}", *_short(remedy["result"])]

@@ -9,6 +9,7 @@ Who names a folder (JAX_COMPILATION_CACHE_DIR, or jax's own settings) has the la
 it is `programs` in jaxpost's cache folder. JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
 """
 
+import contextlib
 import os
 
 import jax
@@ -42,10 +43,14 @@ def _trim(folder: epath.Path, most: int) -> None:
     """
     if cloud.is_remote(folder):
         return
-    found = sorted(((f.stat(), f.path) for f in os.scandir(folder) if f.is_file()), key=lambda x: x[0].st_atime)
+    found = []
+    for file in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):  # another process may be at it too
+            found.append((file.stat(), file.path))
+    found.sort(key=lambda x: x[0].st_atime)
     held = sum(status.st_size for status, _ in found)
     for status, path in found:
         if held <= most:
             break
-        epath.Path(path).unlink(missing_ok=True)  # another process may be at it too
+        epath.Path(path).unlink(missing_ok=True)
         held -= status.st_size

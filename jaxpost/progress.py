@@ -18,7 +18,7 @@ PEAKS = {
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
+    "TPU7x": 1153e12,  # half a chip: each of its two cores is a device
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
@@ -32,9 +32,9 @@ def model_flops(arch: Architecture, tokens: float, trained: float, pairs: float,
 
     tokens: those that are not padding; trained: those in the mask, the only ones that need the head; of a mixture
     the experts that a token is sent to; pairs: the (query, key) pairs that attention must look at, i.e. each token's position
-    + 1, so causal attention counts by half and documents by themselves; frozen: the share of the weights that do not train,
-    which count 4 times instead of 6, as they need no gradient of their own. Recomputation does not count. MFU is this by the
-    step's time and the devices' peak.
+    + 1, so causal attention counts by half and documents by themselves (a layer with a sliding window as if it had none);
+    frozen: the share of the weights that do not train, which count 4 times instead of 6, as they need no gradient of their own.
+    Recomputation does not count. MFU is this by the step's time and the devices' peak.
     """
     head = arch.vocab * arch.width
     layers = arch.parameters(active=True) - head * (1 if arch.tied else 2)

@@ -29,8 +29,8 @@ DEFAULTS = {
     # Of the computation: float32 or bfloat16; parameters and optimizer are float32. Products of float32 are as exact as jax's
     # default is on the device (bfloat16 passes on a TPU, unless JAX_DEFAULT_MATMUL_PRECISION=highest).
     "dtype": "float32",
-    # What a layer keeps for the backward pass: none (all of it), dots (what weights multiplied), attention (its kernel's output
-    # and the layer's input), full (its input alone).
+    # What a layer keeps for the backward pass: none (all of it), dots (what weights multiplied), attention (splash's output and
+    # the layer's input; without splash the same as full), full (its input alone).
     "remat": "none",
     "attention": "auto",  # over whole rows: xla, splash (TPU), cudnn (GPU), auto (the platform's fast one)
     # What goes around the model's weights, which are then frozen: dict(name="lora", rank=8, alpha=16.0), of adapters/. A stage

@@ -134,7 +134,7 @@ def gather(params: Any, dtype: Any = None) -> Any:
             return x
         if dtype is not None and x.dtype == np.float32 and re.search("(weight|kernel|kernel/base)$", name):
             x = x.astype(dtype)
-        if mesh.empty or "E" in letters:  # experts are gathered by `by_rows`
+        if mesh.empty or "experts/" in name:  # those are gathered by `by_rows`
             return x
         return _moved(x, _spec(letters.replace("D", " "), x.shape, STORED, mesh), _spec(letters, x.shape, STORED, mesh))
 
@@ -263,6 +263,13 @@ def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, int]:
     spans = _row_sharding(mesh, 1).addressable_devices_indices_map((batch_size,)).values()
     spans = [(s.start or 0, s.stop if s.stop is not None else batch_size) for (s,) in spans]
     return min(a for a, _ in spans), max(b for _, b in spans)
+
+
+def in_one_piece(mesh: Mesh, batch_size: int) -> bool:
+    """Whether this process's rows are neighbours: on a torus a host's chips may lie in several rows of the mesh."""
+    start, stop = local_rows(mesh, batch_size)
+    spans = _row_sharding(mesh, 1).addressable_devices_indices_map((batch_size,)).values()
+    return len({row for (s,) in spans for row in range(*s.indices(batch_size))}) == stop - start
 
 
 def distribute(columns: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:

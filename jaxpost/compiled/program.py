@@ -87,7 +87,7 @@ def _sampler(s, mesh, found, held, kinds: dict) -> Traced:
     scalars = {k: jax.ShapeDtypeStruct(*x, sharding=sharding.replicated(mesh)) for k, x in scalars.items()}
     keywords = {**sharding.batch_shapes(columns, mesh), **scalars, "new": options.new}
     arguments = (found.transformer, combine(held.train, held.frozen))
-    return Traced("sampler", decode.sample, arguments, keywords, {**kinds, "inputs": columns})
+    return Traced("sampler", decode.sample, arguments, keywords, {**kinds, "inputs": {k: keywords[k] for k in columns}})
 
 
 # ------------------------------------------------------------------------------------------------------------ Compiling

@@ -118,6 +118,8 @@ def seconds(topology: machines.Topology, devices: list, collective: Collective) 
             within *= max(1.0, len(own) / 4)
         return collective.times * within, 0.0
     each = len(own) // slices
+    if each == 1:
+        within = 0.0
     across = collective.sent * (slices - 1) / slices / max(each, 1) / chip.dcn
     return collective.times * within, collective.times * across
 

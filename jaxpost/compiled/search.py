@@ -35,17 +35,17 @@ def told(way: dict, stage: str = "") -> str:
 
 
 def remedies(s: ConfigDict, mesh, slices: int = 1) -> Iterator[dict]:
-    """Ways that take less memory, cheapest first: less kept for the backward pass, smaller microbatches; the same with the
-    state split over all devices of a slice, by fsdp alone and by tensor too; the same in bfloat16. Those whose rows would not
-    divide are left out.
+    """Ways that take less memory, cheapest first: less kept for the backward pass, smaller microbatches; the same in bfloat16;
+    and all of these with the state split over all devices of a slice, by fsdp alone and by tensor too. Those whose rows would
+    not divide are left out.
     """
     given = dict(mesh.shape)
     sides = [t for t in (1, 2, 4, 8) if t >= given["tensor"] and mesh.size % (slices * t) == 0]
     meshes = [given] + [{"data": slices, "fsdp": mesh.size // slices // t, "tensor": t} for t in sides]
     meshes = [m for i, m in enumerate(meshes) if m not in meshes[:i]]
     steps = [{"remat": r} for r in REMATS if REMATS.index(r) > REMATS.index(s.remat)]
-    for dtype in dict.fromkeys((s.dtype, "bfloat16")):
-        for other in meshes:
+    for other in meshes:
+        for dtype in dict.fromkeys((s.dtype, "bfloat16")):
             rows, left = divmod(s.batch_size, other["data"] * other["fsdp"])
             parts = [] if left else [m for m in _powers(rows) if m > s.microbatches and rows % m == 0]
             ladder = [{}, *steps] if not left and rows % s.microbatches == 0 else []

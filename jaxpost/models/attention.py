@@ -1,8 +1,8 @@
 """Attention behind one seam: rotary positions, which pairs may see each other, and the product itself.
 
-`attend` is the product in plain XLA operations, the oracle that the faster kernels equal: `splash` on TPUs and `cudnn` on GPUs,
-which never hold a [S,S] array. `over_rows` chooses between them, by what the model was described for and what a kernel can do;
-decoding over a cache is always plain.
+`attend` is the product in plain XLA operations, the oracle that the faster kernels equal: `splash` on TPUs, which never holds a
+[S,S] array, and `cudnn` on GPUs, which holds the mask and no scores. `over_rows` chooses between them, by what the model was
+described for and what a kernel can do; decoding over a cache is always plain.
 """
 
 import functools

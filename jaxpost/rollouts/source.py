@@ -38,6 +38,11 @@ class Rollouts:
         if group < 2 or batch_size % group:
             raise UserError(f"config.rollouts.group: {group} must be at least 2 and divide config.batch_size {batch_size}.")
         self.rows = sharding.local_rows(mesh, batch_size)
+        if not sharding.in_one_piece(mesh, batch_size):
+            raise UserError(
+                "config.mesh: with these sizes a host's rows are not neighbours in the batch, and it cannot complete prompts "
+                "for them; split the batch along one axis of the torus, or run a host on its own."
+            )
         if self.rows[0] % group or self.rows[1] % group:
             raise UserError(
                 f"config.rollouts.group: {group} does not divide each process's rows {self.rows}; change batch_size."
