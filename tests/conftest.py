@@ -10,9 +10,20 @@ os.environ.setdefault("JAXPOST_CACHE", tempfile.mkdtemp())
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
+import jax
 import pytest
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
+
+
+@pytest.fixture(autouse=True)
+def room_for_programs():
+    """Lets compiled programs go before there are too many: Linux allows a process 65,530 mappings, each program holds several,
+    and where none is left the process dies without a word."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
