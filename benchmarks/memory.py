@@ -9,15 +9,13 @@ import dataclasses
 import time
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags
 
-from jaxpost import optim, recipe
+from jaxpost import optim, recipe, sharding, state
+from jaxpost.data import source
 from jaxpost.models.families import Architecture
 from jaxpost.models.transformer import Transformer
 from jaxpost.objectives import sft
-from jaxpost.step import make_step
-from jaxpost.types import TrainState
 
 BASE = Architecture(
     vocab=8192, width=256, mlp_width=704, layers=4, heads=4, kv_heads=2, head_width=64, max_positions=65536, qk_norm="head"
@@ -26,23 +24,13 @@ LENGTH = 512
 MIB = 2**20
 
 
-def shapes(arch: Architecture, rows: int, length: int, tx) -> tuple:
-    """(state, batch) of a step as shapes."""
-
-    def state():
-        params, zero = Transformer(arch).init(jax.random.PRNGKey(0)), jnp.zeros((), jnp.int32)
-        nothing = jax.tree.map(lambda _: None, params)
-        return TrainState(zero, params, nothing, tx.init(params), None, jax.random.PRNGKey(0), zero, zero)
-
-    columns = dict.fromkeys(("tokens", "segments", "positions"), jnp.int32) | {"mask": jnp.bool_}
-    return jax.eval_shape(state), {k: jax.ShapeDtypeStruct((rows, length), t) for k, t in columns.items()}
-
-
 def measured(arch: Architecture, rows: int, length: int, remat: str) -> tuple[float, float]:
-    """(temporary MiB, seconds of compilation) of the step that the loop would take."""
-    tx = optim.make(recipe.DEFAULTS["optimizer"], 100)
-    step = jax.jit(make_step(Transformer(arch, remat=remat).forward, sft.nll, tx), donate_argnums=0)
-    lowered = step.lower(*shapes(arch, rows, length, tx))
+    """(temporary MiB, seconds of compilation) of the step on one device."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    transformer, tx = Transformer(arch, remat=remat), optim.make(recipe.DEFAULTS["optimizer"], 100)
+    held = state.shapes(transformer, mesh, tx, ".*")
+    step = state.program(transformer, sft.nll, tx, held, mesh, microbatches=1, ema=0.0)
+    lowered = step.lower(held, sharding.batch_shapes(source.columns(rows, length), mesh))
     start = time.perf_counter()
     compiled = lowered.compile()
     return compiled.memory_analysis().temp_size_in_bytes / MIB, time.perf_counter() - start

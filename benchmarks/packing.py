@@ -15,11 +15,8 @@ import tempfile
 from pathlib import Path
 
 import jax
-from absl import app, flags
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 import model
+from absl import app, flags
 
 from jaxpost import recipe, writers
 

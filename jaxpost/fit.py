@@ -1,7 +1,7 @@
 """Will it fit, and how fast would it be: a recipe's programs compiled for a machine that is not here.
 
     python -m jaxpost.fit --config=configs/sft.py --config.model=FOLDER --topology=v5e:2x4
-    python -m jaxpost.fit --config=configs/tpu/llama31_8b.py              the recipe names its topology
+    python -m jaxpost.fit --config=configs/tpu/sft.py:llama31_8b          the recipe names its topology
     python -m jaxpost.fit --config=... --search                           proposes the best mesh and microbatches
     python -m jaxpost.fit --config=... --json=PATH                        everything in the table as data; - is stdout
 

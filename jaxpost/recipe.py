@@ -27,12 +27,15 @@ DEFAULTS = {
     "model": "",
     "tokenizer": "",  # a folder, or a function's name (tasks.arithmetic.tokenizer); "" is the model folder's own
     # Of the computation: float32 or bfloat16; parameters and optimizer are float32. Products of float32 are as exact as jax's
-    # default is on the device (bfloat16 passes on a TPU, unless JAX_DEFAULT_MATMUL_PRECISION=highest).
+    # default is on the device (bfloat16 passes on a TPU, unless JAX_DEFAULT_MATMUL_PRECISION=highest). With bfloat16 the
+    # gradients of layers' matrices and of the head are rounded to it before they are added across devices.
     "dtype": "float32",
     # What a layer keeps for the backward pass: none (all of it), dots (what weights multiplied), attention (splash's output and
     # the layer's input; without splash the same as full), full (its input alone).
     "remat": "none",
-    "attention": "auto",  # over whole rows: xla, splash (TPU), cudnn (GPU), auto (the platform's fast one)
+    # Over whole rows: xla, splash (TPU), cudnn (GPU), auto (the platform's fast one). Where a kernel cannot, xla takes its
+    # place: splash with a window that is no multiple of 128 or a shared prefix, cudnn with float32 (models/attention.py).
+    "attention": "auto",
     # What goes around the model's weights, which are then frozen: dict(name="lora", rank=8, alpha=16.0), of adapters/. A stage
     # that starts from one with an adapter trains it on.
     "adapter": {},
@@ -40,7 +43,8 @@ DEFAULTS = {
     # holds them. With an adapter ".*" means what it adds.
     "trainable": ".*",
     "objective": {"name": "sft.nll"},
-    # Where batches come from: "data" (files, or the task's demonstrations) or "rollouts" (completions of the current weights).
+    # Where batches come from: "data" (files, or the task's demonstrations), "rollouts" (completions of the current weights), or
+    # "samples" (completions of the weights that the stage starts from, made once; rollouts/samples.py).
     "source": "data",
     # Files, folders, patterns, tfds:NAME/SPLIT or hf:NAME (data/readers.py), with commas between several, and =WEIGHT after
     # each for a mixture (data/mixture.py); "" is the task's demonstrations.
@@ -65,7 +69,8 @@ DEFAULTS = {
     "microbatches": 1,
     "steps": 0,
     "epochs": 1,
-    "time_of": "",  # end when the named stage's training time is used up; steps is then only the schedule's length
+    # End when the training time of the named stages (with commas) is used up; steps is then only the schedule's length.
+    "time_of": "",
     "optimizer": {
         "lr": 2e-5,
         "schedule": "cosine",  # cosine, linear, constant, wsd
@@ -90,7 +95,7 @@ DEFAULTS = {
     "profile": 0,  # steps of each stage to trace, once it is under way (profile.py)
     "best": "eval/loss",  # the metric whose best checkpoint stays as well
     "highest": False,  # whether more of it is better
-    "eval_rows": 64,  # evaluation rows generated at a time
+    "eval_rows": 64,  # completions at a time, of evaluation and of samples
     "eval_per_cell": 50,  # test problems of each of the task's cells
 }
 
@@ -141,12 +146,11 @@ def opened(config: ConfigDict | Mapping | str | None, **changes) -> ConfigDict:
     if isinstance(config, str):
         path, _, argument = located(config).partition(":")
         config = find(f"{path}:get_config", "configs")(*[argument] * bool(argument))
-    plain = config.to_dict() if hasattr(config, "to_dict") else config or {}
-    plain, changes = named(plain, DEFAULTS), named(changes, DEFAULTS)
-    names = _stage_names({**plain, **changes})
-    changes |= {name: _onto(plain.get(name, {}), changes[name]) for name in names if isinstance(changes.get(name), Mapping)}
-    known = names + _idle({**plain, **changes})
-    whole = _merge(_merge(DEFAULTS, plain, known, "config"), changes, known, "config")
+    given, changes = named(plain(config) or {}, DEFAULTS), named(changes, DEFAULTS)
+    names = _stage_names({**given, **changes})
+    changes |= {name: _onto(given.get(name, {}), changes[name]) for name in names if isinstance(changes.get(name), Mapping)}
+    known = names + _idle({**given, **changes})
+    whole = _merge(_merge(DEFAULTS, given, known, "config"), changes, known, "config")
     _check_reach(_flat({k: v for k, v in changes.items() if k not in known}), whole, names)
     return ConfigDict(whole)
 
@@ -163,6 +167,18 @@ def located(path: str) -> str:
             return f"{place}{colon}{argument}"
     have = sorted(p.name for folder in (own / "configs", own.parent / "configs") for p in folder.glob("[!_]*.py"))
     raise UserError(f"--config={file}: no such file. Give a recipe of your own, or one of configs/: {', '.join(have)}.")
+
+
+def chosen(table: Mapping, argument: str):
+    """What a recipe's table has for its argument, FILE.py:argument. Raises UserError where it has none, naming the nearest."""
+    if argument not in table:
+        raise UserError(f"--config=FILE.py:ARGUMENT: this recipe has no ARGUMENT {argument!r}.{nearest(argument, table)}")
+    return table[argument]
+
+
+def plain(value):
+    """A setting as Python's own: a dict for a ConfigDict, anything else as it is."""
+    return value.to_dict() if hasattr(value, "to_dict") else value
 
 
 def has(config: Mapping, path: str) -> bool:
@@ -204,30 +220,32 @@ def _stage_names(settings: Mapping) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _idle(plain: Mapping) -> tuple[str, ...]:
+def _idle(given: Mapping) -> tuple[str, ...]:
     """Stages that the command line took out of `stages`: their settings are still in the recipe."""
-    others = {k: v for k, v in plain.items() if k not in DEFAULTS and isinstance(v, Mapping)}
+    others = {k: v for k, v in given.items() if k not in DEFAULTS and isinstance(v, Mapping)}
     return tuple(k for k, v in others.items() if v and v.keys() <= DEFAULTS.keys())
 
 
 def stages(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
     """(name, settings) of each stage in order, every key present. Raises UserError where the config does not add up."""
-    plain = config.to_dict()
-    names = _stage_names(plain)
-    idle = _idle(plain)
-    whole = _merge(DEFAULTS, plain, names + idle, "config")
+    given = plain(config)
+    names = _stage_names(given)
+    idle = _idle(given)
+    whole = _merge(DEFAULTS, given, names + idle, "config")
     shared = {k: v for k, v in whole.items() if k not in names + idle}
     flat, defaults = _flat(shared), _flat(DEFAULTS)
-    _check_reach({k: v for k, v in flat.items() if k not in defaults or v != defaults[k]}, plain, names)
+    _check_reach({k: v for k, v in flat.items() if k not in defaults or v != defaults[k]}, given, names)
     if whole["result"] not in ("", *names):
         raise UserError(f"config.result: no stage {whole['result']!r}.{nearest(whole['result'], names)}")
     found = []
     for name in names or ("train",):
-        changes = plain.get(name, {}) if names else {}
+        changes = given.get(name, {}) if names else {}
         settings = _merge(shared, changes, (), f"config.{name}" if names else "config")
         for key in ("start", "time_of"):
-            if settings[key] and settings[key] not in [n for n, _ in found]:
-                raise UserError(f"config.{name}.{key}: no stage {settings[key]!r} comes before {name!r}.")
+            settings[key] = settings[key].replace(" ", "")
+            for other in filter(None, settings[key].split(",") if key == "time_of" else [settings[key]]):
+                if other not in [n for n, _ in found]:
+                    raise UserError(f"config.{name}.{key}: no stage {other!r} comes before {name!r}.")
         before = dict(found).get(settings["start"] or (found[-1][0] if found else ""))
         settings["adapter"] = _adapter(name, settings["adapter"], before)
         found.append((name, ConfigDict(settings)))

@@ -42,7 +42,8 @@ RULES = (
 # letters of the kernel's last two dimensions. r, the rank, is never split. Other parts have the kernel's own letters.
 PARTS = {"a": lambda i, o: i + "r", "b": lambda i, o: "r" + o, "magnitude": lambda i, o: o}
 
-STORED = {"D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
+STORED = {"E": "fsdp", "D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
+USED = {letter: axis for letter, axis in STORED.items() if axis != "fsdp"}
 COMPUTED = {"B": ("data", "fsdp"), "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
 
 
@@ -90,16 +91,13 @@ def use(mesh: Mesh):
 
 
 def _spec(letters: str, shape: tuple[int, ...], table: dict, mesh) -> P:
-    """The partition of an array whose dimensions these letters name; axes that do not divide a dimension are dropped."""
-
-    def fit(letter, size):
+    """The partition of an array whose dimensions these letters name; an axis goes to the first of them that it divides."""
+    found = []
+    for letter, size in zip(letters, shape, strict=True):
         axes = table.get(letter)
-        if axes is None:
-            return None
-        ways = int(np.prod([mesh.shape[a] for a in ([axes] if isinstance(axes, str) else axes)]))
-        return axes if ways > 1 and size % ways == 0 else None
-
-    return P(*(fit(c, s) for c, s in zip(letters, shape, strict=True)))
+        ways = int(np.prod([mesh.shape[a] for a in ([axes] if isinstance(axes, str) else axes or ())]))
+        found.append(axes if ways > 1 and size % ways == 0 and axes not in found else None)
+    return P(*found)
 
 
 def shard(x: jax.Array, letters: str) -> jax.Array:
@@ -134,9 +132,9 @@ def gather(params: Any, dtype: Any = None) -> Any:
             return x
         if dtype is not None and x.dtype == np.float32 and re.search("(weight|kernel|kernel/base)$", name):
             x = x.astype(dtype)
-        if mesh.empty or "experts/" in name:  # those are gathered by `by_rows`
+        if mesh.empty:
             return x
-        return _moved(x, _spec(letters.replace("D", " "), x.shape, STORED, mesh), _spec(letters, x.shape, STORED, mesh))
+        return _moved(x, _spec(letters, x.shape, USED, mesh), _spec(letters, x.shape, STORED, mesh))
 
     return jax.tree_util.tree_map_with_path(move, params)
 
@@ -181,25 +179,18 @@ def locally(fn, arrays: tuple, letters: tuple[str, ...]) -> jax.Array:
 def by_rows(fn, rows: tuple, weights: list, letters: tuple[str, ...]) -> jax.Array:
     """fn(*rows, *weights) where every batch shard works on its own rows: all rows are [B, ...], and so is the result.
 
-    letters: of each weight's dimensions. Weights come as they are stored and are gathered along fsdp here, since what is then
-    scattered on the way back would otherwise be added up whole. Where one is split along `tensor` (an inner dimension of fn's
-    sum), the parts are added up. Outside of a mesh it is a plain call.
+    letters: of each weight's dimensions. Where one is split along `tensor` (an inner dimension of fn's sum), the parts are
+    added up. Outside of a mesh it is a plain call.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return fn(*rows, *weights)
-    places = [_spec(c, w.shape, STORED, mesh) for c, w in zip(letters, weights, strict=True)]
+    places = [_spec(c, w.shape, USED, mesh) for c, w in zip(letters, weights, strict=True)]
     split = any("tensor" in place for place in places)
     batch = P(_spec("B", rows[0].shape[:1], COMPUTED, mesh)[0])
 
-    def whole(weight, place):
-        if "fsdp" not in place:
-            return weight
-        return jax.lax.all_gather(weight, "fsdp", axis=place.index("fsdp"), tiled=True)
-
     def local(*arguments):
-        mine = [whole(w, place) for w, place in zip(arguments[len(rows) :], places, strict=True)]
-        out = fn(*arguments[: len(rows)], *mine)
+        out = fn(*arguments)
         return jax.lax.psum(out, "tensor") if split else out
 
     return jax.shard_map(local, mesh=mesh, in_specs=(*[batch] * len(rows), *places), out_specs=batch, check_vma=False)(

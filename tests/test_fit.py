@@ -6,6 +6,7 @@ What needs libtpu skips where it is not installed; the same on simulated devices
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from jaxpost import fit, plan, recipe, resolve, sharding
 from jaxpost.compiled import program, roofline, search, topology
@@ -34,7 +37,8 @@ TINY = {
     "max_position_embeddings": 64,
 }
 TPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed")
-RECIPES = sorted((Path(__file__).parent.parent / "configs" / "tpu").glob("[!_]*.py"))
+FOLDER = Path(__file__).parent.parent / "configs" / "tpu"
+RECIPES = [f"{p}:{a}" for p in sorted(FOLDER.glob("[!_]*.py")) for a in resolve.find(f"{p}:MACHINES", "configs")]
 GIB = topology.GIB
 
 
@@ -127,7 +131,8 @@ def test_known_models_have_the_sizes_they_are_called_by():
         "google/gemma-3-12b-pt": 11766034176,
     }
     assert known.fields("google/gemma-3-12b-it") == known.fields("google/gemma-3-12b-pt")
-    assert known.fields("Qwen/Qwen3-8B-Base") == known.fields("Qwen/Qwen3-8B") and known.fields("x/y") is None
+    assert known.fields("Qwen/Qwen3-8B-Base") == known.fields("Qwen/Qwen3-8B") | {"max_position_embeddings": 32768}
+    assert known.fields("x/y") is None
 
 
 def test_the_columns_of_a_batch_are_those_that_a_source_makes():
@@ -408,10 +413,9 @@ def test_a_tiny_recipe_on_a_tpu():
 
 
 @TPU
-@pytest.mark.parametrize("argument", ["", "lora"])
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
-def test_a_tpu_recipe_is_checked_and_its_state_fits(path, argument):
-    config = resolve.find(f"{path}:get_config", "configs")(argument)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: Path(p).name)
+def test_a_tpu_recipe_is_checked_and_its_state_fits(path):
+    config = recipe.opened(path)
     machine = topology.find(config.topology)
     mesh = sharding.make_mesh(**config.mesh, devices=machine.devices)
     ((_, settings),) = recipe.stages(config)
@@ -419,3 +423,27 @@ def test_a_tpu_recipe_is_checked_and_its_state_fits(path, argument):
     for axis in range(3):  # no axis of the mesh over all three of a torus, which would be gathered by summing
         line = [x for i, x in np.ndenumerate(mesh.devices) if all(n == 0 for a, n in enumerate(i) if a != axis)]
         assert topology.torus_axes(line) < 3
+
+
+def test_a_recipe_with_a_table_names_the_nearest_of_its_lines():
+    for name, argument in (("sft", "lama31_8b"), ("dpo", "llama31_70b")):  # SFT's alone has the larger one
+        with pytest.raises(UserError, match=rf"no ARGUMENT '{argument}'. Did you mean 'llama31_8b'\?"):
+            recipe.opened(f"{FOLDER / name}.py:{argument}")
+    with pytest.raises(UserError, match="no ARGUMENT ''. Known: gemma3_12b, gemma3_12b,lora, .*, qwen3_8b,lora"):
+        recipe.opened(f"{FOLDER / 'sft.py'}")
+
+
+@pytest.mark.parametrize("argument", ["qwen3_8b", "qwen3_8b,lora"])
+def test_a_second_method_has_what_the_first_says_of_the_model(argument, tmp_path, monkeypatch):
+    shutil.copytree(FOLDER, tmp_path / "tpu")  # wherever they lie, it is the one beside it, and not this clone's
+    (tmp_path / "tpu" / "sft.py").write_text((FOLDER / "sft.py").read_text().replace("log_every=10", "log_every=7"))
+    monkeypatch.chdir(tmp_path)
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+    values(["", f"--config=tpu/dpo.py:{argument}"])  # the command line's own way of reading a file
+    sft, dpo = recipe.opened(f"tpu/sft.py:{argument}").to_dict(), recipe.opened(f"tpu/dpo.py:{argument}").to_dict()
+    assert values.config.to_dict() == dpo
+    own = {k for k in dpo if dpo[k] != sft[k]} - {"batch_size", "microbatches", "topology"}
+    assert own == {"objective", "window", "shared_prefix", "epochs", "optimizer", "mesh"}
+    assert sft["log_every"] == 7 and (dpo["window"], dpo["optimizer"]["lr"]) == (4096, 5e-6 if "lora" in argument else 5e-7)
+    assert (dpo["model"], dpo["remat"], bool(dpo["adapter"])) == ("Qwen/Qwen3-8B-Base", "full", "lora" in argument)

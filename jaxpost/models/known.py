@@ -26,10 +26,11 @@ _QWEN3 = {
     "vocab_size": 151936,
     "num_key_value_heads": 8,
     "head_dim": 128,
-    "max_position_embeddings": 40960,
+    "max_position_embeddings": 40960,  # of the tuned ones; those before tuning have _QWEN3_BASE
     "rms_norm_eps": 1e-6,
     "rope_theta": 1000000.0,
 }
+_QWEN3_BASE = 32768
 
 
 def _sized(base: dict, width: int, mlp_width: int, layers: int, heads: int, **others) -> dict:
@@ -78,9 +79,12 @@ _MODELS = {
 
 def fields(name: str) -> dict | None:
     """The fields of config.json of a model on the hub, its tuned variants included; None for one that is not here."""
-    plain = name.partition("@")[0].removesuffix("-Instruct").removesuffix("-Base")
-    found = _MODELS.get(plain) or _MODELS.get(f"{plain.removesuffix('-it')}-pt")
-    return copy.deepcopy(found)
+    whole = name.partition("@")[0]
+    plain = whole.removesuffix("-Instruct").removesuffix("-Base")
+    found = copy.deepcopy(_MODELS.get(plain) or _MODELS.get(f"{plain.removesuffix('-it')}-pt"))
+    if found and whole.endswith("-Base"):
+        found["max_position_embeddings"] = _QWEN3_BASE
+    return found
 
 
 def names() -> list[str]:
