@@ -5,9 +5,10 @@
 
 PYTHON is the interpreter of an environment that the peer is installed in; README.md, beside this file, says how to make one.
 
-A workload is a folder here (`sft`), a competitor a file in it with one function `run(job, clock)`, and `ours.py` has besides
-`prepare(job, folder)`, which makes what all of them share. Each competitor runs as a process of its own, one after the other
-and round after round, since the speed of a shared machine wanders: ratios are taken within a round, and the median is told.
+A workload is a folder here (`sft`; `dpo`, and with an argument `dpo:prefix`), a competitor a file in it with one function
+`run(job, clock)`, and `ours.py` has besides `prepare(job, folder)`, which makes what all of them share. Each competitor runs as
+a process of its own, one after the other and round after round, since the speed of a shared machine wanders: ratios are taken
+within a round, and the median is told.
 
 A ratio is only printed beside the proof of equal work: losses of the first steps from the same weights on the same rows, no
 further than 1e-4 from ours in any round. A competitor that fails is left out, with its last words. Where something else took
@@ -16,7 +17,8 @@ part of the machine meanwhile, it is told; torch suffers from that more than XLA
 The columns: seconds a step and tokens a second, the median of the rounds' medians; how many times faster ours is; the most
 memory that the process held; seconds from the process's start to the end of the first step; the largest difference of a loss;
 and the FLOP/s that the model's mathematics needs, as a share of those of a large plain product in our process, in that round.
-Memory and first step are those of later rounds, whose programs ours finds compiled, and of the first round in brackets.
+Memory and first step are those of later rounds, whose programs ours finds compiled, and of the first round in brackets. Below
+it stands how far whole curves are apart, of losses and of gradients' norms, for those competitors that tell them.
 """
 
 import json
@@ -29,15 +31,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import competitor
 import jax
+import model
 from absl import app, flags
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))  # found by `python -P` too, and when a test loads this file
-
-import competitor  # noqa: E402
-import model  # noqa: E402
-
 EQUAL_STEPS, EQUAL = 6, 1e-4
 WARMUP = 3  # steps whose time is not counted: compilation, and the allocator's first rounds
 OTHERS = 0.05  # share of the machine that others may take during a round; with more it is no measurement
@@ -85,6 +84,17 @@ def difference(one: list[float], other: list[float]) -> float | None:
     if min(len(one), len(other)) < EQUAL_STEPS:
         return None
     return max(abs(a - b) for a, b in zip(one[:EQUAL_STEPS], other[:EQUAL_STEPS], strict=True))
+
+
+def apart(name: str, rounds: list[dict], ours: list[dict]) -> str:
+    """How far a competitor's curves are from ours, in a sentence; "" where it tells none."""
+    told, count = [], 0
+    for what, figure in (("loss", "losses"), ("gradient's norm", "norms")):
+        pairs = [pair for a, b in zip(rounds, ours, strict=True) for pair in zip(a[figure], b[figure], strict=False)]
+        if gaps := [abs(one - other) for one, other in pairs]:
+            told.append(f"in {what} by {max(gaps):.1e} at most and {statistics.mean(gaps):.1e} in the mean")
+            count = len(gaps)
+    return f"Over {count} steps {name} differs from ours {', '.join(told)}." if told else ""
 
 
 def summary(name: str, rounds: list[dict], ours: list[dict], tokens: int) -> dict:
@@ -158,6 +168,8 @@ def told(lines: list[dict], rounds: dict[str, list[dict]], job: dict) -> str:
         f"{steps} steps of {job['tokens_per_step']} tokens, {count} rounds; a plain product runs at {peak / 1e9:.0f} GFLOP/s.",
         f"Losses of ours: {losses}.",
     ]
+    curves = [apart(name, found, rounds["ours"]) for name, found in rounds.items() if name != "ours"]
+    notes += [curve for curve in curves if curve]
     if (foreign := max(line["others"] for line in lines)) > OTHERS:
         notes.append(f"Others took up to {foreign:.0%} of the machine during a round: measure again when it is quiet.")
     return "\n\n".join([table(lines), "\n".join(notes)])
@@ -168,16 +180,17 @@ def main(_) -> None:
     given = flags.FLAGS
     jax.config.update("jax_platforms", "cpu")  # an accelerator is the competitors', one at a time
     peers = dict(peer.partition("=")[::2] for peer in given.peer)
-    known = sorted({p.stem for p in (HERE / given.workload).glob("*.py")} - {"ours"})
+    workload, _, argument = given.workload.partition(":")
+    known = sorted({p.stem for p in (HERE / workload).glob("*.py")} - {"ours"})
     for name, python in peers.items():
         if name not in known or not shutil.which(python):
             sys.exit(f"--peer={name}={python}: give NAME=PYTHON, one of {', '.join(known)} and an interpreter that has it.")
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         model.make(scratch / "model", given.size)
-        job = {"model": str(scratch / "model"), "steps": given.steps + WARMUP}
-        job = competitor.load(HERE / given.workload / "ours.py").prepare(job, scratch)
-        rounds = compete(given.workload, {"ours": sys.executable, **peers}, job, given.rounds, scratch)
+        job = {"model": str(scratch / "model"), "steps": given.steps + WARMUP, "argument": argument}
+        job = competitor.load(HERE / workload / "ours.py").prepare(job, scratch)
+        rounds = compete(workload, {"ours": sys.executable, **peers}, job, given.rounds, scratch)
     lines = [summary(name, found, rounds["ours"], job["tokens_per_step"]) for name, found in rounds.items()]
     print(f"{given.workload}, {given.size}:\n\n{told(lines, rounds, job)}")
     if given.json:
@@ -185,7 +198,7 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workload", "sft", "Which folder of competitors.")
+    flags.DEFINE_string("workload", "sft", "Which folder of competitors, with its argument: sft, dpo, dpo:prefix.")
     flags.DEFINE_multi_string("peer", [], "NAME=PYTHON, a competitor and its interpreter; for several, give it several times.")
     flags.DEFINE_enum("size", "32m", sorted(model.SIZES), "The model's size.")
     flags.DEFINE_integer("steps", 12, "Steps that are timed, after three that are not.", lower_bound=EQUAL_STEPS)

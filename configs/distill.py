@@ -7,6 +7,9 @@ r"""Distillation: a Hugging Face checkpoint learns what a teacher with the same 
 
 The first command writes the teacher's likeliest tokens at every place that is learned, once; then the teacher is no longer
 needed. Both must read the same data with the same settings, `held_out` and `window` among them.
+
+`:forward_kl`, `:reverse_kl` or `:jensen_shannon` after the second command's file name learns the whole distribution instead. It
+then takes --config.objective.teacher=TEACHER, whose head it reads, and the first one, otherwise as it stands, --what=hidden.
 """
 
 from jaxpost import recipe

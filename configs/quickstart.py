@@ -1,10 +1,10 @@
-"""The whole way in minutes on a laptop: SFT from scratch on arithmetic, then REINFORCE, with a control for the time.
+"""The whole way in minutes on a laptop: SFT from scratch on arithmetic, then DPO, then REINFORCE, with a control for the time.
 
     python -m jaxpost.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-30% of the demonstrations have a wrong digit, as human ones may. Imitation learns the errors with the rest, so sampled answers
-stay wrong though greedy ones are right; a verifier's reward repairs that. `control` continues SFT for as long as REINFORCE
-took, which shows that it was the reward and not the time.
+30% of the demonstrations have a wrong digit, as human ones may. Imitation learns the errors too, so sampled answers stay wrong
+though greedy ones are right; a verifier repairs that. `dpo` has it judge the model's own answers once, and learns from pairs of
+a right and a wrong one; `reinforce` goes on with answers judged as they come. `control` continues SFT for as long as both took.
 """
 
 from jaxpost import recipe
@@ -23,9 +23,10 @@ MODEL = {
 
 
 def get_config(arg: str = ""):
-    sft = {"objective": {"name": "sft.nll"}, "window": 64, "batch_size": 16, "held_out": 0.01, "log_every": 50}
+    sft = {"objective": {"name": "sft.nll"}, "batch_size": 16, "held_out": 0.01, "log_every": 50, "eval_every": 200}
+    often = {"eval_every": 50, "log_every": 5}
     return recipe.make(
-        stages=("sft", "reinforce", "control"),
+        stages=("sft", "dpo", "reinforce", "control"),
         result="reinforce",
         model=MODEL,
         tokenizer="tasks.arithmetic.tokenizer",
@@ -37,22 +38,29 @@ def get_config(arg: str = ""):
         highest=True,
         eval_rows=209,
         eval_per_cell=100,
-        sft={**sft, "steps": 1700, "optimizer": {"lr": 1e-3, "warmup": 50, "b2": 0.98, "end": 0.05}, "eval_every": 200},
+        sft={**sft, "steps": 1700, "optimizer": {"lr": 1e-3, "warmup": 50, "b2": 0.98, "end": 0.05}},
+        dpo={
+            "source": "samples",
+            "task": {"name": "arithmetic", "examples": 4000},
+            "objective": {"name": "preference.sigmoid", "beta": 0.3},
+            "batch_size": 32,
+            "steps": 100,
+            "optimizer": {"lr": 1e-4, "schedule": "linear", "warmup": 10, "b2": 0.98, "end": 0.1},
+            **often,
+        },
         reinforce={
             "source": "rollouts",
             "objective": {"name": "policy_gradient.reinforce"},
             "batch_size": 256,
             "steps": 180,
-            "optimizer": {"lr": 1.5e-4, "schedule": "constant", "warmup": 10, "b2": 0.98},
-            "eval_every": 50,
-            "log_every": 5,
+            "optimizer": {"lr": 1e-4, "schedule": "linear", "warmup": 10, "b2": 0.98, "end": 0.1},
+            **often,
         },
         control={
             **sft,
             "start": "sft",
-            "time_of": "reinforce",
+            "time_of": "dpo,reinforce",
             "steps": 100000,
             "optimizer": {"lr": 2e-4, "schedule": "constant", "warmup": 10, "b2": 0.98},
-            "eval_every": 300,
         },
     )

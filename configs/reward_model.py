@@ -2,8 +2,9 @@
 
     python -m jaxpost.train --config=configs/reward_model.py --workdir=/tmp/rm --config.model=FOLDER --config.data=FILE.jsonl
 
-`:offset` after the file name reads the pairs' margins too, `:logistic` learns from single answers with a label instead of
-pairs; see objectives/reward_model.py. What it makes of other data: python -m jaxpost.annotate --what=reward.
+`:offset` after the file name reads the pairs' margins too. `:logistic` learns from single answers with a label, true or false,
+`:regression` from answers with a `score`, `:process` from solutions whose steps have a label each (README.md has the columns).
+See objectives/reward_model.py. What it makes of other data: python -m jaxpost.annotate --what=reward.
 """
 
 from jaxpost import recipe

@@ -49,7 +49,7 @@ def annotate(config, what, *, workdir="", out="", stage="", **changes) -> list[s
     with sharding.use(mesh):
         plan = plan_stage(stage, settings, mesh)
         if not plan.sets:
-            raise UserError(f"--stage={stage}: its batches are rollouts, which are there only while it runs; name another.")
+            raise UserError(f"--stage={stage}: its data are completions, made only when it runs; name another.")
         found = starting(plan.found, settings, names[: names.index(stage)], cloud.path(workdir)) if workdir else plan.found
         # All that the folder has, whatever the stage's own objective makes of it: a reward model's head too.
         found = dataclasses.replace(found, leaves=loading.carried(found.folder, "leaves"))

@@ -6,7 +6,8 @@ asynchronously and renamed into place when whole. One holds `params` (the model'
 
 Frozen weights that some folder holds already are not written again. `params` then has the other leaves alone, by path, and
 `meta` says under `base` where the frozen ones are, the digest of what they were, and which of them are `beside` it all the
-same, here; under `adapter` what was put around them. `models/loading.py` makes the tree of the two.
+same, here; under `adapter` what was put around them. `models/loading.py` makes the tree of the two. A teacher's head is named
+under `elsewhere` and is not written.
 """
 
 import json
@@ -16,6 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from jaxpost import sharding
@@ -54,12 +56,12 @@ class Checkpoints:
     def save(self, state: TrainState, meta: dict, metrics: dict[str, float] | None = None) -> None:
         """Starts writing the state; returns when the device's part is copied.
 
-        meta: where it names a `base`, only what that lacks is written of the frozen weights. metrics: of this very state, or
-        None where it was not evaluated (it is then no candidate for the best).
+        meta: where it names a `base`, only what that lacks is written of the frozen weights; what stands in `elsewhere` never
+        is. metrics: of this very state, or None where it was not evaluated (it is then no candidate for the best).
         """
         step = int(state.step)
         metrics = {k: v for k, v in (metrics or {}).items() if k == self.best and np.isfinite(v)}
-        items = {k: ocp.args.StandardSave(v) for k, v in _items(state, meta.get("base")).items()}
+        items = {k: ocp.args.StandardSave(v) for k, v in _items(state, meta).items()}
         self.manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items), metrics=metrics, force=True)
 
     def latest(self) -> int | None:
@@ -73,12 +75,17 @@ class Checkpoints:
     def restore(self, step: int, abstract: TrainState, below: Params = None) -> TrainState:
         """The state at a step, laid out as `abstract` says; any mesh can read what any other wrote.
 
-        below: for one whose frozen weights are elsewhere, the whole tree of parameters with those in it.
+        below: for one whose frozen weights are elsewhere, a tree of parameters with those in it.
         """
-        base = None if below is None else self.meta(step)["base"]
-        items = {k: ocp.args.StandardRestore(v) for k, v in _items(abstract, base).items()}
+        meta = self.meta(step)
+        items = {k: ocp.args.StandardRestore(v) for k, v in _items(abstract, meta).items()}
         found = self.manager.restore(step, args=ocp.args.Composite(**items))
-        rest, params = found["optimizer"], found["params"] if base is None else _over(found["params"], below)
+        rest, params = found["optimizer"], found["params"]
+        if meta.get("base"):
+            params = _over(params, below)
+        elif elsewhere := meta.get("elsewhere"):
+            flat, others = flatten_dict(params, sep="/"), flatten_dict(below, sep="/")
+            params = unflatten_dict(flat | {path: others[path] for path in elsewhere}, sep="/")
         train = jax.tree.map(lambda a, x: None if a is None else x, abstract.train, params, is_leaf=lambda x: x is None)
         frozen = jax.tree.map(lambda a, x: None if a is None else x, abstract.frozen, params, is_leaf=lambda x: x is None)
         mean = None if abstract.ema is None else _unflat(found["ema"], abstract.ema)
@@ -93,11 +100,15 @@ class Checkpoints:
         self.manager.close()
 
 
-def _items(state: TrainState, base: dict | None) -> dict[str, Any]:
+def _items(state: TrainState, meta: dict) -> dict[str, Any]:
+    base, elsewhere = meta.get("base"), meta.get("elsewhere")
     rest = {k: getattr(state, k) for k in ("step", "opt_state", "key", "skipped", "streak")}
     params = combine(state.train, state.frozen)
     if base is not None:
         params = _flat(state.train) | {k: v for k, v in _flat(state.frozen).items() if k in base["beside"]}
+    elif elsewhere:
+        flat = flatten_dict(params, sep="/")
+        params = unflatten_dict({path: x for path, x in flat.items() if path not in elsewhere}, sep="/")
     items = {"params": params, "optimizer": rest}
     return items if state.ema is None else {**items, "ema": _flat(state.ema)}
 

@@ -114,9 +114,11 @@ def _own_keywords(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
 
 
 def _find_recipe(argv: list[str]) -> list[str]:
-    """The arguments as --config=PATH, the path of a recipe that is there: as given, or one of those that come with jaxpost.
+    """The arguments with --config=PATH before the others, the path of a recipe that is there: as given, or one of those that
+    come with jaxpost.
 
-    Raises UserError where there is no such file: ml_collections would go on with a stand-in until it is used.
+    Raises UserError where there is no such file: ml_collections would go on with a stand-in until it is used. It also wants the
+    recipe before its settings.
     """
     out, rest = [], iter(argv)
     for argument in rest:
@@ -124,7 +126,10 @@ def _find_recipe(argv: list[str]) -> list[str]:
         if name in ("--config", "-config"):
             argument = f"--config={recipe.located(value if equals else next(rest, ''))}"
         out.append(argument)
-    return out
+    first = [a for a in out[1:] if a.startswith("--config=")]
+    if not first and any(a.startswith("--config.") for a in out):
+        raise UserError("--config=... is required: the recipe that the settings --config.key=value change. See --help.")
+    return [*out[:1], *first, *(a for a in out[1:] if a not in first)]
 
 
 def _define_config() -> None:

@@ -165,6 +165,10 @@ def annotated(plan: Plan, mesh) -> Plan:
 
     Raises UserError where they are of other data, and for a column that the objective reads and nothing gives.
     """
+    if plan.settings.source == "samples":  # there is no data yet to have columns
+        if lacking := [name for name in plan.reads if name != REFERENCE]:
+            raise UserError(f"config.objective: it reads the column {lacking[0]}, which samples cannot have; name a data set.")
+        return plan
     folders = [cloud.path(part.strip()) for part in plan.settings.annotations.split(",") if part.strip()]
     used = [plan.data]
     made = {one.encoded.digest: {} for one in plan.sets}
@@ -172,6 +176,7 @@ def annotated(plan: Plan, mesh) -> Plan:
         of = made.get(json.loads(file.read_text())["data"])
         if of is not None:
             found = read(file.parent)
+            _check_teacher(plan, json.loads(file.read_text()), found)
             if twice := of.keys() & found.keys():
                 raise UserError(
                     f"config.annotations: {', '.join(twice)} is there twice, in {file.parent} again; name one folder."
@@ -195,6 +200,16 @@ def annotated(plan: Plan, mesh) -> Plan:
     # A run is never continued with what another model said of the same data.
     data = hashlib.sha256(" ".join(used).encode()).hexdigest()[:16]
     return _joined(plan._replace(data=data), made, mesh)
+
+
+def _check_teacher(plan: Plan, meta: dict, found: Mapping) -> None:
+    """Raises UserError where states are another model's than the head that will read them."""
+    for name in loading.others(plan.found).values() if "teacher_hidden" in found else ():
+        if meta["weights"]["files"] != fingerprint.digest(loading.describe(name, text=False).folder):
+            raise UserError(
+                f"config.objective.teacher: {name} is not the model that wrote teacher_hidden in config.annotations, or has "
+                "changed since; name that one, or have jaxpost.annotate write its states."
+            )
 
 
 def _metas(folder: epath.Path) -> list[epath.Path]:

@@ -20,8 +20,11 @@ from jaxpost import sharding
 from jaxpost.data import mixture, pairs, source, templates
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
+from jaxpost.recipe import plain
 from jaxpost.resolve import attribute, bind
 from jaxpost.tokenizer import check_ids
+
+EXAMPLES = 10000  # of a task, where its settings do not say
 
 
 class Set(NamedTuple):
@@ -43,7 +46,7 @@ def shape(objective: Callable) -> str:
 
 def template(found, s) -> str:
     """The Jinja of the chat template that a stage's settings choose, with its options."""
-    return templates.jinja(found.tokenizer, s.template or None, mixture.pairs(_plain(s.template_options), "template_options"))
+    return templates.jinja(found.tokenizer, s.template or None, mixture.pairs(plain(s.template_options), "template_options"))
 
 
 def read(task, found, s, objective: Callable) -> list[Set]:
@@ -51,16 +54,13 @@ def read(task, found, s, objective: Callable) -> list[Set]:
     parts = _sources(task, s)
     # On the command line every share is a float, a number of examples too.
     wanted = 0 if s.eval_data else int(s.held_out) if s.held_out >= 1 else float(s.held_out)
+    options = _options(found, s, objective)
     _, others = source.split(sum(len(part.records) for part in parts), wanted, s.seed)
     kept, rest = mixture.divide(parts, others)
     if s.eval_data:
-        kept = mixture.read(_plain(s.eval_data), "eval_data", s.bad_rows == "skip")
+        kept = mixture.read(plain(s.eval_data), "eval_data", s.bad_rows == "skip")
         if kept[0].weight is not None:
             raise UserError("config.eval_data: evaluation takes every row once; leave the weights out.")
-    options = {"window": s.window, "too_long": s.too_long, "bad_rows": s.bad_rows, "shape": shape(objective)}
-    options["columns"] = mixture.pairs(_plain(s.columns), "columns")
-    options |= {"shared": s.shared_prefix, "longest": found.transformer.arch.max_positions}
-    options["margins"] = "margins" in attribute(objective, "columns", {})
 
     def encoded(part: mixture.Part, held_out: bool) -> Set:
         what = f"{'eval data' if held_out else 'data'} {part.name}"
@@ -71,11 +71,25 @@ def read(task, found, s, objective: Callable) -> list[Set]:
             raise UserError(f"{what}: {error}{none}") from error
         if jax.process_index() == 0:
             rows = len(source.bins(made.lengths, s.window, packing=s.packing, seed=s.seed))
-            mixture.tell(what, part, made, rows, s.window)
+            mixture.tell(what, part, made, rows, s.window, options["longest"])
         check_ids(made.highest, found.transformer.arch.vocab, found.tokenizer, what)
         return Set(part.name, part.weight, made, held_out)
 
     return [encoded(part, False) for part in rest] + [encoded(part, True) for part in kept]
+
+
+def _options(found, s, objective: Callable) -> dict:
+    """What `source.encode_all` is told of a stage's data."""
+    options = {"window": s.window, "too_long": s.too_long, "bad_rows": s.bad_rows, "shape": shape(objective)}
+    options["columns"] = mixture.pairs(plain(s.columns), "columns")
+    options |= {"shared": s.shared_prefix, "longest": found.transformer.arch.max_positions}
+    return options | {"margins": "margins" in attribute(objective, "columns", {})}
+
+
+def check(rows: Sequence[dict], found, s, objective: Callable) -> None:
+    """Raises UserError where a stage's settings could not learn from rows such as these."""
+    records = [Record(row, f"a sample of config.task, {i}") for i, row in enumerate(rows)]
+    source.encode_all(records, found.tokenizer, template(found, s), s.train_on, **_options(found, s, objective))
 
 
 def _sources(task, s) -> list[mixture.Part]:
@@ -83,13 +97,13 @@ def _sources(task, s) -> list[mixture.Part]:
     if s.bad_rows not in source.BAD_ROWS:
         raise UserError(f"config.bad_rows: {s.bad_rows!r} is neither {' nor '.join(map(repr, source.BAD_ROWS))}.")
     if s.data:
-        return mixture.read(_plain(s.data), "data", s.bad_rows == "skip")
+        return mixture.read(plain(s.data), "data", s.bad_rows == "skip")
     if task is None:
         raise UserError("config.data: give a file (README.md lists the kinds), or a config.task with demonstrations.")
-    options = {k: v for k, v in _plain(s.task).items() if k not in ("name", "examples")}
+    options = {k: v for k, v in plain(s.task).items() if k not in ("name", "examples")}
     make = bind(task.conversation, {"seed": s.seed, **options}, f"task {s.task['name']}")
     name = f"task {s.task['name']}"
-    records = [Record(make(i), f"{name}, example {i}") for i in range(s.task.get("examples", 10000))]
+    records = [Record(make(i), f"{name}, example {i}") for i in range(s.task.get("examples", EXAMPLES))]
     return [mixture.Part(name, None, records, [])]
 
 
@@ -144,7 +158,3 @@ def digest(sets: Sequence[Set]) -> str:
 def shown(sets: Sequence[Set]) -> list[dict]:
     """The first example's documents, {tokens, mask} each."""
     return pairs.documents(sets[0].encoded.examples[0])
-
-
-def _plain(value):
-    return value.to_dict() if hasattr(value, "to_dict") else value

@@ -24,6 +24,19 @@ class Mean(NamedTuple):
         return np.float64(self.sum) / np.float64(self.weight) if self.weight else float("nan")
 
 
+class Difference(NamedTuple):
+    """One Mean less another, each of its own share of what was seen; nan where either saw nothing."""
+
+    one: Mean
+    other: Mean
+
+    def merge(self):
+        return Difference(self.one.merge(), self.other.merge())
+
+    def value(self):
+        return self.one.value() - self.other.value()
+
+
 class Std(NamedTuple):
     """Population standard deviation from two sums and a weight."""
 
@@ -77,7 +90,7 @@ def masked_max(values: jax.Array, mask: jax.Array) -> Max:
 
 def is_metric(x) -> bool:
     """Whether x is one of the metrics above; for jax.tree.map's is_leaf."""
-    return isinstance(x, (Mean, Std, Min, Max))
+    return isinstance(x, (Mean, Difference, Std, Min, Max))
 
 
 def merge(stacked: dict) -> dict:

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import math
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,8 +20,10 @@ from jaxpost.data import chat, source
 from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.profile import SKIPPED
+from jaxpost.recipe import plain
 from jaxpost.resolve import attribute, module, resolve
 from jaxpost.rollouts import source as rollouts
+from jaxpost.rollouts.samples import ROWS, Samples, rows
 from jaxpost.rollouts.source import Rollouts
 from jaxpost.tokenizer import check_ids
 
@@ -32,11 +35,11 @@ class Plan(NamedTuple):
     settings: Any
     found: loading.Description
     objective: Callable
-    sets: list[datasets.Set]  # what is learned from; none for rollouts
-    source: Any  # state -> batch, with a position
+    sets: list[datasets.Set]  # what is learned from; none for rollouts, nor for samples that are still to be drawn
+    source: Any  # state -> batch, with a position; or the samples.Samples that its data will be
     steps: int
     held_out: list  # this process's batches for evaluation
-    data: str  # a digest of what is learned from; "" for rollouts
+    data: str  # a digest of what is learned from; "" where sets are none
     problems: dict | None  # what evaluate.graded takes, for a task
     example: list[dict]  # the documents of one example, to be shown
     trainable: str  # pattern of the paths that train
@@ -49,9 +52,9 @@ def plan_stage(name: str, s, mesh) -> Plan:
     """Reads, resolves and checks everything that a stage's settings name."""
     device = mesh.devices.flat[0]
     options = {"attention": s.attention, "device": device}
-    found = loading.describe(_plain(s.model), s.tokenizer, s.dtype, s.remat, _plain(s.adapter), **options)
-    loading.check(found)
+    found = loading.describe(plain(s.model), s.tokenizer, s.dtype, s.remat, plain(s.adapter), **options)
     found, objective, trainable, trained = learned(found, s, mesh)
+    loading.check(found)
     if found.tokenizer is None:
         raise UserError(
             "config.tokenizer: the model comes without one; name a folder that has one, or a function that makes one."
@@ -59,19 +62,20 @@ def plan_stage(name: str, s, mesh) -> Plan:
     if s.reward and not s.task:
         raise UserError("config.reward: there is no config.task whose completions it could judge.")
     task = _task(s) if s.task else None
-    reward = None if task is None else judge(task, s.task["name"], _plain(s.reward))
+    reward = None if task is None else judge(task, s.task["name"], plain(s.reward))
     problems = None if task is None else _problems(task, reward, found, s)
-    if s.source == "rollouts":
+    if s.source in ("rollouts", "samples"):
         sets, held_out, example, data, steps = [], [], [], "", s.steps
-        batches = _rollouts(task, reward, found, s, mesh)
+        drawn = _drawn(task, reward, found, s)
+        batches = _rollouts(drawn, found, s, mesh) if s.source == "rollouts" else _samples(name, drawn, found, s, objective)
         if not steps:
-            raise UserError("config.steps: rollouts have no epochs; say how many steps to take.")
+            raise UserError(f"config.steps: {s.source} have no epochs that could be told now; say how many steps to take.")
     elif s.source == "data":
         sets = datasets.read(task, found, s, objective)
         (batches, held_out), example, data = datasets.batches(sets, s, mesh), datasets.shown(sets), datasets.digest(sets)
         steps = s.steps or len(batches)
     else:
-        raise UserError(f"config.source: {s.source!r} is neither 'data' nor 'rollouts'.")
+        raise UserError(f"config.source: {s.source!r} is neither 'data' nor 'rollouts' nor 'samples'.")
     longest, most = s.rollouts.prompt_window + s.rollouts.new, found.transformer.arch.max_positions
     if task is not None and longest > most:
         raise UserError(f"config.rollouts: prompt_window + new = {longest} tokens, but the model takes {most}.")
@@ -86,19 +90,28 @@ def learned(found: loading.Description, s, mesh) -> tuple[loading.Description, C
     """(the model with the leaves that the objective asks for, objective, pattern of the paths that train, how many parameters
     that is) of a stage, its sizes checked: what needs neither a tokenizer, nor data, nor weights.
 
-    An objective asks for leaves by an attribute `leaves`: {path: (letters, first value)}; they train with an adapter too.
+    An objective asks for leaves by an attribute `leaves`: {path: (letters, first value)}; they train with an adapter too, but
+    for those that are another model's (loading.abstract).
     """
-    objective = resolve(_plain(s.objective), "objectives")
+    objective = resolve(plain(s.objective), "objectives")
     found = dataclasses.replace(found, leaves=attribute(objective, "leaves", {}))
-    trainable = s.trainable
+    trainable, others = s.trainable, loading.others(found)
     if found.adapter and trainable == ".*":
-        trainable = "|".join([optim.ADDED, *(f"^{path}$" for path in found.leaves)])
+        trainable = "|".join([optim.ADDED, *(f"^{path}$" for path in found.leaves if path not in others)])
+    if others:
+        trainable = f"^(?!({'|'.join(others)})$)(?=.*({trainable}))"
     train, _ = optim.partition(loading.abstract(found.transformer, mesh, found.adapter, found.leaves), trainable)
     _check_shape(s, datasets.shape(objective))
     # Of pairs several documents are one example; each by itself is held to the model's positions where it is encoded.
     alone = s.source == "rollouts" or datasets.shape(objective) == "demonstrations"
     if alone and s.window > (most := found.transformer.arch.max_positions):
         raise UserError(f"config.window: {s.window} tokens, but the model takes {most}; give that at most.")
+    short = min((k.rope.original for k in found.transformer.arch.kinds if k.rope.kind == "longrope"), default=s.window)
+    if s.shared_prefix and s.window > short:
+        raise UserError(
+            f"config.shared_prefix: beyond {short} tokens a document's length decides how this model's tokens turn "
+            f"(longrope), and two answers differ in length; leave it out, or make the window {short} at most."
+        )
     if s.batch_size % (rows := s.microbatches * mesh.shape["data"] * mesh.shape["fsdp"]):
         raise UserError(
             f"config.batch_size: {s.batch_size} rows do not divide over microbatches x data x fsdp = {rows}; use a multiple."
@@ -108,8 +121,8 @@ def learned(found: loading.Description, s, mesh) -> tuple[loading.Description, C
 
 def _check_shape(s, shape: str) -> None:
     """Raises UserError for settings that have no meaning for what the objective learns from."""
-    if s.source == "rollouts" and shape != "demonstrations":
-        raise UserError(f"config.source: the objective learns from {shape} of a data set, and rollouts are none.")
+    if (s.source == "rollouts" and shape != "demonstrations") or (s.source == "samples" and shape not in ROWS):
+        raise UserError(f"config.source: the objective learns from {shape} of a data set, and {s.source} are none.")
     if s.shared_prefix and shape not in ("pairs", "mismatched"):
         raise UserError("config.shared_prefix: only a prompt with two answers has a prefix to share; leave it out.")
 
@@ -150,10 +163,6 @@ def starting(found: loading.Description, s, before: list[str], workdir) -> loadi
     return found
 
 
-def _plain(value):
-    return value.to_dict() if hasattr(value, "to_dict") else value
-
-
 def _task(s):
     """The module that the task's settings name, with all that this stage will ask of it."""
     found = module(s.task.get("name", ""), "tasks")
@@ -165,10 +174,6 @@ def _task(s):
     if missing := [name for name in needed if not callable(getattr(found, name, None))]:
         raise UserError(f"config.task: {s.task['name']} has no function {missing[0]}; CONTRIBUTING.md lists what a task has.")
     return found
-
-
-def _task_options(s) -> dict:
-    return {k: v for k, v in _plain(s.task).items() if k not in ("name", "examples")}
 
 
 def judge(task, name: str, reward: Mapping | str = "") -> Callable:
@@ -213,9 +218,10 @@ def _check_prompts(problems, found, s) -> None:
             )
 
 
-def _rollouts(task, reward, found, s, mesh) -> Rollouts:
+def _drawn(task, reward, found, s) -> dict:
+    """What rollouts and samples are both made of: prompts, a reward, and how to complete."""
     if task is None:
-        raise UserError("config.task: rollouts need a task, for prompts and a reward.")
+        raise UserError(f"config.task: {s.source} need a task, for prompts and a reward.")
     jinja = datasets.template(found, s)
     _check_prompts(((task.record(i, seed=s.seed), f"problem {i}") for i in range(256)), found, s)
 
@@ -229,14 +235,23 @@ def _rollouts(task, reward, found, s, mesh) -> Rollouts:
         "temperature": s.rollouts.temperature,
         "stop": chat.stop_ids(found.tokenizer, jinja),
     }
-    return Rollouts(
-        found.transformer,
-        found.tokenizer,
-        prompt,
-        reward,
-        mesh,
-        batch_size=s.batch_size,
-        group=s.rollouts.group,
-        seed=s.seed,
-        options=options,
-    )
+    return {"prompt": prompt, "reward": reward, "group": s.rollouts.group, "seed": s.seed, "options": options}
+
+
+def _rollouts(drawn: dict, found, s, mesh) -> Rollouts:
+    prompt, reward = drawn.pop("prompt"), drawn.pop("reward")
+    return Rollouts(found.transformer, found.tokenizer, prompt, reward, mesh, batch_size=s.batch_size, **drawn)
+
+
+def _samples(name: str, drawn: dict, found, s, objective: Callable) -> Samples:
+    """Raises UserError for settings with which what they will be could not be learned from, before anything is drawn."""
+    for key in ("data", "annotations", "columns"):
+        if s[key]:
+            raise UserError(f"config.{key}: {s[key]!r}; samples are a data set of their own, which is still to be made.")
+    if s.rollouts.group < 2:
+        raise UserError(f"config.rollouts.group: {s.rollouts.group} leaves nothing to compare; take 2 at least.")
+    shape, count = datasets.shape(objective), s.task.get("examples", datasets.EXAMPLES)
+    trial = [row for i in range(8) for row in rows(shape, drawn["prompt"](i)[0]["prompt"], "12", (1, 0))]
+    datasets.check(trial, found, s, objective)
+    step = zlib.crc32(name.encode()) >> 1  # that each stage draws others
+    return Samples(found.transformer, found.tokenizer, shape=shape, count=count, rows=s.eval_rows, step=step, **drawn)

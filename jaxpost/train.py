@@ -16,6 +16,8 @@ anything is compiled.
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import signal
 import sys
@@ -26,18 +28,24 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 from etils import epath
+from ml_collections import ConfigDict
 
 from jaxpost import checkpoint, cli, cloud, columns, datasets, evaluate, optim, programs, recipe, report, sharding, writers
 from jaxpost.data import chat
 from jaxpost.errors import UserError
 from jaxpost.log import Log
 from jaxpost.models import loading
+from jaxpost.naming import digest_of
 from jaxpost.plan import Plan, plan_stage, starting
 from jaxpost.profile import Profile
 from jaxpost.resolve import nearest
+from jaxpost.rollouts import samples
 from jaxpost.state import program, shapes
 from jaxpost.step import combine, make_evaluation
 from jaxpost.types import TrainState
+
+KEPT = ("adapter", "leaves", "base", "elsewhere")  # what checkpoints say of the weights that they do not hold
+SAMPLED = ("task", "tokenizer", "reward", "rollouts", "seed", "dtype")  # the settings that decide what samples are
 
 # ---------------------------------------------------------------------------------------------------------------- Run
 
@@ -137,7 +145,12 @@ def _introduce(plans: list[Plan], workdir: epath.Path) -> None:
     for each in plans:
         most = "until the time is up" if each.settings.time_of else f"{each.steps:,} steps"
         print(f"{each.name}: {most} of {each.settings.batch_size} rows", file=sys.stderr)
-    if plan.example:
+    _show(plan)
+
+
+def _show(plan: Plan) -> None:
+    """One example of what a stage learns from, with its mask."""
+    if plan.example and jax.process_index() == 0:
         colour = sys.stderr.isatty()
         shown = [chat.show(document["tokens"], document["mask"], plan.found.tokenizer, colour) for document in plan.example]
         print("one example (what is learned stands out):", *shown, sep="\n", file=sys.stderr, flush=True)
@@ -161,17 +174,18 @@ def _stage(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _Sto
 def _steps(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _StopRequest, saved) -> tuple[dict, int | None]:
     """The results of a stage, and None at its end or else the step that it was asked to stop at."""
     s, names = plan.settings, [p.name for p in before] + [plan.name]
-    latest, meta = _left(plan, saved)
+    latest, meta = _left(saved)
     if meta["done"]:
         print(f"{plan.name}: finished before, at step {latest}.", file=sys.stderr)
         return meta["results"], None
+    plan = _with_data(plan, names, workdir, mesh, meta, saved, stop)
 
     # Set up: the state, where it was left or where it starts, and the step; the files taken back to there.
     tx = optim.make(s.optimizer, plan.steps)
     if latest is None:
         state, kept = _start(plan, names, workdir, tx, mesh)
     else:
-        state, kept = _restore(plan, saved, latest, tx, mesh), {k: meta.get(k) for k in ("adapter", "leaves", "base")}
+        state, kept = _restore(plan, saved, latest, tx, mesh), {k: meta.get(k) for k in KEPT}
     plan = _with_reference(plan, names, workdir, mesh, state if latest is None else None)
     step = program(plan.found.transformer, plan.objective, tx, state, mesh, microbatches=s.microbatches, ema=s.ema)
     plan.source.position = meta["position"]
@@ -186,11 +200,10 @@ def _steps(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _Sto
         saved.save(state, counted | kept, results if judged == at else None)
 
     # Loop: a batch, a step, and now and then a look at where we are.
-    at, judged = int(state.step), -1
+    judged = -1
     results = judge(state, log, 0) if latest is None else meta.get("results", {})
     # The last step is saved as the stage's end and never before it: a stage that is not done has a step to take.
-    while True:
-        at += 1
+    for at in itertools.count(int(state.step) + 1):
         with profile.step(at, state):
             log.clock()
             batch = plan.source(state)
@@ -210,18 +223,38 @@ def _steps(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _Sto
     return results, None if done else at
 
 
-def _left(plan: Plan, saved: checkpoint.Checkpoints) -> tuple[int | None, dict]:
-    """(step, meta) of where the stage was left; None and a fresh meta if it has not begun. Raises UserError for other data."""
+def _left(saved: checkpoint.Checkpoints) -> tuple[int | None, dict]:
+    """(step, meta) of where the stage was left; None and a fresh meta if it has not begun."""
     latest = saved.latest()
     if latest is None:
         return None, {"position": 0, "num_tokens": 0, "seconds": 0.0, "done": False}
-    meta = saved.meta(latest)
-    if not meta["done"] and meta["data"] != plan.data:
+    return latest, saved.meta(latest)
+
+
+def _with_data(plan: Plan, names: list[str], workdir: epath.Path, mesh, meta: dict, saved, stop: _StopRequest) -> Plan:
+    """The plan with its data, where that is samples: completions of the weights that the stage starts from. Making them counts
+    as the stage's time. Raises UserError for other data than the stage was begun with.
+    """
+    s = plan.settings
+    if s.source == "samples":
+        origin = starting(plan.found, s, names[:-1], workdir)
+        about = {"stage": plan.name, "weights": columns.identity(origin, s.seed), "shape": plan.source.shape}
+        about |= {"template": datasets.template(origin, s), "judge": digest_of(plan.source.reward.__wrapped__)}
+        about |= {k: recipe.plain(s[k]) for k in SAMPLED}
+        weights = functools.partial(loading.weights, origin, mesh, s.seed)
+        files, seconds = samples.make(plan.source, about, weights, workdir / "samples", mesh, lambda: stop.asked)
+        if not files:
+            _leave(f"{plan.name}, while it drew samples", stop)
+        settings = ConfigDict({**recipe.plain(s), "source": "data", "data": files})
+        plan = columns.annotated(plan_stage(plan.name, settings, mesh), mesh)
+        _show(plan)
+        meta["seconds"] += 0.0 if "data" in meta else seconds
+    if meta.get("data", plan.data) != plan.data:
         raise UserError(
             f"config.data: {saved.folder} was begun with other data than this, or another tokenizer. Bring them back as they "
             "were, or use another --workdir."
         )
-    return latest, meta
+    return plan
 
 
 def _start(plan: Plan, names: list[str], workdir: epath.Path, tx, mesh) -> tuple[TrainState, dict]:
@@ -230,7 +263,9 @@ def _start(plan: Plan, names: list[str], workdir: epath.Path, tx, mesh) -> tuple
     """
     s, found = plan.settings, starting(plan.found, plan.settings, names[:-1], workdir)
     train, frozen = optim.partition(loading.weights(found, mesh, s.seed), plan.trainable)
-    kept = {"adapter": loading.recorded(found.adapter), "leaves": found.leaves}
+    elsewhere = loading.others(found)  # another model's, which are read from there again
+    own = {path: leaf for path, leaf in found.leaves.items() if path not in elsewhere}
+    kept = {"adapter": loading.recorded(found.adapter), "leaves": own, "elsewhere": sorted(elsewhere)}
     kept["base"] = loading.base_in(found, workdir, frozen)
 
     def rest(train):
@@ -249,7 +284,7 @@ def _restore(plan: Plan, saved: checkpoint.Checkpoints, step: int, tx, mesh) -> 
     inside, base = meta.get("adapter") or {}, meta.get("base")
     state = shapes(plan.found.transformer, mesh, tx, plan.trainable, adapter=inside, leaves=plan.found.leaves, ema=s.ema > 0)
     if not base:
-        return saved.restore(step, state)
+        return saved.restore(step, state, loading.heads(plan.found, mesh))
     folder = loading.base_of(saved.folder / str(step), base)
     below = loading.weights(dataclasses.replace(plan.found, folder=folder, adapter=inside), mesh, s.seed)
     return saved.restore(step, state, below)
@@ -267,14 +302,14 @@ def _with_reference(plan: Plan, names: list[str], workdir: epath.Path, mesh, sta
     return columns.referenced(plan, origin, weights, workdir / "columns", mesh)
 
 
-def _seconds_of(stage: str, workdir: epath.Path) -> float:
-    """The training time that a finished stage took, evaluation left out; without end for no stage."""
-    if not stage:
-        return float("inf")
-    other = checkpoint.Checkpoints(workdir / "checkpoints" / stage)
-    seconds = other.meta(other.latest())["seconds"]
-    other.close()
-    return seconds
+def _seconds_of(stages: str, workdir: epath.Path) -> float:
+    """The training time that finished stages took together, evaluation left out; without end for none."""
+    seconds = 0.0
+    for stage in stages.split(",") if stages else ():
+        other = checkpoint.Checkpoints(workdir / "checkpoints" / stage)
+        seconds += other.meta(other.latest())["seconds"]
+        other.close()
+    return seconds if stages else float("inf")
 
 
 # ---------------------------------------------------------------------------------------------------- Evaluate and log

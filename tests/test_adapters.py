@@ -313,7 +313,10 @@ BAD = {
         "adapts self_attn.qkv_proj, which is no projection",
     ),
     "head": (lambda c, t: (c, t | {"base_model.model.lm_head.weight": np.ones(2)}), "lm_head.weight is no tensor of a"),
-    "width": (lambda c, t: (c, {k: v[..., :7] if "lora_A" in k else v for k, v in t.items()}), r"is \(7, 3\) as \[in, out\]"),
+    "width": (
+        lambda c, t: (c, {k: v[..., :7] if "lora_A" in k else v for k, v in t.items()}),
+        r"is \(7, 3\) .* belongs to another base",
+    ),
 }
 
 

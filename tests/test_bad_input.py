@@ -275,9 +275,17 @@ def commands(folder) -> dict[str, tuple[list[str], list[str]]]:
         ),
         "reaches no stage": (
             runs.command("configs/quickstart.py", w, "--config.steps=5"),
-            ["config.steps: 5 reaches no stage", "config.sft.steps, config.reinforce.steps, config.control.steps"],
+            ["config.steps: 5 reaches no stage", "config.sft.steps, config.dpo.steps, config.reinforce.steps"],
         ),
         "type": (runs.command(good, w, "--config.window=wide"), ["--config.window=wide", "int"]),
+        "settings alone": (
+            [*runs.command(good)[:-1], f"--workdir={w}", "--config.steps=3"],
+            ["--config=... is required: the recipe that the settings"],
+        ),
+        "settings first": (
+            [*runs.command(good)[:-1], "--config.windwo=3", runs.command(good)[-1], f"--workdir={w}"],
+            ["--config.windwo: the recipe has no key", "Did you mean 'window'?"],
+        ),
         "argument": (runs.command(good, w, "steps=3"), ["unexpected argument 'steps=3'", "--name=value"]),
         "roles": (
             runs.command(good, w, f"--config.data={roles}", "--config.held_out=0"),

@@ -29,7 +29,7 @@ def side_by_side():
 
 
 def round_of(seconds, losses, **more):
-    return {"steps": seconds, "losses": losses, "peak_bytes": 2**30, "first": 5.0, "others": 0.0, **more}
+    return {"steps": seconds, "losses": losses, "norms": [], "peak_bytes": 2**30, "first": 5.0, "others": 0.0, **more}
 
 
 def test_a_ratio_is_told_only_of_equal_work(side_by_side):
@@ -57,6 +57,31 @@ def test_a_busy_machine_is_told(side_by_side):
     assert "30% of the machine" in said[0] and "of the machine" not in said[1]
 
 
+def test_whole_curves_are_compared(side_by_side):
+    ours = [round_of([1.0], [3.0, 2.0, 1.0], norms=[8.0, 9.0, 7.0])] * 2
+    # One step's loss is not there yet, as where a hook comes late; the second round is 0.5 off in one step.
+    found = [round_of([1.0], [3.0, 2.0], norms=[8.0, 9.0, 7.25]), round_of([1.0], [3.0, 2.5], norms=[8.0, 9.0, 7.0])]
+    said = side_by_side.apart("peer", found, ours)
+    assert "in loss by 5.0e-01 at most and 1.2e-01 in the mean" in said
+    assert "Over 6 steps peer" in said and "in gradient's norm by 2.5e-01 at most and 4.2e-02 in the mean" in said
+    assert side_by_side.apart("peer", [round_of([1.0], [])] * 2, ours) == ""
+
+
+@pytest.mark.parametrize("argument, prompt, answer", [("", 64, 64), ("prefix", 96, 32)])
+def test_all_get_the_pairs_that_our_loader_makes(side_by_side, tmp_path, argument, prompt, answer):
+    side_by_side.model.make(tmp_path / "model", "tiny")
+    prepare = side_by_side.competitor.load(FOLDER / "dpo" / "ours.py").prepare
+    job = prepare({"model": str(tmp_path / "model"), "steps": 2, "argument": argument}, tmp_path)
+    made = {name: x.reshape(8, -1) for name, x in np.load(job["rows"]).items()}
+    assert {name: x.shape[1] for name, x in made.items()} == {"prompt": prompt, "chosen": answer, "rejected": answer}
+    # Each turn opens with <bos>, and the answer's ends with <eos>.
+    words = [np.concatenate([made["prompt"][i, 1:], made["chosen"][i, 1:-1], made["rejected"][i, 1:-1]]) for i in range(8)]
+    assert (made["prompt"][:, 0] == 1).all() and (made["chosen"][:, [0, -1]] == [1, 2]).all()
+    rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    texts = [" ".join(row[name] for name in ("prompt", "chosen", "rejected")).split() for row in rows]
+    assert sorted(map(list, words)) == sorted([int(w[1:]) for w in text] for text in texts)
+
+
 def test_all_get_the_rows_that_our_loader_makes(side_by_side, tmp_path):
     side_by_side.model.make(tmp_path / "model", "tiny")
     found = loading.describe(str(tmp_path / "model"))
@@ -78,14 +103,17 @@ def test_the_head_costs_its_chunk_and_not_the_logits(side_by_side, monkeypatch):
 
 
 @pytest.mark.slow
-def test_ours_is_measured_and_what_fails_is_left_out(tmp_path):
-    command = [sys.executable, FOLDER / "side_by_side.py", "--size=tiny", "--steps=6", "--rounds=2"]
+@pytest.mark.parametrize("workload, start, tolerance", [("sft", np.log(512), 0.1), ("dpo:prefix", np.log(2), 1e-6)])
+def test_ours_is_measured_and_what_fails_is_left_out(tmp_path, workload, start, tolerance):
+    command = [sys.executable, FOLDER / "side_by_side.py", "--size=tiny", "--steps=6", "--rounds=2", f"--workload={workload}"]
     command += [f"--json={tmp_path / 'found.json'}", f"--peer=trl={shutil.which('false')}"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=ONE)
     found = json.loads((tmp_path / "found.json").read_text())
     assert [line["name"] for line in found["lines"]] == ["ours"] and "trl ended with status 1" in done.stderr
     first, second = found["rounds"]["ours"]
     assert first["losses"] == second["losses"] and len(first["losses"]) == 9 and len(first["steps"]) == 6
+    # log V of a model that knows nothing, or log 2 of one that is its own reference.
+    assert first["losses"][0] == pytest.approx(start, abs=tolerance) and len(first["norms"]) == 9 and min(first["norms"]) > 0
     assert "| ours |" in done.stdout and first["matmul"] > 0 and second["peak_bytes"] > 2**27
 
 

@@ -1,13 +1,21 @@
 """Distillation against divergences written out in float64 over the whole vocabulary, differentiated numerically."""
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
+from test_pairs import MODEL, PLAIN
 
-from jaxpost import metrics
+from jaxpost import annotate, columns, export, metrics, recipe, sharding, train
 from jaxpost.errors import UserError
+from jaxpost.models import hf, loading
+from jaxpost.models.heads import logits
 from jaxpost.objectives import distill, logprobs
+from jaxpost.plan import plan_stage
 from jaxpost.resolve import resolve
 from jaxpost.step import gradients
 from jaxpost.types import Head, Output
@@ -134,3 +142,50 @@ def test_chunks_change_nothing(monkeypatch):
 def test_a_beta_at_the_ends_names_the_function_that_is_meant():
     with pytest.raises(UserError, match="forward_kl"):
         distill.jensen_shannon(None, None, None, None, beta=0.0)
+
+
+def test_a_student_learns_the_whole_distribution_of_a_teacher_in_a_folder(tmp_path):
+    """Of another width and with tied embeddings: its states are annotated, its head is read from its own files."""
+    mesh, rows = sharding.make_mesh(), [{"prompt": "q" * (1 + i % 3), "completion": chr(97 + i % 9) * 4} for i in range(40)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    models, described = {}, None
+    for name, more in (("student", {}), ("teacher", {"hidden_size": 24, "tie_word_embeddings": True})):
+        found = loading.describe({**MODEL, **more}, "test_pairs.characters")
+        params = loading.weights(found, mesh, seed=len(name))
+        hf.save(tmp_path / name, params, found.transformer.arch, found.config)
+        models[name], described = (found.transformer.forward, params), described or (found.transformer.arch, found.config)
+    given = {"tokenizer": "test_pairs.characters", "template": PLAIN, "data": str(tmp_path / "d.jsonl"), "window": 16}
+    given |= {"batch_size": 8, "steps": 2, "save_every": 1, "keep": 3, "best": ""}
+    annotate.annotate(None, "hidden", out=str(tmp_path / "states"), model=str(tmp_path / "teacher"), **given)
+    objective = {"name": "distill.forward_kl", "teacher": str(tmp_path / "teacher")}
+    given |= {"model": str(tmp_path / "student"), "objective": objective, "annotations": str(tmp_path / "states")}
+
+    work = tmp_path / "w"
+    train.run(None, str(work), **given)
+    first = next(row for row in runs.rows(work / "metrics.jsonl") if row["step"] == 1)
+    ((_, s),) = recipe.stages(recipe.opened(None, **given))
+    batch = columns.annotated(plan_stage("train", s, mesh), mesh).source(None)
+    logps = {}
+    for name, (forward, params) in models.items():
+        out = forward(params, {k: jnp.asarray(x) for k, x in batch.items()})
+        logps[name] = np.asarray(jax.nn.log_softmax(logits(out.hidden, out.head)), np.float64)[:, :-1]
+    kl = (np.exp(logps["teacher"]) * (logps["teacher"] - logps["student"])).sum(-1)[batch["mask"][:, 1:]]
+    assert first["loss"] == pytest.approx(kl.mean(), rel=1e-5) and kl.mean() > 1e-4
+
+    # The head is no part of what is saved, and is there again after an interruption and where the stage's result is used.
+    last = runs.saved(work, "train")[2][0]
+    shutil.rmtree(tmp_path / "student")  # of which nothing is frozen, so nothing is needed
+    assert last["frozen/teacher_head/weight"].shape == (99, 24) and not [k for k in last if "mu/teacher" in k]
+    shutil.rmtree(work / "checkpoints" / "train" / "2")
+    hf.save(tmp_path / "student", models["student"][1], *described)
+    train.run(None, str(work), **given)
+    jax.tree.map(np.testing.assert_array_equal, runs.saved(work, "train")[2][0], last)
+    assert "model.safetensors" in export.export(str(work), str(tmp_path / "out"), mesh=mesh)
+
+    for changes, message in (
+        ({"objective": "distill.reverse_kl"}, "config.objective.teacher: name the teacher"),
+        ({"objective": {**objective, "teacher": str(tmp_path / "student")}}, "is not the model that wrote teacher_hidden"),
+        ({"objective": {**objective, "teacher": str(work)}}, "a teacher is read from Hugging Face's files"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train.run(None, str(tmp_path / "x"), **{**given, **changes})

@@ -70,8 +70,8 @@ def _with_gradients(scores, *arguments, **options):
     return jax.device_get((found, grads))
 
 
-# Chunks of one position, of two (the seventh stands alone), of three, of all seven.
-@pytest.mark.parametrize("chunk", [1, 2 * B * V, 3 * B * V, 2**22])
+# Chunks of one position, of two (the seventh stands alone), of three, of four (the second is filled up), of all seven.
+@pytest.mark.parametrize("chunk", [1, 2 * B * V, 3 * B * V, 4 * B * V, 2**22])
 @pytest.mark.parametrize("name", MASKS)
 def test_values_and_gradients_are_those_of_the_whole_softmax(monkeypatch, name, chunk):
     monkeypatch.setattr(logprobs, "CHUNK", chunk)

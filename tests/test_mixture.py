@@ -143,14 +143,15 @@ def test_bad_rows_are_skipped_and_counted_and_long_ones_are_another_matter():
 
 
 def test_the_hint_stands_where_it_belongs(capsys):
-    def told(**counts):
+    def told(longest=8, **counts):
         report = dict.fromkeys(("count", "dropped", "truncated", "split", "skipped", "tokens", "trained_tokens"), 0) | counts
         encoded = source.Encoded([], np.zeros(0), np.zeros(0), report, "", "because", 0)
-        mixture.tell("data", mixture.Part("p", None, [], []), encoded, 3, 8)
+        mixture.tell("data", mixture.Part("p", None, [], []), encoded, 3, 8, longest)
         return capsys.readouterr().err.partition("3 rows of 8")[2].strip()
 
     hint = " (for their length: config.window, config.too_long)"
     assert told(truncated=2, dropped=1, skipped=4) == f", 2 truncated, 1 dropped{hint}, 4 skipped; the first skipped: because"
+    assert told(longest=7, dropped=1) == ", 1 dropped" + hint.replace(")", "; the model takes 7 tokens)")
     assert told(truncated=2) == f", 2 truncated{hint}" and told(split=2) == ", 2 split" and told() == ""
 
 

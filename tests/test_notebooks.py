@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -26,19 +27,36 @@ def test_a_notebook_is_committed_without_its_outputs(path):
     assert not any(cell["outputs"] or cell["execution_count"] for cell in code)
 
 
-@pytest.mark.slow
-def test_fine_tuning_from_the_first_cell_to_the_last(tmp_path, monkeypatch):
+def run(name: str, monkeypatch, folder: Path) -> tuple[dict, str]:
+    """What a notebook's cells define and print, in a folder and without a network."""
+
     def unreachable(name, weights=False):
         raise UserError(f"{name}: no network")
 
     monkeypatch.setattr(hub, "fetch", unreachable)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(folder)
     names, said = {"__name__": "__main__"}, io.StringIO()
     with contextlib.redirect_stdout(said):
-        for source in cells(Path(__file__).parent.parent / "notebooks" / "01_sft.ipynb"):
-            exec(compile(source, "01_sft.ipynb", "exec"), names)  # the notebook's own code
+        for source in cells(Path(__file__).parent.parent / "notebooks" / name):
+            exec(compile(source, name, "exec"), names)  # the notebook's own code
+    return names, said.getvalue()
+
+
+@pytest.mark.slow
+def test_preferences_from_the_first_cell_to_the_last(tmp_path, monkeypatch):
+    names, _ = run("02_dpo.ipynb", monkeypatch, tmp_path)
+    losses = [row["loss"] for row in names["figures"] if "rewards/margins" in row]
+    assert abs(losses[0] - math.log(2)) < 1e-6 and losses[-1] < 0.6
+    assert names["results"]["eval/rewards/accuracies"] == names["own"]["eval/rewards/accuracies"] == 1
+    plain, excited = (sum(n for text, n in names["counts"]["after"].items() if text.endswith(end)) for end in ".!")
+    assert plain > 24 and excited < 4, names["counts"]
+
+
+@pytest.mark.slow
+def test_fine_tuning_from_the_first_cell_to_the_last(tmp_path, monkeypatch):
+    names, said = run("01_sft.ipynb", monkeypatch, tmp_path)
     losses = [row["loss"] for row in names["figures"] if "loss" in row]
     assert losses[-1] < 0.7 * losses[0], losses
-    assert "Going on with a stand-in" in said.getvalue() and "What colour is grass? -> " in said.getvalue()
+    assert "Going on with a stand-in" in said and "What colour is grass? -> " in said
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in (tmp_path / "exported").iterdir()}
     assert names["results"]["eval/loss"] < losses[0] and (tmp_path / "runs" / "sft" / "report.html").exists()

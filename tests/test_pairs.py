@@ -6,9 +6,10 @@ that merges across it. What is refused is refused with file and row.
 
 import json
 
+import family_cases
 import numpy as np
 import pytest
-from toy_tokenizers import byte_pairs, characters, learned
+from toy_tokenizers import byte_pairs, characters, conversation, learned
 
 from jaxpost import datasets, recipe, sharding
 from jaxpost.data import formats, mixture, pack, pairs, readers, source
@@ -145,6 +146,16 @@ def test_labelled_answers_stand_alone_and_mismatched_ones_beside_them():
         encode(rows[1:], "mismatched")
 
 
+def test_a_score_is_its_answers_label():
+    rows = [{"prompt": "q", "completion": "a", "score": 2.5}, {"messages": conversation("r", "s"), "score": -1}]
+    scored = encode(rows, "scored")
+    assert [texts(scored.examples[i], characters()) for i in range(2)] == [["q⟦a</s>⟧"], ["r⟦s</s>⟧"]]
+    assert [scored.examples[i]["labels"].tolist() for i in range(2)] == [[2.5] * 3, [-1] * 3]
+    named = {"prompt": "q", "completion": "a", "helpfulness": 4}
+    columns = {"prompt": "prompt", "completion": "completion", "score": "helpfulness"}
+    assert encode([named], "scored", columns=columns).examples[0]["labels"].tolist() == [4] * 3
+
+
 def test_ratings_make_the_best_and_the_worst_a_pair():
     row = {"prompt": "q", "completions": ["a", "b", "c"], "ratings": [1, 5.5, 2]}
     found = formats.pair(Record(row, "p"))
@@ -158,27 +169,81 @@ def test_ratings_make_the_best_and_the_worst_a_pair():
             encode([row | {"ratings": ratings}])
 
 
+STEPS = {"prompt": "pq", "completions": ["ab", " c", "d"], "labels": [True, False, True]}
+
+
+def test_a_steps_label_stands_where_the_step_ends():
+    encoded = encode([STEPS], "steps")
+    assert listed(encoded.examples[0]) == {
+        "tokens": characters()("pqab\n c\nd</s>", add_special_tokens=False)["input_ids"],
+        "mask": [False, False, False, True, False, False, True, False, True, False],
+        "segments": [1] * 10,
+        "positions": list(range(10)),
+        "labels": [-1, -1, -1, 1, -1, -1, 0, -1, 1, -1],
+    }
+    assert encoded.lengths.tolist() == [10] and encoded.learned.tolist() == [3]
+    both = encode([{"prompt": "p", "completions": ["x"], "labels": [False]}, STEPS], "steps")  # the second one's place
+    assert listed(both.examples[1]) == listed(encoded.examples[0]) and both.examples[0]["labels"].tolist() == [-1, 0, -1]
+    cut = encode([STEPS], "steps", window=8, too_long="truncate")
+    assert cut.examples[0]["labels"].tolist() == [-1, -1, -1, 1, -1, -1, 0, -1], "a step that is cut off has no label"
+    with pytest.raises(UserError, match="within a window of 3 .*; the shortest needs 4"):
+        encode([STEPS], "steps", window=3, too_long="truncate")
+    assert encode([STEPS | {"labels": [True] * 3}], "steps").digest != encoded.digest
+
+
+def test_a_steps_end_is_found_in_tokens_that_merge_and_in_a_template_that_trims():
+    tokenizer = byte_pairs(PLAIN.replace("m['content']", "m['content'] | trim"))
+    row = {"prompt": "a", "completions": [" b\n", "\nbc "], "labels": [True, False]}
+    encoded = encode([row], "steps", tokenizer=tokenizer, template=None)
+    assert texts(encoded.examples[0], tokenizer) == ["a⟦b⟧\n⟦bc⟧<|endoftext|>"]
+    joined = PLAIN.replace("m['content']", "m['content'] | replace('\n', '')")
+    with pytest.raises(UserError, match="line 1: the chat template changes the answer, so its steps are not found"):
+        encode([STEPS], "steps", template=joined)
+    merging = characters()
+    merging.add_tokens(["b\n c"])
+    with pytest.raises(UserError, match="line 1: one token ends two steps"):
+        encode([STEPS], "steps", tokenizer=merging)
+
+
 BAD = {
     "no rejected": (pair("q", "a", None), "pairs", "there is no rejected answer beside the chosen one"),
     "no chosen": ({"prompt": "q", "rejected": "a"}, "pairs", "there is no chosen answer beside the rejected one"),
     "equal": (pair("q", "a", "a"), "pairs", "chosen and rejected are the same answer"),
     "no prompt": (pair(" ", "a", "b"), "pairs", "the prompt is empty"),
     "a demonstration": ({"prompt": "q", "completion": "a"}, "pairs", "columns prompt, completion hold none to compare"),
-    "a number for a label": ({"prompt": "q", "completion": "a", "label": 1}, "labelled", "label is 1, neither true nor false"),
+    "a number for a label": ({"prompt": "q", "completion": "a", "label": 1}, "labelled", "label is 1, not true or false"),
     "no label": ({"prompt": "q", "completion": "a"}, "labelled", "there is no label, true or false"),
+    "a label of what is no answer": ({"question": "q", "answer": "a", "label": True}, "labelled", "no answer to judge in the"),
+    "text for a score": ({"prompt": "q", "completion": "a", "score": "2"}, "scored", "score is '2', not a number"),
+    "a verdict for a score": ({"prompt": "q", "completion": "a", "label": True}, "scored", "there is no score, a number"),
+    "no steps": ({"prompt": "q", "completion": "a", "label": True}, "steps", "there is no column completions"),
+    "a step without a label": (STEPS | {"labels": [True, False]}, "steps", "must be lists of the same length"),
+    "an empty step": (STEPS | {"completions": ["ab", " ", "d"]}, "steps", "step 2 is ' '; write text"),
+    "a number for a step's label": (STEPS | {"labels": [True, True, 0]}, "steps", "the label of step 3 is 0; write true"),
+    "no prompt to steps": (STEPS | {"prompt": ""}, "steps", "the prompt is empty"),
+    "a number for an answer": (pair("q", "a", 3), "pairs", "rejected is 3, neither text nor a list of messages"),
     "no prompt to a label": ({"prompt": "", "completion": "a", "label": True}, "labelled", "the prompt is empty"),
-    "an unknown column": ({"x": 1}, "pairs", "columns not recognised: x"),
+    "an unknown column": ({"x": 1}, "pairs", "the row's columns x hold none to compare"),
 }
 
 
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_rows_stop_with_their_place_or_are_counted(kind):
     row, shape, message = BAD[kind]
-    good = [pair("q", "a", "b")] if shape == "pairs" else [{"prompt": "q", "completion": "a", "label": True}]
+    judged = {"prompt": "q", "completion": "a", "label": True, "score": 1}
+    good = [{"pairs": pair("q", "a", "b"), "steps": STEPS}.get(shape, judged)]
     with pytest.raises(UserError, match=f"d.jsonl, line 2: .*{message}"):
         encode([*good, row], shape)
     encoded = encode([*good, row], shape, bad_rows="skip")
     assert encoded.report["count"] == encoded.report["skipped"] == 1 and message in encoded.reason
+
+
+def test_a_verdict_that_the_named_columns_leave_out_is_told():
+    row = {"ask": "q", "say": "a", "label": True}
+    named = {"prompt": "ask", "completion": "say"}
+    with pytest.raises(UserError, match="config.columns leaves it out, so say label=label there too"):
+        encode([row], "labelled", columns=named)
+    assert encode([row], "labelled", columns=named | {"label": "label"}).examples[0]["labels"].tolist() == [1] * 3
 
 
 def test_settings_that_mean_nothing_for_pairs_are_refused():
@@ -208,10 +273,15 @@ def test_a_pair_too_long_is_refused_cut_at_its_answers_ends_or_dropped():
     assert encode(rows, window=11, too_long="drop").report["dropped"] == 1
     long = encode(rows, window=64, longest=5, too_long="truncate")
     assert texts(long.examples[0], characters()) == ["pq⟦abc⟧", "pq⟦xy</s>⟧"], "no document is longer than the model takes"
-    with pytest.raises(UserError, match="line 1: a document of 9 tokens, and the model takes 5; say"):
-        encode(rows, window=64, longest=5)
+    for window in (64, 8):
+        with pytest.raises(UserError, match="line 1: a document of 9 tokens, and the model takes 5; say"):
+            encode(rows, window=window, longest=5)
     with pytest.raises(UserError, match=r"none of the 1 examples .* window of 4 .*; the shortest needs 6"):
         encode(rows[:1], window=4, too_long="truncate")
+    with pytest.raises(
+        UserError, match=r"none of the 1 examples .* window of 64 .*; the model takes documents of 2, and all are"
+    ):
+        encode(rows[:1], window=64, longest=2, too_long="truncate")
     same = encode([pair("p", "aaab", "aaac"), pair("p", "a", "b")], window=8, too_long="truncate")
     assert same.report["dropped"] == 1, "cut down to what both begin with, there is nothing to compare"
 
@@ -280,12 +350,13 @@ def test_a_stage_refuses_what_does_not_go_with_its_shape(tmp_path):
     def wrong(forward, params, batch, key):
         """Names a shape that is none."""
 
-    wrong.data = "pair"
+    wrong.data, long = "pair", {**family_cases.config("phi3/long"), "vocab_size": 99}
     for rows, changes, message in (
         (demonstrations, {"objective": "sft.nll", "shared_prefix": True, "window": 16}, "config.shared_prefix: only a prompt"),
         (demonstrations, {}, "d.jsonl, line 1: the objective compares two answers"),
         (ROWS, {"objective": "sft.nll", "window": 16}, "a pair of answers, chosen and rejected, which only"),
         ([pair("q" * 20, "a", "b")] * 8, {"window": 64}, "line 1: a document of 22 tokens, and the model takes 16"),
+        (ROWS, {"model": long, "shared_prefix": True}, "beyond 4 tokens a document's length decides"),
         (ROWS, {"objective": wrong}, "its `data` is 'pair'; it must be one of demonstrations, pairs"),
         (ROWS, {"source": "rollouts", "task": "arithmetic", "steps": 1}, "config.source: the objective learns from pairs"),
     ):

@@ -191,7 +191,10 @@ def test_known_values_without_a_reference_and_without_pairs():
         "positions": np.array([[0, 1, 0, 1, 0, 1]], np.int32),
     }
     loss, _, measured = _measured({"name": "unpaired.kto"}, triple)
-    assert loss == pytest.approx((0.487503 + 0.462570) / 2, rel=2e-6, abs=1e-6) and metrics.values(measured)["kl"] == 0.5
+    assert loss == pytest.approx((0.487503 + 0.462570) / 2, rel=2e-6, abs=1e-6)
+    expected = {"kl": 0.5, "rewards/chosen": 0.1, "rewards/rejected": -0.1, "rewards/margins": 0.2}
+    expected |= {"logps/chosen": -1, "logps/rejected": -3, "entropy": 1}
+    assert metrics.values(measured) == pytest.approx(expected, rel=1e-6)
     lower = triple | {"logps": np.array([[0, -1, 0, -3, 0, -4]], np.float32)}
     assert metrics.values(_measured({"name": "unpaired.kto"}, lower)[2])["kl"] == 0.0
 

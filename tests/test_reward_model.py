@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_pairs import plan
 
 from jaxpost import metrics
 from jaxpost.objectives import reward_model
@@ -116,3 +117,19 @@ def test_a_fresh_head_gives_no_reward_and_log_two():
     for part in path.split("/"):
         node = node[part]
     assert node.ndim == len(reward_model.bradley_terry.leaves[path][0])
+
+
+ANSWERS = [{"prompt": "q", "completion": "a" * (1 + i % 3), "label": i % 2 > 0, "score": 2.5 + i % 2} for i in range(24)]
+SOLUTIONS = [{"prompt": "q", "completions": ["ab", "c" * (1 + i % 3)], "labels": [True, False]} for i in range(24)]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "labels"),
+    [("regression", ANSWERS, [2.5, 3.5]), ("logistic", ANSWERS, [0, 1]), ("process", SOLUTIONS, [0, 1])],
+)
+def test_each_finds_its_labels_in_rows_of_its_own(name, rows, labels, tmp_path):
+    made, _ = plan(tmp_path, rows, f"reward_model.{name}")
+    batch = made.source(None)
+    assert made.reads == () and np.unique(batch["labels"][batch["mask"]]).tolist() == labels
+    documents = np.sum((batch["positions"] == 0) & (batch["segments"] > 0))
+    assert documents == 24 and (name != "process" or np.sum(batch["mask"]) == 2 * documents)

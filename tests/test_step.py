@@ -221,6 +221,8 @@ def test_metrics_merge_as_if_nothing_had_been_split():
     one = np.ones_like
     assert merged(lambda x: metrics.Mean(jnp.sum(x), jnp.sum(one(x)))) == pytest.approx(values.mean(), rel=1e-6)
     assert merged(lambda x: metrics.Std(jnp.sum(x), jnp.sum(x * x), jnp.sum(one(x)))) == pytest.approx(values.std(), rel=1e-6)
+    apart = merged(lambda x: metrics.Difference(metrics.masked_mean(x, x > 0), metrics.masked_mean(x, x <= 0)))
+    assert apart == pytest.approx(values[values > 0].mean() - values[values <= 0].mean(), rel=1e-6)
     assert merged(lambda x: metrics.Min(jnp.min(x))) == values.min()
     assert merged(lambda x: metrics.Max(jnp.max(x))) == values.max()
 

@@ -22,18 +22,11 @@ from jaxpost.progress import model_flops
 ROWS, LENGTH = 8, 128
 
 
-def settings(job: dict):
-    """The recipe: rows of one text each, every token learned, the optimizer that all share."""
+def settings(job: dict, **changes):
+    """The recipe: rows of one text each, every token learned, the optimizer that all share; with `changes`."""
     optimizer = {"lr": job["lr"], "schedule": "constant", "warmup": 0, "clip": 1.0, "b1": 0.9, "b2": 0.999, "eps": 1e-8}
-    rows = {
-        "data": job["texts"],
-        "window": LENGTH,
-        "packing": False,
-        "batch_size": ROWS,
-        "steps": job["steps"],
-        "remat": "dots",
-    }
-    return recipe.make(model=job["model"], optimizer=optimizer, log_every=1, **rows)
+    rows = {"data": job["texts"], "window": LENGTH, "packing": False, "batch_size": ROWS, "remat": "dots", **changes}
+    return recipe.make(model=job["model"], optimizer=optimizer, steps=job["steps"], log_every=1, **rows)
 
 
 def prepare(job: dict, folder: Path) -> dict:
@@ -45,13 +38,18 @@ def prepare(job: dict, folder: Path) -> dict:
     ids = np.random.default_rng(0).integers(3, vocab, (job["steps"] * ROWS, LENGTH - 1))
     texts = [json.dumps({"text": " ".join(f"w{i}" for i in row)}) for row in ids]
     Path(job["texts"]).write_text("\n".join(texts) + "\n")
-    mesh = sharding.make_mesh()
-    with sharding.use(mesh):
-        source = plan_stage("train", recipe.stages(settings(job))[0][1], mesh).source
-        batches = [source() for _ in range(job["steps"])]
+    batches = drawn(settings(job), job["steps"])
     assert all(b["mask"][:, 1:].all() and (b["segments"] == 1).all() for b in batches)
     np.save(job["rows"], np.stack([b["tokens"] for b in batches]))
     return job
+
+
+def drawn(config, steps: int) -> list[dict]:
+    """The first batches of a recipe, whole, as our loader makes them."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    with sharding.use(mesh):
+        source = plan_stage("train", recipe.stages(config)[0][1], mesh).source
+        return [source() for _ in range(steps)]
 
 
 class _Over(Exception):
@@ -59,22 +57,31 @@ class _Over(Exception):
 
 
 def run(job: dict, clock) -> dict:
-    """Trains; a step is over when its row is in the metrics' file. Returns what the roofline's figure needs."""
+    """Trains; returns what the roofline's figure needs."""
+    train(settings(job), job, clock)
+    return roofline(job, ROWS * LENGTH, ROWS * (LENGTH - 1), ROWS * LENGTH * (LENGTH + 1) / 2)
+
+
+def train(config, job: dict, clock) -> None:
+    """Trains as a recipe says; a step is over when its row is in the metrics' file."""
     write, workdir = writers.MetricWriter.write, Path(job["result"]).parent / "run"
 
     def written(self, stage, step, values):
         write(self, stage, step, values)
-        clock.tick(values["loss"])
+        clock.tick(values["loss"], values["grad_norm"])
 
     def over(*_):
         raise _Over
 
     writers.MetricWriter.write, checkpoint.Checkpoints.save = written, over
     with contextlib.suppress(_Over):
-        jaxpost.train(settings(job), str(workdir))
+        jaxpost.train(config, str(workdir))
+
+
+def roofline(job: dict, tokens: float, trained: float, pairs: float) -> dict:
+    """What a step's mathematics needs (see `model_flops`), and what a plain product gives."""
     arch = loading.describe(job["model"]).transformer.arch
-    flops = model_flops(arch, ROWS * LENGTH, ROWS * (LENGTH - 1), ROWS * LENGTH * (LENGTH + 1) / 2)
-    return {"flops": flops, "matmul": matmul()}
+    return {"flops": model_flops(arch, tokens, trained, pairs), "matmul": matmul()}
 
 
 def matmul(size: int = 2048, times: int = 15) -> float:

@@ -18,7 +18,7 @@ def run(job: dict, clock) -> None:
         ids = torch.from_numpy(rows.astype(np.int64)).to(device)
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        clock.tick(loss)
+        clock.tick(loss, norm)

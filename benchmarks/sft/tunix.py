@@ -30,12 +30,38 @@ def network(folder: str, mesh):
     return params.create_model_from_safe_tensors(folder, config, mesh, dtype=jnp.float32)
 
 
+def mesh():
+    """One device."""
+    import jax
+
+    return jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+def optimizer(job: dict):
+    """The optimizer that all share."""
+    import optax
+
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(job["lr"], b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0))
+
+
+def hook(clock):
+    """A hook that ticks."""
+    from tunix.sft import hooks
+
+    def ignored(*_):
+        pass
+
+    def told(self, trainer, step, loss):
+        clock.tick(loss)
+
+    others = ("on_train_start", "on_train_end", "on_train_step_start", "on_eval_step_start", "on_eval_step_end")
+    return type("Told", (hooks.TrainingHooks,), dict.fromkeys(others, ignored) | {"on_train_step_end": told})()
+
+
 def run(job: dict, clock) -> None:
     """Trains on the job's rows, in their order."""
-    import jax
     import numpy as np
-    import optax
-    from tunix.sft import hooks, peft_trainer
+    from tunix.sft import peft_trainer
     from tunix.sft import utils as masks
 
     rows = np.load(job["rows"])
@@ -48,19 +74,8 @@ def run(job: dict, clock) -> None:
         columns = {"input_tokens": x.input_tokens, "input_mask": x.input_mask}
         return {**columns, "positions": position, "attention_mask": attention}
 
-    def ignored(*_):
-        pass
-
-    def told(self, trainer, step, loss):
-        clock.tick(loss)
-
-    others = ("on_train_start", "on_train_end", "on_train_step_start", "on_eval_step_start", "on_eval_step_end")
-    hook = type("Told", (hooks.TrainingHooks,), dict.fromkeys(others, ignored) | {"on_train_step_end": told})()
-    mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    adamw = optax.adamw(job["lr"], b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw)
     config = peft_trainer.TrainingConfig(eval_every_n_steps=10**9, max_steps=len(rows))
-    trainer = peft_trainer.PeftTrainer(network(job["model"], mesh), optimizer, config).with_gen_model_input_fn(inputs)
-    trainer.with_training_hooks(hook)
-    with mesh:
+    with mesh() as on:
+        trainer = peft_trainer.PeftTrainer(network(job["model"], on), optimizer(job), config).with_gen_model_input_fn(inputs)
+        trainer.with_training_hooks(hook(clock))
         trainer.train(data)

@@ -105,13 +105,19 @@ def _stacked(folder: str, read: Mapping, stem: str, part: str, shape: tuple[int,
     suffix = next(k for k, v in _PARTS.items() if v == part)
     names = [f"model.layers.{layer}.{stem}.{suffix}" for layer in range(shape[0])]
     if missing := [n for n in names if n not in read]:
-        raise UserError(f"{folder}: {missing[0]} is missing; an adapter of some layers only is not supported.")
+        raise UserError(
+            f"{folder}: {missing[0]} is missing; an adapter of some layers only is not supported. One of another base "
+            "belongs to that: name it in config.model."
+        )
     if f"model.layers.{shape[0]}.{stem}.{suffix}" in read:
         raise UserError(f"{folder}: adapts more than the model's {shape[0]} layers; it belongs to another model.")
     layers = [np.asarray(read[n][:], np.float32) for n in names]
     layers = [x if part == "magnitude" else x.T for x in layers]
     if layers[0].shape != tuple(shape[1:]):
-        raise UserError(f"{folder}: {names[0]} is {layers[0].shape} as [in, out], the model wants {tuple(shape[1:])}.")
+        raise UserError(
+            f"{folder}: {names[0]} is {layers[0].shape} as [in, out], the model wants {tuple(shape[1:])}; the adapter "
+            "belongs to another base: name that in config.model."
+        )
     return jnp.asarray(np.stack(layers))
 
 

@@ -8,14 +8,13 @@ document as a whole stands at every token of it that is learned. `jaxpost.annota
 that names their folder (`annotations`) has them in its batches.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from jaxpost import sharding
 from jaxpost.errors import UserError
-from jaxpost.models.heads import logits
 from jaxpost.objectives import documents, logprobs, reward_model
-from jaxpost.types import Head
 
 
 def ref_logps(forward, params, batch):
@@ -56,31 +55,23 @@ def topk(forward, params, batch, *, k: int = 64, temperature: float = 1.0):
     out = forward(params, batch)
     if not 0 < k <= out.head.weight.shape[0]:
         raise UserError(f"annotator topk: k={k}; give 1 to {out.head.weight.shape[0]}, the size of the vocabulary.")
-    found = _in_chunks(_before(out.hidden), out.head, k, temperature)
-    return {"teacher_tokens": found[1].astype(jnp.int32), "teacher_logps": found[0]}
+    columns = {"temperature": jnp.full(batch["mask"].shape, temperature, jnp.float32)}
+    found = logprobs.at_tokens(_likeliest(k), out, columns, batch["mask"])
+    return {"teacher_tokens": found["tokens"].astype(jnp.int32), "teacher_logps": found["logps"]}
+
+
+@functools.cache
+def _likeliest(k: int):
+    """What `logprobs.over_head` takes for the k likeliest tokens; one object for each k, since it is known by identity."""
+
+    def fn(logits, columns):
+        scores = logits / columns["temperature"][:, None]
+        values, tokens = jax.lax.top_k(scores, k)
+        return {"logps": values - jax.nn.logsumexp(scores, axis=-1, keepdims=True), "tokens": tokens}
+
+    return fn
 
 
 def hidden(forward, params, batch):
     """teacher_hidden [B,S,D] float32: the final hidden state that predicts the token at each place; D numbers a token."""
-    return {"teacher_hidden": _before(forward(params, batch).hidden).astype(jnp.float32)}
-
-
-def _before(x: jax.Array) -> jax.Array:
-    """[B,S,D], at each place the state before it: a column is about the token at its own place, which that one predicts."""
-    return jnp.roll(x, 1, axis=1)
-
-
-def _in_chunks(states: jax.Array, head: Head, k: int, temperature: float) -> tuple[jax.Array, jax.Array]:
-    """(log-probabilities, ids) [B,S,k] of the likeliest tokens, a few places at a time: never [B,S,V]."""
-    rows, length, width = states.shape
-    size = max(1, min(length, logprobs.CHUNK * sharding.batch_ways() // (rows * head.weight.shape[0])))
-    padded = jnp.pad(states, ((0, 0), (0, -length % size), (0, 0)))
-
-    def likeliest(part):
-        scores = logits(part.reshape(-1, width), head).astype(jnp.float32) / temperature
-        values, ids = jax.lax.top_k(scores, k)
-        values = values - jax.nn.logsumexp(scores, axis=-1, keepdims=True)
-        return values.reshape(rows, size, k), ids.reshape(rows, size, k)
-
-    parts = padded.reshape(rows, -1, size, width).swapaxes(0, 1)
-    return tuple(x.swapaxes(0, 1).reshape(rows, -1, k)[:, :length] for x in jax.lax.map(likeliest, parts))
+    return {"teacher_hidden": jnp.roll(forward(params, batch).hidden, 1, axis=1).astype(jnp.float32)}

@@ -74,13 +74,18 @@ def prepared(s, mesh) -> Prepared:
     step = state.program(found.transformer, objective, tx, held, mesh, microbatches=s.microbatches, ema=s.ema)
     kinds = {"weights": held.train, "optimizer": held.opt_state, "ema": held.ema, "frozen": held.frozen, "inputs": batch}
     made = [Traced("step", step, (held, batch), {}, kinds)]
-    made += [_sampler(s, mesh, found, held, kinds)] if s.source == "rollouts" else []
+    if s.source != "data":
+        made.append(_sampler(s, mesh, found, held, kinds))
     return Prepared(found, trained, made)
 
 
 def _sampler(s, mesh, found, held, kinds: dict) -> Traced:
-    """What completes prompts with the current weights, while the optimizer's state waits."""
+    """What completes prompts with the current weights, while the optimizer's state waits; or before it is there."""
     rows, options = s.batch_size, s.rollouts
+    if s.source == "samples":
+        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        rows = -(-max(1, s.eval_rows // options.group) * options.group // ways) * ways
+        kinds = {k: x for k, x in kinds.items() if k not in ("optimizer", "ema")}
     columns = {"prompts": (rows, options.prompt_window), "lengths": (rows,), "rows": (rows,)}
     columns = {k: jax.ShapeDtypeStruct(shape, jnp.int32) for k, shape in columns.items()}
     scalars = {"noise": ((2,), jnp.int32), "temperature": ((), jnp.float32), "stop": ((2,), jnp.int32)}

@@ -90,6 +90,16 @@ def show(tokens: np.ndarray, mask: np.ndarray, tokenizer: Any, colour: bool = Tr
     return "".join(parts)
 
 
+def answer(example: Conversation, tokenizer: Any, template: str | None = None) -> tuple:
+    """(tokens, starts and ends [n], (begin, end), text): a conversation's text, where each of its tokens starts and ends in it,
+    and where its last assistant turn does, in characters.
+    """
+    example = adapted(example, tokenizer, template)
+    whole = render(example.messages, tokenizer, template, False, example.place, example.tools)
+    turn = max(number for number, message in enumerate(example.messages) if message["role"] == "assistant")
+    return *_tokenise(whole, tokenizer, example.place), _span(example, turn, whole, tokenizer, template, "last"), whole
+
+
 def _conversation(example: Conversation, tokenizer: Any, template: str | None, train_on: str) -> tuple[np.ndarray, np.ndarray]:
     """tokens, mask [n]: of the whole, the tokens that belong to the assistant's turns chosen by train_on."""
     example = adapted(example, tokenizer, template)

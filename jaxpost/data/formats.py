@@ -21,7 +21,8 @@ row's other columns stay beside them. So a shape may be chosen as well: `{"messa
 plain ones, verdict or no.
 
 How much better the chosen answer is, where a row says so, becomes a Preference's margin: of `margin`, of `score_chosen` and
-`score_rejected`, or of the ratings. `pair` and `labelled` take only what can be compared or is judged, and say what is missing.
+`score_rejected`, or of the ratings. `pair` and `labelled` take only what can be compared or is judged, and say what is missing:
+what the columns hold besides, here a `score` and in `steps.py` the verdicts on a solution's steps, is no shape of its own.
 
 What is recognised is also checked here, once, so that nothing after this file has to wonder about roles, empty turns or types.
 """
@@ -37,12 +38,12 @@ from jaxpost.resolve import nearest
 
 SHAPES = (
     "messages | conversations | prompt, completion | instruction, [input, history,] output | question, answer | text"
-    ", [system, tools] beside turns (chosen, rejected, ratings and label are for preference objectives)"
+    ", [system, tools] beside turns (chosen, rejected, ratings, label, score and labels are for objectives that judge)"
 )
 COLUMNS = (
     *("messages", "conversations", "tools", "system", "prompt", "completion", "instruction", "input", "output"),
-    *("history", "question", "answer", "text", "chosen", "rejected", "label", "kto_tag"),
-    *("completions", "ratings", "margin", "score_chosen", "score_rejected"),
+    *("history", "question", "answer", "text", "chosen", "rejected", "label", "kto_tag", "score"),
+    *("completions", "ratings", "labels", "margin", "score_chosen", "score_rejected"),
 )
 
 
@@ -98,12 +99,13 @@ class Rated(NamedTuple):
     """One answer to a prompt and whether it is a good one (KTO). Prompt and completion are lists of messages.
 
     `prompt + completion` is a conversation as in Preference. The completion begins with an assistant's turn: it is the row's
-    own completion, or of a conversation the last turn, which must be the assistant's. `label` is True for a good answer.
+    own completion, or of a conversation the last turn, which must be the assistant's. `label` is True for a good answer, or
+    the answer's score.
     """
 
     prompt: list[Message]
     completion: list[Message]
-    label: bool
+    label: bool | float
     place: str
     tools: list[dict[str, Any]] | None = None
 
@@ -116,7 +118,7 @@ def recognise(record: Record, columns: Mapping[str, str] | None = None) -> Examp
 
     Raises UserError with the record's place if its columns are no known shape or its content breaks the rules of the shape.
     """
-    row, place = _renamed(record, columns), record.place
+    row, place = renamed(record, columns), record.place
     make = _shape(row)
     if make:
         return make({column: value for column, value in row.items() if value is not None}, place)
@@ -147,35 +149,45 @@ def demonstration(record: Record, columns: Mapping[str, str] | None = None) -> E
 
 def pair(record: Record, columns: Mapping[str, str] | None = None) -> Preference:
     """As `recognise`, for comparing answers: refuses what is no pair, a pair of equal answers, and an empty prompt."""
-    row = _renamed(record, columns)
+    row = renamed(record, columns)
     for side, other in (("chosen", "rejected"), ("rejected", "chosen")):
         if row.get(side) is not None and row.get(other) is None:
             raise UserError(f"{record.place}: there is no {other} answer beside the {side} one; give it, or remove the row")
-    found = recognise(record, columns)
-    if not isinstance(found, Preference):
+    if _shape(row) not in (_preference, _best_and_worst):
         raise UserError(
             f"{record.place}: the objective compares two answers, and the row's columns {', '.join(map(str, row))} hold none "
-            "to compare; give chosen and rejected (README.md lists the forms), or use an objective that learns from such rows"
+            "to compare; give chosen and rejected (README.md lists the forms), name them in config.columns, or use an "
+            "objective that learns from such rows"
         )
+    found = recognise(record, columns)
     if found.chosen_messages == found.rejected_messages:
         raise UserError(f"{found.place}: chosen and rejected are the same answer, so neither is better; remove the row")
     _asked(found.prompt_messages, found.place)
     return found
 
 
-def labelled(record: Record, columns: Mapping[str, str] | None = None) -> Rated:
-    """As `recognise`, for learning from judged answers: refuses rows without a verdict, and an empty prompt."""
-    row = _renamed(record, columns)
-    found = recognise(record, columns)
-    if isinstance(found, Rated):
-        _asked(found.prompt, found.place)
-        return found
-    given = [(c, row[c]) for c in ("label", "kto_tag") if row.get(c) is not None]
-    what = f"{given[0][0]} is {given[0][1]!r}, neither true nor false" if given else "there is no label, true or false"
-    raise UserError(
-        f"{record.place}: {what}, and the objective learns from answers with a verdict; write label as true or false beside "
-        "prompt and completion, or messages"
-    )
+def labelled(record: Record, columns: Mapping[str, str] | None = None, scored: bool = False) -> Rated:
+    """The judged answer that a record holds: one with a verdict, or if scored with a number under `score`, which is its label.
+
+    Refuses rows without it, and an empty prompt.
+    """
+    row, place = {c: value for c, value in renamed(record, columns).items() if value is not None}, record.place
+    names, kind = (("score",), "a number") if scored else (("label", "kto_tag"), "true or false")
+    label = row.get("score") if scored else _verdict(row)
+    if not (_is_number(label) if scored else isinstance(label, bool)):
+        given = next((f"{c} is {row[c]!r}, not {kind}" for c in names if c in row), f"there is no {names[0]}, {kind}")
+        remedy = f"write {names[0]} as {kind} beside prompt and completion, or messages"
+        if lost := [c for c in names if record.row.get(c) is not None and c not in row]:
+            remedy = f"config.columns leaves it out, so say {lost[0]}={lost[0]} there too"
+        raise UserError(f"{place}: {given}, and the objective learns from answers that are judged by it; {remedy}")
+    if not _answered(row):
+        raise UserError(
+            f"{place}: no answer to judge in the columns {', '.join(map(str, row))}; name them, as in "
+            f'config.columns="prompt=question,completion=answer,{names[0]}={names[0]}"'
+        )
+    found = _rated(row, place)._replace(label=float(label) if scored else label)
+    _asked(found.prompt, place)
+    return found
 
 
 def _asked(prompt: list[Message], place: str) -> None:
@@ -183,8 +195,8 @@ def _asked(prompt: list[Message], place: str) -> None:
         raise UserError(f"{place}: the prompt is empty, so there is nothing to answer; fill it in or remove the row")
 
 
-def _renamed(record: Record, columns: Mapping[str, str] | None) -> dict[str, Any]:
-    """The row as `columns` has it read."""
+def renamed(record: Record, columns: Mapping[str, str] | None) -> dict[str, Any]:
+    """The record's row as `columns` has it read; UserError with its place where that names a column that is not there."""
     row, place = record
     if not columns:
         return row
@@ -205,14 +217,19 @@ def _named(row: dict[str, Any], columns: Mapping[str, str], place: str) -> dict[
 def _shape(row: dict[str, Any]):
     """The maker of the first shape whose columns are all in the row, or None."""
     present = {column for column, value in row.items() if value is not None}
-    answered = bool(present & {"messages", "conversations"}) or {"prompt", "completion"} <= present
     if {"chosen", "rejected"} <= present:
         return _preference
     if {"completions", "ratings"} <= present and present & {"prompt", "messages", "conversations"}:
         return _best_and_worst
-    if answered and isinstance(_verdict(row), bool):
+    if _answered(row) and isinstance(_verdict(row), bool):
         return _rated
     return next((make for needed, make in _MAKERS.items() if set(needed) <= present), None)
+
+
+def _answered(row: dict[str, Any]) -> bool:
+    """Whether there is an answer that a verdict may be about."""
+    present = {column for column, value in row.items() if value is not None}
+    return bool(present & {"messages", "conversations"}) or {"prompt", "completion"} <= present
 
 
 def _conversation(row: dict[str, Any], place: str) -> Conversation:
@@ -353,6 +370,8 @@ def _verdict(row: dict[str, Any]) -> Any:
 
 def _turns_or(value: Any, column: str, place: str, role: str) -> list[Message]:
     """The turns in a column, a plain string being one turn of the role."""
+    if not isinstance(value, (str, list, dict)):
+        raise UserError(f"{place}: {column} is {value!r}, neither text nor a list of messages; write it as one of these")
     found = turns(value, column, place) if not isinstance(value, str) or value.startswith("\n\nHuman:") else None
     return [{"role": role, "content": value}] if found is None else found
 

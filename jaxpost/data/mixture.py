@@ -99,12 +99,16 @@ def digest(digests: Sequence[str], weights: Sequence[float]) -> str:
     return hashlib.sha256(json.dumps([list(digests), list(weights)]).encode()).hexdigest()[:16]
 
 
-def tell(what: str, part: Part, encoded: Any, rows: int, window: int) -> None:
-    """Prints what became of a part's records (encoded: source.Encoded), and what was wrong with the first that was skipped."""
+def tell(what: str, part: Part, encoded: Any, rows: int, window: int, longest: int) -> None:
+    """Prints what became of a part's records (encoded: source.Encoded), and what was wrong with the first that was skipped.
+
+    longest: the tokens that the model takes.
+    """
     report = encoded.report | {"skipped": encoded.report["skipped"] + len(part.unread)}
     sizes = "{count:,} examples, {tokens:,} tokens ({trained_tokens:,} learned)".format(**report)
     lost = [f"{report[k]:,} {k}" for k in ("truncated", "dropped") if report[k]]
-    lost[-1:] = [f"{last} (for their length: config.window, config.too_long)" for last in lost[-1:]]
+    limits = "config.window, config.too_long" + (f"; the model takes {longest:,} tokens" if longest < window else "")
+    lost[-1:] = [f"{last} (for their length: {limits})" for last in lost[-1:]]
     lost += [f"{report[k]:,} {k}" for k in ("split", "skipped") if report[k]]
     first = f"; the first skipped: {(part.unread or [encoded.reason])[0]}" if report["skipped"] else ""
     print(f"{what}: {sizes} in {rows:,} rows of {window}{''.join(f', {x}' for x in lost)}{first}", file=sys.stderr)

@@ -4,6 +4,8 @@ What such an objective learns from is a unit: a prompt and one answer to it or t
 
     pairs        the chosen and the rejected one
     labelled     one, with a label: 1 is good, 0 is not
+    scored       one, with a number
+    steps        one that consists of steps, each with a label, 1 or 0, at the token that ends it (steps.py)
     mismatched   one with its label, and the answer to another row's prompt, label -1: it is never learned, but says how far
                  the policy has drifted from its reference on what nobody asked for (KTO's baseline)
 
@@ -28,24 +30,27 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxpost.data import chat, formats
+from jaxpost.data import chat, formats, steps
 from jaxpost.data.formats import Conversation, Rated
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
 
-SHAPES = ("pairs", "labelled", "mismatched")
+_ANSWERS = {"pairs": 2, "labelled": 1, "scored": 1, "mismatched": 2, "steps": 1}
+SHAPES = tuple(_ANSWERS)
 _TRAIN_ON = ("assistant", "completion", "last")
 
 Row = dict[str, np.ndarray]
 
 
 class Unit(NamedTuple):
-    """prompt [p] int32, the answers' tokens [a] int32 and masks [a] bool, and the unit's number: a label or a margin."""
+    """prompt [p] int32, the answers' tokens [a] int32 and masks [a] bool, and the unit's number: a label, a score or a margin;
+    of steps their labels, one for each token that is learned.
+    """
 
     prompt: np.ndarray
     answers: tuple[np.ndarray, ...]
     masks: tuple[np.ndarray, ...]
-    value: float
+    value: float | np.ndarray
 
 
 # The least there is, for the columns that units have.
@@ -79,10 +84,17 @@ def encoder(
             return _unit(both, float("nan") if pair.margin is None else pair.margin)
 
         return encode
+    if shape == "steps":
+
+        def encode(record: Record) -> Unit:
+            document, labels = steps.encode(record, tokenizer, template, columns)
+            return _unit([document], labels)
+
+        return encode
     others = _others(records, columns) if shape == "mismatched" else {}
 
     def encode(record: Record) -> Unit:
-        own = formats.labelled(record, columns)
+        own = formats.labelled(record, columns, shape == "scored")
         documents = [document(own.prompt, own.completion, own.tools, own.place)]
         if shape == "mismatched":
             if (other := others.get(id(record))) is None:
@@ -113,7 +125,7 @@ def _others(records: Sequence[Record], columns: Mapping[str, str] | None) -> dic
     return found
 
 
-def _unit(documents: Sequence[dict], value: float) -> Unit:
+def _unit(documents: Sequence[dict], value: float | np.ndarray) -> Unit:
     """The documents ({tokens, mask}, and the `start` of the answer) with what they begin with in common taken out as the
     prompt.
     """
@@ -156,7 +168,7 @@ def fit(unit: Unit, window: int, longest: int, too_long: str, shared: bool, plac
         return None
     if too_long == "error":
         remedy = 'or say too_long="truncate" (answers are cut, never the prompt) or "drop"'
-        if whole <= window:
+        if size + max(lengths) > longest < window:  # a longer window would not help
             raise UserError(f"{place}: a document of {size + max(lengths)} tokens, and the model takes {longest}; {remedy[3:]}")
         what = "the prompt and its answer have" if len(lengths) == 1 else "the prompt with both answers has"
         raise UserError(f"{place}: {what} {whole} tokens and the window {window}; make the window {whole} or longer, {remedy}")
@@ -166,7 +178,8 @@ def fit(unit: Unit, window: int, longest: int, too_long: str, shared: bool, plac
     answers = tuple(answer[:n] for answer, n in zip(unit.answers, kept, strict=True))
     masks = tuple(mask[:n] for mask, n in zip(unit.masks, kept, strict=True))
     equal = len(answers) == 2 and np.array_equal(*answers)
-    return None if equal or not all(mask.any() for mask in masks) else Unit(unit.prompt, answers, masks, unit.value)
+    value = unit.value[: masks[0].sum()] if isinstance(unit.value, np.ndarray) else unit.value
+    return None if equal or not all(mask.any() for mask in masks) else Unit(unit.prompt, answers, masks, value)
 
 
 def needed(unit: Unit, too_long: str, shared: bool) -> int:
@@ -177,7 +190,8 @@ def needed(unit: Unit, too_long: str, shared: bool) -> int:
 
 def layout(unit: Unit, shape: str, shared: bool, margins: bool = False) -> Row:
     """The unit as columns [n] of its row: tokens, mask, segments, positions; with a shared prefix `branches`; and `labels` of
-    what is labelled, or `margins` where they are asked for, constant over each document.
+    what is labelled, or `margins` where they are asked for, constant over each document; `labels` of steps stand where these
+    end, and -1 elsewhere.
     """
     size, parts = len(unit.prompt), []
     kept = max(size - 1, 0) if shared else 0
@@ -190,7 +204,10 @@ def layout(unit: Unit, shape: str, shared: bool, margins: bool = False) -> Row:
     if not shared:
         del row["branches"]
     own = np.float32(unit.value)
-    if shape != "pairs":
+    if shape == "steps":
+        row["labels"] = np.full(len(row["tokens"]), np.float32(-1))
+        row["labels"][row["mask"]] = own
+    elif shape != "pairs":
         row["labels"] = np.where(row["segments"] == 1, own, np.float32(-1))
     elif margins:
         row["margins"] = np.full(len(row["tokens"]), own)
@@ -218,31 +235,37 @@ def documents(row: Row) -> list[Row]:
 
 
 def stored(units: Sequence[Unit]) -> dict[str, np.ndarray]:
-    """Units as flat arrays: tokens and mask [all], sizes and values [N], and parts [N,2], the prompt's and the first answer's
-    length.
+    """Units as flat arrays: tokens and mask [all], sizes [N], and parts [N,2], the prompt's and the first answer's length;
+    values [N], or of steps [all], a label at each token of the mask.
     """
     none = np.zeros(0, np.int32)
     masks = [np.concatenate([np.zeros(len(unit.prompt), bool), *unit.masks]) for unit in units]
+    mask = np.concatenate([none.astype(bool), *masks])
+    values = np.concatenate([none, *(np.atleast_1d(unit.value) for unit in units)]).astype(np.float32)
+    if units and isinstance(units[0].value, np.ndarray):
+        at_ends, values = values, np.zeros(len(mask), np.float32)
+        values[mask] = at_ends
     return {
         "tokens": np.concatenate([none, *(part for unit in units for part in (unit.prompt, *unit.answers))]).astype(np.int32),
-        "mask": np.concatenate([none.astype(bool), *masks]),
+        "mask": mask,
         "sizes": np.array([len(mask) for mask in masks], np.int32),
         "parts": np.array([(len(unit.prompt), len(unit.answers[0])) for unit in units], np.int32).reshape(-1, 2),
-        "values": np.array([unit.value for unit in units], np.float32),
+        "values": values,
     }
 
 
 def unit_at(flat: dict[str, np.ndarray], start: int, number: int, shape: str) -> Unit:
     """The unit of a number whose flat arrays begin at start: the inverse of `stored`."""
     size, first = flat["parts"][number]
-    cuts = [start + size, start + size + first, start + flat["sizes"][number]][: 2 if shape == "labelled" else 3]
+    cuts = [start + size, start + size + first, start + flat["sizes"][number]][: 1 + _ANSWERS[shape]]
     places = [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
     answers, masks = (tuple(flat[name][place] for place in places) for name in ("tokens", "mask"))
-    return Unit(flat["tokens"][start : start + size], answers, masks, float(flat["values"][number]))
+    value = flat["values"][places[0]][masks[0]] if shape == "steps" else float(flat["values"][number])
+    return Unit(flat["tokens"][start : start + size], answers, masks, value)
 
 
 def lengths(flat: dict[str, np.ndarray], shape: str, shared: bool) -> np.ndarray:
     """[N] int32: the tokens of each unit in its row."""
-    prompt, count = flat["parts"][:, 0], 1 if shape == "labelled" else 2
+    prompt, count = flat["parts"][:, 0], _ANSWERS[shape]
     copies = np.where(prompt > 0, count - 1, 0) if shared else (count - 1) * prompt
     return (flat["sizes"] + copies).astype(np.int32)

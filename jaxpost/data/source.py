@@ -30,7 +30,7 @@ from absl import logging
 from etils import epath
 
 from jaxpost import cloud
-from jaxpost.data import chat, formats, messages, pack, pairs, templates
+from jaxpost.data import chat, formats, messages, pack, pairs, steps, templates
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
 
@@ -121,7 +121,7 @@ def encode_all(
 
 def _opened(stored: dict, c: Choices, count: int) -> Encoded:
     """What was cached of so many records, as examples."""
-    skipped, reason = _useful(stored, count, c.window, c.too_long)
+    skipped, reason = _useful(stored, count, c)
     cut = int(stored["cut"])
     report = {
         "count": len(stored["sizes"]),
@@ -151,15 +151,18 @@ def _digest(stored: dict, choices: Choices) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
-def _useful(stored: dict, count: int, window: int, too_long: str) -> tuple[int, str]:
+def _useful(stored: dict, count: int, c: Choices) -> tuple[int, str]:
     """(how many records were skipped, why the first was). Raises NothingToLearn if nothing is left."""
     skipped, reason = int(stored["skipped"]), str(stored["reason"])
     if skipped == count and skipped:
         raise NothingToLearn(f"none of the {skipped} examples can be learned from; the first because: {reason}")
     if not len(stored["sizes"]):
+        needed = int(stored["needed"])
+        alone = f"the model takes documents of {c.longest}, and all are longer"
+        lacks = f"the shortest needs {needed}" if needed > c.window else alone
         raise NothingToLearn(
-            f"none of the {count - skipped} examples has something to learn within a window of {window} tokens"
-            f" (too_long={too_long!r}); the shortest needs {int(stored['needed'])}"
+            f"none of the {count - skipped} examples has something to learn within a window of {c.window} tokens"
+            f" (too_long={c.too_long!r}); {lacks}"
         )
     return skipped, reason
 
@@ -332,7 +335,7 @@ def _key(records: Sequence[Record], tokenizer: Any, choices: Choices) -> str:
     """A digest of all that the tokens depend on: the rows, the tokenizer, the choices, and the code between them."""
     # tokenizer.py encodes as well, but what of it matters here is the tokenizer itself.
     digest = hashlib.sha256()
-    for module in (chat, formats, messages, pack, pairs, templates):
+    for module in (chat, formats, messages, pack, pairs, steps, templates):
         digest.update(Path(module.__file__).read_bytes())
     names = (metadata.version("transformers"), tokenizer.special_tokens_map, tokenizer.chat_template, *choices)
     digest.update(json.dumps(names, sort_keys=True, default=str).encode())

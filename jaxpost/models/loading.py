@@ -138,19 +138,32 @@ def check(found: Description) -> None:
         hub.fetch(found.hub, weights=True)
     if found.folder is not None and not (found.folder / "params").exists():
         hf.check(found.folder, found.transformer.arch)
+    for name in others(found).values():
+        check(_other(name))
+
+
+def others(found: Description) -> dict[str, str]:
+    """{path: model} of the leaves that are another model's head."""
+    return {path: first for path, (_, first) in found.leaves.items() if isinstance(first, str)}
 
 
 def abstract(model: Transformer, mesh, adapter: Mapping | None = None, leaves: Mapping | None = None) -> Params:
     """The tree of shapes, dtypes and shardings that the model's parameters have on a mesh, with an adapter around them.
 
-    leaves: what is there besides, path -> (letters, first value): a size for each letter (D, V) or digit.
+    leaves: what is there besides, path -> (letters, first value): a size for each letter (D, V) or digit. A first value that
+    is a model's name stands for that model's head, and T for its width. Raises UserError where its vocabulary is another.
     """
     key = jax.eval_shape(lambda: jax.random.PRNGKey(0))  # a shape is enough, and costs no compilation
     shapes = jax.eval_shape(model.init, key)
     if adapter:
         shapes = jax.eval_shape(resolve(adapter, "adapters"), shapes, key)
     sizes = {"D": model.arch.width, "V": model.arch.vocab}
-    for path, (letters, _) in (leaves or {}).items():
+    for path, (letters, first) in (leaves or {}).items():
+        if isinstance(first, str):
+            other = _other(first).transformer.arch
+            if other.vocab != model.arch.vocab:
+                raise UserError(f"{first}: a vocabulary of {other.vocab} tokens, and the model's has {model.arch.vocab}.")
+            sizes["T"] = other.width
         shape = tuple(sizes[c] if c in sizes else int(c) for c in letters)
         shapes |= unflatten_dict({path: jax.ShapeDtypeStruct(shape, jnp.float32)}, sep="/")
     return sharding.placed(shapes, sharding.stored(mesh, shapes))
@@ -160,13 +173,35 @@ def weights(found: Description, mesh, seed: int = 0) -> Params:
     """The folder's weights, or fresh ones drawn from the seed; float32, in their place on the mesh, with the adapter around and
     the leaves beside them: those that the folder has, and new ones.
     """
-    own, flat = flatten_dict(abstract(found.transformer, mesh, None, found.leaves), sep="/"), {}
-    params = _weights(found, mesh, seed)
-    held = flatten_dict(params, sep="/")
-    for path, (_, first) in found.leaves.items():
+    own = flatten_dict(abstract(found.transformer, mesh, None, found.leaves), sep="/")
+    mine = {path: leaf for path, leaf in found.leaves.items() if path not in others(found)}
+    params = _weights(dataclasses.replace(found, leaves=mine), mesh, seed)
+    held, flat = flatten_dict(params, sep="/"), flatten_dict(heads(found, mesh), sep="/")
+    for path, (_, first) in mine.items():
         flat[path] = held.get(path, jax.device_put(np.full(own[path].shape, first, np.float32), own[path].sharding))
     gone = carried(found.folder, "leaves").keys() - found.leaves.keys()
     return unflatten_dict({path: x for path, x in held.items() if path not in gone} | flat, sep="/") if flat or gone else params
+
+
+def _other(name: str) -> Description:
+    """A model of which a head is wanted. Raises UserError for a folder of another kind than Hugging Face's."""
+    found = describe(name, text=False)
+    if (found.folder / "params").exists():
+        raise UserError(f"{name}: a teacher is read from Hugging Face's files; make them with python -m jaxpost.export.")
+    if found.transformer.arch.logit_cap is not None:
+        raise UserError(f"{name}: a teacher that caps its logits is more than its head; take distill.top_k.")
+    return found
+
+
+def heads(found: Description, mesh) -> Params:
+    """The leaves that are other models' heads, which are read alone."""
+    shapes, flat = flatten_dict(abstract(found.transformer, mesh, None, found.leaves), sep="/"), {}
+    for leaf, name in others(found).items():
+        of = _other(name)
+        path = "embed/weight" if of.transformer.arch.tied else "head/weight"
+        read = hf.load(of.folder, of.transformer.arch, unflatten_dict({path: shapes[leaf]}, sep="/"))
+        flat[leaf] = flatten_dict(read, sep="/")[path]
+    return unflatten_dict(flat, sep="/")
 
 
 def _weights(found: Description, mesh, seed: int) -> Params:
@@ -248,6 +283,7 @@ def base_in(found: Description, workdir, frozen: Params) -> dict | None:
     fresh, or where nothing is frozen: then all of it is kept.
     """
     names = [sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(frozen)]
+    names = [name for name in names if name not in others(found)]
     if found.folder is None or not names:
         return None
     base, held = checkpoint.read_meta(found.folder).get("base"), set()

@@ -4,9 +4,10 @@ p is the teacher's distribution at a learned token's place and q the student's, 
 are means over the mask's tokens of the global batch, in nats, and are not rescaled by the temperature squared.
 
 A teacher is frozen, so what it says is a column. Over the full vocabulary that is its last hidden states, `teacher_hidden`
-[B,S,Dt] float32, and its unembedding is a leaf of the parameters, params["teacher_head"]["weight"] [V,Dt]; logits of both are
-made in chunks. Stored top-k needs no teacher at all: `teacher_tokens` [B,S,K] int32 and `teacher_logps` [B,S,K] float32. All
-are about the token at its own place: the state that predicts it, and what was likely there. `jaxpost.annotate` writes them.
+[B,S,Dt] float32, and its unembedding, a frozen leaf beside the parameters that these objectives declare (`leaves`) and that is
+read from the folder `teacher`; logits of both are made in chunks. Stored top-k needs no teacher at all: `teacher_tokens`
+[B,S,K] int32 and `teacher_logps` [B,S,K] float32. All are about the token at its own place: the state that predicts it, and
+what was likely there. `jaxpost.annotate` writes them.
 """
 
 import functools
@@ -17,9 +18,10 @@ import jax.numpy as jnp
 from jaxpost.errors import UserError
 from jaxpost.metrics import masked_mean
 from jaxpost.models.heads import logits as logits_of
-from jaxpost.objectives.logprobs import over_head
+from jaxpost.objectives.logprobs import at_tokens
 from jaxpost.types import Head, Term
 
+HEAD = "teacher_head"
 HIDDEN = {"teacher_hidden": ("BSD", "float32")}
 STORED = {"teacher_tokens": ("BSK", "int32"), "teacher_logps": ("BSK", "float32")}
 
@@ -79,31 +81,30 @@ def _over_top(logits, columns) -> dict:
 
 
 def _distilled(output, batch, fn, columns: dict, constants: tuple = ()) -> tuple[dict, dict]:
-    """Term and metrics of fn over the predictors of the mask's tokens."""
+    """Term and metrics of fn over the mask's tokens."""
     mask = batch["mask"]
-    keep = jnp.roll(mask, -1, axis=1).at[:, -1].set(False)
-    found = over_head(fn, output.hidden, output.head, jax.lax.stop_gradient(columns), keep, constants)
+    found = at_tokens(fn, output, jax.lax.stop_gradient(columns), mask, constants)
     loss = Term(jnp.sum(found["loss"]), jnp.sum(mask.astype(jnp.float32)))
-    return {"distill": loss}, {k: masked_mean(found[k], keep) for k in ("entropy", "agreement")}
+    return {"distill": loss}, {k: masked_mean(found[k], mask) for k in ("entropy", "agreement")}
 
 
 def _taught(forward, params, batch, name: str, temperature: float, beta: float = 0.0) -> tuple[dict, dict]:
-    hidden = jnp.roll(batch["teacher_hidden"], -1, axis=1)  # onto the predictors, as the student's are
-    columns = {"teacher_hidden": hidden, "temperature": jnp.float32(temperature), "beta": jnp.float32(beta)}
-    head = Head(jax.lax.stop_gradient(params["teacher_head"]["weight"]))
+    columns = {"teacher_hidden": batch["teacher_hidden"], "temperature": jnp.float32(temperature), "beta": jnp.float32(beta)}
+    head = Head(jax.lax.stop_gradient(params[HEAD]["weight"]))
     return _distilled(forward(params, batch), batch, _OVER[name], columns, (head,))
 
 
-def forward_kl(forward, params, batch, key, *, temperature: float = 1.0):
+def forward_kl(forward, params, batch, key, *, teacher: str = "", temperature: float = 1.0):
     """L = KL(p || q) = sum_v p_v log(p_v / q_v).
 
-    The classic: the student covers all that the teacher might say. Reads mask and teacher_hidden. Source: "Distilling the
+    The classic: the student covers all that the teacher might say. teacher: the model that wrote teacher_hidden. Reads mask
+    and teacher_hidden. Source: "Distilling the
     Knowledge in a Neural Network", without its factor of the temperature squared.
     """
     return _taught(forward, params, batch, "f", temperature)
 
 
-def reverse_kl(forward, params, batch, key, *, temperature: float = 1.0):
+def reverse_kl(forward, params, batch, key, *, teacher: str = "", temperature: float = 1.0):
     """L = KL(q || p) = sum_v q_v log(q_v / p_v).
 
     It differs from forward_kl in that the student says only what the teacher would. Reads mask and teacher_hidden. Source:
@@ -112,7 +113,7 @@ def reverse_kl(forward, params, batch, key, *, temperature: float = 1.0):
     return _taught(forward, params, batch, "r", temperature)
 
 
-def jensen_shannon(forward, params, batch, key, *, beta: float = 0.5, temperature: float = 1.0):
+def jensen_shannon(forward, params, batch, key, *, teacher: str = "", beta: float = 0.5, temperature: float = 1.0):
     """L = beta KL(p || m) + (1 - beta) KL(q || m),  m = beta p + (1 - beta) q,  0 < beta < 1.
 
     Between forward_kl (L / beta as beta goes to 0) and reverse_kl (L / (1 - beta) as it goes to 1), and bounded. Reads mask and
@@ -131,9 +132,19 @@ def top_k(forward, params, batch, key, *, temperature: float = 1.0):
     teacher_logps are log-probabilities at this temperature, over the whole vocabulary. Reads mask, teacher_tokens,
     teacher_logps. Source: forward_kl's, by the data-processing inequality.
     """
-    columns = {k: jnp.roll(batch[k], -1, axis=1) for k in STORED} | {"temperature": jnp.float32(temperature)}
+    columns = {k: batch[k] for k in STORED} | {"temperature": jnp.float32(temperature)}
     return _distilled(forward(params, batch), batch, _over_top, columns)
 
 
+def _leaves(teacher: str = "", **_):
+    if not teacher:
+        raise UserError(
+            "config.objective.teacher: name the teacher, a folder of Hugging Face's files or a name on the hub: its head is "
+            "needed. distill.top_k reads what was stored and needs none."
+        )
+    return {f"{HEAD}/weight": ("VT", teacher)}
+
+
+forward_kl.leaves = reverse_kl.leaves = jensen_shannon.leaves = _leaves
 forward_kl.columns = reverse_kl.columns = jensen_shannon.columns = HIDDEN
 top_k.columns = STORED

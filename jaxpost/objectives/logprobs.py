@@ -21,11 +21,11 @@ CHUNK = 2**22
 
 
 def over_head(fn: Callable, hidden: jax.Array, head: Head, columns: dict, mask: jax.Array, constants: tuple = ()) -> dict:
-    """fn(logits [R,V] float32, {column: [R,...]}, *constants) -> {name: [R]}, for the positions of `hidden` [B,S,D] that `mask`
-    [B,S] keeps.
+    """fn(logits [R,V] float32, {column: [R,...]}, *constants) -> {name: [R,...]}, for the positions of `hidden` [B,S,D] that
+    `mask` [B,S] keeps.
 
-    Returns {name: [B,S] float32}, zero elsewhere. Differentiable in hidden and head; fn must be a module-level function, and
-    columns ([B,S,...], or scalars) and constants (a teacher's Head, which every chunk takes whole) have no gradient.
+    Returns {name: [B,S,...] float32}, zero elsewhere. Differentiable in hidden and head; columns ([B,S,...], or scalars) and
+    constants (a teacher's Head, which every chunk takes whole) have no gradient. fn must be a module-level function.
     """
     rows = {k: v if jnp.ndim(v) > 2 else jnp.broadcast_to(v, mask.shape) for k, v in columns.items()}
     return _over_head(fn, hidden, head, rows, mask, constants)
@@ -53,9 +53,16 @@ def _counted(mask: jax.Array, width: int):
 
 
 def _take(x: jax.Array, order: jax.Array, width: int) -> jax.Array:
-    """x [B,S,...] in the given order, padded to whole chunks."""
+    """x [B,S,...] in the given order, filled up to whole chunks with copies of its last place: whatever is computed of them is
+    dropped, and has no gradient, but must be as finite as the rest (a temperature of zero would not be).
+    """
     x = jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
-    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % width)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % width)] + [(0, 0)] * (x.ndim - 2), mode="edge")
+
+
+def _kept(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """x [B,S,...] where the mask is, zero elsewhere."""
+    return jnp.where(mask.reshape(*mask.shape, *[1] * (x.ndim - 2)), x, 0)
 
 
 def _put_back(x: jax.Array, order: jax.Array) -> jax.Array:
@@ -68,7 +75,7 @@ def _apply(fn, hidden, head, columns, constants):
     """fn over [B,C] positions at once, flattened to the [R] it is written for."""
     rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), columns)
     flat = fn(logits(hidden.reshape(-1, hidden.shape[-1]), head), rows, *constants)
-    return {k: v.reshape(hidden.shape[:-1]).astype(jnp.float32) for k, v in flat.items()}
+    return {k: v.reshape(*hidden.shape[:-1], *v.shape[1:]).astype(jnp.float32) for k, v in flat.items()}
 
 
 def _slice(tree, i, width):
@@ -96,15 +103,16 @@ def _forward(fn, hidden, head, columns, mask, constants):
 
     with _counted(mask, width):
         out = jax.lax.fori_loop(0, trips, body, out)
-    out = {k: jnp.where(mask, _put_back(v, order), 0.0) for k, v in out.items()}
-    return out, (hidden, head, columns, mask, constants)
+    return {k: _kept(_put_back(v, order), mask) for k, v in out.items()}, (hidden, head, columns, mask, constants)
 
 
 def _backward(fn, saved, cotangents):
     hidden, head, columns, mask, constants = saved
     order, width, trips = _layout(mask, head)
-    cotangents = jax.tree.map(lambda g: jnp.where(mask, g, 0.0), cotangents)
+    cotangents = {k: _kept(g, mask) for k, g in cotangents.items()}
     inputs = jax.tree.map(lambda x: _take(x, order, width), (hidden, columns, cotangents))
+    real = jnp.arange(inputs[0].shape[1]) < mask.shape[1]
+    inputs = (*inputs[:2], {k: _kept(g, jnp.broadcast_to(real, g.shape[:2])) for k, g in inputs[2].items()})
     # One head gradient a batch shard, summed after the loop: summed inside it, every chunk would cost an all-reduce of [V,D].
     ways = sharding.batch_ways() if hidden.shape[0] % sharding.batch_ways() == 0 else 1
     split = lambda tree: jax.tree.map(lambda x: x.reshape(ways, x.shape[0] // ways, *x.shape[1:]), tree)  # noqa: E731
@@ -123,7 +131,7 @@ def _backward(fn, saved, cotangents):
     with _counted(mask, width):
         d_head, d_hidden = jax.lax.fori_loop(0, trips, body, (zeros, jnp.zeros_like(inputs[0])))
     d_head = jax.tree.map(lambda g, w: sharding.summed(g.astype(w.dtype), "VD"), d_head, head)
-    return jnp.where(mask[..., None], _put_back(d_hidden, order), 0), d_head, None, None, None
+    return _kept(_put_back(d_hidden, order), mask), d_head, None, None, None
 
 
 _over_head.defvjp(_forward, _backward)
@@ -149,9 +157,21 @@ def token_scores(output: Output, batch: Batch, mask: jax.Array | None = None) ->
     mask [B,S] is batch["mask"] if not given. Logits are divided by batch["temperature"] where there is one, so that a policy is
     scored as it was sampled. Only logps carries a gradient.
     """
-    mask = batch["mask"] if mask is None else mask
-    # The hidden state before a token predicts it: shift the columns onto the predictors, and the results back.
-    before = {"tokens": jnp.roll(batch["tokens"], -1, axis=1), "temperature": batch.get("temperature", jnp.float32(1.0))}
-    keep = jnp.roll(mask, -1, axis=1).at[:, -1].set(False)
-    scores = over_head(_score, output.hidden, output.head, before, keep)
-    return {k: jnp.roll(v, 1, axis=1) for k, v in scores.items()}
+    return at_tokens(_score, output, drawn(batch), batch["mask"] if mask is None else mask)
+
+
+def drawn(batch: Batch) -> dict[str, jax.Array]:
+    """The columns that say what was drawn, and at what temperature."""
+    return {"tokens": batch["tokens"], "temperature": batch.get("temperature", jnp.float32(1.0))}
+
+
+def at_tokens(fn: Callable, output: Output, columns: dict, mask: jax.Array, constants: tuple = ()) -> dict[str, jax.Array]:
+    """As `over_head`, where columns, mask and results are each about the token at its own place."""
+
+    # The hidden state before a token predicts it: columns are shifted onto the predictors, and the results back.
+    def before(x):
+        return jnp.roll(x, -1, axis=1) if jnp.ndim(x) else x
+
+    keep = before(mask).at[:, -1].set(False)
+    found = over_head(fn, output.hidden, output.head, {k: before(v) for k, v in columns.items()}, keep, constants)
+    return {k: jnp.roll(v, 1, axis=1) for k, v in found.items()}

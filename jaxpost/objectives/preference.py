@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from jaxpost.errors import UserError
 from jaxpost.objectives import documents
-from jaxpost.objectives.logprobs import over_head
+from jaxpost.objectives.logprobs import at_tokens, drawn
 from jaxpost.objectives.pairs import REFERENCE, Pairs, around, composed, inside, pairwise
 from jaxpost.types import Term
 
@@ -351,10 +351,8 @@ def _agreement(logits: jax.Array, columns: dict) -> dict:
 
 def _agreements(pairs: Pairs) -> jax.Array:
     """[B,S] agreement of the tokens at their own places, without gradient."""
-    batch, output = pairs.batch, jax.lax.stop_gradient(pairs.output)
-    before = {"tokens": jnp.roll(batch["tokens"], -1, axis=1), "temperature": batch.get("temperature", jnp.float32(1.0))}
-    keep = jnp.roll(batch["mask"], -1, axis=1).at[:, -1].set(False)
-    return jnp.roll(over_head(_agreement, output.hidden, output.head, before, keep)["agreement"], 1, axis=1)
+    output = jax.lax.stop_gradient(pairs.output)
+    return at_tokens(_agreement, output, drawn(pairs.batch), pairs.batch["mask"])["agreement"]
 
 
 @around

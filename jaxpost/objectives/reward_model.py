@@ -110,12 +110,11 @@ def process(forward, params, batch, key):
     return {"reward": loss}, {"accuracy": masked_mean((rewards > 0) == (labels > 0.5), ends), **_spread(rewards, ends)}
 
 
-for _objective, _columns in (
-    (bradley_terry, {}),
-    (offset, MARGINS),
-    (regression, LABELS),
-    (logistic, LABELS),
-    (process, LABELS),
+for _objective, _data, _columns in (
+    (bradley_terry, "pairs", {}),
+    (offset, "pairs", MARGINS),
+    (regression, "scored", LABELS),
+    (logistic, "labelled", LABELS),
+    (process, "steps", LABELS),
 ):
-    _objective.columns, _objective.leaves = _columns, LEAVES
-    _objective.data = "labelled" if "labels" in _columns else "pairs"
+    _objective.data, _objective.columns, _objective.leaves = _data, _columns, LEAVES

@@ -9,7 +9,7 @@ are means over the labelled documents of the global batch. Log-probabilities are
 import jax
 import jax.numpy as jnp
 
-from jaxpost.metrics import masked_mean
+from jaxpost.metrics import Difference, masked_mean
 from jaxpost.objectives import documents
 from jaxpost.objectives.logprobs import token_scores
 from jaxpost.types import Batch, Term
@@ -33,9 +33,11 @@ def _judged(forward, params, batch: Batch, beta: float, loss) -> tuple[dict, dic
     learned = batch["mask"] & (batch["labels"] >= 0)
     ratios, logps, labels, scores = _ratios(forward, params, batch, learned)
     real, good, bad = labels >= 0, labels == 1, labels == 0
+    chosen, rejected = (masked_mean(beta * ratios, side) for side in (good, bad))
     metrics = {
-        "rewards/chosen": masked_mean(beta * ratios, good),
-        "rewards/rejected": masked_mean(beta * ratios, bad),
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": Difference(chosen, rejected),
         "logps/chosen": masked_mean(logps, good),
         "logps/rejected": masked_mean(logps, bad),
         "entropy": masked_mean(scores["entropy"], learned),

@@ -115,12 +115,13 @@ def complete(
     seed: int = 0,
     step: int = 0,
     rows: tuple[int, int] | None = None,
+    number: int = 0,
 ) -> Completions:
     """`sample` from host to host: a list of token arrays in, numpy Completions of the same rows out.
 
     All processes call it together. rows: (first row, rows of the whole batch) where `prompts` are this process's share of it;
-    left out, every process gives the whole batch and gets it back. Raises UserError for a prompt that is empty or longer than
-    the window.
+    left out, every process gives the whole batch and gets it back. number: the first row's, for its noise. Raises
+    UserError for a prompt that is empty or longer than the window.
     """
     asked = len(prompts)
     first, total = rows or (0, asked)
@@ -132,7 +133,7 @@ def complete(
     columns = {
         "prompts": np.zeros((len(prompts), prompt_window), np.int32),
         "lengths": np.array([len(p) for p in prompts], np.int32),
-        "rows": np.arange(first, first + len(prompts), dtype=np.int32),
+        "rows": number + np.arange(first, first + len(prompts), dtype=np.int32),
     }
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= prompt_window:
