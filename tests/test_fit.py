@@ -444,6 +444,6 @@ def test_a_second_method_has_what_the_first_says_of_the_model(argument, tmp_path
     sft, dpo = recipe.opened(f"tpu/sft.py:{argument}").to_dict(), recipe.opened(f"tpu/dpo.py:{argument}").to_dict()
     assert values.config.to_dict() == dpo
     own = {k for k in dpo if dpo[k] != sft[k]} - {"batch_size", "microbatches", "topology"}
-    assert own == {"objective", "window", "shared_prefix", "epochs", "optimizer", "mesh"}
+    assert own == {"objective", "window", "epochs", "optimizer", "mesh"}
     assert sft["log_every"] == 7 and (dpo["window"], dpo["optimizer"]["lr"]) == (4096, 5e-6 if "lora" in argument else 5e-7)
     assert (dpo["model"], dpo["remat"], bool(dpo["adapter"])) == ("Qwen/Qwen3-8B-Base", "full", "lora" in argument)

@@ -56,7 +56,7 @@ def topk(forward, params, batch, *, k: int = 64, temperature: float = 1.0):
     if not 0 < k <= out.head.weight.shape[0]:
         raise UserError(f"annotator topk: k={k}; give 1 to {out.head.weight.shape[0]}, the size of the vocabulary.")
     columns = {"temperature": jnp.full(batch["mask"].shape, temperature, jnp.float32)}
-    found = logprobs.at_tokens(_likeliest(k), out, columns, batch["mask"])
+    found = logprobs.at_tokens(_likeliest(k), out, columns=columns, mask=batch["mask"])
     return {"teacher_tokens": found["tokens"].astype(jnp.int32), "teacher_logps": found["logps"]}
 
 

@@ -157,7 +157,7 @@ def token_scores(output: Output, batch: Batch, mask: jax.Array | None = None) ->
     mask [B,S] is batch["mask"] if not given. Logits are divided by batch["temperature"] where there is one, so that a policy is
     scored as it was sampled. Only logps carries a gradient.
     """
-    return at_tokens(_score, output, drawn(batch), batch["mask"] if mask is None else mask)
+    return at_tokens(_score, output, columns=drawn(batch), mask=batch["mask"] if mask is None else mask)
 
 
 def drawn(batch: Batch) -> dict[str, jax.Array]:
@@ -165,7 +165,7 @@ def drawn(batch: Batch) -> dict[str, jax.Array]:
     return {"tokens": batch["tokens"], "temperature": batch.get("temperature", jnp.float32(1.0))}
 
 
-def at_tokens(fn: Callable, output: Output, columns: dict, mask: jax.Array, constants: tuple = ()) -> dict[str, jax.Array]:
+def at_tokens(fn: Callable, output: Output, *, columns: dict, mask: jax.Array, constants: tuple = ()) -> dict[str, jax.Array]:
     """As `over_head`, where columns, mask and results are each about the token at its own place."""
 
     # The hidden state before a token predicts it: columns are shifted onto the predictors, and the results back.

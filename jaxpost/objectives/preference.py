@@ -352,7 +352,7 @@ def _agreement(logits: jax.Array, columns: dict) -> dict:
 def _agreements(pairs: Pairs) -> jax.Array:
     """[B,S] agreement of the tokens at their own places, without gradient."""
     output = jax.lax.stop_gradient(pairs.output)
-    return at_tokens(_agreement, output, drawn(pairs.batch), pairs.batch["mask"])["agreement"]
+    return at_tokens(_agreement, output, columns=drawn(pairs.batch), mask=pairs.batch["mask"])["agreement"]
 
 
 @around
