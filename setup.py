@@ -39,7 +39,7 @@ setup(
         "fit": ["libtpu"],
         "gcs": ["gcsfs", "google-cloud-storage"],  # gs:// paths; the second is what Orbax asks for
         "hub": ["datasets"],  # hf:OWNER/NAME as data
-        "rewards": ["math-verify"],
+        "rewards": ["math-verify", "reasoning-gym"],
         "eval": ["lm-eval"],
         "test": [
             "pytest>=8",

@@ -19,6 +19,9 @@ SIZES = {
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "vocab_size": 512},
 }
 SPECIAL = ("<pad>", "<bos>", "<eos>")
+# Where a model is endless, the first coordinate of every token's embedding, and of the special tokens' rows of the head. Layers
+# add about 1 to the former, so that the latter's logits come out near -40 and all others near 0.
+MARK, REFUSAL = 4.0, -8.0
 TEMPLATE = (
     "{% for m in messages %}"
     "{{ '<bos> ' + m['content'] + ' ' }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
@@ -54,14 +57,18 @@ def pieces(vocab: int, file: str) -> Tokenizer:
     return core
 
 
-def make(folder, size: str, text: str = "", seed: int = 0) -> None:
+def make(folder, size: str, text: str = "", seed: int = 0, endless: bool = False) -> None:
     """Writes the model of a size to a folder: config.json, one safetensors file in float32, the tokenizer.
 
-    text: a file whose text the tokenizer is for; without one it is that of `words`.
+    text: a file whose text the tokenizer is for; without one it is that of `words`. endless: whether it never says a special
+    token, so that each of its completions is as long as it may be.
     """
     config = fields(size)
     arch = families.architecture(config)
     params = jax.jit(Transformer(arch).init)(jax.random.PRNGKey(seed))
+    if endless:
+        params["embed"]["weight"] = params["embed"]["weight"].at[:, 0].set(MARK)
+        params["head"]["weight"] = params["head"]["weight"].at[: len(SPECIAL), 0].set(REFUSAL)
     hf.save(folder, params, arch, config)
     core = pieces(arch.vocab, text) if text else words(arch.vocab)
     core.add_special_tokens([*SPECIAL])

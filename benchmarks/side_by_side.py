@@ -5,20 +5,22 @@
 
 PYTHON is the interpreter of an environment that the peer is installed in; README.md, beside this file, says how to make one.
 
-A workload is a folder here (`sft`; `dpo`, and with an argument `dpo:prefix`), a competitor a file in it with one function
-`run(job, clock)`, and `ours.py` has besides `prepare(job, folder)`, which makes what all of them share. Each competitor runs as
-a process of its own, one after the other and round after round, since the speed of a shared machine wanders: ratios are taken
-within a round, and the median is told.
+A workload is a folder here (`sft`; `grpo`, and with an argument `grpo:shared`), a competitor a file in it with
+one function `run(job, clock)`, and `ours.py` has besides `prepare(job, folder)`, which makes what all of them share. Each
+competitor runs as a process of its own, one after the other and round after round, since the speed of a shared machine wanders:
+ratios are taken within a round, and the median is told.
 
 A ratio is only printed beside the proof of equal work: losses of the first steps from the same weights on the same rows, no
-further than 1e-4 from ours in any round. A competitor that fails is left out, with its last words. Where something else took
-part of the machine meanwhile, it is told; torch suffers from that more than XLA does.
+further than 1e-4 from ours in any round; or, where each draws its own tokens, other figures that agree as well, which the
+workload's `ours.py` names. A competitor that fails is left out, with its last words. Where something else took part of the
+machine meanwhile, it is told; torch suffers from that more than XLA does.
 
 The columns: seconds a step and tokens a second, the median of the rounds' medians; how many times faster ours is; the most
-memory that the process held; seconds from the process's start to the end of the first step; the largest difference of a loss;
-and the FLOP/s that the model's mathematics needs, as a share of those of a large plain product in our process, in that round.
-Memory and first step are those of later rounds, whose programs ours finds compiled, and of the first round in brackets. Below
-it stands how far whole curves are apart, of losses and of gradients' norms, for those competitors that tell them.
+memory that the process held; seconds from the process's start to the end of the first step; the largest difference of what
+proves that the work is equal; and the FLOP/s that the model's mathematics needs, as a share of those of a large plain product
+in our process, in that round. Memory and first step are those of later rounds, whose programs ours finds compiled, and of the
+first round in brackets. Below it stands how far whole curves are apart, of losses and of gradients' norms, for those
+competitors that tell them.
 """
 
 import json
@@ -34,6 +36,7 @@ from pathlib import Path
 import competitor
 import jax
 import model
+import numpy as np
 from absl import app, flags
 
 HERE = Path(__file__).parent
@@ -79,11 +82,18 @@ def turn(workload: str, name: str, python: str, job: dict, folder: Path) -> dict
     return {**found, "first": found["ends"][0] - began, "steps": steps[WARMUP - 1 :], "others": foreign}
 
 
-def difference(one: list[float], other: list[float]) -> float | None:
-    """The largest difference of two runs' first losses; None where one has too few to tell."""
-    if min(len(one), len(other)) < EQUAL_STEPS:
-        return None
-    return max(abs(a - b) for a, b in zip(one[:EQUAL_STEPS], other[:EQUAL_STEPS], strict=True))
+def difference(one: dict, ours: dict) -> float | None:
+    """The largest difference of a round's figures from ours, those that are the workload's proof or else the first losses; None
+    where there are too few to tell.
+    """
+    if proof := ours.get("proof"):
+        told = one.get("proof", {})
+        pairs = [(told.get(name, np.nan), value) for name, value in proof.items()] if told else []
+    elif min(len(one["losses"]), len(ours["losses"])) < EQUAL_STEPS:
+        pairs = []
+    else:
+        pairs = list(zip(one["losses"][:EQUAL_STEPS], ours["losses"][:EQUAL_STEPS], strict=True))
+    return float(np.abs(np.subtract(*zip(*pairs, strict=True))).max()) if pairs else None
 
 
 def apart(name: str, rounds: list[dict], ours: list[dict]) -> str:
@@ -101,8 +111,8 @@ def summary(name: str, rounds: list[dict], ours: list[dict], tokens: int) -> dic
     """A competitor's line of the table, from its rounds and ours."""
     seconds = [statistics.median(r["steps"]) for r in rounds]
     mine = [statistics.median(r["steps"]) for r in ours]
-    gaps = [difference(a["losses"], b["losses"]) for a, b in zip(rounds, ours, strict=True)]
-    gap = None if None in gaps else max(gaps)
+    gaps = [difference(a, b) for a, b in zip(rounds, ours, strict=True)]
+    gap = None if None in gaps else float(np.max(gaps))  # nan, if one is
     roof = [o["flops"] / o["matmul"] / s for o, s in zip(ours, seconds, strict=True)]
     return {
         "name": name,
@@ -122,7 +132,7 @@ def summary(name: str, rounds: list[dict], ours: list[dict], tokens: int) -> dic
 
 def table(lines: list[dict]) -> str:
     """The lines as markdown; a ratio only where the work was equal."""
-    head = ("", "s a step", "tokens/s", "ours is faster", "GiB (cold)", "first step (cold)", "losses differ", "of a matmul")
+    head = ("", "s a step", "tokens/s", "ours is faster", "GiB (cold)", "first step (cold)", "work differs", "of a matmul")
     rows = [head, ("---",) * len(head)]
     for line in lines:
         gap = line["largest_loss_difference"]
@@ -140,6 +150,13 @@ def table(lines: list[dict]) -> str:
             )
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def proved(ours: dict) -> str:
+    """What of a round of ours the others must equal, in a sentence."""
+    if "proof" in ours:
+        return f"Of ours: {', '.join(f'{name} {value:.6g}' for name, value in ours['proof'].items())}."
+    return f"Losses of ours: {', '.join(f'{x:.5f}' for x in ours['losses'][:EQUAL_STEPS])}."
 
 
 def compete(workload: str, competitors: dict[str, str], job: dict, rounds: int, scratch: Path) -> dict[str, list[dict]]:
@@ -163,13 +180,16 @@ def told(lines: list[dict], rounds: dict[str, list[dict]], job: dict) -> str:
     """The table, and below it what it was measured on and what to doubt."""
     peak = statistics.median(r["matmul"] for r in rounds["ours"])
     count, steps = len(rounds["ours"]), len(rounds["ours"][0]["steps"])
-    losses = ", ".join(f"{x:.5f}" for x in rounds["ours"][0]["losses"][:EQUAL_STEPS])
     notes = [
         f"{steps} steps of {job['tokens_per_step']} tokens, {count} rounds; a plain product runs at {peak / 1e9:.0f} GFLOP/s.",
-        f"Losses of ours: {losses}.",
+        *(proved(found) for found in rounds["ours"][:1]),
     ]
-    curves = [apart(name, found, rounds["ours"]) for name, found in rounds.items() if name != "ours"]
-    notes += [curve for curve in curves if curve]
+    if "proof" not in rounds["ours"][0]:
+        curves = [apart(name, found, rounds["ours"]) for name, found in rounds.items() if name != "ours"]
+        notes += [curve for curve in curves if curve]
+    if "compiled" in rounds["ours"][0]:
+        late = max(after - before for before, after in (found["compiled"] for found in rounds["ours"]))
+        notes.append(f"Ours compiled {late} programs after the second step.")
     if (foreign := max(line["others"] for line in lines)) > OTHERS:
         notes.append(f"Others took up to {foreign:.0%} of the machine during a round: measure again when it is quiet.")
     return "\n\n".join([table(lines), "\n".join(notes)])
@@ -187,9 +207,10 @@ def main(_) -> None:
             sys.exit(f"--peer={name}={python}: give NAME=PYTHON, one of {', '.join(known)} and an interpreter that has it.")
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
-        model.make(scratch / "model", given.size)
+        ours = competitor.load(HERE / workload / "ours.py")
+        model.make(scratch / "model", given.size, **getattr(ours, "MODEL", {}))
         job = {"model": str(scratch / "model"), "steps": given.steps + WARMUP, "argument": argument}
-        job = competitor.load(HERE / workload / "ours.py").prepare(job, scratch)
+        job = ours.prepare(job, scratch)
         rounds = compete(workload, {"ours": sys.executable, **peers}, job, given.rounds, scratch)
     lines = [summary(name, found, rounds["ours"], job["tokens_per_step"]) for name, found in rounds.items()]
     print(f"{given.workload}, {given.size}:\n\n{told(lines, rounds, job)}")
@@ -198,7 +219,9 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workload", "sft", "Which folder of competitors, with its argument: sft, dpo, dpo:prefix.")
+    flags.DEFINE_string(
+        "workload", "sft", "Which folder of competitors, with its argument: sft, dpo, dpo:prefix, generate, grpo."
+    )
     flags.DEFINE_multi_string("peer", [], "NAME=PYTHON, a competitor and its interpreter; for several, give it several times.")
     flags.DEFINE_enum("size", "32m", sorted(model.SIZES), "The model's size.")
     flags.DEFINE_integer("steps", 12, "Steps that are timed, after three that are not.", lower_bound=EQUAL_STEPS)

@@ -1,10 +1,11 @@
-"""The whole way in minutes on a laptop: SFT from scratch on arithmetic, then DPO, then REINFORCE, with a control for the time.
+"""The whole way in minutes on a laptop: SFT from scratch on arithmetic, then DPO, then GRPO, with a control for the time.
 
     python -m jaxpost.train --config=configs/quickstart.py --workdir=runs/quickstart
 
 30% of the demonstrations have a wrong digit, as human ones may. Imitation learns the errors too, so sampled answers stay wrong
 though greedy ones are right; a verifier repairs that. `dpo` has it judge the model's own answers once, and learns from pairs of
-a right and a wrong one; `reinforce` goes on with answers judged as they come. `control` continues SFT for as long as both took.
+a right and a wrong one; `grpo` goes on with answers judged as they come, and asks again where all of a problem's were right, or
+all wrong. `control` continues SFT for as long as both took.
 """
 
 from jaxpost import recipe
@@ -25,9 +26,10 @@ MODEL = {
 def get_config(arg: str = ""):
     sft = {"objective": {"name": "sft.nll"}, "batch_size": 16, "held_out": 0.01, "log_every": 50, "eval_every": 200}
     often = {"eval_every": 50, "log_every": 5}
+    gentle = {"schedule": "linear", "warmup": 10, "b2": 0.98, "end": 0.1}
     return recipe.make(
-        stages=("sft", "dpo", "reinforce", "control"),
-        result="reinforce",
+        stages=("sft", "dpo", "grpo", "control"),
+        result="grpo",
         model=MODEL,
         tokenizer="tasks.arithmetic.tokenizer",
         remat="dots",  # on a CPU, reading less memory in the backward pass is worth a little more arithmetic
@@ -45,22 +47,20 @@ def get_config(arg: str = ""):
             "objective": {"name": "preference.sigmoid", "beta": 0.3},
             "batch_size": 32,
             "steps": 100,
-            "optimizer": {"lr": 1e-4, "schedule": "linear", "warmup": 10, "b2": 0.98, "end": 0.1},
+            "optimizer": {"lr": 1e-4, **gentle},
             **often,
         },
-        reinforce={
+        grpo={
             "source": "rollouts",
-            "objective": {"name": "policy_gradient.reinforce"},
+            "objective": {"name": "policy_gradient.grpo", "beta": 0.0},
+            "rollouts": {"resample": 3},
             "batch_size": 256,
-            "steps": 180,
-            "optimizer": {"lr": 1e-4, "schedule": "linear", "warmup": 10, "b2": 0.98, "end": 0.1},
+            "steps": 150,
+            "optimizer": {"lr": 2e-4, **gentle},
             **often,
         },
         control={
-            **sft,
-            "start": "sft",
-            "time_of": "dpo,reinforce",
-            "steps": 100000,
+            **{**sft, "start": "sft", "time_of": "dpo,grpo", "steps": 100000},
             "optimizer": {"lr": 2e-4, "schedule": "constant", "warmup": 10, "b2": 0.98},
         },
     )

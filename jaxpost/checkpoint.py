@@ -68,6 +68,10 @@ class Checkpoints:
         """The newest whole checkpoint's step."""
         return self.manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """The steps of all whole checkpoints."""
+        return list(self.manager.all_steps())
+
     def meta(self, step: int) -> dict:
         """The JSON part of a checkpoint."""
         return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]

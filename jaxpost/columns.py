@@ -34,7 +34,7 @@ from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.naming import digest_of
 from jaxpost.plan import Plan
-from jaxpost.resolve import resolve
+from jaxpost.resolve import attribute, resolve
 from jaxpost.types import Params
 
 REFERENCE = "ref_logps"  # the column that a stage makes itself, and the annotator that does
@@ -165,6 +165,12 @@ def annotated(plan: Plan, mesh) -> Plan:
 
     Raises UserError where they are of other data, and for a column that the objective reads and nothing gives.
     """
+    if plan.settings.source == "rollouts":  # which ask whoever makes them, batch by batch
+        made = {REFERENCE, "returns", "margins", *attribute(plan.objective, "now", {})}
+        made |= {"teacher_hidden"} if loading.others(plan.found) else set()
+        if lacking := [name for name in plan.reads if name not in made]:
+            raise UserError(f"config.objective: it reads the column {lacking[0]}, which rollouts do not have.")
+        return plan
     if plan.settings.source == "samples":  # there is no data yet to have columns
         if lacking := [name for name in plan.reads if name != REFERENCE]:
             raise UserError(f"config.objective: it reads the column {lacking[0]}, which samples cannot have; name a data set.")

@@ -21,7 +21,7 @@ from jaxpost.data import mixture, pairs, source, templates
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
 from jaxpost.recipe import plain
-from jaxpost.resolve import attribute, bind
+from jaxpost.resolve import attribute, bind, module
 from jaxpost.tokenizer import check_ids
 
 EXAMPLES = 10000  # of a task, where its settings do not say
@@ -100,7 +100,8 @@ def _sources(task, s) -> list[mixture.Part]:
         return mixture.read(plain(s.data), "data", s.bad_rows == "skip")
     if task is None:
         raise UserError("config.data: give a file (README.md lists the kinds), or a config.task with demonstrations.")
-    options = {k: v for k, v in plain(s.task).items() if k not in ("name", "examples")}
+    made = hasattr(module(s.task["name"], "tasks"), "make")  # a task that was made of the keys has them already
+    options = {} if made else {k: v for k, v in plain(s.task).items() if k not in ("name", "examples")}
     make = bind(task.conversation, {"seed": s.seed, **options}, f"task {s.task['name']}")
     name = f"task {s.task['name']}"
     records = [Record(make(i), f"{name}, example {i}") for i in range(s.task.get("examples", EXAMPLES))]

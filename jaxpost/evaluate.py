@@ -16,25 +16,27 @@ all and then those of each window's second half, which have between half a windo
 different windows therefore differ: a longer window gives more context and a lower perplexity.
 """
 
+import functools
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
 import tqdm
 from absl import flags
 
-from jaxpost import api, cli, metrics, sharding
+from jaxpost import api, cli, metrics, selfmade, sharding
 from jaxpost.data import chat, readers, source
 from jaxpost.data.chat import TRAIN_ON
 from jaxpost.errors import UserError
+from jaxpost.evals import repeated
 from jaxpost.models import loading
 from jaxpost.objectives import sft
-from jaxpost.plan import judge
-from jaxpost.resolve import module
-from jaxpost.sampling.decode import answers, complete
+from jaxpost.resolve import value_of
+from jaxpost.rollouts.scoring import judged
+from jaxpost.sampling.decode import answers, complete, ready
 from jaxpost.step import make_evaluation
 from jaxpost.tokenizer import check_ids
 from jaxpost.types import Params
@@ -57,37 +59,38 @@ def held_out(evaluate: Callable, params: Params, batches: Iterable[dict], mesh, 
 
 
 def graded(
-    model, params: Params, tokenizer, records: list[dict], reward: Callable, mesh, *, rows: int, options: dict, step: int
+    model, params: Params, tokenizer, records: list[dict], rewards: Mapping, mesh, *, rows: int, options: dict, step: int
 ) -> Iterator[tuple[str, float | list]]:
     """(eval/reward, mean of one sample a problem), (eval/reward_greedy, ...), the same for each cell as <name>/<cell>, where
-    there are several; with accuracy for reward where the reward is a verifier, whose signature says that it gives a bool.
+    there are several; with accuracy for reward where a reward is a verifier, whose signature says that it gives a bool. Of
+    several rewards each as eval/rewards/<its name>, too.
 
-    records: dicts with prompt, and maybe answer, cell (else "all") and a weight in the overall mean. rows: how many are
-    completed at a time; options: prompt_window, new, template. Last yields ("samples", rows of prompt, completion, answer,
-    reward, kind) for the log: the first problem of each cell. All processes compute the same.
+    records: dicts with prompt, and maybe answer, cell (else "all") and a weight in the overall mean. rewards: {name:
+    (function, weight)}; a failure counts 0. rows: how many are completed at a time; options: prompt_window, new, template, and
+    maybe stop and strings. Last yields ("samples", rows of prompt, completion, answer, reward, kind) for the log: the first
+    problem of each cell. All processes compute the same.
     """
-    template = options["template"]
+    template, params = options["template"], ready(model, params, mesh)
+    sampling = {k: options[k] for k in ("prompt_window", "new", "strings") if k in options}
+    sampling["stop"] = options.get("stop") or chat.stop_ids(tokenizer, template)
     prompts = [chat.encode_prompt(r["prompt"], tokenizer, template) for r in records]
-    samples, kind = [], "accuracy" if inspect.signature(reward).return_annotation in (bool, "bool") else "reward"
+    samples, verifier = [], _verifier(rewards)
+    kind = "accuracy" if verifier else "reward"
     for name, temperature in ((f"eval/{kind}", 1.0), (f"eval/{kind}_greedy", 0.0)):
-        texts = []
+        texts, stopped = [], []
         for first in range(0, len(prompts), rows):
             part = prompts[first : first + rows]
-            found = complete(
-                model,
-                params,
-                [*part, *[part[0]] * (rows - len(part))],  # one shape, whatever is left
-                mesh=mesh,
-                prompt_window=options["prompt_window"],
-                new=options["new"],
-                stop=chat.stop_ids(tokenizer, template),
-                temperature=temperature,
-                seed=first,
-                step=step,
-            )
-            texts += answers(found, part, tokenizer)
-        scores = np.array([reward(r, text) for r, text in zip(records, texts, strict=True)])
+            part += [part[0]] * (rows - len(part))  # one shape, whatever is left
+            noise = {"temperature": temperature, "seed": first, "step": step}
+            found = complete(model, params, part, mesh=mesh, tokenizer=tokenizer, **sampling, **noise)
+            texts, stopped = texts + answers(found, tokenizer), stopped + found.stopped.tolist()
+        asked = [{**record, "stopped": ended} for record, ended in zip(records, stopped, strict=False)]
+        found = judged(rewards, asked, texts[: len(records)], limit=1.0)
+        scores = np.array([score.each[verifier] or 0.0 if verifier else score.total for score in found])
         yield name, float(np.average(scores, weights=[r.get("weight", 1.0) for r in records]))
+        for one in rewards if len(rewards) > 1 else ():
+            applied = [score.each[one] for score in found if score.each[one] is not None]
+            yield f"eval/rewards/{one}{'' if temperature else '_greedy'}", float(np.mean(applied)) if applied else float("nan")
         cells = np.array([r.get("cell", "all") for r in records])
         several = len(set(cells)) > 1
         for cell in dict.fromkeys(cells):
@@ -156,29 +159,59 @@ def perplexity(
 
 
 def solves(
-    model: api.Model, name: str, *, per_cell: int = 50, new: int = 64, reward: str = "", template: str | None = None, rows=64
+    model: api.Model,
+    name: str | Mapping,
+    *,
+    per_cell: int = 50,
+    new: int = 64,
+    reward: str = "",
+    template: str | None = None,
+    rows: int = 64,
+    samples: int = 0,
+    ks: Sequence[int] = (1,),
 ) -> Iterator[tuple[str, float]]:
-    """(accuracy or reward, the same _greedy, and of each cell) of a task's test problems; see `graded`.
+    """(accuracy or reward, the same _greedy, and of each cell) of a task's test problems, see `graded`; or, of several
+    `samples` of each problem, pass@k and maj@k for each k of ks, see evals/repeated.py.
 
-    name: of the task; reward: a function in place of the task's own; new: the most tokens of an answer; rows: problems at a
-    time.
-    Raises UserError for an unknown task, or one whose problems the model has no room for.
+    name: of the task, or a dict with its keys; reward: a function in place of the task's own; new: the most tokens of an
+    answer; rows: problems at a time. Raises UserError for an unknown task, or one whose problems the model has no room for.
     """
     model.need_tokenizer()
-    task = module(name, "tasks")
+    entry = dict(name) if isinstance(name, Mapping) else {"name": name}
+    task, name = selfmade.opened(entry), entry["name"]
     if not callable(getattr(task, "test_records", None)) or not (reward or callable(getattr(task, "reward", None))):
         raise UserError(f"--task={name}: has no test_records or no reward; CONTRIBUTING.md lists what a task has.")
-    verdict = judge(task, name, reward)
+    judges = selfmade.rewards(task, name, reward)
     records = task.test_records(per_cell)
     longest = max(len(chat.encode_prompt(r["prompt"], model.tokenizer, template)) for r in records)
     if (new := min(new, model.transformer.arch.max_positions - longest)) < 1:
         raise UserError(f"--task={name}: a prompt of {longest} tokens leaves no room for an answer in the model's positions.")
     options = {"prompt_window": longest, "new": new, "template": template}
-    rows = min(rows, len(records))
-    found = graded(
-        model.transformer, model.params, model.tokenizer, records, verdict, model.mesh, rows=rows, options=options, step=0
-    )
+    asked, rows = (model.transformer, model.params, model.tokenizer, records), min(rows, len(records))
+    if samples:
+        found = repeated.sampled(
+            *asked, functools.partial(_verdicts, judges), model.mesh, n=samples, rows=rows, options=options, ks=ks,
+            extract=getattr(task, "extract", None), name="pass" if _verifier(judges) else "best",
+        )  # fmt: skip
+    else:
+        found = graded(*asked, judges, model.mesh, rows=rows, options=options, step=0)
     yield from ((key.removeprefix("eval/"), value) for key, value in found if key != "samples")
+
+
+def _verifier(rewards: Mapping) -> str | None:
+    """The name of the reward that is a verifier: its signature says that it gives a bool."""
+    return next((name for name, (reward, _) in rewards.items() if _gives_bool(reward)), None)
+
+
+def _gives_bool(reward: Callable) -> bool:
+    return inspect.signature(reward).return_annotation in (bool, "bool")
+
+
+def _verdicts(rewards: Mapping, records: list[dict], texts: list[str]) -> list[float]:
+    """What a verifier says of each completion, if there is one among the rewards, else their sum; a failure counts 0."""
+    name = _verifier(rewards)
+    scores = judged(rewards, records, texts, limit=1.0)
+    return [(score.each[name] or 0.0) if name else score.total for score in scores]
 
 
 def _lm_eval(model: api.Model, tasks: list[str], limit: int | None) -> dict:
@@ -202,7 +235,11 @@ def main(_) -> None:
     if given.data:
         found |= dict(perplexity(model, given.data, window=given.window, train_on=given.train_on, template=template))
     if given.task:
-        found |= dict(solves(model, given.task, per_cell=given.per_cell, new=given.new, reward=given.reward, template=template))
+        what, options = value_of(given.task), {"per_cell": given.per_cell, "new": given.new, "samples": given.samples}
+        if not all(k.isdigit() for k in given.k):
+            raise UserError(f"--k={','.join(given.k)}: give whole numbers, with commas between several.")
+        options |= {"reward": given.reward, "template": template, "ks": [int(k) for k in given.k]}
+        found |= dict(solves(model, what if isinstance(what, dict) else given.task, **options))
     if given.lm_eval:
         found["lm_eval"] = _lm_eval(model, given.lm_eval, given.limit)
     if jax.process_index() == 0:
@@ -213,6 +250,7 @@ ABOUT = """Evaluates a model, and prints one JSON object.
 
     python -m jaxpost.evaluate --model=FOLDER --data=FILE.jsonl
     python -m jaxpost.evaluate --model=/tmp/quickstart --task=arithmetic --per_cell=20
+    python -m jaxpost.evaluate --model=FOLDER --task='{"name": "gsm8k", "data": "F.jsonl"}' --samples=16 --k=1,4,16
     python -m jaxpost.evaluate --model=FOLDER --lm_eval=arc_easy --lm_eval=my_task.yaml
 """
 
@@ -224,7 +262,9 @@ if __name__ == "__main__":
     flags.DEFINE_integer("window", None, f"Tokens read at a time (default: {WINDOW}, or what the model takes).", lower_bound=2)
     flags.DEFINE_enum("train_on", "assistant", TRAIN_ON, "Which tokens of a conversation count, as in training.")
     flags.DEFINE_string("template", "", "Chat template: a name, or Jinja; empty is the tokenizer's own.")
-    flags.DEFINE_string("task", None, "Task to measure the accuracy on: arithmetic, or a file of your own.")
+    flags.DEFINE_string("task", None, "Task to measure the accuracy on: a name, a file of your own, or JSON with its keys.")
+    flags.DEFINE_integer("samples", 0, "Answers to each of the task's problems, for pass@k and maj@k; 0 is one.", lower_bound=0)
+    flags.DEFINE_list("k", ["1"], "The k of pass@k and maj@k, with commas between several.")
     flags.DEFINE_integer("per_cell", 50, "Test problems of each of the task's cells.", lower_bound=1)
     flags.DEFINE_integer("new", 64, "The most tokens of an answer.", lower_bound=1)
     flags.DEFINE_string("reward", "", "A function (record, completion) -> float in place of the task's own.")

@@ -61,7 +61,8 @@ def _named(where: str) -> str:
 
 def _stage(s, mesh, machine: topology.Topology, prepared: program.Prepared) -> dict[str, Any]:
     """One stage's programs, compiled."""
-    arch, trained, rows, length = prepared.model.transformer.arch, prepared.trained, *_sizes(s)
+    arch, trained = prepared.model.transformer.arch, prepared.trained
+    rows, length = prepared.programs[0].held["inputs"]["tokens"].shape
     work = model_flops(
         arch, rows * length, rows * length, rows * length * (length + 1) / 2, max(0.0, 1 - trained / arch.parameters())
     )
@@ -70,16 +71,13 @@ def _stage(s, mesh, machine: topology.Topology, prepared: program.Prepared) -> d
     found |= {"state_bytes": prepared.state_bytes(), "programs": []}
     for traced in prepared.programs:
         one = program.measured(s, mesh, machine, traced)
-        if "seconds" in one and one["program"] == "step":
+        if "seconds" in one and traced.tokens:
             best = {k: one["seconds"][k] for k in ("overlapped", "serial")}
-            one["mfu"] = {k: found["model_flops"] / t / machine.chip.peak for k, t in best.items()}
-            one["tokens_per_second"] = {k: rows * length / t for k, t in best.items()}
+            one["tokens_per_second"] = {k: traced.tokens / t for k, t in best.items()}
+            if traced.name == "step":
+                one["mfu"] = {k: found["model_flops"] / t / machine.chip.peak for k, t in best.items()}
         found["programs"].append(one)
     return {**found, "fits": all(one["fits"] and not one["given_up"] for one in found["programs"])}
-
-
-def _sizes(s) -> tuple[int, int]:
-    return s.batch_size, s.rollouts.prompt_window + s.rollouts.new if s.source == "rollouts" else s.window
 
 
 # ------------------------------------------------------------------------------------------------- Remedies and search
@@ -195,9 +193,9 @@ def _work_lines(one) -> list[str]:
 
 
 def _time_lines(one) -> list[str]:
-    mfu, lines = one.get("mfu"), []
+    mfu, speed, lines = one.get("mfu"), one.get("tokens_per_second"), []
     for key, when in (("overlapped", "if everything overlaps"), ("serial", "if no collective does")):
-        rate = f", {one['tokens_per_second'][key]:,.0f} tokens/s, MFU {mfu[key]:.0%}" if mfu else ""
+        rate = (f", {speed[key]:,.0f} tokens/s" if speed else "") + (f", MFU {mfu[key]:.0%}" if mfu else "")
         lines.append(f"modelled time {when}: {_si(one['seconds'][key], 's')}{rate}")
     return lines
 

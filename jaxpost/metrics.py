@@ -54,6 +54,20 @@ class Std(NamedTuple):
         return np.sqrt(max(square - mean * mean, 0.0))
 
 
+class Explained(NamedTuple):
+    """The share of a variance that a prediction explains: 1 - var(error) / var(target); nan where the target does not vary."""
+
+    error: Std
+    target: Std
+
+    def merge(self):
+        return Explained(self.error.merge(), self.target.merge())
+
+    def value(self):
+        whole = self.target.value() ** 2
+        return 1 - self.error.value() ** 2 / whole if whole > 0 else float("nan")
+
+
 class Min(NamedTuple):
     """The smallest value seen; +inf where nothing was."""
 
@@ -90,7 +104,7 @@ def masked_max(values: jax.Array, mask: jax.Array) -> Max:
 
 def is_metric(x) -> bool:
     """Whether x is one of the metrics above; for jax.tree.map's is_leaf."""
-    return isinstance(x, (Mean, Difference, Std, Min, Max))
+    return isinstance(x, (Mean, Difference, Std, Explained, Min, Max))
 
 
 def merge(stacked: dict) -> dict:

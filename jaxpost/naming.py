@@ -16,6 +16,7 @@ import functools
 import hashlib
 import inspect
 import sys
+import types
 from collections.abc import Container, Mapping
 from types import CodeType, ModuleType
 from typing import Any
@@ -66,6 +67,8 @@ def named(settings: Mapping, known: Container[str]) -> dict:
     for key, value in settings.items():
         if key not in NOUNS:
             found[key] = named(value, known) if isinstance(value, Mapping) and key not in known else value
+        elif key == "reward" and isinstance(value, Mapping) and value and "name" not in value:
+            found[key] = {k: named({"reward": entry}, ())["reward"] for k, entry in value.items()}  # several
         elif isinstance(value, Mapping):
             called = value.get("name", "")
             found[key] = dict(value) if isinstance(called, str) else {**value, "name": name_of(called, f"{key}s")}
@@ -115,6 +118,12 @@ def _told(thing: Any, within: tuple) -> str:
     return tell([kind.__qualname__, parts, [] if thing is kind else [getattr(thing, "__dict__", {}), slots]])
 
 
+_COMPILED = (
+    types.BuiltinFunctionType,
+    types.WrapperDescriptorType,
+    types.MethodDescriptorType,
+    types.ClassMethodDescriptorType,
+)
 _WHERE = ("__module__", "__dict__", "__weakref__", "__doc__", "__annotations__", "__firstlineno__", "__static_attributes__")
 
 

@@ -5,27 +5,22 @@ gives is ready to run, and no weights have been read yet.
 """
 
 import dataclasses
-import functools
 import json
-import math
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxpost import checkpoint, cloud, datasets, optim
-from jaxpost.data import chat, source
+from jaxpost import checkpoint, cloud, datasets, optim, selfmade
+from jaxpost.data import source
 from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.profile import SKIPPED
 from jaxpost.recipe import plain
-from jaxpost.resolve import attribute, module, resolve
+from jaxpost.resolve import attribute, resolve
 from jaxpost.rollouts import source as rollouts
-from jaxpost.rollouts.samples import ROWS, Samples, rows
-from jaxpost.rollouts.source import Rollouts
-from jaxpost.tokenizer import check_ids
+from jaxpost.rollouts.samples import ROWS
 
 
 class Plan(NamedTuple):
@@ -61,13 +56,15 @@ def plan_stage(name: str, s, mesh) -> Plan:
         )
     if s.reward and not s.task:
         raise UserError("config.reward: there is no config.task whose completions it could judge.")
-    task = _task(s) if s.task else None
-    reward = None if task is None else judge(task, s.task["name"], plain(s.reward))
-    problems = None if task is None else _problems(task, reward, found, s)
+    task = selfmade.task(s) if s.task else None
+    rewards = None if task is None else selfmade.rewards(task, s.task["name"], plain(s.reward))
+    problems = None if task is None else selfmade.problems(task, rewards, found, s)
     if s.source in ("rollouts", "samples"):
         sets, held_out, example, data, steps = [], [], [], "", s.steps
-        drawn = _drawn(task, reward, found, s)
-        batches = _rollouts(drawn, found, s, mesh) if s.source == "rollouts" else _samples(name, drawn, found, s, objective)
+        if task is None:
+            raise UserError(f"config.task: {s.source} need a task, for prompts and a reward.")
+        make = selfmade.rollouts if s.source == "rollouts" else selfmade.samples
+        batches = make(name, task, rewards, found, s, objective, mesh)
         if not steps:
             raise UserError(f"config.steps: {s.source} have no epochs that could be told now; say how many steps to take.")
     elif s.source == "data":
@@ -103,14 +100,15 @@ def learned(found: loading.Description, s, mesh) -> tuple[loading.Description, C
     train, _ = optim.partition(loading.abstract(found.transformer, mesh, found.adapter, found.leaves), trainable)
     _check_shape(s, datasets.shape(objective))
     # Of pairs several documents are one example; each by itself is held to the model's positions where it is encoded.
-    alone = s.source == "rollouts" or datasets.shape(objective) == "demonstrations"
-    if alone and s.window > (most := found.transformer.arch.max_positions):
+    rolled, most = s.source == "rollouts", found.transformer.arch.max_positions
+    if not rolled and datasets.shape(objective) == "demonstrations" and s.window > most:
         raise UserError(f"config.window: {s.window} tokens, but the model takes {most}; give that at most.")
-    short = min((k.rope.original for k in found.transformer.arch.kinds if k.rope.kind == "longrope"), default=s.window)
-    if s.shared_prefix and s.window > short:
+    longest = s.rollouts.prompt_window + s.rollouts.new if rolled else s.window
+    short = min((k.rope.original for k in found.transformer.arch.kinds if k.rope.kind == "longrope"), default=longest)
+    if s.shared_prefix and longest > short:
         raise UserError(
             f"config.shared_prefix: beyond {short} tokens a document's length decides how this model's tokens turn "
-            f"(longrope), and two answers differ in length; leave it out, or make the window {short} at most."
+            f"(longrope), and answers differ in length; leave it out, or make the documents {short} long at most."
         )
     if s.batch_size % (rows := s.microbatches * mesh.shape["data"] * mesh.shape["fsdp"]):
         raise UserError(
@@ -121,9 +119,10 @@ def learned(found: loading.Description, s, mesh) -> tuple[loading.Description, C
 
 def _check_shape(s, shape: str) -> None:
     """Raises UserError for settings that have no meaning for what the objective learns from."""
-    if (s.source == "rollouts" and shape != "demonstrations") or (s.source == "samples" and shape not in ROWS):
+    possible = {"rollouts": ("demonstrations", "pairs"), "samples": ROWS}
+    if shape not in possible.get(s.source, (shape,)):
         raise UserError(f"config.source: the objective learns from {shape} of a data set, and {s.source} are none.")
-    if s.shared_prefix and shape not in ("pairs", "mismatched"):
+    if s.shared_prefix and shape not in ("pairs", "mismatched") and s.source != "rollouts":
         raise UserError("config.shared_prefix: only a prompt with two answers has a prefix to share; leave it out.")
 
 
@@ -141,6 +140,9 @@ def columns(s, objective: Callable) -> dict[str, jax.ShapeDtypeStruct]:
         written |= json.loads(file.read_text())["columns"]
     for name, (letters, dtype) in attribute(objective, "columns", {}).items():
         shape = [{"B": rows, "S": length}[letter] for letter in letters[:2]]
+        if s.source == "rollouts" and name == "teacher_hidden":  # which the teacher says of each batch as it is made
+            (_, teacher), *_ = attribute(objective, "leaves", {}).values()
+            written[name] = {"shape": [loading.describe(teacher, text=False).transformer.arch.width]}
         if letters[2:] and name not in written:
             raise UserError(f"config.annotations: name the folder of the column {name}, which alone says how wide it is.")
         shape += written[name]["shape"] if letters[2:] else []
@@ -151,7 +153,7 @@ def columns(s, objective: Callable) -> dict[str, jax.ShapeDtypeStruct]:
 def _own_columns(s, objective: Callable) -> dict[str, jax.ShapeDtypeStruct]:
     """The columns of a stage's source, as shapes."""
     if s.source == "rollouts":
-        return rollouts.columns(s.batch_size, s.rollouts.prompt_window + s.rollouts.new)
+        return rollouts.columns(s, datasets.shape(objective) == "pairs")
     margins = "margins" in attribute(objective, "columns", {})
     return source.columns(s.batch_size, s.window, datasets.shape(objective), s.shared_prefix, margins)
 
@@ -161,97 +163,3 @@ def starting(found: loading.Description, s, before: list[str], workdir) -> loadi
     if origin := s.start or (before[-1] if before else ""):
         return dataclasses.replace(found, folder=checkpoint.find_step(workdir / "checkpoints" / origin), hub="")
     return found
-
-
-def _task(s):
-    """The module that the task's settings name, with all that this stage will ask of it."""
-    found = module(s.task.get("name", ""), "tasks")
-    needed = (
-        ["record", "test_records"]
-        + ([] if s.reward else ["reward"])
-        + (["conversation"] if s.source == "data" and not s.data else [])
-    )
-    if missing := [name for name in needed if not callable(getattr(found, name, None))]:
-        raise UserError(f"config.task: {s.task['name']} has no function {missing[0]}; CONTRIBUTING.md lists what a task has.")
-    return found
-
-
-def judge(task, name: str, reward: Mapping | str = "") -> Callable:
-    """(record, completion) -> float of a task's own reward, or of the one that an entry names in its place.
-
-    What it gives raises UserError for a value that is no finite number.
-    """
-    own, place = (resolve(reward, "rewards"), reward) if reward else (task.reward, f"task {name}")
-
-    @functools.wraps(own)  # its signature says what its mean is called
-    def judged(record, completion):
-        value = own(record, completion)
-        if not isinstance(value, (bool, int, float, np.number, np.bool_)) or not math.isfinite(value):
-            raise UserError(
-                f"reward of {place}: gave {value!r} for the completion {completion[:60]!r}; it must be a finite number."
-            )
-        return float(value)
-
-    return judged
-
-
-def _problems(task, reward, found, s) -> dict:
-    options = {"prompt_window": s.rollouts.prompt_window, "new": s.rollouts.new, "template": datasets.template(found, s)}
-    records = task.test_records(s.eval_per_cell)
-    _check_prompts(((r, f"test problem {i}") for i, r in enumerate(records)), found, s)
-    return {"records": records, "reward": reward, "tokenizer": found.tokenizer, "rows": s.eval_rows, "options": options}
-
-
-def _check_prompts(problems, found, s) -> None:
-    """problems: (record, where it is from). Raises UserError for one without a prompt, or with one longer than the window."""
-    jinja = datasets.template(found, s)
-    for record, place in problems:
-        if not isinstance(record.get("prompt"), str):
-            raise UserError(f"task {s.task['name']}, {place}: has no text under `prompt`; its keys are {', '.join(record)}.")
-        ids = chat.encode_prompt(record["prompt"], found.tokenizer, jinja)
-        check_ids(ids, found.transformer.arch.vocab, found.tokenizer, f"task {s.task['name']}, {place}")
-        length = len(ids)
-        if length > s.rollouts.prompt_window:
-            raise UserError(
-                f"task {s.task['name']}, {place}: its prompt has {length} tokens; config.rollouts.prompt_window takes "
-                f"{s.rollouts.prompt_window}. Make that longer, or leave such problems out."
-            )
-
-
-def _drawn(task, reward, found, s) -> dict:
-    """What rollouts and samples are both made of: prompts, a reward, and how to complete."""
-    if task is None:
-        raise UserError(f"config.task: {s.source} need a task, for prompts and a reward.")
-    jinja = datasets.template(found, s)
-    _check_prompts(((task.record(i, seed=s.seed), f"problem {i}") for i in range(256)), found, s)
-
-    def prompt(i):
-        record = task.record(i, seed=s.seed)
-        return record, chat.encode_prompt(record["prompt"], found.tokenizer, jinja)
-
-    options = {
-        "prompt_window": s.rollouts.prompt_window,
-        "new": s.rollouts.new,
-        "temperature": s.rollouts.temperature,
-        "stop": chat.stop_ids(found.tokenizer, jinja),
-    }
-    return {"prompt": prompt, "reward": reward, "group": s.rollouts.group, "seed": s.seed, "options": options}
-
-
-def _rollouts(drawn: dict, found, s, mesh) -> Rollouts:
-    prompt, reward = drawn.pop("prompt"), drawn.pop("reward")
-    return Rollouts(found.transformer, found.tokenizer, prompt, reward, mesh, batch_size=s.batch_size, **drawn)
-
-
-def _samples(name: str, drawn: dict, found, s, objective: Callable) -> Samples:
-    """Raises UserError for settings with which what they will be could not be learned from, before anything is drawn."""
-    for key in ("data", "annotations", "columns"):
-        if s[key]:
-            raise UserError(f"config.{key}: {s[key]!r}; samples are a data set of their own, which is still to be made.")
-    if s.rollouts.group < 2:
-        raise UserError(f"config.rollouts.group: {s.rollouts.group} leaves nothing to compare; take 2 at least.")
-    shape, count = datasets.shape(objective), s.task.get("examples", datasets.EXAMPLES)
-    trial = [row for i in range(8) for row in rows(shape, drawn["prompt"](i)[0]["prompt"], "12", (1, 0))]
-    datasets.check(trial, found, s, objective)
-    step = zlib.crc32(name.encode()) >> 1  # that each stage draws others
-    return Samples(found.transformer, found.tokenizer, shape=shape, count=count, rows=s.eval_rows, step=step, **drawn)

@@ -51,7 +51,7 @@ DEFAULTS = {
     "data": "",
     "eval_data": "",  # the same, held out for evaluation; "" takes `held_out` from data
     "columns": "",  # the data's own names for columns of a shape: "prompt=problem,completion=solution", or a dict
-    "bad_rows": "stop",  # what a row does that cannot be learned from: stop the run, or skip (counted and told)
+    "bad_rows": "stop",  # of a row that cannot be learned from, or a problem asked: stop the run, or skip it (counted and told)
     "held_out": 0.0,  # how much of data to hold out: a share below 1, or a number of examples
     "template": "",  # chat template: plain, chatml, llama3, gemma, or Jinja; "" is the tokenizer's own
     "template_options": "",  # values for variables that it reads: "enable_thinking=false", or a dict
@@ -60,10 +60,39 @@ DEFAULTS = {
     "packing": True,  # several documents a row, by a plan
     "shared_prefix": False,  # pairs: the prompt once, with both answers as branches behind it
     "annotations": "",  # folders of jaxpost.annotate whose columns the objective reads, with commas between several
-    "too_long": "error",  # an example longer than the window: error, truncate, split (into pieces), drop
+    "too_long": "error",  # an example longer than the window: error, truncate, split (into pieces), drop; a prompt is never cut
     "task": {},  # dict(name="arithmetic", ...): problems, demonstrations and a reward from one module
-    "reward": "",  # a function (record, completion) -> float in place of the task's own: a name, or a dict with one
-    "rollouts": {"group": 8, "prompt_window": 64, "new": 64, "temperature": 1.0},
+    # What judges completions in place of the task's own reward: a function (record, completion) -> float or None, by name or as
+    # a dict with one; or several, {"format": {"name": "format.tags", "weight": 0.2}, "right": "task"}, "task" being the task's
+    # own and "task.NAME" another of its functions. A weight of 0 makes a figure of it.
+    "reward": "",
+    "rollouts": {
+        "group": 8,  # completions of a prompt
+        "prompt_window": 64,  # tokens of a prompt at most
+        "new": 64,  # and of a completion
+        "temperature": 1.0,
+        "top_k": 0,  # 0, 1 and 0 restrict nothing (sampling/processors.py); what they restrict needs a correction
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "processors": "",  # functions (logits, context) -> logits, with commas between several
+        "stop": (),  # what ends a completion besides: texts, and in place of the tokenizer's own ids others, as (1, "END")
+        "slots": 0,  # completions under way at a time; 0 is all of them
+        "segment": 32,  # tokens between two looks of the host
+        "minibatches": 1,  # training batches that a batch of rollouts makes
+        "epochs": 1,  # how often each is learned from
+        "lag": 0,  # by how many batches of rollouts learning is behind, so that rewards may take their time
+        "advantages": "",  # of rollouts/advantages.py, by name or as a dict with one; "" is the objective's own
+        "resample": 0,  # how often at most to sample more prompts, in place of groups whose rewards (but for length) are equal
+        "drop_level": False,  # do not learn from groups whose rewards are all equal, nor count them
+        "overlong": 0,  # the last tokens of `new` over which a punishment for length grows to -1
+        "truncated": 0.0,  # added to the reward of a completion that nothing but the limit ended, as with -0.5
+        "mask_truncated": False,  # do not learn from such completions; the objective says whether they are counted
+        "correction": "",  # for a sampler whose probabilities are not the trainer's: truncate (tokens), mask (completions)
+        "correction_cap": 2.0,
+        "reward_seconds": 10.0,  # after which a reward has failed, as it has when it raises or gives what is no number
+        "failed": 0.0,  # what a failed reward counts as
+        "failures": 0.1,  # the share of a batch's verdicts past which failures stop the run
+    },
     # The length of the run: steps, or passes over the data where steps is 0.
     "batch_size": 8,  # rows, over all devices and microbatches
     "microbatches": 1,
@@ -128,6 +157,9 @@ COUNTS = (
     "eval_per_cell",
     "prompt_window",
     "new",
+    "group",
+    "segment",
+    "minibatches",
 )
 
 
@@ -320,13 +352,14 @@ _KINDS = {bool: (bool,), int: (int,), float: (float, int), str: (str,), tuple: (
 
 def _check(key: str, default, value, place: str) -> None:
     """Raises UserError for a value that is not of its default's kind, and for a number out of range."""
-    kinds = (str, Mapping) if key in ("model", "objective", "reward", "adapter", *_WHOLE) else _KINDS[type(default)]
+    whole = ("model", "objective", "reward", "adapter", "advantages", *_WHOLE)
+    kinds = (str, Mapping) if key in whole else _KINDS[type(default)]
     if key in ("data", "eval_data") and default == "":
         kinds = (str, Mapping, tuple, list)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join("dict" if k is Mapping else k.__name__ for k in kinds)
         raise UserError(f"{place}.{key}: {value!r} is no {wanted}.")
-    signed = key in ("data", "fsdp", "tensor")  # a mesh axis of -1 takes what the others leave
+    signed = key in ("data", "fsdp", "tensor", "truncated", "failed")  # a mesh axis of -1 takes what the others leave
     least = int(key in COUNTS)
     if isinstance(value, (int, float)) and not signed and not value >= least:
         raise UserError(f"{place}.{key}: {value!r}; it must be at least {least}.")

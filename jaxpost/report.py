@@ -27,7 +27,7 @@ from pathlib import Path
 
 from etils import epath
 
-from jaxpost import chart, cloud
+from jaxpost import chart, cloud, table
 from jaxpost.errors import UserError
 from jaxpost.writers import METRICS, SAMPLES, read_rows
 
@@ -46,6 +46,7 @@ th { font-weight: 600; color: #3c454e } th:first-child, td:first-child { text-al
 thead tr:last-child th { border-bottom: 2px solid #c5ccd3 } th.stage { text-align: center; border-left: 1px solid #c5ccd3 }
 td.open, th.open { border-left: 1px solid #c5ccd3 } td small { color: #5b6570 } td.best { font-weight: 600 }
 td.text, th.text { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; max-width: 34em }
+td.better { color: #2f8a4e } td.worse { color: #b3262e }
 td.text { font-family: ui-monospace, monospace; font-size: 13px }
 .scroll { overflow-x: auto } .charts { display: flex; flex-wrap: wrap; gap: 1em 1.2em }
 figure { margin: 0 } figcaption { font-weight: 600; font-size: 14px; overflow-wrap: anywhere; max-width: 400px }
@@ -289,22 +290,21 @@ def _samples(samples, stages, each=6):
     """The first and the last completions of each stage, `each` of both."""
     if not samples:
         return ""
-    found = dict.fromkeys(name for row in samples for name in row)
-    names = [name for name in ("stage", "step", "prompt", "completion", "reward") if name in found]
-    names += [name for name in found if name not in names]
+    names = table.columns(samples)
     head = "<tr>" + "".join(f'<th class="text">{_escape(name)}</th>' for name in names) + "</tr>"
     rows = []
     for stage in stages:
         mine = [row for row in samples if row["stage"] == stage]
         shown = mine if len(mine) <= 2 * each else mine[:each] + mine[-each:]
-        rows += ["<tr>" + "".join(_sample_cell(row.get(name)) for name in names) + "</tr>" for row in shown]
+        rows += ["<tr>" + "".join(_sample_cell(name, row.get(name)) for name in names) + "</tr>" for row in shown]
     note = f'<p class="note">{len(rows)} of {len(samples)} in samples.jsonl: each stage\'s first and last.</p>'
     return f"<h2>Samples</h2>{note}{_table(head, rows)}"
 
 
-def _sample_cell(value):
+def _sample_cell(name, value):
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return f"<td>{chart.label(value)}</td>"
+        tint = ' class="better"' if value > 0 else ' class="worse"' if value < 0 else ""
+        return f"<td{tint if name == 'advantage' else ''}>{chart.label(value)}</td>"
     return f'<td class="text">{"" if value is None else _escape(value)}</td>'
 
 

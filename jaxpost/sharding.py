@@ -40,7 +40,12 @@ RULES = (
 
 # What stands for a kernel (an adapter around it, its integers and scales) lies as the kernel does: the parts of a node, by the
 # letters of the kernel's last two dimensions. r, the rank, is never split. Other parts have the kernel's own letters.
-PARTS = {"a": lambda i, o: i + "r", "b": lambda i, o: "r" + o, "magnitude": lambda i, o: o}
+PARTS = {
+    "a": lambda i, o: i + "r",
+    "b": lambda i, o: "r" + o,
+    "magnitude": lambda i, o: o,
+    "turned": lambda i, o: o + i,
+}
 
 STORED = {"E": "fsdp", "D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
 USED = {letter: axis for letter, axis in STORED.items() if axis != "fsdp"}
@@ -154,6 +159,12 @@ def lookup(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
     return shard(jax.lax.with_sharding_constraint(found, spread), "BSD")
 
 
+def lookup_whole(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
+    """`lookup` in a table that `gather` has laid out: every device finds its own rows, and nothing travels along fsdp."""
+    table = gather({"embed": {"weight": table}}, dtype)["embed"]["weight"]
+    return shard(jnp.take(table, tokens, axis=0).astype(dtype), "BSD")
+
+
 def summed(parts: jax.Array, letters: str) -> jax.Array:
     """The sum of a gradient's parts [W, ...], one from each batch shard, laid out as the parameter of these letters is stored:
     scattered along fsdp while it is added up, so that only a shard of it is added up along data.
@@ -217,12 +228,25 @@ def _letters(name: str, ndim: int) -> str | None:
 
 def stored(mesh: Mesh, tree: Any) -> Any:
     """The sharding of each leaf (array or ShapeDtypeStruct) of parameters or of a whole train state, by its path."""
+    return _placed_by_path(mesh, tree, STORED)
 
+
+def _placed_by_path(mesh: Mesh, tree: Any, table: dict) -> Any:
     def place(path, x):
         letters = _letters(path_name(path), len(x.shape))
-        return NamedSharding(mesh, P() if letters is None else _spec(letters, x.shape, STORED, mesh))
+        return NamedSharding(mesh, P() if letters is None else _spec(letters, x.shape, table, mesh))
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def gathered(mesh: Mesh, tree: Any) -> Any:
+    """The sharding of each leaf of parameters as `gather` lays them out, by its path."""
+    return _placed_by_path(mesh, tree, USED)
+
+
+def by_letters(mesh: Mesh, tree: Any, letters: dict[int, str]) -> Any:
+    """The sharding of each leaf as `shard` lays out an activation, by the letters for its number of axes."""
+    return jax.tree.map(lambda x: NamedSharding(mesh, _spec(letters[len(x.shape)], x.shape, COMPUTED, mesh)), tree)
 
 
 def placed(shapes: Any, places: Any) -> Any:
@@ -323,6 +347,12 @@ def ways(axis: str) -> int:
 def batch_ways() -> int:
     """Into how many parts the mesh in use splits the batch; 1 outside of a mesh."""
     return ways("data") * ways("fsdp")
+
+
+def platform() -> str:
+    """What runs here: the platform of the mesh in use, which need not be this process's own; outside of one, the default."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
 def everywhere(x: jax.Array) -> np.ndarray:

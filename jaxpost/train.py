@@ -31,6 +31,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from jaxpost import checkpoint, cli, cloud, columns, datasets, evaluate, optim, programs, recipe, report, sharding, writers
+from jaxpost.annotators import scores
 from jaxpost.data import chat
 from jaxpost.errors import UserError
 from jaxpost.log import Log
@@ -39,7 +40,7 @@ from jaxpost.naming import digest_of
 from jaxpost.plan import Plan, plan_stage, starting
 from jaxpost.profile import Profile
 from jaxpost.resolve import nearest
-from jaxpost.rollouts import samples
+from jaxpost.rollouts import samples, shelf
 from jaxpost.state import program, shapes
 from jaxpost.step import combine, make_evaluation
 from jaxpost.types import TrainState
@@ -164,7 +165,7 @@ def _stage(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _Sto
     s = plan.settings
     saved = checkpoint.Checkpoints(workdir / "checkpoints" / plan.name, keep=s.keep, best=s.best, highest=s.highest)
     # Closed whatever happens: in a notebook the next attempt would meet the threads of this one, still writing.
-    with contextlib.closing(saved):
+    with contextlib.closing(saved), contextlib.closing(plan.source) if s.source == "rollouts" else contextlib.nullcontext():
         results, left = _steps(plan, before, workdir, mesh, stop, saved)
     if left is not None:
         _leave(f"at {plan.name} step {left}", stop)
@@ -186,7 +187,7 @@ def _steps(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _Sto
         state, kept = _start(plan, names, workdir, tx, mesh)
     else:
         state, kept = _restore(plan, saved, latest, tx, mesh), {k: meta.get(k) for k in KEPT}
-    plan = _with_reference(plan, names, workdir, mesh, state if latest is None else None)
+    plan = _with_reference(plan, names, workdir, mesh, state, fresh=latest is None)
     step = program(plan.found.transformer, plan.objective, tx, state, mesh, microbatches=s.microbatches, ema=s.ema)
     plan.source.position = meta["position"]
     log = Log(plan, workdir, names, meta, int(state.step), _seconds_of(s.time_of, workdir))
@@ -196,7 +197,7 @@ def _steps(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _Sto
     def save(done: bool) -> None:
         log.flush()
         counted = {"num_tokens": log.num_tokens, "seconds": log.seconds, "done": done, "results": results}
-        counted |= {"position": plan.source.position, "data": plan.data}
+        counted |= {"position": _position(plan, saved, at), "data": plan.data}
         saved.save(state, counted | kept, results if judged == at else None)
 
     # Loop: a batch, a step, and now and then a look at where we are.
@@ -209,7 +210,7 @@ def _steps(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _Sto
             batch = plan.source(state)
             log.waited()
             state, measured = step(state, sharding.distribute(batch, mesh, s.batch_size))
-        log.step(at, batch, measured)
+        log.step(at, batch, {**measured, **getattr(plan.source, "metrics", {})})
         done = at == plan.steps or log.out_of_time()
         if done or (s.eval_every and at % s.eval_every == 0):
             results, judged = judge(state, log, at), at
@@ -239,7 +240,8 @@ def _with_data(plan: Plan, names: list[str], workdir: epath.Path, mesh, meta: di
     if s.source == "samples":
         origin = starting(plan.found, s, names[:-1], workdir)
         about = {"stage": plan.name, "weights": columns.identity(origin, s.seed), "shape": plan.source.shape}
-        about |= {"template": datasets.template(origin, s), "judge": digest_of(plan.source.reward.__wrapped__)}
+        judges = [reward for reward, _ in plan.source.rewards.values()]
+        about |= {"template": datasets.template(origin, s), "judge": digest_of(judges)}
         about |= {k: recipe.plain(s[k]) for k in SAMPLED}
         weights = functools.partial(loading.weights, origin, mesh, s.seed)
         files, seconds = samples.make(plan.source, about, weights, workdir / "samples", mesh, lambda: stop.asked)
@@ -290,16 +292,39 @@ def _restore(plan: Plan, saved: checkpoint.Checkpoints, step: int, tx, mesh) -> 
     return saved.restore(step, state, below)
 
 
-def _with_reference(plan: Plan, names: list[str], workdir: epath.Path, mesh, state: TrainState | None) -> Plan:
-    """The plan with its frozen reference as a column: the weights that the stage starts from. The state has them still, if it
-    is a fresh one; for a restored one (None) they are read again, should the column be gone.
+def _with_reference(plan: Plan, names: list[str], workdir: epath.Path, mesh, state: TrainState, *, fresh: bool) -> Plan:
+    """The plan with its frozen reference as a column: the weights that the stage starts from. A fresh state has them still; for
+    a restored one they are read again, should the column be gone. Rollouts ask the reference anew for each of their batches, so
+    what of it trains is kept beside the weights.
     """
     origin = starting(plan.found, plan.settings, names[:-1], workdir)
 
     def weights():
-        return loading.weights(origin, mesh, plan.settings.seed) if state is None else combine(state.train, state.frozen)
+        return combine(state.train, state.frozen) if fresh else loading.weights(origin, mesh, plan.settings.seed)
 
-    return columns.referenced(plan, origin, weights, workdir / "columns", mesh)
+    if plan.settings.source != "rollouts":
+        return columns.referenced(plan, origin, weights, workdir / "columns", mesh)
+    plan.source.folder = workdir / "rollouts" / plan.name
+    if fresh and jax.process_index() == 0:
+        shelf.clear(plan.source.folder)
+    if columns.REFERENCE in plan.reads:
+        first, _ = optim.partition(weights(), plan.trainable)
+        first = jax.tree.map(jnp.copy, first) if fresh else first
+        program = jax.jit(functools.partial(scores.ref_logps, plan.found.transformer.forward))
+        plan.source.frozen += (lambda state, batch: program(combine(first, state.frozen), batch),)
+    for folder in dict.fromkeys(loading.others(plan.found).values()):
+        teacher = loading.describe(folder, "", plan.settings.dtype, text=False)
+        known = loading.weights(teacher, mesh, plan.settings.seed)
+        says = jax.jit(functools.partial(scores.hidden, teacher.transformer.forward))
+        plan.source.frozen += (lambda state, batch, says=says, known=known: says(known, batch),)
+    return plan
+
+
+def _position(plan: Plan, saved: checkpoint.Checkpoints, step: int):
+    """Where the source is, for the checkpoint of a step; what of it no checkpoint could make again is in files by then."""
+    if plan.settings.source != "rollouts":
+        return plan.source.position
+    return plan.source.keep(step, saved.steps())
 
 
 def _seconds_of(stages: str, workdir: epath.Path) -> float:

@@ -11,8 +11,7 @@ A batch is a dict of arrays. A column describes the token at its own place, neve
     positions  [B,S] int32    the token's place in its document
     mask       [B,S] bool     the tokens to learn: targets, the stop token included; never a document's first token
     old_logps  [B,S] float32  (rollouts) log-probability under the policy that sampled the token
-    advantages [B,S] float32  (rollouts) how much better than its group's the row's reward was
-    rewards    [B]   float32  (rollouts) the row's total reward
+    advantages [B,S] float32  (rollouts) how much better than expected the completion, or the token, turned out
     temperature []   float32  (rollouts) the temperature the tokens were drawn at
 
 The step adds `rows` [B] int32, each row's number in the global batch: an objective that draws noise folds it into its key, so

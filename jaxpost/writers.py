@@ -5,9 +5,9 @@
     {"stage": "sft", "step": 20, "time": 31.4, "loss": 1.93, ...}
 
 with `time` in seconds since the run began, counted on through restarts, and null for a figure that is not finite (JSON has
-no name for those). `samples.jsonl` holds completions in the same manner. TensorBoard's events are under
-tensorboard/<stage>, a folder a stage, so that the same metric of two stages is two curves. Only one process of a run may
-hold a `MetricWriter`.
+no name for those). `samples.jsonl` holds some completions in the same manner; where a run keeps all of them,
+completions/<stage> has a Parquet file a step. TensorBoard's events are under tensorboard/<stage>, a folder a stage, so that the
+same metric of two stages is two curves. Only one process of a run may hold a `MetricWriter`.
 
 A run that stops between two checkpoints has written rows that it will write again when it is continued. `cut_back`
 therefore takes all files back to the step that was restored, before the writer is opened: rows past it go, and with them a
@@ -31,10 +31,10 @@ from pathlib import Path
 
 from etils import epath
 
-from jaxpost import cloud
+from jaxpost import cloud, table
 from jaxpost.errors import UserError
 
-METRICS, SAMPLES, EVENTS = "metrics.jsonl", "samples.jsonl", "tensorboard"
+METRICS, SAMPLES, EVENTS, COMPLETIONS = "metrics.jsonl", "samples.jsonl", "tensorboard", "completions"
 _OWN_NAMES = ("stage", "step", "time")
 _COPY_SECONDS = 30.0
 
@@ -129,6 +129,12 @@ class MetricWriter:
         for row in rows:
             self._append(SAMPLES, {**row, "stage": stage, "step": int(step)})
 
+    def completions(self, stage, step, rows):
+        """Keeps `rows` (completions, see table.py) whole, in completions/<stage>/<step>.parquet; stage and step are added."""
+        path = self._local / COMPLETIONS / stage / f"{step:08d}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_parquet(path, [{**row, "stage": stage, "step": int(step)} for row in rows])
+
     def flush(self):
         """Makes everything written so far safe from the end of this process. Call it before a checkpoint is written."""
         if self._staging:
@@ -218,10 +224,21 @@ def cut_back(workdir, stage_order, stage, step):
         if path.exists():
             earlier = [(line, row) for line, row in _lines(path) if row["stage"] not in later]
             replace(path, b"".join(line for line, row in earlier if row["stage"] != stage or row["step"] <= step))
-    for name in later:
-        if (workdir / EVENTS / name).exists():
-            (workdir / EVENTS / name).rmtree()
+    for folder in (workdir / kind / name for kind in (EVENTS, COMPLETIONS) for name in later):
+        if folder.exists():
+            folder.rmtree()
+    for path in (workdir / COMPLETIONS / stage).glob("*.parquet"):
+        if int(path.stem) > step:
+            path.unlink()
     _cut_events(workdir / EVENTS / stage, step)
+
+
+def write_parquet(path, rows):
+    """Makes `rows` (dicts, see table.py) the Parquet file at `path` (local or gs://), at once as `replace` does.
+
+    Raises UserError where pyarrow is not installed.
+    """
+    replace(path, table.parquet(rows))
 
 
 def replace(path, content):

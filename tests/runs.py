@@ -1,8 +1,9 @@
 """A run small enough to be started many times, and what is left of one: shared by the tests of the loop.
 
 The recipe has every part of the loop that keeps state: a stage on demonstrations with a running mean and microbatches, a stage
-on rollouts that starts from it, a control that ends by the clock. Its task is a user's own file, which borrows arithmetic and
-rewards what an untrained model already does now and then, so that reinforcement has a gradient from the first step.
+on rollouts that starts from it, several steps a batch and a batch behind, a control that ends by the clock. Its task is a
+user's own file, which borrows arithmetic and rewards what an untrained model already does now and then, so that reinforcement
+has a gradient from the first step.
 """
 
 import json
@@ -70,9 +71,11 @@ def stages(folder: Path) -> dict:
         stages=("sft", "reinforce", "control"),
         save_every=4,
         sft={"ema": 0.9, "microbatches": 2, "steps": 30, "eval_every": 8},
+        # Batches of rollouts that are used up at no checkpoint, and one that waits at each; and a reference.
         reinforce={
             "source": "rollouts",
-            "objective": {"name": "policy_gradient.reinforce"},
+            "objective": {"name": "policy_gradient.grpo"},
+            "rollouts": {"minibatches": 3, "lag": 1, "segment": 2},
             "steps": 30,
             "eval_every": 10,
             "best": "eval/reward",

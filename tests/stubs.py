@@ -61,7 +61,7 @@ PAIRS = (
 
 
 def init(seed: int = 0) -> dict:
-    """Parameters of the stub, float32, at a scale where no softmax is flat; a scalar head and a teacher's are among them."""
+    """Parameters of the stub, float32, at a scale where no softmax is flat; scalar heads and a teacher's are among them."""
     rng = np.random.default_rng(seed)
     shapes = {
         "embed": {"weight": (VOCAB, WIDTH)},
@@ -69,6 +69,7 @@ def init(seed: int = 0) -> dict:
         "mlp": {"up": {"kernel": (WIDTH, INNER)}, "down": {"kernel": (INNER, WIDTH)}},
         "head": {"weight": (VOCAB, WIDTH)},
         "reward_head": {"kernel": (WIDTH, 1)},
+        "value_head": {"kernel": (WIDTH, 1)},
         "teacher_head": {"weight": (VOCAB, TEACHER)},
     }
     return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s), jnp.float32), shapes, is_leaf=lambda s: isinstance(s, tuple))
@@ -106,7 +107,8 @@ def documents(seed: int = 0, plan=PLAN, together: int = 1) -> list[list[list[dic
                 "tokens": rng.integers(0, VOCAB, n).astype(np.int32),
                 "positions": np.arange(n, dtype=np.int32),
                 "mask": mask,
-                "old_logps": np.where(mask, -rng.exponential(3.0, n), 0.0).astype(np.float32),
+                # Near the stub's own, as the policy that sampled is: ratios of whole completions are exponentials of sums.
+                "old_logps": np.where(mask, rng.normal(-4.0, 0.5, n), 0.0).astype(np.float32),
                 "advantages": np.where(mask, rng.normal(), 0.0).astype(np.float32),
                 "pairs": np.full(n, number // 2 + 1, np.int32),
                 **_frozen(rng, mask),
@@ -126,14 +128,16 @@ def _frozen(rng, mask: np.ndarray) -> dict:
         "ref_logps": np.where(mask, rng.normal(-4.5, 0.5, n), 0.0).astype(np.float32),
         "labels": np.full(n, rng.integers(-1, 2), np.float32),
         "margins": np.full(n, rng.random(), np.float32),
+        "values": np.where(mask, rng.normal(size=n), 0.0).astype(np.float32),
+        "returns": np.where(mask, rng.normal(size=n), 0.0).astype(np.float32),
         "teacher_hidden": rng.normal(size=(n, TEACHER)).astype(np.float32),
         "teacher_tokens": np.argsort(rng.random((n, VOCAB)))[:, :TOP].astype(np.int32),
         "teacher_logps": np.log(likely).astype(np.float32),
     }
 
 
-def pack(rows: list[list], shape=(ROWS, LENGTH), *, row_columns: bool = True, seed: int = 0) -> dict[str, np.ndarray]:
-    """A batch of the documents as they lie; an empty row is padding. row_columns: also those of [B]."""
+def pack(rows: list[list], shape=(ROWS, LENGTH)) -> dict[str, np.ndarray]:
+    """A batch of the documents as they lie; an empty row is padding."""
     rows = [list(itertools.chain(*row)) for row in rows]
     like = next(row[0] for row in rows if row)
     batch = {k: np.zeros((*shape, *v.shape[1:]), v.dtype) for k, v in like.items()} | {"segments": np.zeros(shape, np.int32)}
@@ -145,13 +149,6 @@ def pack(rows: list[list], shape=(ROWS, LENGTH), *, row_columns: bool = True, se
                 batch[k][i, place] = v
             batch["segments"][i, place] = number
             start = place.stop
-    if row_columns:
-        # A function of what the row holds, so that they travel with it.
-        held = [np.random.default_rng([seed, sum(int(d["tokens"].sum()) for d in row)]).random(3) for row in rows]
-        held = np.array(held + [np.zeros(3)] * (shape[0] - len(rows)), np.float32)
-        real = batch["segments"][:, 0] > 0
-        columns = {"rewards": held[:, 0], "group_std": held[:, 1] * (held[:, 1] > 0.5), "truncated": held[:, 2] > 0.5}
-        batch |= {k: np.where(real, v, np.zeros_like(v)) for k, v in columns.items()}
     return batch | {"temperature": np.float32(1.25)}
 
 

@@ -13,9 +13,10 @@ import runs
 from etils import epath
 from safetensors.numpy import save_file
 
-from jaxpost import recipe, tokenizer, train
+from jaxpost import recipe, sharding, tokenizer, train
 from jaxpost.errors import UserError
 from jaxpost.models import families
+from jaxpost.plan import plan_stage
 from jaxpost.tasks import arithmetic
 
 CHAT = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
@@ -85,6 +86,14 @@ def test_an_empty_mask(tmp_path, compiled):
     assert not compiled
 
 
+def rolled(objective="reinforce", **rollouts) -> dict:
+    """The settings of a stage on rollouts."""
+    entry = objective if isinstance(objective, dict) else {"name": f"policy_gradient.{objective}"}
+    entry = {"name": "preference.sigmoid"} if objective == "dpo" else entry
+    sizes = {"group": 4, "prompt_window": 12, "new": 6}
+    return {"source": "rollouts", "objective": entry, "rollouts": {**sizes, **rollouts}}
+
+
 SETTINGS = {
     "missing file": ({"data": "nowhere.jsonl"}, ["nowhere.jsonl: no such file", "check the path"]),
     "objective": ({"objective": {"name": "sft.nl"}}, ["'sft.nl'", "Did you mean 'nll'?"]),
@@ -100,7 +109,46 @@ SETTINGS = {
     "mesh axis": ({"mesh": {"fsdp": 0}}, ["config.mesh", "fsdp=0", "positive"]),
     "rows": ({"batch_size": 12}, ["config.batch_size: 12", "data x fsdp = 8", "use a multiple"]),
     "microbatches": ({"microbatches": 3}, ["config.batch_size: 16", "= 24", "use a multiple"]),
-    "group": ({"source": "rollouts", "rollouts": {"group": 3}}, ["config.rollouts.group: 3", "divide config.batch_size 16"]),
+    "group": (
+        {"source": "rollouts", "rollouts": {"group": 3}},
+        ["config.rollouts.group: 3", "divide config.batch_size x minibatches = 16"],
+    ),
+    "group with minibatches": (rolled(group=16, minibatches=3, objective="grpo") | {"batch_size": 8}, ["= 24"]),
+    "several steps": (rolled(epochs=2), ["config.rollouts: with several steps a batch", "policy_gradient.grpo"]),
+    "a lag": (rolled(lag=1), ["config.rollouts: with several steps a batch, or a lag"]),
+    "a lag of pairs": (rolled(lag=1, objective="dpo"), ["config.rollouts: with several steps a batch, or a lag"]),
+    "correction": (rolled(correction="clip"), ["config.rollouts.correction: 'clip'", "'truncate' or 'mask'"]),
+    "correction of pairs": (rolled(correction="mask", objective="dpo"), ["config.rollouts.correction", "no advantages"]),
+    "no cap": (rolled(correction="mask", correction_cap=0.0), ["config.rollouts.correction_cap: 0"]),
+    "top_p": (rolled(top_p=0.9), ["config.rollouts.top_p", "config.rollouts.correction=truncate"]),
+    "top_k": (rolled(top_k=5), ["config.rollouts.top_k", "another distribution"]),
+    "a processor": (rolled(processors="processors.nothing"), ["config.rollouts.processors", "another distribution"]),
+    "overlong": (rolled(overlong=7), ["config.rollouts.overlong: 7 of at most 6 new tokens"]),
+    "advantages": (rolled(advantages="grup"), ["'advantages.grup'", "Did you mean 'group'?"]),
+    "advantages of pairs": (rolled(advantages="group", objective="dpo"), ["config.rollouts.advantages", "Leave it out"]),
+    "tasks": (rolled(advantages="task_std"), ["nothing says which task a prompt is of"]),
+    "a group of one": (rolled(group=1), ["config.rollouts.group: 1 leaves nothing to compare"]),
+    "a pair of one": (rolled(group=1, objective="dpo"), ["config.rollouts.group: 1 is no pair"]),
+    "resampling of one": (rolled(group=1, resample=2, objective="reinforce_pp"), ["config.rollouts.resample", "always level"]),
+    "dropping all": (rolled(group=1, drop_level=True, objective="reinforce_pp"), ["config.rollouts.drop_level"]),
+    "no time": (rolled(reward_seconds=0.0), ["config.rollouts.reward_seconds: 0"]),
+    "failures": (rolled(failures=1.5), ["config.rollouts.failures: 1.5"]),
+    "failed": (rolled(failed=float("inf")), ["config.rollouts.failed: inf"]),
+    "stop": (rolled(stop=(99,)), ["config.rollouts.stop", "99"]),
+    "prompts left out": (
+        rolled(prompt_window=3) | {"too_long": "drop"},  # of test problems none is left out
+        ["test problem 0: its prompt has", "config.rollouts.prompt_window takes 3"],
+    ),
+    "weight": ({"reward": {"a": {"name": "task", "weight": "2"}}}, ["config.reward.a.weight: '2' is no number"]),
+    "no weight": (
+        rolled() | {"reward": {"a": {"name": "task", "weight": 0}}},
+        ["config.reward: every weight is 0", "nothing to learn"],
+    ),
+    "a task's own": ({"reward": {"a": "task.rewrad"}}, ["config.reward.a: the task has no function rewrad"]),
+    "a column of rollouts": (
+        rolled(objective={"name": "distill.top_k"}),
+        ["config.objective: it reads the column teacher_tokens, which rollouts do not have"],
+    ),
     "no tokenizer": ({"tokenizer": ""}, ["config.tokenizer", "comes without one", "name a folder"]),
     "window": ({"window": 65}, ["config.window: 65", "the model takes 64"]),
     "dtype": ({"dtype": "float23"}, ["config.dtype", "Did you mean 'float32'?"]),
@@ -338,3 +386,55 @@ def test_a_models_folder_is_no_workdir(tmp_path):
 def test_a_number_out_of_its_range(changes, told):
     with pytest.raises(UserError, match=told):
         recipe.make(**changes)
+
+
+# ------------------------------------------------------------------------------------------- Problems that cannot be asked
+
+ODD = """
+from jaxpost.tasks import arithmetic
+from jaxpost.tasks.arithmetic import conversation, reward, test_records, tokenizer  # noqa: F401
+
+FROM = {begin}
+
+
+def record(index, *, seed=0):
+    found = arithmetic.record(index, seed=seed)
+    return {{FROM: {{"prompt": "1" * 40}}, FROM + 1: {{"prompt": "one"}}, FROM + 2: {{"question": "1"}}}}.get(index, found)
+"""
+SEVENS = (
+    "{% if '7' in messages[0]['content'] %}{{ raise_exception('no sevens') }}{% endif %}"
+    "{{ messages[0]['content'] }}{% if not add_generation_prompt %}{{ messages[1]['content'] }}{{ eos_token }}{% endif %}"
+)
+
+
+def odd(folder, begin: int, **changes):
+    """The prompts of a task whose problems `begin` and the two after it cannot be asked."""
+    (folder / "odd.py").write_text(ODD.format(begin=begin))
+    chosen = runs.settings(folder, steps=2, **{**rolled(), "task": {"name": str(folder / "odd.py")}, **changes})
+    ((name, s),) = recipe.stages(recipe.make(**chosen))
+    return plan_stage(name, s, sharding.make_mesh()).source.making.prompt
+
+
+def test_a_problem_that_cannot_be_asked_stops_before_anything_is_compiled(tmp_path, compiled, capsys):
+    for lenient, told in (
+        ({}, r"problem 3: its prompt has 4\d tokens; .* config.too_long=\"drop\""),
+        ({"too_long": "truncate"}, "problem 3: its prompt has"),  # a prompt is never cut
+        ({"bad_rows": "skip"}, "problem 3: its prompt has"),
+        ({"too_long": "drop"}, "problem 4: .*'o'"),
+        ({"template": SEVENS}, "problem .*no sevens"),
+    ):
+        with pytest.raises(UserError, match=told):
+            odd(tmp_path, 3, **lenient)
+    prompt = odd(tmp_path, 3, too_long="drop", bad_rows="skip")
+    assert [i for i in range(8) if prompt(i) is None] == [3, 4, 5]
+    assert "odd.py: 3 of the first 256 problems are left out, first 3" in capsys.readouterr().err
+    assert not compiled
+
+
+def test_a_later_problem_that_cannot_be_asked_is_named(tmp_path):
+    prompt = odd(tmp_path, 300)
+    for number, told in ((300, "its prompt has"), (301, "'o'"), (302, "has no text under `prompt`; its keys are question")):
+        with pytest.raises(UserError, match=f"odd.py, problem {number}: .*{told}"):
+            prompt(number)
+    prompt = odd(tmp_path, 300, too_long="drop", bad_rows="skip")
+    assert [prompt(i) for i in (300, 301, 302)] == [None] * 3 and prompt(303) is not None

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxpost.data import chat
 from jaxpost.models import loading
 from jaxpost.objectives import logprobs
 
@@ -67,6 +68,43 @@ def test_whole_curves_are_compared(side_by_side):
     assert side_by_side.apart("peer", [round_of([1.0], [])] * 2, ours) == ""
 
 
+def test_where_each_draws_its_own_tokens_other_figures_are_the_proof(side_by_side):
+    ours = [
+        round_of([0.5], [4.0] * 6, flops=1, matmul=1, proof={"shortest": 64, "first KL": 0.0}, compiled=[7, 7 + late])
+        for late in (0, 2)
+    ]
+    near = {"shortest": 64, "first KL": 9e-5}
+    cases = (near, {**near, "shortest": 63}, {**near, "first KL": np.nan}, {"shortest": 64}, {})
+    rounds = [[round_of([1.0], [5.0] * 6, proof=proof)] for proof in cases]
+    rounds += [
+        [round_of([1.0], [5.0] * 6)],
+        *([round_of([1.0], [], proof=proof) for proof in pair] for pair in (cases[:2], cases[:3:2])),
+    ]
+    lines = [side_by_side.summary("peer", found, ours[: len(found)], 10) for found in rounds]
+    assert [line["equal_work"] for line in lines] == [True] + [False] * 7
+    assert [line["largest_loss_difference"] for line in lines[:2]] == [9e-5, 1] and "2.00 times" in side_by_side.table(lines)
+    assert [row.count("unknown") for row in side_by_side.table(lines).splitlines()[2:]] == [0, 0, 0, 0, 1, 1, 0, 0]
+    said = side_by_side.told([lines[0]], {"ours": ours, "peer": rounds[0] * 2}, {"tokens_per_step": 10})
+    assert "Of ours: shortest 64, first KL 0." in said and "Ours compiled 2 programs after the second step." in said
+    assert "differs from ours" not in said  # other tokens' losses are no curve to compare
+
+
+def test_all_complete_the_same_prompts_and_nothing_stops_them(side_by_side, tmp_path):
+    made = side_by_side.competitor.load(FOLDER / "grpo" / "ours.py")
+    side_by_side.model.make(tmp_path / "model", "tiny", **made.MODEL)
+    job = made.prepare({"model": str(tmp_path / "model"), "steps": 2, "argument": ""}, tmp_path)
+    rows, model = np.load(job["rows"]), loading.describe(job["model"])
+    assert rows.shape == (2, 2, 64) and len(np.unique(rows[..., 1:])) > 128 and rows[..., 1:].min() >= 3
+    task = made.problems(rows.reshape(-1, 64))
+    asked = [chat.encode_prompt(task.record(i)["prompt"], model.tokenizer) for i in range(4)]
+    np.testing.assert_array_equal(np.reshape(asked, rows.shape), rows)
+    assert task.reward({}, "w17 w3 w7") == 2 / 9 and task.reward({}, "") == 0
+    # A forward pass over 2 x 64 + 16 x 64 tokens by hand: 2 FLOPs a weight, 4 N H a layer and pair of tokens.
+    weights = 2 * (64 * (64 + 64 + 2 * 32) + 3 * 64 * 96) + 2 * (2 * 64 + 2 * 8) + 64  # with its norms
+    pairs = 2 * 64 * 65 / 2 + 16 * (64 * 64 + 64 * 65 / 2)
+    assert made.passed(job, 2) == pytest.approx(2 * (weights * 18 * 64 + 512 * 64 * 16 * 64) + 4 * 2 * 64 * pairs)
+
+
 @pytest.mark.parametrize("argument, prompt, answer", [("", 64, 64), ("prefix", 96, 32)])
 def test_all_get_the_pairs_that_our_loader_makes(side_by_side, tmp_path, argument, prompt, answer):
     side_by_side.model.make(tmp_path / "model", "tiny")
@@ -115,6 +153,26 @@ def test_ours_is_measured_and_what_fails_is_left_out(tmp_path, workload, start, 
     # log V of a model that knows nothing, or log 2 of one that is its own reference.
     assert first["losses"][0] == pytest.approx(start, abs=tolerance) and len(first["norms"]) == 9 and min(first["norms"]) > 0
     assert "| ours |" in done.stdout and first["matmul"] > 0 and second["peak_bytes"] > 2**27
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workload", ["generate", "grpo:shared"])
+def test_ours_completes_to_the_end_and_compiles_nothing_late(tmp_path, workload):
+    command = [sys.executable, FOLDER / "side_by_side.py", "--size=tiny", "--steps=6", "--rounds=1", f"--workload={workload}"]
+    subprocess.run(
+        [*command, f"--json={tmp_path / 'found.json'}"], capture_output=True, text=True, check=True, cwd=ROOT, env=ONE
+    )
+    (found,) = json.loads((tmp_path / "found.json").read_text())["rounds"]["ours"]
+    before, after = found["compiled"]
+    assert before == after > 0 and len(found["ends"]) == 9
+    # Of 9 x 16 completions none has fewer tokens: not one drew the token that ends it.
+    assert found["proof"].pop("shortest") == found["proof"].pop("longest") == 64
+    if workload == "generate":
+        assert found["proof"] == {"completions a call": 16}
+    else:
+        # Advantages of a group cancel up to rounding, and the reference is the model as it still is.
+        assert abs(found["proof"]["first loss"]) < 1e-5 and abs(found["proof"]["first KL"]) < 1e-6
+        assert min(found["norms"]) > 1e-3 and found["proof"]["learned"] == 127328
 
 
 @pytest.mark.slow

@@ -216,11 +216,9 @@ def asked_of_the_sampler(monkeypatch, text, prompts, positions=64, answer=" cab"
     def complete(model, params, prompts, **options):
         asked.update(options, prompts=[p.tolist() for p in prompts])
         ids = [*tokenizer.encode(text, answer), options["stop"][0]]
-        rows = [[*prompt, *ids] for prompt in asked["prompts"]]
-        tokens = np.zeros((len(rows), max(map(len, rows)) + 3), np.int32)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row)] = row
-        return Completions(tokens, np.full(len(rows), len(ids)), np.zeros(tokens.shape), np.ones(len(rows), bool))
+        count = len(prompts) * options["group"]
+        tokens, lengths = np.tile(np.array([*ids, 0, 0, 0], np.int32), (count, 1)), np.full(count, len(ids))
+        return Completions(tokens, lengths, np.zeros(tokens.shape), np.ones(count, bool), lengths - 1)
 
     monkeypatch.setattr(text_module, "complete", complete)
     model = Transformer(families.architecture({**MODEL, "vocab_size": 300, "max_position_embeddings": positions}))

@@ -33,15 +33,16 @@ REPLIES = {1.0: {"1+1": "2", "2+1": "4", "2+2": "4"}, 0.0: {"1+1": "7", "2+1": "
 def answering(calls):
     """A stand-in for `complete` that replies by REPLIES and stops every completion."""
 
-    def complete(model, params, prompts, *, mesh, prompt_window, new, stop, temperature, seed, step):
+    def complete(model, params, prompts, *, mesh, tokenizer, prompt_window, new, stop, temperature, seed, step):
         calls.append((len(prompts), temperature, seed, step))
-        tokens, lengths = np.zeros((len(prompts), prompt_window + new), np.int32), []
+        tokens, lengths = np.zeros((len(prompts), new), np.int32), []
         for row, ids in zip(tokens, prompts, strict=True):
             question = TEXT.decode(ids).removeprefix("<|user|>").removesuffix("<|assistant|>")
             reply = TEXT(REPLIES[temperature][question] + "<|end|>", add_special_tokens=False)["input_ids"]
-            row[: len(ids) + len(reply)] = [*ids, *reply]
+            row[: len(reply)] = reply
             lengths.append(len(reply))
-        return Completions(tokens, np.array(lengths), np.zeros(tokens.shape), np.ones(len(prompts), bool))
+        lengths = np.array(lengths)
+        return Completions(tokens, lengths, np.zeros(tokens.shape), np.ones(len(prompts), bool), lengths - 1)
 
     return complete
 
@@ -50,14 +51,15 @@ def answering(calls):
 def test_accuracy_weighs_the_whole_and_counts_in_the_cells(monkeypatch, rows):
     calls = []
     monkeypatch.setattr(evaluate, "complete", answering(calls))
+    monkeypatch.setattr(evaluate, "ready", lambda model, params, mesh: params)
     options = {"prompt_window": 6, "new": 4, "template": None}
-    found = evaluate.graded(None, None, TEXT, RECORDS, arithmetic.reward, None, rows=rows, options=options, step=7)
+    judges = {"right": (arithmetic.reward, 1.0)}
+    found = evaluate.graded(None, None, TEXT, RECORDS, judges, None, rows=rows, options=options, step=7)
     values = dict(found)
     samples = values.pop("samples")
     # Of a reward that does not say that it is a verdict, the mean is no accuracy, whatever values it happens to have.
-    plain = evaluate.graded(
-        None, None, TEXT, RECORDS, lambda *x: arithmetic.reward(*x), None, rows=rows, options=options, step=7
-    )
+    judges = {"right": (lambda *x: arithmetic.reward(*x), 1.0)}
+    plain = evaluate.graded(None, None, TEXT, RECORDS, judges, None, rows=rows, options=options, step=7)
     plain = {name: value for name, value in plain if name != "samples"}
     assert plain == {name.replace("accuracy", "reward"): value for name, value in values.items()}
     assert values == pytest.approx(
@@ -176,10 +178,9 @@ def test_accuracy_of_a_task_by_name(folder, monkeypatch, tmp_path):
 
     def complete(model, params, prompts, *, prompt_window, new, **_):
         asked.update(prompt_window=prompt_window, new=new, rows=len(prompts))
-        tokens = np.zeros((len(prompts), prompt_window + new), np.int32)
-        for row, ids in zip(tokens, prompts, strict=True):
-            row[: len(ids) + 1] = [*ids, *TEXT("2")["input_ids"]]
-        return Completions(tokens, np.ones(len(prompts), int), np.zeros(tokens.shape), np.zeros(len(prompts), bool))
+        tokens = np.zeros((len(prompts), new), np.int32)
+        tokens[:, :1], ones = TEXT("2")["input_ids"], np.ones(len(prompts), int)
+        return Completions(tokens, ones, np.zeros(tokens.shape), np.zeros(len(prompts), bool), ones)
 
     monkeypatch.setattr(evaluate, "complete", complete)
     (tmp_path / "judge.py").write_text("def two(record, completion) -> 'bool':\n    return completion == '2'")
@@ -188,8 +189,8 @@ def test_accuracy_of_a_task_by_name(folder, monkeypatch, tmp_path):
     # <|user|>, seven characters of the longest problem, <|assistant|>; and as much of 64 as the model's positions leave.
     assert asked == {"prompt_window": 9, "new": 55, "rows": 4}
     (tmp_path / "judge.py").write_text("def none(record, completion):\n    return None")
-    with pytest.raises(UserError, match=r"reward of .*judge.py:none: gave None for the completion '2'; it must be a finite"):
-        dict(evaluate.solves(api.load(folder), "arithmetic", per_cell=1, reward=f"{tmp_path}/judge.py:none", rows=4))
+    found = dict(evaluate.solves(api.load(folder), "arithmetic", per_cell=1, reward=f"{tmp_path}/judge.py:none", rows=4))
+    assert found["reward"] == 0.0  # it has nothing to say of these completions
     own = dict(evaluate.solves(api.load(folder), "arithmetic", per_cell=1, rows=4, new=5))
     assert asked["new"] == 5
     records = arithmetic.test_records(1)

@@ -10,22 +10,24 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import FrozenConfigDict, config_flags
 
 from jaxpost import fit, plan, recipe, resolve, sharding
-from jaxpost.compiled import program, roofline, search, topology
+from jaxpost.compiled import hlo, program, roofline, search, topology
 from jaxpost.compiled.hlo import Collective
 from jaxpost.data import pack, source
 from jaxpost.errors import UserError
 from jaxpost.models import families, known
+from jaxpost.rollouts import layout
 from jaxpost.rollouts import source as rollouts
-from jaxpost.sampling.decode import Completions
+from jaxpost.sampling import decode
 
 TINY = {
     "model_type": "llama",
@@ -40,6 +42,11 @@ TPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the
 FOLDER = Path(__file__).parent.parent / "configs" / "tpu"
 RECIPES = [f"{p}:{a}" for p in sorted(FOLDER.glob("[!_]*.py")) for a in resolve.find(f"{p}:MACHINES", "configs")]
 GIB = topology.GIB
+
+
+SAMPLING = FrozenConfigDict(
+    {"group": 8, "prompt_window": 8, "new": 24, "slots": 8, "segment": 16, "temperature": 1.0, "correction": ""}
+)
 
 
 def tiny(**changes):
@@ -146,17 +153,77 @@ def test_the_columns_of_a_batch_are_those_that_a_source_makes():
     batch = source.Batches(rows, 16, seed=0)()
     assert told(source.columns(16, 32)) == shapes(batch) == {k: ((16, 32), x.dtype) for k, x in pack.empty(32).items()}
 
-    class Tokenizer:
-        def decode(self, ids, **_):
-            return ""
+    for shared, together in ((False, 1), (True, 8)):
+        s = SimpleNamespace(batch_size=16, shared_prefix=shared, rollouts=SAMPLING)
+        where = layout.laid_out([np.arange(4)] * 2 * together, np.full(16 * together, 3), together, 8, 24, shared)
+        numbers = where.spread(np.zeros((16 * together, 24), np.float32))
+        wanted = {**where.columns, "old_logps": numbers, "advantages": numbers, "temperature": np.float32(1.0)}
+        assert told(rollouts.columns(s, pairs=False)) == shapes(wanted)
 
-    options = {"prompt_window": 8, "new": 24, "temperature": 1.0}
-    made = rollouts.Rollouts(
-        None, Tokenizer(), None, lambda record, text: 0.0, sharding.make_mesh(), batch_size=16, group=8, seed=0, options=options
-    )
-    found = Completions(np.ones((16, 32), np.int32), np.full(16, 3), np.zeros((16, 32), np.float32), np.ones(16, bool))
-    drawn = [({}, np.arange(1, 5))] * 16
-    assert told(rollouts.columns(16, 32)) == shapes(made._batch(drawn, found))
+
+def test_the_sampler_is_described_as_it_runs(monkeypatch):
+    """What the programs are said to take is what `stream` gives them; nothing is compiled."""
+    mesh = sharding.make_mesh(2, 2, 2)
+    rl = {"source": "rollouts", "objective": {"name": "policy_gradient.reinforce"}, "rollouts": dict(SAMPLING)}
+    ((_, settings),) = recipe.stages(tiny(**rl))
+    programs = {made.name: made for made in program.prepared(settings, mesh).programs}
+    prefill, segment = programs["prefill"], programs["decode"]
+    seen = {}
+
+    def shapes(tree):
+        return jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype)), tree)
+
+    def noted(name, result):
+        def call(model, *arguments, **keywords):
+            seen[name] = (shapes(arguments), keywords)
+            return result(arguments)
+
+        monkeypatch.setattr(decode, name, call)
+
+    noted("prefill", lambda _: segment.arguments[2])
+    noted("begin", lambda _: segment.arguments[4])
+    monkeypatch.setattr(decode, "ready", lambda *_: prefill.arguments[1])
+    ended = {"tokens": np.zeros((16, 24), np.int32), "logps": np.zeros((16, 24)), "policy_logps": None}
+    ended |= {"lengths": np.ones(16, int), "stopped": np.ones(16, bool), "done": np.ones(16, bool)}
+    noted("segment", lambda arguments: (arguments[3], ended))
+    prompts = [np.arange(1, 4)] * (16 // SAMPLING.group)
+    about = {"prompt_window": 8, "new": 24, "slots": 8, "group": SAMPLING.group, "turns": SAMPLING.segment, "stop": (1, 2)}
+    assert sum(map(len, decode.stream(None, None, prompts, mesh=mesh, **about))) == 16
+    assert seen["prefill"] == (shapes(prefill.arguments[1:]), prefill.keywords)
+    assert seen["segment"] == (shapes(segment.arguments[1:]), {**segment.keywords, "chain": ()})
+
+
+def rollouts_of(objective: str, **options):
+    """A tiny stage that learns from rollouts: its programs by name, and the mesh they are for."""
+    config = tiny(source="rollouts", objective={"name": f"policy_gradient.{objective}", **options}, rollouts=dict(SAMPLING))
+    ((_, settings),), mesh = recipe.stages(config), sharding.make_mesh(2, 2, 2)
+    return {made.name: made for made in program.prepared(settings, mesh).programs}, mesh
+
+
+def test_what_is_there_while_a_program_runs_is_given_to_it_or_waits():
+    programs, _ = rollouts_of("grpo", beta=0.04)
+    assert list(programs) == ["step", "prepare", "prefill", "decode", "reference"]
+    held = {kind: program.bytes_held(x) for kind, x in programs["step"].held.items()}
+    assert held["reference"] == held["weights"] > 0  # a copy of what trains
+    for made in programs.values():
+        given = program.bytes_held([x for x in jax.tree.leaves(made.arguments) if isinstance(x, jax.ShapeDtypeStruct)])
+        waiting = sum(held.get(kind, 0) for kind in made.waiting)
+        whole = sum(map(program.bytes_held, made.held.values()))
+        # The step's count and key, and what a segment is told besides, are of no kind.
+        assert 0 <= given + waiting - whole < 100, made.name
+        assert whole >= sum(held[kind] for kind in ("weights", "optimizer", "reference"))
+    assert list(rollouts_of("grpo", beta=0.0)[0]) == ["step", "prepare", "prefill", "decode"]
+
+
+def test_a_turn_of_decoding_sends_only_what_tensor_parallelism_needs():
+    programs, mesh = rollouts_of("reinforce")
+    with sharding.use(mesh), program._uncached():  # what comes from the cache may have an older program's names
+        lowered = programs["decode"].function.lower(*programs["decode"].arguments, **programs["decode"].keywords)
+        found = hlo.collectives(hlo.parse(lowered.compile().as_text()), dict(mesh.shape))
+    turn = [c for c in found if "at_most_24_times/while/body" in c.name]
+    assert turn and {(c.axes, c.times) for c in turn} == {("tensor", 24.0)}
+    # Caches and banks stay where they are, in a refill as well; what the host looks at is gathered once.
+    assert not [c for c in found if "while/body" in c.name and c.axes != "tensor"]
 
 
 def test_an_objective_may_read_columns_of_its_own():
@@ -402,11 +469,14 @@ def test_a_tiny_recipe_on_a_tpu():
     rl = tiny(
         source="rollouts",
         objective={"name": "policy_gradient.reinforce"},
-        rollouts={"group": 8, "prompt_window": 8, "new": 24, "temperature": 1.0},
+        rollouts=dict(SAMPLING),
     )
-    step, sampler = fit.report(rl, "v5e:2x4")["stages"][0]["programs"]
-    assert (step["program"], sampler["program"]) == ("step", "sampler")
-    assert sampler["hbm"]["total"] >= sampler["hbm"]["weights"] + sampler["hbm"]["optimizer"]
+    programs = fit.report(rl, "v5e:2x4")["stages"][0]["programs"]
+    by_name = {program["program"]: program for program in programs}
+    assert list(by_name) == ["step", "prepare", "prefill", "decode"]
+    assert by_name["decode"]["tokens_per_second"]["serial"] > 0 and "mfu" not in by_name["decode"]
+    for sampler in (by_name["prefill"], by_name["decode"]):
+        assert sampler["hbm"]["total"] >= sampler["hbm"]["weights"] + sampler["hbm"]["optimizer"]
 
 
 # --------------------------------------------------------------------------------------------------------- The recipes
@@ -431,6 +501,16 @@ def test_a_recipe_with_a_table_names_the_nearest_of_its_lines():
             recipe.opened(f"{FOLDER / name}.py:{argument}")
     with pytest.raises(UserError, match="no ARGUMENT ''. Known: gemma3_12b, gemma3_12b,lora, .*, qwen3_8b,lora"):
         recipe.opened(f"{FOLDER / 'sft.py'}")
+
+
+@pytest.mark.parametrize("argument", ["qwen3_8b", "llama31_8b,lora"])
+def test_reinforcement_has_its_settings_from_one_recipe_and_its_model_from_another(argument):
+    sft, own = recipe.opened(f"{FOLDER / 'sft.py'}:{argument}"), recipe.opened(f"{FOLDER / 'grpo.py'}:{argument}")
+    grpo = recipe.opened(str(FOLDER.parent / "grpo.py"))
+    assert all(own[k] == sft[k] for k in ("adapter", "dtype", "remat"))
+    assert own.model == {"qwen3_8b": sft.model}.get(argument, f"{sft.model}-Instruct")
+    assert all(own[k] == grpo[k] for k in ("objective", "source", "task", "steps", "batch_size", "best", "eval_every"))
+    assert own.rollouts.group == grpo.rollouts.group and own.rollouts.prompt_window + own.rollouts.new == 1536
 
 
 @pytest.mark.parametrize("argument", ["qwen3_8b", "qwen3_8b,lora"])

@@ -97,6 +97,8 @@ TURN = """
         (0, 2, "constant(9)", "", 3),  # 0, 4, 8
         (0, 1, "parameter(1)", "", 1),  # only the data knows
         (0, 1, "parameter(1)", ', metadata={op_name="jit(step)/at_most_17_times/while"}', 17),
+        (0, 1, "parameter(1)", ', metadata={op_name="at_most_1_times/while/body/at_most_9_times/while"}', 9),
+        (0, 1, "parameter(1)", ', metadata={op_name="jit(step)/at_most_17_times/while/body/while"}', 1),  # another's scope
         (0, 1, "parameter(1)", ', backend_config={"known_trip_count":{"n":"5"}}', 5),
     ],
 )
@@ -279,6 +281,37 @@ def test_memory_is_operands_and_results_and_of_slices_the_slices():
     # A row of 16 bytes: read, with the number of 4, and written; read and written (its other term is on the chip); read, with
     # the number, and written into its place.
     assert hlo.traffic(found) == (16 + 4 + 16) + (16 + 16) + (16 + 4 + 16)
+
+
+def test_what_is_written_in_places_or_moved_to_the_chip_counts_what_moves():
+    scatter = """
+    %scatters (c.0: f32[8,4], p.0: s32[2,1], x.0: f32[2,4]) -> f32[8,4] {
+      %c.0 = f32[8,4]{1,0} parameter(0)
+      %p.0 = s32[2,1]{1,0} parameter(1)
+      %x.0 = f32[2,4]{1,0} parameter(2)
+      ROOT %s = f32[8,4]{1,0} scatter(%c.0, %p.0, %x.0), update_window_dims={1}
+    }
+
+    """
+    found = program(
+        """
+        %c = f32[8,4]{1,0} parameter(0)
+        %p = s32[2,1]{1,0} parameter(1)
+        %x = f32[2,4]{1,0} parameter(2)
+        %here = f32[8,4]{1,0:S(1)} parameter(3)
+        %s.1 = f32[8,4]{1,0} fusion(%c, %p, %x), kind=kCustom, calls=%scatters
+        %s.2 = f32[8,4]{1,0} scatter(%s.1, %p, %x), update_window_dims={1}
+        %g = f32[2,4]{1,0} gather(%s.2, %p), offset_dims={1}
+        %part = ((f32[8,4]{1,0}), f32[2,4]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%s.2), slice={[0:2], [0:4]}
+        %part.1 = f32[2,4]{1,0:S(1)} slice-done(%part)
+        %out = (f32[8,4]{1,0}, f32[8,4]{1,0:S(1)}, u32[]{:S(2)}) copy-start(%here)
+        ROOT %out.1 = f32[8,4]{1,0} copy-done(%out)
+        """,
+        textwrap.dedent(scatter),
+    )
+    written = 2 * 4 * 4  # two rows
+    # The fusion and the scatter read and write rows, the gather too; then half as much onto the chip, and all of it back.
+    assert hlo.traffic(found) == (8 + 2 * written) + 2 * written + 2 * written + written + 8 * 4 * 4
 
 
 # ------------------------------------------------------------------------------------------------- A program on devices

@@ -6,6 +6,7 @@ makes it run the command again.
 """
 
 import json
+import math
 import os
 import re
 import shlex
@@ -383,6 +384,24 @@ def test_help_is_the_scripts_own_opening():
     assert options == {
         f"--{o}" for o in set(re.findall(r"--(\w[\w-]*)=\*", SCRIPT.read_text())) | {"spot", "queued", "dry-run"}
     }
+
+
+PAGE = (ROOT / "launch" / "README.md").read_text()
+GRPO = [shlex.split(told.replace("\\\n", "")) for told in re.findall(r"launch/tpu_vm\.sh (?:.*\\\n)*.*tpu/grpo\.py.*", PAGE)]
+
+
+@pytest.mark.parametrize("words", GRPO, ids=lambda words: words[3].removeprefix("--type="))
+def test_reinforcement_learning_by_one_command(world, words):
+    options, command = words[1 : words.index("--")], words[words.index("--") + 1 :]
+    done = launch(world, "--dry-run", *options, command=command)
+    assert done.returncode == 0 and not done.stderr and f"given() {{ {shlex.join(command)}; }}" in done.stdout
+    # The recipe is there, and is made for the machine that is asked for: of a v4 the type counts cores, of the others chips.
+    config = recipe.opened(next(a for a in command if a.startswith("--config=")).removeprefix("--config="))
+    kind, count = next(a for a in options if a.startswith("--type=")).removeprefix("--type=").split("-")
+    name, shape = config.topology.split(":")
+    chips = int(count) // {"v4": 2, "v5litepod": 1}[kind]
+    assert (name, math.prod(map(int, shape.split("x")))) == ({"v5litepod": "v5e"}.get(kind, kind), chips)
+    assert config.source == "rollouts" and config.save_every
 
 
 def test_the_page_of_machines_names_what_exists():

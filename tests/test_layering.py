@@ -16,8 +16,8 @@ NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]
 
 # Families are folders of methods that do not know of each other; data and sampling serve them all.
 FAMILIES = ("objectives", "rollouts", "rewards", "adapters", "merging", "evals", "tasks", "annotators")
-# An annotator writes down what objectives compute.
-KNOWN_TO = {"annotators": ("annotators", "objectives")}
+# An annotator writes down what objectives compute, and a task has a reward.
+KNOWN_TO = {"annotators": ("annotators", "objectives"), "tasks": ("tasks", "rewards")}
 SERVICES = ("data", "sampling", "models")
 ENTRY_POINTS = ("train", "api", "annotate", "generate", "evaluate", "merge", "export", "fit", "report")
 LONG = {"models/families.py": 700}
@@ -72,7 +72,7 @@ def test_imports_point_down(name):
     if parts[0] in FAMILIES:
         known = [f"jaxpost.{f}" for f in KNOWN_TO.get(parts[0], parts[:1])]
         assert not [i for i in own if under(i, *[f for f in families if f not in known])]
-    elif parts[0] in SERVICES or (len(parts) == 1 and name.removesuffix(".py") not in (*ENTRY_POINTS, "plan")):
+    elif parts[0] in SERVICES or (len(parts) == 1 and name.removesuffix(".py") not in (*ENTRY_POINTS, "plan", "selfmade")):
         assert not [i for i in own if under(i, *families)]
     if name.removesuffix(".py") not in ENTRY_POINTS:
         assert not [i for i in own if under(i, *above)]

@@ -75,13 +75,28 @@ def test_steps_agree_for_every_kind_of_objective(tmp_path):
 
 
 @pytest.mark.slow
-def test_sampled_tokens_are_equal(folders):
-    one = np.load(folders[0] / "tokens-0.npz")
-    rest = [np.load(folders[1] / f"tokens-{number}.npz") for number in range(2)]
-    assert len(one.files) == 3
-    for batch in one.files:
-        assert np.array_equal(one[batch], np.concatenate([part[batch] for part in rest]))
-        assert np.unique(one[batch], axis=0).shape[0] > 8
+def test_rollouts_are_equal_and_each_completion_is_judged_once(folders):
+    one = dict(np.load(folders[0] / "sampled-0.npz"))
+    rest = [dict(np.load(folders[1] / f"sampled-{number}.npz")) for number in range(2)]
+    judged, parts = one.pop("judged"), [part.pop("judged") for part in rest]
+    # Three batches of 32; what evaluation asks of all comes on top, on every process.
+    for number, part in enumerate(parts):
+        assert (np.bincount(judged)[np.arange(32)] - np.bincount(part, minlength=32)[np.arange(32)]).tolist() == [
+            0 if i % 2 == number else 3 for i in range(32)
+        ]
+    assert len(one) == 8
+    for name, batch in one.items():
+        # The tokens are the same, so the rewards are, and from them everything on the host follows bit for bit.
+        np.testing.assert_array_equal(batch, np.concatenate([part[name] for part in rest]))
+        assert name.startswith("advantages") or np.unique(batch, axis=0).shape[0] > 8
+
+
+@pytest.mark.slow
+def test_a_reward_that_fails_on_one_machine_stops_all(tmp_path):
+    folder = _work(tmp_path / "two", "failing", 2)
+    told = [(folder / f"told-{number}.txt").read_text() for number in range(2)]
+    assert "another process's rewards failed" in told[0]
+    assert "reward fails failed on 8 of 8 completions" in told[1] and "the disk of this machine is full" in told[1]
 
 
 def _figures(folder):

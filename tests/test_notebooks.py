@@ -60,3 +60,16 @@ def test_fine_tuning_from_the_first_cell_to_the_last(tmp_path, monkeypatch):
     assert "Going on with a stand-in" in said and "What colour is grass? -> " in said
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in (tmp_path / "exported").iterdir()}
     assert names["results"]["eval/loss"] < losses[0] and (tmp_path / "runs" / "sft" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_a_reward_in_a_cell_from_the_first_cell_to_the_last(tmp_path, monkeypatch):
+    names, said = run("03_grpo.ipynb", monkeypatch, tmp_path)
+    rewards = [row["reward"] for row in names["figures"] if "frac_reward_zero_std" in row]
+    # Half of what was imitated is right; at most 1 for the colour and 0.2 for one word.
+    assert rewards[0] < 0.9 and 1.05 < rewards[-1] <= 1.2, rewards
+    assert names["results"]["eval/accuracy"] > 0.8 and "advantage" in said
+    right = {name: sum(n for text, n in counts.items() if "green" in text) for name, counts in names["counts"].items()}
+    assert right["before"] < 24 < right["after"], names["counts"]
+    assert names["long"]["eval/reward"] > 0.5  # two words and a half; what was imitated has one or two
+    assert (tmp_path / "imitated" / "model.safetensors").exists() and (tmp_path / "runs" / "wordy" / "report.html").exists()

@@ -350,7 +350,10 @@ def test_a_stage_refuses_what_does_not_go_with_its_shape(tmp_path):
     def wrong(forward, params, batch, key):
         """Names a shape that is none."""
 
-    wrong.data, long = "pair", {**family_cases.config("phi3/long"), "vocab_size": 99}
+    def steps(forward, params, batch, key):
+        """Learns from what no completion of its own is."""
+
+    wrong.data, steps.data, long = "pair", "steps", {**family_cases.config("phi3/long"), "vocab_size": 99}
     for rows, changes, message in (
         (demonstrations, {"objective": "sft.nll", "shared_prefix": True, "window": 16}, "config.shared_prefix: only a prompt"),
         (demonstrations, {}, "d.jsonl, line 1: the objective compares two answers"),
@@ -358,7 +361,7 @@ def test_a_stage_refuses_what_does_not_go_with_its_shape(tmp_path):
         ([pair("q" * 20, "a", "b")] * 8, {"window": 64}, "line 1: a document of 22 tokens, and the model takes 16"),
         (ROWS, {"model": long, "shared_prefix": True}, "beyond 4 tokens a document's length decides"),
         (ROWS, {"objective": wrong}, "its `data` is 'pair'; it must be one of demonstrations, pairs"),
-        (ROWS, {"source": "rollouts", "task": "arithmetic", "steps": 1}, "config.source: the objective learns from pairs"),
+        (ROWS, {"source": "rollouts", "objective": steps}, "config.source: the objective learns from steps of a data set"),
     ):
         with pytest.raises(UserError, match=message):
             plan(tmp_path, rows, **changes)

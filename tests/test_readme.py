@@ -46,9 +46,9 @@ def test_the_first_command_runs_with_little_to_do(tmp_path):
         "dpo.steps=2",
         "dpo.task.examples=100",
         f"reward={tmp_path / 'easy.py'}:odd",  # what an untrained model is right about now and then
-        "reinforce.steps=2",
+        "grpo.steps=2",
         "control.steps=2",
-        "reinforce.batch_size=16",
+        "grpo.batch_size=16",
         "task.examples=300",
         "eval_per_cell=2",
     ]
@@ -60,6 +60,6 @@ def test_the_first_command_runs_with_little_to_do(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     judged = [(row["stage"], row["step"]) for row in rows if "eval/accuracy/+2" in row]
-    assert [x for x in judged if x[1] == 0] == [("sft", 0), ("dpo", 0), ("reinforce", 0), ("control", 0)]
-    assert ("sft", 4) in judged and ("reinforce", 2) in judged
+    assert [x for x in judged if x[1] == 0] == [("sft", 0), ("dpo", 0), ("grpo", 0), ("control", 0)]
+    assert ("sft", 4) in judged and ("grpo", 2) in judged
     assert "eval/accuracy_greedy" in json.loads(done.stdout) and "<svg" in (tmp_path / "report.html").read_text()

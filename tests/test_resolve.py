@@ -146,7 +146,7 @@ def test_recipes_are_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert recipe.located("configs/sft.py:dft").endswith("configs/sft.py:dft")
     assert recipe.opened("configs/sft.py:dft").objective.name == "sft.dft"
-    with pytest.raises(UserError, match="mine.py: no such file.*lora.py, quickstart.py, .*sft.py"):
+    with pytest.raises(UserError, match="mine.py: no such file.*lora.py, .*quickstart.py, .*sft.py"):
         recipe.located("mine.py")
     (tmp_path / "mine.py").write_text("")
     assert recipe.located("mine.py") == "mine.py"

@@ -8,7 +8,9 @@ the same machine. The figures of the clock are left out, and with them the stage
 import json
 import random
 import signal
+import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +100,30 @@ def test_a_term_signal_saves_and_a_kill_loses_nothing(whole, tmp_path):
     for step in (1, 14):
         status, _ = strike(config, tmp_path, when(tmp_path, "reinforce", step))
         assert status == -signal.SIGKILL
+    finish(config, tmp_path)
+    same(workdir, tmp_path)
+
+
+@pytest.mark.slow
+def test_kills_in_generation_in_scoring_and_in_the_update_lose_nothing(whole, tmp_path):
+    workdir, config = whole
+    found = {}
+    for moment, number in (("generation", 4), ("scoring", 2), ("update", 20)):
+        command = [sys.executable, str(Path(__file__).with_name("killed.py")), moment, str(number)]
+        run = runs.start([*command, f"--config={config}", f"--workdir={tmp_path}"])
+        _, errors = run.communicate(timeout=PATIENCE)
+        assert run.returncode == -signal.SIGKILL, errors
+        found[moment] = runs.rows(tmp_path / "metrics.jsonl")[-1]
+        folder = tmp_path / "rollouts" / "reinforce"
+        with np.load(folder / "partial.npz") as partial:
+            assert moment != "generation" or (0 < len(partial["places"]) < 48 and partial["key"].tolist()[1] == 4)
+        # Files of the checkpoints that are left, and of no others but the newest, which may be under way.
+        held = {int(path.name[5:13]) for path in folder.glob("held-*")}
+        kept = set(checkpoint.steps(tmp_path / "checkpoints" / "reinforce"))
+        assert held - {max(held)} <= kept and kept <= held
+    # A row is written when the next step is under way. Rollouts 4 are made for step 10, and the third that are judged after the
+    # checkpoint of step 8 are asked for at step 16.
+    assert {k: row["step"] for k, row in found.items()} == {"generation": 8, "scoring": 14, "update": 19}, found
     finish(config, tmp_path)
     same(workdir, tmp_path)
 

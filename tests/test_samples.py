@@ -48,22 +48,32 @@ def test_the_rows_that_completions_give_by_hand():
         samples.rows("labelled", "q", ["a"], [0.5])
 
 
-def drawn(model, params, prompts, *, mesh, seed, step, number, killed=lambda number: None, **options) -> Completions:
-    """In place of `complete`: row n of all says n's last digit and stops, and every fifth goes on."""
+def drawn(model, params, prompts, *, mesh, seed, step, number, group, killed=lambda number: None, **options) -> Completions:
+    """In place of `complete`: completion n of all says n's last digit and stops, and every fifth goes on."""
     killed(number)
-    tokens = np.zeros((len(prompts), 8), np.int32)
-    for i, prompt in enumerate(prompts):
-        n = number + i
-        tokens[i, : len(prompt) + 2] = [*prompt, TOKENIZER.encode(str(n % 10))[-1], STOP if n % 5 else 3]
-    stopped = (number + np.arange(len(prompts))) % 5 != 0
-    return Completions(tokens, np.full(len(prompts), 2), np.zeros(tokens.shape, np.float32), stopped)
+    numbers = number + np.arange(len(prompts) * group)
+    stopped = numbers % 5 != 0
+    tokens = np.array([[TOKENIZER.encode(str(n % 10))[-1], STOP if n % 5 else 3] for n in numbers], np.int32)
+    return Completions(tokens, np.full(len(numbers), 2), np.zeros(tokens.shape, np.float32), stopped, 2 - stopped)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """`drawn` in the sampler's place, which needs no weights; a test may put another there."""
+
+    def put(complete):
+        monkeypatch.setattr(samples, "complete", complete)
+
+    monkeypatch.setattr(samples, "ready", lambda model, params, mesh: params)
+    put(drawn)
+    return put
 
 
 def asked(rows: int = 8, count: int = 7, reward=lambda record, text: float(int(text) > 4)) -> samples.Samples:
     def prompt(i):
         return {"prompt": f"{i}+{i}"}, np.array(TOKENIZER.encode(f"{i}+{i}"), np.int32)
 
-    return samples.Samples(None, TOKENIZER, prompt, reward, "pairs", count, 4, rows, 0, 0, {})
+    return samples.Samples(None, TOKENIZER, prompt, {"mine": (reward, 1.0)}, "pairs", count, 4, rows, 0, 0, {}, {})
 
 
 def made(folder, **changes) -> list[dict]:
@@ -72,8 +82,7 @@ def made(folder, **changes) -> list[dict]:
     return [json.loads(line) for part in parts for line in Path(part).read_text().splitlines()]
 
 
-def test_a_data_set_is_made_once_and_does_not_depend_on_how_many_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(samples, "complete", drawn)
+def test_a_data_set_is_made_once_and_does_not_depend_on_how_many_at_a_time(tmp_path, stand_in):
     found = made(tmp_path / "a")
     # Completions 4i to 4i+3 are prompt i's; those that are multiples of 5 did not stop and are left out.
     assert [said(row) for row in found] == [("1+1", "6", "4"), ("2+2", "8", "1"), ("6+6", "6", "4")]
@@ -82,13 +91,12 @@ def test_a_data_set_is_made_once_and_does_not_depend_on_how_many_at_a_time(tmp_p
     def never(*_, **__):
         raise AssertionError("all is there")
 
-    monkeypatch.setattr(samples, "complete", never)
+    stand_in(never)
     assert made(tmp_path / "a") == found
 
 
-def test_a_killed_run_goes_on_after_its_last_part(tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_after_its_last_part(tmp_path, monkeypatch, stand_in):
     monkeypatch.setattr(samples, "SECONDS", 0.0)  # a part for each batch
-    monkeypatch.setattr(samples, "complete", drawn)
     whole = made(tmp_path / "whole", count=30)
 
     class Killed(Exception):
@@ -98,20 +106,19 @@ def test_a_killed_run_goes_on_after_its_last_part(tmp_path, monkeypatch):
         if number >= 64:
             raise Killed
 
-    monkeypatch.setattr(samples, "complete", lambda *a, **k: drawn(*a, killed=at, **k))
+    stand_in(lambda *a, **k: drawn(*a, killed=at, **k))
     with pytest.raises(Killed):
         made(tmp_path / "x", count=30)
     (folder,) = (tmp_path / "x").iterdir()
     before = len(list(folder.glob("part-*")))
     (folder / "part-00000099.jsonl").write_text("half a row that was written when the run was killed")
     seen = []
-    monkeypatch.setattr(samples, "complete", lambda *a, **k: drawn(*a, killed=seen.append, **k))
+    stand_in(lambda *a, **k: drawn(*a, killed=seen.append, **k))
     # With less room than before, so that fewer are made at a time.
     assert made(tmp_path / "x", count=30, rows=4) == whole and before >= 3 and min(seen) == 64
 
 
-def test_a_run_that_is_asked_to_stop_keeps_what_it_has(tmp_path, monkeypatch):
-    monkeypatch.setattr(samples, "complete", drawn)
+def test_a_run_that_is_asked_to_stop_keeps_what_it_has(tmp_path, stand_in):
     whole, stops = made(tmp_path / "whole", count=30), iter([False, True])
     mesh = sharding.make_mesh()
     parts, _ = samples.make(asked(count=30), {"of": "x"}, lambda: None, tmp_path / "x", mesh, lambda: next(stops))
@@ -119,8 +126,7 @@ def test_a_run_that_is_asked_to_stop_keeps_what_it_has(tmp_path, monkeypatch):
     assert made(tmp_path / "x", count=30) == whole
 
 
-def test_completions_that_are_all_alike_teach_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(samples, "complete", drawn)
+def test_completions_that_are_all_alike_teach_nothing(tmp_path, stand_in):
     with pytest.raises(UserError, match="7 prompts, and in none do completions differ in their reward"):
         made(tmp_path, reward=lambda record, text: 1.0)
     assert len(made(tmp_path)) == 3  # with another reward

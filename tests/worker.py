@@ -3,7 +3,8 @@
     python tests/worker.py <part> <processes> <number of this one> <port> <folder>
 
 The part `steps` writes what the steps of some objectives gave on the stub (`steps.json`); the part `stages` a workdir `run` of
-a recipe with an SFT and a REINFORCE stage, and which tokens this process's rollouts sampled (`tokens-<number>.npz`).
+a recipe with an SFT and a GRPO stage, and what of its rollouts this process had (`sampled-<number>.npz`). The part `failing`
+writes what a stage whose reward fails in one process alone was told (`told-<number>.txt`).
 """
 
 import json
@@ -18,11 +19,26 @@ import runs
 import stubs
 
 from jaxpost import metrics, recipe, resolve, sharding, train
+from jaxpost.errors import UserError
+from jaxpost.rollouts.scoring import Scorer
 from jaxpost.rollouts.source import Rollouts
 from jaxpost.step import make_step
 from jaxpost.types import TrainState
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+LENGTH = """
+def length(record, completion):
+    return len(completion) / 3 if completion else None
+"""
+FAILS = """
+import jax
+
+
+def fails(record, completion):
+    if jax.process_index():
+        raise RuntimeError("the disk of this machine is full")
+    return 1.0
+"""
 OBJECTIVES = ("sft.nll", "sft.dft", "policy_gradient.reinforce", "matched")
 
 
@@ -54,30 +70,50 @@ def steps(mesh) -> dict:
 
 
 def stages(number: int, folder: Path) -> None:
-    """A recipe with an SFT and a REINFORCE stage, in `run`; the rollouts' tokens beside it."""
-    sampled, make = [], Rollouts.__call__
+    """A recipe with an SFT and a GRPO stage, in `run`; the rollouts' tokens and advantages beside it, and the numbers of the
+    completions that this process judged.
+    """
+    sampled, judged, make, submit = {}, [], Rollouts.__call__, Scorer.submit
 
     def remembered(self, state):
         batch = make(self, state)
-        sampled.append(batch["tokens"])
+        sampled.update({f"{name}-{len(sampled) // 2}": batch[name] for name in ("tokens", "advantages")})
         return batch
 
-    Rollouts.__call__ = remembered
-    options = {"source": "rollouts", "objective": {"name": "policy_gradient.reinforce"}, "steps": 3, "best": ""}
+    def noted(self, key, record, completion):
+        judged.append(key)
+        return submit(self, key, record, completion)
+
+    Rollouts.__call__, Scorer.submit = remembered, noted
+    rewards = {"digits": {"name": "task", "weight": 0.1}, "length": {"name": f"{folder / 'mine.py'}:length", "weight": 0.3}}
+    (folder / "mine.py").write_text(LENGTH)
+    options = {"source": "rollouts", "objective": {"name": "policy_gradient.grpo"}, "steps": 4, "best": "", "reward": rewards}
+    options |= {"rollouts": {"minibatches": 2, "lag": 1}, "save_every": 1}
     both = {"sft": {"steps": 4, "microbatches": 2, "best": ""}, "reinforce": options}
     settings = runs.settings(folder, stages=("sft", "reinforce"), mesh=MESH, **both)
     # In effect plain descent, by an eps above every gradient: Adam would turn the rounding of a tiny gradient into a step.
     settings["optimizer"] = {"lr": 1e-1, "schedule": "constant", "warmup": 0, "eps": 10.0}
     train.run(recipe.make(**settings), folder / "run")
-    np.savez(folder / f"tokens-{number}.npz", *sampled)
+    np.savez(folder / f"sampled-{number}.npz", judged=np.array(judged), **sampled)
+
+
+def failing(number: int, folder: Path) -> None:
+    """A stage whose reward fails on completions of the second process alone."""
+    (folder / "mine.py").write_text(FAILS)
+    options = {"source": "rollouts", "objective": {"name": "policy_gradient.reinforce"}, "steps": 2, "best": ""}
+    options |= {"reward": f"{folder / 'mine.py'}:fails"}
+    try:
+        train.run(recipe.make(**runs.settings(folder, mesh=MESH, **options)), folder / "run")
+    except UserError as error:
+        (folder / f"told-{number}.txt").write_text(str(error))
 
 
 def main(part: str, processes: int, number: int, port: int, folder: Path) -> None:
     """Joins the other processes and does the part."""
     if processes > 1:
         jax.distributed.initialize(f"127.0.0.1:{port}", processes, number, initialization_timeout=60)
-    if part == "stages":
-        return stages(number, folder)
+    if part in ("stages", "failing"):
+        return {"stages": stages, "failing": failing}[part](number, folder)
     mesh = sharding.make_mesh(**MESH)
     with sharding.use(mesh):
         found = steps(mesh)

@@ -23,6 +23,7 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all
 # How often each device sends its share of the array; once for the others.
 SENT = {"all-reduce": 2.0, "all-gather as all-reduce": 2.0}
 WHOLE = ("collective-permute", "send")  # what sends all of the array
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # what writes into an array, and which operand it writes
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
         "partition-id", "replica-id", "iota", "domain", "opt-barrier"}  # fmt: skip
 SCOPE = re.compile(r"at_most_(\d+)_times")
@@ -139,7 +140,8 @@ def trips(program: Program, where: str, loop: Instruction) -> int:
     """How often a loop of the computation `where` turns, or may turn at most; 1 where nothing says so."""
     if known := re.search(r'known_trip_count[^0-9]*"(\d+)"', loop.rest):
         return int(known[1])
-    if scoped := SCOPE.findall(re.search(r'op_name="([^"]*)"|$', loop.rest)[1] or ""):
+    named = re.search(r'op_name="([^"]*)"|$', loop.rest)[1] or ""
+    if scoped := SCOPE.findall(named.rpartition("/while/body/")[2]):  # an outer loop's scope says nothing of an inner one
         return int(scoped[-1])
     condition = program.computations[re.search(r"condition=%?([\w.\-]+)", loop.rest)[1]]
     for compare in [i for i in condition.values() if i.op == "compare" and "direction=LT" in i.rest]:
@@ -336,10 +338,14 @@ def traffic(program: Program) -> float:
 def _touched(program: Program, visit: Visit) -> float:
     i, computation = visit.instruction, program.computations[visit.computation]
     types = [computation[n].type if n in computation else "" for n in i.operands]
-    if i.op == "dynamic-slice":
+    if i.op in ("dynamic-slice", "gather"):
         return 2 * _in_memory(i.type)
-    if i.op == "dynamic-update-slice":
-        return 2 * _in_memory(types[1])
+    if i.op in UPDATES:
+        return 2 * _in_memory(types[UPDATES[i.op]])
+    if i.op in ("copy-start", "slice-start"):  # to the chip or from it
+        first, second = re.findall(r"\w+\[[\d,]*\](?:\{[^{}]*\})?", i.type)[:2]
+        read = bytes_of(second) if _in_memory(first) else 0.0
+        return _in_memory(second) + (read if i.op == "slice-start" else _in_memory(first))
     if i.op == "fusion" and (called := _called(i)):
         return _fusion(program.computations[called[0]], types, i.type)
     if i.op.endswith("-start"):
@@ -359,8 +365,8 @@ def _fusion(inside: dict, types: list[str], result: str) -> float:
         uses = users.get(parameter.name, [])
         if uses and all(u.op in ("dynamic-slice", "gather") and u.operands[0] == parameter.name for u in uses):
             total += sum(bytes_of(u.type) for u in uses)
-        elif uses and all(u.op == "dynamic-update-slice" and u.operands[0] == parameter.name for u in uses):
-            written += bytes_of(types[place]) - sum(bytes_of(inside[u.operands[1]].type) for u in uses)
+        elif uses and all(u.op in UPDATES and u.operands[0] == parameter.name for u in uses):
+            written += bytes_of(types[place]) - sum(bytes_of(inside[u.operands[UPDATES[u.op]]].type) for u in uses)
         else:
             total += _in_memory(types[place])
     return total + max(_in_memory(result) - written, 0.0)

@@ -1,10 +1,12 @@
 """A stage's programs, compiled for a machine that is not here, and what their compilation says.
 
 Nothing is initialised: the state and the batches are shapes. The programs are the ones that a run has, made by the same code:
-the train step, and for rollouts the sampler.
+the train step; and for rollouts the sampler's programs, while the train state waits, and what the reference says.
 """
 
 import contextlib
+import functools
+import math
 import os
 import re
 import sys
@@ -18,11 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxpost import optim, plan, sharding, state
+from jaxpost import datasets, optim, plan, sharding, state
+from jaxpost.annotators import scores
 from jaxpost.compiled import hlo, roofline
 from jaxpost.compiled.topology import Topology
 from jaxpost.models import known, loading
-from jaxpost.sampling import decode
+from jaxpost.models.attention import cache_axes
+from jaxpost.resolve import attribute
+from jaxpost.sampling import decode, processors
 from jaxpost.step import combine
 
 GIVEN_UP = re.compile(
@@ -33,6 +38,10 @@ GIVEN_UP = re.compile(
 REFUSED = re.compile(r"RESOURCE_EXHAUSTED: Ran out of memory on HBM[^(]*\(([\d.]+)([MGT])\)")
 
 
+# What is held between steps.
+STATE = ("weights", "optimizer", "ema", "frozen", "reference")
+
+
 class Traced(NamedTuple):
     """A program before it is compiled: a jitted function, its arguments as shapes, and the trees that its memory goes to."""
 
@@ -41,6 +50,8 @@ class Traced(NamedTuple):
     arguments: tuple
     keywords: dict
     held: dict  # kind of memory -> tree of shapes
+    waiting: tuple[str, ...] = ()  # those kinds that are there and are not its arguments
+    tokens: int = 0  # that it works on, all devices together
 
 
 def outline(s, mesh) -> tuple[loading.Description, Callable, str, int]:
@@ -66,33 +77,68 @@ class Prepared(NamedTuple):
 
 
 def prepared(s, mesh) -> Prepared:
-    """A stage with settings s on a mesh. Its programs are the step, and the sampler where it makes its own data."""
+    """A stage with settings s on a mesh. Its programs are the step, and the sampler's where it makes its own data."""
     found, objective, trainable, trained = outline(s, mesh)
     tx = optim.make(s.optimizer, s.steps or 1000)
     held = state.shapes(found.transformer, mesh, tx, trainable, adapter=found.adapter, leaves=found.leaves, ema=s.ema > 0)
     batch = sharding.batch_shapes(plan.columns(s, objective), mesh)
     step = state.program(found.transformer, objective, tx, held, mesh, microbatches=s.microbatches, ema=s.ema)
-    kinds = {"weights": held.train, "optimizer": held.opt_state, "ema": held.ema, "frozen": held.frozen, "inputs": batch}
-    made = [Traced("step", step, (held, batch), {}, kinds)]
+    kinds = {"weights": held.train, "optimizer": held.opt_state, "ema": held.ema, "frozen": held.frozen}
+    if s.source == "rollouts" and "ref_logps" in attribute(objective, "columns", {}):
+        kinds["reference"] = held.train  # a copy of what trains, as it was at the start
+    inputs = {"inputs": batch}
+    made = [Traced("step", step, (held, batch), {}, kinds | inputs, ("reference",), math.prod(batch["tokens"].shape))]
     if s.source != "data":
-        made.append(_sampler(s, mesh, found, held, kinds))
+        alone = s.shared_prefix or datasets.shape(objective) == "pairs"  # a prompt gives one row
+        prompts = max(1, s.eval_rows // s.rollouts.group)
+        if s.source == "rollouts":
+            prompts = s.batch_size * s.rollouts.minibatches // (1 if alone else s.rollouts.group)
+        else:
+            kinds = {k: x for k, x in kinds.items() if k not in ("optimizer", "ema")}  # samples come before these
+        made += _sampler(s, mesh, found.transformer, combine(held.train, held.frozen), prompts, kinds)
+    if "reference" in kinds:
+        score = jax.jit(functools.partial(scores.ref_logps, found.transformer.forward))
+        first = combine(kinds["reference"], held.frozen)
+        made.append(Traced("reference", score, (first, batch), {}, kinds | inputs, ("weights", "optimizer", "ema")))
     return Prepared(found, trained, made)
 
 
-def _sampler(s, mesh, found, held, kinds: dict) -> Traced:
-    """What completes prompts with the current weights, while the optimizer's state waits; or before it is there."""
-    rows, options = s.batch_size, s.rollouts
-    if s.source == "samples":
-        ways = mesh.shape["data"] * mesh.shape["fsdp"]
-        rows = -(-max(1, s.eval_rows // options.group) * options.group // ways) * ways
-        kinds = {k: x for k, x in kinds.items() if k not in ("optimizer", "ema")}
-    columns = {"prompts": (rows, options.prompt_window), "lengths": (rows,), "rows": (rows,)}
-    columns = {k: jax.ShapeDtypeStruct(shape, jnp.int32) for k, shape in columns.items()}
-    scalars = {"noise": ((2,), jnp.int32), "temperature": ((), jnp.float32), "stop": ((2,), jnp.int32)}
-    scalars = {k: jax.ShapeDtypeStruct(*x, sharding=sharding.replicated(mesh)) for k, x in scalars.items()}
-    keywords = {**sharding.batch_shapes(columns, mesh), **scalars, "new": options.new}
-    arguments = (found.transformer, combine(held.train, held.frozen))
-    return Traced("sampler", decode.sample, arguments, keywords, {**kinds, "inputs": {k: keywords[k] for k in columns}})
+def _sampler(s, mesh, transformer, params, prompts: int, kinds: dict) -> list[Traced]:
+    """Laying out the weights for it, prefill, and decoding, while the state waits, or before it is there: as many turns as the
+    longest completion has, in one segment or several.
+    """
+    options, whole = s.rollouts, sharding.replicated(mesh)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    prompts, jobs = (ways * n for n in decode.spread(prompts, options.group, ways))
+    room = options.prompt_window + options.new
+    slots = min(options.slots + -options.slots % ways, jobs) or jobs
+
+    def made(function, *arguments, **keywords):
+        with sharding.use(mesh):
+            shapes = jax.eval_shape(lambda *a: function(transformer, *a, **keywords), *arguments)
+            letters = {1: "B", 2: "BS", 4: cache_axes()}
+        if function is decode.prepare:
+            return sharding.placed(shapes, sharding.gathered(mesh, shapes))
+        return sharding.placed(shapes, sharding.by_letters(mesh, shapes, letters))
+
+    def rows(*shape, dtype=jnp.int32):
+        return sharding.batch_shapes(jax.ShapeDtypeStruct(shape, dtype), mesh)
+
+    asked = rows(prompts, options.prompt_window), rows(prompts)
+    weights = made(decode.prepare, params)
+    bank = made(decode.prefill, weights, *asked, room=room)
+    queue, halted = decode.Queue(rows(jobs), rows(jobs), rows(ways)), rows(jobs, dtype=bool)
+    begun = made(decode.begin, halted, slots=slots, room=room, new=options.new, policy=False)
+    noise = stop = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=whole)
+    amounts = {k: jax.ShapeDtypeStruct((), x.dtype, sharding=whole) for k, x in processors.controls().items()}
+    weighed = {**kinds, "sampler's weights": weights}
+    given, cached = {**weighed, "inputs": asked}, {**weighed, "bank": (bank, queue), "cache": begun}
+    first, then = (transformer, weights, *asked), (transformer, weights, bank, queue, begun, noise, stop, amounts, halted)
+    return [
+        Traced("prepare", decode.prepare, (transformer, params), {}, kinds, ("optimizer", "ema", "reference")),
+        Traced("prefill", decode.prefill, first, {"room": room}, given, STATE, prompts * options.prompt_window),
+        Traced("decode", decode.segment, then, {"turns": options.segment}, cached, STATE, slots * options.new),
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------ Compiling
@@ -168,7 +214,7 @@ def _memory(compiled, refused: re.Match | None, traced: Traced, topology: Topolo
         return {**held, "temporaries": total - arguments, "total": total, "limit": limit}, False
     stats = compiled.memory_analysis()
     outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    waiting = sum(bytes_held(traced.held[kind]) for kind in ("optimizer", "ema") if traced.name == "sampler")
+    waiting = sum(bytes_held(traced.held.get(kind, ())) for kind in traced.waiting)
     # Peak memory counts arguments and results; what is left of it is the program's own.
     peak = stats.peak_memory_in_bytes or stats.argument_size_in_bytes + outputs + stats.temp_size_in_bytes
     own = max(peak - stats.argument_size_in_bytes - outputs, 0)

@@ -4,10 +4,14 @@ The leaf decides: an array is multiplied; a node (an adapter around a weight, a 
 `project(x)`, which does what the product would, and `merged()`, which is the array that it stands for. No model knows of more.
 """
 
+import re
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+
+from jaxpost import sharding
 
 
 def project(x: jax.Array, kernel: Any, bias: jax.Array | None = None) -> jax.Array:
@@ -25,3 +29,25 @@ def project(x: jax.Array, kernel: Any, bias: jax.Array | None = None) -> jax.Arr
 def dense(kernel: Any) -> jax.Array:
     """The array [..., I, O] that a leaf of the tree stands for, leading axes (the layers) included."""
     return kernel.merged() if hasattr(kernel, "merged") else kernel
+
+
+class Turned(flax.struct.PyTreeNode):
+    """A kernel [I, O] as its transpose [O, I]: what XLA:CPU multiplies a few rows by a third faster."""
+
+    turned: jax.Array
+
+    def project(self, x: jax.Array) -> jax.Array:
+        """x [T, I] -> [T, O], in x's dtype."""
+        return jax.lax.dot_general(self.turned.astype(x.dtype), x, (((1,), (1,)), ((), ()))).T
+
+
+def turned(params: Any) -> Any:
+    """Unstacked parameters with the kernels of plain projections turned, on a platform where that is faster."""
+    if sharding.platform() != "cpu":
+        return params
+
+    def turn(path, x):
+        name = "/".join(str(getattr(k, "key", k)) for k in path)
+        return Turned(x.T) if x.ndim == 2 and re.search(r"(attention|mlp)/(q|k|v|o|gate|up|down)/kernel$", name) else x
+
+    return {**params, "layers": tuple(jax.tree_util.tree_map_with_path(turn, layer) for layer in params["layers"])}

@@ -1,4 +1,4 @@
-"""The unembedding as a function of data: what an Output's Head means."""
+"""Heads as functions of data: the unembedding, which is what an Output's Head means, and a scalar one."""
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,11 @@ def logits(hidden: jax.Array, head: Head) -> jax.Array:
     if head.soft_cap is not None:
         out = head.soft_cap * jnp.tanh(out / head.soft_cap)
     return out
+
+
+def scalar(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+    """hidden [..., D], kernel [D,1] -> [...] float32: one number of each hidden state, such as a reward."""
+    return jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)[..., 0]
 
 
 @jax.custom_vjp

@@ -15,7 +15,17 @@ import jax
 import jax.numpy as jnp
 
 from jaxpost import sharding
-from jaxpost.models.attention import RESIDUALS, attend, cache_mask, document_lengths, over_rows, rotary, rotate
+from jaxpost.models.attention import (
+    RESIDUALS,
+    attend,
+    cache_axes,
+    cache_mask,
+    document_lengths,
+    over_rows,
+    rotary,
+    rotate,
+    written,
+)
 from jaxpost.models.einsum import project
 from jaxpost.models.families import Architecture
 from jaxpost.models.moe import MoE
@@ -97,15 +107,12 @@ class Attention(nn.Module):
             return y
 
         q = rotate(heads("q", a.heads), turn)
-        k = rotate(heads("k", a.kv_heads), turn).swapaxes(1, 2)
-        v = heads("v", a.kv_heads).swapaxes(1, 2)
+        k, v = rotate(heads("k", a.kv_heads), turn), heads("v", a.kv_heads)
         if cache is not None:
-            # A token's slot is its position, so rows of different lengths need no bookkeeping and the garbage that right
-            # padding writes is overwritten before anything may see it.
-            rows = jnp.arange(b)[:, None]
-            k = cache["k"].at[rows, :, positions].set(k.swapaxes(1, 2).astype(cache["k"].dtype))
-            v = cache["v"].at[rows, :, positions].set(v.swapaxes(1, 2).astype(cache["v"].dtype))
-            cache = {"k": k, "v": v}
+            cache = {name: written(cache[name], new, positions) for name, new in (("k", k), ("v", v))}
+            k, v = cache["k"], cache["v"]
+        if cache is None or cache_axes() == "BTKH":
+            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         y = attend(q, k.astype(x.dtype), v.astype(x.dtype), sees).reshape(b, s, -1)
         return Dense(a.width, a.o_bias, a.init_std, name="o")(y), cache
 
@@ -185,9 +192,11 @@ class Transformer:
 
         Without a cache: tokens, positions and segments [B,S], documents attended to separately. With a cache (see
         `make_cache`): tokens and positions [B,S], each token written to the slot of its position and attending to the slots up
-        to it.
+        to it; maybe `room`, a scalar: the tokens that a document will have, if not what the cache holds.
         """
-        x = sharding.lookup(params["embed"]["weight"], batch["tokens"], self.dtype)
+        # The sampler's weights are whole along fsdp, and its rows stay where they are.
+        find = sharding.lookup if cache is None else sharding.lookup_whole
+        x = find(params["embed"]["weight"], batch["tokens"], self.dtype)
         x = x * jnp.asarray(self.arch.embed_scale, x.dtype)
         # What does not depend on the layer is made once, outside of the scan: a table of each kind of layer.
         tables, attend = self._tables(batch, cache)
@@ -224,8 +233,9 @@ class Transformer:
             lengths = document_lengths(batch["segments"], positions)
         else:
             # While decoding, how long a document will be is not known: what there is room for stands for it.
-            lengths = cache[0]["k"].shape[2]
-            seen = [cache_mask(positions, lengths, kind.window) for kind in a.kinds]
+            held = cache[0]["k"].shape[cache_axes().index("T")]
+            lengths = batch.get("room", held)
+            seen = [cache_mask(positions, held, kind.window) for kind in a.kinds]
             over = functools.partial(attend, scale=a.attention_scale, cap=a.attention_cap)
         turns = [rotary(kind.rope, a.head_width, positions, lengths) for kind in a.kinds]
         return list(zip(turns, seen, strict=True)), over
@@ -243,9 +253,10 @@ class Transformer:
         return jax.lax.scan(turn, x, (layers, jnp.array(self.arch.pattern)))
 
     def make_cache(self, batch_size: int, length: int) -> tuple:
-        """An empty key/value cache: a {k, v} of [B,K,T,H] a layer."""
-        shape = (batch_size, self.arch.kv_heads, length, self.arch.head_width)
-        return tuple({n: sharding.shard(jnp.zeros(shape, self.dtype), "BKTH") for n in "kv"} for _ in range(self.arch.layers))
+        """An empty key/value cache: a {k, v} a layer, whose axes `attention.cache_axes` names."""
+        sizes = {"B": batch_size, "K": self.arch.kv_heads, "T": length, "H": self.arch.head_width}
+        axes, shape = cache_axes(), [sizes[letter] for letter in cache_axes()]
+        return tuple({n: sharding.shard(jnp.zeros(shape, self.dtype), axes) for n in "kv"} for _ in range(self.arch.layers))
 
 
 def _over_tokens(router: Any, segments: jax.Array | None) -> Any:

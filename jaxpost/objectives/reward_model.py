@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpost.metrics import Max, Min, masked_mean
+from jaxpost.models import heads
 from jaxpost.objectives import documents
 from jaxpost.types import Batch, Output, Params, Term
 
@@ -21,8 +22,7 @@ LABELS, MARGINS = {"labels": ("BS", "float32")}, {"margins": ("BS", "float32")}
 
 def token_rewards(params: Params, output: Output) -> jax.Array:
     """[B,S] float32: what the scalar head makes of each token's hidden state."""
-    kernel = params["reward_head"]["kernel"]
-    return jnp.dot(output.hidden, kernel.astype(output.hidden.dtype), preferred_element_type=jnp.float32)[..., 0]
+    return heads.scalar(output.hidden, params["reward_head"]["kernel"])
 
 
 def _of_documents(forward, params, batch: Batch) -> jax.Array:

@@ -23,7 +23,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +34,8 @@ from etils import epath
 from jaxpost import sharding, writers
 from jaxpost.errors import UserError
 from jaxpost.models.transformer import Transformer
-from jaxpost.sampling.decode import answers, complete
+from jaxpost.rollouts.scoring import judged
+from jaxpost.sampling.decode import answers, complete, ready
 from jaxpost.types import Params
 
 SECONDS = 20.0  # between parts: what a kill costs
@@ -43,20 +44,22 @@ SECONDS = 20.0  # between parts: what a kill costs
 class Samples(NamedTuple):
     """A data set that is yet to be made: `group` completions of each of `count` prompts.
 
-    prompt: i -> (record, token ids); reward: (record, completion) -> float; shape: what the objective learns from; rows: how
-    many completions are made at a time, which changes nothing; seed, step: of the noise; options: what `complete` takes.
+    prompt: i -> (record, token ids); rewards: {name: (function, weight)}; shape: what the objective learns from; rows: how many
+    completions are made at a time, which changes nothing; seed, step: of the noise; judging: what `scoring.judged` takes;
+    options: what `complete` takes.
     """
 
     model: Transformer
     tokenizer: Any
     prompt: Callable
-    reward: Callable
+    rewards: Mapping[str, tuple[Callable, float]]
     shape: str
     count: int
     group: int
     rows: int
     seed: int
     step: int
+    judging: dict
     options: dict
 
 
@@ -107,16 +110,17 @@ def _parts(folder: epath.Path) -> list[epath.Path]:
 
 def _draw(samples: Samples, about: dict, done: dict, params: Params, folder: epath.Path, mesh, stopped) -> None:
     """Makes what is not there yet; the first process judges and writes."""
+    params = ready(samples.model, params, mesh)
     each, held, mark = max(1, samples.rows // samples.group), [], time.monotonic()
     for first in tqdm.tqdm(range(done["prompts"], samples.count, each), desc="sampling", unit="batch", disable=None):
         drawn = [samples.prompt(i) for i in range(first, min(first + each, samples.count))]
-        prompts = [ids for _, ids in drawn for _ in range(samples.group)]
-        whole = [*prompts, *[prompts[0]] * (each * samples.group - len(prompts))]  # one shape, whatever is left
-        noise = {"seed": samples.seed, "step": samples.step, "number": first * samples.group}
-        found = complete(samples.model, params, whole, mesh=mesh, **noise, **samples.options)
+        prompts = [ids for _, ids in drawn]
+        prompts += [prompts[0]] * (each - len(prompts))  # one shape, whatever is left
+        noise = {"seed": samples.seed, "step": samples.step, "number": first * samples.group, "group": samples.group}
+        found = complete(samples.model, params, prompts, mesh=mesh, tokenizer=samples.tokenizer, **noise, **samples.options)
         ends = first + len(drawn) == samples.count or stopped()
         if jax.process_index() == 0:
-            held += _judged_rows(samples, drawn, prompts, found)
+            held += _judged_rows(samples, drawn, found)
             now = time.monotonic()
             if ends or now - mark >= SECONDS:
                 at, seconds = first + len(drawn), done["seconds"] + now - mark
@@ -128,12 +132,14 @@ def _draw(samples: Samples, about: dict, done: dict, params: Params, folder: epa
     sharding.agree(0.0)  # nobody reads before all is written
 
 
-def _judged_rows(samples: Samples, drawn: Sequence[tuple], prompts: Sequence[np.ndarray], found) -> list[dict]:
-    texts, made = answers(found, prompts, samples.tokenizer), []
+def _judged_rows(samples: Samples, drawn: Sequence[tuple], found) -> list[dict]:
+    texts, made = answers(found, samples.tokenizer), []
+    ended = [j for j in range(len(drawn) * samples.group) if found.stopped[j]]
+    records = [drawn[j // samples.group][0] | {"stopped": True} for j in ended]
+    scores = judged(samples.rewards, records, [texts[j].strip() for j in ended], **samples.judging)
     for i, (record, _) in enumerate(drawn):
-        own = range(i * samples.group, (i + 1) * samples.group)
-        ended = [texts[j].strip() for j in own if found.stopped[j]]
-        made += rows(samples.shape, record["prompt"], ended, [samples.reward(record, text) for text in ended])
+        own = [(texts[j].strip(), score.total) for j, score in zip(ended, scores, strict=True) if j // samples.group == i]
+        made += rows(samples.shape, record["prompt"], [text for text, _ in own], [total for _, total in own])
     return made
 
 

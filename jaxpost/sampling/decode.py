@@ -1,108 +1,60 @@
-"""Sampling with a key/value cache: prefill the prompts, then one token a row and turn until every row has stopped.
+"""Sampling with a key/value cache, as its callers meet it: `stream` completes prompts segment after segment.
 
-The noise of a draw is a function of (seed, step, row, place in the completion), so a rollout can be made again from those
-numbers and the weights alone. Log-probabilities are those of the distribution sampled from. The stop token is part of the
-completion.
+While the device has a segment under way (jaxpost/sampling/slots.py), the host looks at the one before: it finds the stop
+strings, hands what has ended to whoever asked, and tells the device of those that it need not go on with. Log-probabilities
+are those of the distribution drawn from. The stop token is part of the completion.
 """
 
-import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxpost import sharding
 from jaxpost.errors import UserError
-from jaxpost.models.heads import logits
-from jaxpost.models.transformer import Transformer, unstack
+from jaxpost.models.transformer import Transformer
+from jaxpost.sampling import processors
+from jaxpost.sampling.slots import Queue, begin, prefill, prepare, segment
 from jaxpost.types import Params
+
+SEGMENT = 32  # turns between two looks of the host, if nothing else is asked for
 
 
 class Completions(NamedTuple):
-    """tokens [B,P+new] int32: each prompt and its completion side by side, zeros after; lengths [B]: the completions' alone;
-    logps [B,P+new] float32 at the completions' tokens, zero elsewhere; stopped [B] bool: whether a stop token ended it."""
-
-    tokens: jax.Array
-    lengths: jax.Array
-    logps: jax.Array
-    stopped: jax.Array
-
-
-def draw(scores: jax.Array, uniform: jax.Array, temperature: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """One token a row from logits [B,V] by inverting the cumulative distribution at uniform [B] in [0,1); temperature 0 is
-    greedy.
-
-    Returns (token [B], its log-probability [B]): at the temperature, or at temperature 1 for a greedy choice. One random number
-    a row where the Gumbel trick needs V.
+    """tokens [B,N] int32: each completion alone, zeros after; lengths [B]; logps [B,N] float32, of the distribution drawn from;
+    stopped [B] bool: whether a stop token or string ended it; said [B]: its length without the stop token; policy_logps [B,N]:
+    of the model's own distribution, at temperature 1 and unrestricted, where asked for.
     """
-    logps = jax.nn.log_softmax(scores / jnp.where(temperature > 0, temperature, 1.0), axis=-1)
-    probs = jnp.exp(logps)
-    mass = jnp.cumsum(probs, axis=-1)
-    # A parallel cumulative sum rounds each place by itself, so it may rise a little where the probability is zero: such a
-    # place is left out by name. The mode stands in where rounding leaves none.
-    reached = (mass > uniform[:, None] * mass[:, -1:]) & (probs > 0)
-    mode = jnp.argmax(scores, axis=-1)
-    token = jnp.where((temperature > 0) & jnp.any(reached, axis=-1), jnp.argmax(reached, axis=-1), mode)
-    return token.astype(jnp.int32), jnp.take_along_axis(logps, token[:, None], axis=-1)[:, 0]
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    logps: np.ndarray
+    stopped: np.ndarray
+    said: np.ndarray
+    policy_logps: np.ndarray | None = None
 
 
-def _uniform(key: jax.Array, rows: jax.Array, place: jax.Array) -> jax.Array:
-    """A number in [0,1) for each row, independent of which other rows are there."""
-    one = lambda row: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, row), place))  # noqa: E731
-    return jax.vmap(one)(rows)
+class Finished(NamedTuple):
+    """One completion: its place in the batch, and what Completions says of it."""
+
+    index: int
+    tokens: np.ndarray
+    logps: np.ndarray
+    stopped: bool
+    said: int
+    policy_logps: np.ndarray | None = None
 
 
-@functools.partial(jax.jit, static_argnames=("model", "new"))
-def sample(
-    model: Transformer,
-    params: Params,
-    prompts: jax.Array,
-    lengths: jax.Array,
-    rows: jax.Array,
-    noise: jax.Array,
-    temperature: jax.Array,
-    stop: jax.Array,
-    *,
-    new: int,
-) -> Completions:
-    """Completes prompts [B,P] int32, right-padded, of true lengths [B] >= 1, by at most `new` tokens.
-
-    rows [B]: the number that tells each row's noise from the others'; noise [2]: (seed, step); temperature: scalar, 0 is
-    greedy; stop [n]: the token ids that end a completion.
-    """
-    params = sharding.gather(unstack(params, model.arch.layers))
-    key = jax.random.fold_in(jax.random.PRNGKey(noise[0]), noise[1])
-    b, p = prompts.shape
-    each = jnp.arange(b)
-    places = jnp.broadcast_to(jnp.arange(p), (b, p))
-    out = model.forward(params, {"tokens": prompts, "positions": places}, model.make_cache(b, p + new))
-    scores = logits(out.hidden[each, lengths - 1], out.head)
-
-    def turn(carry):
-        t, scores, cache, tokens, logps, done, count = carry
-        token, logp = draw(scores, _uniform(key, rows, t), temperature)
-        here = lengths + t
-        tokens = tokens.at[each, here].set(jnp.where(done, tokens[each, here], token))
-        logps = logps.at[each, here].set(jnp.where(done, 0.0, logp))
-        count = count + ~done
-        done = done | jnp.isin(token, stop)
-        out = model.forward(params, {"tokens": token[:, None], "positions": here[:, None]}, cache)
-        return t + 1, logits(out.hidden[:, 0], out.head), out.cache, tokens, logps, done, count
-
-    def going(carry):
-        return (carry[0] < new) & ~jnp.all(carry[5])
-
-    prompts = jnp.where(places < lengths[:, None], prompts, 0)
-    tokens = sharding.shard(jnp.pad(prompts, ((0, 0), (0, new))), "BS")
-    start = (0, scores, out.cache, tokens, jnp.zeros(tokens.shape, jnp.float32), jnp.zeros(b, bool), jnp.zeros(b, jnp.int32))
-    _, _, _, tokens, logps, done, count = jax.lax.while_loop(going, turn, start)
-    # Pinned, since each process reads back its own rows: the partitioner would as soon give every process all of them.
-    return Completions(*(sharding.shard(x, "BS"[: x.ndim]) for x in (tokens, count, logps, done)))
+def ready(model: Transformer, params: Params, mesh) -> Params:
+    """What `prepare` makes of the weights, and of its own result nothing new: for several calls with the same ones."""
+    if isinstance(params["layers"], tuple):
+        return params
+    with sharding.use(mesh):
+        return prepare(model, params)
 
 
-def complete(
+def stream(
     model: Transformer,
     params: Params,
     prompts: Sequence[np.ndarray],
@@ -111,54 +63,150 @@ def complete(
     prompt_window: int,
     new: int,
     stop: Sequence[int],
-    temperature: float = 1.0,
+    group: int = 1,
+    slots: int = 0,
     seed: int = 0,
     step: int = 0,
-    rows: tuple[int, int] | None = None,
     number: int = 0,
-) -> Completions:
-    """`sample` from host to host: a list of token arrays in, numpy Completions of the same rows out.
+    turns: int = SEGMENT,
+    strings: Sequence[str] = (),
+    tokenizer: Any = None,
+    policy: bool = False,
+    chain: tuple[Callable, ...] = (),
+    have: frozenset[int] = frozenset(),
+    **amounts: float,
+) -> Iterator[list[Finished]]:
+    """Completions of every prompt, `group` of each, as they end: completion i is of prompt i // group. All processes call it
+    together, with the same prompts, and all get everything.
 
-    All processes call it together. rows: (first row, rows of the whole batch) where `prompts` are this process's share of it;
-    left out, every process gives the whole batch and gets it back. number: the first row's, for its noise. Raises
-    UserError for a prompt that is empty or longer than the window.
+    params: the model's, or what `ready` made of them. slots: how many are under way at a time, 0 for all of them; number: the
+    first one's, for its noise; turns: of a segment; strings: texts that end a completion, which keeps them (the tokenizer says
+    what a text is); policy: whether policy_logps are asked for; have: completions that are there already and are left out;
+    amounts and chain: see `processors`. Raises UserError for a prompt that is empty or longer than the window.
     """
-    asked = len(prompts)
-    first, total = rows or (0, asked)
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows is None:
-        prompts, total = [*prompts, *[prompts[0]] * (-len(prompts) % ways)], total + -total % ways
-        start, end = sharding.local_rows(mesh, total)
-        prompts, first = prompts[start:end], start
-    columns = {
-        "prompts": np.zeros((len(prompts), prompt_window), np.int32),
-        "lengths": np.array([len(p) for p in prompts], np.int32),
-        "rows": number + np.arange(first, first + len(prompts), dtype=np.int32),
-    }
-    for i, prompt in enumerate(prompts):
-        if not 0 < len(prompt) <= prompt_window:
-            raise UserError(
-                f"a prompt has {len(prompt)} tokens; the prompt window takes 1 to {prompt_window}. Set prompt_window."
-            )
-        columns["prompts"][i, : len(prompt)] = prompt
-    scalars = {
-        "noise": np.array([seed, step], np.int32),
-        "temperature": np.float32(temperature),
-        "stop": np.array(stop, np.int32),
-    }
+    ways, turns = mesh.shape["data"] * mesh.shape["fsdp"], min(turns, new)
+    columns, places = _laid_out(prompts, prompt_window, group, number, ways, have)
+    jobs, left, halted, begun, seen = len(places), int((places >= 0).sum()), np.zeros(len(places), bool), 0, None
+    slots = min(slots + -slots % ways, jobs) or jobs
+    sizes = {"slots": slots, "room": prompt_window + new, "new": new, "policy": policy}
+    noise, stop, amounts = np.array([seed, step], np.int32), np.array(stop, np.int32), processors.controls(**amounts)
+    if left:
+        state, *held = _begun(model, ready(model, params, mesh), columns, halted, sizes, mesh)
+    while left:
+        before, more = seen, slots < jobs or begun < new
+        if more:  # without a queue it is known which segment is the last
+            with sharding.use(mesh):  # not while the caller works
+                rest = (noise, stop, amounts, _put(halted, mesh))
+                state, seen = segment(model, *held, state, *rest, turns=turns, chain=chain)
+            begun += turns
+        # The device has the next segment while the host looks at the one before.
+        if before is not None:
+            ended = _ended(jax.device_get(before), places, halted, strings, tokenizer)
+            left -= len(ended)
+            yield ended
+
+
+def _begun(model, params: Params, columns: dict, halted: np.ndarray, sizes: dict, mesh) -> tuple:
+    """What decoding begins with: (state, weights, bank of prompts, queue)."""
+    given = {k: _put(x, mesh) for k, x in columns.items()}
     with sharding.use(mesh):
-        found = sample(model, params, **sharding.distribute(columns, mesh, total), **scalars, new=new)
-    if rows is None:
-        return Completions(*(sharding.everywhere(x)[:asked] for x in found))
-    return Completions(*(sharding.local(x, mesh) for x in found))
+        bank = prefill(model, params, given.pop("tokens"), given.pop("lengths"), room=sizes["room"])
+        return begin(model, _put(halted, mesh), **sizes), params, bank, Queue(**given)
 
 
-def answers(found: Completions, prompts: Sequence[np.ndarray], tokenizer) -> list[str]:
-    """The completions of these prompts as text, to the letter, without the stop token that ended them: it is trained on, but is
-    no part of the answer.
+def _put(x: np.ndarray, mesh) -> jax.Array:
+    """An array that every process has whole, its rows with their devices."""
+    return sharding.distribute({"x": x[slice(*sharding.local_rows(mesh, len(x)))]}, mesh, len(x))["x"]
+
+
+def spread(prompts: int, group: int, ways: int) -> tuple[int, int]:
+    """(prompts in a device's bank, completions in its queue), where `ways` devices share the completions of so many prompts."""
+    own = -(-prompts * group // ways)
+    last = prompts * group - 1
+    return max(min(i + own - 1, last) // group - i // group + 1 for i in range(0, last + 1, own)), own
+
+
+def _laid_out(prompts, window: int, group: int, number: int, ways: int, have: frozenset[int]) -> tuple[dict, np.ndarray]:
+    """The prompts and the queue as columns, each device's part after the other's; [J]: the completion of each place of the
+    queue, -1 for none. Devices get as many completions each; a prompt of which several have some is in the bank of each.
     """
-    texts = []
-    for prompt, row, length, stopped in zip(prompts, found.tokens, found.lengths, found.stopped, strict=False):
-        ids = row[len(prompt) : len(prompt) + int(length) - int(stopped)]
-        texts.append(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-    return texts
+    for prompt in prompts:
+        if not 0 < len(prompt) <= window:
+            raise UserError(f"a prompt has {len(prompt)} tokens; the prompt window takes 1 to {window}. Set prompt_window.")
+    count = len(prompts) * group
+    held, own = spread(len(prompts), group, ways)
+    tokens, lengths = np.zeros((ways, held, window), np.int32), np.ones((ways, held), np.int32)
+    places, which, counts = np.full((ways, own), -1), np.zeros((ways, own)), np.zeros(ways)
+    for way in range(ways):
+        first = way * own // group
+        for i, prompt in enumerate(prompts[first : first + held]):
+            tokens[way, i, : len(prompt)], lengths[way, i] = prompt, len(prompt)
+        due = np.array([i for i in range(way * own, min((way + 1) * own, count)) if i not in have], int)
+        places[way, : len(due)], which[way, : len(due)], counts[way] = due, due // group - first, len(due)
+    numbers = number + np.maximum(places, 0)
+    queue = {k: x.reshape(-1).astype(np.int32) for k, x in (("prompts", which), ("numbers", numbers), ("counts", counts))}
+    return {"tokens": tokens.reshape(-1, window), "lengths": lengths.reshape(-1), **queue}, places.reshape(-1)
+
+
+def _ended(seen: dict, places: np.ndarray, halted: np.ndarray, strings, tokenizer) -> list[Finished]:
+    """What has ended since the host looked last; `halted` [J] is told of it, and of what a stop string ends."""
+    found = []
+    for j in np.flatnonzero((places >= 0) & ~halted):
+        length, stopped = int(seen["lengths"][j]), bool(seen["stopped"][j])
+        said = length - stopped
+        cut = _cut(seen["tokens"][j, :said], strings, tokenizer) if strings and said else None
+        if not seen["done"][j] and cut is None:
+            continue
+        halted[j] = True
+        if cut is not None:
+            length, said, stopped = cut, cut, True
+        tokens, logps, own = (None if seen[k] is None else seen[k][j, :length] for k in ("tokens", "logps", "policy_logps"))
+        found.append(Finished(int(places[j]), tokens, logps, stopped, said, own))
+    return found
+
+
+def _cut(tokens: np.ndarray, strings: Sequence[str], tokenizer) -> int | None:
+    """How many of the tokens it takes for the text to have one of the strings in it; None if it has none."""
+
+    def has(n):
+        text = tokenizer.decode(tokens[:n], clean_up_tokenization_spaces=False)
+        return any(string in text for string in strings)
+
+    if not has(len(tokens)):
+        return None
+    return next(n for n in range(1, len(tokens) + 1) if has(n))
+
+
+def complete(model: Transformer, params: Params, prompts: Sequence[np.ndarray], *, new: int, **options) -> Completions:
+    """What `stream` gives, as a whole: the completions of all prompts, in their order, on every process."""
+    ended = [one for some in stream(model, params, prompts, new=new, **options) for one in some]
+    return together(sorted(ended, key=lambda one: one.index), new)
+
+
+def together(ended: Sequence[Finished], new: int) -> Completions:
+    """Completions one by one, maybe none, as arrays of `new` tokens each."""
+
+    def padded(name, dtype):
+        rows = np.zeros((len(ended), new), dtype)
+        for row, one in zip(rows, ended, strict=True):
+            row[: len(one.tokens)] = getattr(one, name)
+        return rows
+
+    return Completions(
+        tokens=padded("tokens", np.int32),
+        lengths=np.array([len(one.tokens) for one in ended], np.int32),
+        logps=padded("logps", np.float32),
+        stopped=np.array([one.stopped for one in ended], bool),
+        said=np.array([one.said for one in ended], np.int32),
+        policy_logps=padded("policy_logps", np.float32) if ended and ended[0].policy_logps is not None else None,
+    )
+
+
+def answers(found: Completions, tokenizer) -> list[str]:
+    """The completions as text, to the letter, without the stop token that ended them: it is trained on, but is no part of the
+    answer.
+    """
+    return [
+        tokenizer.decode(row[:said], clean_up_tokenization_spaces=False)
+        for row, said in zip(found.tokens, found.said, strict=True)
+    ]

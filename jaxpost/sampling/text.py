@@ -44,7 +44,7 @@ def completed(
     own. The same seed, prompts and n give the same ids. Raises UserError for no or empty prompts, and where prompt and `new`
     exceed the model's positions.
     """
-    ids = [_encoded(text, p, chat, template) for p in prompts for _ in range(n)]
+    ids = [_encoded(text, p, chat, template) for p in prompts]
     if not ids:
         raise UserError("nothing to complete: give at least one prompt.")
     for prompt in ids:
@@ -63,12 +63,12 @@ def completed(
         mesh=mesh,
         prompt_window=min(longest + -longest % _BUCKET, room - new),
         new=new,
+        group=n,
         stop=stop_ids(text, template),
         temperature=temperature,
         seed=seed,
     )
-    ends = found.lengths - found.stopped
-    return [(p, row[len(p) : len(p) + end]) for p, row, end in zip(ids, found.tokens, ends, strict=True)]
+    return [(ids[i // n], row[:said]) for i, (row, said) in enumerate(zip(found.tokens, found.said, strict=True))]
 
 
 def _remedy(left: int) -> str:

@@ -48,14 +48,14 @@ _KINDS = tuple(CELLS)
 _BOUNDS = tuple(itertools.accumulate(CELLS.values()))[:-1]
 
 
-def _hash(*parts):
+def hashed(*parts):
     """64 bits, the same on every machine, from anything that prints the same."""
     text = " ".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def _uniform(*parts):
-    return _hash(*parts) / 2**64
+    return hashed(*parts) / 2**64
 
 
 def _operands(digits):
@@ -65,7 +65,7 @@ def _operands(digits):
 
 def _split(a, operator, b):
     first, second = (b, a) if operator != "-" and b < a else (a, b)
-    return "test" if _hash("problem", first, operator, second) % 10 == 0 else "train"
+    return "test" if hashed("problem", first, operator, second) % 10 == 0 else "train"
 
 
 def _record(a, operator, b, digits):
@@ -92,7 +92,7 @@ def record(index, *, split="train", seed=0):
     operator, digits = _KINDS[bisect_right(_BOUNDS, _uniform("cell", seed, split, index))]
     low, count = _operands(digits)
     for draw in itertools.count():
-        a, b = (low + _hash(name, seed, split, index, draw) % count for name in "ab")
+        a, b = (low + hashed(name, seed, split, index, draw) % count for name in "ab")
         if _split(a, operator, b) == split:
             return _record(a, operator, b, digits)
 
@@ -100,11 +100,11 @@ def record(index, *, split="train", seed=0):
 def _corrupt(answer, *parts):
     """`answer` with one digit replaced by another, which makes it another number in its usual spelling."""
     places = [place for place, letter in enumerate(answer) if letter.isdigit()]
-    place = places[_hash("place", *parts) % len(places)]
+    place = places[hashed("place", *parts) % len(places)]
     # A first zero would be no number's usual spelling ("046", "-0"), so the model could tell it from the honest mistakes.
     zero_allowed = place != places[0] or answer == answer[place]
     choices = [digit for digit in "0123456789" if digit != answer[place] and (digit != "0" or zero_allowed)]
-    return answer[:place] + choices[_hash("digit", *parts) % len(choices)] + answer[place + 1 :]
+    return answer[:place] + choices[hashed("digit", *parts) % len(choices)] + answer[place + 1 :]
 
 
 def conversation(index, *, seed=0, corrupt=0.4):
@@ -141,7 +141,7 @@ def test_records(per_cell, *, seed=0):
 def _test_problems(operator, digits, seed):
     low, count = _operands(digits)
     # RandomState, since NumPy promises its stream for good; a Generator's may change between releases.
-    shuffled = np.random.RandomState(_hash("test", seed, operator, digits) % 2**32).permutation(count * count)
+    shuffled = np.random.RandomState(hashed("test", seed, operator, digits) % 2**32).permutation(count * count)
     for a, b in ((low + int(number) // count, low + int(number) % count) for number in shuffled):
         if _split(a, operator, b) == "test":
             yield _record(a, operator, b, digits)

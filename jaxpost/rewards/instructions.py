@@ -1,0 +1,314 @@
+"""Instructions that can be verified: one function a constraint, and `follows`, which holds a completion to a record's list.
+
+    {"prompt": "...", "constraints": [{"kind": "includes", "words": ["fox", "moon"]}, {"kind": "full_stop"}]}
+
+A kind is a function of this file, which is a reward by itself too: dict(name="instructions.words", at_most=50). Case makes no
+difference to words and letters; a word is a run of letters and digits, an apostrophe or a hyphen within it included. Counts
+are from at_least to at_most. An empty completion follows only those that count, where none is enough.
+
+    words, sentences, paragraphs, lines, characters    how many (at_least, at_most)
+    includes, excludes, in_order (words)               all of these words or phrases; none of them; all in this order
+    keyword (word), letter (letter)                    how often it is there
+    capital_words                                      how many words in capitals alone
+    numbers                                            how many numbers in digits
+    starts_with, ends_with (text)                      the first and the last words
+    full_stop, question                                the last character
+    no_commas, lower_case, upper_case, title_case      of the whole completion; words that have letters
+    ascii                                              no letter with an accent, no other script
+    bullets, numbered, headings, highlights            how many points (* or -), points 1. 2. 3. in order, lines with #, *words*
+    placeholders                                       how many [like this]
+    title                                              a <<title>>
+    postscript (marker)                                a line after the first that begins with P.S.
+    quoted                                             all within double quotes
+    json_value (keys)                                  nothing but JSON, fenced or not; an object with these keys
+    repeats_prompt                                     the prompt word for word, and then an answer
+    alternatives (count, separator)                    so many different answers with ****** between them
+    paragraph_starts (paragraph, word)                 the first word of the n-th paragraph
+    choice (options)                                   one of these phrases, and no other of them
+    no_repeats                                         no sentence twice
+"""
+
+import functools
+import inspect
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+
+from jaxpost.errors import UserError
+from jaxpost.resolve import bind, nearest
+
+_WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
+_FENCE = re.compile(r"\s*```(?:json)?[^\S\n]*\n(.*)```\s*", re.DOTALL | re.IGNORECASE)
+
+
+def follows(record: dict, completion: str, *, strict: bool = False) -> float:
+    """The share of record["constraints"] that a completion follows; strict: 1 for all of them, else 0.
+
+    Raises UserError for a record without constraints, an unknown kind and an argument that is wrong or missing.
+    """
+    constraints = record.get("constraints")
+    if not isinstance(constraints, Sequence) or isinstance(constraints, str) or not constraints:
+        raise UserError(
+            f"record with the keys {', '.join(record)}: it has no list of constraints, such as [{{'kind': 'full_stop'}}]."
+        )
+    kept = [_holds(constraint, record, completion) for constraint in constraints]
+    return float(all(kept)) if strict else sum(kept) / len(kept)
+
+
+@functools.cache
+def _kinds() -> dict[str, Callable]:
+    """The constraints of this file. A record is data: it may name one of these, and nothing else."""
+    own = {k: v for k, v in globals().items() if inspect.isfunction(v) and v.__module__ == __name__ and v is not follows}
+    return {name: function for name, function in own.items() if not name.startswith("_")}
+
+
+def _holds(constraint: dict, record: dict, completion: str) -> bool:
+    kind = constraint.get("kind") if isinstance(constraint, dict) else None
+    if not isinstance(kind, str) or kind not in _kinds():
+        raise UserError(f"record's constraint {constraint!r}: unknown kind.{nearest(str(kind), _kinds())}")
+    # Some data sets write down the arguments of all kinds, null where they are not this one's.
+    options = {k: v for k, v in constraint.items() if k != "kind" and v is not None}
+    bound = bind(_kinds()[kind], options, f"a record's constraint {kind}")
+    try:
+        return bound(record, completion)
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"record's constraint {constraint!r}: an argument of another kind than it takes ({error}).") from error
+
+
+def _within(count: int, at_least: int, at_most: float) -> bool:
+    if at_least > at_most:
+        raise UserError(f"a constraint of at_least {at_least} and at_most {at_most}: no count is within.")
+    return at_least <= count <= at_most
+
+
+def _words(text: str) -> list[str]:
+    return [word.casefold() for word in _WORD.findall(text)]
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [part.strip() for part in re.split(r"\n[^\S\n]*\n", text) if part.strip()]
+
+
+def _sentences(text: str) -> list[str]:
+    return [part.strip() for part in re.split(r"(?<=[.!?…])[\"'”’)\]]*+\s++|\n++", text) if _WORD.search(part)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _phrase(phrase: str) -> re.Pattern:
+    if not phrase.strip():
+        raise UserError("a constraint's word is empty.")
+    return re.compile(r"(?<!\w)" + r"\s+".join(map(re.escape, phrase.split())) + r"(?!\w)", re.IGNORECASE)
+
+
+def _all(words: Sequence[str]) -> Sequence[str]:
+    """The words of a constraint; one that is no list would be taken for its letters."""
+    if isinstance(words, str) or not words:
+        raise UserError(f"a constraint's words {words!r}: give a list of them.")
+    return words
+
+
+def words(record: dict, completion: str, *, at_least: int = 0, at_most: float = math.inf) -> bool:
+    """Whether there are so many words."""
+    return _within(len(_words(completion)), at_least, at_most)
+
+
+def sentences(record: dict, completion: str, *, at_least: int = 0, at_most: float = math.inf) -> bool:
+    """Whether there are so many sentences: what ends in . ! ? or … before white space, or with its line."""
+    return _within(len(_sentences(completion)), at_least, at_most)
+
+
+def paragraphs(record: dict, completion: str, *, at_least: int = 0, at_most: float = math.inf) -> bool:
+    """Whether there are so many paragraphs, with empty lines between them."""
+    return _within(len(_paragraphs(completion)), at_least, at_most)
+
+
+def lines(record: dict, completion: str, *, at_least: int = 0, at_most: float = math.inf) -> bool:
+    """Whether there are so many lines that are not empty."""
+    return _within(sum(bool(line.strip()) for line in completion.splitlines()), at_least, at_most)
+
+
+def characters(record: dict, completion: str, *, at_least: int = 0, at_most: float = math.inf) -> bool:
+    """Whether there are so many characters, white space included."""
+    return _within(len(completion), at_least, at_most)
+
+
+def includes(record: dict, completion: str, *, words: Sequence[str]) -> bool:
+    """Whether each of these words or phrases is there, as a whole."""
+    return all(_phrase(word).search(completion) for word in _all(words))
+
+
+def excludes(record: dict, completion: str, *, words: Sequence[str]) -> bool:
+    """Whether none of these words or phrases is there."""
+    return bool(_words(completion)) and not any(_phrase(word).search(completion) for word in _all(words))
+
+
+def in_order(record: dict, completion: str, *, words: Sequence[str]) -> bool:
+    """Whether these words or phrases are there one after the other."""
+    place = 0
+    for word in _all(words):
+        if (found := _phrase(word).search(completion, place)) is None:
+            return False
+        place = found.end()
+    return True
+
+
+def keyword(record: dict, completion: str, *, word: str, at_least: int = 1, at_most: float = math.inf) -> bool:
+    """Whether the word or phrase is there so many times."""
+    return _within(len(_phrase(word).findall(completion)), at_least, at_most)
+
+
+def letter(record: dict, completion: str, *, letter: str, at_least: int = 1, at_most: float = math.inf) -> bool:
+    """Whether the letter is there so many times."""
+    if len(letter) != 1:
+        raise UserError(f"a constraint's letter {letter!r}: give one character.")
+    return _within(completion.casefold().count(letter.casefold()), at_least, at_most)
+
+
+def capital_words(record: dict, completion: str, *, at_least: int = 1, at_most: float = math.inf) -> bool:
+    """Whether there are so many words in capitals; one letter is none."""
+    return _within(sum(w.isupper() and len(w) > 1 for w in _WORD.findall(completion)), at_least, at_most)
+
+
+def numbers(record: dict, completion: str, *, at_least: int = 1, at_most: float = math.inf) -> bool:
+    """Whether there are so many numbers in digits."""
+    return _within(len(re.findall(r"\d++(?:[.,]\d++)*+", completion)), at_least, at_most)
+
+
+def starts_with(record: dict, completion: str, *, text: str) -> bool:
+    """Whether the completion begins with the text, white space aside."""
+    return completion.lstrip().casefold().startswith(text.casefold())
+
+
+def ends_with(record: dict, completion: str, *, text: str) -> bool:
+    """Whether the completion ends with the text, white space aside."""
+    return completion.rstrip().casefold().endswith(text.casefold())
+
+
+def full_stop(record: dict, completion: str) -> bool:
+    """Whether the completion ends in one full stop; an ellipsis is none."""
+    text = completion.rstrip()
+    return text.endswith(".") and not text.endswith("..") and bool(_words(text))
+
+
+def question(record: dict, completion: str) -> bool:
+    """Whether the completion ends in a question mark."""
+    return completion.rstrip().endswith("?")
+
+
+def no_commas(record: dict, completion: str) -> bool:
+    """Whether there is text, and no comma in it."""
+    return bool(_words(completion)) and "," not in completion
+
+
+def lower_case(record: dict, completion: str) -> bool:
+    """Whether there are letters, and no capital one."""
+    return completion.islower()
+
+
+def upper_case(record: dict, completion: str) -> bool:
+    """Whether there are letters, and capital ones alone."""
+    return completion.isupper()
+
+
+def title_case(record: dict, completion: str) -> bool:
+    """Whether every word that begins with a letter begins with a capital one."""
+    firsts = [word[0] for word in _WORD.findall(completion) if word[0].isalpha()]
+    return bool(firsts) and all(first == first.upper() for first in firsts)
+
+
+def ascii(record: dict, completion: str) -> bool:
+    """Whether there is text, of ASCII letters alone; other characters, such as a long dash, may be there."""
+    letters = [c for c in completion if c.isalpha()]
+    return bool(letters) and all(map(str.isascii, letters))
+
+
+def bullets(record: dict, completion: str, *, at_least: int = 1, at_most: float = math.inf) -> bool:
+    """Whether there are so many lines that begin with "* ", "- " or "• "."""
+    return _within(len(re.findall(r"^[^\S\n]*+[*\-•][^\S\n]+\S", completion, re.MULTILINE)), at_least, at_most)
+
+
+def numbered(record: dict, completion: str, *, at_least: int = 1, at_most: float = math.inf) -> bool:
+    """Whether there are so many lines that begin with "1. ", "2. ", ... (or with brackets behind), in this order."""
+    found = re.findall(r"^[^\S\n]*+([0-9]{1,6})[.)][^\S\n]+\S", completion, re.MULTILINE)
+    return _within(len(found), at_least, at_most) and [int(x) for x in found] == list(range(1, len(found) + 1))
+
+
+def headings(record: dict, completion: str, *, at_least: int = 1, at_most: float = math.inf) -> bool:
+    """Whether there are so many headings: lines that begin with # to ######."""
+    return _within(len(re.findall(r"^#{1,6}[^\S\n]+\S", completion, re.MULTILINE)), at_least, at_most)
+
+
+def highlights(record: dict, completion: str, *, at_least: int = 1, at_most: float = math.inf) -> bool:
+    """Whether there are so many parts *like this* or **like this**, each within a line."""
+    found = re.findall(r"(\*{1,2})(?=[^\s*])[^*\n]++\1", completion)
+    return _within(len(found), at_least, at_most)
+
+
+def placeholders(record: dict, completion: str, *, at_least: int = 1, at_most: float = math.inf) -> bool:
+    """Whether there are so many placeholders [like this]."""
+    return _within(len(re.findall(r"\[[^\[\]\n]++\]", completion)), at_least, at_most)
+
+
+def title(record: dict, completion: str) -> bool:
+    """Whether there is a title in double angle brackets, <<like this>>, within a line."""
+    return re.search(r"<<[^\S\n]*+[^<>\s][^<>\n]*+>>", completion) is not None
+
+
+def postscript(record: dict, completion: str, *, marker: str = "P.S.") -> bool:
+    """Whether a line after the first begins with the marker and goes on."""
+    later = [line.strip() for line in completion.strip().split("\n")[1:]]
+    return any(line.casefold().startswith(marker.casefold()) and len(line) > len(marker) for line in later)
+
+
+def quoted(record: dict, completion: str) -> bool:
+    """Whether all of it is within double quotes, straight or curly."""
+    text = completion.strip()
+    return len(text) > 2 and (text[0], text[-1]) in (('"', '"'), ("“", "”"))
+
+
+def json_value(record: dict, completion: str, *, keys: Sequence[str] = ()) -> bool:
+    """Whether all of it is one JSON value, in a fence of three backticks or not; an object that has these keys, if any."""
+    fenced = _FENCE.fullmatch(completion)
+    try:
+        found = json.loads(fenced[1] if fenced else completion, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        return False
+    return not keys or (isinstance(found, dict) and all(key in found for key in _all(keys)))
+
+
+def _no_constant(name: str):
+    raise ValueError(f"{name} is no JSON")
+
+
+def repeats_prompt(record: dict, completion: str) -> bool:
+    """Whether the completion is the record's prompt, word for word, and then something else."""
+    if not isinstance(prompt := record.get("prompt"), str):
+        raise UserError(f"record with the keys {', '.join(record)}: there is no text under `prompt` to be repeated.")
+    before, after = " ".join(prompt.split()), " ".join(completion.split())
+    return after.startswith(before) and len(after) > len(before)
+
+
+def alternatives(record: dict, completion: str, *, count: int = 2, separator: str = "******") -> bool:
+    """Whether there are so many answers, all different, with the separator between them."""
+    if not separator:
+        raise UserError("a constraint's separator is empty.")
+    parts = [part.strip() for part in completion.split(separator)]
+    return len(parts) == count and all(parts) and len(set(parts)) == count
+
+
+def paragraph_starts(record: dict, completion: str, *, paragraph: int, word: str) -> bool:
+    """Whether the n-th paragraph, counted from 1, begins with the word."""
+    found = _paragraphs(completion)
+    return 1 <= paragraph <= len(found) and _phrase(word).match(found[paragraph - 1]) is not None
+
+
+def choice(record: dict, completion: str, *, options: Sequence[str]) -> bool:
+    """Whether one of these phrases is there, and no other of them."""
+    return sum(_phrase(option).search(completion) is not None for option in _all(options)) == 1
+
+
+def no_repeats(record: dict, completion: str) -> bool:
+    """Whether there are sentences, and none is there twice."""
+    found = [" ".join(_words(sentence)) for sentence in _sentences(completion)]
+    return bool(found) and len(set(found)) == len(found)

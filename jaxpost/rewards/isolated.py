@@ -1,0 +1,180 @@
+"""A function in a process of its own, under a clock that it cannot stop.
+
+What a model writes may send an algebra system round for ever, or fill the memory, and neither an exception nor a timer in this
+process would reach a loop in C. So such a function runs in a child, which waits for calls and is killed when one takes too
+long; the next call starts another. Calls from several threads have a child each, so that none waits for a neighbour's.
+
+A child is a new interpreter, not a fork (jax's threads do not survive one) and not multiprocessing's, which would run the
+user's script again. It gets a function's name and plain arguments as a line of JSON, and answers with one. It limits its own
+memory, and refuses to write files, start programs or open connections from Python. That is a railing and no jail: code that a
+model wrote is not to be run here. And it dies by an alarm of its own soon after the clock, in case its parent was killed.
+"""
+
+import atexit
+import contextlib
+import functools
+import importlib
+import importlib.util
+import json
+import math
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+from jaxpost.errors import UserError
+
+START = 120.0  # seconds that the imports may take, on a busy machine
+MEMORY = 4 * 2**30  # bytes of address space
+# What Python tells of itself before it does it; the child's audit hook refuses these.
+_REFUSED = ("socket.connect", "socket.bind", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.kill")
+_REFUSED += ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "shutil.")
+_idle: list["_Child"] = []
+
+
+def call(function: str, *, args: list, seconds: float, package: str = "") -> Any:
+    """What `module:function` gives for the arguments, in a child, within so many seconds; arguments and result are JSON.
+
+    package: imported there before the clock starts, as the function's module is. Raises UserError for a package that is not
+    installed, TimeoutError where the time ran out, and RuntimeError with what the function raised, or how its process died.
+    """
+    _need(package)
+    child = _taken()
+    try:
+        child.load(function.partition(":")[0], package)
+        found = child.ask([function, args, seconds], seconds)
+    except BaseException:  # that of a thread which is told to stop, too
+        child.kill()
+        raise
+    _idle.append(child)
+    if "error" in found:
+        raise RuntimeError(found["error"])
+    return found["value"]
+
+
+def warm(*, module: str, package: str = "") -> None:
+    """Has a child ready that holds the module and the package. Raises UserError for a package that is not installed."""
+    _need(package)
+    child = _taken()
+    child.load(module, package)
+    _idle.append(child)
+
+
+def close() -> None:
+    """Ends the children that wait for calls."""
+    while _idle:
+        _idle.pop().kill()
+
+
+atexit.register(close)
+
+
+@functools.cache
+def _need(package: str) -> None:
+    if package and importlib.util.find_spec(package) is None:
+        raise UserError(f"the package {package} is not installed; pip install 'jaxpost[rewards]'.")
+
+
+def _taken() -> "_Child":
+    try:
+        return _idle.pop()
+    except IndexError:
+        return _Child()
+
+
+class _Child:
+    """An interpreter that runs this file and answers calls."""
+
+    def __init__(self):
+        # One thread for linear algebra: its buffers count as memory. One hash seed: sets have one order in every child.
+        quiet = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "JAX_PLATFORMS": "cpu"}
+        self.loaded: set[str] = set()
+        # -P: this folder has a math.py, which is not the one that others import.
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-B", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            env=os.environ | quiet,
+            start_new_session=True,  # an interrupt from the terminal is its parent's to deal with
+        )
+
+    def load(self, *modules: str) -> None:
+        """Imports what it has not yet. Raises RuntimeError with what an import raised."""
+        if new := [m for m in modules if m and m not in self.loaded]:
+            found = self.ask(["", [sys.path, new], START], START)
+            if "error" in found:
+                raise RuntimeError(found["error"])
+            self.loaded.update(new)
+
+    def ask(self, message: list, seconds: float) -> dict:
+        """The answer to a message. Raises TimeoutError, and RuntimeError where the process is gone."""
+        end = time.monotonic() + seconds
+        what = message[0] or f"import {', '.join(message[1][1])}"
+        answer, ready = b"", select.poll()
+        ready.register(self.process.stdout, select.POLLIN)
+        try:
+            left = memoryview(json.dumps(message).encode() + b"\n")
+            while left:
+                left = left[self.process.stdin.write(left) :]
+            while not answer.endswith(b"\n"):
+                if not ready.poll(max(0.0, end - time.monotonic()) * 1000):
+                    raise TimeoutError(f"{what} took more than {seconds:g} s and was stopped")
+                if not (part := os.read(self.process.stdout.fileno(), 2**16)):
+                    raise BrokenPipeError
+                answer += part
+        except BrokenPipeError:
+            raise RuntimeError(f"{what} ended its process ({self.process.wait()}), as too much memory does") from None
+        return json.loads(answer)
+
+    def kill(self) -> None:
+        """Ends the process at once."""
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+
+def _refuse(event: str, args: tuple) -> None:
+    writes = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
+    if writes or event.startswith(_REFUSED):
+        raise PermissionError(f"{event} is refused to a function that reads a model's words")
+
+
+def _serve() -> None:
+    """The child: one line in, one line out, until there are no more."""
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # what a function prints does not get between the answers
+    with contextlib.suppress(ImportError, ValueError, OSError):  # where the system has no such limit
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    sys.addaudithook(_refuse)
+    for line in sys.stdin.buffer:
+        name, args, seconds = json.loads(line)
+        signal.alarm(math.ceil(seconds) + 1)
+        try:
+            answer = json.dumps({"value": _run(name, args)})
+        except BaseException as error:
+            answer = json.dumps({"error": f"{type(error).__name__}: {str(error)[:300]}"})
+        signal.alarm(0)
+        answers.write(answer.encode() + b"\n")
+
+
+def _run(name: str, args: list) -> Any:
+    if name:
+        module, _, function = name.partition(":")
+        return getattr(importlib.import_module(module), function)(*args)
+    sys.path[:], modules = args
+    for module in modules:
+        importlib.import_module(module)
+    return None
+
+
+if __name__ == "__main__":
+    _serve()

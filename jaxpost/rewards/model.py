@@ -1,0 +1,92 @@
+"""A trained reward model as a reward.
+
+    dict(name="model.score", folder="WORKDIR")       the workdir of a run with reward_model.bradley_terry or one of its kin
+
+It says of a completion what it said of those it learned from: prompt and completion are rendered by the template that it was
+trained with and read by its own tokenizer, and its head is read at the token that ends the completion. It computes on this
+process's own devices, many completions at a time: `score.many` is what a batch is judged by.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxpost import sharding
+from jaxpost.data import chat
+from jaxpost.data.formats import Conversation
+from jaxpost.errors import UserError
+from jaxpost.models import heads, loading
+
+ROWS = 8  # completions at a time, for each device
+_BUCKET = 64  # tokens that lengths are padded to a multiple of, so that few programs are compiled
+
+
+def score(record: dict, completion: str, *, folder: str) -> float:
+    """What the reward model in a workdir says of a completion of record["prompt"], a user's message or a list of turns.
+
+    Raises UserError where the folder has no reward model or tokenizer, and for a record without a prompt; ValueError for what
+    is longer than the model's positions.
+    """
+    (found,) = _many([record], [completion], folder=folder)
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _many(records: Sequence[dict], completions: Sequence[str], *, folder: str) -> list[float | Exception]:
+    """`score` of each, read side by side; an error in place of a score that there is none of."""
+    model, params, tokenizer, mesh = _opened(folder)
+    most = model.arch.max_positions
+    examples = [_encoded(r, c, tokenizer, folder) for r, c in zip(records, completions, strict=True)]
+    lengths = [len(e["tokens"]) for e in examples]
+    found: list = [ValueError(f"prompt and completion have {n} tokens, the reward model takes {most}") for n in lengths]
+    # By length, so that rows side by side have little padding.
+    order = sorted((i for i, n in enumerate(lengths) if n <= most), key=lengths.__getitem__)
+    rows = ROWS * mesh.size
+    for part in (order[i : i + rows] for i in range(0, len(order), rows)):
+        length = min(lengths[part[-1]] + -lengths[part[-1]] % _BUCKET, most)
+        batch = {k: np.zeros((rows, length), np.int32) for k in ("tokens", "segments", "positions")}
+        last = np.zeros(rows, np.int32)
+        for row, i in enumerate(part):
+            batch["tokens"][row, : lengths[i]], batch["segments"][row, : lengths[i]] = examples[i]["tokens"], 1
+            batch["positions"][row, : lengths[i]] = np.arange(lengths[i])
+            last[row] = np.flatnonzero(examples[i]["mask"])[-1]
+        with sharding.use(mesh):
+            rewards = np.asarray(_rewards(model, params, sharding.distribute(batch, mesh, rows)))
+        for row, i in enumerate(part):
+            found[i] = float(rewards[row, last[row]])
+    return found
+
+
+score.many = _many
+score.ready = lambda *, folder: _opened(folder)
+
+
+@functools.lru_cache(maxsize=4)
+def _opened(folder: str) -> tuple:
+    """(transformer, weights, tokenizer, mesh) of a reward model, which stays in memory. Raises UserError for another model."""
+    # Each process judges its own completions: a mesh over all of them would have to be asked by all at once.
+    mesh = sharding.make_mesh(devices=jax.local_devices())
+    found, params = loading.open_model(folder, mesh)
+    if "reward_head" not in params:
+        raise UserError(f"rewards.model.score: {folder} has no reward head; give the workdir of a reward model.")
+    if found.tokenizer is None:
+        raise UserError(f"rewards.model.score: {folder} has no tokenizer, so it cannot read text.")
+    return found.transformer, params, found.tokenizer, mesh
+
+
+def _encoded(record: dict, completion: str, tokenizer: Any, folder: str) -> dict[str, np.ndarray]:
+    prompt = record.get("prompt")
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not turns or not isinstance(turns, list):
+        raise UserError(f"record with the keys {', '.join(record)}: no text or turns under `prompt` for the model in {folder}.")
+    turns = [*turns, {"role": "assistant", "content": completion}]
+    return chat.encode(Conversation(turns, "a completion for the reward model"), tokenizer, train_on="last")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _rewards(model: Any, params: Any, batch: dict) -> jax.Array:
+    return heads.scalar(model.forward(params, batch).hidden, params["reward_head"]["kernel"])

@@ -1,0 +1,101 @@
+"""What of rollouts is put aside in files: batches that a checkpoint cannot make again, and completions that a kill would lose.
+
+    held-00000040.npz    beside the checkpoint of step 40: the batch in use, what was told of it, and those that wait
+    partial.npz          completions that had ended when the run was killed, and of which batch they are
+
+Plain arrays by path, written whole or not at all.
+"""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from jaxpost import sharding, writers
+from jaxpost.sampling.decode import Finished, together
+
+PARTIAL = "partial.npz"
+
+
+def held(step: int) -> str:
+    """The name of a checkpoint's file."""
+    return f"held-{step:08d}.npz"
+
+
+def sweep(folder, steps: Sequence[int]) -> None:
+    """Removes the files of checkpoints that are gone: not among `steps`, and older than the last of these."""
+    for path in epath.Path(folder).glob("held-*.npz"):
+        if (number := int(path.name[5:13])) not in steps and number < max(steps, default=0):
+            path.unlink()
+
+
+def clear(folder) -> None:
+    """Removes all that a run left which began anew, of which nobody knows whether its settings were these."""
+    for path in epath.Path(folder).glob("*.npz"):
+        path.unlink()
+
+
+def write(path: epath.Path, batch: Mapping, waiting: Sequence[Any], told: Mapping) -> None:
+    """A batch's columns, what waits (NamedTuples of arrays, numbers and such), and anything else that is JSON."""
+    arrays = {**_flat("batch", batch), **_flat("waiting", {str(i): made for i, made in enumerate(waiting)})}
+    _store(path, {**arrays, "told": np.array(json.dumps(told))})
+
+
+def read(path: epath.Path) -> tuple[dict, list[dict], dict]:
+    """What `write` wrote: the columns, what waited as dicts, numbers being arrays without dimensions, and the rest."""
+    stored = _load(path)
+    told = json.loads(str(stored.pop("told")))
+    tree: dict = {"batch": {}, "waiting": {}}
+    for name, value in stored.items():
+        *inner, last = name.split("\t")
+        place = tree
+        for part in inner:
+            place = place.setdefault(part, {})
+        place[last] = value
+    return tree["batch"], [tree["waiting"][str(i)] for i in range(len(tree["waiting"]))], told
+
+
+def _flat(path: str, value: Any) -> dict[str, np.ndarray]:
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if not isinstance(value, Mapping):
+        return {} if value is None else {path: np.asarray(value)}
+    return {k: x for name, inner in value.items() for k, x in _flat(f"{path}\t{name}", inner).items()}
+
+
+def _store(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writers.replace(path, content.getvalue())
+
+
+def _load(path: epath.Path) -> dict[str, np.ndarray]:
+    with np.load(io.BytesIO(path.read_bytes())) as stored:
+        return dict(stored)
+
+
+def write_partial(folder, key: tuple[int, ...], ended: Mapping[int, Finished], new: int) -> None:
+    """Completions of the batch that `key` tells from all others, by their place in it."""
+    places = sorted(ended)
+    found = together([ended[i] for i in places], new)
+    _store(epath.Path(folder) / PARTIAL, {"key": np.array(key), "places": np.array(places), **_flat("found", found)})
+
+
+def read_partial(folder, key: tuple[int, ...]) -> dict[int, Finished]:
+    """The completions of this very batch that are there; none for another."""
+    path = epath.Path(folder) / PARTIAL
+    stored = _load(path) if path.exists() else {"key": np.array([-1])}
+    if not sharding.agree(float(tuple(stored["key"]) == tuple(key))):
+        return {}
+    found = {name.partition("\t")[2]: x for name, x in stored.items() if "\t" in name}
+    ended = {}
+    for row, place in enumerate(stored["places"]):
+        length = int(found["lengths"][row])
+        logps = {k: found[k][row, :length] if k in found else None for k in ("logps", "policy_logps")}
+        said = {"stopped": bool(found["stopped"][row]), "said": int(found["said"][row])}
+        ended[int(place)] = Finished(int(place), found["tokens"][row, :length], **logps, **said)
+    return ended

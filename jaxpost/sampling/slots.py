@@ -1,0 +1,273 @@
+"""Decoding on the device: a bank of prompts, a queue of completions, slots that work it off, and segments of so many turns.
+
+    prepare    the weights as decoding reads them, once an update
+    prefill    each prompt once, however many completions it gets: its keys and values, and the logits after it
+    begin      a queue's empty slots
+    segment    turns: every slot's next token. A slot whose completion has ended takes the next one of its queue at once, so
+               that a long completion holds up nobody; its prompt is copied out of the bank
+
+The noise of a draw is a function of (seed, step, number of the completion, place in it), and shapes come from the settings
+alone. So a completion can be made again from those and the weights: at one compiled shape bit for bit, whichever slot it is in
+and whatever else is, since no operation reads across rows. Its first token always comes of the bank's logits and all others of
+a turn's, so neither does it matter when it began.
+
+Slots, queue and bank are split over devices as rows are, and no device's slots reach into another's bank.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxpost import sharding
+from jaxpost.models.attention import cache_axes
+from jaxpost.models.einsum import turned
+from jaxpost.models.heads import logits
+from jaxpost.models.transformer import Transformer, unstack
+from jaxpost.sampling import processors
+from jaxpost.types import Params
+
+
+class Bank(NamedTuple):
+    """Prompts after prefill: {k, v} [U,K,P,H] (see `attention.cache_axes`) a layer, the logits [U,V] of the first token,
+    lengths [U].
+    """
+
+    cache: tuple
+    scores: jax.Array
+    lengths: jax.Array
+
+
+class Queue(NamedTuple):
+    """What is to be completed, [J] each: the prompt's place in its device's bank, the completion's number for its noise; and
+    [W], how many of each device's J / W places are in use.
+    """
+
+    prompts: jax.Array
+    numbers: jax.Array
+    counts: jax.Array
+
+
+class State(NamedTuple):
+    """Decoding under way. Of the n slots: the cache {k, v} [n,K,T,H] a layer, the last token drawn, the place of the completion
+    in its device's queue (-1 for none), how many tokens it has. [W]: how far each queue is. Of the J completions, as far as
+    they are: tokens, logps, policy_logps [J,N], lengths [J], stopped [J], done [J].
+    """
+
+    cache: tuple
+    token: jax.Array
+    job: jax.Array
+    count: jax.Array
+    taken: jax.Array
+    tokens: jax.Array
+    logps: jax.Array
+    policy_logps: jax.Array | None
+    lengths: jax.Array
+    stopped: jax.Array
+    done: jax.Array
+
+
+def draw(scores: jax.Array, uniform: jax.Array, temperature: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One token a row from logits [B,V] by inverting the cumulative distribution at uniform [B] in [0,1); temperature 0 is
+    greedy.
+
+    Returns (token [B], its log-probability [B]): at the temperature, or at temperature 1 for a greedy choice. One random number
+    a row where the Gumbel trick needs V.
+    """
+    return _inverted(scores / _divisor(temperature), uniform, temperature > 0)
+
+
+def _divisor(temperature: jax.Array) -> jax.Array:
+    return jnp.where(temperature > 0, temperature, 1.0)
+
+
+def _inverted(scores: jax.Array, uniform: jax.Array, sampled: jax.Array) -> tuple[jax.Array, jax.Array]:
+    logps = jax.nn.log_softmax(scores, axis=-1)
+    probs = jnp.exp(logps)
+    mass = jnp.cumsum(probs, axis=-1)
+    # A parallel cumulative sum rounds each place by itself, so it may rise a little where the probability is zero: such a
+    # place is left out by name. The mode stands in where rounding leaves none.
+    reached = (mass > uniform[:, None] * mass[:, -1:]) & (probs > 0)
+    mode = jnp.argmax(scores, axis=-1)
+    token = jnp.where(sampled & jnp.any(reached, axis=-1), jnp.argmax(reached, axis=-1), mode)
+    return token.astype(jnp.int32), jnp.take_along_axis(logps, token[:, None], axis=-1)[:, 0]
+
+
+def _uniform(key: jax.Array, numbers: jax.Array, places: jax.Array) -> jax.Array:
+    """A number in [0,1) for each row, independent of which other rows are there."""
+    one = lambda n, place: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, n), place))  # noqa: E731
+    return jax.vmap(one)(numbers, places)
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def prepare(model: Transformer, params: Params) -> Params:
+    """The weights as decoding reads them: whole along fsdp, of the computation's numbers, a tree a layer."""
+    return turned(sharding.gather(unstack(params, model.arch.layers), model.dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "room"))
+def prefill(model: Transformer, params: Params, prompts: jax.Array, lengths: jax.Array, *, room: int) -> Bank:
+    """The bank of prompts [U,P] int32, right-padded, of true lengths [U] >= 1; room: tokens that prompt and completion take."""
+    u, p = prompts.shape
+    places = jnp.broadcast_to(jnp.arange(p), (u, p))
+    batch = {"tokens": prompts, "positions": places, "room": jnp.int32(room)}
+    out = model.forward(params, batch, model.make_cache(u, p))
+    return Bank(out.cache, logits(out.hidden[jnp.arange(u), lengths - 1], out.head), lengths)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "slots", "room", "new", "policy"))
+def begin(model: Transformer, done: jax.Array, *, slots: int, room: int, new: int, policy: bool) -> State:
+    """Empty slots, and [J] completions of at most `new` tokens, of which those in `done` are not to be made."""
+    jobs, none = done.shape[0], jnp.zeros((done.shape[0], new), jnp.float32)
+    idle = jnp.zeros(slots, jnp.int32)
+    return State(
+        model.make_cache(slots, room), idle, idle - 1, idle, jnp.zeros(sharding.batch_ways(), jnp.int32),
+        none.astype(jnp.int32), none, none if policy else None, jnp.zeros(jobs, jnp.int32), jnp.zeros(jobs, bool), done,
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("model", "turns", "chain"), donate_argnames=("state",))
+def segment(
+    model: Transformer,
+    params: Params,
+    bank: Bank,
+    queue: Queue,
+    state: State,
+    noise: jax.Array,
+    stop: jax.Array,
+    amounts: dict,
+    halted: jax.Array,
+    *,
+    turns: int,
+    chain: tuple[Callable, ...] = (),
+) -> tuple[State, dict]:
+    """`turns` more tokens for every slot, refilled as they end; (the state, what of the completions is there so far).
+
+    noise [2]: (seed, step); stop [n]: the token ids that end a completion; amounts: `processors.controls`; halted [J]: those
+    that the host has ended; chain: processors that come first. It is over sooner where nothing is left to do.
+    """
+    key = jax.random.fold_in(jax.random.PRNGKey(noise[0]), noise[1])
+    record = functools.partial(_record, queue=queue, key=key, stop=stop, amounts=amounts, chain=chain)
+    refill = functools.partial(_refill, bank=bank, queue=queue, record=record)
+    begins = _rows(bank.lengths, queue.prompts)  # [J]
+
+    def turn(carry):
+        t, s = carry
+        at = _rows(begins, s.job) + s.count - 1
+        out = model.forward(params, {"tokens": s.token[:, None], "positions": at[:, None]}, s.cache)
+        return t + 1, record(s._replace(cache=out.cache), logits(out.hidden[:, 0], out.head), s.job >= 0)
+
+    def stretch(carry):
+        """Turns until a slot can be refilled. The refill is outside of their loop, which passes caches on as they are."""
+        t, s = carry
+        with _counted(1):
+            s = jax.lax.while_loop(lambda s: _wanting(s, queue), refill, s)
+        with _counted(state.tokens.shape[1]):
+            return jax.lax.while_loop(lambda c: going(c) & ~_wanting(c[1], queue), turn, (t, s))
+
+    def going(carry):
+        t, s = carry
+        return (t < turns) & (jnp.any(s.job >= 0) | _wanting(s, queue))
+
+    with _counted(1):
+        _, state = jax.lax.while_loop(going, stretch, (0, _freed(state, halted)))
+    seen = {k: getattr(state, k) for k in ("tokens", "logps", "policy_logps", "lengths", "stopped", "done")}
+    # Every process looks at all of them.
+    return state, jax.tree.map(lambda x: sharding.shard(x, "SG"[: x.ndim]), seen)
+
+
+def _counted(times: int):
+    """The scope by whose name `jaxpost.fit` knows how often a loop turns: to complete slots once, refilled once."""
+    return jax.named_scope(f"at_most_{times}_times")
+
+
+def _pinned(s: State) -> State:
+    """What is of slots or of completions lies with its device; the partitioner would as soon copy it everywhere."""
+    pin = lambda x: None if x is None else sharding.shard(x, "BS"[: x.ndim])  # noqa: E731
+    return State(s.cache, *(pin(x) for x in s[1:]))
+
+
+def _by_shard(fn: Callable, *arrays: jax.Array) -> jax.Array:
+    """fn over each device's own part of the leading axes."""
+    ways = sharding.batch_ways()
+    out = jax.vmap(fn)(*(x.reshape(ways, x.shape[0] // ways, *x.shape[1:]) for x in arrays))
+    return out.reshape(-1, *out.shape[2:])
+
+
+def _rows(x: jax.Array, which: jax.Array) -> jax.Array:
+    """The rows of x that are asked for, which each device counts from its own part's first; any for those below 0."""
+    return _by_shard(lambda x, i: x[jnp.maximum(i, 0)], x, which)
+
+
+def _freed(s: State, halted: jax.Array) -> State:
+    """Without the completions that the host has ended."""
+    gone = (s.job >= 0) & _rows(halted, s.job)
+    return _pinned(s._replace(job=jnp.where(gone, -1, s.job), done=s.done | halted))
+
+
+def _idle(s: State) -> jax.Array:
+    """[W,n/W]: which of each device's slots complete nothing."""
+    return (s.job < 0).reshape(s.taken.shape[0], -1)
+
+
+def _wanting(s: State, queue: Queue) -> jax.Array:
+    """Whether any device has both an idle slot and something left to complete."""
+    return jnp.any(jnp.any(_idle(s), axis=1) & (s.taken < queue.counts))
+
+
+def _refill(s: State, bank: Bank, queue: Queue, record: Callable) -> State:
+    """Idle slots take the next of their queue: its prompt out of the bank, its first token drawn."""
+    idle = _idle(s)
+    turn = s.taken[:, None] + jnp.cumsum(idle, axis=1) - 1
+    fresh = idle & (turn < queue.counts[:, None])
+    taken = s.taken + jnp.sum(fresh, axis=1)
+    job, fresh = jnp.where(fresh, turn, s.job.reshape(idle.shape)).reshape(-1), fresh.reshape(-1)
+    prompt, axes = _rows(queue.prompts, job), cache_axes()
+
+    def copied(held, banked):
+        time = axes.index("T")
+        window = jax.lax.slice_in_dim(held, 0, banked.shape[time], axis=time)
+        rows = jnp.where(fresh[:, None, None, None], _rows(banked, prompt), window)
+        return sharding.shard(jax.lax.dynamic_update_slice_in_dim(held, rows, 0, time), axes)
+
+    cache = jax.tree.map(copied, s.cache, bank.cache)
+    s = s._replace(cache=cache, job=job, taken=taken, count=jnp.where(fresh, 0, s.count))
+    return record(s, _rows(bank.scores, prompt), fresh)
+
+
+def _record(s: State, scores: jax.Array, who: jax.Array, *, queue, key, stop, amounts, chain) -> State:
+    """Draws and writes down the next token of the slots `who` [n] from the model's logits [n,V]."""
+    numbers, found = _rows(queue.numbers, s.job), scores
+    context = {"tokens": _rows(s.tokens, s.job), "counts": s.count, "numbers": numbers} if chain else {}
+    for processor in chain:
+        found = processor(found, context)
+    found = processors.restricted(found / _divisor(amounts["temperature"]), amounts)
+    token, logp = _inverted(found, _uniform(key, numbers, s.count), amounts["temperature"] > 0)
+    count = s.count + who
+    stopped = who & jnp.isin(token, stop)
+    ended = stopped | (who & (count == s.tokens.shape[1]))
+    job = jnp.where(who, s.job, s.done.shape[0])  # out of range, and so written nowhere
+
+    def at_place(into, values):
+        return _by_shard(lambda x, j, c, v: x.at[j, c].set(v, mode="drop"), into, job, s.count, values)
+
+    def of_job(into, values):
+        return _by_shard(lambda x, j, v: x.at[j].set(v, mode="drop"), into, job, values)
+
+    if s.policy_logps is not None:
+        own = jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), token[:, None], axis=-1)[:, 0]
+        s = s._replace(policy_logps=at_place(s.policy_logps, own))
+    return _pinned(
+        s._replace(
+            token=jnp.where(who, token, s.token),
+            job=jnp.where(ended, -1, s.job),
+            count=count,
+            tokens=at_place(s.tokens, token),
+            logps=at_place(s.logps, logp),
+            lengths=of_job(s.lengths, count),
+            stopped=of_job(s.stopped, stopped),
+            done=of_job(s.done, ended),
+        )
+    )

@@ -1,0 +1,108 @@
+"""The restrictions against closed forms and a plain sorting reference, one's own processor through the whole sampler."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sampler_cases as cases
+from sampler_cases import NEW, sampled
+
+from jaxpost.sampling import processors
+
+PROBS = np.array([0.15, 0.4, 0.05, 0.3, 0.1])
+
+
+def kept(probs=PROBS, **amounts) -> list[int]:
+    """Which of the tokens may be drawn; of those the logits are as they were."""
+    with np.errstate(divide="ignore"):
+        logits = jnp.log(jnp.asarray(probs, jnp.float32))[None]
+    found = processors.restricted(logits, processors.controls(**amounts))
+    left = np.flatnonzero(np.isfinite(found[0]))
+    np.testing.assert_array_equal(found[0, left], logits[0, left])
+    return left.tolist()
+
+
+def test_what_may_be_drawn_in_closed_form():
+    assert kept() == kept(top_k=0, top_p=1.0, min_p=0.0) == kept(top_k=5) == kept(top_k=99) == [0, 1, 2, 3, 4]
+    assert (kept(top_k=1), kept(top_k=2), kept(top_k=3)) == ([1], [1, 3], [0, 1, 3])
+    # Of 0.4, 0.3, 0.15, 0.1, 0.05: the one that reaches the share is in.
+    assert (kept(top_p=0.39), kept(top_p=0.41), kept(top_p=0.69), kept(top_p=0.71)) == ([1], [1, 3], [1, 3], [0, 1, 3])
+    assert (kept(top_p=0.86), kept(top_p=0.96), kept(top_p=1e-9)) == ([0, 1, 3, 4], [0, 1, 2, 3, 4], [1])
+    assert (kept(min_p=0.76), kept(min_p=0.74), kept(min_p=0.26), kept(min_p=1.0)) == ([1], [1, 3], [0, 1, 3], [1])
+    assert kept(min_p=0.24) == [0, 1, 3, 4]
+    # One after the other: of the two that top_k leaves, 0.4 is 4/7 of the probability.
+    assert (kept(top_k=2, top_p=0.57), kept(top_k=2, top_p=0.58)) == ([1], [1, 3])
+    assert kept(top_p=0.71, min_p=0.5) == [1, 3]
+
+
+def test_equals_share_their_fate_and_the_impossible_stays_so():
+    assert kept([0.25] * 4, top_k=2) == [0, 1, 2, 3] == kept([0.25] * 4, top_p=0.1)
+    assert kept([0.5, 0.0, 0.5, 0.0], top_k=3) == [0, 2] == kept([0.5, 0.0, 0.5, 0.0], top_p=0.999999)
+
+
+def reference(logits: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.ndarray:
+    """One row, token by token in float64: from the likeliest on, until something forbids the next."""
+    order = np.argsort(-logits, kind="stable")[: top_k or None]
+    chances = np.exp(logits[order].astype(np.float64) - logits.max())
+    chances /= chances.sum()
+    allowed, before = [], 0.0
+    for token, chance in zip(order, chances, strict=True):
+        if allowed and (before >= top_p or chance < min_p * chances[0]):
+            break
+        allowed.append(token)
+        before += chance
+    return np.where(np.isin(np.arange(len(logits)), allowed), logits, -np.inf)
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+def test_restrictions_are_those_of_a_plain_reference(temperature):
+    rng, restrict = np.random.default_rng(0), jax.jit(processors.restricted)
+    logits = (rng.normal(size=(40, 300)) * 3).astype(np.float32) / np.float32(temperature)
+    for top_k, top_p, min_p in itertools.product((0, 1, 7, 300), (1.0, 0.9, 0.3), (0.0, 0.02, 0.5)):
+        found = restrict(jnp.asarray(logits), processors.controls(temperature, top_k, top_p, min_p))
+        np.testing.assert_array_equal(found, [reference(row, top_k, top_p, min_p) for row in logits])
+    assert restrict._cache_size() == 1  # amounts are arrays
+
+
+def test_samples_are_of_the_restricted_distribution_and_recorded_with_it():
+    found = sampled(top_k=5, top_p=0.9, min_p=0.05, temperature=1.5)
+    scores = cases.judged(found)
+    left = np.stack([[reference(row / 1.5, 5, 0.9, 0.05) for row in rows] for rows in scores])
+    np.testing.assert_allclose(found.logps, cases.logps(left, found), atol=5e-5)
+    np.testing.assert_allclose(found.policy_logps, cases.logps(scores, found), atol=5e-5)
+    inside = np.arange(NEW) < found.lengths[:, None]
+    assert (found.logps > found.policy_logps)[inside].mean() > 0.7
+
+
+# --------------------------------------------------------------------------------------------------- One of one's own
+
+
+def never_again(logits, context):
+    """Forbids what the completion has said already."""
+    said = jax.nn.one_hot(context["tokens"], logits.shape[-1], dtype=bool)
+    said &= (jnp.arange(context["tokens"].shape[1]) < context["counts"][:, None])[..., None]
+    return jnp.where(said.any(axis=1), -jnp.inf, logits)
+
+
+def by_number(logits, context):
+    """Leaves completion i nothing to begin with but token i."""
+    own = jnp.arange(logits.shape[-1]) == context["numbers"][:, None]
+    return jnp.where((context["counts"] == 0)[:, None] & ~own, -jnp.inf, logits)
+
+
+@pytest.mark.parametrize("slots", [0, 2])
+def test_a_processor_knows_what_was_said_and_by_whom(slots):
+    found = sampled(slots=slots, stop=(), number=2, chain=(by_number, never_again))
+    assert (found.lengths == NEW).all()
+    np.testing.assert_array_equal(found.tokens[:, 0], 2 + np.arange(len(found.tokens)))
+    assert all(len(set(row.tolist())) == NEW for row in found.tokens)
+    # The record is of what was drawn from, the policy's own of what the model said.
+    scores = cases.judged(found)
+    np.testing.assert_allclose(found.policy_logps, cases.logps(scores, found), atol=5e-5)
+    for n in range(1, NEW):
+        np.put_along_axis(scores[:, n], found.tokens[:, :n], -np.inf, axis=-1)
+    wanted = cases.logps(scores, found)
+    wanted[:, 0] = 0.0
+    np.testing.assert_allclose(found.logps, wanted, atol=5e-5)
