@@ -182,7 +182,8 @@ def solves(
     if not callable(getattr(task, "test_records", None)) or not (reward or callable(getattr(task, "reward", None))):
         raise UserError(f"--task={name}: has no test_records or no reward; CONTRIBUTING.md lists what a task has.")
     judges = selfmade.rewards(task, name, reward)
-    records = task.test_records(per_cell)
+    if not (records := task.test_records(per_cell)):
+        raise UserError(f"--task={name}: has no test problems.")
     longest = max(len(chat.encode_prompt(r["prompt"], model.tokenizer, template)) for r in records)
     if (new := min(new, model.transformer.arch.max_positions - longest)) < 1:
         raise UserError(f"--task={name}: a prompt of {longest} tokens leaves no room for an answer in the model's positions.")

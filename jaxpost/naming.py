@@ -110,7 +110,7 @@ def _told(thing: Any, within: tuple) -> str:
         return tell(thing.__func__)
     if isinstance(thing, property):
         return tell([thing.fget, thing.fset])
-    if inspect.ismemberdescriptor(thing) or inspect.isgetsetdescriptor(thing):
+    if isinstance(thing, _COMPILED) or inspect.ismemberdescriptor(thing) or inspect.isgetsetdescriptor(thing):
         return thing.__name__
     # All that a class has, the methods that Python writes too, but for what says where it is.
     parts = {k: v for c in kind.__mro__[:-1] for k, v in vars(c).items() if k not in _WHERE}

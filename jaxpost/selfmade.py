@@ -73,13 +73,16 @@ def _reward(found, key: str, entry: Mapping | str) -> tuple[Callable, float]:
 
 
 def problems(found, judges: Rewards, model, s) -> dict:
-    """What `evaluate.graded` takes, of a task's test problems. Raises UserError for one that cannot be asked."""
+    """What `evaluate.graded` takes, of a task's test problems; nothing for a task without any. Raises UserError for one that
+    cannot be asked.
+    """
     options = {"prompt_window": s.rollouts.prompt_window, "new": s.rollouts.new, "template": datasets.template(model, s)}
     options["stop"], options["strings"] = _stops(model, s, options["template"])
     records = found.test_records(s.eval_per_cell)
     for i, record in enumerate(records):
         _encoded(record, f"task {s.task['name']}, test problem {i}", model, s, options["template"])
-    return {"records": records, "rewards": judges, "tokenizer": model.tokenizer, "rows": s.eval_rows, "options": options}
+    asked = {"records": records, "rewards": judges, "tokenizer": model.tokenizer, "rows": s.eval_rows, "options": options}
+    return asked if records else {}
 
 
 def _stops(model, s, jinja: str) -> tuple[list[int], tuple[str, ...]]:

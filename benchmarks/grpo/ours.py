@@ -82,7 +82,6 @@ def run(job: dict, clock) -> dict:
     roofline's figure needs.
     """
     compilations, shared = Compilations(), job["argument"] == "shared"
-    evaluate.graded = lambda *_, **__: [("samples", [])]
     ours.train(settings(job, shared), job, clock)
     rows = [json.loads(line) for line in (Path(job["result"]).parent / "run" / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "kl" in row]
