@@ -7,15 +7,18 @@ alone, the compilation of the step included, evaluation and saving left out, and
 
 import io
 import json
+import shutil
+import sys
 import time
 from collections import Counter
 from typing import Any
 
 import jax
 import numpy as np
+import tqdm
 from etils import epath
 
-from jaxpost import metrics, optim, sharding, writers
+from jaxpost import metrics, optim, sharding, table, writers
 from jaxpost.errors import UserError
 from jaxpost.progress import Progress, model_flops, peak_flops
 
@@ -54,6 +57,12 @@ class Log:
         """Takes a step's metrics without waiting for them, and deals with the step before."""
         self.settle(keep_mark=True)
         self.pending = (at, batch, measured, self.wait)
+        every = self.plan.settings.completions
+        if every and at % every == 0 and self.writer and hasattr(self.plan.source, "table"):
+            self.writer.completions(self.plan.name, at, self.plan.source.table())
+            if sys.stderr.isatty():
+                width = shutil.get_terminal_size().columns
+                tqdm.tqdm.write(table.shown(self.plan.source.samples[:8], width, colour=True), file=sys.stderr)
 
     def out_of_time(self) -> bool:
         """Whether the budget is used up, by the first process's clock: all must take the same steps."""

@@ -121,6 +121,9 @@ DEFAULTS = {
     "eval_every": 0,
     "save_every": 0,
     "keep": 2,
+    # Every so many steps of rollouts, all completions with their rewards and advantages go to completions/STAGE/STEP.parquet,
+    # and some are shown on a terminal.
+    "completions": 0,
     "profile": 0,  # steps of each stage to trace, once it is under way (profile.py)
     "best": "eval/loss",  # the metric whose best checkpoint stays as well
     "highest": False,  # whether more of it is better
@@ -143,6 +146,7 @@ FREE = (
     "max_skipped",
     "remat",
     "profile",
+    "completions",
 )
 
 # Keys that count something and must be at least 1; other numbers must not be negative.

@@ -4,6 +4,7 @@ import json
 import types
 
 import pytest
+from pyarrow import parquet
 
 from jaxpost import log, progress, recipe
 from jaxpost.models.families import architecture
@@ -68,3 +69,25 @@ def test_speed_is_over_all_steps_since_the_last_row(tmp_path, clock):
     assert third["wait_time"] == second["wait_time"] == pytest.approx(0.5)
     flops = sum(progress.model_flops(found.transformer.arch, 10 * at, at, 2 * at) for at in (4, 5, 6))
     assert third["mfu"] == pytest.approx(flops / (3 * third["step_time"]) / 1e6)
+
+
+def test_all_completions_are_kept_every_so_many_steps(tmp_path, clock):
+    settings = recipe.make(completions=2, model=FIELDS, steps=4)
+    found = types.SimpleNamespace(transformer=types.SimpleNamespace(arch=architecture(FIELDS)))
+    rows = [{"prompt": "1+1", "completion": "2", "reward": 1.0, "advantage": 0.5}]
+    source = types.SimpleNamespace(table=lambda: rows, samples=rows)
+    plan = types.SimpleNamespace(name="rl", settings=settings, steps=4, found=found, source=source, trained=1)
+    written = log.Log(plan, tmp_path, ["rl"], {"num_tokens": 0, "seconds": 0.0}, 0, float("inf"))
+    quiet = {"skipped": 0, "skipped_in_a_row": 0, "loss": 1.0, "grad_norm": 1.0, "num_trained": 1, "num_pairs": 1}
+    for at in range(1, 5):
+        rows[0]["completion"] = str(at)
+        written.clock()
+        clock[0] += 1.0
+        written.waited()
+        written.step(at, {}, quiet | {"num_tokens": 1})
+    written.settle()
+    written.close()
+    files = sorted((tmp_path / "completions" / "rl").iterdir())
+    assert [path.name for path in files] == ["00000002.parquet", "00000004.parquet"]
+    found = [parquet.read_table(path).to_pylist()[0] for path in files]
+    assert [(row["step"], row["completion"], row["advantage"]) for row in found] == [(2, "2", 0.5), (4, "4", 0.5)]

@@ -49,6 +49,11 @@ def test_a_batch_says_what_happened(monkeypatch):
         assert batch["temperature"] == np.float32(0.5) and batch["temperature"].dtype == np.float32
         lengths = np.array([2] * ROWS)
         groups = rewards.reshape(-1, GROUP)
+        table = made.table()
+        assert [row["completion"] for row in table] == [says(n, i) for i in range(ROWS)] and made.samples == table[: 2 * GROUP]
+        assert [row["prompt"] for row in table[::GROUP]] == [f"{n * PROMPTS + i}+" for i in range(PROMPTS)]
+        np.testing.assert_allclose([row["reward"] for row in table], rewards)
+        np.testing.assert_allclose([row["advantage"] for row in table], batch["advantages"].max(1) + batch["advantages"].min(1))
         assert made.metrics == pytest.approx(
             {
                 "reward": rewards.mean(),

@@ -20,7 +20,6 @@ import numpy as np
 from grpo import trl
 from sft import ours
 
-from jaxpost import evaluate
 from jaxpost.models import loading
 from jaxpost.progress import model_flops
 

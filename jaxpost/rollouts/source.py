@@ -88,7 +88,8 @@ class Made(NamedTuple):
 
 
 class Rollouts:
-    """The source. `samples` holds the latest batch's first groups, for the log; `metrics` what its rewards were like.
+    """The source. `samples` holds the latest batch's first groups, for the log, and `table()` gives all of it; `metrics` is
+    what its rewards were like.
 
     frozen: programs (state, batch) -> columns, of weights that do not change; folder: where what cannot be made again is kept.
     Both are set before the first call.
@@ -104,6 +105,7 @@ class Rollouts:
         self.batch, self.due = None, 0  # the one in use, as columns, and how many steps it has served
         self.waiting: collections.deque[Made] = collections.deque()
         self.samples: list[dict] = []
+        self.table: Callable = lambda: self.samples  # of a batch that was restored, more is not known
         self.metrics: dict[str, float] = {}
 
     def __call__(self, state) -> dict[str, np.ndarray]:
@@ -251,15 +253,23 @@ class Rollouts:
         self.metrics, each = {**made.figures, **figures}, len(made.found.lengths) // len(made.numbers)
         if self.left_out:
             self.metrics["problems_left_out"] = float(self.left_out)
-        self.samples = []
-        for i in range(min(2, len(made.numbers))):
-            _, ids = m.prompt(int(made.numbers[i]))
+        self.table = functools.partial(self._told, made, verdicts, advantages, each)
+        self.samples = self.table(2)
+        return found
+
+    def _told(
+        self, made: Made, verdicts: Verdicts, advantages: np.ndarray, each: int, prompts: int | None = None
+    ) -> list[dict]:
+        """The completions of the first so many prompts, or of all, as rows of jaxpost/table.py."""
+        rows, m, several = [], self.making, len(verdicts.each) > 1
+        for i, number in enumerate(made.numbers[:prompts]):
+            prompt = m.tokenizer.decode(m.prompt(int(number))[1])
             for b in range(i * each, (i + 1) * each):
                 text = m.tokenizer.decode(made.found.tokens[b][: made.found.said[b]], clean_up_tokenization_spaces=False)
-                said = {f"rewards/{k}": float(x[b]) for k, x in verdicts.each.items()} if len(verdicts.each) > 1 else {}
-                shown = {"prompt": m.tokenizer.decode(ids), "completion": text, "reward": float(verdicts.totals[b]), **said}
-                self.samples.append(shown | {"advantage": float(advantages[b])})
-        return found
+                said = {f"rewards/{k}": float(x[b]) for k, x in verdicts.each.items()} if several else {}
+                shown = {"prompt": prompt, "completion": text, "reward": float(verdicts.totals[b]), **said}
+                rows.append(shown | {"advantage": float(advantages[b])})
+        return rows
 
     # ------------------------------------------------------------------------------------------------------- Going on
 
