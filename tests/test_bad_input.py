@@ -308,7 +308,7 @@ def commands(folder) -> dict[str, tuple[list[str], list[str]]]:
     weights = runs.settings(folder, model=checkpoint(folder / "cut", cut=100))
     return {
         "no workdir": (runs.command(good), ["--workdir=... is required", "--help"]),
-        "no recipe": (runs.command(folder / "none.py", w), ["none.py: no such file", "lora.py, quickstart.py, ", "sft.py"]),
+        "no recipe": (runs.command(folder / "none.py", w), ["none.py: no such file", "quickstart.py, ", "sft.py"]),
         "python": (runs.command(folder / "python.py", w), ["python.py, line 2", "NameError"]),
         "syntax": (runs.command(folder / "syntax.py", w), ["syntax.py, line 1", "SyntaxError"]),
         "key": (runs.command(folder / "key.py", w), ["unknown key 'windwo'", "Did you mean 'window'?"]),
@@ -323,7 +323,7 @@ def commands(folder) -> dict[str, tuple[list[str], list[str]]]:
         ),
         "reaches no stage": (
             runs.command("configs/quickstart.py", w, "--config.steps=5"),
-            ["config.steps: 5 reaches no stage", "config.sft.steps, config.dpo.steps, config.reinforce.steps"],
+            ["config.steps: 5 reaches no stage", "config.sft.steps, config.dpo.steps, config.grpo.steps"],
         ),
         "type": (runs.command(good, w, "--config.window=wide"), ["--config.window=wide", "int"]),
         "settings alone": (
