@@ -4,8 +4,9 @@
 
 `:dapo`, `:gspo`, `:rloo` or another line of PRESETS after the file name takes that method; objectives/policy_gradient.py has a
 table of what each is made of, and its keywords are settings (--config.objective.beta=0.01). `trl`, `verl` and `tulu` are those
-frameworks' defaults. A problem's file is --config.task.data=FILE.jsonl, another task --config.task=FILE.py, what judges beside
-it --config.reward. --config.shared_prefix=true computes each prompt once for its group; batch_size then counts prompts.
+frameworks' defaults. A file of problems is --config.task.data=FILE.jsonl, another task --config.task.name=FILE.py, what judges
+in its place or beside it --config.reward. --config.shared_prefix=true computes each prompt once for its group; batch_size then
+counts prompts.
 """
 
 from jaxpost import recipe
@@ -35,12 +36,13 @@ def get_config(arg: str = "grpo"):
     return recipe.make(
         objective={"name": f"policy_gradient.{arg}", **({"longest": NEW} if arg == "dr_grpo" else {})},
         source="rollouts",
-        task={"name": "gsm8k", "data": "tfds:gsm8k/train", "test": "tfds:gsm8k/test"},
+        task={"name": "gsm8k", "data": "tfds:gsm8k/train", "test": ""},  # "" tests on a tenth of data
+        too_long="drop",
         rollouts=rollouts,
         batch_size=64,
         steps=400,
         optimizer={"lr": 1e-6, "schedule": "constant", "warmup": 10},
-        best="eval/accuracy",
+        best="eval/reward",
         highest=True,
         eval_per_cell=200,
         log_every=1,

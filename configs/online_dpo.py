@@ -3,8 +3,8 @@
     python -m jaxpost.train --config=configs/online_dpo.py --workdir=/tmp/online --config.model=FOLDER
 
 `:ipo` or another loss of objectives/preference.py after the file name takes that one. What judges is the task's reward (GSM8K,
-if no other task is named) or --config.reward, a trained reward model for one: {"name": "model.score", "folder": FOLDER}. A row
-is a pair behind its prompt; where all completions of a prompt are judged the same nothing is learned of it. Source: "Direct
+if no other task is named) or --config.reward, a trained reward model for one: '{"name": "model.score", "folder": "FOLDER"}'. A
+row is a pair behind its prompt; where all completions of a prompt are judged the same nothing is learned of it. Source: "Direct
 Language Model Alignment from Online AI Feedback".
 """
 

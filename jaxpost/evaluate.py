@@ -20,6 +20,7 @@ import functools
 import inspect
 import json
 import math
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
@@ -59,16 +60,26 @@ def held_out(evaluate: Callable, params: Params, batches: Iterable[dict], mesh, 
 
 
 def graded(
-    model, params: Params, tokenizer, records: list[dict], rewards: Mapping, mesh, *, rows: int, options: dict, step: int
+    model,
+    params: Params,
+    tokenizer,
+    records: list[dict],
+    rewards: Mapping,
+    mesh,
+    *,
+    rows: int,
+    options: dict,
+    step: int,
+    judging: Mapping = types.MappingProxyType({}),
 ) -> Iterator[tuple[str, float | list]]:
     """(eval/reward, mean of one sample a problem), (eval/reward_greedy, ...), the same for each cell as <name>/<cell>, where
-    there are several; with accuracy for reward where a reward is a verifier, whose signature says that it gives a bool. Of
-    several rewards each as eval/rewards/<its name>, too.
+    there are several. Where a reward is a verifier, whose signature says that it gives a bool, these are called accuracy and
+    are about it, and eval/reward is there besides. Of several rewards each as eval/rewards/<its name>, too.
 
     records: dicts with prompt, and maybe answer, cell (else "all") and a weight in the overall mean. rewards: {name:
-    (function, weight)}; a failure counts 0. rows: how many are completed at a time; options: prompt_window, new, template, and
-    maybe stop and strings. Last yields ("samples", rows of prompt, completion, answer, reward, kind) for the log: the first
-    problem of each cell. All processes compute the same.
+    (function, weight)}; judging: what `scoring.judged` takes. rows: how many are completed at a time; options: prompt_window,
+    new, template, and maybe stop and strings. Last yields ("samples", rows of prompt, completion, answer, reward, kind) for
+    the log: the first problem of each cell. All processes compute the same.
     """
     template, params = options["template"], ready(model, params, mesh)
     sampling = {k: options[k] for k in ("prompt_window", "new", "strings") if k in options}
@@ -77,34 +88,36 @@ def graded(
     samples, verifier = [], _verifier(rewards)
     kind = "accuracy" if verifier else "reward"
     for name, temperature in ((f"eval/{kind}", 1.0), (f"eval/{kind}_greedy", 0.0)):
-        texts, stopped = [], []
-        for first in range(0, len(prompts), rows):
-            part = prompts[first : first + rows]
-            part += [part[0]] * (rows - len(part))  # one shape, whatever is left
-            noise = {"temperature": temperature, "seed": first, "step": step}
-            found = complete(model, params, part, mesh=mesh, tokenizer=tokenizer, **sampling, **noise)
-            texts, stopped = texts + answers(found, tokenizer), stopped + found.stopped.tolist()
-        asked = [{**record, "stopped": ended} for record, ended in zip(records, stopped, strict=False)]
-        found = judged(rewards, asked, texts[: len(records)], limit=1.0)
+        sampling |= {"temperature": temperature, "step": step}
+        texts, stopped = _answered(model, params, tokenizer, prompts, mesh, rows, sampling)
+        asked = [{**record, "stopped": ended} for record, ended in zip(records, stopped, strict=True)]
+        found = judged(rewards, asked, texts, **judging)
         scores = np.array([score.each[verifier] or 0.0 if verifier else score.total for score in found])
-        yield name, float(np.average(scores, weights=[r.get("weight", 1.0) for r in records]))
+        weights = [r.get("weight", 1.0) for r in records]
+        yield name, float(np.average(scores, weights=weights))
+        if verifier and temperature:
+            yield "eval/reward", float(np.average([score.total for score in found], weights=weights))
         for one in rewards if len(rewards) > 1 else ():
             applied = [score.each[one] for score in found if score.each[one] is not None]
             yield f"eval/rewards/{one}{'' if temperature else '_greedy'}", float(np.mean(applied)) if applied else float("nan")
         cells = np.array([r.get("cell", "all") for r in records])
-        several = len(set(cells)) > 1
-        for cell in dict.fromkeys(cells):
-            if several:
-                yield f"{name}/{cell}", float(scores[cells == cell].mean())
-            i = int(np.flatnonzero(cells == cell)[0])
-            shown = {
-                "prompt": records[i]["prompt"],
-                "completion": texts[i],
-                "answer": records[i].get("answer", ""),
-                "reward": float(scores[i]),
-            }
-            samples.append(shown | {"kind": "sampled" if temperature else "greedy"})
+        for cell in dict.fromkeys(cells) if len(set(cells)) > 1 else ():
+            yield f"{name}/{cell}", float(scores[cells == cell].mean())
+        for i in sorted({int(np.flatnonzero(cells == cell)[0]) for cell in cells}):
+            shown = {"prompt": records[i]["prompt"], "completion": texts[i], "answer": records[i].get("answer", "")}
+            samples.append({**shown, "reward": float(scores[i]), "kind": "sampled" if temperature else "greedy"})
     yield "samples", samples
+
+
+def _answered(model, params: Params, tokenizer, prompts: list, mesh, rows: int, sampling: dict) -> tuple[list[str], list[bool]]:
+    """A completion of each prompt as text, so many rows at a time, and whether it ended by itself."""
+    texts, stopped = [], []
+    for first in range(0, len(prompts), rows):
+        part = prompts[first : first + rows]
+        part += [part[0]] * (rows - len(part))  # one shape, whatever is left
+        found = complete(model, params, part, mesh=mesh, tokenizer=tokenizer, seed=first, **sampling)
+        texts, stopped = texts + answers(found, tokenizer), stopped + found.stopped.tolist()
+    return texts[: len(prompts)], stopped[: len(prompts)]
 
 
 def slide(examples: Sequence[dict], window: int) -> list[dict]:
@@ -209,9 +222,9 @@ def _gives_bool(reward: Callable) -> bool:
 
 
 def _verdicts(rewards: Mapping, records: list[dict], texts: list[str]) -> list[float]:
-    """What a verifier says of each completion, if there is one among the rewards, else their sum; a failure counts 0."""
+    """What a verifier says of each completion, if there is one among the rewards, else their sum."""
     name = _verifier(rewards)
-    scores = judged(rewards, records, texts, limit=1.0)
+    scores = judged(rewards, records, texts)
     return [(score.each[name] or 0.0) if name else score.total for score in scores]
 
 

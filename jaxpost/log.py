@@ -58,8 +58,9 @@ class Log:
         self.settle(keep_mark=True)
         self.pending = (at, batch, measured, self.wait)
         every = self.plan.settings.completions
-        if every and at % every == 0 and self.writer and hasattr(self.plan.source, "table"):
-            self.writer.completions(self.plan.name, at, self.plan.source.table())
+        rows = self.plan.source.table() if every and at % every == 0 and hasattr(self.plan.source, "table") else []
+        if rows and self.writer:
+            self.writer.completions(self.plan.name, at, rows)
             if sys.stderr.isatty():
                 width = shutil.get_terminal_size().columns
                 tqdm.tqdm.write(table.shown(self.plan.source.samples[:8], width, colour=True), file=sys.stderr)

@@ -4,6 +4,7 @@ Everything that can be wrong with them is found here, before anything is compile
 """
 
 import functools
+import inspect
 import sys
 import zlib
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from jaxpost.data import chat
 from jaxpost.errors import UserError
 from jaxpost.objectives import logprobs
 from jaxpost.recipe import plain
-from jaxpost.resolve import attribute, bind, module, resolve
+from jaxpost.resolve import attribute, bind, find, module, resolve, value_of
 from jaxpost.rollouts.learning import CORRECTIONS, Lessons
 from jaxpost.rollouts.samples import Samples, rows
 from jaxpost.rollouts.scoring import Scorer
@@ -52,11 +53,17 @@ def rewards(found, name: str, asked: Mapping | str = "") -> Rewards:
     or several: {name: entry with a weight}, where an entry called "task" is the task's own, and "task.NAME" another of its
     functions. A weight of 0 makes a reward a figure to be logged.
     """
+    asked = _given(asked)
     if not asked:
         return {name.rpartition("/")[2].removesuffix(".py"): (found.reward, 1.0)}
     if isinstance(asked, str) or "name" in asked:
         asked = {(asked if isinstance(asked, str) else str(asked["name"])).rpartition(":")[2].rpartition(".")[2]: asked}
     return {key: _reward(found, key, entry) for key, entry in asked.items()}
+
+
+def _given(entry):
+    """An entry as the command line may give it, JSON for a dict."""
+    return value_of(entry) if isinstance(entry, str) and entry.lstrip().startswith("{") else entry
 
 
 def _reward(found, key: str, entry: Mapping | str) -> tuple[Callable, float]:
@@ -74,15 +81,28 @@ def _reward(found, key: str, entry: Mapping | str) -> tuple[Callable, float]:
 
 def problems(found, judges: Rewards, model, s) -> dict:
     """What `evaluate.graded` takes, of a task's test problems; nothing for a task without any. Raises UserError for one that
-    cannot be asked.
+    cannot be asked and is not to be left out.
     """
     options = {"prompt_window": s.rollouts.prompt_window, "new": s.rollouts.new, "template": datasets.template(model, s)}
     options["stop"], options["strings"] = _stops(model, s, options["template"])
-    records = found.test_records(s.eval_per_cell)
-    for i, record in enumerate(records):
-        _encoded(record, f"task {s.task['name']}, test problem {i}", model, s, options["template"])
+    records, every = [], found.test_records(s.eval_per_cell)
+    for i, record in enumerate(every):
+        try:
+            _encoded(record, f"task {s.task['name']}, test problem {i}", model, s, options["template"])
+            records.append(record)
+        except _TooLong:
+            if s.too_long != "drop":
+                raise
+    if every and not records:
+        raise UserError(
+            f"task {s.task['name']}: no test problem has a prompt of at most config.rollouts.prompt_window="
+            f"{s.rollouts.prompt_window} tokens; make that longer."
+        )
+    if len(records) < len(every) and jax.process_index() == 0:
+        told = f"{len(every) - len(records)} of {len(every)} test problems are too long and left out"
+        print(f"task {s.task['name']}: {told}", file=sys.stderr)
     asked = {"records": records, "rewards": judges, "tokenizer": model.tokenizer, "rows": s.eval_rows, "options": options}
-    return asked if records else {}
+    return {**asked, "judging": judging(s)} if records else {}
 
 
 def _stops(model, s, jinja: str) -> tuple[list[int], tuple[str, ...]]:
@@ -188,12 +208,9 @@ def judging(s) -> dict:
 
 
 def _lessons(s, objective: Callable) -> Lessons:
-    r, named = s.rollouts, plain(s.rollouts.advantages) or attribute(objective, "advantages", "leave_one_out")
-    named = {"name": named} if isinstance(named, str) else dict(named)
-    if str(named.get("name", "")).isidentifier():
-        named["name"] = f"advantages.{named['name']}"
+    r = s.rollouts
     return Lessons(
-        advantages=resolve(named, "rollouts"),
+        advantages=_advantages(r.advantages, attribute(objective, "advantages", "leave_one_out")),
         pairs=datasets.shape(objective) == "pairs",
         group=r.group,
         shared=s.shared_prefix,
@@ -205,6 +222,18 @@ def _lessons(s, objective: Callable) -> Lessons:
         correction=r.correction,
         cap=r.correction_cap,
     )
+
+
+def _advantages(asked: Mapping | str, own: Mapping | str) -> Callable:
+    """The function of rollouts/advantages.py that the settings ask for, with those of the objective's own keywords that it
+    takes too (beta, for which the objective asks for the reference), or the objective's own.
+    """
+    own, asked = ({"name": x} if isinstance(x, str) else dict(x) for x in (own, _given(plain(asked)) or own))
+    for entry in (own, asked):
+        if str(entry.get("name", "")).isidentifier():
+            entry["name"] = f"advantages.{entry['name']}"
+    takes = inspect.signature(find(asked["name"], "rollouts")).parameters if isinstance(asked.get("name"), str) else {}
+    return resolve({**{k: v for k, v in own.items() if k in takes}, **asked}, "rollouts")
 
 
 def _check_rewards(s, judges: Rewards, learned: bool) -> None:
@@ -236,10 +265,12 @@ def _check_rollouts(s, objective: Callable, lessons: Lessons) -> None:
     if r.correction not in CORRECTIONS:
         raise UserError(f"config.rollouts.correction: {r.correction!r}; give '', 'truncate' or 'mask'.")
     restricted = [k for k in ("top_k", "top_p", "min_p", "processors") if r[k] != {"top_p": 1.0, "processors": ""}.get(k, 0)]
-    if restricted and compares and not r.correction:
+    if not 0 < r.top_p <= 1 or r.min_p > 1:
+        raise UserError(f"config.rollouts: top_p={r.top_p} and min_p={r.min_p} are shares; give top_p above 0, and 1 at most.")
+    if restricted and compares and r.correction != "truncate":
         raise UserError(
-            f"config.rollouts.{restricted[0]}: completions are then drawn from another distribution than the policy's; say how "
-            "that is made up for: config.rollouts.correction=truncate, or mask."
+            f"config.rollouts.{restricted[0]}: completions are then drawn from another distribution than the policy's, each "
+            "token more often than it would have said it; make up for that by config.rollouts.correction=truncate."
         )
     for key in ("correction", "advantages"):
         if r[key] and not compares:
@@ -265,11 +296,22 @@ def _check_groups(s, objective: Callable, lessons: Lessons) -> None:
         raise UserError("config.rollouts.group: 1 is no pair; take 2 at least.")
     if not _compares(objective):
         return
-    ones = np.ones((2 * r.group, 2), np.float32)
-    tokens = {"mask": ones > 0, "old_logps": -ones, "ref_logps": -ones, "values": 0 * ones}
-    made = lessons.advantages(np.arange(2.0 * r.group).reshape(2, r.group), tokens)
+    ones, reads = np.ones((2 * r.group, 2), np.float32), attribute(objective, "columns", {})
+    tokens = {"mask": ones > 0, "old_logps": -ones, "tasks": ["a", "b"]}
+    tokens |= {k: x for k, x in (("ref_logps", -ones), ("values", 0 * ones)) if k in reads}
+    try:
+        made = lessons.advantages(np.arange(2.0 * r.group).reshape(2, r.group), tokens)
+    except KeyError as error:
+        raise UserError(
+            f"config.rollouts.advantages: they read {error}, which this objective has no use for, so that nobody makes it; set "
+            "their beta to 0, or take an objective that asks for it (policy_gradient.reinforce_pp, policy_gradient.ppo)."
+        ) from error
     if not np.any(made["advantages"] if isinstance(made, dict) else made):
         raise UserError(f"config.rollouts.group: {r.group} leaves nothing to compare with these advantages; take 2 at least.")
+    if attribute(objective, "whole", False) and (isinstance(made, dict) or np.shape(made) != (2, r.group)):
+        raise UserError("config.rollouts.advantages: these are tokens' own, and the objective weighs whole completions.")
+    if attribute(objective, "whole", False) and r.correction == "truncate":
+        raise UserError("config.rollouts.correction: the objective weighs whole completions, not tokens; take 'mask'.")
 
 
 def _now(objective: Callable, model, correction: str) -> tuple[Callable, ...]:

@@ -126,7 +126,17 @@ SETTINGS = {
     "overlong": (rolled(overlong=7), ["config.rollouts.overlong: 7 of at most 6 new tokens"]),
     "advantages": (rolled(advantages="grup"), ["'advantages.grup'", "Did you mean 'group'?"]),
     "advantages of pairs": (rolled(advantages="group", objective="dpo"), ["config.rollouts.advantages", "Leave it out"]),
-    "tasks": (rolled(advantages="task_std"), ["nothing says which task a prompt is of"]),
+    "advantages of a critic": (
+        rolled(advantages='{"name": "gae", "beta": 0.0}'),
+        ["config.rollouts.advantages: they read 'values'", "policy_gradient.ppo"],
+    ),
+    "advantages of tokens": (
+        rolled("rloo", advantages='{"name": "reinforce_pp", "beta": 0.1}'),
+        ["config.rollouts.advantages: these are tokens' own"],
+    ),
+    "tokens' weights": (rolled("rloo", correction="truncate"), ["weighs whole completions, not tokens; take 'mask'"]),
+    "a restriction masked": (rolled(top_p=0.9, correction="mask"), ["config.rollouts.correction=truncate"]),
+    "more than all": (rolled(top_p=1.5), ["top_p=1.5", "1 at most"]),
     "a group of one": (rolled(group=1), ["config.rollouts.group: 1 leaves nothing to compare"]),
     "a pair of one": (rolled(group=1, objective="dpo"), ["config.rollouts.group: 1 is no pair"]),
     "resampling of one": (rolled(group=1, resample=2, objective="reinforce_pp"), ["config.rollouts.resample", "always level"]),
@@ -136,8 +146,8 @@ SETTINGS = {
     "failed": (rolled(failed=float("inf")), ["config.rollouts.failed: inf"]),
     "stop": (rolled(stop=(99,)), ["config.rollouts.stop", "99"]),
     "prompts left out": (
-        rolled(prompt_window=3) | {"too_long": "drop"},  # of test problems none is left out
-        ["test problem 0: its prompt has", "config.rollouts.prompt_window takes 3"],
+        rolled(prompt_window=3) | {"too_long": "drop"},
+        ["no test problem has a prompt of at most config.rollouts.prompt_window=3"],
     ),
     "weight": ({"reward": {"a": {"name": "task", "weight": "2"}}}, ["config.reward.a.weight: '2' is no number"]),
     "no weight": (

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxpost import annotate, datasets, recipe, resolve, sharding, train
+from jaxpost import annotate, datasets, recipe, resolve, selfmade, sharding, train
 from jaxpost.models import families, hf
 from jaxpost.models.transformer import Transformer
 from jaxpost.plan import plan_stage
@@ -89,3 +89,12 @@ def test_every_preset_can_be_planned(argument, tmp_path):
     plan = plan_stage(name, s, sharding.make_mesh())
     assert plan.source.prompts * s.rollouts.group == s.batch_size * s.rollouts.minibatches
     assert ("ref_logps" in plan.reads) == (argument in ("rloo", "grpo", "reinforce_pp", "tulu"))
+
+
+def test_advantages_of_ones_own_keep_the_objectives_beta():
+    """An objective asks for the reference because of its beta; other advantages that take one get it."""
+    own = {"name": "leave_one_out", "beta": 0.05}
+    assert selfmade._advantages("", own).keywords == {"beta": 0.05}
+    assert selfmade._advantages("reinforce_pp_baseline", own).keywords == {"beta": 0.05}
+    assert selfmade._advantages('{"name": "reinforce_pp", "beta": 0.2}', own).keywords == {"beta": 0.2}
+    assert selfmade._advantages("centred", own).keywords == {}

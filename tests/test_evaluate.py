@@ -61,6 +61,7 @@ def test_accuracy_weighs_the_whole_and_counts_in_the_cells(monkeypatch, rows):
     judges = {"right": (lambda *x: arithmetic.reward(*x), 1.0)}
     plain = evaluate.graded(None, None, TEXT, RECORDS, judges, None, rows=rows, options=options, step=7)
     plain = {name: value for name, value in plain if name != "samples"}
+    assert values.pop("eval/reward") == values["eval/accuracy"] == plain["eval/reward"]
     assert plain == {name.replace("accuracy", "reward"): value for name, value in values.items()}
     assert values == pytest.approx(
         {
@@ -185,7 +186,7 @@ def test_accuracy_of_a_task_by_name(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate, "complete", complete)
     (tmp_path / "judge.py").write_text("def two(record, completion) -> 'bool':\n    return completion == '2'")
     found = dict(evaluate.solves(api.load(folder), "arithmetic", per_cell=1, reward=f"{tmp_path}/judge.py:two", rows=4))
-    assert found["accuracy"] == found["accuracy_greedy/x3"] == 1.0 and len(found) == 20
+    assert found["accuracy"] == found["accuracy_greedy/x3"] == 1.0 and len(found) == 21
     # <|user|>, seven characters of the longest problem, <|assistant|>; and as much of 64 as the model's positions leave.
     assert asked == {"prompt_window": 9, "new": 55, "rows": 4}
     (tmp_path / "judge.py").write_text("def none(record, completion):\n    return None")

@@ -148,7 +148,7 @@ def test_advantages_of_tokens_lie_where_their_tokens_do():
     where = laid_out(2, True)
 
     def told(rewards, tokens):
-        assert tokens.keys() == {"mask", "old_logps", "values"} and tokens["mask"].tolist() == where.real.tolist()
+        assert tokens.keys() == {"mask", "tasks", "old_logps", "values"} and tokens["mask"].tolist() == where.real.tolist()
         return {"advantages": tokens["old_logps"] * 10, "returns": tokens["values"] + 1}
 
     old = np.where(where.real, np.arange(12).reshape(4, 3) + 1.0, 0)

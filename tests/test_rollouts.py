@@ -188,7 +188,27 @@ def test_prompts_that_cannot_be_asked_are_left_out_and_counted(monkeypatch):
         rollouts(monkeypatch, prompt=lambda i: None if i else scripted.prompt(i))(state())
 
 
-def test_rewards_that_fail_are_contained_and_past_the_limit_stop_the_run(monkeypatch):
+def test_a_problem_is_asked_for_once_and_its_cell_is_its_task(monkeypatch):
+    asked, seen = [], []
+
+    def prompt(i):
+        asked.append(i)
+        record, ids = scripted.prompt(10 * i + len(asked))  # another whenever it is asked for
+        return {**record, "cell": "ab"[i % 2]}, ids
+
+    def told(rewards, tokens):
+        seen.append(list(tokens["tasks"]))
+        return rewards - rewards.mean(1, keepdims=True)
+
+    made = rollouts(monkeypatch, prompt=prompt, advantages=told, lag=1)
+    batches = [made(state()) for _ in range(3)]
+    assert asked == list(range(4 * PROMPTS)) and seen == [["a", "b"] * (PROMPTS // 2)] * 3
+    first = TOKENIZER.encode(f"{1}+")
+    np.testing.assert_array_equal(batches[0]["tokens"][0][: len(first)], first)
+    assert set(made.known) == set(range(2 * PROMPTS, 4 * PROMPTS))
+
+
+def test_rewards_that_fail_are_contained_and_past_the_limit_stop_the_run(monkeypatch, capsys):
     def reward(record, text):
         kind = record["number"]
         if kind == 0:
@@ -202,6 +222,8 @@ def test_rewards_that_fail_are_contained_and_past_the_limit_stop_the_run(monkeyp
     made = rollouts(monkeypatch, rewards={"mine": (reward, 1.0)}, judging=judging)
     made(state())
     assert made.metrics["rewards/failures"] == ROWS and made.metrics["reward"] == -1
+    told = "reward mine failed on 8 of 8 completions, scored -1: reward mine: ValueError: no; the completion begins"
+    assert told in capsys.readouterr().err
     made(state())
     assert made.metrics["rewards/failures"] == 0 and made.metrics["reward"] == 1
     made = rollouts(monkeypatch, rewards={"mine": (reward, 1.0)}, judging={"seconds": 0.2, "limit": 0.5})

@@ -11,8 +11,8 @@ aggregation (below), and what else it has (`terms`). So a method is a function o
         return Parts("centred", partial(surrogates.clip, high=high), token_mean)
 
 What the objective reads, which leaves it adds to the parameters, which advantages it wants and whether it may take several
-steps a batch follow from its parts: `columns`, `leaves`, `now`, `advantages` and `off_policy` are functions of its keywords, as
-`resolve.attribute` takes them.
+steps a batch follow from its parts, and whether a completion has one advantage only: `columns`, `leaves`, `now`, `advantages`,
+`off_policy` and `whole` are functions of its keywords, as `resolve.attribute` takes them.
 
 An aggregation gives a Term of the tokens' numbers [B,S]: how much a completion counts by its length is decided here.
 """
@@ -186,6 +186,7 @@ def estimator(method: Callable) -> Callable:
     objective.now = lambda **settings: parts(**settings).gather("now")
     objective.advantages = lambda **settings: parts(**settings).advantages
     objective.off_policy = lambda **settings: getattr(plain(parts(**settings).surrogate), "off_policy", False)
+    objective.whole = lambda **settings: getattr(plain(parts(**settings).surrogate), "whole", False)
     return objective
 
 

@@ -211,5 +211,5 @@ def off_policy(seen: Rollouts, *, most: float = 0.1) -> jax.Array:
 SURROGATES = {f.__name__: f for f in (reinforce, clip, gspo, sequence_clip, cispo, sapo, gmpo, vespo)}
 WEIGHTINGS = {f.__name__: f for f in (top_entropy, off_policy)}
 for _surrogate in SURROGATES.values():
-    _surrogate.off_policy = _surrogate is not reinforce
+    _surrogate.off_policy, _surrogate.whole = _surrogate is not reinforce, _surrogate is sequence_clip
 top_entropy.prepare = _undecided

@@ -3,7 +3,7 @@
 All of it is done at once for the whole rollout batch, before anything is split, so that no split changes an advantage.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -53,13 +53,15 @@ class Lessons(NamedTuple):
         return verdicts.totals + punished(found.lengths, self.new, self.overlong) + self.truncated * ~found.stopped
 
     def learned(
-        self, where: Layout, found: Completions, verdicts: Verdicts, columns: dict
+        self, where: Layout, found: Completions, verdicts: Verdicts, columns: dict, tasks: Sequence[str] = ()
     ) -> tuple[dict[str, np.ndarray], dict[str, float], np.ndarray]:
-        """(the columns that the objective reads, figures of the batch, each completion's mean advantage [B])."""
+        """(the columns that the objective reads, figures of the batch, each completion's mean advantage [B]). tasks: of each
+        prompt the cell of its task.
+        """
         groups = self.shaped(found, verdicts).reshape(-1, self.group)
         columns, weights = self._corrected(where, dict(columns))
         tokens = {k: where.collect(columns[k]) for k in ("old_logps", "ref_logps", "values") if k in columns}
-        made = self.advantages(groups, {"mask": where.real, **tokens})
+        made = self.advantages(groups, {"mask": where.real, "tasks": tasks, **tokens})
         made = made if isinstance(made, dict) else {"advantages": np.asarray(made).reshape(-1, 1)}
         gone = self.drop_level & np.repeat(~differing(groups), self.group)
         kept = ~(self.mask_truncated & ~found.stopped) & ~gone
@@ -83,7 +85,7 @@ class Lessons(NamedTuple):
         return Completions(*(None if x is None else x[chosen] for x in found)), verdicts.of(chosen), figures
 
     def compared(
-        self, where: Layout, found: Completions, verdicts: Verdicts, columns: dict
+        self, where: Layout, found: Completions, verdicts: Verdicts, columns: dict, tasks: Sequence[str] = ()
     ) -> tuple[dict[str, np.ndarray], dict[str, float], np.ndarray]:
         """As `learned`, of pairs: how much better the best is stands in `margins`; where it is not, nothing is learned."""
         rewards = np.nan_to_num(self.shaped(found, verdicts)).reshape(-1, 2)

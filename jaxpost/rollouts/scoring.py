@@ -18,12 +18,14 @@ import functools
 import math
 import numbers
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import tqdm
 
 from jaxpost.errors import UserError, first_line
 
@@ -134,6 +136,9 @@ class Scorer:
                 total += 0.0 if verdict is None else weight * verdict
             scores[key] = Score(total, each, told)
         for name, found in failures.items():
+            if found:
+                told = f"reward {name} failed on {len(found)} of {len(asked)} completions, scored {self.failed:g}: {found[0]}"
+                tqdm.tqdm.write(told, file=sys.stderr)
             if len(found) > self.limit * len(asked) and (len(found) > 1 or not self.limit):
                 raise UserError(
                     f"reward {name} failed on {len(found)} of {len(asked)} completions, which is more than the limit "

@@ -102,10 +102,11 @@ class Rollouts:
         self.steps = making.minibatches * making.epochs  # that it serves
         self.local = slice(*sharding.local_rows(making.mesh, making.batch_size))
         self.drawn = self.left_out = self.calls = 0  # prompts, those left out, and batches of completions, so far
+        self.known: dict[int, tuple | None] = {}  # problems of the batches that are here
         self.batch, self.due = None, 0  # the one in use, as columns, and how many steps it has served
         self.waiting: collections.deque[Made] = collections.deque()
         self.samples: list[dict] = []
-        self.table: Callable = lambda: self.samples  # of a batch that was restored, more is not known
+        self.table: Callable = lambda: []  # of a batch that was restored it is not known
         self.metrics: dict[str, float] = {}
 
     def __call__(self, state) -> dict[str, np.ndarray]:
@@ -186,11 +187,17 @@ class Rollouts:
         while len(found) < self.prompts:
             if self.drawn == first + most:
                 raise UserError(f"config.task: of problems {first} to {self.drawn} all but {len(found)} had to be left out.")
-            drawn = self.making.prompt(self.drawn)
+            drawn = self._problem(self.drawn)
             found |= {} if drawn is None else {self.drawn: drawn}
             self.left_out += drawn is None
             self.drawn += 1
         return found
+
+    def _problem(self, number: int) -> tuple | None:
+        """The problem of this number, asked for once as long as its completions are here."""
+        if number not in self.known:
+            self.known[number] = self.making.prompt(number)
+        return self.known[number]
 
     def _text(self, one: Finished) -> str:
         return self.making.tokenizer.decode(one.tokens[: one.said], clean_up_tokenization_spaces=False)
@@ -227,7 +234,7 @@ class Rollouts:
         return gathered(made.judged, len(made.found.lengths))
 
     def _layout(self, made: Made) -> layout.Layout:
-        prompts = [self.making.prompt(int(i))[1] for i in made.numbers]
+        prompts = [self._problem(int(i))[1] for i in made.numbers]
         lessons, sampling = self.making.lessons, self.making.sampling
         return layout.laid_out(
             prompts, made.found.lengths, lessons.together, sampling["prompt_window"], sampling["new"], lessons.shared
@@ -249,7 +256,10 @@ class Rollouts:
         """The columns of a batch that has been judged."""
         m, verdicts = self.making, self._verdicts(made)
         learned = m.lessons.compared if m.lessons.pairs else m.lessons.learned
-        found, figures, advantages = learned(self._layout(made), made.found, verdicts, made.columns)
+        here = {int(i) for other in (made, *self.waiting) for i in other.numbers}
+        self.known = {i: self._problem(i) for i in here}
+        tasks = [self.known[int(i)][0].get("cell", "") for i in made.numbers]
+        found, figures, advantages = learned(self._layout(made), made.found, verdicts, made.columns, tasks)
         self.metrics, each = {**made.figures, **figures}, len(made.found.lengths) // len(made.numbers)
         if self.left_out:
             self.metrics["problems_left_out"] = float(self.left_out)
@@ -263,7 +273,7 @@ class Rollouts:
         """The completions of the first so many prompts, or of all, as rows of jaxpost/table.py."""
         rows, m, several = [], self.making, len(verdicts.each) > 1
         for i, number in enumerate(made.numbers[:prompts]):
-            prompt = m.tokenizer.decode(m.prompt(int(number))[1])
+            prompt = m.tokenizer.decode(self._problem(int(number))[1])
             for b in range(i * each, (i + 1) * each):
                 text = m.tokenizer.decode(made.found.tokens[b][: made.found.said[b]], clean_up_tokenization_spaces=False)
                 said = {f"rewards/{k}": float(x[b]) for k, x in verdicts.each.items()} if several else {}
