@@ -190,6 +190,7 @@ def rollouts(name: str, found, judges: Rewards, model, s, objective: Callable, m
         lessons=lessons,
         now=_now(objective, model, r.correction),
         batch_size=s.batch_size,
+        microbatches=s.microbatches,
         group=r.group,
         seed=s.seed,
         minibatches=r.minibatches,

@@ -85,6 +85,7 @@ def rollouts(monkeypatch, stream=None, **changes) -> source.Rollouts:
         "lessons": lessons(**own),
         "now": (),
         "batch_size": ROWS,
+        "microbatches": 1,
         "group": own.get("group", GROUP),
         "seed": 0,
         "minibatches": 1,

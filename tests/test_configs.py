@@ -60,6 +60,8 @@ def test_two_steps(path, tmp_path):
             config.model, config.data = model_folder(tmp_path / "model"), data_file(tmp_path / "data.jsonl", shape)
         if config.task and config.task.name == "gsm8k":  # whose files would be fetched
             config.task = {"name": "arithmetic"}
+        if path.stem == "stories":  # which tell of words that the tiny tokenizer has no letters for
+            config.task, config.reward, config.template = {"name": "arithmetic"}, "", ""
         if config.source == "rollouts":
             config.data = ""
             config.rollouts.update({"prompt_window": 12, "new": 8, "overlong": min(config.rollouts.overlong, 4)})

@@ -5,11 +5,13 @@ The sampler is a script (scripted.py); tests/test_rollout_runs.py has the real o
 
 import threading
 
+import jax
 import numpy as np
 import pytest
 import scripted
 from scripted import GROUP, NEW, ROWS, STOP, TOKENIZER, rollouts, sampler, says, state
 
+from jaxpost import sharding
 from jaxpost.errors import UserError
 from jaxpost.rollouts import shelf, source
 
@@ -127,6 +129,16 @@ def test_what_the_weights_that_sampled_say_is_asked_of_them_and_of_no_others(mon
         seen.append(np.unique(batch["values"]).tolist())
         np.testing.assert_array_equal(batch["ref_logps"], batch["tokens"])
     assert seen == [[0.0], [0.0], [0.0], [0.0], [2.0], [2.0]]
+
+
+def test_rows_are_scored_a_microbatch_at_a_time(monkeypatch):
+    rows, alone = [], sharding.make_mesh(devices=jax.devices()[:1])
+    for count in (1, 4):
+        made = rollouts(monkeypatch, minibatches=2, microbatches=count, mesh=alone)
+        made.frozen = (lambda state, b: rows.append(len(b["tokens"])) or {"ref_logps": b["tokens"] * 1.0},)
+        batch = made(state())
+        np.testing.assert_array_equal(batch["ref_logps"], batch["tokens"])
+    assert rows == [ROWS, ROWS, *[ROWS // 4] * 8]
 
 
 # ---------------------------------------------------------------------------------------------------------- Which groups

@@ -81,7 +81,8 @@ def prepared(s, mesh) -> Prepared:
     found, objective, trainable, trained = outline(s, mesh)
     tx = optim.make(s.optimizer, s.steps or 1000)
     held = state.shapes(found.transformer, mesh, tx, trainable, adapter=found.adapter, leaves=found.leaves, ema=s.ema > 0)
-    batch = sharding.batch_shapes(plan.columns(s, objective), mesh)
+    columns = plan.columns(s, objective)
+    batch = sharding.batch_shapes(columns, mesh)
     step = state.program(found.transformer, objective, tx, held, mesh, microbatches=s.microbatches, ema=s.ema)
     kinds = {"weights": held.train, "optimizer": held.opt_state, "ema": held.ema, "frozen": held.frozen}
     if s.source == "rollouts" and "ref_logps" in attribute(objective, "columns", {}):
@@ -98,9 +99,15 @@ def prepared(s, mesh) -> Prepared:
         made += _sampler(s, mesh, found.transformer, combine(held.train, held.frozen), prompts, kinds)
     if "reference" in kinds:
         score = jax.jit(functools.partial(scores.ref_logps, found.transformer.forward))
-        first = combine(kinds["reference"], held.frozen)
-        made.append(Traced("reference", score, (first, batch), {}, kinds | inputs, ("weights", "optimizer", "ema")))
+        first, few = combine(kinds["reference"], held.frozen), sharding.batch_shapes(_microbatch(s, columns), mesh)
+        made.append(Traced("reference", score, (first, few), {}, kinds | {"inputs": few}, ("weights", "optimizer", "ema")))
     return Prepared(found, trained, made)
+
+
+def _microbatch(s, columns: dict) -> dict:
+    """The columns of a microbatch: so many rows are scored at a time."""
+    rows = s.batch_size // s.microbatches
+    return {k: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) if x.shape else x for k, x in columns.items()}
 
 
 def _sampler(s, mesh, transformer, params, prompts: int, kinds: dict) -> list[Traced]:

@@ -53,8 +53,8 @@ class Making(NamedTuple):
 
     prompt: i -> (record, token ids) of the i-th prompt of an endless sequence, or None for one to be left out; rewards: {name:
     (function, weight)}; lessons: what becomes of verdicts; now: programs (params, batch) -> columns, asked of the weights that
-    sampled; sampling: what `stream` takes; batch_size: rows of a training batch; rounds: how often to sample again for groups
-    that teach nothing.
+    sampled; sampling: what `stream` takes; batch_size: rows of a training batch, in so many microbatches; rounds: how often to
+    sample again for groups that teach nothing.
     """
 
     model: Any
@@ -65,6 +65,7 @@ class Making(NamedTuple):
     lessons: Lessons
     now: Sequence[Callable]
     batch_size: int
+    microbatches: int
     group: int
     seed: int
     minibatches: int
@@ -241,10 +242,11 @@ class Rollouts:
         )
 
     def _asked(self, program: Callable, columns: dict) -> dict[str, np.ndarray]:
-        """The columns that a program makes of these, in batches of the training's shape."""
-        size, mesh, parts = self.making.batch_size, self.making.mesh, []
+        """The columns that a program makes of these, as many rows at a time as a microbatch has."""
+        size, mesh, parts = self.making.batch_size // self.making.microbatches, self.making.mesh, []
+        local = slice(*sharding.local_rows(mesh, size))
         for first in range(0, len(columns["tokens"]), size):
-            own = {k: x[first : first + size][self.local] if np.ndim(x) else x for k, x in columns.items()}
+            own = {k: x[first : first + size][local] if np.ndim(x) else x for k, x in columns.items()}
             with sharding.use(mesh):
                 made = program(sharding.distribute(own, mesh, size))
             parts.append({k: sharding.everywhere(x) for k, x in made.items()})
