@@ -14,8 +14,7 @@ rounding noise divided by next to nothing.
 import numpy as np
 
 from jaxpost.errors import UserError
-
-LEVEL = 1e-8  # rewards nearer than this are equal
+from jaxpost.rollouts.verdicts import LEVEL, differing
 
 
 def _rewards(rewards) -> tuple[np.ndarray, np.ndarray]:
@@ -27,8 +26,7 @@ def _rewards(rewards) -> tuple[np.ndarray, np.ndarray]:
 
 def _compared(rewards: np.ndarray, there: np.ndarray) -> np.ndarray:
     """[P,G] bool: where there is a reward, and another in the group that differs from some."""
-    most, least = np.where(there, rewards, -np.inf).max(1), np.where(there, rewards, np.inf).min(1)
-    return there & (most - least >= LEVEL)[:, None]
+    return there & differing(np.where(there, rewards, np.nan))[:, None]
 
 
 def _less_mean(rewards: np.ndarray, there: np.ndarray) -> np.ndarray:

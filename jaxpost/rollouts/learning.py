@@ -9,10 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxpost.rollouts.layout import Layout
-from jaxpost.rollouts.verdicts import Verdicts
+from jaxpost.rollouts.verdicts import LEVEL, Verdicts, differing
 from jaxpost.sampling.decode import Completions
 
-LEVEL = 1e-8  # rewards of a group that differ by less are equal: rounding is no difference
 CORRECTIONS = ("", "truncate", "mask")
 
 
@@ -125,12 +124,6 @@ class Lessons(NamedTuple):
             if np.isfinite(values).any():
                 figures |= {f"rewards/{name}/mean": np.nanmean(values), f"rewards/{name}/std": np.nanstd(values)}
         return {k: float(v) for k, v in figures.items()}
-
-
-def differing(groups: np.ndarray) -> np.ndarray:
-    """[P] bool: whether rewards [P,G] of a group differ; those that are nan have no say."""
-    there = np.isfinite(groups)
-    return np.where(there, groups, -np.inf).max(1) - np.where(there, groups, np.inf).min(1) >= LEVEL
 
 
 def punished(lengths: np.ndarray, limit: int, soft: int) -> np.ndarray:

@@ -27,9 +27,9 @@ from etils import epath
 from jaxpost import sharding
 from jaxpost.errors import UserError
 from jaxpost.rollouts import layout, shelf
-from jaxpost.rollouts.learning import Lessons, differing
+from jaxpost.rollouts.learning import Lessons
 from jaxpost.rollouts.scoring import Scorer
-from jaxpost.rollouts.verdicts import Verdicts, gathered
+from jaxpost.rollouts.verdicts import Verdicts, differing, gathered
 from jaxpost.sampling.decode import Completions, Finished, ready, stream, together
 from jaxpost.step import combine
 

@@ -10,6 +10,8 @@ from jaxpost import sharding
 from jaxpost.errors import UserError
 from jaxpost.rollouts.scoring import Scorer
 
+LEVEL = 1e-8  # rewards of a group that differ by less are equal: rounding is no difference
+
 
 class Verdicts(NamedTuple):
     """totals [B] float64: the weighted sums, nan where no reward that has a weight applies; each: by a reward's name what it
@@ -60,3 +62,9 @@ def gathered(scorer: Scorer, count: int) -> Verdicts:
     each = {name: np.where(found[3 + 2 * n] > 0, found[4 + 2 * n], np.nan) for n, name in enumerate(names)}
     counted = [np.isfinite(each[name]) for name, (_, weight) in scorer.rewards.items() if weight]
     return Verdicts(np.where(np.any(counted, axis=0), found[1], np.nan), each, int(found[2].sum()))
+
+
+def differing(groups: np.ndarray) -> np.ndarray:
+    """[P] bool: whether rewards [P,G] of a group differ; those that are nan have no say."""
+    there = np.isfinite(groups)
+    return np.where(there, groups, -np.inf).max(1) - np.where(there, groups, np.inf).min(1) >= LEVEL
