@@ -36,7 +36,7 @@ from jaxpost.evals import repeated
 from jaxpost.models import loading
 from jaxpost.objectives import sft
 from jaxpost.resolve import value_of
-from jaxpost.rollouts.scoring import judged
+from jaxpost.rollouts import verdicts
 from jaxpost.sampling.decode import answers, complete, ready
 from jaxpost.step import make_evaluation
 from jaxpost.tokenizer import check_ids
@@ -91,7 +91,7 @@ def graded(
         sampling |= {"temperature": temperature, "step": step}
         texts, stopped = _answered(model, params, tokenizer, prompts, mesh, rows, sampling)
         asked = [{**record, "stopped": ended} for record, ended in zip(records, stopped, strict=True)]
-        found = judged(rewards, asked, texts, **judging)
+        found = verdicts.everywhere(rewards, asked, texts, **judging)
         scores = np.array([score.each[verifier] or 0.0 if verifier else score.total for score in found])
         weights = [r.get("weight", 1.0) for r in records]
         yield name, float(np.average(scores, weights=weights))
@@ -224,7 +224,7 @@ def _gives_bool(reward: Callable) -> bool:
 def _verdicts(rewards: Mapping, records: list[dict], texts: list[str]) -> list[float]:
     """What a verifier says of each completion, if there is one among the rewards, else their sum."""
     name = _verifier(rewards)
-    scores = judged(rewards, records, texts)
+    scores = verdicts.everywhere(rewards, records, texts)
     return [(score.each[name] or 0.0) if name else score.total for score in scores]
 
 

@@ -33,9 +33,12 @@ def length(record, completion):
 FAILS = """
 import jax
 
+CALLS = []
+
 
 def fails(record, completion):
-    if jax.process_index():
+    CALLS.append(record)
+    if jax.process_index() and len(CALLS) > 18:  # the start's two evaluations, of nine problems each
         raise RuntimeError("the disk of this machine is full")
     return 1.0
 """

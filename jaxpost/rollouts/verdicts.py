@@ -1,6 +1,6 @@
 """What rewards said of a batch of completions, put together from the processes that asked them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxpost import sharding
 from jaxpost.errors import UserError
-from jaxpost.rollouts.scoring import Scorer
+from jaxpost.rollouts.scoring import Score, Scorer, judged
 
 LEVEL = 1e-8  # rewards of a group that differ by less are equal: rounding is no difference
 
@@ -33,6 +33,26 @@ class Verdicts(NamedTuple):
         return Verdicts(np.concatenate([p.totals for p in parts]), each, sum(p.failures for p in parts))
 
 
+def everywhere(rewards: Mapping, records: Sequence[dict], completions: Sequence[str], **options) -> list[Score]:
+    """What `scoring.judged` gives, which every process asks for by itself. Raises UserError on all where it does on any."""
+    error, found = None, []
+    try:
+        found = judged(rewards, records, completions, **options)
+    except UserError as e:
+        error = e
+    _agree(error)
+    return found
+
+
+def _agree(error: UserError | None) -> None:
+    """Raises UserError on every process where any has one: the others would wait for it."""
+    failed = error is not None
+    if jax.process_count() > 1:
+        failed = sharding.everywhere(np.array([failed], np.int32)).any()
+    if failed:
+        raise error or UserError("another process's rewards failed; its message says why.")
+
+
 def gathered(scorer: Scorer, count: int) -> Verdicts:
     """The verdicts on `count` completions, of which this process's scorer has some: on every process all of them.
 
@@ -50,14 +70,10 @@ def gathered(scorer: Scorer, count: int) -> Verdicts:
         error = e
     finally:
         scorer.close()
+    _agree(error)
     if jax.process_count() > 1:
-        own = np.append(found, np.full((1, count), error is not None), axis=0)[None]
         # As they are in memory: numbers of 64 bits would come back as 32.
-        parts = sharding.everywhere(own.view(np.uint32)).view(np.float64)
-        found, failed = parts.sum(0)[:-1], parts[:, -1].any()
-        error = error or (UserError("another process's rewards failed; its message says why.") if failed else None)
-    if error:
-        raise error
+        found = sharding.everywhere(found[None].view(np.uint32)).view(np.float64).sum(0)
     assert (found[0] == 1).all(), "each completion is judged by one process"
     each = {name: np.where(found[3 + 2 * n] > 0, found[4 + 2 * n], np.nan) for n, name in enumerate(names)}
     counted = [np.isfinite(each[name]) for name, (_, weight) in scorer.rewards.items() if weight]
