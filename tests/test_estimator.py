@@ -231,7 +231,9 @@ def test_what_cannot_be_is_said(entry, says):
 def test_a_method_of_ones_own_takes_the_parts_of_the_page():
     @estimator.estimator
     def mine(*, scale=2.0):
-        surrogate = lambda seen: estimator.Surrogate(-scale * seen.ratio * seen.advantages)  # noqa: E731
+        def surrogate(seen):
+            return estimator.Surrogate(-scale * seen.ratio * seen.advantages)
+
         return estimator.Parts("centred", surrogate, estimator.token_mean)
 
     batch = given.rows([[0.5]], [1])

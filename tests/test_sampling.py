@@ -27,23 +27,15 @@ def test_draw_gives_each_token_its_share_of_a_uniform_grid():
     grid = jnp.arange(64) / 64
     with np.errstate(divide="ignore"):
         scores = jnp.broadcast_to(jnp.log(probs), (64, 6))
-    token, logp = draw(scores, grid, jnp.float32(1.0))
+    token, logp = draw(scores, grid, True)
     # Shares of 1/64 are exact in float32 and the grid begins each of them, so the counts are exact too.
     np.testing.assert_array_equal(np.bincount(token, minlength=6), probs * 64)
     np.testing.assert_allclose(np.exp(logp), probs[token], rtol=1e-6)  # the rounding of one log and one exp
 
 
-def test_draw_applies_the_temperature_to_the_odds_and_the_record():
-    scores = jnp.broadcast_to(jnp.log(jnp.array([0.8, 0.2])), (170, 2))
-    token, logp = draw(scores, jnp.arange(170) / 170, jnp.float32(0.5))
-    odds = np.array([0.64, 0.04]) / 0.68
-    np.testing.assert_array_equal(np.bincount(token), [160, 10])
-    np.testing.assert_allclose(np.exp(logp), odds[token], rtol=1e-6)
-
-
-def test_greedy_takes_the_mode_and_records_temperature_one():
+def test_what_is_not_sampled_is_the_mode():
     scores = jnp.log(jnp.array([[0.2, 0.7, 0.1], [0.6, 0.1, 0.3]]))
-    token, logp = draw(scores, jnp.array([0.01, 0.99]), jnp.float32(0.0))
+    token, logp = draw(scores, jnp.array([0.01, 0.99]), False)
     np.testing.assert_array_equal(token, [1, 0])
     np.testing.assert_allclose(np.exp(logp), [0.7, 0.6], rtol=1e-6)
 
@@ -58,7 +50,7 @@ def test_what_has_no_probability_is_never_drawn():
     rises = np.flatnonzero((np.diff(mass) > 0) & (scores[1:] == -np.inf))
     assert len(rises) > 100  # otherwise this test would show nothing
     aimed = np.concatenate([mass[rises] / mass[-1], np.nextafter(mass[rises], 1) / mass[-1], [0.0, 1 - 2**-24]])
-    token, logp = draw(jnp.broadcast_to(scores, (len(aimed), 32000)), jnp.asarray(aimed, jnp.float32), jnp.float32(1.0))
+    token, logp = draw(jnp.broadcast_to(scores, (len(aimed), 32000)), jnp.asarray(aimed, jnp.float32), True)
     assert np.isfinite(scores[np.asarray(token)]).all() and np.isfinite(logp).all()
 
 

@@ -161,7 +161,10 @@ def test_countdown_problems_have_the_solution_that_they_were_made_with():
 
 def test_countdown_keeps_test_problems_out_of_training():
     task = countdown.make(sizes=(2, 3), largest=10)
-    key = lambda r: (*sorted(r["numbers"]), r["target"])  # noqa: E731
+
+    def key(record):
+        return (*sorted(record["numbers"]), record["target"])
+
     test = [key(r) for r in task.test_records(40)]
     assert len(set(test)) == len(test) and sum(len(k) == 4 for k in test) == 40
     assert 0 < sum(len(k) == 3 for k in test) < 40  # of two numbers there are not so many

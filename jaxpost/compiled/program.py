@@ -144,7 +144,9 @@ def _sampler(s, mesh, transformer, params, prompts: int, kinds: dict) -> list[Tr
     return [
         Traced("prepare", decode.prepare, (transformer, params), {}, kinds, ("optimizer", "ema", "reference")),
         Traced("prefill", decode.prefill, first, {"room": room}, given, STATE, prompts * options.prompt_window),
-        Traced("decode", decode.segment, then, {"turns": options.segment}, cached, STATE, slots * options.new),
+        Traced(
+            "decode", decode.segment, then, {"turns": min(options.segment, options.new)}, cached, STATE, slots * options.new
+        ),
     ]
 
 

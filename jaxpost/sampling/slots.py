@@ -69,21 +69,12 @@ class State(NamedTuple):
     done: jax.Array
 
 
-def draw(scores: jax.Array, uniform: jax.Array, temperature: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """One token a row from logits [B,V] by inverting the cumulative distribution at uniform [B] in [0,1); temperature 0 is
-    greedy.
+def draw(scores: jax.Array, uniform: jax.Array, sampled: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One token a row from logits [B,V] by inverting the cumulative distribution at uniform [B] in [0,1), or the likeliest
+    where it is not to be `sampled`.
 
-    Returns (token [B], its log-probability [B]): at the temperature, or at temperature 1 for a greedy choice. One random number
-    a row where the Gumbel trick needs V.
+    Returns (token [B], its log-probability [B]). One random number a row where the Gumbel trick needs V.
     """
-    return _inverted(scores / _divisor(temperature), uniform, temperature > 0)
-
-
-def _divisor(temperature: jax.Array) -> jax.Array:
-    return jnp.where(temperature > 0, temperature, 1.0)
-
-
-def _inverted(scores: jax.Array, uniform: jax.Array, sampled: jax.Array) -> tuple[jax.Array, jax.Array]:
     logps = jax.nn.log_softmax(scores, axis=-1)
     probs = jnp.exp(logps)
     mass = jnp.cumsum(probs, axis=-1)
@@ -97,7 +88,10 @@ def _inverted(scores: jax.Array, uniform: jax.Array, sampled: jax.Array) -> tupl
 
 def _uniform(key: jax.Array, numbers: jax.Array, places: jax.Array) -> jax.Array:
     """A number in [0,1) for each row, independent of which other rows are there."""
-    one = lambda n, place: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, n), place))  # noqa: E731
+
+    def one(number, place):
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, number), place))
+
     return jax.vmap(one)(numbers, places)
 
 
@@ -185,7 +179,10 @@ def _counted(times: int):
 
 def _pinned(s: State) -> State:
     """What is of slots or of completions lies with its device; the partitioner would as soon copy it everywhere."""
-    pin = lambda x: None if x is None else sharding.shard(x, "BS"[: x.ndim])  # noqa: E731
+
+    def pin(x):
+        return None if x is None else sharding.shard(x, "BS"[: x.ndim])
+
     return State(s.cache, *(pin(x) for x in s[1:]))
 
 
@@ -243,8 +240,9 @@ def _record(s: State, scores: jax.Array, who: jax.Array, *, queue, key, stop, am
     context = {"tokens": _rows(s.tokens, s.job), "counts": s.count, "numbers": numbers} if chain else {}
     for processor in chain:
         found = processor(found, context)
-    found = processors.restricted(found / _divisor(amounts["temperature"]), amounts)
-    token, logp = _inverted(found, _uniform(key, numbers, s.count), amounts["temperature"] > 0)
+    sampled = amounts["temperature"] > 0
+    found = processors.restricted(found / jnp.where(sampled, amounts["temperature"], 1.0), amounts)
+    token, logp = draw(found, _uniform(key, numbers, s.count), sampled)
     count = s.count + who
     stopped = who & jnp.isin(token, stop)
     ended = stopped | (who & (count == s.tokens.shape[1]))
