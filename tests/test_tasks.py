@@ -238,7 +238,7 @@ def test_stories_keep_the_words_of_a_test_apart_and_leave_none_out():
     assert len(own) == len(test) and 650 < len(test) < 950
     trained = {tuple(stories.record(i)["words"]) for i in range(20_000)}
     assert not trained & own and {w for words in trained for w in words} == {w for words in own for w in words}
-    for words, many in zip(zip(*trained, strict=True), (stories.NOUNS, stories.VERBS, stories.ADJECTIVES), strict=True):
+    for words, many in zip(zip(*trained, strict=True), (stories.ANIMALS, stories.THINGS, stories.ADJECTIVES), strict=True):
         assert len(many) == len(set(many)) == 20 and set(words) == set(many)
     assert {tuple(stories.record(i, split="test")["words"]) for i in range(50)} <= own
     assert test[:7] == stories.test_records(7) != stories.test_records(7, seed=1)
@@ -249,19 +249,19 @@ def test_stories_keep_the_words_of_a_test_apart_and_leave_none_out():
 @pytest.mark.parametrize(
     ("text", "stopped", "share"),
     [
-        (" The cat was happy, and it ran.", True, 1.0),
-        (" The CAT was Happy.\nIt ran away. \n", True, 1.0),
-        (" The cat was happy, and it ran.", False, 0.75),
-        (" The cat was happy, and it ran", True, 0.75),
-        (" The cats were unhappy. It ran", True, 0.25),
+        (" The cat was happy in its boat.", True, 1.0),
+        (" The CAT was Happy.\nIts boat swam away. \n", True, 1.0),
+        (" The cat was happy in its boat.", False, 0.75),
+        (" The cat was happy in its boat", True, 0.75),
+        (" The cats were unhappy. Its boat", True, 0.25),
         (" It was a dog.", True, 0.25),
         (" It was a dog.", False, 0.0),
         ("", True, 0.0),
     ],
 )
 def test_stories_are_judged_word_by_word_and_by_their_end(text, stopped, share):
-    record = stories._record(("cat", "ran", "happy"))
-    assert record["prompt"] == "Once upon a time, there was a happy cat. The cat ran."
+    record = stories._record(("cat", "boat", "happy"))
+    assert record["prompt"] == "Once upon a time, there was a happy cat. One day, the cat saw a boat."
     assert stories.reward({**record, "stopped": stopped}, text) == share
     assert stories.satisfied({**record, "stopped": stopped}, text) is (share == 1.0)
     if stopped:

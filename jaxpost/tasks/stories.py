@@ -3,11 +3,13 @@
 The model that this is for knows nothing but children's stories (TinyStories) and has seen no instruction ever, so there is none
 in a prompt. A prompt is the story's opening, which holds the three words where such stories hold them:
 
-    Once upon a time, there was a happy cat. The cat ran.
+    Once upon a time, there was a happy cat. One day, the cat saw a boat.
 
-The completion has to use "happy", "cat" and "ran" by itself, each as a whole word, in any order. Asked like this, a model of
-260 thousand weights uses a third of the words of its own accord, where "Words: cat, ran, happy." brings it to a tenth: it goes
-on from stories, not from lists. All three, and an end, it hardly ever manages, and that is what reinforcement is to teach it.
+The completion has to use "happy", "cat" and "boat" by itself, each as a whole word, in any order. Asked like this, a model of
+260 thousand weights uses a third of the words of its own accord, where "Words: cat, boat, happy." brings it to a tenth: it goes
+on from stories, not from lists. Of a hundred stories three have all of them in 96 tokens, and next to none comes to an end by
+then; that is what reinforcement is to teach it. (The third word is a thing, not what the animal did: in the past tense such a
+model says a verb again in one story of fifty, which is too few to learn from within minutes.)
 
 A base model has no chat format: its texts begin, and so also end, with the beginning-of-text token. In a recipe that is
 
@@ -18,7 +20,7 @@ that is there, so that every one of them is worth a step. `satisfied` is the ver
 "Ends" is meant of a story that ended, so the full stop counts only where a stop token came after it: where a record says under
 `stopped` that none did, the text merely stood at a full stop when it was cut off. Without that key it is taken as ended.
 
-A word is one of twenty nouns, twenty verbs or twenty adjectives, and a problem one of each: 8,000, of which a hash of the three
+A word is one of twenty animals and people, twenty things or twenty adjectives, and a problem one of each: 8,000, of which a hash of the three
 words holds out about one in ten for testing. Each word is there in training; its company is new.
 """
 
@@ -33,14 +35,14 @@ from jaxpost.tasks.arithmetic import SPLITS, hashed
 
 _WORDS = (
     "bear bee bird boy cat cow dad dog doll duck fish fox girl horse king kitten lion mom mouse pig",
-    "ate came cried danced fell flew helped hid looked played ran sang sat slept smiled swam tried waited walked waved",
+    "bag ball bed bike boat book box cake car cookie cup flower hat kite leaf rock stick toy tree truck",
     "bad big brave fat funny good green happy kind little loud new nice red sad shy small soft tiny warm",
 )
-NOUNS, VERBS, ADJECTIVES = (tuple(words.split()) for words in _WORDS)
+ANIMALS, THINGS, ADJECTIVES = (tuple(words.split()) for words in _WORDS)
 
 
 def record(index, *, split="train", seed=0):
-    """Problem number `index` of an endless stream: a dict with prompt, words (a noun, a verb, an adjective), constraints (as
+    """Problem number `index` of an endless stream: a dict with prompt, words (an animal, a thing, an adjective), constraints (as
     rewards.instructions reads them), and, for a reader, the words once more as the answer.
 
     Problems repeat, as draws do. Raises UserError on an unknown split.
@@ -87,15 +89,15 @@ def _told(record, completion):
 def _problems() -> dict[str, list[tuple[str, str, str]]]:
     """The three words of every problem, by split."""
     found = {name: [] for name in SPLITS}
-    for words in itertools.product(NOUNS, VERBS, ADJECTIVES):
+    for words in itertools.product(ANIMALS, THINGS, ADJECTIVES):
         found["test" if hashed("stories", *words) % 10 == 0 else "train"].append(words)
     return found
 
 
 def _record(words: tuple[str, str, str]) -> dict:
-    noun, verb, adjective = words
+    animal, thing, adjective = words
     return {
-        "prompt": f"Once upon a time, there was a {adjective} {noun}. The {noun} {verb}.",
+        "prompt": f"Once upon a time, there was a {adjective} {animal}. One day, the {animal} saw a {thing}.",
         "answer": ", ".join(words),
         "words": list(words),
         "constraints": [*({"kind": "includes", "words": [word]} for word in words), {"kind": "full_stop"}],
