@@ -182,6 +182,9 @@ class Counting(NamedTuple):
     def make_cache(self, batch_size, length):
         return ()
 
+    def rotations(self, cache):
+        return []
+
     def forward(self, params, batch, cache):
         jax.debug.callback(CALLS.append, batch["tokens"].shape)
         return Output(jnp.zeros((*batch["tokens"].shape, 2)).at[..., 1].set(1.0), Head(9 * jnp.eye(2)), cache)

@@ -159,6 +159,14 @@ def test_the_sampler_is_compared_with_the_trainer_where_both_are_known():
     assert found["sampling/importance_sampling_ratio/max"] == pytest.approx(np.exp(0.5))
 
 
+def test_what_the_weights_moved_since_they_sampled_is_no_mismatch():
+    batch = given.rows([[0.5, -0.5]], [1])
+    known, none = (metrics.values(given.measured(cases.ours("dapo"), batch | {"fresh": np.bool_(x)})[2]) for x in (True, False))
+    sampling = {k for k in known if k.startswith("sampling/")}
+    assert len(sampling) == 5 and all(np.isfinite(known[k]) for k in sampling) and all(np.isnan(none[k]) for k in sampling)
+    assert {k: none[k] for k in none.keys() - sampling} == {k: known[k] for k in known.keys() - sampling}
+
+
 def test_explained_variance_merges_and_knows_when_there_is_none():
     one = given.measured(cases.ours("ppo"), given.rows([[0.0]], [1]))[2]["value/explained_variance"]
     assert np.isnan(one.value()) and isinstance(one, Explained)

@@ -157,7 +157,8 @@ def test_the_columns_of_a_batch_are_those_that_a_source_makes():
         s = SimpleNamespace(batch_size=16, shared_prefix=shared, rollouts=SAMPLING)
         where = layout.laid_out([np.arange(4)] * 2 * together, np.full(16 * together, 3), together, 8, 24, shared)
         numbers = where.spread(np.zeros((16 * together, 24), np.float32))
-        wanted = {**where.columns, "old_logps": numbers, "advantages": numbers, "temperature": np.float32(1.0)}
+        wanted = {**where.columns, "old_logps": numbers, "advantages": numbers}
+        wanted |= {"temperature": np.float32(1.0), "fresh": np.bool_(True)}
         assert told(rollouts.columns(s, pairs=False)) == shapes(wanted)
 
 

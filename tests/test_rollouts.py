@@ -97,7 +97,8 @@ def test_a_batch_serves_several_steps_and_epochs(monkeypatch):
     made = rollouts(monkeypatch, sampler(asked=asked), minibatches=3, epochs=2)
     parts = [made(state(weights=k, step=k)) for k in range(6)]
     assert len(asked) == 1 and {len(part["tokens"]) for part in parts} == {ROWS}
-    made(state(step=6))
+    assert [bool(part["fresh"]) for part in parts] == [True] + [False] * 5  # its weights are those that sampled
+    assert made(state(step=6))["fresh"]
     assert len(asked) == 2 and made.due == 1
     one = rollouts(monkeypatch, batch_size=3 * ROWS)(state())
     names = [k for k in one if np.ndim(one[k])]
@@ -117,7 +118,7 @@ def test_with_a_lag_the_weights_of_the_call_before_sampled(monkeypatch):
     for k in range(5):
         batch = made(state(weights=10 * k))
         seen.append(np.unique(-batch["old_logps"][batch["mask"]] // 10).tolist())  # what the script adds is below 10
-    assert seen == [[0], [0], [1], [2], [3]]
+    assert seen == [[0], [0], [1], [2], [3]] and not batch["fresh"]
 
 
 def test_what_the_weights_that_sampled_say_is_asked_of_them_and_of_no_others(monkeypatch):

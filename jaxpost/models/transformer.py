@@ -19,6 +19,7 @@ from jaxpost.models.attention import (
     RESIDUALS,
     attend,
     cache_axes,
+    cache_length,
     cache_mask,
     document_lengths,
     over_rows,
@@ -108,12 +109,13 @@ class Attention(nn.Module):
 
         q = rotate(heads("q", a.heads), turn)
         k, v = rotate(heads("k", a.kv_heads), turn), heads("v", a.kv_heads)
+        axes = {"k": "BTKH", "v": "BTKH"}
         if cache is not None:
-            cache = {name: written(cache[name], new, positions) for name, new in (("k", k), ("v", v))}
+            axes = cache_axes()
+            cache = {name: written(cache[name], new, positions, axes[name]) for name, new in (("k", k), ("v", v))}
             k, v = cache["k"], cache["v"]
-        if cache is None or cache_axes() == "BTKH":
-            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        y = attend(q, k.astype(x.dtype), v.astype(x.dtype), sees).reshape(b, s, -1)
+        k, v = (jnp.einsum(f"{axes[name]}->BKTH", y.astype(x.dtype)) for name, y in (("k", k), ("v", v)))
+        y = attend(q, k, v, sees).reshape(b, s, -1)
         return Dense(a.width, a.o_bias, a.init_std, name="o")(y), cache
 
 
@@ -192,7 +194,8 @@ class Transformer:
 
         Without a cache: tokens, positions and segments [B,S], documents attended to separately. With a cache (see
         `make_cache`): tokens and positions [B,S], each token written to the slot of its position and attending to the slots up
-        to it; maybe `room`, a scalar: the tokens that a document will have, if not what the cache holds.
+        to it; maybe `room`, a scalar: the tokens that a document will have, if not what the cache holds; maybe the cache's
+        `rotations`.
         """
         # The sampler's weights are whole along fsdp, and its rows stay where they are.
         find = sharding.lookup if cache is None else sharding.lookup_whole
@@ -233,11 +236,14 @@ class Transformer:
             lengths = document_lengths(batch["segments"], positions)
         else:
             # While decoding, how long a document will be is not known: what there is room for stands for it.
-            held = cache[0]["k"].shape[cache_axes().index("T")]
+            held = cache_length(cache)
             lengths = batch.get("room", held)
             seen = [cache_mask(positions, held, kind.window) for kind in a.kinds]
             over = functools.partial(attend, scale=a.attention_scale, cap=a.attention_cap)
-        turns = [rotary(kind.rope, a.head_width, positions, lengths) for kind in a.kinds]
+        if "rotations" in batch:
+            turns = [tuple(x[positions] for x in pair) for pair in batch["rotations"]]
+        else:
+            turns = [rotary(kind.rope, a.head_width, positions, lengths) for kind in a.kinds]
         return list(zip(turns, seen, strict=True)), over
 
     def _scan(self, block, x, layers, tables: list):
@@ -252,11 +258,23 @@ class Transformer:
 
         return jax.lax.scan(turn, x, (layers, jnp.array(self.arch.pattern)))
 
+    def rotations(self, cache: Any) -> list[tuple[jax.Array, jax.Array]]:
+        """(cosine, sine), [T,1,R/2] each, of a cache's places, for each kind of layer. A loop over tokens looks them up, since
+        XLA:CPU would compute them again in every layer of every turn.
+        """
+        length = cache_length(cache)
+        places = jnp.arange(length)[None]
+        made = [rotary(kind.rope, self.arch.head_width, places, length) for kind in self.arch.kinds]
+        return [(cosine[0], sine[0]) for cosine, sine in made]
+
     def make_cache(self, batch_size: int, length: int) -> tuple:
         """An empty key/value cache: a {k, v} a layer, whose axes `attention.cache_axes` names."""
         sizes = {"B": batch_size, "K": self.arch.kv_heads, "T": length, "H": self.arch.head_width}
-        axes, shape = cache_axes(), [sizes[letter] for letter in cache_axes()]
-        return tuple({n: sharding.shard(jnp.zeros(shape, self.dtype), axes) for n in "kv"} for _ in range(self.arch.layers))
+
+        def empty(axes):
+            return sharding.shard(jnp.zeros([sizes[letter] for letter in axes], self.dtype), axes)
+
+        return tuple({name: empty(axes) for name, axes in cache_axes().items()} for _ in range(self.arch.layers))
 
 
 def _over_tokens(router: Any, segments: jax.Array | None) -> Any:

@@ -127,18 +127,24 @@ def _measured(output: Output, batch: Batch, mask: jax.Array, parts: Parts) -> di
 
 
 def _metrics(seen: Rollouts, found: Surrogate, parts: Parts) -> dict:
-    """What every policy gradient reports, under TRL's names; of tokens, each counting the same."""
+    """What every policy gradient reports, under TRL's names; of tokens, each counting the same.
+
+    sampling/*: the trainer's probabilities against the sampler's, of the same weights. Where a correction has asked the trainer
+    it is of every step; else of those whose weights have sampled, which the scalar `fresh` says (all, if it is not there).
+    """
     mask = seen.mask
-    sampler = "sampler_logps" in seen.batch
-    gap = seen.constant("old_logps") - seen.constant("sampler_logps") if sampler else jax.lax.stop_gradient(seen.drift)
+    if "sampler_logps" in seen.batch:
+        gap, fresh = seen.constant("old_logps") - seen.constant("sampler_logps"), mask
+    else:
+        gap, fresh = jax.lax.stop_gradient(seen.drift), mask & seen.batch.get("fresh", True)
     ratio, ways = jnp.exp(jnp.minimum(gap, MOST)), "sampling/importance_sampling_ratio"
     metrics = {
         "entropy": masked_mean(seen.entropy, mask),
-        "sampling/sampling_logp_difference/mean": masked_mean(jnp.abs(gap), mask),
-        "sampling/sampling_logp_difference/max": masked_max(jnp.abs(gap), mask),
-        f"{ways}/min": Min(jnp.min(jnp.where(mask, ratio, jnp.inf))),
-        f"{ways}/mean": masked_mean(ratio, mask),
-        f"{ways}/max": Max(jnp.max(jnp.where(mask, ratio, -jnp.inf))),
+        "sampling/sampling_logp_difference/mean": masked_mean(jnp.abs(gap), fresh),
+        "sampling/sampling_logp_difference/max": masked_max(jnp.abs(gap), fresh),
+        f"{ways}/min": Min(jnp.min(jnp.where(fresh, ratio, jnp.inf))),
+        f"{ways}/mean": masked_mean(ratio, fresh),
+        f"{ways}/max": Max(jnp.max(jnp.where(fresh, ratio, -jnp.inf))),
     }
     if "ref_logps" in seen.batch:
         metrics["kl"] = masked_mean(k3(seen), mask)

@@ -45,7 +45,8 @@ def columns(s, pairs: bool) -> dict[str, jax.ShapeDtypeStruct]:
     kinds |= {"margins": "float32"} if pairs else {"old_logps": "float32", "advantages": "float32"}
     kinds |= {"sampler_logps": "float32"} if s.rollouts.correction and not pairs else {}
     found = {k: jax.ShapeDtypeStruct((s.batch_size, size), np.dtype(dtype)) for k, dtype in kinds.items()}
-    return found if pairs else {**found, "temperature": jax.ShapeDtypeStruct((), np.float32)}
+    scalars = {} if pairs else {"temperature": np.float32, "fresh": np.bool_}
+    return found | {k: jax.ShapeDtypeStruct((), dtype) for k, dtype in scalars.items()}
 
 
 class Making(NamedTuple):
@@ -117,8 +118,9 @@ class Rollouts:
                 self.waiting.append(self._make(state))
             self.batch, self.due = self._learned(self.waiting.popleft()), 0
         rows = self._rows(self.due)[self.local]
+        scalars = {} if self.making.lessons.pairs else {"fresh": np.bool_(self.due + self.making.lag == 0)}
         self.due += 1
-        return {k: x[rows] if np.ndim(x) else x for k, x in self.batch.items()}
+        return {k: x[rows] if np.ndim(x) else x for k, x in self.batch.items()} | scalars
 
     def _rows(self, due: int) -> np.ndarray:
         """Which rows of the rollout batch the training batch number `due` has: each epoch deals all of them out anew."""

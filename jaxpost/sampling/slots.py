@@ -31,8 +31,8 @@ from jaxpost.types import Params
 
 
 class Bank(NamedTuple):
-    """Prompts after prefill: {k, v} [U,K,P,H] (see `attention.cache_axes`) a layer, the logits [U,V] of the first token,
-    lengths [U].
+    """Prompts after prefill: {k, v} a layer, of U prompts of P tokens (see `attention.cache_axes`), the logits [U,V] of the first
+    token, lengths [U].
     """
 
     cache: tuple
@@ -51,8 +51,8 @@ class Queue(NamedTuple):
 
 
 class State(NamedTuple):
-    """Decoding under way. Of the n slots: the cache {k, v} [n,K,T,H] a layer, the last token drawn, the place of the completion
-    in its device's queue (-1 for none), how many tokens it has. [W]: how far each queue is. Of the J completions, as far as
+    """Decoding under way. Of the n slots: the cache {k, v} a layer, of T tokens, the last token drawn, the place of the
+    completion in its device's queue (-1 for none), how many tokens it has. [W]: how far each queue is. Of the J completions, as far as
     they are: tokens, logps, policy_logps [J,N], lengths [J], stopped [J], done [J].
     """
 
@@ -81,9 +81,15 @@ def draw(scores: jax.Array, uniform: jax.Array, sampled: jax.Array) -> tuple[jax
     # A parallel cumulative sum rounds each place by itself, so it may rise a little where the probability is zero: such a
     # place is left out by name. The mode stands in where rounding leaves none.
     reached = (mass > uniform[:, None] * mass[:, -1:]) & (probs > 0)
-    mode = jnp.argmax(scores, axis=-1)
-    token = jnp.where(sampled & jnp.any(reached, axis=-1), jnp.argmax(reached, axis=-1), mode)
-    return token.astype(jnp.int32), jnp.take_along_axis(logps, token[:, None], axis=-1)[:, 0]
+    mode = _first(scores == jnp.max(scores, axis=-1, keepdims=True))
+    token = jnp.where(sampled & jnp.any(reached, axis=-1), _first(reached), mode)
+    return token, jnp.take_along_axis(logps, token[:, None], axis=-1)[:, 0]
+
+
+def _first(hit: jax.Array) -> jax.Array:
+    """The first place [B] of each row [B,V] that is set, the last if none is. XLA:CPU takes a minimum faster than an argmax."""
+    last = hit.shape[-1] - 1
+    return jnp.min(jnp.where(hit, jnp.arange(last + 1, dtype=jnp.int32), last), axis=-1)
 
 
 def _uniform(key: jax.Array, numbers: jax.Array, places: jax.Array) -> jax.Array:
@@ -146,11 +152,13 @@ def segment(
     record = functools.partial(_record, queue=queue, key=key, stop=stop, amounts=amounts, chain=chain)
     refill = functools.partial(_refill, bank=bank, queue=queue, record=record)
     begins = _rows(bank.lengths, queue.prompts)  # [J]
+    rotations = model.rotations(state.cache)
 
     def turn(carry):
         t, s = carry
         at = _rows(begins, s.job) + s.count - 1
-        out = model.forward(params, {"tokens": s.token[:, None], "positions": at[:, None]}, s.cache)
+        asked = {"tokens": s.token[:, None], "positions": at[:, None], "rotations": rotations}
+        out = model.forward(params, asked, s.cache)
         return t + 1, record(s._replace(cache=out.cache), logits(out.hidden[:, 0], out.head), s.job >= 0)
 
     def stretch(carry):
@@ -221,15 +229,16 @@ def _refill(s: State, bank: Bank, queue: Queue, record: Callable) -> State:
     fresh = idle & (turn < queue.counts[:, None])
     taken = s.taken + jnp.sum(fresh, axis=1)
     job, fresh = jnp.where(fresh, turn, s.job.reshape(idle.shape)).reshape(-1), fresh.reshape(-1)
-    prompt, axes = _rows(queue.prompts, job), cache_axes()
+    prompt = _rows(queue.prompts, job)
 
-    def copied(held, banked):
+    def copied(held, banked, axes):
         time = axes.index("T")
         window = jax.lax.slice_in_dim(held, 0, banked.shape[time], axis=time)
         rows = jnp.where(fresh[:, None, None, None], _rows(banked, prompt), window)
         return sharding.shard(jax.lax.dynamic_update_slice_in_dim(held, rows, 0, time), axes)
 
-    cache = jax.tree.map(copied, s.cache, bank.cache)
+    layers = zip(s.cache, bank.cache, strict=True)
+    cache = tuple({n: copied(held[n], banked[n], axes) for n, axes in cache_axes().items()} for held, banked in layers)
     s = s._replace(cache=cache, job=job, taken=taken, count=jnp.where(fresh, 0, s.count))
     return record(s, _rows(bank.scores, prompt), fresh)
 

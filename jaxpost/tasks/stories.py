@@ -20,8 +20,8 @@ that is there, so that every one of them is worth a step. `satisfied` is the ver
 "Ends" is meant of a story that ended, so the full stop counts only where a stop token came after it: where a record says under
 `stopped` that none did, the text merely stood at a full stop when it was cut off. Without that key it is taken as ended.
 
-A word is one of twenty animals and people, twenty things or twenty adjectives, and a problem one of each: 8,000, of which a hash of the three
-words holds out about one in ten for testing. Each word is there in training; its company is new.
+A word is one of twenty animals and people, twenty things or twenty adjectives, and a problem one of each: 8,000, of which a
+hash of the three words holds out about one in ten for testing. Each word is there in training; its company is new.
 """
 
 import functools
@@ -42,8 +42,8 @@ ANIMALS, THINGS, ADJECTIVES = (tuple(words.split()) for words in _WORDS)
 
 
 def record(index, *, split="train", seed=0):
-    """Problem number `index` of an endless stream: a dict with prompt, words (an animal, a thing, an adjective), constraints (as
-    rewards.instructions reads them), and, for a reader, the words once more as the answer.
+    """Problem number `index` of an endless stream: a dict with prompt, words (an animal, a thing, an adjective), constraints
+    (as rewards.instructions reads them), and, for a reader, the words once more as the answer.
 
     Problems repeat, as draws do. Raises UserError on an unknown split.
     """
