@@ -4,7 +4,9 @@
 
 FOLDER is a base model of children's stories, such as one of 260 thousand weights with a vocabulary of 512. It has no chat
 format: a story begins and ends with the beginning-of-text token, which the template says. The reward counts the words and the
-full stop; `eval/accuracy` is the share of held-out problems with all of them. The KL to the start keeps the stories stories.
+full stop; `eval/accuracy` is the share of held-out problems with all of them. The KL to the start keeps the stories stories,
+and so does it that attention alone is trained: with all weights as much is learned at three times the drift. Many microbatches,
+for attention over few rows stays in a CPU's cache: half the time of one. About a quarter of an hour on two cores.
 """
 
 from jaxpost import recipe
@@ -13,14 +15,16 @@ from jaxpost import recipe
 def get_config(arg: str = ""):
     return recipe.make(
         objective={"name": "policy_gradient.grpo", "beta": 0.05},
+        trainable="attention",
         source="rollouts",
         task={"name": "stories"},
-        reward={"shaped": "task", "satisfied": {"name": "task.satisfied", "weight": 0.0}},
+        reward={"shaped": "task", "satisfied": {"name": "task.satisfied", "weight": 0.5}},
         template="{{ bos_token }}{% for m in messages %}{{ m.content }}{{ bos_token if m.role == 'assistant' }}{% endfor %}",
         rollouts={"group": 16, "prompt_window": 48, "new": 96, "temperature": 1.0},
         batch_size=256,
-        steps=300,
-        optimizer={"lr": 3e-4, "schedule": "linear", "warmup": 10, "end": 0.1, "b2": 0.98},
+        microbatches=32,
+        steps=200,
+        optimizer={"lr": 1.5e-3, "schedule": "linear", "warmup": 10, "end": 0.1, "b2": 0.98},
         best="eval/accuracy",
         highest=True,
         eval_rows=128,

@@ -31,8 +31,8 @@ from jaxpost.types import Params
 
 
 class Bank(NamedTuple):
-    """Prompts after prefill: {k, v} a layer, of U prompts of P tokens (see `attention.cache_axes`), the logits [U,V] of the first
-    token, lengths [U].
+    """Prompts after prefill: {k, v} a layer (see `attention.cache_axes`), of P tokens, the logits [U,V] of the first token,
+    lengths [U].
     """
 
     cache: tuple
@@ -52,8 +52,8 @@ class Queue(NamedTuple):
 
 class State(NamedTuple):
     """Decoding under way. Of the n slots: the cache {k, v} a layer, of T tokens, the last token drawn, the place of the
-    completion in its device's queue (-1 for none), how many tokens it has. [W]: how far each queue is. Of the J completions, as far as
-    they are: tokens, logps, policy_logps [J,N], lengths [J], stopped [J], done [J].
+    completion in its device's queue (-1 for none), how many tokens it has. [W]: how far each queue is. Of the J completions, as
+    far as they are: tokens, logps, policy_logps [J,N], lengths [J], stopped [J], done [J].
     """
 
     cache: tuple

@@ -6,10 +6,10 @@ in a prompt. A prompt is the story's opening, which holds the three words where 
     Once upon a time, there was a happy cat. One day, the cat saw a boat.
 
 The completion has to use "happy", "cat" and "boat" by itself, each as a whole word, in any order. Asked like this, a model of
-260 thousand weights uses a third of the words of its own accord, where "Words: cat, boat, happy." brings it to a tenth: it goes
-on from stories, not from lists. Of a hundred stories three have all of them in 96 tokens, and next to none comes to an end by
-then; that is what reinforcement is to teach it. (The third word is a thing, not what the animal did: in the past tense such a
-model says a verb again in one story of fifty, which is too few to learn from within minutes.)
+260 thousand weights uses a third of the words of its own accord, where "Words: cat, boat, happy." brings it below a tenth: it
+goes on from stories, not from lists. Of a hundred stories two or three have all of them in 96 tokens, and next to none comes to
+an end by then; that is what reinforcement is to teach it. (The third word is a thing, not what the animal did: in the past
+tense such a model says a verb again in one story of fifty, which is too few to learn from within minutes.)
 
 A base model has no chat format: its texts begin, and so also end, with the beginning-of-text token. In a recipe that is
 
