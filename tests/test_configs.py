@@ -62,6 +62,7 @@ def test_two_steps(path, tmp_path):
             config.task = {"name": "arithmetic"}
         if path.stem == "stories":  # which tell of words that the tiny tokenizer has no letters for
             config.task, config.reward, config.template = {"name": "arithmetic"}, {"right": "task"}, ""
+            config.microbatches = 2
         if config.source == "rollouts":
             config.data = ""
             config.rollouts.update({"prompt_window": 12, "new": 8, "overlong": min(config.rollouts.overlong, 4)})

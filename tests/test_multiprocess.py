@@ -100,9 +100,10 @@ def test_a_reward_that_fails_on_one_machine_stops_all(tmp_path):
 
 
 def _figures(folder):
-    """(row, its numbers without the times) of each logged row."""
-    rows = writers.read_rows(folder / "run" / "metrics.jsonl")
-    return [(row, {k: v for k, v in row.items() if k not in runs.TIMES and not isinstance(v, str)}) for row in rows]
+    """(row, its numbers without the times, nan where nothing was measured) of each logged row."""
+    rows, none = writers.read_rows(folder / "run" / "metrics.jsonl"), float("nan")
+    numbers = [{k: v for k, v in row.items() if k not in runs.TIMES and not isinstance(v, str)} for row in rows]
+    return [(row, {k: none if v is None else v for k, v in own.items()}) for row, own in zip(rows, numbers, strict=True)]
 
 
 @pytest.mark.slow
