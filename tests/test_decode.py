@@ -5,6 +5,7 @@ At one compiled shape "the same" is to the bit. Between shapes sums are taken in
 lies within rounding of the boundary between two of them, and only there.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import family_cases
@@ -46,6 +47,15 @@ def test_recorded_logps_are_the_training_forwards(way, temperature):
     found = sampled(temperature=temperature, **WAYS[way])
     assert_recorded(found, temperature)
     assert 0 < found.stopped.sum() < ALL and (found.tokens.shape, found.logps.shape) == ((ALL, NEW), (ALL, NEW))
+
+
+@pytest.mark.parametrize("slots", [0, 2])
+def test_sixteen_bits_are_decoded_too(slots):
+    model = dataclasses.replace(cases.MODEL, dtype=jnp.bfloat16)
+    found = sampled(model=model, slots=slots)
+    apart = np.abs(found.policy_logps - cases.logps(judged(found, model=model), found))
+    # Eight bits of mantissa, through two layers in another order. Of a cache that was read wrongly it would be tenths of nats.
+    assert 0 < apart.max() < 0.1 and apart.sum() / found.lengths.sum() < 0.02
 
 
 QUICK = "mixtral/window"  # a mixture whose layers slide

@@ -109,13 +109,15 @@ class Attention(nn.Module):
 
         q = rotate(heads("q", a.heads), turn)
         k, v = rotate(heads("k", a.kv_heads), turn), heads("v", a.kv_heads)
-        axes = {"k": "BTKH", "v": "BTKH"}
+        axes, dtype = {"k": "BTKH", "v": "BTKH"}, x.dtype
         if cache is not None:
             axes = cache_axes()
+            # XLA:CPU has no product of 16-bit numbers in a cache's order, and would widen them for any other.
+            dtype = jnp.float32 if sharding.platform() == "cpu" else x.dtype
             cache = {name: written(cache[name], new, positions, axes[name]) for name, new in (("k", k), ("v", v))}
             k, v = cache["k"], cache["v"]
-        k, v = (jnp.einsum(f"{axes[name]}->BKTH", y.astype(x.dtype)) for name, y in (("k", k), ("v", v)))
-        y = attend(q, k, v, sees).reshape(b, s, -1)
+        k, v = (jnp.einsum(f"{axes[name]}->BKTH", y.astype(dtype)) for name, y in (("k", k), ("v", v)))
+        y = attend(q.astype(dtype), k, v, sees).astype(x.dtype).reshape(b, s, -1)
         return Dense(a.width, a.o_bias, a.init_std, name="o")(y), cache
 
 
