@@ -5,8 +5,8 @@
 FOLDER is a base model of children's stories, such as one of 260 thousand weights with a vocabulary of 512. It has no chat
 format: a story begins and ends with the beginning-of-text token, which the template says. The reward counts the words and the
 full stop; `eval/accuracy` is the share of held-out problems with all of them. The KL to the start keeps the stories stories,
-and so does it that attention alone is trained: with all weights as much is learned at three times the drift. Many microbatches,
-for attention over few rows stays in a CPU's cache: half the time of one. About a quarter of an hour on two cores.
+and so does it that attention alone is trained: with all weights the same is learned at a greater KL. Many microbatches, for
+attention over few rows stays in a CPU's cache: little more than half the time. About a quarter of an hour on two cores.
 """
 
 from jaxpost import recipe

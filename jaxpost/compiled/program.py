@@ -123,7 +123,7 @@ def _sampler(s, mesh, transformer, params, prompts: int, kinds: dict) -> list[Tr
     def made(function, *arguments, **keywords):
         with sharding.use(mesh):
             shapes = jax.eval_shape(lambda *a: function(transformer, *a, **keywords), *arguments)
-            letters = {1: "B", 2: "BS", 4: cache_axes()["v"]}
+            letters = {1: "B", 2: "BS", 4: cache_axes()["v"]}  # of keys too: only B and K are split, which all orders agree on
         if function is decode.prepare:
             return sharding.placed(shapes, sharding.gathered(mesh, shapes))
         return sharding.placed(shapes, sharding.by_letters(mesh, shapes, letters))
