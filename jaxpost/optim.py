@@ -18,21 +18,26 @@ from jaxpost.sharding import path_name
 ADDED = r"/kernel/(?!base(/|$))"  # the leaves that an adapter adds to the tree
 
 
+def _first(lr: float, warmup: int) -> float:
+    """The rate of update 0. It is above 0, since an update without a rate wastes its batch; `warmup` updates later it is lr."""
+    return lr / (warmup + 1)
+
+
 def cosine(lr: float, steps: int, warmup: int, end: float) -> Callable:
     """Linear warm-up to lr, then half a cosine down to end * lr when the steps are over (one update after the last)."""
-    return optax.warmup_cosine_decay_schedule(0.0 if warmup else lr, lr, warmup, max(steps, warmup + 1), end * lr)
+    return optax.warmup_cosine_decay_schedule(_first(lr, warmup), lr, warmup, max(steps, warmup + 1), end * lr)
 
 
 def linear(lr: float, steps: int, warmup: int, end: float) -> Callable:
     """Linear warm-up to lr, then a straight line to end * lr when the steps are over (one update after the last)."""
     down = optax.linear_schedule(lr, end * lr, max(steps - warmup, 1))
-    return optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), down], [warmup]) if warmup else down
+    return optax.join_schedules([optax.linear_schedule(_first(lr, warmup), lr, warmup), down], [warmup]) if warmup else down
 
 
 def constant(lr: float, steps: int, warmup: int, end: float) -> Callable:
     """Linear warm-up to lr, then lr; the end is ignored by definition."""
     flat = optax.constant_schedule(lr)
-    return optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), flat], [warmup]) if warmup else flat
+    return optax.join_schedules([optax.linear_schedule(_first(lr, warmup), lr, warmup), flat], [warmup]) if warmup else flat
 
 
 def wsd(lr: float, steps: int, warmup: int, end: float) -> Callable:
@@ -46,11 +51,19 @@ SCHEDULES = {"cosine": cosine, "linear": linear, "constant": constant, "wsd": ws
 
 
 def schedule(settings: Mapping, steps: int) -> Callable:
-    """step -> learning rate, from the keys lr, schedule, warmup (steps, or a share of them if below 1) and end."""
+    """step -> learning rate, from the keys lr, schedule, warmup (steps, or a share of them if below 1) and end.
+
+    Raises UserError for an unknown schedule, and for a warm-up that leaves no step at the full rate.
+    """
     name, warmup = settings["schedule"], settings["warmup"]
     if name not in SCHEDULES:
         raise UserError(f"config.optimizer.schedule: unknown {name!r}.{nearest(name, SCHEDULES)}")
     warmup = int(warmup * steps) if 0 < warmup < 1 else int(warmup)
+    if warmup < 0 or (warmup and warmup >= steps):
+        raise UserError(
+            f"config.optimizer.warmup: {warmup} of {steps} steps would warm up, so none has the full rate; give fewer than "
+            f"{steps}, a share of them below 1, or 0 for none."
+        )
     return SCHEDULES[name](settings["lr"], steps, warmup, settings["end"])
 
 

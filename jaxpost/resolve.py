@@ -76,13 +76,32 @@ def bind(function: Callable, options: Mapping, place: str) -> Callable:
     if prepare := getattr(function, "prepare", None):
         takes = inspect.signature(prepare).parameters
         bound.prepare = functools.partial(prepare, **{k: v for k, v in options.items() if k in takes})
+    elif (inner := _inner(bound)) and hasattr(inner, "prepare"):
+        bound.prepare = inner.prepare
     return bound
 
 
 def attribute(function: Callable, name: str, default: Any) -> Any:
-    """What a function that `resolve` gave says of itself by an attribute, which may be a function of its keywords."""
-    found = getattr(getattr(function, "func", function), name, default)
-    return found(**getattr(function, "keywords", {})) if callable(found) else found
+    """What a function that `resolve` gave says of itself by an attribute, which may be a function of its keywords.
+
+    An objective `of` another says what that one says, wherever it says nothing of its own.
+    """
+    own = getattr(function, "func", function)
+    if not hasattr(own, name):
+        inner = _inner(function)
+        return default if inner is None else attribute(inner, name, default)
+    value = getattr(own, name)
+    return value(**getattr(function, "keywords", {})) if callable(value) else value
+
+
+def _inner(function: Callable) -> Callable | None:
+    """The objective that an objective is `of`: the keyword's config entry, resolved; None where it has no such keyword."""
+    own = getattr(function, "func", function)
+    takes = inspect.signature(own).parameters
+    if "of" not in takes or takes["of"].kind is not inspect.Parameter.KEYWORD_ONLY or not _fits(own, "objectives"):
+        return None
+    entry = getattr(function, "keywords", {}).get("of", takes["of"].default)
+    return resolve(entry, "objectives")
 
 
 def find(name: str, noun: str) -> Callable:

@@ -120,6 +120,22 @@ def test_the_estimators_of_the_kl_are_those_of_two_coins():
         assert loss == pytest.approx(0.265123 if name == "kl_k2" else np.sum(p * np.log(p / ref)), rel=1e-5), name
 
 
+@pytest.mark.parametrize("drift", [0.0, 25.0, -3.0])
+@pytest.mark.parametrize("name", ["kl_k2", "kl_k3_ratio", "k3_in_loss", "kl_k1_ratio"])
+def test_no_distance_from_the_reference_turns_the_pull_around(name, drift):
+    distances = np.array([-100.0, -21.0, -1.0, 1.0, 19.0, 21.0, 60.0, 100.0])  # log reference - log policy
+    columns = {"ref_logps": np.array([[0.0, *(distances - 1.0 + drift)]], np.float32)}
+    _, slopes = given.by_logps(cases.plus(name), [[drift] * 8], [0.0], **columns)
+    r, bounded = np.exp(min(drift, 20.0)), np.minimum(distances, 20.0)
+    expected = {
+        "kl_k1_ratio": r * (1 - distances),
+        "kl_k2": -r * distances,
+        "kl_k3_ratio": -r * distances,
+        "k3_in_loss": 1 - np.exp(bounded),
+    }[name]
+    np.testing.assert_allclose(slopes, expected, rtol=1e-5, atol=1e-4)  # 1 - d is rounded near 0
+
+
 # ------------------------------------------------------------------------------------------------------- Metrics and more
 
 
@@ -229,6 +245,8 @@ def test_what_is_made_of_the_whole_batch_does_not_depend_on_its_split():
         (cases.variant("dapo", added_terms={"kl_k2": {}}), "needs coefficient"),
         (cases.variant("dapo", weightings={"top_entropy": 0.2}), "takes no option 'coefficient'"),
         (cases.ours("variant", of="sft.nll"), "policy_gradient.grpo is one"),
+        (cases.ours("variant", of="preference.sigmoid"), "policy_gradient.grpo is one"),
+        (cases.ours("variant", of={"name": "router.balanced", "of": "policy_gradient.grpo"}), "policy_gradient.grpo is one"),
     ],
 )
 def test_what_cannot_be_is_said(entry, says):

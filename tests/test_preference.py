@@ -242,6 +242,7 @@ def test_what_a_loss_reads_is_known_beforehand():
         (cases.ours("divergence", kind="alpha", alpha=1), "alpha not 1"),
         (cases.ours("divergence", of="preference.apo_zero"), "apo_zero is no loss of a difference"),
         (cases.ours("wpo", of="sft.nll"), "no loss over pairs"),
+        (cases.ours("wpo", of="policy_gradient.grpo"), "no loss over pairs"),
         (cases.ours("weighted", losses={"sigmod": 1.0}), "sigmoid"),
         (cases.ours("weighted", losses={}), "name one"),
         (cases.ours("robust", smoothing=0.5), "below 0.5"),

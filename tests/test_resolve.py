@@ -10,7 +10,7 @@ import runs
 from jaxpost import recipe
 from jaxpost.errors import UserError
 from jaxpost.objectives import sft
-from jaxpost.resolve import bind, find, known, module, nearest, resolve
+from jaxpost.resolve import attribute, bind, find, known, module, nearest, resolve
 from jaxpost.tasks import arithmetic
 
 OWN = """
@@ -52,6 +52,43 @@ def test_the_other_keys_are_keyword_arguments(own):
     both = resolve({"name": f"{own}:scaled", "by": 3, "offset": 1.0}, "objectives")
     assert both(None, None, None, None) == (3, 1.0) and both.prepare(None, None, None, None) == {"by": 3}
     assert resolve("sft.nll", "objectives").func is sft.nll and not hasattr(resolve("sft.nll", "objectives"), "prepare")
+
+
+DECLARED = ("data", "columns", "leaves", "now", "advantages", "off_policy", "whole")
+
+
+def wrapping(forward, params, batch, key, *, of="sft.nll", scale=1.0):
+    """An objective of another that declares nothing itself."""
+    return resolve(of, "objectives")(forward, params, batch, key)
+
+
+@pytest.mark.parametrize("wrapper", ["router.balanced", f"{__name__}.wrapping"])
+@pytest.mark.parametrize(
+    "inner",
+    [
+        "policy_gradient.grpo",
+        {"name": "policy_gradient.ppo", "gamma": 0.9},
+        "policy_gradient.rloo",
+        "preference.offset",
+        "unpaired.kto",
+        "reward_model.bradley_terry",
+        {"name": "router.balanced", "of": "policy_gradient.ppo"},
+    ],
+)
+def test_an_objective_of_another_declares_what_that_one_declares(wrapper, inner):
+    outer = resolve({"name": wrapper, "of": inner}, "objectives")
+    alone = resolve(inner, "objectives")
+    for name in DECLARED:
+        assert attribute(outer, name, "nothing") == attribute(alone, name, "nothing"), name
+    assert hasattr(outer, "prepare") == (hasattr(alone, "prepare") or wrapper == "router.balanced")
+
+
+def test_an_objective_of_another_says_what_it_declares_itself():
+    wrapping.data = "pairs"
+    try:
+        assert attribute(resolve({"name": f"{__name__}.wrapping"}, "objectives"), "data", "") == "pairs"
+    finally:
+        del wrapping.data
 
 
 def test_every_objective_is_known_by_its_short_name():

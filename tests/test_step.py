@@ -148,11 +148,12 @@ def test_only_the_paths_that_the_pattern_names_decay():
 
 
 # 100 steps, 10 of them warm-up, from 1 to a tenth: values at steps 0, 5, 10, 55, 85, 90, 100.
+RISE = (1 / 11, 6 / 11)  # no update is without a rate
 COURSES = {
-    "cosine": [0, 0.5, 1, 0.55, 0.1 + 0.45 * (1 + np.cos(np.pi * 75 / 90)), 0.1 + 0.45 * (1 + np.cos(np.pi * 80 / 90)), 0.1],
-    "linear": [0, 0.5, 1, 0.55, 0.25, 0.2, 0.1],
-    "constant": [0, 0.5, 1, 1, 1, 1, 1],
-    "wsd": [0, 0.5, 1, 1, 0.775, 0.55, 0.1],
+    "cosine": [*RISE, 1, 0.55, 0.1 + 0.45 * (1 + np.cos(np.pi * 75 / 90)), 0.1 + 0.45 * (1 + np.cos(np.pi * 80 / 90)), 0.1],
+    "linear": [*RISE, 1, 0.55, 0.25, 0.2, 0.1],
+    "constant": [*RISE, 1, 1, 1, 1, 1],
+    "wsd": [*RISE, 1, 1, 0.775, 0.55, 0.1],
 }
 
 
@@ -169,6 +170,19 @@ def test_every_schedule_is_tested_and_an_unknown_one_is_named():
         assert optim.schedule({"schedule": name, "lr": 1.0, "warmup": 0, "end": 0.1}, 100)(0) == 1
     with pytest.raises(UserError, match="cosin.*'cosine'"):
         optim.schedule({"schedule": "cosin", "lr": 1.0, "warmup": 0, "end": 0.1}, 100)
+
+
+@pytest.mark.parametrize("name", COURSES)
+@pytest.mark.parametrize("warmup", [0, 1, 7, 0.5])
+def test_every_update_has_a_rate_above_zero(name, warmup):
+    course = optim.schedule({"schedule": name, "lr": 1e-3, "warmup": warmup, "end": 0.0}, 8)
+    assert all(course(t) > 0 for t in range(8))
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(8, 8), (10, 3), (1, 1), (-1, 5)])
+def test_a_warm_up_as_long_as_the_run_is_refused(warmup, steps):
+    with pytest.raises(UserError, match=f"optimizer.warmup: {warmup} of {steps} steps"):
+        optim.schedule({"schedule": "linear", "lr": 1.0, "warmup": warmup, "end": 0.1}, steps)
 
 
 # ------------------------------------------------------------------------------------------------ Terms and metrics

@@ -202,7 +202,7 @@ def estimator(method: Callable) -> Callable:
 def inside(entry: Any) -> Parts:
     """The Parts of an objective, from its config entry. Raises UserError for one that is no policy gradient of parts."""
     bound = resolve(entry, "objectives")
-    if not hasattr(bound.func, "parts"):
+    if not hasattr(bound.func, "advantages"):  # an objective over pairs has parts too, of another kind
         raise UserError(f"config: {entry!r} is no choice of the estimator's parts; policy_gradient.grpo is one.")
     return bound.func.parts(**bound.keywords)
 

@@ -165,7 +165,7 @@ def composed(make: Callable) -> Callable:
 def inside(entry: Any) -> list[Part]:
     """The Parts of an objective over pairs, from its config entry. Raises UserError for an objective of another kind."""
     bound = resolve(entry, "objectives")
-    if not hasattr(bound.func, "parts"):
+    if not hasattr(bound.func, "parts") or getattr(bound.func, "data", "") != "pairs":
         raise UserError(f"config: {entry!r} is no loss over pairs; preference.sigmoid is one.")
     return bound.func.parts(bound.keywords)
 

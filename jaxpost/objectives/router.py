@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 
 from jaxpost.errors import UserError
-from jaxpost.resolve import attribute, resolve
+from jaxpost.resolve import resolve
 from jaxpost.step import with_prepared
 from jaxpost.types import Term
 
@@ -51,6 +51,3 @@ def _router(out):
 
 
 balanced.prepare = _loads
-balanced.data = lambda of="sft.nll", **_: attribute(resolve(of, "objectives"), "data", "demonstrations")
-balanced.columns = lambda of="sft.nll", **_: attribute(resolve(of, "objectives"), "columns", {})
-balanced.leaves = lambda of="sft.nll", **_: attribute(resolve(of, "objectives"), "leaves", {})

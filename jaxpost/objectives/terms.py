@@ -46,9 +46,20 @@ def k3(seen: Rollouts) -> jax.Array:
     return jnp.exp(jnp.minimum(d, MOST)) - d - 1
 
 
+def _sloped(value: jax.Array, slope: jax.Array, seen: Rollouts) -> jax.Array:
+    """The value, with this derivative by each token's log-probability.
+
+    Exponents are bounded by MOST. Differentiating a bounded one loses a summand of the derivative, and what is left may point
+    away from the reference. So the derivative is written down: it keeps its sign however far the policy is from the reference.
+    """
+    value, slope = jax.lax.stop_gradient((value, slope))
+    return value + slope * (seen.logps - jax.lax.stop_gradient(seen.logps))
+
+
 def kl_k1_ratio(seen: Rollouts, *, coefficient: float) -> jax.Array:
-    """r k1: of all forms with the KL's gradient the plainest; its values may be negative."""
-    return seen.ratio * _k1(seen)
+    """r k1, with the slope r (1 + k1): of all forms with the KL's gradient the plainest; its values may be negative."""
+    k1 = _k1(seen)
+    return _sloped(seen.ratio * k1, seen.ratio * (1 + k1), seen)
 
 
 def kl_k2(seen: Rollouts, *, coefficient: float) -> jax.Array:
@@ -57,11 +68,11 @@ def kl_k2(seen: Rollouts, *, coefficient: float) -> jax.Array:
 
 
 def kl_k3_ratio(seen: Rollouts, *, coefficient: float) -> jax.Array:
-    """r k3: value and gradient are the KL's. TRL's default.
+    """r k3, with the slope r k1: value and gradient are the KL's. TRL's default.
 
     Source: "DeepSeek-V3.2: Pushing the Frontier of Open Large Language Models".
     """
-    return seen.ratio * k3(seen)
+    return _sloped(seen.ratio * k3(seen), seen.ratio * _k1(seen), seen)
 
 
 def kl_k1_return(seen: Rollouts, *, coefficient: float) -> jax.Array:
@@ -84,7 +95,7 @@ def k3_in_loss(seen: Rollouts, *, coefficient: float) -> jax.Array:
     """k3, differentiated as it stands. Its value is the KL's, its expected gradient that of KL(reference || policy), the other
     way round: it pulls hardest where the reference is likelier than the policy. GRPO's.
     """
-    return k3(seen)
+    return _sloped(k3(seen), 1 - jnp.exp(jnp.minimum(-_k1(seen), MOST)), seen)
 
 
 # ------------------------------------------------------------------------------------------------- Entropy and imitation
