@@ -54,7 +54,7 @@ def settings(folder: Path, **changes) -> dict:
         "task": {"name": str(folder / "task.py"), "examples": 300},
         "window": 32,
         "batch_size": 16,
-        "optimizer": {"lr": 1e-3, "warmup": 2},
+        "optimizer": {"lr": 1e-3, "warmup": 0.07},  # two of thirty steps
         "held_out": 0.05,
         "log_every": 1,
         "eval_per_cell": 1,
@@ -81,7 +81,13 @@ def stages(folder: Path) -> dict:
             "best": "eval/reward",
             "highest": True,
         },
-        control={"start": "sft", "time_of": "reinforce", "steps": 100000, "save_every": 0},
+        control={
+            "start": "sft",
+            "time_of": "reinforce",
+            "steps": 100000,
+            "save_every": 0,
+            "optimizer": {"lr": 1e-3, "warmup": 2},
+        },
     )
 
 

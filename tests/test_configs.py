@@ -71,7 +71,7 @@ def test_two_steps(path, tmp_path):
         if config.task:
             config.task.examples, config.eval_per_cell = 200, 1
         for settings in [config[name] for name in config.stages] or [config]:
-            settings.steps, settings.batch_size = 2, 16
+            settings.steps, settings.batch_size, settings.optimizer.warmup = 2, 16, 0
     if path.stem == "distill":
         annotate.annotate(config, {"name": "topk", "k": 4}, out=tmp_path / "teacher")
         config.annotations = str(tmp_path / "teacher")

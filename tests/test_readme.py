@@ -51,6 +51,7 @@ def test_the_first_command_runs_with_little_to_do(tmp_path):
         "grpo.batch_size=16",
         "task.examples=300",
         "eval_per_cell=2",
+        *(f"{stage}.optimizer.warmup=0" for stage in ("sft", "dpo", "grpo", "control")),
     ]
     (tmp_path / "easy.py").write_text("def odd(record, completion) -> bool:\n    return len(completion) % 2 == 1\n")
     env = {**os.environ, "XLA_FLAGS": ""}

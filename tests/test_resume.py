@@ -181,7 +181,7 @@ def test_a_finished_run_has_nothing_to_do(whole, capsys):
 def test_other_settings_are_refused_with_the_difference(whole):
     workdir, config = whole
     kept = (workdir / "config.json").read_bytes()
-    changed = runs.stages(config.parent) | {"optimizer": {"lr": 2e-3, "warmup": 2}}
+    changed = runs.stages(config.parent) | {"optimizer": {"lr": 2e-3, "warmup": 0.07}}
     changed["sft"] = changed["sft"] | {"ema": 0.5}
     with pytest.raises(UserError) as refused:
         train.run(recipe.make(**changed), workdir)
