@@ -188,7 +188,7 @@ def test_template_without_a_stop_token_is_refused():
     talk = Conversation(conversation("a", "bcd"), "p")
     with pytest.raises(UserError, match=r"p: the chat template ends the assistant's turn in 'bcd'.*\{\{ eos_token \}\}$"):
         chat.encode(talk, characters(), "{% for m in messages %}{{ m.content + '\n' }}{% endfor %}")
-    with pytest.raises(UserError, match="p: the chat template ends the assistant's turn in ''"):
+    with pytest.raises(UserError, match="p, message 2: the chat template leaves out the content of the assistant's turn"):
         chat.encode(talk, characters(), "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
     with pytest.raises(UserError, match="end the turn with {{ eos_token }} and give the tokenizer an eos_token"):
         chat.encode(talk, characters(eos_token=None))

@@ -140,8 +140,15 @@ def test_encode_all_reports_what_it_kept():
 
 def test_an_example_that_trains_nothing_is_refused():
     record = Record({"messages": conversation("a", "b")}, "m.json, row 4")
-    with pytest.raises(UserError, match="m.json, row 4: no token of it is trained on; check train_on='all' and the template"):
+    with pytest.raises(
+        UserError, match="m.json, row 4, message 1: the chat template leaves out what the user says; use another"
+    ):
         source.encode_all([record], characters(), "{{ eos_token }}", "all", window=9)
+    marked = Record({"messages": [m | {"weight": 0} for m in conversation("a", "b")]}, "m.json, row 5")
+    with pytest.raises(
+        UserError, match="m.json, row 5: no token of it is trained on; every answer of it is marked as not to be"
+    ):
+        source.encode_all([marked], characters(), window=9)
 
 
 def test_a_second_start_does_not_tokenise(monkeypatch):

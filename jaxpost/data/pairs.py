@@ -31,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxpost.data import chat, formats, steps
-from jaxpost.data.formats import Conversation, Rated
+from jaxpost.data.formats import Rated
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
 
@@ -68,9 +68,13 @@ def encoder(
         raise UserError(f"config.train_on: {train_on!r} of a prompt with judged answers; what is learned is one of {known}")
 
     def document(prompt, answer, tools, place):
-        example = Conversation([*prompt, *answer], place, len(prompt), tools)
+        example = formats.conversation([*prompt, *answer], place, len(prompt), tools)
         whole = chat.encode(example, tokenizer, template, "completion")
         learned = whole if train_on != "last" else chat.encode(example, tokenizer, template, "last")
+        if not learned["mask"].any():
+            raise UserError(f"{place}: every turn of the answer is marked as not to be learned; remove the row or a mark")
+        if example.untrained:  # the answer begins at its first turn, learned or not
+            whole = chat.encode(example._replace(untrained=()), tokenizer, template, "completion")
         return learned | {"start": int(np.argmax(whole["mask"]))}
 
     if shape == "pairs":

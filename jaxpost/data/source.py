@@ -30,7 +30,7 @@ from absl import logging
 from etils import epath
 
 from jaxpost import cloud
-from jaxpost.data import chat, formats, messages, pack, pairs, steps, templates
+from jaxpost.data import chat, formats, messages, pack, pairs, rendered, steps, templates
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
 
@@ -210,9 +210,13 @@ def _ways(records: Sequence[Record], tokenizer, c: Choices) -> tuple[Callable, C
 
 def _whole(record: Record, tokenizer, template, train_on, columns) -> pack.Row:
     """The example that a record holds, whatever its length."""
-    whole = chat.encode(formats.demonstration(record, columns), tokenizer, template, train_on)
+    example = formats.demonstration(record, columns)
+    whole = chat.encode(example, tokenizer, template, train_on)
     if not whole["mask"].any():
-        raise UserError(f"{record.place}: no token of it is trained on; check train_on={train_on!r} and the template")
+        remedy = f"check train_on={train_on!r} and the template"
+        if isinstance(example, formats.Conversation) and example.untrained:
+            remedy = "every answer of it is marked as not to be learned (as by weight 0), so remove the row or a mark"
+        raise UserError(f"{record.place}: no token of it is trained on; {remedy}")
     return whole
 
 
@@ -335,7 +339,7 @@ def _key(records: Sequence[Record], tokenizer: Any, choices: Choices) -> str:
     """A digest of all that the tokens depend on: the rows, the tokenizer, the choices, and the code between them."""
     # tokenizer.py encodes as well, but what of it matters here is the tokenizer itself.
     digest = hashlib.sha256()
-    for module in (chat, formats, messages, pack, pairs, steps, templates):
+    for module in (chat, formats, messages, pack, pairs, rendered, steps, templates):
         digest.update(Path(module.__file__).read_bytes())
     names = (metadata.version("transformers"), tokenizer.special_tokens_map, tokenizer.chat_template, *choices)
     digest.update(json.dumps(names, sort_keys=True, default=str).encode())

@@ -59,7 +59,9 @@ TEMPLATES = {
     ),
 }
 _TOOL = {"type": "function", "function": {"name": "probe_tool", "description": "-", "parameters": {"type": "object"}}}
-_CALL = {"type": "function", "function": {"name": "probe_call", "arguments": {"at": "probe_value"}}}
+# Mistral's templates want nine letters and digits.
+_ID = "probe0001"
+_CALL = {"id": _ID, "type": "function", "function": {"name": "probe_call", "arguments": {"at": "probe_value"}}}
 _HEADING = "Functions that may be called, one a line:"
 
 
@@ -118,18 +120,20 @@ def adapted(example: Conversation, tokenizer: Any, template: str | None = None) 
         example = example._replace(messages=[_thinking(message) for message in example.messages])
     if not with_tools or _knows_tools(tokenizer, template):
         return example
-    written, places = [], []
+    written, places, numbers = [], [], []
     for before, message in zip([{}, *example.messages], example.messages, strict=False):
         turn = _without_tools(message)
         if message["role"] == "tool" == before.get("role"):
             written[-1] = turn | {"content": f"{written[-1]['content']}\n{turn['content']}"}
         else:
             written.append(turn)
+            numbers.append(len(places) + 1)
         places.append(len(written) - 1)
     whole = _introduced(written, example.tools, _knows_system(tokenizer, template)) if example.tools else written
     added = len(whole) - len(written)
     prompt = None if example.prompt is None else places[example.prompt] + added
-    return Conversation(whole, example.place, prompt, None, tuple(places[i] + added for i in example.untrained))
+    untrained = tuple(places[i] + added for i in example.untrained)
+    return Conversation(whole, example.place, prompt, None, untrained, (*[0] * added, *numbers))
 
 
 def _introduced(messages: list[Message], tools: list, system: bool) -> list[Message]:
@@ -166,7 +170,7 @@ def _knows_tools(tokenizer: Any, template: str) -> bool:
     turns = [
         asked,
         {"role": "assistant", "content": "", "tool_calls": [_CALL]},
-        {"role": "tool", "name": "probe_call", "content": "probe_result"},
+        {"role": "tool", "name": "probe_call", "tool_call_id": _ID, "content": "probe_result"},
         {"role": "assistant", "content": "-"},
     ]
     return _shows(tokenizer, template, turns, ("probe_tool", "probe_call", "probe_value", "probe_result"))
