@@ -28,10 +28,11 @@ What is recognised is also checked here, once, so that nothing after this file h
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jaxpost.data.messages import Message, check, definitions, filled, string, turns
+from jaxpost.data.guess import suggested
+from jaxpost.data.messages import Message, check, definitions, filled, string, turns, unweighted
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
 from jaxpost.resolve import nearest
@@ -90,8 +91,8 @@ class Preference(NamedTuple):
     pass, save that an answer's last turn may be empty. Both answers begin with an assistant's turn; several turns are an answer
     that goes on after its first. A prompt that the row gave as a string is one user turn, an answer given as a string one
     assistant turn. Of whole conversations (lists, or HH-RLHF's transcripts) the prompt is what both begin with, up to the last
-    place where both go on with an assistant's turn. `tools` as in Conversation. An answer's turns keep their `weight` of 0; it
-    plays no part in what is equal. `margin` is how much better the chosen one is, in the row's own unit; None where it does not say.
+    place where both go on with an assistant's turn. `tools` as in Conversation. An answer's turns keep a weight of 0. `margin`
+    is how much better the chosen one is, in the row's own unit; None where it does not say.
     """
 
     prompt_messages: list[Message]
@@ -130,7 +131,7 @@ def recognise(record: Record, columns: Mapping[str, str] | None = None) -> Examp
     if make:
         return make({column: value for column, value in row.items() if value is not None}, place)
     found = ", ".join(f"{column} (null)" if value is None else str(column) for column, value in row.items()) or "none"
-    remedy = 'or name them, as in config.columns="prompt=problem,completion=solution"'
+    remedy = f"or name them: --config.columns={suggested(row)}"
     raise UserError(f"{place}: columns not recognised: {found}; rename them to one of: {SHAPES}; {remedy}")
 
 
@@ -259,10 +260,6 @@ def conversation(messages: list[Message], place: str, prompt: int | None, tools:
     """A Conversation of checked messages, whose weights of 0 become its `untrained`."""
     untrained = tuple(i for i, message in enumerate(messages) if message.get("weight") == 0)
     return Conversation(unweighted(messages), place, prompt, tools, untrained)
-
-
-def unweighted(messages: Sequence[Message]) -> list[Message]:
-    return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
 
 
 def _prompted(row: dict[str, Any], place: str) -> Example:

@@ -139,6 +139,21 @@ def check(messages: list[Message], place: str, empty: bool = False) -> list[Mess
     return messages
 
 
+def has_calls(value: Any) -> bool:
+    """Whether there is a tool call anywhere in a row's column, in any of the manners."""
+    if isinstance(value, list):
+        return any(map(has_calls, value))
+    if not isinstance(value, dict):
+        return False
+    written = value.get("from") == "function_call" or value.get("type") == "tool_call"
+    return written or any(value.get(key) for key in _CALLS) or any(map(has_calls, value.values()))
+
+
+def unweighted(messages: list[Message]) -> list[Message]:
+    """The messages without their weights."""
+    return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+
+
 def definitions(value: Any, place: str) -> list[dict[str, Any]] | None:
     """The functions that a row's `tools` column defines, each {"type": "function", "function": {"name", ...}}; None if none.
 
