@@ -174,8 +174,7 @@ def _span(example: Conversation, turn: int, whole: str, tokenizer: Any, template
         return len(before), len(through.rstrip())
     bare = rendering(example.messages[:turn])
     if whole.startswith(before) and through.startswith(before):
-        asked = example.messages[turn - 1]["content"].strip()
-        stop = _end_of_earlier(whole, through, before, bare, asked, tuple(_specials(tokenizer)))
+        stop = _end_of_earlier(whole, through, before, bare, tuple(_specials(tokenizer)))
         if stop is not None:
             return len(before), stop
     if not before.startswith(bare):
@@ -184,7 +183,9 @@ def _span(example: Conversation, turn: int, whole: str, tokenizer: Any, template
     _check_said(example, turn, through[len(bare) :] if through.startswith(bare) else through)
     if whole.startswith(bare) and not whole.startswith(before):
         lead = before[len(os.path.commonprefix([before, whole])) :]
-        led = example.messages[turn] | {"content": lead + example.messages[turn]["content"]}
+        # A template may strip whatever is a whole thought.
+        thought = lead + ("-</think>" if "<think>" in lead else "")
+        led = example.messages[turn] | {"content": thought + example.messages[turn]["content"]}
         remedy = "use another template"
         if rendering([*example.messages[:turn], led]).startswith(before):
             remedy = f"begin its content with {lead!r}, or {remedy}"
@@ -203,16 +204,13 @@ def _span(example: Conversation, turn: int, whole: str, tokenizer: Any, template
     )
 
 
-def _end_of_earlier(whole: str, through: str, before: str, bare: str, asked: str, specials: tuple[str, ...]) -> int | None:
+def _end_of_earlier(whole: str, through: str, before: str, bare: str, specials: tuple[str, ...]) -> int | None:
     """Where a turn ends in the whole if the template ends the last turn otherwise than earlier ones (Phi-3, OLMo); None if
     more than the end differs, or if earlier turns have none.
 
     through: the text up to and including the turn. before, bare: the text up to it, with and without the generation prompt.
-    asked: the content of the message before it.
     """
-    body = len(through.rstrip())
-    while mark := next((mark for mark in specials if through.endswith(mark, len(before), body)), None):
-        body = len(through[: body - len(mark)].rstrip())
+    body, asked = _body(through, len(before), specials), _body(bare, 0, specials)
     if whole[:body] != through[:body]:
         return None
     here, alone = _marks(whole, body, specials), _marks(through, body, specials)
@@ -220,10 +218,18 @@ def _end_of_earlier(whole: str, through: str, before: str, bare: str, asked: str
     while common < min(len(here), len(alone)) and here[common][0] == alone[common][0]:
         common += 1
     # What ends the user's turn ends the assistant's as well, if it stands there.
-    users = _marks(before, before.rfind(asked) + len(asked), specials)
+    users = _marks(before, asked, specials)
     if users and bare.startswith(before[: users[0][1]]) and [mark for mark, _ in here[common : common + 1]] == [users[0][0]]:
         common += 1
     return here[common - 1][1] if common else None
+
+
+def _body(text: str, start: int, specials: tuple[str, ...]) -> int:
+    """Where the special tokens begin with which a text ends, white space aside, from start on."""
+    end = len(text.rstrip())
+    while mark := next((mark for mark in specials if text.endswith(mark, start, end)), None):
+        end = len(text[: end - len(mark)].rstrip())
+    return end
 
 
 def _marks(text: str, start: int, specials: tuple[str, ...]) -> list[tuple[str, int]]:

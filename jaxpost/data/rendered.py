@@ -28,13 +28,14 @@ def left_out(message: Message, text: str) -> str | None:
     alone = not (message.get("reasoning_content") or message.get("tool_calls"))
     if alone and message["content"].strip() in text:
         return None
-    rest, parts = _squashed(text), _parts(message, _squashed(text))
+    rest, parts, missing = _squashed(text), _parts(message, _squashed(text)), []
     for name, part in sorted(parts, key=lambda part: -len(_squashed(part[1]))):
         spelling = next((spelling for spelling in _spellings(part) if spelling in rest), None)
         if spelling is None:
-            return name
-        rest = rest.replace(spelling, "\0", 1)
-    return None
+            missing.append(name)
+        else:
+            rest = rest.replace(spelling, "\0", 1)
+    return next((name for name, _ in parts if name in missing), None)
 
 
 def check_prompt(messages: Sequence[Message], tools: list[dict[str, Any]] | None, text: str, numbers, place: str) -> None:
@@ -102,10 +103,10 @@ def _leaves(value: Any) -> list[str]:
 
 
 def _spellings(text: str) -> list[str]:
-    """A text as it stands, as JSON has it, and as Python has JSON's three words; without white space."""
+    """A text as it stands, as JSON writes it and as Python does, without white space."""
     text = text.strip()
-    escaped = [_squashed(json.dumps(text, ensure_ascii=ascii)[1:-1]) for ascii in (False, True)]
-    return [_squashed(text), *escaped, *([_PYTHON[text]] if text in _PYTHON else [])]
+    quoted = (json.dumps(text, ensure_ascii=False), json.dumps(text), repr(text))
+    return [_squashed(text), *(_squashed(string[1:-1]) for string in quoted), *([_PYTHON[text]] if text in _PYTHON else [])]
 
 
 def _squashed(text: str) -> str:

@@ -133,7 +133,9 @@ def adapted(example: Conversation, tokenizer: Any, template: str | None = None) 
     """The conversation with whatever the template has no word for written into the turns; its counts follow suit."""
     template = jinja(tokenizer, template)
     with_tools = example.tools or any(m["role"] == "tool" or "tool_calls" in m for m in example.messages)
-    if any("reasoning_content" in m for m in example.messages) and not _knows_reasoning(tokenizer, template):
+    if any("reasoning_content" in m for m in example.messages) and not _knows_reasoning(
+        tokenizer, template, bool(example.tools)
+    ):
         example = example._replace(messages=[_thinking(message) for message in example.messages])
     # A template may know calls only where there are tools, as two in one do.
     if not with_tools or all(_knows_tools(tokenizer, template, tools) for tools in {True, bool(example.tools)}):
@@ -192,13 +194,13 @@ def _knows_tools(tokenizer: Any, template: str, tools: bool) -> bool:
         {"role": "assistant", "content": "-"},
     ]
     probes = ("probe_call", "probe_value", "probe_result", *(["probe_tool"] if tools else []))
-    return _shows(tokenizer, template, turns, probes)
+    return _shows(tokenizer, template, turns, probes, tools)
 
 
-def _knows_reasoning(tokenizer: Any, template: str) -> bool:
+def _knows_reasoning(tokenizer: Any, template: str, tools: bool) -> bool:
     asked = {"role": "user", "content": "-"}
     answer = {"role": "assistant", "content": "-", "reasoning_content": "probe_thought"}
-    return _shows(tokenizer, template, [asked, answer], ("probe_thought",))
+    return _shows(tokenizer, template, [asked, answer], ("probe_thought",), tools)
 
 
 def _knows_system(tokenizer: Any, template: str) -> bool:
@@ -206,16 +208,15 @@ def _knows_system(tokenizer: Any, template: str) -> bool:
     return _shows(tokenizer, template, turns, ("probe_system",))
 
 
-def _shows(tokenizer: Any, template: str, turns: list[Message], probes: tuple[str, ...]) -> bool:
-    """Whether all probes come out of the rendered turns."""
-    return _shown(tokenizer, template, json.dumps(turns), probes)
+def _shows(tokenizer: Any, template: str, turns: list[Message], probes: tuple[str, ...], tools: bool = False) -> bool:
+    """Whether all probes come out of the rendered turns, which have a tool or not."""
+    return _shown(tokenizer, template, json.dumps(turns), probes, tools)
 
 
 @functools.lru_cache(maxsize=64)
-def _shown(tokenizer: Any, template: str, turns: str, probes: tuple[str, ...]) -> bool:
-    tools = [_TOOL] if "probe_tool" in probes else None
+def _shown(tokenizer: Any, template: str, turns: str, probes: tuple[str, ...], tools: bool) -> bool:
     try:
-        text = render(json.loads(turns), tokenizer, template, False, "", tools)
+        text = render(json.loads(turns), tokenizer, template, False, "", [_TOOL] if tools else None)
     except UserError:
         return False
     return all(probe in text for probe in probes)
