@@ -45,8 +45,8 @@ def check_prompt(messages: Sequence[Message], tools: list[dict[str, Any]] | None
     """
     whole = None
     for message, number in zip(messages, numbers, strict=True):
-        content = message["content"].strip()
-        if message["role"] == "assistant" or content in text:
+        content = message.get("content")
+        if message["role"] == "assistant" or not isinstance(content, str) or content.strip() in text:
             continue
         whole = whole or _squashed(_SWITCHES.sub("", text))
         if not any(spelling in whole for spelling in _spellings(_SWITCHES.sub("", content))):
