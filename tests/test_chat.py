@@ -469,3 +469,19 @@ def test_an_added_end_is_not_taken_for_the_beginning(single, begins):
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 0)])
     example = chat.encode(Completion("ab", "cd", "p"), tokenizer)
     assert learned(example, tokenizer) == ("<s>" if begins else "") + "ab⟦cd<s>⟧"
+
+
+def test_thoughts_that_only_the_last_turn_keeps_are_refused_of_earlier_ones():
+    template = (
+        EACH + "{{ '<think>' + m.reasoning_content + '</think>' if m.reasoning_content and loop.last }}{{ m.content }}" + END
+    )
+    turns = [m | ({"reasoning_content": "hm"} if m["role"] == "assistant" else {}) for m in conversation("q", "yes", "r", "no")]
+    tokenizer = byte_pairs()
+    for train_on, reason in (
+        ("assistant", "rewrites earlier turns"),
+        ("all", "leaves out the thought of the assistant's turn"),
+    ):
+        with pytest.raises(UserError, match=f'p, message 2: the chat template {reason}.*; say train_on="last"'):
+            chat.encode(Conversation(turns, "p"), tokenizer, template, train_on)
+    last = learned(chat.encode(Conversation(turns, "p"), tokenizer, template, "last"), tokenizer)
+    assert last.endswith("⟦<think>hm</think>no<|im_end|>⟧\n") and last.count("hm") == 1

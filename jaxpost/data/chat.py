@@ -30,6 +30,7 @@ from jaxpost.tokenizer import encoding, opening
 
 TRAIN_ON = ("assistant", "last", "completion", "all")
 _PROBE = "probe"
+_KEEP = "use another template (config.template), or take that out of the row"
 
 
 def encode(example: Example, tokenizer: Any, template: str | None = None, train_on: str = "assistant") -> dict[str, np.ndarray]:
@@ -117,8 +118,9 @@ def _conversation(example: Conversation, tokenizer: Any, template: str | None, t
     mask = np.zeros(len(tokens), np.bool_)
     turns = [number for number, message in enumerate(example.messages) if message["role"] == "assistant"]
     if train_on == "all":
-        for turn in turns:
-            _check_said(example, turn, whole, 'say train_on="last"' if turn < turns[-1] else "")
+        if lost := rendered.first_left_out([example.messages[turn] for turn in turns], whole):
+            remedy = 'say train_on="last"' if turns[lost[0]] < turns[-1] else _KEEP
+            raise UserError(_left_out(example, turns[lost[0]], lost[1], remedy))
         return tokens, mask
     is_special = np.isin(tokens, list(_specials(tokenizer).values()))
     for turn in _chosen(turns, example.prompt, train_on):
@@ -144,11 +146,14 @@ def _conversation(example: Conversation, tokenizer: Any, template: str | None, t
     return tokens, mask
 
 
-def _check_said(example: Conversation, turn: int, text: str, remedy: str = "") -> None:
+def _check_said(example: Conversation, turn: int, text: str) -> None:
     """Raises UserError where the text lacks a part of an assistant's turn."""
     if part := rendered.left_out(example.messages[turn], text):
-        remedy = remedy or "use another template (config.template), or take that out of the row"
-        raise UserError(f"{_at(example, turn)}: the chat template leaves out {part} of the assistant's turn; {remedy}")
+        raise UserError(_left_out(example, turn, part, _KEEP))
+
+
+def _left_out(example: Conversation, turn: int, part: str, remedy: str) -> str:
+    return f"{_at(example, turn)}: the chat template leaves out {part} of the assistant's turn; {remedy}"
 
 
 def _at(example: Conversation, turn: int) -> str:

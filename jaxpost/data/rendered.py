@@ -28,14 +28,25 @@ def left_out(message: Message, text: str) -> str | None:
     alone = not (message.get("reasoning_content") or message.get("tool_calls"))
     if alone and message["content"].strip() in text:
         return None
-    rest, parts, missing = _squashed(text), _parts(message, _squashed(text)), []
-    for name, part in sorted(parts, key=lambda part: -len(_squashed(part[1]))):
+    lost = first_left_out([message], text)
+    return lost[1] if lost else None
+
+
+def first_left_out(messages: Sequence[Message], text: str) -> tuple[int, str] | None:
+    """The first of several assistant's turns of which the text of them all leaves a part out, by its place among them, and the
+    name of the part; None if nothing is left out.
+    """
+    rest = whole = _squashed(text)
+    parts = [(turn, name, part) for turn, message in enumerate(messages) for name, part in _parts(message, whole)]
+    missing = set()
+    # Of equal parts the later turn's comes first: it is the earlier ones that templates leave out.
+    for turn, name, part in sorted(parts, key=lambda part: (len(_squashed(part[2])), part[0]), reverse=True):
         spelling = next((spelling for spelling in _spellings(part) if spelling in rest), None)
         if spelling is None:
-            missing.append(name)
+            missing.add((turn, name))
         else:
             rest = rest.replace(spelling, "\0", 1)
-    return next((name for name, _ in parts if name in missing), None)
+    return next(((turn, name) for turn, name, _ in parts if (turn, name) in missing), None)
 
 
 def check_prompt(messages: Sequence[Message], tools: list[dict[str, Any]] | None, text: str, numbers, place: str) -> None:
