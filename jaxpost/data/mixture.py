@@ -117,17 +117,19 @@ def tell(what: str, part: Part, encoded: Any, rows: int, window: int, longest: i
     first = f"; the first skipped: {(part.unread or [encoded.reason])[0]}" if report["skipped"] else ""
     print(f"{what}: {sizes} in {rows:,} rows of {window}{''.join(f', {x}' for x in lost)}{first}", file=sys.stderr)
     whole = report["count"] + report["dropped"]
-    if report["dropped"] >= max(1, MUCH * whole):
-        print(f"warning: {what}: {_too_long(report['dropped'], whole, encoded.widest, window, longest)}", file=sys.stderr)
+    if report["dropped"] >= max(1, MUCH * whole) and encoded.widest > min(window, longest):
+        is_cut = bool(report["truncated"] or report.get("equal"))
+        lengths = encoded.widest, window, longest
+        print(f"warning: {what}: {_too_long(report['dropped'], whole, *lengths, is_cut)}", file=sys.stderr)
 
 
-def _too_long(dropped: int, whole: int, widest: int, window: int, longest: int) -> str:
-    """That much of the data is dropped for its length, and what to do about it."""
+def _too_long(dropped: int, whole: int, widest: int, window: int, longest: int, is_cut: bool) -> str:
+    """That much of the data is dropped for its length, and what to do about it; is_cut: other examples are truncated."""
     fitting = f"--config.window={widest} holds the longest"
     if widest > longest:
         fitting = f"the longest needs a window of {widest:,}, and the model takes documents of {longest:,}"
-    ways = "--config.too_long=truncate cuts examples, and split makes pieces of plain text"
-    return f"{dropped:,} of {whole:,} examples are dropped, being too long for a window of {window:,}; {fitting}, {ways}"
+    ways = "" if is_cut else ", --config.too_long=truncate cuts examples, and split makes pieces of plain text"
+    return f"{dropped:,} of {whole:,} examples are dropped, being too long for a window of {window:,}; {fitting}{ways}"
 
 
 def pairs(value: str | Mapping[str, Any], key: str) -> dict[str, Any]:
