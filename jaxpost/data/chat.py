@@ -5,8 +5,9 @@ Stock templates do not mark what the assistant said, so the spans are found by r
 turn, with the generation prompt, ends where the turn begins (that is exactly what the model sees when it is asked to speak);
 the conversation up to and including the turn ends where it ends. Both must be prefixes of the whole. Where they are not, the
 template rewrites earlier turns (as those that strip old reasoning do); guessing would train on the wrong tokens, so it is
-refused. Templates that only end the last turn otherwise (Phi-3, OLMo) are no such case: there a turn ends with the special tokens
-that both texts have after it, or with the one that ends the user's turn. What is learned must be in the text (rendered.py).
+refused. Templates that only end the last turn otherwise (Phi-3, OLMo) are no such case: there a turn ends with the special
+tokens that both texts have after it, or with the one that ends the user's turn. What is learned must be in the text
+(rendered.py).
 
 The whole string is tokenised once and the spans are carried to tokens by character offsets. Tokenising the parts apart and
 joining them gives other tokens at the seams. A token that straddles the beginning of a span is learned: part of it is the
