@@ -157,5 +157,6 @@ def digest(sets: Sequence[Set]) -> str:
 
 
 def shown(sets: Sequence[Set]) -> list[dict]:
-    """The first example's documents, {tokens, mask} each."""
-    return pairs.documents(sets[0].encoded.examples[0])
+    """One example's documents, {tokens, mask} each: the first with a tool call, or else the first."""
+    encoded = next((one.encoded for one in sets if one.encoded.with_call is not None), sets[0].encoded)
+    return pairs.documents(encoded.examples[encoded.with_call or 0])

@@ -163,8 +163,17 @@ def check_ids(ids, vocab, tokenizer, place):
 
 def opening(tokenizer):
     """The ids that a text begins with: [the beginning-of-text token] where the tokenizer adds one on its own, else []."""
-    found = tokenizer("")["input_ids"][:1]
-    return found if found == [tokenizer.bos_token_id] else []
+    first = tokenizer("")["input_ids"][:1]
+    return first if first == [tokenizer.bos_token_id] and _begins_with(tokenizer, first[0]) else []
+
+
+@functools.lru_cache(maxsize=8)
+def _begins_with(tokenizer, token):
+    """Whether a text that is not empty begins with the token: where one token is both, what is added may be the end."""
+    special = set(tokenizer.all_special_ids)
+    texts = (tokenizer.decode([number]) for number in range(len(tokenizer)) if number not in special)
+    text = next((text for text in texts if text.strip() and _encodes(tokenizer, text)), "")
+    return tokenizer(text)["input_ids"][:1] == [token]
 
 
 def save(tokenizer, folder):

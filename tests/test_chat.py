@@ -7,7 +7,7 @@ off, a stop token that is also the padding, a doubled first token, a seam inside
 import numpy as np
 import pytest
 import transformers
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from toy_tokenizers import byte_pairs, characters, conversation, learned
 
 from jaxpost.data import chat, formats, pack, templates
@@ -188,7 +188,7 @@ def test_template_without_a_stop_token_is_refused():
     talk = Conversation(conversation("a", "bcd"), "p")
     with pytest.raises(UserError, match=r"p: the chat template ends the assistant's turn in 'bcd'.*\{\{ eos_token \}\}$"):
         chat.encode(talk, characters(), "{% for m in messages %}{{ m.content + '\n' }}{% endfor %}")
-    with pytest.raises(UserError, match="p: the chat template ends the assistant's turn in ''"):
+    with pytest.raises(UserError, match="p, message 2: the chat template leaves out the content of the assistant's turn"):
         chat.encode(talk, characters(), "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
     with pytest.raises(UserError, match="end the turn with {{ eos_token }} and give the tokenizer an eos_token"):
         chat.encode(talk, characters(eos_token=None))
@@ -301,3 +301,187 @@ def test_a_normaliser_that_prepends_does_not_shift_the_mask():
     names = ["<s>", "▁a", "\n", "b", "</s>", "▁a", "\n", "d", "</s>"]
     assert tokenizer.convert_ids_to_tokens(talk["tokens"].tolist()) == names
     assert [name for name, on in zip(names, talk["mask"], strict=True) if on] == ["b", "</s>", "d", "</s>"]
+
+
+# ---- what a template leaves out
+
+KNOWN = "{{ tools | tojson if tools }}"
+EACH = "{% for m in messages %}<|im_start|>{{ m.role + '\n' }}"
+END = "<|im_end|>{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}"
+CALL = {
+    "type": "function",
+    "function": {"name": "look", "arguments": {"city": "Norway", "days": [1, True], "note": 'a "b"\nc'}},
+}
+CALLS = "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ ARGUMENTS }}{% endfor %}"
+
+
+def called(content="", **more):
+    turn = {"role": "assistant", "content": content, "tool_calls": [CALL], **more}
+    return Conversation([*conversation("q"), turn, {"role": "tool", "content": "4"}, *conversation("-", "a")[1:]], "p")
+
+
+@pytest.mark.parametrize(
+    ("template", "turn", "part"),
+    [
+        ("{{ m.content.split('</think>')[-1] }}", {"content": "<think>\nhm\n</think>\n\n5"}, "the thought"),
+        ("{{ m.content.split('</think>')[-1] }}", {"content": "5", "reasoning_content": "hm"}, "the thought"),
+        ("{{ m.content | replace('</think>', '') }}", {"content": "<think>hm</think>5"}, "</think> after the thought"),
+        ("{{ m.content[:3] }}", {"content": "12345"}, "the content"),
+        ("{{ m.content.split('\n')[0] }}", {"content": "1\n2"}, "the content"),
+    ],
+)
+@pytest.mark.parametrize("train_on", ["assistant", "last", "all"])
+def test_a_part_of_a_learned_turn_that_the_template_leaves_out_is_refused_by_name(template, turn, part, train_on):
+    talk = Conversation([*conversation("q"), {"role": "assistant", **turn}], "p")
+    with pytest.raises(
+        UserError, match=f"p, message 2: the chat template leaves out {part} of the assistant's turn; use another"
+    ):
+        chat.encode(talk, byte_pairs(), EACH + template + END, train_on)
+    kept = "{{ '<think>' + m.reasoning_content + '</think>' if m.reasoning_content }}{{ m.content | trim }}"
+    assert chat.encode(talk, byte_pairs(), EACH + kept + END, train_on)["mask"].any()
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "part"),
+    [
+        ("{% if m.tool_calls %}CALLS{% else %}{{ m.content }}{% endif %}", "Let me look.", "the content"),
+        ("{% if m.tool_calls %}CALLS{% else %}{{ m.content }}{% endif %}", "No", "the content"),
+        ("{{ m.content }}CALLS", "No", None),
+        ("CALLS{{ m.content | trim }}", ' I say {"city": "Norway"}\n', None),
+    ],
+)
+@pytest.mark.parametrize(
+    "arguments", ["c.function.arguments | tojson", "c.function.arguments", "c.function.arguments | string"]
+)
+def test_words_beside_a_call_are_learned_or_refused(template, content, part, arguments):
+    template = KNOWN + EACH + template.replace("CALLS", CALLS.replace("ARGUMENTS", arguments)) + END
+    template = template.replace("m.content", "(m.content or '')")
+    if part is None:
+        shown = learned(chat.encode(called(content), byte_pairs(), template), byte_pairs())
+        assert content.strip() in shown and "Norway" in shown
+        return
+    with pytest.raises(UserError, match=f"p, message 2: the chat template leaves out {part} of the assistant's turn"):
+        chat.encode(called(content), byte_pairs(), template)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "c.function.arguments.values() | first",
+        "{'at': c.function.arguments.values() | first} | tojson",
+        "c.function.arguments | tojson | truncate(30)",
+    ],
+)
+def test_arguments_that_the_template_leaves_out_are_refused_by_name(arguments):
+    template = KNOWN + EACH + "{{ m.content }}" + CALLS.replace("ARGUMENTS", arguments) + END
+    with pytest.raises(UserError, match="leaves out the argument '(days|note)' of the call of 'look' of the assistant's turn"):
+        chat.encode(called(), byte_pairs(), template)
+
+
+def test_what_a_prompt_says_and_the_template_leaves_out_is_refused_with_its_place():
+    silent = EACH.replace("in messages", "in messages if m.role != 'system'") + "{{ m.content }}" + END
+    tokenizer = byte_pairs()
+    with pytest.raises(
+        UserError, match="talk, message 1: the chat template leaves out what the system says; .*first user turn"
+    ):
+        chat.encode(Conversation([{"role": "system", "content": "be kind"}, *TALK.messages[1:]], "talk"), tokenizer, silent)
+    with pytest.raises(UserError, match="the prompt, message 1: the chat template leaves out what the system says"):
+        chat.encode_prompt([{"role": "system", "content": "be kind"}, *conversation("q")], tokenizer, silent)
+    cut = EACH + "{{ m.content[:4] }}" + END
+    with pytest.raises(UserError, match="p, message 3: the chat template leaves out what the user says"):
+        chat.encode(Conversation(conversation("a", "b", "cdefg", "h"), "p"), tokenizer, cut)
+    quoted = EACH + "{{ m.content | trim | tojson if m.role == 'user' else m.content }}" + END
+    assert chat.encode(Conversation(conversation('a "b"\n c', "b"), "p"), tokenizer, quoted)["mask"].any()
+    # SmolLM 3 and Qwen 3 take the switch out and obey it.
+    switched = EACH + "{{ m.content | replace('/no_think', '') }}" + END
+    assert chat.encode(Conversation(conversation("a /no_think", "b"), "p"), tokenizer, switched)["mask"].any()
+
+
+def test_a_template_with_tools_that_leaves_one_out_is_refused():
+    tools = [{"type": "function", "function": {"name": name}} for name in ("look", "listen")]
+    template = "{{ (tools or [{'function': {'name': ''}}])[0].function.name }}" + EACH + "{{ m.content }}" + CALLS + END
+    talk = called()._replace(tools=tools)
+    with pytest.raises(UserError, match="p: the chat template leaves out the tool 'listen'"):
+        chat.encode(talk, byte_pairs(), template.replace("ARGUMENTS", "c.function.arguments | tojson"))
+
+
+PHI = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}"
+)
+OLMO = (
+    "{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content }}{% if m.role == 'assistant' and loop.last %}"
+    "{{ eos_token }}{% else %}<|im_end|>{{ '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "parts"),
+    [
+        (PHI, ["⟦a<|end|>⟧\n<|user|>", "⟦b<|end|>⟧\n<|user|>", "⟦d<|end|>\n<|endoftext|>⟧"]),
+        (OLMO, ["⟦a<|im_end|>⟧\n<|im_start|>user", "⟦b<|im_end|>⟧\n<|im_start|>user", "⟦d<|endoftext|>⟧"]),
+    ],
+)
+def test_a_template_that_ends_the_last_turn_otherwise_ends_every_turn(template, parts):
+    tokenizer = byte_pairs()
+    tokenizer.add_tokens(["<|end|>", "<|user|>", "<|assistant|>"])
+    shown = learned(chat.encode(Conversation(conversation("q", "a", "r", "b", "s", "d"), "p"), tokenizer, template), tokenizer)
+    assert all(part in shown for part in parts) and shown.count("⟦") == 3, shown
+
+
+def test_earlier_turns_without_an_end_are_refused_with_the_reason():
+    tokenizer = byte_pairs()
+    tokenizer.add_tokens(["<|user|>", "<|assistant|>"])
+    open_ended = PHI.replace("<|end|>\n", "")
+    with pytest.raises(UserError, match="p, message 2: .*where this turn is the last it writes .*endoftext.*goes on .*user"):
+        chat.encode(Conversation(conversation("q", "a", "r", "b"), "p"), tokenizer, open_ended)
+    one = chat.encode(Conversation(conversation("q", "a"), "p"), tokenizer, open_ended)
+    assert learned(one, tokenizer) == "<|user|>q<|assistant|>⟦a<|endoftext|>⟧"
+
+
+def test_advice_on_train_on_is_given_only_where_it_helps():
+    tokenizer = byte_pairs(FORGETFUL)
+    with pytest.raises(UserError, match="p, message 2: .*end the conversation with the assistant") as error:
+        chat.encode(Conversation(conversation("a", "x#b", "c"), "p"), tokenizer)
+    assert "train_on" not in str(error.value), "it is the last answer already"
+    template = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endfor %}"
+    opened = template + "{% if add_generation_prompt %}<think>{% endif %}"
+    with pytest.raises(UserError, match="for generation .*; use another template$"):
+        chat.encode(Conversation(conversation("a", "b"), "p"), byte_pairs(), opened)
+
+
+@pytest.mark.parametrize("content", ["a", "a<|im_end|>", "<think>a<|im_end|>", "b\n<|endoftext|>\n"])
+def test_an_end_that_is_the_content_is_no_end_of_the_template(content):
+    bare = "{% for m in messages %}{{ '<|im_start|>' + m.content }}{% endfor %}{{ '<|im_start|>' if add_generation_prompt }}"
+    talk = Conversation(conversation("q", content), "p")
+    with pytest.raises(
+        UserError, match="p: the chat template ends the assistant's turn in .* so a model would never learn to stop"
+    ):
+        chat.encode(talk, byte_pairs(), bare)
+    ended = bare.replace("m.content }}", "m.content }}<|im_end|>")
+    assert chat.encode(talk, byte_pairs(), ended)["mask"][-1], "the template's own end, whatever the content ends in"
+
+
+@pytest.mark.parametrize(("single", "begins"), [("<s> $A", True), ("$A <s>", False), ("<s> $A <s>", True), ("$A", False)])
+def test_an_added_end_is_not_taken_for_the_beginning(single, begins):
+    tokenizer = characters(adds_bos=False, eos_token="<s>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 0)])
+    example = chat.encode(Completion("ab", "cd", "p"), tokenizer)
+    assert learned(example, tokenizer) == ("<s>" if begins else "") + "ab⟦cd<s>⟧"
+
+
+def test_thoughts_that_only_the_last_turn_keeps_are_refused_of_earlier_ones():
+    template = (
+        EACH + "{{ '<think>' + m.reasoning_content + '</think>' if m.reasoning_content and loop.last }}{{ m.content }}" + END
+    )
+    turns = [m | ({"reasoning_content": "hm"} if m["role"] == "assistant" else {}) for m in conversation("q", "yes", "r", "no")]
+    tokenizer = byte_pairs()
+    for train_on, reason in (
+        ("assistant", "rewrites earlier turns"),
+        ("all", "leaves out the thought of the assistant's turn"),
+    ):
+        with pytest.raises(UserError, match=f'p, message 2: the chat template {reason}.*; say train_on="last"'):
+            chat.encode(Conversation(turns, "p"), tokenizer, template, train_on)
+    last = learned(chat.encode(Conversation(turns, "p"), tokenizer, template, "last"), tokenizer)
+    assert last.endswith("⟦<think>hm</think>no<|im_end|>⟧\n") and last.count("hm") == 1

@@ -13,7 +13,8 @@ import pytest
 import transformers
 from toy_tokenizers import characters, conversation, learned
 
-from jaxpost.data import chat, pack, readers, source
+from jaxpost import datasets
+from jaxpost.data import chat, mixture, pack, readers, source
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
 
@@ -140,8 +141,15 @@ def test_encode_all_reports_what_it_kept():
 
 def test_an_example_that_trains_nothing_is_refused():
     record = Record({"messages": conversation("a", "b")}, "m.json, row 4")
-    with pytest.raises(UserError, match="m.json, row 4: no token of it is trained on; check train_on='all' and the template"):
+    with pytest.raises(
+        UserError, match="m.json, row 4, message 1: the chat template leaves out what the user says; use another"
+    ):
         source.encode_all([record], characters(), "{{ eos_token }}", "all", window=9)
+    marked = Record({"messages": [m | {"weight": 0} for m in conversation("a", "b")]}, "m.json, row 5")
+    with pytest.raises(
+        UserError, match="m.json, row 5: no token of it is trained on; every answer of it is marked as not to be"
+    ):
+        source.encode_all([marked], characters(), window=9)
 
 
 def test_a_second_start_does_not_tokenise(monkeypatch):
@@ -349,3 +357,34 @@ def test_alpaca_with_the_stories_tokenizer():
         assert answer == records[i].row["output"] + "</s>"
         assert (example["tokens"] == tokenizer.bos_token_id).sum() == 1
     assert encoded.lengths.sum() / (4096 * len(pack.plan(encoded.lengths, 4096, 0))) > 0.95
+
+
+def test_much_that_is_dropped_for_its_length_is_warned_of_with_the_remedy(capsys):
+    records = text_records(*["ab"] * 7, *["c" * n for n in range(10, 52)])
+    encoded = source.encode_all(records, characters(), window=9, too_long="drop")
+    part = mixture.Part("d.txt", None, [], [])
+    mixture.tell("data d.txt", part, encoded, 1, 9, 100)
+    printed = capsys.readouterr().err
+    assert (
+        "warning: data d.txt: 42 of 49 examples are dropped, being too long for a window of 9; --config.window=53 hold"
+        in printed
+    )
+    assert "--config.too_long=truncate" in printed
+    assert source.encode_all(records, characters(), window=53, too_long="drop").report["dropped"] == 0
+    mixture.tell("data d.txt", part, encoded, 1, 9, 20)
+    assert "the longest needs a window of 53, and the model takes documents of 20" in capsys.readouterr().err
+    few = source.encode_all(text_records(*["ab"] * 40, "c" * 10), characters(), window=9, too_long="drop")
+    mixture.tell("data d.txt", part, few, 1, 9, 100)
+    assert few.report["dropped"] == 1 and "warning" not in capsys.readouterr().err
+
+
+def test_the_example_that_is_shown_has_a_tool_call_where_there_are_some():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}
+    rows = [conversation("a", "b"), [*conversation("a" * 99), call], [*conversation("c"), call]]
+    records = [Record({"messages": row}, f"p{i}") for i, row in enumerate(rows)]
+    encoded = source.encode_all(records, characters(), window=99, too_long="drop")
+    plain = source.encode_all(records[:1], characters(), window=99)
+    sets = [datasets.Set(name, 1.0, one, False) for name, one in (("plain", plain), ("calls", encoded))]
+    (document,) = datasets.shown(sets)
+    assert learned(document, characters()) == '<s>c\n⟦<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call></s>⟧'
+    assert learned(datasets.shown(sets[:1])[0], characters()) == "<s>a\n⟦b</s>⟧"

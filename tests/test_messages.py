@@ -348,3 +348,101 @@ def test_what_a_system_or_earlier_turns_say_is_never_dropped():
         formats.recognise(Record({"prompt": "q", "completion": "a", "system": "s"}, "p"))
     with pytest.raises(UserError, match="p: history must be a list of"):
         formats.recognise(Record(earlier | {"history": ["x"]}, "p"))
+
+
+@pytest.mark.parametrize("key", ["arguments", "parameters", "input", "args"])
+@pytest.mark.parametrize("value", [{"x": 1}, '{"x": 1}'])
+def test_arguments_of_a_call_are_learned_under_whatever_key(key, value):
+    call = {"name": "f", key: value}
+    for calls in ([call], [{"type": "function", "function": call}], [{"function": {"name": "f"}, key: value}]):
+        assert read({"messages": [USER, {"role": "assistant", "tool_calls": calls}, FOUND, SAID]}).messages[1] == CALL
+    asked, answered = {"from": "human", "value": "q"}, {"from": "observation", "value": "7"}
+    turn = {"from": "function_call", "value": json.dumps({"name": "f", key: value})}
+    assert read({"conversations": [asked, turn, answered, {"from": "gpt", "value": "a"}]}).messages[1] == CALL
+    # OpenAI's first manner of calling.
+    legacy = {"role": "assistant", "content": "", "function_call": call}
+    assert read({"messages": [USER, legacy, {"role": "function", "name": "f", "content": "7"}, SAID]}).messages[1] == CALL
+
+
+def test_a_call_without_arguments_is_empty_only_where_nothing_is_given():
+    for call in ({"name": "f"}, {"name": "f", "arguments": ""}, {"name": "f", "arguments": None, "id": 7, "type": "function"}):
+        (read_call,) = read({"messages": [USER, SAID | {"tool_calls": [call]}]}).messages[1]["tool_calls"]
+        assert read_call["function"] == {"name": "f", "arguments": {}}
+    for call, message in (
+        (
+            {"name": "f", "kwargs": {"x": 1}},
+            "a tool call has the key 'kwargs', which is not read; its keys are name, arguments",
+        ),
+        ({"name": "f", "arguments": {"x": 1}, "input": {"x": 2}}, "a call's arguments are given in two places and differ"),
+    ):
+        with pytest.raises(UserError, match=f"p, message 2: {message}"):
+            read({"messages": [USER, SAID | {"tool_calls": [call]}]})
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking", "thought"])
+def test_a_thought_is_read_under_whatever_key(key):
+    assert read({"messages": [USER, SAID | {key: "hm"}]}).messages[1] == SAID | {"reasoning_content": "hm"}
+    turn = {"from": "gpt", "value": "a", key: "hm"}
+    assert read({"conversations": [{"from": "human", "value": "q"}, turn]}).messages[1] == SAID | {"reasoning_content": "hm"}
+
+
+def test_keys_that_carry_text_are_learned_or_refused():
+    calls = CALL["tool_calls"]
+    turn = {"from": "gpt", "value": "a", "tool_calls": calls}
+    assert read({"conversations": [{"from": "human", "value": "q"}, turn]}).messages[1] == SAID | {"tool_calls": calls}
+    for said in (SAID | {"refusal": "no"}, SAID | {"steps": [{"why": "x"}]}, SAID | {"train_detail": [{"train": False}]}):
+        key = list(said)[-1]
+        with pytest.raises(
+            UserError, match=f"p, message 2: the key '{key}' of a turn is not read, so what it holds would be lost"
+        ):
+            read({"messages": [USER, said]})
+    for row in (SAID | {"thinking": "a", "reasoning": "b"}, SAID | {"tool_calls": calls, "function_call": {"name": "g"}}):
+        with pytest.raises(UserError, match="p, message 2: .* are given in two places and differ; write them once"):
+            read({"messages": [USER, row]})
+    with pytest.raises(UserError, match="p, message 2: value and content are both given"):
+        read({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "content": "b"}]})
+    plain = SAID | {"language": "English", "id": "7", "score": 3, "refusal": "", "extra": {"n": [1]}}
+    assert read({"messages": [USER, plain]}).messages[1] == SAID, "what only describes a turn, and what has no text"
+
+
+@pytest.mark.parametrize("mark", ["weight", "loss_weight", "loss", "train", "training", "trainable"])
+@pytest.mark.parametrize("no", [0, False])
+def test_a_turn_marked_not_to_be_learned_is_not_in_any_shape(mark, no):
+    marked, asked = SAID | {mark: no}, {"from": "human", "value": "q"}
+    assert read({"messages": [USER, marked, USER, SAID | {mark: 1}]}).untrained == (1,)
+    assert read({"prompt": [USER], "completion": [marked, USER, SAID]}).untrained == (1,)
+    call = {"from": "function_call", "value": '{"name": "f"}', mark: no}
+    answers = [
+        {"from": "observation", "value": "7"},
+        {"from": "gpt", "value": "a", mark: no},
+        asked,
+        {"from": "gpt", "value": "b"},
+    ]
+    assert read({"conversations": [asked, call, *answers]}).untrained == (1, 3)
+    with pytest.raises(UserError, match=f"p, message 2: {mark} 0.5; a turn is learned"):
+        read({"messages": [USER, SAID | {mark: 0.5}]})
+    answer = [marked, USER, SAID]
+    for row in (
+        {"prompt": [USER], "completion": answer, "label": True},
+        {"prompt": [USER], "chosen": answer, "rejected": [SAID]},
+    ):
+        judged = read(row)
+        kept = judged.completion if isinstance(judged, Rated) else judged.chosen_messages
+        assert [message.get("weight") for message in kept] == [0, None, None]
+
+
+@pytest.mark.parametrize(
+    ("row", "setting"),
+    [
+        ({"id": 3, "problem": "q", "solution": "a"}, "prompt=problem,completion=solution"),
+        ({"answer_text": "a", "title": "t", "query": "q"}, "prompt=query,completion=answer_text"),
+        ({"first": "q", "second": "a"}, "prompt=first,completion=second"),
+        ({"dialogue": [USER, SAID]}, "messages=dialogue"),
+        ({"document": "t"}, "text=document"),
+    ],
+)
+def test_unknown_columns_are_refused_with_a_setting_that_reads_them(row, setting):
+    with pytest.raises(UserError, match=f"p: columns not recognised: .*--config.columns={setting}$"):
+        read(row)
+    columns = dict(pair.split("=") for pair in setting.split(","))
+    assert formats.recognise(Record(row, "p"), columns)

@@ -397,3 +397,27 @@ def test_sets_of_a_mixture_have_a_digest_of_all(tmp_path):
     made, _ = plan(tmp_path, ROWS, data=f"{tmp_path}/a.jsonl=1,{tmp_path}/b.jsonl=3", held_out=8)
     own = [one.encoded.digest for one in made.sets if not one.held_out]
     assert made.data == datasets.digest(made.sets) == mixture.digest(own, [1.0, 3.0]) and len(made.sets) == 4
+
+
+def test_a_pair_that_is_equal_once_cut_is_dropped_and_counted_as_that(capsys):
+    rows = [pair("p", "aaab", "aaac"), pair("p", "a", "b"), pair("p" * 9, "a", "b")]
+    encoded = encode(rows, window=8, too_long="truncate")
+    assert (encoded.report["count"], encoded.report["dropped"], encoded.report["equal"]) == (1, 2, 1)
+    mixture.tell("data d.jsonl", mixture.Part("d.jsonl", None, [], []), encoded, 1, 8, 8)
+    printed = capsys.readouterr().err
+    assert ", 2 dropped, 1 of them pairs whose answers are equal once cut (for their length:" in printed
+    assert "equal" not in encode(rows, window=8, too_long="drop").report, "nothing is cut"
+
+
+def test_a_turn_of_an_answer_marked_not_to_be_learned_is_not():
+    tokenizer = characters()
+    answer = [{"role": "assistant", "content": "no", "weight": 0}, *conversation("u", "yes")]
+    rows = [pair([{"role": "user", "content": "q"}], answer, [{"role": "assistant", "content": "b"}])]
+    shown = texts(encode(rows, tokenizer=tokenizer).examples[0], tokenizer)
+    assert shown == ["qno</s>u⟦yes</s>⟧", "q⟦b</s>⟧"]
+    marked = {"prompt": rows[0]["prompt"], "completion": answer, "label": True}
+    assert texts(encode([marked], "labelled", tokenizer).examples[0], tokenizer) == ["qno</s>u⟦yes</s>⟧"]
+    with pytest.raises(
+        UserError, match="line 1: every turn of the answer is marked as not to be learned; remove the row or a mark"
+    ):
+        encode([marked | {"completion": answer[:1]}], "labelled", tokenizer)

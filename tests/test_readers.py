@@ -9,9 +9,11 @@ import sys
 import types
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from jaxpost.data import readers
+from jaxpost.data import formats, readers
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
 
@@ -37,10 +39,7 @@ def array_record(folder, name, contents):
 
 
 def parquet(folder, name, rows):
-    import pyarrow
-    from pyarrow import parquet
-
-    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / name)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / name)
     return str(folder / name)
 
 
@@ -78,8 +77,38 @@ def test_parquet_gives_nested_columns_and_decodes_bytes(tmp_path):
     ]
     decoded = [rows[0] | {"raw": "é"}, rows[1]]
     assert [record.row for record in readers.read(parquet(tmp_path, "a.parquet", rows))] == decoded
-    with pytest.raises(UserError, match=r"b.parquet, row 1: bytes that are no UTF-8 .*only text can be learned"):
-        readers.read(parquet(tmp_path, "b.parquet", [{"raw": b"\xff"}]))
+
+
+def test_columns_that_nothing_reads_may_be_binary_or_odd(tmp_path):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    far = pyarrow.array([10**7], pyarrow.date32())  # no date of Python's
+    table = pyarrow.table({"messages": [turns], "image": [b"\xff\xd8"], "boxes": [[{"png": b"\x89"}]], "date": far})
+    pyarrow.parquet.write_table(table, tmp_path / "odd.parquet")
+    (record,) = readers.read(str(tmp_path / "odd.parquet"))
+    assert formats.recognise(record).messages == turns
+    for row in ({"text": b"\xff"}, {"messages": [turns[0], turns[1] | {"content": b"\xff"}]}):
+        (record,) = readers.read(parquet(tmp_path, "b.parquet", [row]))
+        with pytest.raises(UserError, match=r"b.parquet, row 1.* is bytes that are no UTF-8; only text can be learned"):
+            formats.recognise(record)
+
+
+def test_nulls_that_parquet_adds_reach_no_call_and_no_definition(tmp_path):
+    properties = [{"city": {"type": "string"}}, {"day": {"type": "string", "enum": ["now"]}}]
+    tools = [{"name": f"f{i}", "parameters": {"type": "object", "properties": p}} for i, p in enumerate(properties)]
+    calls = [{"function": {"name": f"f{i}", "arguments": a}} for i, a in enumerate([{"city": "Oslo"}, {"day": "now"}, {}])]
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+    (record,) = readers.read(parquet(tmp_path, "calls.parquet", [{"messages": turns, "tools": tools}]))
+    example = formats.recognise(record)
+    assert [tool["function"] for tool in example.tools] == tools
+    assert [call["function"]["arguments"] for call in example.messages[1]["tool_calls"]] == [
+        {"city": "Oslo"},
+        {"day": "now"},
+        {},
+    ]
+    written = {"messages": [turns[0], turns[1] | {"tool_calls": [{"name": "f", "arguments": {"x": None}}]}]}
+    file = write(tmp_path, "own.jsonl", json.dumps(written))
+    (call,) = formats.recognise(readers.read(file)[0]).messages[1]["tool_calls"]
+    assert call["function"]["arguments"] == {"x": None}, "a null that the row itself writes stays"
 
 
 def test_folders_patterns_and_lists_are_read_in_order(tmp_path):

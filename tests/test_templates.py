@@ -4,12 +4,15 @@ Every expected value is the whole rendered text with the mask in it: what a tool
 calls always is.
 """
 
+import json
+
 import pytest
 from toy_tokenizers import byte_pairs, characters, conversation, learned
 
 from jaxpost.data import chat, templates
 from jaxpost.data.formats import Conversation
 from jaxpost.errors import UserError
+from jaxpost.tokenizer import load
 
 SYSTEM = {"role": "system", "content": "be"}
 FUNCTION = {"name": "f", "description": "d"}
@@ -164,3 +167,72 @@ def test_a_template_that_prints_the_date_prints_the_same_every_day():
     text = characters()
     template = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
     assert templates.render(conversation("a", "b"), text, template, False, "p").startswith("26 Jul 2024")
+
+
+# ---- templates that come with names, and calls that need ids
+
+NINE = (
+    "{% if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}{% for m in messages %}"
+    "{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]{% elif m.tool_calls %}[TOOL_CALLS]{% for c in m.tool_calls %}"
+    "{% if c.id is not defined or c.id | length != 9 %}{{ raise_exception('ids have nine characters') }}{% endif %}"
+    "{{ {'name': c.function.name, 'arguments': c.function.arguments, 'id': c.id} | tojson }}{% endfor %}{{ eos_token }}"
+    "{% elif m.role == 'tool' %}{{ raise_exception('ids have nine characters') if m.tool_call_id | length != 9 }}"
+    "[TOOL_RESULTS]{{ {'content': m.content, 'call_id': m.tool_call_id} | tojson }}[/TOOL_RESULTS]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def with_ids(number):
+    ask, call, result, _, answer = TOOL_TALK.messages
+    call = {"role": "assistant", "content": "", "tool_calls": [{"id": number, **CALL}]}
+    return Conversation([ask, call, {**result, "tool_call_id": number}, answer], "p", None, TOOLS)
+
+
+def test_ids_of_calls_reach_a_template_that_wants_them():
+    tokenizer = byte_pairs(NINE)
+    expected = (
+        '[AVAILABLE_TOOLS][{"type": "function", "function": {"name": "f", "description": "d"}}][/AVAILABLE_TOOLS]'
+        "[INST] q[/INST]"
+        '⟦[TOOL_CALLS]{"name": "f", "arguments": {"x": "é"}, "id": "aB3dE6gH9"}<|endoftext|>⟧'
+        '[TOOL_RESULTS]{"content": "7", "call_id": "aB3dE6gH9"}[/TOOL_RESULTS]⟦ 15<|endoftext|>⟧'
+    )
+    assert shown(with_ids("aB3dE6gH9"), tokenizer) == expected
+    with pytest.raises(UserError, match="p: the chat template refuses the messages: ids have nine characters"):
+        chat.encode(with_ids("call_1"), tokenizer)
+
+
+def test_a_tokenizer_of_several_templates_takes_the_default_one_and_for_tools_that_of_tools():
+    default = "\n" + templates.TEMPLATES["chatml"] + "\n"
+    tokenizer = byte_pairs({"default": default, "tool_use": CAPABLE, "rag": "RAG" + templates.TEMPLATES["chatml"]})
+    turns = conversation("a", "b")
+    for tools in (None, TOOLS):
+        theirs = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False)
+        assert templates.render(turns, tokenizer, None, False, "p", tools) == theirs
+    assert "<|im_start|>tools f<|im_end|>" in theirs
+    assert templates.render(turns, tokenizer, "rag", False, "p", TOOLS).startswith("RAG<|im_start|>user")
+    assert templates.jinja(tokenizer, "tool_use") == CAPABLE
+    assert "(hm)wait[f é][f é]<|im_end|>⟧" in shown(TOOL_TALK, tokenizer), "calls as that template has them"
+    assert "<tool_call>" in shown(TOOL_TALK._replace(tools=None), tokenizer), "the default one knows no calls"
+    with pytest.raises(
+        UserError, match="chat template 'tools' is not known; give one of default, tool_use, rag, plain, chatml"
+    ):
+        templates.jinja(tokenizer, "tools")
+    for names in (["rag"], ["tool_use", "rag"]):
+        others = byte_pairs(dict.fromkeys(names, CAPABLE))
+        with pytest.raises(
+            UserError, match=f"has the chat templates {', '.join(names)}, and none is the default; choose one with"
+        ):
+            templates.jinja(others)
+        assert templates.jinja(others, "rag") == CAPABLE
+
+
+def test_named_templates_are_read_from_files_and_from_a_list(tmp_path):
+    byte_pairs({"default": templates.TEMPLATES["chatml"], "rag": "RAG"}).save_pretrained(tmp_path / "files")
+    assert (tmp_path / "files/additional_chat_templates/rag.jinja").exists()
+    byte_pairs().save_pretrained(tmp_path / "list")
+    file = tmp_path / "list/tokenizer_config.json"
+    both = [{"name": "default", "template": templates.TEMPLATES["chatml"]}, {"name": "rag", "template": "RAG"}]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": both}))
+    for folder in ("files", "list"):
+        tokenizer = load(tmp_path / folder)
+        assert templates.jinja(tokenizer) == templates.TEMPLATES["chatml"] and templates.jinja(tokenizer, "rag") == "RAG"

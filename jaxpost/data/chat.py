@@ -5,12 +5,14 @@ Stock templates do not mark what the assistant said, so the spans are found by r
 turn, with the generation prompt, ends where the turn begins (that is exactly what the model sees when it is asked to speak);
 the conversation up to and including the turn ends where it ends. Both must be prefixes of the whole. Where they are not, the
 template rewrites earlier turns (as those that strip old reasoning do); guessing would train on the wrong tokens, so it is
-refused.
+refused. Templates that only end the last turn otherwise (Phi-3, OLMo) are no such case: there a turn ends with the special
+tokens that both texts have after it, or with the one that ends the user's turn. What is learned must be in the text
+(rendered.py).
 
 The whole string is tokenised once and the spans are carried to tokens by character offsets. Tokenising the parts apart and
 joining them gives other tokens at the seams. A token that straddles the beginning of a span is learned: part of it is the
 assistant's. The token that ends the turn is the assistant's too, or a model would never learn to stop; white space after it is
-the template's. A template that ends the assistant's turn without any special token is refused for the same reason.
+the template's. A template that ends the assistant's turn without a special token of its own is refused for the same reason.
 
 A template writes the beginning-of-sequence token itself, so none is added to it. Prompts with completions and plain texts have
 no template: they get that token where the tokenizer adds one on its own, and the end-of-sequence token by id.
@@ -22,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxpost.data import rendered
 from jaxpost.data.formats import Completion, Conversation, Example
 from jaxpost.data.templates import adapted, render
 from jaxpost.errors import UserError
@@ -29,6 +32,7 @@ from jaxpost.tokenizer import encoding, opening
 
 TRAIN_ON = ("assistant", "last", "completion", "all")
 _PROBE = "probe"
+_KEEP = "use another template (config.template), or take that out of the row"
 
 
 def encode(example: Example, tokenizer: Any, template: str | None = None, train_on: str = "assistant") -> dict[str, np.ndarray]:
@@ -57,7 +61,9 @@ def encode(example: Example, tokenizer: Any, template: str | None = None, train_
 def encode_prompt(messages: str | Sequence[dict[str, str]], tokenizer: Any, template: str | None = None) -> np.ndarray:
     """[n] int32: the messages, or one of the user, as generation sees them, the opening of the assistant's turn included."""
     messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-    return _tokenise(render(messages, tokenizer, template, True, "the prompt"), tokenizer, "the prompt")[0]
+    text = render(messages, tokenizer, template, True, "the prompt")
+    rendered.check_prompt(messages, None, text, range(1, len(messages) + 1), "the prompt")
+    return _tokenise(text, tokenizer, "the prompt")[0]
 
 
 def stop_ids(tokenizer: Any, template: str | None = None) -> tuple[int, ...]:
@@ -94,37 +100,66 @@ def answer(example: Conversation, tokenizer: Any, template: str | None = None) -
     """(tokens, starts and ends [n], (begin, end), text): a conversation's text, where each of its tokens starts and ends in it,
     and where its last assistant turn does, in characters.
     """
+    example, whole = _rendered(example, tokenizer, template)
+    turn = max(number for number, message in enumerate(example.messages) if message["role"] == "assistant")
+    return *_tokenise(whole, tokenizer, example.place), _span(example, turn, whole, tokenizer, template), whole
+
+
+def _rendered(example: Conversation, tokenizer: Any, template: str | None) -> tuple[Conversation, str]:
+    """(the conversation as the template takes it, its text). Raises UserError where the text lacks something of the prompts."""
     example = adapted(example, tokenizer, template)
     whole = render(example.messages, tokenizer, template, False, example.place, example.tools)
-    turn = max(number for number, message in enumerate(example.messages) if message["role"] == "assistant")
-    return *_tokenise(whole, tokenizer, example.place), _span(example, turn, whole, tokenizer, template, "last"), whole
+    rendered.check_prompt(example.messages, example.tools, whole, example.numbered, example.place)
+    return example, whole
 
 
 def _conversation(example: Conversation, tokenizer: Any, template: str | None, train_on: str) -> tuple[np.ndarray, np.ndarray]:
     """tokens, mask [n]: of the whole, the tokens that belong to the assistant's turns chosen by train_on."""
-    example = adapted(example, tokenizer, template)
-    whole = render(example.messages, tokenizer, template, False, example.place, example.tools)
+    example, whole = _rendered(example, tokenizer, template)
     tokens, starts, ends = _tokenise(whole, tokenizer, example.place)
     mask = np.zeros(len(tokens), np.bool_)
-    if train_on == "all":
-        return tokens, mask
-    specials = list(_specials(tokenizer).values())
-    is_special = np.isin(tokens, specials)
     turns = [number for number, message in enumerate(example.messages) if message["role"] == "assistant"]
+    if train_on == "all":
+        if lost := rendered.first_left_out([example.messages[turn] for turn in turns], whole):
+            remedy = 'say train_on="last"' if turns[lost[0]] < turns[-1] else _KEEP
+            raise UserError(_left_out(example, turns[lost[0]], lost[1], remedy))
+        return tokens, mask
+    is_special = np.isin(tokens, list(_specials(tokenizer).values()))
     for turn in _chosen(turns, example.prompt, train_on):
         if turn in example.untrained:
             continue
-        begin, end = _span(example, turn, whole, tokenizer, template, train_on)
+        begin, end = _span(example, turn, whole, tokenizer, template)
+        if rendered.left_out(example.messages[turn], whole[begin:end]):
+            # What opens a turn for generation may be the turn's own beginning, such as <think>.
+            bare = render(example.messages[:turn], tokenizer, template, False, example.place, example.tools)
+            _check_said(example, turn, whole[len(bare) if whole.startswith(bare) else begin : end])
         # A special token may swallow the white space after it, into the span of the next turn, but it is the header's.
         inside = (ends > begin) & (starts < end) & ~(is_special & (starts < begin))
-        if not inside.any() or not is_special[np.flatnonzero(inside)[-1]]:
+        final = int(np.flatnonzero(inside)[-1]) if inside.any() else 0
+        own = begin + rendered.content_end(example.messages[turn]["content"], whole[begin:end])
+        if not inside.any() or not is_special[final] or starts[final] < own:
+            fault = "is the turn's own text" if inside.any() and is_special[final] else "is no special token"
             raise UserError(
-                f"{example.place}: the chat template ends the assistant's turn in {whole[begin:end][-12:]!r}, which is no"
-                " special token, so a model would never learn to stop; end the turn with {{ eos_token }}"
+                f"{example.place}: the chat template ends the assistant's turn in {whole[begin:end][-12:]!r}, which {fault},"
+                " so a model would never learn to stop; end the turn with {{ eos_token }}"
                 + ("" if tokenizer.eos_token else " and give the tokenizer an eos_token")
             )
         mask |= inside
     return tokens, mask
+
+
+def _check_said(example: Conversation, turn: int, text: str) -> None:
+    """Raises UserError where the text lacks a part of an assistant's turn."""
+    if part := rendered.left_out(example.messages[turn], text):
+        raise UserError(_left_out(example, turn, part, _KEEP))
+
+
+def _left_out(example: Conversation, turn: int, part: str, remedy: str) -> str:
+    return f"{_at(example, turn)}: the chat template leaves out {part} of the assistant's turn; {remedy}"
+
+
+def _at(example: Conversation, turn: int) -> str:
+    return f"{example.place}, message {example.numbered[turn]}"
 
 
 def _chosen(turns: list[int], prompt: int | None, train_on: str) -> list[int]:
@@ -133,28 +168,87 @@ def _chosen(turns: list[int], prompt: int | None, train_on: str) -> list[int]:
     return turns if train_on == "assistant" else turns[-1:]
 
 
-def _span(example: Conversation, turn: int, whole: str, tokenizer: Any, template: str | None, train_on: str) -> tuple[int, int]:
+def _span(example: Conversation, turn: int, whole: str, tokenizer: Any, template: str | None) -> tuple[int, int]:
     """Where an assistant turn begins and ends in the rendered whole, in characters."""
-    before = render(example.messages[:turn], tokenizer, template, True, example.place, example.tools)
+
+    def rendering(messages: list, generate: bool = False) -> str:
+        return render(messages, tokenizer, template, generate, example.place, example.tools)
+
+    before = rendering(example.messages[:turn], True)
     last = turn + 1 == len(example.messages)
-    part = example.messages[: turn + 1]
-    through = whole if last else render(part, tokenizer, template, False, example.place, example.tools)
+    through = whole if last else rendering(example.messages[: turn + 1])
     if whole.startswith(before) and whole.startswith(through):
         return len(before), len(through.rstrip())
-    where = f"{example.place}, message {turn + 1}"
-    bare = render(example.messages[:turn], tokenizer, template, False, example.place, example.tools)
+    bare = rendering(example.messages[:turn])
+    if whole.startswith(before) and through.startswith(before):
+        stop = _end_of_earlier(whole, through, before, bare, tuple(_specials(tokenizer)))
+        if stop is not None:
+            return len(before), stop
+    if not before.startswith(bare):
+        # Some end a text with the end-of-text token unless more is to come.
+        bare = os.path.commonprefix([bare, before])
+    _check_said(example, turn, through[len(bare) :] if through.startswith(bare) else through)
     if whole.startswith(bare) and not whole.startswith(before):
+        lead = before[len(os.path.commonprefix([before, whole])) :]
+        # A template may strip whatever is a whole thought.
+        thought = lead + ("-</think>" if "<think>" in lead else "")
+        led = example.messages[turn] | {"content": thought + example.messages[turn]["content"]}
+        remedy = "use another template"
+        if rendering([*example.messages[:turn], led]).startswith(before):
+            remedy = f"begin its content with {lead!r}, or {remedy}"
         raise UserError(
-            f"{where}: for generation the chat template opens the assistant's turn with {before[len(bare) :]!r}, and this turn"
-            " does not begin so; begin its content like that, or use another template"
+            f"{_at(example, turn)}: for generation the chat template opens the assistant's turn with {before[len(bare) :]!r},"
+            f" and this turn does not begin so; {remedy}"
         )
+    place = len(os.path.commonprefix([through, whole]))
+    alone, here = (text[max(place - 10, 0) : place + 20] for text in (through, whole))
     remedy = "end the conversation with the assistant, or use another template"
-    if train_on != "last":
-        remedy = 'say train_on="last"'
+    if any(message["role"] == "assistant" for message in example.messages[turn + 1 :]):
+        remedy = 'say train_on="last", make a row of each answer, or use another template'
     raise UserError(
-        f"{where}: the chat template rewrites earlier turns (a rendered part is not the beginning of the rendered whole), so"
-        f" the assistant's words cannot be told apart; {remedy}"
+        f"{_at(example, turn)}: the chat template rewrites earlier turns: where this turn is the last it writes {alone!r}, and"
+        f" where the conversation goes on {here!r}, so what is learned would not be what is generated; {remedy}"
     )
+
+
+def _end_of_earlier(whole: str, through: str, before: str, bare: str, specials: tuple[str, ...]) -> int | None:
+    """Where a turn ends in the whole if the template ends the last turn otherwise than earlier ones (Phi-3, OLMo); None if
+    more than the end differs, or if earlier turns have none.
+
+    through: the text up to and including the turn. before, bare: the text up to it, with and without the generation prompt.
+    """
+    body, asked = _body(through, len(before), specials), _body(bare, 0, specials)
+    if whole[:body] != through[:body]:
+        return None
+    here, alone = _marks(whole, body, specials), _marks(through, body, specials)
+    common = 0
+    while common < min(len(here), len(alone)) and here[common][0] == alone[common][0]:
+        common += 1
+    # What ends the user's turn ends the assistant's as well, if it stands there.
+    users = _marks(before, asked, specials)
+    if users and bare.startswith(before[: users[0][1]]) and [mark for mark, _ in here[common : common + 1]] == [users[0][0]]:
+        common += 1
+    return here[common - 1][1] if common else None
+
+
+def _body(text: str, start: int, specials: tuple[str, ...]) -> int:
+    """Where the special tokens begin with which a text ends, white space aside, from start on."""
+    end = len(text.rstrip())
+    while mark := next((mark for mark in specials if text.endswith(mark, start, end)), None):
+        end = len(text[: end - len(mark)].rstrip())
+    return end
+
+
+def _marks(text: str, start: int, specials: tuple[str, ...]) -> list[tuple[str, int]]:
+    """The special tokens that follow each other from a place on, white space aside, each with its end."""
+    marks = []
+    while True:
+        start += len(text[start:]) - len(text[start:].lstrip())
+        mark = max((mark for mark in specials if text.startswith(mark, start)), key=len, default=None)
+        if mark is None:
+            return marks
+        start += len(mark)
+        marks.append((mark, start))
 
 
 def _document(prompt: str, completion: str, tokenizer: Any, place: str) -> tuple[np.ndarray, np.ndarray]:

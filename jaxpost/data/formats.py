@@ -31,7 +31,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jaxpost.data.messages import Message, check, definitions, filled, string, turns
+from jaxpost.data.guess import suggested
+from jaxpost.data.messages import Message, check, definitions, filled, string, turns, unweighted
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
 from jaxpost.resolve import nearest
@@ -51,7 +52,8 @@ class Conversation(NamedTuple):
     """Turns in the form of `messages`: an optional system turn, then user and assistant in turn. Rendered by a chat template.
 
     `prompt` is the number of messages that its row gave as the prompt, or None where the row made no such difference. `tools`
-    are the functions that the assistant may call, or None. `untrained` are the places of assistant turns of weight 0.
+    are the functions that the assistant may call, or None. `untrained` are the places of assistant turns of weight 0. `numbers`
+    are the numbers of the messages in their row, where they differ from 1, 2, ...
     """
 
     messages: list[Message]
@@ -59,6 +61,12 @@ class Conversation(NamedTuple):
     prompt: int | None = None
     tools: list[dict[str, Any]] | None = None
     untrained: tuple[int, ...] = ()
+    numbers: tuple[int, ...] = ()
+
+    @property
+    def numbered(self) -> tuple[int, ...]:
+        """The number of each message in its row, from 1; 0 of one that is not the row's."""
+        return self.numbers or tuple(range(1, len(self.messages) + 1))
 
 
 class Completion(NamedTuple):
@@ -83,8 +91,8 @@ class Preference(NamedTuple):
     pass, save that an answer's last turn may be empty. Both answers begin with an assistant's turn; several turns are an answer
     that goes on after its first. A prompt that the row gave as a string is one user turn, an answer given as a string one
     assistant turn. Of whole conversations (lists, or HH-RLHF's transcripts) the prompt is what both begin with, up to the last
-    place where both go on with an assistant's turn. `tools` as in Conversation. Weights of turns play no part. `margin` is how
-    much better the chosen one is, in the row's own unit; None where it does not say.
+    place where both go on with an assistant's turn. `tools` as in Conversation. An answer's turns keep a weight of 0. `margin`
+    is how much better the chosen one is, in the row's own unit; None where it does not say.
     """
 
     prompt_messages: list[Message]
@@ -123,7 +131,7 @@ def recognise(record: Record, columns: Mapping[str, str] | None = None) -> Examp
     if make:
         return make({column: value for column, value in row.items() if value is not None}, place)
     found = ", ".join(f"{column} (null)" if value is None else str(column) for column, value in row.items()) or "none"
-    remedy = 'or name them, as in config.columns="prompt=problem,completion=solution"'
+    remedy = f"or name them: --config.columns={suggested(row)}"
     raise UserError(f"{place}: columns not recognised: {found}; rename them to one of: {SHAPES}; {remedy}")
 
 
@@ -160,7 +168,7 @@ def pair(record: Record, columns: Mapping[str, str] | None = None) -> Preference
             "objective that learns from such rows"
         )
     found = recognise(record, columns)
-    if found.chosen_messages == found.rejected_messages:
+    if unweighted(found.chosen_messages) == unweighted(found.rejected_messages):
         raise UserError(f"{found.place}: chosen and rejected are the same answer, so neither is better; remove the row")
     _asked(found.prompt_messages, found.place)
     return found
@@ -245,9 +253,13 @@ def _with_system(found: list[Message], row: dict[str, Any], place: str) -> list[
 
 
 def _checked(found: list[Message], place: str, tools: Any = None, prompt: int | None = None) -> Conversation:
-    untrained = tuple(i for i, message in enumerate(found) if message.get("weight") == 0)
-    found = [{key: value for key, value in message.items() if key != "weight"} for message in found]
-    return Conversation(check(found, place), place, prompt, definitions(tools, place), untrained)
+    return conversation(check(found, place), place, prompt, definitions(tools, place))
+
+
+def conversation(messages: list[Message], place: str, prompt: int | None, tools: list | None) -> Conversation:
+    """A Conversation of checked messages, whose weights of 0 become its `untrained`."""
+    untrained = tuple(i for i, message in enumerate(messages) if message.get("weight") == 0)
+    return Conversation(unweighted(messages), place, prompt, tools, untrained)
 
 
 def _prompted(row: dict[str, Any], place: str) -> Example:
@@ -260,6 +272,8 @@ def _prompted(row: dict[str, Any], place: str) -> Example:
         return found
     if isinstance(prompt, (list, dict)) or isinstance(completion, (list, dict)):
         raise UserError(f"{place}: prompt and completion must both be strings or both lists of messages; write both alike")
+    if definitions(row.get("tools"), place):
+        raise UserError(f"{place}: tools go with messages; write prompt and completion as lists of them, or leave them out")
     if row.get("system"):
         raise UserError(f"{place}: system goes with messages; write prompt and completion as lists of them, or leave it out")
     return Completion(string(prompt, "prompt", place), filled(completion, "completion", place), place)
@@ -272,11 +286,12 @@ def _alpaca(row: dict[str, Any], place: str) -> Conversation:
         raise UserError(f"{place}: history must be a list of [instruction, output] pairs; write it so, or leave it out")
     earlier = [m for asked, told in history for m in _pair(filled(asked, "history", place), filled(told, "history", place))]
     found = earlier + _pair("\n".join(part for part in parts if part), filled(row["output"], "output", place))
-    return _checked(_with_system(found, row, place), place)
+    return _checked(_with_system(found, row, place), place, row.get("tools"))
 
 
 def _question(row: dict[str, Any], place: str) -> Conversation:
-    return _checked(_pair(filled(row["question"], "question", place), filled(row["answer"], "answer", place)), place)
+    pair = _pair(filled(row["question"], "question", place), filled(row["answer"], "answer", place))
+    return _checked(pair, place, row.get("tools"))
 
 
 def _pair(user: str, assistant: str) -> list[Message]:
@@ -299,7 +314,7 @@ def _preference(row: dict[str, Any], place: str) -> Preference:
             raise UserError(f"{place}: {side} is an answer without a prompt; give a column prompt, or whole conversations")
         # Some data sets repeat the prompt in each answer; it then stands in front of the assistant's turn.
         whole.append(_with_system(after if after[0]["role"] != "assistant" else before + after, row, place))
-    chosen, rejected = ([{k: v for k, v in m.items() if k != "weight"} for m in side] for side in whole)
+    chosen, rejected, before = unweighted(whole[0]), unweighted(whole[1]), unweighted(before)
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         check(side, f"{place}, {name}", empty=True)
         if side[: len(before)] != before and [m for m in side if m["role"] != "system"][: len(before)] != before:
@@ -308,7 +323,7 @@ def _preference(row: dict[str, Any], place: str) -> Preference:
     if not start:
         raise UserError(f"{place}: chosen and rejected answer different prompts; the turns before the answers must be equal")
     tools = definitions(row.get("tools"), place)
-    return Preference(chosen[:start], chosen[start:], rejected[start:], place, tools, _margin(row))
+    return Preference(chosen[:start], whole[0][start:], whole[1][start:], place, tools, _margin(row))
 
 
 def _best_and_worst(row: dict[str, Any], place: str) -> Preference:
@@ -356,11 +371,10 @@ def _rated(row: dict[str, Any], place: str) -> Rated:
         before = _with_system(_turns_or(row["prompt"], "prompt", place, "user"), row, place)
         found = before + _turns_or(row["completion"], "completion", place, "assistant")
         start = len(before)
-    found = [{k: v for k, v in message.items() if k != "weight"} for message in found]
     check(found, place, empty=True)
     if start == len(found) or found[start]["role"] != "assistant":
         raise UserError(f"{place}: the answer that is judged must be an assistant's turn at the end; end the row with it")
-    return Rated(found[:start], found[start:], _verdict(row), place, definitions(row.get("tools"), place))
+    return Rated(unweighted(found[:start]), found[start:], _verdict(row), place, definitions(row.get("tools"), place))
 
 
 def _verdict(row: dict[str, Any]) -> Any:

@@ -4,7 +4,8 @@
 
 and, where the row has them: `reasoning_content` (what the assistant thought), `tool_calls` (a list of {"type": "function",
 "function": {"name", "arguments": {...}}}), `name` and `tool_call_id` (of a tool's turn), and on an assistant's turn `weight`: 0
-where the row says that this turn is not to be learned.
+where the row says that this turn is not to be learned. Thoughts, calls, a call's arguments and that mark go by several keys
+(_THOUGHTS, _CALLS, _ARGUMENTS, _MARKS). Another key that holds text is refused, unless it is one that only describes the turn.
 
 The manners are OpenAI's (role and content, the content maybe a list of parts), ShareGPT's (from and value; human, gpt, system,
 function_call, observation) and HH-RLHF's transcripts ("\\n\\nHuman: ... \\n\\nAssistant: ..."), in which successive turns of
@@ -34,6 +35,57 @@ _SPEAKERS = {
     "observation": "tool",
     "tool": "tool",
 }
+# The keys under which data sets write a thought, calls, a call's arguments, and whether a turn is learned.
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
+_CALLS = ("tool_calls", "function_call")
+_ARGUMENTS = ("arguments", "parameters", "input", "args")
+_MARKS = ("weight", "loss_weight", "loss", "train", "training", "trainable")
+_READ = frozenset({"role", "from", "content", "name", "tool_call_id", *_THOUGHTS, *_CALLS, *_MARKS})
+# axolotl's marks of what is learned within a turn.
+_UNSUPPORTED = ("train_detail", "training_detail")
+# What is said about a turn, and is no part of it.
+_ABOUT = frozenset(
+    [
+        *(
+            "id",
+            "message_id",
+            "turn_id",
+            "parent_id",
+            "conversation_id",
+            "openai_id",
+            "uuid",
+            "turn_identifier",
+            "index",
+            "hash",
+        ),
+        *(
+            "hashed_ip",
+            "header",
+            "state",
+            "country",
+            "language",
+            "lang",
+            "model",
+            "model_name",
+            "source",
+            "dataset",
+            "category",
+        ),
+        *("topic", "task", "type", "tag", "tags", "label", "labels", "score", "scores", "rating", "ratings", "author", "usage"),
+        *(
+            "created",
+            "created_at",
+            "timestamp",
+            "date",
+            "time",
+            "annotations",
+            "metadata",
+            "meta",
+            "finish_reason",
+            "stop_reason",
+        ),
+    ]
+)
 _SPEECH = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -87,6 +139,21 @@ def check(messages: list[Message], place: str, empty: bool = False) -> list[Mess
     return messages
 
 
+def has_calls(value: Any) -> bool:
+    """Whether there is a tool call anywhere in a row's column, in any of the manners."""
+    if isinstance(value, list):
+        return any(map(has_calls, value))
+    if not isinstance(value, dict):
+        return False
+    written = value.get("from") == "function_call" or value.get("type") == "tool_call"
+    return written or any(value.get(key) for key in _CALLS) or any(map(has_calls, value.values()))
+
+
+def unweighted(messages: list[Message]) -> list[Message]:
+    """The messages without their weights."""
+    return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+
+
 def definitions(value: Any, place: str) -> list[dict[str, Any]] | None:
     """The functions that a row's `tools` column defines, each {"type": "function", "function": {"name", ...}}; None if none.
 
@@ -107,6 +174,8 @@ def definitions(value: Any, place: str) -> list[dict[str, Any]] | None:
 
 def string(value: Any, column: str, place: str) -> str:
     """The value, if it is a string; UserError with the place if not."""
+    if isinstance(value, bytes):
+        raise UserError(f"{place}: {column} is bytes that are no UTF-8; only text can be learned, so store it as UTF-8")
     if not isinstance(value, str):
         found = "missing or null" if value is None else f"of type {type(value).__name__}"
         raise UserError(f"{place}: {column} must be a string, and is {found}; write it as one")
@@ -135,43 +204,75 @@ def _transcript(text: str) -> list[Message]:
 def _turn(turn: dict[str, Any], where: str) -> Message:
     given = {key: value for key, value in turn.items() if value is not None}
     if "role" not in given and "from" in given:
-        return _sharegpt(given, where)
-    role = given.get("role")
+        given = _from_sharegpt(given, where)
+    # OpenAI's first manner of calling has a role for the function that answers.
+    role = "tool" if given.get("role") == "function" else given.get("role")
     if role not in ROLES:
         raise UserError(f"{where}: role {role!r} is not supported; the roles are {', '.join(ROLES)}")
-    content, thought, calls = _content(given.get("content"), bool(given.get("tool_calls")), where)
-    thought = thought or string(given.get("reasoning_content") or "", "reasoning_content", where)
-    calls = calls or _calls(given.get("tool_calls") or [], where)
+    _check_keys(given, where)
+    content, thought, calls = _content(given.get("content"), any(given.get(key) for key in _CALLS), where)
+    thoughts = [thought, *(string(given.get(key) or "", key, where) for key in _THOUGHTS)]
+    called = [calls, *(_calls(given.get(key) or [], where) for key in _CALLS)]
+    thought = _only(thoughts, "thoughts", where) or ""
+    calls = _only(called, "tool calls", where) or []
     if (thought or calls) and role != "assistant":
         raise UserError(f"{where}: reasoning and tool calls belong to the assistant, not to the {role}; move them")
-    found = {"role": role, "content": content}
-    found |= {"reasoning_content": thought} if thought else {}
-    found |= {"tool_calls": calls} if calls else {}
+    message = {"role": role, "content": content}
+    message |= {"reasoning_content": thought} if thought else {}
+    message |= {"tool_calls": calls} if calls else {}
     if role == "tool":
-        found |= {key: string(given[key], key, where) for key in ("name", "tool_call_id") if key in given}
-    if role == "assistant" and _weight(given, where) == 0:
-        found["weight"] = 0
-    return found
+        message |= {key: string(given[key], key, where) for key in ("name", "tool_call_id") if key in given}
+    if role == "assistant" and not _is_learned(given, where):
+        message["weight"] = 0
+    return message
 
 
-def _weight(given: dict[str, Any], where: str) -> float:
-    weight = given.get("weight", given.get("loss_weight", 1))
-    if weight not in (0, 1):
-        raise UserError(f"{where}: weight {weight!r}; a turn is learned (1) or not (0), so give one of these")
-    return weight
+def _check_keys(given: dict[str, Any], where: str) -> None:
+    """Raises UserError for a key that carries text and that nothing reads: its text would be lost."""
+    for key, value in given.items():
+        if key in _UNSUPPORTED or (key not in _READ and key not in _ABOUT and _has_text(value)):
+            raise UserError(
+                f"{where}: the key {key!r} of a turn is not read, so what it holds would be lost; write its text under content"
+                " (a thought under reasoning_content, calls under tool_calls), or remove the key"
+            )
 
 
-def _sharegpt(given: dict[str, Any], where: str) -> Message:
+def _has_text(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return any(map(_has_text, value)) if isinstance(value, list) else isinstance(value, str) and bool(value.strip())
+
+
+def _only(values: list, what: str, where: str) -> Any:
+    """The one value that is not empty, however often it is given; None where all are empty."""
+    values = [value for value in values if value]
+    if any(value != values[0] for value in values):
+        raise UserError(f"{where}: {what} are given in two places and differ; write them once")
+    return values[0] if values else None
+
+
+def _is_learned(given: dict[str, Any], where: str) -> bool:
+    for key in _MARKS:
+        if key in given and given[key] not in (0, 1):
+            raise UserError(f"{where}: {key} {given[key]!r}; a turn is learned (1) or not (0), so give one of these")
+    return all(given.get(key, 1) for key in _MARKS)
+
+
+def _from_sharegpt(given: dict[str, Any], where: str) -> dict[str, Any]:
+    """A turn of ShareGPT's under the keys of OpenAI's."""
     speaker = given["from"]
     role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
     if role is None:
         raise UserError(f"{where}: from {speaker!r} is not supported; the speakers are {', '.join(_SPEAKERS)}")
-    value = string(given.get("value"), "value", where)
+    kept = {key: value for key, value in given.items() if key not in ("from", "value")}
+    if "value" not in given and any(given.get(key) for key in _CALLS):
+        return kept | {"role": role}
+    value, own = string(given.get("value"), "value", where), "content"
     if speaker == "function_call":
-        calls = _json(value, "a function_call", where)
-        return {"role": role, "content": "", "tool_calls": _calls(calls if isinstance(calls, list) else [calls], where)}
-    found = {"role": role, "content": value}
-    return found | ({"weight": 0} if role == "assistant" and _weight(given, where) == 0 else {})
+        value, own = _json(value, "a function_call", where), "function_call"
+    if own in kept:
+        raise UserError(f"{where}: value and {own} are both given; write the turn's text once")
+    return {"content": ""} | kept | {"role": role, own: value}
 
 
 def _content(value: Any, calls: bool, where: str) -> tuple[str, str, list]:
@@ -184,7 +285,7 @@ def _content(value: Any, calls: bool, where: str) -> tuple[str, str, list]:
     for part in value:
         part = {"type": "text", "text": part} if isinstance(part, str) else part
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        if kind not in ("text", "reasoning", "tool_call"):
+        if kind not in ("text", "reasoning", "thinking", "tool_call"):
             raise UserError(f"{where}: a part of type {kind!r}; content is text alone, so remove the part or the row")
         said = string(next((part[key] for key in ("text", "value", kind) if part.get(key) is not None), None), kind, where)
         if kind == "tool_call":
@@ -196,21 +297,35 @@ def _content(value: Any, calls: bool, where: str) -> tuple[str, str, list]:
 
 def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
     """The calls, each {"type", "function": {"name", "arguments"}}, and "id" where it has one; arguments as an object."""
+    calls = [calls] if isinstance(calls, dict) else calls
     if not isinstance(calls, list):
         raise UserError(f"{where}: tool_calls must be a list, each with a name and arguments; write them so")
-    found = []
-    for call in calls:
-        function = call.get("function") or call if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise UserError(f"{where}: a tool call must be an object with a name and arguments; write it so")
-        arguments = function.get("arguments")
-        if isinstance(arguments, str) and arguments.strip():
-            arguments = _json(arguments, "a call's arguments", where)
-        if not isinstance(arguments or {}, dict):
-            raise UserError(f"{where}: a call's arguments must be an object of names and values; write them so")
-        kept = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-        found.append(kept | {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}})
-    return found
+    return [_call(call, where) for call in calls]
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    function = (call.get("function") or {}) if isinstance(call, dict) else None
+    stated = call | function if isinstance(function, dict) else {}
+    stated = {key: value for key, value in stated.items() if key != "function" and value is not None}
+    if not isinstance(stated.get("name"), str):
+        raise UserError(f"{where}: a tool call must be an object with a name and arguments; write it so")
+    if unread := [key for key in stated if key not in ("id", "type", "index", "name", *_ARGUMENTS)]:
+        raise UserError(
+            f"{where}: a tool call has the key {unread[0]!r}, which is not read; its keys are name, {', '.join(_ARGUMENTS)}"
+            " (one of these, an object) and id"
+        )
+    arguments = _only([_arguments(stated.get(key), where) for key in _ARGUMENTS], "a call's arguments", where) or {}
+    kept = {"id": str(stated["id"])} if isinstance(stated.get("id"), (str, int)) else {}
+    return kept | {"type": "function", "function": {"name": stated["name"], "arguments": arguments}}
+
+
+def _arguments(value: Any, where: str) -> dict[str, Any]:
+    if isinstance(value, str) and value.strip():
+        value = _json(value, "a call's arguments", where)
+    value = {} if value is None or value == [] or (isinstance(value, str) and not value.strip()) else value
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: a call's arguments must be an object of names and values; write them so")
+    return value
 
 
 def _json(text: str, what: str, where: str) -> Any:

@@ -29,6 +29,8 @@ from jaxpost.data import readers
 from jaxpost.errors import UserError
 from jaxpost.resolve import value_of
 
+MUCH = 0.1  # the share of examples dropped for their length from which on the start warns
+
 
 class Part(NamedTuple):
     """A source of a mixture, or the only one: its records, and what was wrong with the rows that were left out of them."""
@@ -108,10 +110,26 @@ def tell(what: str, part: Part, encoded: Any, rows: int, window: int, longest: i
     sizes = "{count:,} examples, {tokens:,} tokens ({trained_tokens:,} learned)".format(**report)
     lost = [f"{report[k]:,} {k}" for k in ("truncated", "dropped") if report[k]]
     limits = "config.window, config.too_long" + (f"; the model takes {longest:,} tokens" if longest < window else "")
+    if report.get("equal"):
+        lost[-1] += f", {report['equal']:,} of them pairs whose answers are equal once cut"
     lost[-1:] = [f"{last} (for their length: {limits})" for last in lost[-1:]]
     lost += [f"{report[k]:,} {k}" for k in ("split", "skipped") if report[k]]
     first = f"; the first skipped: {(part.unread or [encoded.reason])[0]}" if report["skipped"] else ""
     print(f"{what}: {sizes} in {rows:,} rows of {window}{''.join(f', {x}' for x in lost)}{first}", file=sys.stderr)
+    whole = report["count"] + report["dropped"]
+    if report["dropped"] >= max(1, MUCH * whole) and encoded.widest > min(window, longest):
+        is_cut = bool(report["truncated"] or report.get("equal"))
+        lengths = encoded.widest, window, longest
+        print(f"warning: {what}: {_too_long(report['dropped'], whole, *lengths, is_cut)}", file=sys.stderr)
+
+
+def _too_long(dropped: int, whole: int, widest: int, window: int, longest: int, is_cut: bool) -> str:
+    """That much of the data is dropped for its length, and what to do about it; is_cut: other examples are truncated."""
+    fitting = f"--config.window={widest} holds the longest"
+    if widest > longest:
+        fitting = f"the longest needs a window of {widest:,}, and the model takes documents of {longest:,}"
+    ways = "" if is_cut else ", --config.too_long=truncate cuts examples, and split makes pieces of plain text"
+    return f"{dropped:,} of {whole:,} examples are dropped, being too long for a window of {window:,}; {fitting}{ways}"
 
 
 def pairs(value: str | Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -26,12 +26,13 @@ hidden state before a token still predicts it:
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxpost.data import chat, formats, steps
-from jaxpost.data.formats import Conversation, Rated
+from jaxpost.data.formats import Rated
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
 
@@ -67,12 +68,7 @@ def encoder(
         known = ", ".join(_TRAIN_ON)
         raise UserError(f"config.train_on: {train_on!r} of a prompt with judged answers; what is learned is one of {known}")
 
-    def document(prompt, answer, tools, place):
-        example = Conversation([*prompt, *answer], place, len(prompt), tools)
-        whole = chat.encode(example, tokenizer, template, "completion")
-        learned = whole if train_on != "last" else chat.encode(example, tokenizer, template, "last")
-        return learned | {"start": int(np.argmax(whole["mask"]))}
-
+    document = partial(_document, tokenizer, template, train_on)
     if shape == "pairs":
 
         def encode(record: Record) -> Unit:
@@ -104,6 +100,18 @@ def encoder(
         return _unit(documents, float(own.label))
 
     return encode
+
+
+def _document(tokenizer, template, train_on: str, prompt: list, answer: list, tools: list | None, place: str) -> dict:
+    """{tokens, mask: [n]} of a prompt with an answer, and where the answer `start`s."""
+    example = formats.conversation([*prompt, *answer], place, len(prompt), tools)
+    whole = chat.encode(example, tokenizer, template, "completion")
+    learned = whole if train_on != "last" else chat.encode(example, tokenizer, template, "last")
+    if not learned["mask"].any():
+        raise UserError(f"{place}: every turn of the answer is marked as not to be learned; remove the row or a mark")
+    if example.untrained:  # the answer begins at its first turn, learned or not
+        whole = chat.encode(example._replace(untrained=()), tokenizer, template, "completion")
+    return learned | {"start": int(np.argmax(whole["mask"]))}
 
 
 def _others(records: Sequence[Record], columns: Mapping[str, str] | None) -> dict[int, Rated]:
@@ -172,14 +180,26 @@ def fit(unit: Unit, window: int, longest: int, too_long: str, shared: bool, plac
             raise UserError(f"{place}: a document of {size + max(lengths)} tokens, and the model takes {longest}; {remedy[3:]}")
         what = "the prompt and its answer have" if len(lengths) == 1 else "the prompt with both answers has"
         raise UserError(f"{place}: {what} {whole} tokens and the window {window}; make the window {whole} or longer, {remedy}")
-    room = window - length(size, [0] * len(lengths), shared)
-    shares = [room] if len(lengths) == 1 else [max(room // 2, room - other) for other in reversed(lengths)]
-    kept = [max(0, min(n, share, longest - size)) for n, share in zip(lengths, shares, strict=True)]
-    answers = tuple(answer[:n] for answer, n in zip(unit.answers, kept, strict=True))
-    masks = tuple(mask[:n] for mask, n in zip(unit.masks, kept, strict=True))
+    answers, masks = _cut(unit, window, longest, shared)
     equal = len(answers) == 2 and np.array_equal(*answers)
     value = unit.value[: masks[0].sum()] if isinstance(unit.value, np.ndarray) else unit.value
     return None if equal or not all(mask.any() for mask in masks) else Unit(unit.prompt, answers, masks, value)
+
+
+def _cut(unit: Unit, window: int, longest: int, shared: bool) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """The unit's answers and masks, the longer answer cut first."""
+    size, lengths = len(unit.prompt), [len(answer) for answer in unit.answers]
+    room = window - length(size, [0] * len(lengths), shared)
+    shares = [room] if len(lengths) == 1 else [max(room // 2, room - other) for other in reversed(lengths)]
+    kept = [max(0, min(n, share, longest - size)) for n, share in zip(lengths, shares, strict=True)]
+    cut = [tuple(part[:n] for part, n in zip(parts, kept, strict=True)) for parts in (unit.answers, unit.masks)]
+    return cut[0], cut[1]
+
+
+def equal_once_cut(unit: Unit, window: int, longest: int, shared: bool) -> bool:
+    """Whether the unit's two answers are there, cut to fit, and the same: nothing is left to compare."""
+    answers, _ = _cut(unit, window, longest, shared)
+    return len(answers) == 2 and len(answers[0]) > 0 and np.array_equal(*answers)
 
 
 def needed(unit: Unit, too_long: str, shared: bool) -> int:

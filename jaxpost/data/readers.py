@@ -49,7 +49,7 @@ class _File(NamedTuple):
 def read(path: str | Sequence[str], bad: list[str] | None = None) -> list[Record]:
     """All rows of a file, folder, pattern, `tfds:` or `hf:` name (see above), or of a list of them, one after the other.
 
-    A row that cannot be read (broken JSON, no object, no UTF-8) is refused; where `bad` is a list, its message is added to
+    A row that cannot be read (broken JSON, no object) is refused; where `bad` is a list, its message is added to
     that instead and the row is left out. Raises UserError, with file and place, for it and for whatever is missing or empty.
     """
     paths = [path] if isinstance(path, str) else list(path)
@@ -178,19 +178,35 @@ def _rows(rows, name: str) -> Iterator[Record | UserError]:
         yield _record(row, f"{name}, row {number}")
 
 
+def _padded_rows(rows, name: str) -> Iterator[Record | UserError]:
+    """As _rows, of Arrow's tables. There all structures of a column have the same keys, with nulls where a row has none."""
+    for number, row in enumerate(rows, start=1):
+        yield _record({column: _without_nulls(value) for column, value in row.items()}, f"{name}, row {number}")
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without keys of null at any depth; None for a structure of which nothing is left."""
+    if isinstance(value, (list, tuple)):
+        return [_without_nulls(item) for item in value]
+    if not isinstance(value, dict) or not value:
+        return value
+    kept = {key: _without_nulls(item) for key, item in value.items()}
+    return {key: item for key, item in kept.items() if item is not None} or None
+
+
 def _record(row: Any, place: str) -> Record | UserError:
     if not isinstance(row, dict):
         return UserError(f"{place}: a {type(row).__name__}, not an object; each row must map column names to values")
-    try:
-        return Record(_plain(row), place)
-    except UnicodeDecodeError as error:
-        return UserError(f"{place}: bytes that are no UTF-8 ({error.reason}); only text can be learned, so store it as UTF-8")
+    return Record(_plain(row), place)
 
 
 def _plain(value: Any) -> Any:
-    """The value in JSON's types, as the readers of binary formats do not give it."""
+    """The value in JSON's types, as the readers of binary formats do not give it; bytes that are no UTF-8 stay bytes."""
     if isinstance(value, bytes):
-        return value.decode()
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value
     if isinstance(value, (np.ndarray, np.generic)):
         return _plain(value.tolist())
     if isinstance(value, dict):
@@ -202,10 +218,20 @@ def _parquet(file: epath.Path, name: str) -> Iterator[Record | UserError]:
     parquet = _library("pyarrow.parquet", "pyarrow", f"{name}: Parquet")
     try:
         with file.open("rb") as stream:
-            rows = parquet.read_table(stream).to_pylist()
+            table = parquet.read_table(stream)
     except (OSError, ValueError) as error:  # pyarrow's own are kinds of these
         raise UserError(f"{name}: not readable as Parquet ({error}); fetch or write it again") from error
-    yield from _rows(rows, name)
+    columns = {column: _values(table[column]) for column in dict.fromkeys(table.column_names)}
+    columns = {column: values for column, values in columns.items() if values is not None}
+    yield from _padded_rows((dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)), name)
+
+
+def _values(column) -> list | None:
+    """An Arrow column as Python's values; None where it has none of them (a date of the year 12000)."""
+    try:
+        return column.to_pylist()
+    except (ArithmeticError, ValueError, TypeError, ImportError):
+        return None
 
 
 def _array_record(file: epath.Path, name: str) -> Iterator[Record | UserError]:
@@ -256,7 +282,7 @@ def _hf(path: str, name: str) -> Iterator[Record | UserError]:
     except Exception as error:  # of many kinds: an unknown name, config or split, a download
         first = (str(error).strip().splitlines() or [""])[0]
         raise UserError(f"{path}: not to be had ({type(error).__name__}: {first}); check name, split and network") from error
-    yield from _rows(rows, name)
+    yield from _padded_rows(rows, name)
 
 
 def _library(module: str, package: str, what: str) -> Any:

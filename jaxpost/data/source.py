@@ -30,7 +30,7 @@ from absl import logging
 from etils import epath
 
 from jaxpost import cloud
-from jaxpost.data import chat, formats, messages, pack, pairs, steps, templates
+from jaxpost.data import chat, formats, messages, pack, pairs, rendered, steps, templates
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
 
@@ -49,7 +49,9 @@ class Encoded(NamedTuple):
 
     `report` counts what was kept (count), dropped, truncated and split for their length and skipped as bad, and the tokens
     and trained_tokens of what was kept. `reason` says what was wrong with the first that was skipped; "" if none was.
-    `digest` is one of all tokens and masks in their order, `highest` the largest token id.
+    Of those dropped, `report` has under equal how many are pairs that became equal once cut. `digest` is one of all tokens and
+    masks in their order, `highest` the largest token id, `widest` the tokens of the longest example before it was made to fit,
+    `with_call` the number of the first example with a tool call, or None.
     """
 
     examples: grain.MapDataset
@@ -59,6 +61,8 @@ class Encoded(NamedTuple):
     digest: str
     reason: str
     highest: int
+    widest: int = 0
+    with_call: int | None = None
 
 
 class Choices(NamedTuple):
@@ -129,6 +133,7 @@ def _opened(stored: dict, c: Choices, count: int) -> Encoded:
         "truncated": cut if c.too_long != "split" else 0,
     }
     report |= {"split": cut if c.too_long == "split" else 0, "skipped": skipped}
+    report |= {"equal": int(stored["equal"])} if stored["equal"] else {}
     report |= {"tokens": len(stored["tokens"]), "trained_tokens": int(stored["mask"].sum())}
     ends = np.cumsum(stored["sizes"], dtype=np.int64)
     starts = ends - stored["sizes"]
@@ -141,7 +146,9 @@ def _opened(stored: dict, c: Choices, count: int) -> Encoded:
     lengths = stored["sizes"] if c.shape == "demonstrations" else pairs.lengths(stored, c.shape, c.shared)
     learned = np.add.reduceat(stored["mask"], starts, dtype=np.int64)
     examples = grain.MapDataset.range(len(lengths)).map(example)
-    return Encoded(examples, lengths, learned, report, _digest(stored, c), reason, int(stored["tokens"].max()))
+    with_call = int(stored["with_call"]) if stored["with_call"] >= 0 else None
+    highest, widest = int(stored["tokens"].max()), int(stored["widest"])
+    return Encoded(examples, lengths, learned, report, _digest(stored, c), reason, highest, widest, with_call)
 
 
 def _digest(stored: dict, choices: Choices) -> str:
@@ -169,8 +176,8 @@ def _useful(stored: dict, count: int, c: Choices) -> tuple[int, str]:
 
 def _encoded(records: Sequence[Record], tokenizer, c: Choices) -> dict[str, np.ndarray]:
     """What is cached: the tokens, masks and sizes of what is kept, and the counts of the others."""
-    kept, cut, dropped, needed, reasons = [], 0, 0, [], []
-    encode, fit, need = _ways(records, tokenizer, c)
+    kept, cut, dropped, equal, widest, with_call, needed, reasons = [], 0, 0, 0, 0, -1, [], []
+    encode, fit, need, size = _ways(records, tokenizer, c)
     for record in records:
         try:
             whole = encode(record)
@@ -181,23 +188,29 @@ def _encoded(records: Sequence[Record], tokenizer, c: Choices) -> dict[str, np.n
             continue
         fitted = fit(whole, record.place)
         needed.append(need(whole))
+        widest = max(widest, size(whole))
+        if with_call < 0 and fitted and messages.has_calls(record.row):
+            with_call = len(kept)
         kept += fitted
         dropped += not fitted
+        if not fitted and c.shape != "demonstrations" and c.too_long == "truncate":
+            equal += pairs.equal_once_cut(whole, c.window, c.longest, c.shared)
         cut += bool(fitted) and fitted[0] is not whole
     counts = {"cut": cut, "dropped": dropped, "needed": min(needed, default=0), "skipped": len(reasons)}
-    counts |= {"reason": reasons[0] if reasons else ""}
+    counts |= {"equal": equal, "widest": widest, "with_call": with_call, "reason": reasons[0] if reasons else ""}
     return (pack.stored if c.shape == "demonstrations" else pairs.stored)(kept) | {k: np.array(v) for k, v in counts.items()}
 
 
-def _ways(records: Sequence[Record], tokenizer, c: Choices) -> tuple[Callable, Callable, Callable]:
+def _ways(records: Sequence[Record], tokenizer, c: Choices) -> tuple[Callable, Callable, Callable, Callable]:
     """(record -> the whole of what it holds; the whole, place -> what of it fits, a list; the whole -> the least window with
-    which it would be of use).
+    which it would be of use; the whole -> the window that holds all of it).
     """
     if c.shape == "demonstrations":
         return (
             lambda record: _whole(record, tokenizer, c.template, c.train_on, c.columns),
             lambda whole, place: pack.fit(whole, c.window, c.too_long, place),
             lambda whole: int(np.argmax(whole["mask"])) + 1 if c.too_long == "truncate" else len(whole["tokens"]),
+            lambda whole: len(whole["tokens"]),
         )
 
     def fit(whole, place):
@@ -205,14 +218,19 @@ def _ways(records: Sequence[Record], tokenizer, c: Choices) -> tuple[Callable, C
         return [] if found is None else [found]
 
     encode = pairs.encoder(c.shape, records, tokenizer, c.template, c.train_on, c.columns, c.margins)
-    return encode, fit, lambda whole: pairs.needed(whole, c.too_long, c.shared)
+    ways = (lambda whole: pairs.needed(whole, c.too_long, c.shared)), (lambda whole: pairs.needed(whole, "drop", c.shared))
+    return encode, fit, *ways
 
 
 def _whole(record: Record, tokenizer, template, train_on, columns) -> pack.Row:
     """The example that a record holds, whatever its length."""
-    whole = chat.encode(formats.demonstration(record, columns), tokenizer, template, train_on)
+    example = formats.demonstration(record, columns)
+    whole = chat.encode(example, tokenizer, template, train_on)
     if not whole["mask"].any():
-        raise UserError(f"{record.place}: no token of it is trained on; check train_on={train_on!r} and the template")
+        remedy = f"check train_on={train_on!r} and the template"
+        if isinstance(example, formats.Conversation) and example.untrained:
+            remedy = "every answer of it is marked as not to be learned (as by weight 0), so remove the row or a mark"
+        raise UserError(f"{record.place}: no token of it is trained on; {remedy}")
     return whole
 
 
@@ -335,7 +353,7 @@ def _key(records: Sequence[Record], tokenizer: Any, choices: Choices) -> str:
     """A digest of all that the tokens depend on: the rows, the tokenizer, the choices, and the code between them."""
     # tokenizer.py encodes as well, but what of it matters here is the tokenizer itself.
     digest = hashlib.sha256()
-    for module in (chat, formats, messages, pack, pairs, steps, templates):
+    for module in (chat, formats, messages, pack, pairs, rendered, steps, templates):
         digest.update(Path(module.__file__).read_bytes())
     names = (metadata.version("transformers"), tokenizer.special_tokens_map, tokenizer.chat_template, *choices)
     digest.update(json.dumps(names, sort_keys=True, default=str).encode())
@@ -351,7 +369,19 @@ def _load(file: epath.Path) -> dict[str, np.ndarray] | None:
             stored = dict(np.load(stream))
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile):
         return None
-    whole = stored.keys() >= {"tokens", "mask", "sizes", "cut", "dropped", "needed", "skipped", "reason"}
+    whole = stored.keys() >= {
+        "tokens",
+        "mask",
+        "sizes",
+        "cut",
+        "dropped",
+        "equal",
+        "widest",
+        "with_call",
+        "needed",
+        "skipped",
+        "reason",
+    }
     return stored if whole and len(stored["tokens"]) == stored["sizes"].sum(dtype=np.int64) else None
 
 

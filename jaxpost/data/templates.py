@@ -59,24 +59,29 @@ TEMPLATES = {
     ),
 }
 _TOOL = {"type": "function", "function": {"name": "probe_tool", "description": "-", "parameters": {"type": "object"}}}
-_CALL = {"type": "function", "function": {"name": "probe_call", "arguments": {"at": "probe_value"}}}
+# Mistral's templates want nine letters and digits.
+_ID = "probe0001"
+_CALL = {"id": _ID, "type": "function", "function": {"name": "probe_call", "arguments": {"at": "probe_value"}}}
 _HEADING = "Functions that may be called, one a line:"
 
 
 def jinja(tokenizer: Any, template: str | None = None, options: Mapping[str, Any] | None = None) -> str:
     """The Jinja of a template: a name in TEMPLATES, Jinja itself, or None for the tokenizer's own (`plain` where it has none).
 
+    Of a tokenizer with several templates the name may be one of theirs; see `_of_several` for what None is then.
     `options` are values for variables that the template reads; they are set at its top.
     Raises UserError for a name that is not in TEMPLATES and for an option that the template does not read.
     """
+    own = tokenizer.chat_template if isinstance(tokenizer.chat_template, Mapping) else {}
     if template is None:
-        found = tokenizer.get_chat_template() if tokenizer.chat_template else TEMPLATES["plain"]
-    elif template in TEMPLATES:
-        found = TEMPLATES[template]
+        found = _of_several(own) if own else tokenizer.chat_template or TEMPLATES["plain"]
+    elif template in own or template in TEMPLATES:
+        found = own.get(template) or TEMPLATES[template]
     elif "{" in template:
         found = template
     else:
-        raise UserError(f"chat template {template!r} is not known; give one of {', '.join(TEMPLATES)}, or a Jinja string")
+        known = ", ".join([*own, *TEMPLATES])
+        raise UserError(f"chat template {template!r} is not known; give one of {known}, or a Jinja string")
     # A saved template begins with the options that its run had; new values take their place.
     top = ""
     if options and (held := re.match(r"((?:\{% set \w+ = .*? %\})+)\{\{ '' \}\}", found, re.DOTALL)):
@@ -90,6 +95,20 @@ def jinja(tokenizer: Any, template: str | None = None, options: Mapping[str, Any
         top += f"{{% set {name} = {json.dumps(value)} %}}"
     # A line break after a statement is swallowed, and the template's own first one must not be.
     return top + ("{{ '' }}" if top else "") + found
+
+
+def _of_several(own: Mapping[str, str]) -> str:
+    """One template of a tokenizer's named ones: `default`, and `tool_use` for rows with tools, as transformers chooses."""
+    if "default" not in own:
+        names = ", ".join(own)
+        raise UserError(
+            f"the tokenizer has the chat templates {names}, and none is the default; choose one with config.template"
+        )
+    if "tool_use" not in own:
+        return own["default"]
+    # A line break at the end of a template is swallowed, and so is one after a statement.
+    both = [f"{{{{ '' }}}}{own[name].removesuffix(chr(10))}" for name in ("tool_use", "default")]
+    return f"{{% if tools %}}{both[0]}{{% else %}}{both[1]}{{% endif %}}"
 
 
 def render(
@@ -114,22 +133,27 @@ def adapted(example: Conversation, tokenizer: Any, template: str | None = None) 
     """The conversation with whatever the template has no word for written into the turns; its counts follow suit."""
     template = jinja(tokenizer, template)
     with_tools = example.tools or any(m["role"] == "tool" or "tool_calls" in m for m in example.messages)
-    if any("reasoning_content" in m for m in example.messages) and not _knows_reasoning(tokenizer, template):
+    if any("reasoning_content" in m for m in example.messages) and not _knows_reasoning(
+        tokenizer, template, bool(example.tools)
+    ):
         example = example._replace(messages=[_thinking(message) for message in example.messages])
-    if not with_tools or _knows_tools(tokenizer, template):
+    # A template may know calls only where there are tools, as two in one do.
+    if not with_tools or all(_knows_tools(tokenizer, template, tools) for tools in {True, bool(example.tools)}):
         return example
-    written, places = [], []
+    written, places, numbers = [], [], []
     for before, message in zip([{}, *example.messages], example.messages, strict=False):
         turn = _without_tools(message)
         if message["role"] == "tool" == before.get("role"):
             written[-1] = turn | {"content": f"{written[-1]['content']}\n{turn['content']}"}
         else:
             written.append(turn)
+            numbers.append(len(places) + 1)
         places.append(len(written) - 1)
     whole = _introduced(written, example.tools, _knows_system(tokenizer, template)) if example.tools else written
     added = len(whole) - len(written)
     prompt = None if example.prompt is None else places[example.prompt] + added
-    return Conversation(whole, example.place, prompt, None, tuple(places[i] + added for i in example.untrained))
+    untrained = tuple(places[i] + added for i in example.untrained)
+    return Conversation(whole, example.place, prompt, None, untrained, (*[0] * added, *numbers))
 
 
 def _introduced(messages: list[Message], tools: list, system: bool) -> list[Message]:
@@ -161,21 +185,22 @@ def _without_tools(message: Message) -> Message:
     return kept | {"content": "\n".join(lines + [f"<tool_call>{call}</tool_call>" for call in calls])}
 
 
-def _knows_tools(tokenizer: Any, template: str) -> bool:
+def _knows_tools(tokenizer: Any, template: str, tools: bool) -> bool:
     asked = {"role": "user", "content": "-"}
     turns = [
         asked,
         {"role": "assistant", "content": "", "tool_calls": [_CALL]},
-        {"role": "tool", "name": "probe_call", "content": "probe_result"},
+        {"role": "tool", "name": "probe_call", "tool_call_id": _ID, "content": "probe_result"},
         {"role": "assistant", "content": "-"},
     ]
-    return _shows(tokenizer, template, turns, ("probe_tool", "probe_call", "probe_value", "probe_result"))
+    probes = ("probe_call", "probe_value", "probe_result", *(["probe_tool"] if tools else []))
+    return _shows(tokenizer, template, turns, probes, tools)
 
 
-def _knows_reasoning(tokenizer: Any, template: str) -> bool:
+def _knows_reasoning(tokenizer: Any, template: str, tools: bool) -> bool:
     asked = {"role": "user", "content": "-"}
     answer = {"role": "assistant", "content": "-", "reasoning_content": "probe_thought"}
-    return _shows(tokenizer, template, [asked, answer], ("probe_thought",))
+    return _shows(tokenizer, template, [asked, answer], ("probe_thought",), tools)
 
 
 def _knows_system(tokenizer: Any, template: str) -> bool:
@@ -183,16 +208,15 @@ def _knows_system(tokenizer: Any, template: str) -> bool:
     return _shows(tokenizer, template, turns, ("probe_system",))
 
 
-def _shows(tokenizer: Any, template: str, turns: list[Message], probes: tuple[str, ...]) -> bool:
-    """Whether all probes come out of the rendered turns."""
-    return _shown(tokenizer, template, json.dumps(turns), probes)
+def _shows(tokenizer: Any, template: str, turns: list[Message], probes: tuple[str, ...], tools: bool = False) -> bool:
+    """Whether all probes come out of the rendered turns, which have a tool or not."""
+    return _shown(tokenizer, template, json.dumps(turns), probes, tools)
 
 
 @functools.lru_cache(maxsize=64)
-def _shown(tokenizer: Any, template: str, turns: str, probes: tuple[str, ...]) -> bool:
-    tools = [_TOOL] if "probe_tool" in probes else None
+def _shown(tokenizer: Any, template: str, turns: str, probes: tuple[str, ...], tools: bool) -> bool:
     try:
-        text = render(json.loads(turns), tokenizer, template, False, "", tools)
+        text = render(json.loads(turns), tokenizer, template, False, "", [_TOOL] if tools else None)
     except UserError:
         return False
     return all(probe in text for probe in probes)
