@@ -7,6 +7,7 @@ as the same slice of each layer's tensor, so that the host never holds more than
 import itertools
 import json
 from collections.abc import Callable
+from pathlib import PurePosixPath
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxpost import cloud, sharding
 from jaxpost.errors import UserError
+from jaxpost.host import check_regular, read_object
 from jaxpost.models import lazy
 from jaxpost.models.einsum import dense
 from jaxpost.models.families import Architecture, Tensor, tensor_names
@@ -41,19 +43,6 @@ def read_config(folder: str | epath.Path) -> dict:
     return read_object(path)
 
 
-def read_object(path: epath.Path) -> dict:
-    """The object that a JSON file holds. Raises UserError for what is none."""
-    try:
-        found = json.loads(path.read_text())
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path}: not valid JSON, line {e.lineno} column {e.colno}: {e.msg}.") from None
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not a text file (byte {e.start}).") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: holds a JSON {type(found).__name__}, not an object.")
-    return found
-
-
 def listed(folder: epath.Path) -> list[str]:
     """The names of the files that hold a folder's weights, as its index says, whether they are there or not."""
     index = folder / "model.safetensors.index.json"
@@ -62,8 +51,10 @@ def listed(folder: epath.Path) -> list[str]:
     where = read_object(index).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise UserError(f"{index}: has no weight_map. Download the folder again.")
-    if others := [f for f in where.values() if not str(f).endswith(".safetensors")]:
+    if others := [f for f in where.values() if not (isinstance(f, str) and f.endswith(".safetensors"))]:
         raise UserError(f"{index}: lists {others[0]}, which is no safetensors file. Convert the weights to safetensors first.")
+    if outside := [f for f in where.values() if PurePosixPath(f).is_absolute() or ".." in PurePosixPath(f).parts]:
+        raise UserError(f"{index}: lists {outside[0]}, which is outside of the folder. Download the folder again.")
     return sorted(set(where.values()))
 
 
@@ -72,6 +63,8 @@ def files(folder: epath.Path) -> list[epath.Path]:
     found = [folder / name for name in listed(folder)]
     missing = [f.name for f in found if not f.exists()]
     if not missing:
+        for file in found:
+            check_regular(file)
         return found
     if (index := folder / "model.safetensors.index.json").exists():
         raise UserError(f"{index}: lists files that are not there: {', '.join(missing)}. Download the folder again.")
