@@ -176,8 +176,7 @@ def _steps(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: Stop
         saved.save(state, counted | kept, results if judged == at else None)
 
     # Loop: a batch, a step, and now and then a look at where we are.
-    judged = -1
-    results = judge(state, log, 0) if latest is None else meta.get("results", {})
+    judged, results = -1, judge(state, log, 0) if latest is None else meta.get("results", {})
     stop.in_loop = True
     # The last step is saved as the stage's end and never before it: a stage that is not done has a step to take.
     for at in itertools.count(int(state.step) + 1):
