@@ -6,6 +6,7 @@ as the same slice of each layer's tensor, so that the host never holds more than
 
 import itertools
 import json
+import math
 from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Any
@@ -114,6 +115,11 @@ def check(folder: str | epath.Path, arch: Architecture) -> dict[str, Any]:
     """
     folder = cloud.path(folder)
     slices, names = _open(folder), tensor_names(arch)
+    if (says := arch.parameters()) > 8 * (held := sum(math.prod(x.get_shape()) for x in slices.values())):
+        raise UserError(
+            f"{folder}: config.json describes {says:,} parameters ({sizes(arch)}), and its files hold {held:,}; the config "
+            "does not fit the weights."
+        )
     expected = {n for t in names.values() for n in _each(t, (arch.layers, arch.experts))}
     if missing := sorted(expected - set(slices)):
         raise UserError(
@@ -127,6 +133,13 @@ def check(folder: str | epath.Path, arch: Architecture) -> dict[str, Any]:
     if arch.tied and "lm_head.weight" in slices:
         _check_tied(folder, slices)
     return slices
+
+
+def sizes(arch: Architecture) -> str:
+    """The fields of config.json that decide how large a model is, with their values."""
+    names = {"num_hidden_layers": arch.layers, "hidden_size": arch.width, "intermediate_size": arch.mlp_width}
+    names |= {"vocab_size": arch.vocab, "num_attention_heads": arch.heads, "head_dim": arch.head_width}
+    return ", ".join(f"{k} = {v:,}" for k, v in names.items()) + (f", {arch.experts:,} experts" if arch.experts else "")
 
 
 def _check_tied(folder: epath.Path, slices: dict) -> None:
@@ -170,11 +183,23 @@ def _read(folder: epath.Path, slices: dict, tensor: Tensor, leaf, dtype) -> jax.
         for number, place in enumerate(itertools.product(*outer)):
             part = slices[tensor.name.format(*place)][inner]
             out.reshape(-1, *out.shape[lead:])[number] = part.T if tensor.transposed else part
+            check_finite(out.reshape(-1, *out.shape[lead:])[number], folder, tensor.name.format(*place))
         return out
 
     # One device's piece at a time, so that the host holds no more than that beyond what it owns.
     place = getattr(leaf, "sharding", None) or sharding.single()
     return sharding.assembled(leaf.shape, place, piece)
+
+
+def check_finite(values: np.ndarray, where, name: str) -> None:
+    """Raises UserError for a weight that has NaN or infinity in it, with which every output would be NaN."""
+    with np.errstate(over="ignore", invalid="ignore"):  # a sum may overflow where no number of it is infinite
+        if np.isfinite(values.sum()) or np.isfinite(values).all():
+            return
+    raise UserError(
+        f"{where}: {name} has {np.size(values) - np.isfinite(values).sum():,} values that are NaN or infinite. Its training "
+        "diverged or the file is damaged; take an earlier checkpoint, or download it again."
+    )
 
 
 def _aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
