@@ -1,7 +1,8 @@
 """A call that may not take longer than so many seconds, in any thread, for the cost of a dictionary entry.
 
 A template from elsewhere may loop for ever. One watching thread, there only while such calls are, raises an exception in the
-thread that is over its time. It arrives between two steps of Python; a single step in C (a product of two huge strings) ends first.
+thread that is over its time. It arrives between two steps of Python; a single step in C (a huge product)
+ends first.
 """
 
 import ctypes
