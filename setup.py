@@ -15,6 +15,9 @@ setup(
     # The recipes go along as jaxpost/configs, so that an installed package has them too.
     packages=[*find_packages(include=["jaxpost", "jaxpost.*"]), "jaxpost.configs", "jaxpost.configs.tpu"],
     package_dir={"jaxpost.configs": "configs", "jaxpost.configs.tpu": "configs/tpu"},
+    # `pip install -e .` puts the clone on Python's path. The default, an import hook, comes too late for a script that lies
+    # beside the clone: there the clone's folder itself passes for a package `jaxpost`, an empty one.
+    options={"editable_wheel": {"mode": "compat"}},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",

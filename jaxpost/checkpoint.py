@@ -10,7 +10,6 @@ same, here; under `adapter` what was put around them. `models/loading.py` makes 
 under `elsewhere` and is not written.
 """
 
-import json
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from jaxpost import sharding
 from jaxpost.errors import UserError
+from jaxpost.host import read_object
 from jaxpost.step import combine
 from jaxpost.types import Params, TrainState
 
@@ -144,7 +144,7 @@ def find_step(folder) -> epath.Path:
     if (folder / "params").exists():
         return folder
     if (folder / "checkpoints").exists():
-        config = json.loads((folder / "config.json").read_text())
+        config = read_object(folder / "config.json")
         names = config.get("stages") or ["train"]
         stages = [folder / "checkpoints" / name for name in names]
         found = [s for s in stages if s.exists() and steps(s)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from jaxpost import programs, recipe
+from jaxpost import host, programs, recipe
 from jaxpost.errors import UserError
 from jaxpost.naming import NOUNS
 from jaxpost.recipe import DEFAULTS
@@ -45,7 +45,8 @@ def run(main: Callable, about: str, config: bool = False) -> None:
             _fail(f"unexpected argument {argv[1]!r}; settings are given as --name=value. See --help.")
         programs.keep()
         try:
-            main(argv)
+            with host.disk_errors("a file"):
+                main(argv)
         except UserError as e:
             _fail(str(e))
 

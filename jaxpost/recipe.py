@@ -9,7 +9,7 @@ holds what differs from the settings around it.
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -373,10 +373,10 @@ def _check(key: str, default, value, place: str) -> None:
         raise UserError(f"{place}.{key}: a greedy policy has no gradient; give a temperature above 0.")
 
 
-def difference(old: Mapping, new: Mapping) -> list[str]:
-    """Lines `key: old -> new` for what differs in a way that matters; see FREE."""
+def difference(old: Mapping, new: Mapping, free: Sequence[str] = FREE) -> list[str]:
+    """Lines `key: old -> new` for what differs, the keys in `free` aside."""
     names = ("", *old.get("stages", ()), *new.get("stages", ()))
-    free = tuple(f"{name}.{key}".lstrip(".") for name in names for key in FREE)
+    free = tuple(f"{name}.{key}".lstrip(".") for name in names for key in free)
     old, new = (_flat(json.loads(json.dumps(x))) for x in (old, new))
     keys = [k for k in sorted(old.keys() | new.keys()) if k not in free and not k.startswith(tuple(f"{key}." for key in free))]
     return [f"{k}: {old.get(k, '(absent)')!r} -> {new.get(k, '(absent)')!r}" for k in keys if old.get(k) != new.get(k)]

@@ -29,6 +29,7 @@ from etils import epath
 
 from jaxpost import chart, cloud, table
 from jaxpost.errors import UserError
+from jaxpost.host import read_object
 from jaxpost.writers import METRICS, SAMPLES, read_rows
 
 _ROW_NAMES = ("stage", "step", "time")
@@ -161,12 +162,10 @@ def _commit():
 
 
 def _read_json(path):
-    if not path.exists():
-        return None
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); remove it, and the report will go without it") from error
+        return read_object(path) if path.exists() else None
+    except UserError as error:
+        raise UserError(f"{error} Remove it, and the report will go without it") from error
 
 
 def _escape(value):

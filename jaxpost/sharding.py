@@ -365,3 +365,13 @@ def everywhere(x: jax.Array) -> np.ndarray:
 def agree(value: float) -> float:
     """The first process's value, on every process; all of them must ask."""
     return value if jax.process_count() == 1 else float(multihost_utils.broadcast_one_to_all(np.float64(value)))
+
+
+def each_text(text: str) -> list[str]:
+    """Every process's text, in the order of the processes; all of them must ask."""
+    if jax.process_count() == 1:
+        return [text]
+    content = np.frombuffer(text.encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(content))))
+    rows = multihost_utils.process_allgather(np.pad(content, (0, sizes.max() - len(content))))
+    return [bytes(row[:size]).decode() for row, size in zip(np.asarray(rows), sizes, strict=True)]

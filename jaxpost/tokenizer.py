@@ -24,6 +24,7 @@ import numpy as np
 from etils import epath
 
 from jaxpost.errors import UserError, first_line
+from jaxpost.host import check_regular
 
 PAD, USER, ASSISTANT, END = SPECIAL = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")
 
@@ -68,6 +69,8 @@ def load(folder):
         raise UserError(f"{folder}: no such folder; give the folder that holds tokenizer.json")
     if not any((folder / name).exists() for name in _FILES):
         return None
+    for name in _FILES + _COMPANIONS:
+        check_regular(folder / name)
     if "://" not in str(folder):
         return _read(folder, shown=folder)
     # `transformers` opens local files only.

@@ -19,9 +19,7 @@ import dataclasses
 import functools
 import itertools
 import json
-import signal
 import sys
-import threading
 import types
 
 import jax
@@ -31,9 +29,11 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from jaxpost import checkpoint, cli, cloud, columns, datasets, evaluate, optim, programs, recipe, report, sharding, writers
+from jaxpost.agreement import check_inputs, check_settings
 from jaxpost.annotators import scores
 from jaxpost.data import chat
 from jaxpost.errors import UserError
+from jaxpost.host import CONTINUES, check_writable, disk_errors, read_object
 from jaxpost.log import Log
 from jaxpost.models import loading
 from jaxpost.naming import digest_of
@@ -43,6 +43,7 @@ from jaxpost.resolve import nearest
 from jaxpost.rollouts import samples, shelf
 from jaxpost.state import program, shapes
 from jaxpost.step import combine, make_evaluation
+from jaxpost.stopping import StopRequest, leave
 from jaxpost.types import TrainState
 
 KEPT = ("adapter", "leaves", "base", "elsewhere")  # what checkpoints say of the weights that they do not hold
@@ -65,27 +66,31 @@ def run(config, workdir, **changes) -> dict[str, float]:
     mesh = sharding.make_mesh(**config.mesh)
     workdir = cloud.path(workdir)
     cloud.check_bucket(workdir)
+    check_writable(workdir)
     _compare(workdir, config)
-    with sharding.use(mesh), _StopRequest() as stop:
+    with disk_errors(workdir, CONTINUES), sharding.use(mesh), StopRequest() as stop:
+        check_settings(config)
         plans = [columns.annotated(plan_stage(name, settings, mesh), mesh) for name, settings in stages]
+        check_inputs(plans)
         _claim(workdir, config)
         _introduce(plans, workdir)
         for i, plan in enumerate(plans):
             results = _stage(plan, plans[:i], workdir, mesh, stop)
             if stop.asked and plan is not plans[-1]:
-                _leave(f"after {plan.name}", stop)
-    if jax.process_index() == 0:
-        print(report.summary(workdir), f"report: {report.write(workdir)}", sep="\n", file=sys.stderr)
+                leave(f"after {plan.name}", stop)
+        if jax.process_index() == 0:
+            print(report.summary(workdir), f"report: {report.write(workdir)}", sep="\n", file=sys.stderr)
     return results
 
 
 def _compare(workdir: epath.Path, config) -> None:
     """Checks that a workdir is this config's, or nobody's: a run is never continued with other settings by accident."""
     path = workdir / "config.json"
-    if path.exists() and "model_type" in json.loads(path.read_text()):
+    held = read_object(path) if path.exists() else {}
+    if "model_type" in held:
         raise UserError(f"--workdir={workdir} is a model's folder, whose config.json a run would replace; give another.")
     begun = (workdir / "checkpoints").exists() and any(checkpoint.steps(p) for p in (workdir / "checkpoints").iterdir())
-    if begun and path.exists() and (changes := recipe.difference(json.loads(path.read_text()), config.to_dict())):
+    if begun and path.exists() and (changes := recipe.difference(held, config.to_dict())):
         raise UserError(
             f"{workdir} holds a run with other settings:\n  "
             + "\n  ".join(changes)
@@ -99,37 +104,6 @@ def _claim(workdir: epath.Path, config) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         for name, content in (("config", json.loads(config.to_json())), ("environment", report.environment())):
             writers.replace(workdir / f"{name}.json", (json.dumps(content, indent=2) + "\n").encode())
-
-
-class _StopRequest:
-    """Set by SIGTERM, or by Ctrl-C (a second one stops at once).
-
-    With several processes jax's own handler speaks for all of them, so none is installed here.
-    """
-
-    def __init__(self):
-        self.asked, self.status, self.before = False, 0, {}
-
-    def __enter__(self):
-        # Handlers belong to the main thread; a caller's other thread does without.
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number, _):
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        # Who asks by SIGTERM wants it to end well; after Ctrl-C a shell must not go on to what was to come next.
-        self.asked, self.status = True, 130 if number == signal.SIGINT else 0
-
-
-def _leave(where: str, stop: _StopRequest) -> None:
-    print(f"\nstopped {where}, all saved; the same command continues.", file=sys.stderr)
-    raise SystemExit(stop.status)
 
 
 def _introduce(plans: list[Plan], workdir: epath.Path) -> None:
@@ -160,19 +134,20 @@ def _show(plan: Plan) -> None:
 # -------------------------------------------------------------------------------------------------------------- Stage
 
 
-def _stage(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _StopRequest) -> dict[str, float]:
+def _stage(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: StopRequest) -> dict[str, float]:
     """One stage from its start, or from where it was left, to its end."""
     s = plan.settings
     saved = checkpoint.Checkpoints(workdir / "checkpoints" / plan.name, keep=s.keep, best=s.best, highest=s.highest)
     # Closed whatever happens: in a notebook the next attempt would meet the threads of this one, still writing.
     with contextlib.closing(saved), contextlib.closing(plan.source) if s.source == "rollouts" else contextlib.nullcontext():
         results, left = _steps(plan, before, workdir, mesh, stop, saved)
+    stop.in_loop = False  # all is written
     if left is not None:
-        _leave(f"at {plan.name} step {left}", stop)
+        leave(f"at {plan.name} step {left}", stop)
     return results
 
 
-def _steps(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _StopRequest, saved) -> tuple[dict, int | None]:
+def _steps(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: StopRequest, saved) -> tuple[dict, int | None]:
     """The results of a stage, and None at its end or else the step that it was asked to stop at."""
     s, names = plan.settings, [p.name for p in before] + [plan.name]
     latest, meta = _left(saved)
@@ -201,8 +176,8 @@ def _steps(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _Sto
         saved.save(state, counted | kept, results if judged == at else None)
 
     # Loop: a batch, a step, and now and then a look at where we are.
-    judged = -1
-    results = judge(state, log, 0) if latest is None else meta.get("results", {})
+    judged, results = -1, judge(state, log, 0) if latest is None else meta.get("results", {})
+    stop.in_loop = True
     # The last step is saved as the stage's end and never before it: a stage that is not done has a step to take.
     for at in itertools.count(int(state.step) + 1):
         with profile.step(at, state):
@@ -232,7 +207,7 @@ def _left(saved: checkpoint.Checkpoints) -> tuple[int | None, dict]:
     return latest, saved.meta(latest)
 
 
-def _with_data(plan: Plan, names: list[str], workdir: epath.Path, mesh, meta: dict, saved, stop: _StopRequest) -> Plan:
+def _with_data(plan: Plan, names: list[str], workdir: epath.Path, mesh, meta: dict, saved, stop: StopRequest) -> Plan:
     """The plan with its data, where that is samples: completions of the weights that the stage starts from. Making them counts
     as the stage's time. Raises UserError for other data than the stage was begun with.
     """
@@ -244,9 +219,11 @@ def _with_data(plan: Plan, names: list[str], workdir: epath.Path, mesh, meta: di
         about |= {"template": datasets.template(origin, s), "judge": digest_of(judges)}
         about |= {k: recipe.plain(s[k]) for k in SAMPLED}
         weights = functools.partial(loading.weights, origin, mesh, s.seed)
+        stop.in_loop = True
         files, seconds = samples.make(plan.source, about, weights, workdir / "samples", mesh, lambda: stop.asked)
-        if not files:
-            _leave(f"{plan.name}, while it drew samples", stop)
+        stop.in_loop = False
+        if not files or stop.asked:
+            leave(f"{plan.name}, while it drew samples", stop)
         settings = ConfigDict({**recipe.plain(s), "source": "data", "data": files})
         plan = columns.annotated(plan_stage(plan.name, settings, mesh), mesh)
         _show(plan)

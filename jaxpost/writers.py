@@ -20,6 +20,7 @@ when 30 seconds have passed, on `flush` and on `close`; call `flush` before a ch
 lost.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -104,8 +105,9 @@ class MetricWriter:
                 if (self._workdir / name).exists():
                     (self._workdir / name).copy(epath.Path(self._local / name))
         earlier = read_rows(self._local / METRICS)
-        self._start = time.time() - (earlier[-1]["time"] if earlier else 0.0)
-        self._copied, self._copied_sizes = time.time(), {}
+        # Of a clock that only goes forward: the wall's is set back now and then.
+        self._start = time.monotonic() - max((row.get("time") or 0.0 for row in earlier), default=0.0)
+        self._copied, self._copied_sizes = time.monotonic(), {}
         self._files = {name: open(self._local / name, "ab") for name in (METRICS, SAMPLES)}  # noqa: SIM115 (closed in close)
         self._events = {}
         self._wandb = _start_wandb(self._workdir, config_dict, stage_names)
@@ -119,7 +121,7 @@ class MetricWriter:
         if clash:
             raise UserError(f"metric {clash[0]!r} of stage {stage!r}: this name is taken by the log itself; rename the metric")
         values = {name: float(value) for name, value in values.items()}
-        self._append(METRICS, {"stage": stage, "step": int(step), "time": round(time.time() - self._start, 3), **values})
+        self._append(METRICS, {"stage": stage, "step": int(step), "time": round(time.monotonic() - self._start, 3), **values})
         self._write_events(stage, int(step), values)
         if self._wandb is not None:
             self._wandb.log({f"{stage}/step": int(step), **{f"{stage}/{name}": value for name, value in values.items()}})
@@ -148,7 +150,7 @@ class MetricWriter:
         else:
             for file in self._files.values():
                 os.fsync(file.fileno())
-        self._copied = time.time()
+        self._copied = time.monotonic()
 
     def close(self):
         """Flushes and closes all files; the writer cannot be used afterwards."""
@@ -165,7 +167,7 @@ class MetricWriter:
     def _append(self, name, row):
         self._files[name].write(_line(row))
         self._files[name].flush()
-        if self._staging and time.time() - self._copied > _COPY_SECONDS:
+        if self._staging and time.monotonic() - self._copied > _COPY_SECONDS:
             self.flush()
 
     def _write_events(self, stage, step, values):
@@ -249,8 +251,13 @@ def replace(path, content):
         return
     # Written beside the file and then renamed.
     beside = path.parent / (path.name + ".new")
-    beside.write_bytes(content)
-    beside.replace(path)
+    try:
+        beside.write_bytes(content)
+        beside.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)  # on a full disk half of a file is only in the way
+        raise
 
 
 def _cut_events(folder, step):

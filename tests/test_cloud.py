@@ -80,7 +80,7 @@ def workdirs(bucket, tmp_path_factory):
     config, workdir, disk = recipe.make(data=str(bucket / "data" / "*.jsonl"), **common), bucket / "w", folder / "disk"
     disk.mkdir()
     with pytest.MonkeyPatch.context() as lost:
-        lost.setattr(train._StopRequest, "__enter__", lambda self: setattr(self, "asked", True) or self)
+        lost.setattr(train.StopRequest, "__enter__", lambda self: setattr(self, "asked", True) or self)
         lost.setattr("tempfile.tempdir", str(disk))
         lost.setenv("JAXPOST_CACHE", str(disk / "cache"))
         with pytest.raises(SystemExit):

@@ -299,3 +299,28 @@ def test_a_model_without_a_tokenizer_cannot_generate(tmp_path):
         error
         == "error: the model's folder has no tokenizer (tokenizer.json), so there is no way from text to tokens; give it one.\n"
     )
+
+
+LAYOUT = """
+import sys
+from setuptools.command.editable_wheel import editable_wheel
+from setuptools.dist import Distribution
+made = []
+Distribution.run_commands = lambda self: made.append(self)
+sys.argv = ["setup.py", "editable_wheel"]
+exec(compile(open("setup.py").read(), "setup.py", "exec"), {"__file__": "setup.py", "__name__": "__main__"})
+command = editable_wheel(made[0])
+made[0].parse_config_files()
+for name, (_, value) in made[0].get_option_dict("editable_wheel").items():
+    setattr(command, name, value)
+command.finalize_options()
+print(*[folder.resolve() for folder in command._select_strategy("jaxpost", "tag", "build").path_entries])
+"""
+
+
+def test_an_editable_install_puts_the_clone_on_the_path():
+    # A script beside the clone finds the clone's folder first, as an empty package: an import hook would come too late for it.
+    pytest.importorskip("setuptools")
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", LAYOUT], cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == [str(root)], done.stderr

@@ -99,6 +99,14 @@ def test_a_reward_that_fails_on_one_machine_stops_all(tmp_path):
     assert "reward fails failed on 8 of 8 completions" in told[1] and "the disk of this machine is full" in told[1]
 
 
+@pytest.mark.slow
+def test_hosts_with_other_data_stop_before_the_first_step(tmp_path):
+    folder = _work(tmp_path / "two", "unequal", 2)
+    messages = {(folder / f"told-{number}.txt").read_text() for number in range(2)}
+    assert len(messages) == 1 and "train: process 0 and process 1 have other data; copy" in messages.pop()
+    assert not (folder / "run").exists()
+
+
 def _figures(folder):
     """(row, its numbers without the times, nan where nothing was measured) of each logged row."""
     rows, none = writers.read_rows(folder / "run" / "metrics.jsonl"), float("nan")

@@ -5,6 +5,7 @@ Whatever is wrong is said with file, place and remedy, and no row is lost on the
 
 import gzip
 import json
+import os
 import sys
 import types
 
@@ -258,3 +259,24 @@ def test_the_hub_by_name_where_datasets_is_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"hf:o/n is read by datasets, which is not here .*pip install datasets"):
         readers.read("hf:o/n")
+
+
+def test_what_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers.host, "memory", lambda: 4_000_000)
+    (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(b" " * 10_000_000))
+    (tmp_path / "large.txt").write_text("a" * 1_000_001)
+    (tmp_path / "right.txt.gz").write_bytes(gzip.compress(b"a" * 1_000_000))
+    with pytest.raises(UserError, match="bomb.jsonl.gz: unpacks to more than 1,000,000 bytes, a quarter of the memory"):
+        readers.read(str(tmp_path / "bomb.jsonl.gz"))
+    with pytest.raises(UserError, match="large.txt: larger than 1,000,000 bytes, a quarter of the memory; cut it"):
+        readers.read(str(tmp_path / "large.txt"))
+    assert len(readers.read(str(tmp_path / "right.txt.gz"))[0].row["text"]) == 1_000_000
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json.gz", "data.parquet"])
+@pytest.mark.parametrize("given", ["file", "folder", "pattern"])
+def test_a_pipe_is_no_file(tmp_path, name, given):
+    os.mkfifo(tmp_path / name)
+    path = {"file": tmp_path / name, "folder": tmp_path, "pattern": tmp_path / "d*"}[given]
+    with pytest.raises(UserError, match=f"{name}: a pipe, a socket or a device, not a file; write its content to a file"):
+        readers.read(str(path))

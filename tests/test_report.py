@@ -274,7 +274,7 @@ def test_a_report_needs_none_of_the_files_and_says_what_is_broken(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"stage": "sft", "step": 1, "time": 2.0, "loss": null}\n{"sta')
     assert "never finite" in report.write(tmp_path).read_text()
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json: not JSON"):
+    with pytest.raises(UserError, match="config.json: not valid JSON"):
         report.write(tmp_path)
     with pytest.raises(UserError, match="nowhere: no such folder"):
         report.write(tmp_path / "nowhere")

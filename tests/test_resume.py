@@ -195,7 +195,7 @@ def test_data_that_changed_under_a_run_is_refused(tmp_path, monkeypatch):
     lines = [json.dumps({"text": f"{i}+{i}"}) + "\n" for i in range(40)]
     data.write_text("".join(lines))
     chosen = recipe.make(**runs.settings(tmp_path, steps=3, data=str(data), held_out=0))
-    monkeypatch.setattr(train._StopRequest, "__enter__", lambda self: setattr(self, "asked", True) or self)
+    monkeypatch.setattr(train.StopRequest, "__enter__", lambda self: setattr(self, "asked", True) or self)
     with pytest.raises(SystemExit):
         train.run(chosen, tmp_path / "w")
     data.write_text("".join(lines[:-1]))
@@ -207,8 +207,36 @@ def test_data_that_changed_under_a_run_is_refused(tmp_path, monkeypatch):
     assert checkpoint.steps(tmp_path / "w" / "checkpoints" / "train") == [1, 2]
 
 
+@pytest.mark.parametrize(
+    "where, how, status",
+    [(where, signal.SIGTERM, 0) for where in ("plan_stage", "_claim", "_introduce", "_with_data", "_start", "_with_reference")]
+    + [("_start", signal.SIGINT, 130), ("Log", signal.SIGTERM, 0)],
+)
+def test_a_signal_during_set_up_ends_the_run_at_once(tmp_path, monkeypatch, capsys, where, how, status):
+    def struck(*args, **kw):
+        signal.raise_signal(how)
+        raise AssertionError(f"{where} went on after the signal")
+
+    monkeypatch.setattr(train, where, struck)
+    monkeypatch.setattr(train, "_start", train._start if where == "_start" else lambda *_: (_State, {}))
+    monkeypatch.setattr(train, "_with_reference", struck if where == "_with_reference" else lambda plan, *_, **kw: plan)
+    monkeypatch.setattr(train, "program", lambda *_, **kw: None)
+    before = signal.getsignal(how)
+    with pytest.raises(SystemExit) as ended:
+        train.run(recipe.make(**runs.settings(tmp_path, steps=1)), tmp_path / "w")
+    assert ended.value.code == status and "all saved; the same command continues" in capsys.readouterr().err
+    assert signal.getsignal(how) is before
+
+
+class _State:
+    """Stands for the train state where no step is taken."""
+
+    step = 0
+
+
 def test_an_interrupt_asks_once_and_stops_the_second_time():
-    with train._StopRequest() as stop:
+    with train.StopRequest() as stop:
+        stop.in_loop = True
         signal.raise_signal(signal.SIGINT)
         assert stop.asked
         with pytest.raises(KeyboardInterrupt):

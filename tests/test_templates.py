@@ -4,13 +4,17 @@ Every expected value is the whole rendered text with the mask in it: what a tool
 calls always is.
 """
 
+import contextlib
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from toy_tokenizers import byte_pairs, characters, conversation, learned
 
-from jaxpost.data import chat, templates
+from jaxpost.data import chat, clock, source, templates
 from jaxpost.data.formats import Conversation
+from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
 from jaxpost.tokenizer import load
 
@@ -236,3 +240,54 @@ def test_named_templates_are_read_from_files_and_from_a_list(tmp_path):
     for folder in ("files", "list"):
         tokenizer = load(tmp_path / folder)
         assert templates.jinja(tokenizer) == templates.TEMPLATES["chatml"] and templates.jinja(tokenizer, "rag") == "RAG"
+
+
+RAISING = {
+    "a division by zero": "{% set x = 1 / (messages | length - 2) %}",
+    "endless recursion": "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{% if messages | length == 2 %}{{ f(0) }}{% endif %}",
+    "a missing key": "{% if messages | length == 2 %}{{ messages[7]['content'] }}{% endif %}",
+    "an overflow": "{% if messages | length == 2 %}{{ 'a'.center(10 ** 30) }}{% endif %}",
+    "a wrong type": "{% if messages | length == 2 %}{{ 1 + 'a' }}{% endif %}",
+}
+TURNS = "{% for m in messages %}{{ m['content'] }}{{ eos_token if m['role'] == 'assistant' else '|' }}{% endfor %}"
+
+
+@pytest.mark.parametrize("kind", RAISING)
+def test_a_template_that_raises_names_the_row_and_obeys_bad_rows(kind):
+    tokenizer, template = byte_pairs(), TURNS + RAISING[kind]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    records = [Record({"messages": turns * (1 if i == 1 else 2)}, f"x.jsonl, line {i + 1}") for i in range(3)]
+    with pytest.raises(UserError, match="x.jsonl, line 2: the chat template refuses the messages: .+; change them"):
+        source.encode_all(records, tokenizer, template, "last", window=64)
+    encoded = source.encode_all(records, tokenizer, template, "last", window=64, bad_rows="skip")
+    assert encoded.report["count"] == 2 and encoded.report["skipped"] == 1 and "x.jsonl, line 2: " in encoded.reason
+
+
+ENDLESS = (
+    "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+)
+
+
+@pytest.mark.parametrize("template", ENDLESS)
+@pytest.mark.parametrize("thread", ["main", "other"])
+def test_an_endless_template_is_stopped_in_any_thread_whatever_bad_rows_says(monkeypatch, template, thread):
+    monkeypatch.setattr(templates, "SECONDS", 0.1)
+    record = Record({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "x.jsonl, line 1")
+
+    def encode():
+        with pytest.raises(templates.Endless, match="x.jsonl, line 1: the chat template took longer than 0.1 seconds"):
+            source.encode_all([record], byte_pairs(), template, "last", window=64, bad_rows="skip")
+        return True
+
+    with ThreadPoolExecutor() as pool:
+        assert encode() if thread == "main" else pool.submit(encode).result()
+    assert clock.within(5, lambda: sum(range(1000))) == 499500, "nothing is left behind"
+
+
+def test_a_call_that_ends_in_time_is_never_interrupted_later():
+    for _ in range(200):
+        with contextlib.suppress(TimeoutError):
+            clock.within(clock.TICK / 100, lambda: time.sleep(clock.TICK / 100))
+    time.sleep(2 * clock.TICK)
+    assert not clock._running and not clock._watching

@@ -8,6 +8,7 @@ writes what a stage whose reward fails in one process alone was told (`told-<num
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -111,12 +112,23 @@ def failing(number: int, folder: Path) -> None:
         (folder / f"told-{number}.txt").write_text(str(error))
 
 
+def unequal(number: int, folder: Path) -> None:
+    """A stage whose data file, of one name, has a row more where the second process runs."""
+    (folder / str(number)).mkdir()
+    os.chdir(folder / str(number))
+    Path("data.jsonl").write_text("".join(json.dumps({"text": f"{i}+{i}"}) + "\n" for i in range(40 + number)))
+    try:
+        train.run(recipe.make(**runs.settings(folder, mesh=MESH, steps=2, data="data.jsonl", held_out=0)), folder / "run")
+    except UserError as error:
+        (folder / f"told-{number}.txt").write_text(str(error))
+
+
 def main(part: str, processes: int, number: int, port: int, folder: Path) -> None:
     """Joins the other processes and does the part."""
     if processes > 1:
         jax.distributed.initialize(f"127.0.0.1:{port}", processes, number, initialization_timeout=60)
-    if part in ("stages", "failing"):
-        return {"stages": stages, "failing": failing}[part](number, folder)
+    if part in ("stages", "failing", "unequal"):
+        return {"stages": stages, "failing": failing, "unequal": unequal}[part](number, folder)
     mesh = sharding.make_mesh(**MESH)
     with sharding.use(mesh):
         found = steps(mesh)

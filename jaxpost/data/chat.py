@@ -27,7 +27,7 @@ import numpy as np
 from jaxpost.data import rendered
 from jaxpost.data.formats import Completion, Conversation, Example
 from jaxpost.data.templates import adapted, render
-from jaxpost.errors import UserError
+from jaxpost.errors import UserError, printable
 from jaxpost.tokenizer import encoding, opening
 
 TRAIN_ON = ("assistant", "last", "completion", "all")
@@ -83,7 +83,7 @@ def show(tokens: np.ndarray, mask: np.ndarray, tokenizer: Any, colour: bool = Tr
 
     def decode(stop: int) -> str:
         ids = np.asarray(tokens[:stop]).tolist()
-        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return printable(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     # Runs are cut out of the whole text: a run decoded alone would lose its leading space in some tokenizers.
     whole = decode(len(tokens))

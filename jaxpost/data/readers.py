@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from jaxpost import cloud
+from jaxpost import cloud, host
 from jaxpost.errors import UserError
 
 
@@ -105,6 +105,7 @@ def _several(folder: epath.Path, pattern: str, nothing: str) -> list[_File]:
 
 
 def _file(file: epath.Path, shown: str) -> _File:
+    host.check_regular(file)
     return _File(shown, str(file), lambda name: _kind(file)(file, name))
 
 
@@ -117,10 +118,20 @@ def _kind(file: epath.Path) -> Callable[[epath.Path, str], Iterator[Record | Use
 
 
 def _text_of(file: epath.Path, name: str) -> str:
-    content = file.read_bytes()
-    if file.name.lower().endswith(".gz"):
+    room = host.memory() // 4  # the text, its lines and the rows each need about as much again
+    if file.stat().length > room:
+        raise UserError(f"{name}: larger than {room:,} bytes, a quarter of the memory; cut it into files and train on some")
+    if not file.name.lower().endswith(".gz"):
+        content = file.read_bytes()
+    else:
         try:
-            content = gzip.decompress(content)
+            with file.open("rb") as stream, gzip.open(stream) as unpacked:
+                content = unpacked.read(room + 1)
+            if len(content) > room:
+                raise UserError(
+                    f"{name}: unpacks to more than {room:,} bytes, a quarter of the memory, from {file.stat().length:,}; it "
+                    "may be a bomb; if it is not, cut it into several files and train on some"
+                )
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{name}: broken gzip ({error}); fetch or compress it again") from error
     try:

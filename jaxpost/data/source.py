@@ -181,6 +181,8 @@ def _encoded(records: Sequence[Record], tokenizer, c: Choices) -> dict[str, np.n
     for record in records:
         try:
             whole = encode(record)
+        except templates.Endless:
+            raise
         except UserError as error:
             if c.bad_rows == "stop":
                 raise UserError(f'{error} (or leave such rows out, and have them counted: bad_rows="skip")') from error

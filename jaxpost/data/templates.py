@@ -23,8 +23,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
-
+from jaxpost.data import clock
 from jaxpost.data.formats import Conversation
 from jaxpost.data.messages import Message
 from jaxpost.errors import UserError
@@ -62,7 +61,12 @@ _TOOL = {"type": "function", "function": {"name": "probe_tool", "description": "
 # Mistral's templates want nine letters and digits.
 _ID = "probe0001"
 _CALL = {"id": _ID, "type": "function", "function": {"name": "probe_call", "arguments": {"at": "probe_value"}}}
+SECONDS = 10.0  # that a template may take for one conversation; a usual one takes a thousandth
 _HEADING = "Functions that may be called, one a line:"
+
+
+class Endless(UserError):
+    """A template takes too long on one row. It would on the others too, so bad_rows="skip" does not help."""
 
 
 def jinja(tokenizer: Any, template: str | None = None, options: Mapping[str, Any] | None = None) -> str:
@@ -114,19 +118,20 @@ def _of_several(own: Mapping[str, str]) -> str:
 def render(
     messages: Sequence[Message], tokenizer: Any, template: str | None, generate: bool, place: str, tools: list | None = None
 ) -> str:
-    """The messages as one string; `generate` opens the assistant's next turn. Raises UserError, with place, if it cannot be."""
+    """The messages as one string; `generate` opens the assistant's next turn. Raises UserError, with place, if it cannot be.
+
+    Where the template takes too long the error is Endless.
+    """
     template = jinja(tokenizer, template)
     template = _TODAY + template if "strftime_now" in template else template
+    options = {"tools": tools, "chat_template": template, "tokenize": False, "add_generation_prompt": generate}
     try:
-        return tokenizer.apply_chat_template(
-            list(messages),
-            tools=tools,
-            chat_template=template,
-            tokenize=False,
-            add_generation_prompt=generate,
-        )
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise UserError(f"{place}: the chat template refuses the messages: {error}; change them or the template") from error
+        return clock.within(SECONDS, functools.partial(tokenizer.apply_chat_template, list(messages), **options))
+    except TimeoutError as error:
+        raise Endless(f"{place}: the chat template {error}; it does not seem to end: use another template") from error
+    except Exception as error:  # a template is somebody's program, and may raise anything
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{place}: the chat template refuses the messages: {reason}; change them or the template") from error
 
 
 def adapted(example: Conversation, tokenizer: Any, template: str | None = None) -> Conversation:

@@ -7,6 +7,7 @@ as harmless. Nothing is read and ignored. Where a field is absent, the value is 
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -131,6 +132,18 @@ NEUTRAL = {
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", list: "a list", dict: "an object"}
 _REQUIRED = object()
+# What a field's value is at most, several times what the largest models have. Memory is needed in proportion to these, and some
+# of it for the mere shapes: a file from elsewhere must not ask for more than there is. Any other number fits into 32 bits.
+_MOST = {
+    int: 2**31 - 1, float: 3e38, "vocab_size": 2**23, "hidden_size": 2**18, "intermediate_size": 2**21,
+    "moe_intermediate_size": 2**21, "num_hidden_layers": 4096, "num_attention_heads": 2**13, "num_key_value_heads": 2**13,
+    "head_dim": 2**13, "num_experts": 2**13, "num_local_experts": 2**13, "max_window_layers": 4096,
+}  # fmt: skip
+
+
+_SHORT = reprlib.Repr()  # a value in a message: however long or deep it is, its beginning
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
+_shown = _SHORT.repr
 
 
 class Fields:
@@ -141,7 +154,7 @@ class Fields:
         self.place, self.family = place, config.get("model_type", "")
         for name, neutral in NEUTRAL.items():
             if name not in honoured and (value := self.left.pop(name, neutral[0])) not in neutral:
-                raise UserError(f"{place}: {name} = {value!r} is not supported (only {neutral[0]!r} is).")
+                raise UserError(f"{place}: {name} = {_shown(value)} is not supported (only {neutral[0]!r} is).")
 
     def take(self, name: str, kind: type, default: Any = _REQUIRED):
         """Removes a field and gives its value, of exactly this kind (a whole number may stand for a number).
@@ -153,7 +166,9 @@ class Fields:
         if value is _REQUIRED:
             raise UserError(f"{self.place}: {name} is missing.")
         if value is not None and type(value) is not kind and not (kind is float and type(value) is int):
-            raise UserError(f"{self.place}: {name} = {value!r} is not {_KINDS[kind]}.")
+            raise UserError(f"{self.place}: {name} = {_shown(value)} is not {_KINDS[kind]}.")
+        if value is not None and kind in (int, float) and not abs(value) <= (most := _MOST.get(name, _MOST[kind])):
+            raise UserError(f"{self.place}: {name} = {_shown(value)} is more than any model has; give {most:,} at most.")
         return value if value is None else kind(value)
 
     def maybe(self, name: str, kind: type, default: Any = None):
@@ -161,6 +176,13 @@ class Fields:
         if name in self.left and self.left[name] is None:
             return self.left.pop(name)
         return self.take(name, kind, default)
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """Takes a field that is a list of numbers."""
+        values = self.take(name, list)
+        if not all(type(x) in (int, float) and abs(x) <= _MOST[float] for x in values):
+            raise UserError(f"{self.place}: {name} = {_shown(values)} is not a list of numbers.")
+        return tuple(map(float, values))
 
     def common(self, **changes) -> dict:
         """The constants that all families have, by transformers' names and usual defaults; `changes` are other defaults."""
@@ -190,9 +212,9 @@ class Fields:
         """Which layers are full (0) and which slide (1): the field layer_types, or what the family makes of others."""
         types = self.take("layer_types", list, default)
         known = {"full_attention": 0, "sliding_attention": 1}
-        if len(types) != layers or not set(types) <= known.keys():
+        if len(types) != layers or not all(isinstance(t, str) and t in known for t in types):
             raise UserError(
-                f"{self.place}: layer_types must name {' or '.join(known)} for each of {layers} layers, not {types}."
+                f"{self.place}: layer_types must name {' or '.join(known)} for each of {layers} layers, not {_shown(types)}."
             )
         return tuple(known[t] for t in types)
 
@@ -204,7 +226,7 @@ class Fields:
         given, scaling = self.left.pop("rope_parameters", None) or {}, self.left.pop("rope_scaling", None) or {}
         for name, value in (("rope_parameters", given), ("rope_scaling", scaling)):
             if not isinstance(value, dict):
-                raise UserError(f"{self.place}: {name} = {value!r} is not an object.")
+                raise UserError(f"{self.place}: {name} = {_shown(value)} is not an object.")
         if given and scaling and given != scaling:
             raise UserError(f"{self.place}: rope_parameters and rope_scaling are both given, and differ; keep one.")
         merged, outside = dict(given or scaling), {}
@@ -245,8 +267,8 @@ def _rope(merged: dict, outside: dict, place: str, max_positions: int, theta: fl
     kind = merged.pop("rope_type", None) or merged.pop("type", None) or "default"
     merged.pop("type", None)
     kind = "longrope" if kind == "su" else kind
-    if kind not in _SCALINGS:
-        raise UserError(f"{place}: rope_type {kind!r} is not supported; known are {', '.join(_SCALINGS)}.")
+    if not isinstance(kind, str) or kind not in _SCALINGS:
+        raise UserError(f"{place}: rope_type {_shown(kind)} is not supported; known are {', '.join(_SCALINGS)}.")
     wanted = _SCALINGS[kind]
     if "original_max_position_embeddings" in wanted:
         merged |= outside
@@ -274,7 +296,7 @@ def _rope(merged: dict, outside: dict, place: str, max_positions: int, theta: fl
         return dataclasses.replace(rope, low_factor=low, high_factor=high)
     scale = fields.take("attention_factor", float, None)
     if kind == "longrope":
-        short, long = (tuple(map(float, fields.take(f"{n}_factor", list))) for n in ("short", "long"))
+        short, long = (fields.numbers(f"{n}_factor") for n in ("short", "long"))
         if scale is None:
             scale = math.sqrt(1 + math.log(rope.factor) / math.log(rope.original)) if rope.factor > 1 else 1.0
         return dataclasses.replace(rope, short=short, long=long, scale=scale)
@@ -432,7 +454,7 @@ def phi3(config: Mapping, place: str) -> Architecture:
     f.left.setdefault("original_max_position_embeddings", 4096)
     for name, neutral in _PHI4.items():
         if (value := f.left.pop(name, neutral)) != neutral:
-            raise UserError(f"{place}: {name} = {value!r} is not supported (only {neutral!r} is).")
+            raise UserError(f"{place}: {name} = {_shown(value)} is not supported (only {neutral!r} is).")
     if isinstance(scaling := f.left.get("rope_scaling"), dict) and scaling.get("type") == "yarn":
         f.left["rope_scaling"] = {**scaling, "type": "longrope"}  # what its first release called it
     rope = f.rope(c["max_positions"], partial=True)
@@ -547,8 +569,8 @@ def architecture(config: Mapping, place: str = "config.json") -> Architecture:
     Raises UserError for an unknown family, and for a field that is missing, out of range, or not understood.
     """
     family = config.get("model_type")
-    if family not in FAMILIES:
-        raise UserError(f"{place}: model_type {family!r} is not supported; known are {', '.join(FAMILIES)}.")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise UserError(f"{place}: model_type {_shown(family)} is not supported; known are {', '.join(FAMILIES)}.")
     return FAMILIES[family](config, place)
 
 

@@ -6,7 +6,9 @@ as the same slice of each layer's tensor, so that the host never holds more than
 
 import itertools
 import json
+import math
 from collections.abc import Callable
+from pathlib import PurePosixPath
 from typing import Any
 
 import jax
@@ -17,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxpost import cloud, sharding
 from jaxpost.errors import UserError
+from jaxpost.host import check_regular, read_object
 from jaxpost.models import lazy
 from jaxpost.models.einsum import dense
 from jaxpost.models.families import Architecture, Tensor, tensor_names
@@ -41,19 +44,6 @@ def read_config(folder: str | epath.Path) -> dict:
     return read_object(path)
 
 
-def read_object(path: epath.Path) -> dict:
-    """The object that a JSON file holds. Raises UserError for what is none."""
-    try:
-        found = json.loads(path.read_text())
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path}: not valid JSON, line {e.lineno} column {e.colno}: {e.msg}.") from None
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not a text file (byte {e.start}).") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: holds a JSON {type(found).__name__}, not an object.")
-    return found
-
-
 def listed(folder: epath.Path) -> list[str]:
     """The names of the files that hold a folder's weights, as its index says, whether they are there or not."""
     index = folder / "model.safetensors.index.json"
@@ -62,8 +52,10 @@ def listed(folder: epath.Path) -> list[str]:
     where = read_object(index).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise UserError(f"{index}: has no weight_map. Download the folder again.")
-    if others := [f for f in where.values() if not str(f).endswith(".safetensors")]:
+    if others := [f for f in where.values() if not (isinstance(f, str) and f.endswith(".safetensors"))]:
         raise UserError(f"{index}: lists {others[0]}, which is no safetensors file. Convert the weights to safetensors first.")
+    if outside := [f for f in where.values() if PurePosixPath(f).is_absolute() or ".." in PurePosixPath(f).parts]:
+        raise UserError(f"{index}: lists {outside[0]}, which is outside of the folder. Download the folder again.")
     return sorted(set(where.values()))
 
 
@@ -72,6 +64,8 @@ def files(folder: epath.Path) -> list[epath.Path]:
     found = [folder / name for name in listed(folder)]
     missing = [f.name for f in found if not f.exists()]
     if not missing:
+        for file in found:
+            check_regular(file)
         return found
     if (index := folder / "model.safetensors.index.json").exists():
         raise UserError(f"{index}: lists files that are not there: {', '.join(missing)}. Download the folder again.")
@@ -121,6 +115,11 @@ def check(folder: str | epath.Path, arch: Architecture) -> dict[str, Any]:
     """
     folder = cloud.path(folder)
     slices, names = _open(folder), tensor_names(arch)
+    if (says := arch.parameters()) > 8 * (held := sum(math.prod(x.get_shape()) for x in slices.values())):
+        raise UserError(
+            f"{folder}: config.json describes {says:,} parameters ({sizes(arch)}), and its files hold {held:,}; the config "
+            "does not fit the weights."
+        )
     expected = {n for t in names.values() for n in _each(t, (arch.layers, arch.experts))}
     if missing := sorted(expected - set(slices)):
         raise UserError(
@@ -134,6 +133,13 @@ def check(folder: str | epath.Path, arch: Architecture) -> dict[str, Any]:
     if arch.tied and "lm_head.weight" in slices:
         _check_tied(folder, slices)
     return slices
+
+
+def sizes(arch: Architecture) -> str:
+    """The fields of config.json that decide how large a model is, with their values."""
+    names = {"num_hidden_layers": arch.layers, "hidden_size": arch.width, "intermediate_size": arch.mlp_width}
+    names |= {"vocab_size": arch.vocab, "num_attention_heads": arch.heads, "head_dim": arch.head_width}
+    return ", ".join(f"{k} = {v:,}" for k, v in names.items()) + (f", {arch.experts:,} experts" if arch.experts else "")
 
 
 def _check_tied(folder: epath.Path, slices: dict) -> None:
@@ -177,11 +183,23 @@ def _read(folder: epath.Path, slices: dict, tensor: Tensor, leaf, dtype) -> jax.
         for number, place in enumerate(itertools.product(*outer)):
             part = slices[tensor.name.format(*place)][inner]
             out.reshape(-1, *out.shape[lead:])[number] = part.T if tensor.transposed else part
+            check_finite(out.reshape(-1, *out.shape[lead:])[number], folder, tensor.name.format(*place))
         return out
 
     # One device's piece at a time, so that the host holds no more than that beyond what it owns.
     place = getattr(leaf, "sharding", None) or sharding.single()
     return sharding.assembled(leaf.shape, place, piece)
+
+
+def check_finite(values: np.ndarray, where, name: str) -> None:
+    """Raises UserError for a weight that has NaN or infinity in it, with which every output would be NaN."""
+    with np.errstate(over="ignore", invalid="ignore"):  # a sum may overflow where no number of it is infinite
+        if np.isfinite(values.sum()) or np.isfinite(values).all():
+            return
+    raise UserError(
+        f"{where}: {name} has {np.size(values) - np.isfinite(values).sum():,} values that are NaN or infinite. Its training "
+        "diverged or the file is damaged; take an earlier checkpoint, or download it again."
+    )
 
 
 def _aligned(shape: tuple[int, ...], dtype) -> np.ndarray:

@@ -24,7 +24,7 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxpost import checkpoint, cloud, fingerprint, optim, sharding, tokenizer
+from jaxpost import checkpoint, cloud, fingerprint, host, optim, sharding, tokenizer
 from jaxpost.errors import UserError
 from jaxpost.models import families, hf, hub
 from jaxpost.models.attention import KERNELS
@@ -138,6 +138,8 @@ def check(found: Description) -> None:
         hub.fetch(found.hub, weights=True)
     if found.folder is not None and not (found.folder / "params").exists():
         hf.check(found.folder, found.transformer.arch)
+    if found.folder is None:
+        _check_memory(found.transformer.arch)
     for name in others(found).values():
         check(_other(name))
 
@@ -218,11 +220,36 @@ def _weights(found: Description, mesh, seed: int) -> Params:
         below = base and weights(dataclasses.replace(within, folder=base_of(found.folder, base)), mesh, seed)
         leaves = carried(found.folder, "leaves")
         params = checkpoint.load_params(found.folder, abstract(found.transformer, mesh, inside, leaves), below)
+        _check_finite(params, found.folder)
         if inside:
             return params
     flat = flatten_dict(params, sep="/")
     del params
     return unflatten_dict({path: around(path, flat.pop(path)) for path in list(flat)}, sep="/")
+
+
+def _check_finite(params: Params, folder) -> None:
+    """Raises UserError for a checkpoint with NaN or infinity in its weights, naming the first that has one."""
+    named = {sharding.path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    named = {name: x for name, x in named.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    finite = jax.device_get(jax.jit(lambda leaves: {name: jnp.isfinite(x).all() for name, x in leaves.items()})(named))
+    if bad := [name for name in named if not finite[name]]:
+        raise UserError(
+            f"{folder}: {len(bad)} weights have values that are NaN or infinite, first {bad[0]}: its training diverged. Take "
+            "an earlier checkpoint, or train again with a lower learning rate."
+        )
+
+
+def _check_memory(arch: families.Architecture) -> None:
+    """Raises UserError for a fresh model whose float32 weights alone exceed the memory of all devices of this machine."""
+    device = jax.local_devices()[0]
+    room = (device.memory_stats() or {}).get("bytes_limit", 0) * jax.local_device_count()
+    room = (host.memory() if device.platform == "cpu" else room) * jax.process_count()
+    if room and (needed := 4 * arch.parameters()) > room:
+        raise UserError(
+            f"config.model: {arch.parameters():,} parameters ({hf.sizes(arch)}) take {needed / 2**30:,.0f} GiB in float32, and "
+            f"there are {room / 2**30:,.0f} GiB of memory; make it smaller."
+        )
 
 
 def _around(found: Description, mesh, seed: int) -> Callable[[str, Any], Any]:

@@ -8,6 +8,8 @@ Plain arrays by path, written whole or not at all.
 
 import io
 import json
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,9 +17,12 @@ import numpy as np
 from etils import epath
 
 from jaxpost import sharding, writers
+from jaxpost.errors import UserError
 from jaxpost.sampling.decode import Finished, together
 
 PARTIAL = "partial.npz"
+# What numpy and zipfile raise at bytes that are no archive, and what an archive without our arrays leads to.
+_DAMAGED = (OSError, ValueError, TypeError, LookupError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
 def held(step: int) -> str:
@@ -45,8 +50,16 @@ def write(path: epath.Path, batch: Mapping, waiting: Sequence[Any], told: Mappin
 
 
 def read(path: epath.Path) -> tuple[dict, list[dict], dict]:
-    """What `write` wrote: the columns, what waited as dicts, numbers being arrays without dimensions, and the rest."""
+    """What `write` wrote: the columns, what waited as dicts, numbers being arrays without dimensions, and the rest.
+
+    Raises UserError where the file is gone or damaged: no other has what it held.
+    """
     stored = _load(path)
+    if stored is None or "told" not in stored:
+        raise UserError(
+            f"{path}: gone or damaged, and the checkpoint beside it cannot continue without it. Bring it back, or delete that "
+            "checkpoint's folder to continue from the one before."
+        )
     told = json.loads(str(stored.pop("told")))
     tree: dict = {"batch": {}, "waiting": {}}
     for name, value in stored.items():
@@ -73,9 +86,13 @@ def _store(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
     writers.replace(path, content.getvalue())
 
 
-def _load(path: epath.Path) -> dict[str, np.ndarray]:
-    with np.load(io.BytesIO(path.read_bytes())) as stored:
-        return dict(stored)
+def _load(path: epath.Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a file; None where it is not there, or not whole."""
+    try:
+        with np.load(io.BytesIO(path.read_bytes())) as stored:
+            return dict(stored)
+    except _DAMAGED:
+        return None
 
 
 def write_partial(folder, key: tuple[int, ...], ended: Mapping[int, Finished], new: int) -> None:
@@ -86,12 +103,18 @@ def write_partial(folder, key: tuple[int, ...], ended: Mapping[int, Finished], n
 
 
 def read_partial(folder, key: tuple[int, ...]) -> dict[int, Finished]:
-    """The completions of this very batch that are there; none for another."""
-    path = epath.Path(folder) / PARTIAL
-    stored = _load(path) if path.exists() else {"key": np.array([-1])}
-    known = np.array([tuple(stored["key"]) == tuple(key)], np.int32)
-    if not sharding.everywhere(known).all():  # a process that does not see the file has all of it made again
-        return {}
+    """The completions of this very batch that are there; none for another, nor of a damaged file: they are made again."""
+    try:
+        stored = _load(epath.Path(folder) / PARTIAL) or {}
+        ended = _ended(stored) if tuple(stored.get("key", ())) == tuple(key) else None
+    except _DAMAGED:
+        ended = None
+    # A process that does not see the file has all of it made again.
+    known = sharding.everywhere(np.array([ended is not None], np.int32)).all()
+    return ended if known else {}
+
+
+def _ended(stored: Mapping[str, np.ndarray]) -> dict[int, Finished]:
     found = {name.partition("\t")[2]: x for name, x in stored.items() if "\t" in name}
     ended = {}
     for row, place in enumerate(stored["places"]):

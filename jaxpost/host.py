@@ -1,0 +1,114 @@
+"""What a host may refuse: its disk and its memory, each with a message that names the path and the remedy.
+
+`disk_errors` surrounds whatever a command writes. It is the one place where a full disk, a read-only file system, a missing
+right or a file in a folder's place becomes a UserError, whichever library meets it: Orbax's arrays are written in C++,
+which reports the same faults as text.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from etils import epath
+
+from jaxpost.errors import UserError
+
+_REMEDIES = {
+    errno.ENOSPC: "the disk is full; free some space",
+    errno.EDQUOT: "the quota of this disk is used up; free some space",
+    errno.EFBIG: "a file there may not become this large; raise the limit (ulimit -f)",
+    errno.EROFS: "the file system is read-only; give a folder on another",
+    errno.EACCES: "this user may not read or write there; change its rights, or give another folder",
+    errno.EPERM: "this user may not read or write there; change its rights, or give another folder",
+    errno.ENOTDIR: "a file stands where a folder is needed; move it away, or give another folder",
+    errno.EEXIST: "a file stands where a folder is needed; move it away, or give another folder",
+    errno.EISDIR: "a folder stands where a file is needed; move it away, or give another folder",
+}
+CONTINUES = "What was saved before is whole: the same command continues from there."
+
+
+@contextlib.contextmanager
+def disk_errors(where, remark: str = "") -> Iterator[None]:
+    """Turns what a disk refuses inside the block into a UserError, with a remark at its end. where: what to name if the error
+    names no path.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if (fault := _fault(error)) is None:
+            raise
+        code, path = fault
+        raise UserError(f"{path or where}: {_REMEDIES[code]}. {remark}".rstrip()) from error
+
+
+def _fault(error: BaseException | None) -> tuple[int, str | None] | None:
+    """(errno, the path if it is known) of the first fault of a disk in an error or its causes; None if there is none."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _REMEDIES:
+            return error.errno, error.filename2 or error.filename
+        codes = [code for code in _REMEDIES if f"os_error_code='{code}'" in str(error)]  # as TensorStore writes it
+        if codes and not isinstance(error, OSError):
+            return codes[0], None
+        error = error.__cause__
+    return None
+
+
+def check_writable(folder) -> None:
+    """Raises UserError where a folder cannot be written to, or cannot be made. Writes nothing; a bucket is not asked."""
+    if "://" in str(folder):
+        return
+    path = Path(folder).absolute()
+    nearest = next(p for p in (path, *path.parents) if os.path.lexists(p))
+    with disk_errors(folder):
+        if not nearest.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "", str(nearest))
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            read_only = os.statvfs(nearest).f_flag & os.ST_RDONLY
+            raise OSError(errno.EROFS if read_only else errno.EACCES, "", str(nearest))
+
+
+def check_regular(path) -> None:
+    """Raises UserError for a path that is there and holds no content of its own: a pipe, a socket or a device.
+
+    Opening a pipe waits for a writer, for ever if none comes.
+    """
+    if "://" in str(path) or not os.path.exists(path):
+        return
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise UserError(f"{path}: a pipe, a socket or a device, not a file; write its content to a file, and name that.")
+
+
+def read_object(path: epath.Path) -> dict:
+    """The object that a JSON file holds. Raises UserError for what is none."""
+    check_regular(path)
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path}: not valid JSON, line {e.lineno} column {e.colno}: {e.msg}.") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not a text file (byte {e.start}).") from None
+    except RecursionError:
+        raise UserError(f"{path}: its JSON is nested too deep. Download or write it again.") from None
+    except ValueError as e:  # a number of thousands of digits
+        raise UserError(f"{path}: not valid JSON ({e}).") from None
+    except (IsADirectoryError, FileNotFoundError):
+        raise UserError(f"{path}: no such file.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a JSON {type(content).__name__}, not an object.")
+    return content
+
+
+def memory() -> int:
+    """Bytes of memory that this machine has for the process: its own, or less where a container sets a limit."""
+    own = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            own = min(own, int(Path(limit).read_text()))
+    return own
