@@ -44,6 +44,7 @@ from jaxpost.types import Params
 
 # What a window is where none is asked for, unless the model takes less.
 WINDOW = 1024
+NOISE = 271828  # the seed of all evaluations' samples
 
 
 def held_out(evaluate: Callable, params: Params, batches: Iterable[dict], mesh, batch_size: int) -> Iterator[tuple[str, float]]:
@@ -69,17 +70,20 @@ def graded(
     *,
     rows: int,
     options: dict,
-    step: int,
     judging: Mapping = types.MappingProxyType({}),
 ) -> Iterator[tuple[str, float | list]]:
     """(eval/reward, mean of one sample a problem), (eval/reward_greedy, ...), the same for each cell as <name>/<cell>, where
     there are several. Where a reward is a verifier, whose signature says that it gives a bool, these are called accuracy and
-    are about it, and eval/reward is there besides. Of several rewards each as eval/rewards/<its name>, too.
+    are about it, and eval/reward is there besides; eval/accuracy_low and _high are its 95% interval (`wilson`). Of several
+    rewards each as eval/rewards/<its name>, too.
 
     records: dicts with prompt, and maybe answer, cell (else "all") and a weight in the overall mean. rewards: {name:
     (function, weight)}; judging: what `scoring.judged` takes. rows: how many are completed at a time; options: prompt_window,
     new, template, and maybe stop and strings. Last yields ("samples", rows of prompt, completion, answer, reward, kind) for
     the log: the first problem of each cell. All processes compute the same.
+
+    The noise of a sample is a function of NOISE and the problem's place among the records alone: the same weights have the
+    same figure at any step and in any stage, and two checkpoints answer with the same luck.
     """
     template, params = options["template"], ready(model, params, mesh)
     sampling = {k: options[k] for k in ("prompt_window", "new", "strings") if k in options}
@@ -88,13 +92,16 @@ def graded(
     samples, verifier = [], _verifier(rewards)
     kind = "accuracy" if verifier else "reward"
     for name, temperature in ((f"eval/{kind}", 1.0), (f"eval/{kind}_greedy", 0.0)):
-        sampling |= {"temperature": temperature, "step": step}
+        sampling["temperature"] = temperature
         texts, stopped = _answered(model, params, tokenizer, prompts, mesh, rows, sampling)
         asked = [{**record, "stopped": ended} for record, ended in zip(records, stopped, strict=True)]
         found = verdicts.everywhere(rewards, asked, texts, **judging)
         scores = np.array([score.each[verifier] or 0.0 if verifier else score.total for score in found])
         weights = [r.get("weight", 1.0) for r in records]
-        yield name, float(np.average(scores, weights=weights))
+        yield name, (mean := float(np.average(scores, weights=weights)))
+        if verifier:
+            low, high = wilson(mean, weights)
+            yield from ((f"{name}_low", low), (f"{name}_high", high))
         if verifier and temperature:
             yield "eval/reward", float(np.average([score.total for score in found], weights=weights))
         for one in rewards if len(rewards) > 1 else ():
@@ -109,13 +116,25 @@ def graded(
     yield "samples", samples
 
 
+def wilson(share: float, weights: Sequence[float]) -> tuple[float, float]:
+    """The 95% interval of a share of problems that were solved, by Wilson's score: how far another draw of problems, each
+    answered anew, would move it. Unlike the normal approximation it stays inside [0, 1] and has a width at 0 and 1.
+
+    share: the mean of verdicts over problems with these weights. Unequal weights count as (sum w)^2 / sum w^2 equal ones.
+    """
+    z, weights = 1.96, np.asarray(weights, np.float64)
+    n = weights.sum() ** 2 / np.sum(weights**2)
+    centre, width = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return max(0.0, (centre - width) / (1 + z**2 / n)), min(1.0, (centre + width) / (1 + z**2 / n))
+
+
 def _answered(model, params: Params, tokenizer, prompts: list, mesh, rows: int, sampling: dict) -> tuple[list[str], list[bool]]:
     """A completion of each prompt as text, so many rows at a time, and whether it ended by itself."""
     texts, stopped = [], []
     for first in range(0, len(prompts), rows):
         part = prompts[first : first + rows]
         part += [part[0]] * (rows - len(part))  # one shape, whatever is left
-        found = complete(model, params, part, mesh=mesh, tokenizer=tokenizer, seed=first, **sampling)
+        found = complete(model, params, part, mesh=mesh, tokenizer=tokenizer, seed=NOISE, number=first, **sampling)
         texts, stopped = texts + answers(found, tokenizer), stopped + found.stopped.tolist()
     return texts[: len(prompts)], stopped[: len(prompts)]
 
@@ -208,7 +227,7 @@ def solves(
             extract=getattr(task, "extract", None), name="pass" if _verifier(judges) else "best",
         )  # fmt: skip
     else:
-        found = graded(*asked, judges, model.mesh, rows=rows, options=options, step=0)
+        found = graded(*asked, judges, model.mesh, rows=rows, options=options)
     yield from ((key.removeprefix("eval/"), value) for key, value in found if key != "samples")
 
 

@@ -19,7 +19,7 @@ from jaxpost.naming import named
 from jaxpost.resolve import find, nearest, value_of
 
 DEFAULTS = {
-    "seed": 0,
+    "seed": 0,  # of fresh weights, of the data's order and of all sampling; evaluation has noise of its own, always the same
     "stages": (),  # names, in order; () is one stage called "train" with the settings as they stand
     "result": "",  # the stage whose weights generate and export take from the workdir; "" is the last
     "start": "",  # the stage whose weights to start from; "" is the one before (the model itself for the first)
@@ -53,6 +53,7 @@ DEFAULTS = {
     "columns": "",  # the data's own names for columns of a shape: "prompt=problem,completion=solution", or a dict
     "bad_rows": "stop",  # of a row that cannot be learned from, or a problem asked: stop the run, or skip it (counted and told)
     "held_out": 0.0,  # how much of data to hold out: a share below 1, or a number of examples
+    "split_seed": 0,  # decides which these are, and a task's demonstrations: the same for each `seed`, so that seeds compare
     "template": "",  # chat template: plain, chatml, llama3, gemma, or Jinja; "" is the tokenizer's own
     "template_options": "",  # values for variables that it reads: "enable_thinking=false", or a dict
     "train_on": "assistant",  # assistant, last, completion, all

@@ -46,6 +46,7 @@ from jaxpost.step import combine, make_evaluation
 from jaxpost.types import TrainState
 
 KEPT = ("adapter", "leaves", "base", "elsewhere")  # what checkpoints say of the weights that they do not hold
+ANSWERED = ("model", "tokenizer", "adapter", "dtype", "attention", "mesh")  # the settings that decide what answers are
 SAMPLED = ("task", "tokenizer", "reward", "rollouts", "seed", "dtype")  # the settings that decide what samples are
 
 # ---------------------------------------------------------------------------------------------------------------- Run
@@ -70,8 +71,9 @@ def run(config, workdir, **changes) -> dict[str, float]:
         plans = [columns.annotated(plan_stage(name, settings, mesh), mesh) for name, settings in stages]
         _claim(workdir, config)
         _introduce(plans, workdir)
+        graded: dict = {}
         for i, plan in enumerate(plans):
-            results = _stage(plan, plans[:i], workdir, mesh, stop)
+            results = _stage(plan, plans[:i], workdir, mesh, stop, graded)
             if stop.asked and plan is not plans[-1]:
                 _leave(f"after {plan.name}", stop)
     if jax.process_index() == 0:
@@ -160,19 +162,21 @@ def _show(plan: Plan) -> None:
 # -------------------------------------------------------------------------------------------------------------- Stage
 
 
-def _stage(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _StopRequest) -> dict[str, float]:
-    """One stage from its start, or from where it was left, to its end."""
+def _stage(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _StopRequest, graded: dict) -> dict[str, float]:
+    """One stage from its start, or from where it was left, to its end. graded: as `_Judge` takes it."""
     s = plan.settings
     saved = checkpoint.Checkpoints(workdir / "checkpoints" / plan.name, keep=s.keep, best=s.best, highest=s.highest)
     # Closed whatever happens: in a notebook the next attempt would meet the threads of this one, still writing.
     with contextlib.closing(saved), contextlib.closing(plan.source) if s.source == "rollouts" else contextlib.nullcontext():
-        results, left = _steps(plan, before, workdir, mesh, stop, saved)
+        results, left = _steps(plan, before, workdir, mesh, stop, saved, graded)
     if left is not None:
         _leave(f"at {plan.name} step {left}", stop)
     return results
 
 
-def _steps(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _StopRequest, saved) -> tuple[dict, int | None]:
+def _steps(
+    plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _StopRequest, saved, graded: dict
+) -> tuple[dict, int | None]:
     """The results of a stage, and None at its end or else the step that it was asked to stop at."""
     s, names = plan.settings, [p.name for p in before] + [plan.name]
     latest, meta = _left(saved)
@@ -192,7 +196,7 @@ def _steps(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _Sto
     plan.source.position = meta["position"]
     log = Log(plan, workdir, names, meta, int(state.step), _seconds_of(s.time_of, workdir))
     profile = Profile(s.profile, workdir / "profile" / plan.name, int(state.step))
-    judge = _Judge(plan, mesh)
+    judge = _Judge(plan, mesh, graded, s.start or names[-2] if before else "")
 
     def save(done: bool) -> None:
         log.flush()
@@ -341,10 +345,15 @@ def _seconds_of(stages: str, workdir: epath.Path) -> float:
 
 
 class _Judge:
-    """The stage's evaluations of a state: held-out loss, and a task's test problems."""
+    """The stage's evaluations of a state: held-out loss, and a task's test problems.
 
-    def __init__(self, plan: Plan, mesh):
-        self.plan, self.mesh = plan, mesh
+    graded: {stage: (what decides the answers, figures, samples)} of each stage's last evaluation in this process, where this
+    stage's own are put; origin: the stage whose weights this one starts from. Where the same problems are asked in the same
+    way, the origin's figures are those of step 0: the weights are the same, and so is the noise.
+    """
+
+    def __init__(self, plan: Plan, mesh, graded: dict, origin: str):
+        self.plan, self.mesh, self.graded, self.origin = plan, mesh, graded, origin
         self.evaluate = jax.jit(make_evaluation(plan.found.transformer.forward, plan.objective))
 
     def __call__(self, state: TrainState, log: Log, step: int) -> dict[str, float]:
@@ -355,15 +364,29 @@ class _Judge:
                 evaluate.held_out(self.evaluate, params, self.plan.held_out, self.mesh, self.plan.settings.batch_size)
             )
         if self.plan.problems:
-            values |= dict(
-                evaluate.graded(self.plan.found.transformer, params, mesh=self.mesh, step=step, **self.plan.problems)
-            )
-            samples = values.pop("samples")
+            figures, samples = self._graded(params, step)
+            values |= figures
         log.evaluated(step, values, samples)
         best = self.plan.settings.best
         if best and best not in values and best != recipe.DEFAULTS["best"]:
             raise UserError(f"config.best: {best!r} is no figure of this stage's evaluations.{nearest(best, values)}")
         return values
+
+    def _graded(self, params, step: int) -> tuple[dict[str, float], list[dict]]:
+        """(figures, samples) of the task's test problems."""
+        identity = _asked(self.plan)
+        before, *same = self.graded.get(self.origin, (None,))
+        if step or before != identity:
+            figures = dict(evaluate.graded(self.plan.found.transformer, params, mesh=self.mesh, **self.plan.problems))
+            same = [figures, figures.pop("samples")]
+        self.graded[self.plan.name] = (identity, *same)
+        return same[0], same[1]
+
+
+def _asked(plan: Plan) -> str:
+    """A digest of all but the weights that decides how a stage's test problems are answered and judged."""
+    problems = {k: x for k, x in plan.problems.items() if k != "tokenizer"}
+    return digest_of([problems, {k: recipe.plain(plan.settings[k]) for k in ANSWERED}])
 
 
 # --------------------------------------------------------------------------------------------------------------- Main
