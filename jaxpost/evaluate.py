@@ -82,8 +82,7 @@ def graded(
     new, template, and maybe stop and strings. Last yields ("samples", rows of prompt, completion, answer, reward, kind) for
     the log: the first problem of each cell. All processes compute the same.
 
-    The noise of a sample is a function of NOISE and the problem's place among the records alone: the same weights have the
-    same figure at any step and in any stage, and two checkpoints answer with the same luck.
+    A sample's noise is a function of NOISE and the problem's number alone: the same weights always have the same figure.
     """
     template, params = options["template"], ready(model, params, mesh)
     sampling = {k: options[k] for k in ("prompt_window", "new", "strings") if k in options}
@@ -99,9 +98,7 @@ def graded(
         scores = np.array([score.each[verifier] or 0.0 if verifier else score.total for score in found])
         weights = [r.get("weight", 1.0) for r in records]
         yield name, (mean := float(np.average(scores, weights=weights)))
-        if verifier:
-            low, high = wilson(mean, weights)
-            yield from ((f"{name}_low", low), (f"{name}_high", high))
+        yield from zip((f"{name}_low", f"{name}_high"), wilson(mean, weights), strict=True) if verifier else ()
         if verifier and temperature:
             yield "eval/reward", float(np.average([score.total for score in found], weights=weights))
         for one in rewards if len(rewards) > 1 else ():
@@ -114,6 +111,18 @@ def graded(
             shown = {"prompt": records[i]["prompt"], "completion": texts[i], "answer": records[i].get("answer", "")}
             samples.append({**shown, "reward": float(scores[i]), "kind": "sampled" if temperature else "greedy"})
     yield "samples", samples
+
+
+def names(records: Sequence[Mapping], rewards: Mapping) -> Iterator[str]:
+    """The names of the figures that `graded` gives for these problems and rewards."""
+    verifier, cells = _verifier(rewards), {r.get("cell", "all") for r in records}
+    kind = "accuracy" if verifier else "reward"
+    for suffix in ("", "_greedy"):
+        yield f"eval/{kind}{suffix}"
+        yield from (f"eval/{kind}{suffix}_{end}" for end in ("low", "high") if verifier)
+        yield from (f"eval/rewards/{one}{suffix}" for one in rewards if len(rewards) > 1)
+        yield from (f"eval/{kind}{suffix}/{cell}" for cell in cells if len(cells) > 1)
+    yield "eval/reward"
 
 
 def wilson(share: float, weights: Sequence[float]) -> tuple[float, float]:

@@ -10,8 +10,8 @@ From Python it is the same loop, with functions where a recipe has names:
 
     jaxpost.train("configs/sft.py", "runs/mine", model="FOLDER", data="FILE.jsonl", objective=my_loss)
 
-This file reads from top to bottom: the run, a stage, its evaluation. `plan.py` checks everything that can go wrong before
-anything is compiled.
+This file reads from top to bottom: the run, then a stage, whose evaluations are in `judge.py`. `plan.py` checks everything that
+can go wrong before anything is compiled.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from jaxpost import checkpoint, cli, cloud, columns, datasets, evaluate, optim, programs, recipe, report, sharding, writers
+from jaxpost import checkpoint, cli, cloud, columns, datasets, judge, optim, programs, recipe, report, sharding, writers
 from jaxpost.annotators import scores
 from jaxpost.data import chat
 from jaxpost.errors import UserError
@@ -39,14 +39,12 @@ from jaxpost.models import loading
 from jaxpost.naming import digest_of
 from jaxpost.plan import Plan, plan_stage, starting
 from jaxpost.profile import Profile
-from jaxpost.resolve import nearest
 from jaxpost.rollouts import samples, shelf
 from jaxpost.state import program, shapes
-from jaxpost.step import combine, make_evaluation
+from jaxpost.step import combine
 from jaxpost.types import TrainState
 
 KEPT = ("adapter", "leaves", "base", "elsewhere")  # what checkpoints say of the weights that they do not hold
-ANSWERED = ("model", "tokenizer", "adapter", "dtype", "attention", "mesh")  # the settings that decide what answers are
 SAMPLED = ("task", "tokenizer", "reward", "rollouts", "seed", "dtype")  # the settings that decide what samples are
 
 # ---------------------------------------------------------------------------------------------------------------- Run
@@ -69,6 +67,8 @@ def run(config, workdir, **changes) -> dict[str, float]:
     _compare(workdir, config)
     with sharding.use(mesh), _StopRequest() as stop:
         plans = [columns.annotated(plan_stage(name, settings, mesh), mesh) for name, settings in stages]
+        for plan in plans:
+            judge.check_best(plan, mesh)
         _claim(workdir, config)
         _introduce(plans, workdir)
         graded: dict = {}
@@ -91,7 +91,9 @@ def _compare(workdir: epath.Path, config) -> None:
         raise UserError(
             f"{workdir} holds a run with other settings:\n  "
             + "\n  ".join(changes)
-            + "\nUse another --workdir, or the same settings."
+            + "\nThe same settings continue it. Other settings begin a new run from its weights: your command with another "
+            f"--workdir and --config.model={workdir}. Its weights go on (their running mean, where it has one); the optimizer, "
+            "the schedule and the position in the data begin anew."
         )
 
 
@@ -163,7 +165,7 @@ def _show(plan: Plan) -> None:
 
 
 def _stage(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _StopRequest, graded: dict) -> dict[str, float]:
-    """One stage from its start, or from where it was left, to its end. graded: as `_Judge` takes it."""
+    """One stage from its start, or from where it was left, to its end. graded: as `judge.Judge` takes it."""
     s = plan.settings
     saved = checkpoint.Checkpoints(workdir / "checkpoints" / plan.name, keep=s.keep, best=s.best, highest=s.highest)
     # Closed whatever happens: in a notebook the next attempt would meet the threads of this one, still writing.
@@ -174,9 +176,7 @@ def _stage(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _Sto
     return results
 
 
-def _steps(
-    plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: _StopRequest, saved, graded: dict
-) -> tuple[dict, int | None]:
+def _steps(plan: Plan, before: list[Plan], workdir, mesh, stop: _StopRequest, saved, graded: dict) -> tuple[dict, int | None]:
     """The results of a stage, and None at its end or else the step that it was asked to stop at."""
     s, names = plan.settings, [p.name for p in before] + [plan.name]
     latest, meta = _left(saved)
@@ -196,7 +196,7 @@ def _steps(
     plan.source.position = meta["position"]
     log = Log(plan, workdir, names, meta, int(state.step), _seconds_of(s.time_of, workdir))
     profile = Profile(s.profile, workdir / "profile" / plan.name, int(state.step))
-    judge = _Judge(plan, mesh, graded, s.start or names[-2] if before else "")
+    evaluated = judge.Judge(plan, mesh, graded, s.start or names[-2] if before else "")
 
     def save(done: bool) -> None:
         log.flush()
@@ -206,7 +206,7 @@ def _steps(
 
     # Loop: a batch, a step, and now and then a look at where we are.
     judged = -1
-    results = judge(state, log, 0) if latest is None else meta.get("results", {})
+    results = evaluated(state, log, 0) if latest is None else meta.get("results", {})
     # The last step is saved as the stage's end and never before it: a stage that is not done has a step to take.
     for at in itertools.count(int(state.step) + 1):
         with profile.step(at, state):
@@ -217,7 +217,7 @@ def _steps(
         log.step(at, batch, {**measured, **getattr(plan.source, "metrics", {})})
         done = at == plan.steps or log.out_of_time()
         if done or (s.eval_every and at % s.eval_every == 0):
-            results, judged = judge(state, log, at), at
+            results, judged = evaluated(state, log, at), at
         asked = stop.asked or (jax.process_count() > 1 and saved.reached_preemption(at))
         if done or asked or (s.save_every and at % s.save_every == 0):
             save(done)
@@ -286,6 +286,8 @@ def _start(plan: Plan, names: list[str], workdir: epath.Path, tx, mesh) -> tuple
 
 def _restore(plan: Plan, saved: checkpoint.Checkpoints, step: int, tx, mesh) -> TrainState:
     """The state of a checkpoint; the mesh may be another than the one it was written on."""
+    if jax.process_index() == 0:
+        print(f"{plan.name}: continuing from step {step}.", file=sys.stderr)
     s, meta = plan.settings, saved.meta(step)
     inside, base = meta.get("adapter") or {}, meta.get("base")
     state = shapes(plan.found.transformer, mesh, tx, plan.trainable, adapter=inside, leaves=plan.found.leaves, ema=s.ema > 0)
@@ -341,54 +343,6 @@ def _seconds_of(stages: str, workdir: epath.Path) -> float:
     return seconds if stages else float("inf")
 
 
-# ---------------------------------------------------------------------------------------------------- Evaluate and log
-
-
-class _Judge:
-    """The stage's evaluations of a state: held-out loss, and a task's test problems.
-
-    graded: {stage: (what decides the answers, figures, samples)} of each stage's last evaluation in this process, where this
-    stage's own are put; origin: the stage whose weights this one starts from. Where the same problems are asked in the same
-    way, the origin's figures are those of step 0: the weights are the same, and so is the noise.
-    """
-
-    def __init__(self, plan: Plan, mesh, graded: dict, origin: str):
-        self.plan, self.mesh, self.graded, self.origin = plan, mesh, graded, origin
-        self.evaluate = jax.jit(make_evaluation(plan.found.transformer.forward, plan.objective))
-
-    def __call__(self, state: TrainState, log: Log, step: int) -> dict[str, float]:
-        log.settle()
-        params, values, samples = combine(state.train if state.ema is None else state.ema, state.frozen), {}, []
-        if self.plan.held_out:
-            values |= dict(
-                evaluate.held_out(self.evaluate, params, self.plan.held_out, self.mesh, self.plan.settings.batch_size)
-            )
-        if self.plan.problems:
-            figures, samples = self._graded(params, step)
-            values |= figures
-        log.evaluated(step, values, samples)
-        best = self.plan.settings.best
-        if best and best not in values and best != recipe.DEFAULTS["best"]:
-            raise UserError(f"config.best: {best!r} is no figure of this stage's evaluations.{nearest(best, values)}")
-        return values
-
-    def _graded(self, params, step: int) -> tuple[dict[str, float], list[dict]]:
-        """(figures, samples) of the task's test problems."""
-        identity = _asked(self.plan)
-        before, *same = self.graded.get(self.origin, (None,))
-        if step or before != identity:
-            figures = dict(evaluate.graded(self.plan.found.transformer, params, mesh=self.mesh, **self.plan.problems))
-            same = [figures, figures.pop("samples")]
-        self.graded[self.plan.name] = (identity, *same)
-        return same[0], same[1]
-
-
-def _asked(plan: Plan) -> str:
-    """A digest of all but the weights that decides how a stage's test problems are answered and judged."""
-    problems = {k: x for k, x in plan.problems.items() if k != "tokenizer"}
-    return digest_of([problems, {k: recipe.plain(plan.settings[k]) for k in ANSWERED}])
-
-
 # --------------------------------------------------------------------------------------------------------------- Main
 
 
@@ -398,7 +352,7 @@ def main(_) -> None:
     if flags.FLAGS.distributed:
         jax.distributed.initialize()
     results = run(config, workdir)
-    if jax.process_index() == 0:
+    if results and jax.process_index() == 0:
         print(json.dumps({k: v for k, v in results.items() if isinstance(v, float)}, indent=2))
 
 

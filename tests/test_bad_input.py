@@ -230,10 +230,17 @@ def test_an_objective_of_ones_own(tmp_path, body, told):
         train.run(recipe.make(**chosen), tmp_path / "w")
 
 
-def test_a_best_that_is_never_measured(tmp_path):
-    chosen = runs.settings(tmp_path, steps=2, best="eval/rewrad")
-    with pytest.raises(UserError, match="config.best: 'eval/rewrad' .* Did you mean 'eval/reward'"):
-        train.run(recipe.make(**chosen), tmp_path / "w")
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"best": "eval/rewrad"}, "is no figure of train's evaluations. Did you mean 'eval/reward'"),
+        ({"best": "eval/mean_token_acuracy"}, "Did you mean 'eval/mean_token_accuracy'"),
+        ({"best": "loss", "held_out": 0}, "Known: eval/reward"),
+    ],
+)
+def test_a_best_that_no_evaluation_reports(tmp_path, compiled, changes, told):
+    assert told in refused(tmp_path, **changes)
+    assert not compiled
 
 
 def test_a_token_that_the_model_has_no_row_for(tmp_path, compiled):

@@ -14,7 +14,7 @@ import pytest
 import runs
 
 import jaxpost
-from jaxpost import api, evaluate, recipe, sharding, train
+from jaxpost import api, evaluate, judge, recipe, sharding
 from jaxpost.errors import UserError
 from jaxpost.metrics import Mean
 from jaxpost.models import hf
@@ -58,6 +58,7 @@ def test_accuracy_weighs_the_whole_and_counts_in_the_cells(monkeypatch, rows):
     found = evaluate.graded(None, None, TEXT, RECORDS, judges, None, rows=rows, options=options)
     values = dict(found)
     samples = values.pop("samples")
+    assert set(values) == set(evaluate.names(RECORDS, judges))
     # Of a reward that does not say that it is a verdict, the mean is no accuracy, whatever values it happens to have.
     judges = {"right": (lambda *x: arithmetic.reward(*x), 1.0)}
     plain = evaluate.graded(None, None, TEXT, RECORDS, judges, None, rows=rows, options=options)
@@ -111,21 +112,21 @@ def test_the_previous_stages_figure_is_reused_where_the_same_is_asked(monkeypatc
 
     monkeypatch.setattr(evaluate, "graded", graded)
 
-    def judge(name, origin, known, *, step=0, options=None, **changes):
+    def figures(name, origin, known, *, step=0, options=None, **changes):
         found = types.SimpleNamespace(transformer=types.SimpleNamespace(forward=None))
         problems = {"records": RECORDS, "rewards": {"right": (arithmetic.reward, 1.0)}, "tokenizer": object()}
         problems["options"] = {"template": "a", **(options or {})}
         plan = types.SimpleNamespace(name=name, found=found, objective=None, problems=problems, settings=recipe.make(**changes))
-        return train._Judge(plan, None, known, origin)._graded("weights", step)
+        return judge.Judge(plan, None, known, origin)._graded("weights", step)
 
     known = {}
-    assert judge("sft", "", known) == ({"eval/accuracy": 1.0}, [{"n": 1}])
-    assert judge("sft", "", known, step=9) == ({"eval/accuracy": 2.0}, [{"n": 2}])
-    assert judge("rl", "sft", known) == judge("control", "sft", known, ema=0.9, batch_size=2) == known["sft"][1:]
+    assert figures("sft", "", known) == ({"eval/accuracy": 1.0}, [{"n": 1}])
+    assert figures("sft", "", known, step=9) == ({"eval/accuracy": 2.0}, [{"n": 2}])
+    assert figures("rl", "sft", known) == figures("control", "sft", known, ema=0.9, batch_size=2) == known["sft"][1:]
     assert len(asked) == 2
     for changes in ({"options": {"template": "b"}}, {"adapter": {"name": "lora"}}, {"dtype": "bfloat16"}, {"step": 1}):
         count = len(asked)
-        judge("rl", "sft", known, **changes)
+        figures("rl", "sft", known, **changes)
         assert len(asked) == count + 1, changes
 
 
