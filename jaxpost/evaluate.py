@@ -81,7 +81,6 @@ def graded(
     (function, weight)}; judging: what `scoring.judged` takes. rows: how many are completed at a time; options: prompt_window,
     new, template, and maybe stop and strings. Last yields ("samples", rows of prompt, completion, answer, reward, kind) for
     the log: the first problem of each cell. All processes compute the same.
-
     A sample's noise is a function of NOISE and the problem's number alone: the same weights always have the same figure.
     """
     template, params = options["template"], ready(model, params, mesh)

@@ -192,6 +192,12 @@ def opened(config: ConfigDict | Mapping | str | None, **changes) -> ConfigDict:
     return ConfigDict(whole)
 
 
+def hint(word: str, beside: Mapping) -> str:
+    """What an unknown key was meant for: a setting of that name at another level, or the nearest of those beside it."""
+    elsewhere = [path for path in _flat(DEFAULTS) if path.rpartition(".")[2] == word]
+    return f" Did you mean {' or '.join(map(repr, elsewhere))}?" if elsewhere else nearest(word, beside)
+
+
 def located(path: str) -> str:
     """The path (with its `:argument`) of a recipe's file, or of the one of that name that came with jaxpost.
 
@@ -236,7 +242,7 @@ def put(config: ConfigDict, path: str, text: str) -> None:
         config = config[part]
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config.{path}: the recipe has {config!r} there, and no keywords.")
-    with config.unlocked():
+    with config.unlocked(), config.ignore_type():
         config[key] = value_of(text)
 
 
@@ -329,7 +335,7 @@ def _merge(base: Mapping, changes: Mapping, extra: tuple, place: str, defaults: 
             _merge(DEFAULTS, value, (), f"{place}.{key}")
             merged[key] = {k: _stored(k, v) for k, v in value.items()}
         elif key not in base:
-            raise UserError(f"{place}: unknown key {key!r}.{nearest(key, base)}")
+            raise UserError(f"{place}: unknown key {key!r}.{hint(key, base)}")
         elif isinstance(base[key], Mapping) and base[key] and not _replaces(key, value):
             merged[key] = _merge(base[key], value, (), f"{place}.{key}", defaults.get(key, {}))
         else:
