@@ -188,13 +188,13 @@ def opened(config: ConfigDict | Mapping | str | None, **changes) -> ConfigDict:
     changes |= {name: _onto(given.get(name, {}), changes[name]) for name in names if isinstance(changes.get(name), Mapping)}
     known = names + _idle({**given, **changes})
     whole = _merge(_merge(DEFAULTS, given, known, "config"), changes, known, "config")
-    _check_reach(_flat({k: v for k, v in changes.items() if k not in known}), whole, names)
+    _check_reach(flat({k: v for k, v in changes.items() if k not in known}), whole, names)
     return ConfigDict(whole)
 
 
 def hint(word: str, beside: Mapping) -> str:
     """What an unknown key was meant for: a setting of that name at another level, or the nearest of those beside it."""
-    elsewhere = [path for path in _flat(DEFAULTS) if path.rpartition(".")[2] == word]
+    elsewhere = [path for path in flat(DEFAULTS) if path.rpartition(".")[2] == word]
     return f" Did you mean {' or '.join(map(repr, elsewhere))}?" if elsewhere else nearest(word, beside)
 
 
@@ -276,8 +276,8 @@ def stages(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
     idle = _idle(given)
     whole = _merge(DEFAULTS, given, names + idle, "config")
     shared = {k: v for k, v in whole.items() if k not in names + idle}
-    flat, defaults = _flat(shared), _flat(DEFAULTS)
-    _check_reach({k: v for k, v in flat.items() if k not in defaults or v != defaults[k]}, given, names)
+    around, defaults = flat(shared), flat(DEFAULTS)
+    _check_reach({k: v for k, v in around.items() if k not in defaults or v != defaults[k]}, given, names)
     if whole["result"] not in ("", *names):
         raise UserError(f"config.result: no stage {whole['result']!r}.{nearest(whole['result'], names)}")
     found = []
@@ -384,12 +384,13 @@ def difference(old: Mapping, new: Mapping) -> list[str]:
     """Lines `key: old -> new` for what differs in a way that matters; see FREE."""
     names = ("", *old.get("stages", ()), *new.get("stages", ()))
     free = tuple(f"{name}.{key}".lstrip(".") for name in names for key in FREE)
-    old, new = (_flat(json.loads(json.dumps(x))) for x in (old, new))
+    old, new = (flat(json.loads(json.dumps(x))) for x in (old, new))
     keys = [k for k in sorted(old.keys() | new.keys()) if k not in free and not k.startswith(tuple(f"{key}." for key in free))]
     return [f"{k}: {old.get(k, '(absent)')!r} -> {new.get(k, '(absent)')!r}" for k in keys if old.get(k) != new.get(k)]
 
 
-def _flat(tree, prefix: str = "") -> dict:
+def flat(tree, prefix: str = "") -> dict:
+    """A tree of dicts as {path: leaf}, with dots between."""
     if not isinstance(tree, Mapping):
         return {prefix: tree}
-    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()}
+    return {k: v for key, value in tree.items() for k, v in flat(value, f"{prefix}.{key}" if prefix else key).items()}

@@ -1,6 +1,7 @@
 """The report: everything a run left in its work folder, as one HTML file that needs nothing else.
 
     python -m jaxpost.report --workdir=/tmp/run
+    python -m jaxpost.report runs/*                  several runs compared (compare.py)
 
 reads metrics.jsonl, samples.jsonl, config.json and environment.json, whichever of them are there, and writes report.html
 beside them. A run that is still going, or that stopped early, gets a report on what it has done so far.
@@ -27,7 +28,7 @@ from pathlib import Path
 
 from etils import epath
 
-from jaxpost import chart, cloud, table
+from jaxpost import chart, cloud, compare, table
 from jaxpost.errors import UserError
 from jaxpost.writers import METRICS, SAMPLES, read_rows
 
@@ -72,6 +73,7 @@ def write(workdir, out=None):
     title = f"jaxpost run: {workdir.name}"
     body = [
         f"<h1>{_escape(title)}</h1>",
+        _result(metrics, stages, config),
         _summary(metrics, stages, environment_),
         _headline(metrics, stages),
         _cells(metrics, stages),
@@ -90,6 +92,24 @@ def write(workdir, out=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(page.encode())
     return path
+
+
+def comparison(workdirs, out="compare.html"):
+    """Writes the page that compares several runs; (its path, the table of settings and final figures as text)."""
+    runs = compare.read(workdirs)
+    head, *rows = compare.table(runs)
+    wide = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    text = "\n".join("  ".join(cell.ljust(n) for cell, n in zip(row, wide, strict=True)).rstrip() for row in (head, *rows))
+    cells = [
+        [f"<tr>{''.join(f'<{tag}>{_escape(cell)}</{tag}>' for cell in row)}</tr>" for row in part]
+        for tag, part in (("th", [head]), ("td", rows))
+    ]
+    body = ["<h1>jaxpost runs</h1>", _table(cells[0][0], cells[1]), *compare.curves(runs, _COLOURS)]
+    head = f'<meta charset="utf-8"><title>jaxpost runs</title><style>{_STYLE}</style>'
+    page = f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>{"".join(body)}</body></html>\n'
+    path = cloud.path(out)
+    path.write_bytes(page.encode())
+    return path, text
 
 
 def summary(workdir):
@@ -175,7 +195,7 @@ def _escape(value):
 
 def _graded(metrics):
     """The names of what answers were judged by, sampled and greedy: accuracies, or rewards in a run that has only those."""
-    kind = "accuracy" if any("eval/accuracy_greedy" in row for row in metrics) else "reward"
+    kind = "accuracy" if any(name.startswith("eval/accuracy") for row in metrics for name in row) else "reward"
     return f"eval/{kind}", f"eval/{kind}_greedy"
 
 
@@ -202,6 +222,25 @@ def _ends(metrics, stage, name):
 
 def _table(head, rows):
     return f'<div class="scroll"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _result(metrics, stages, config):
+    """One sentence: where the run's result stands, from where it came."""
+    for name in (*_graded(metrics)[:1], "eval/loss", "loss"):
+        measured = [stage for stage in stages if any(row.get(name) is not None for row in metrics if row["stage"] == stage)]
+        if not measured:
+            continue
+        wanted = (config or {}).get("result")
+        last = wanted if wanted in measured else measured[-1]
+        first = next(row for row in metrics if row.get(name) is not None and row["stage"] == measured[0])
+        final = [row for row in metrics if row.get(name) is not None and row["stage"] == last][-1]
+        low, high = final.get(f"{name}_low"), final.get(f"{name}_high")
+        interval = "" if low is None or high is None else f" (95% interval {_figure(name, low)} to {_figure(name, high)})"
+        what = {"eval/loss": "held-out loss", "loss": "training loss"}.get(name, f"held-out {name[5:]}, sampled,")
+        before = "" if final is first else f", from {_figure(name, first[name])} at {measured[0]} step {first['step']}"
+        after = f"{_figure(name, final[name])}{interval} after {last} step {final['step']}{before}"
+        return f"<p><b>{_escape(f'The {what} is {after}.')}</b></p>"
+    return ""
 
 
 def _summary(metrics, stages, environment_):
@@ -259,31 +298,35 @@ def _cells(metrics, stages):
                 beside = f" <small>{_figure(names[1], greedy[end])}</small>" if greedy[end] is not None else ""
                 row += f'<td class="{style}"{shade}>{_figure(names[0], sampled[end])}{beside}</td>'
         rows.append(f"<tr>{row}</tr>")
-    note = f"Sampled {names[0][5:]}, with greedy decoding in grey beside it, at a stage's first and last evaluation."
+    note = (
+        f"A cell is one kind of the task's problems, as +2 may be sums of two digits. Sampled {names[0][5:]}, with greedy "
+        "decoding in grey beside it, at a stage's first and last evaluation; the greener, the more are solved."
+    )
     return f'<h2>Cells</h2><p class="note">{note}</p>{_table(head, rows)}'
 
 
 def _curves(metrics, colours):
-    """A chart for each metric, those with a common prefix under one heading."""
-    groups = {}
-    for name in dict.fromkeys(name for row in metrics for name in row if name not in _ROW_NAMES):
+    """A chart for each metric of each stage, those of evaluations first; what was zero throughout has none."""
+    parts = []
+    for stage, colour in colours.items():
         lines = {}
         for row in metrics:
-            if name in row:
-                lines.setdefault(row["stage"], []).append((row["step"], row[name]))
-        lines = {stage: line for stage, line in lines.items() if any(value is not None for _, value in line)}
-        groups.setdefault(name.rpartition("/")[0], []).append((name, lines))
-    if not groups:
-        return ""
-    key = "".join(f'<span><i style="background: {colour}"></i>{_escape(stage)}</span>' for stage, colour in colours.items())
-    parts = [f'<h2>Curves</h2><p class="note">Over the steps of each stage.</p><p class="key">{key}</p>']
-    for prefix in sorted(groups, key=lambda prefix: (prefix != "eval", prefix)):
+            for name in row if row["stage"] == stage else ():
+                if name not in _ROW_NAMES and not name.endswith(("_low", "_high")):
+                    lines.setdefault(name, []).append((row["step"], row[name]))
         charts = "".join(
-            f"<figure><figcaption>{_escape(name)}</figcaption>{chart.draw(lines, colours)}</figure>"
-            for name, lines in groups[prefix]
+            f"<figure><figcaption>{_escape(name)}</figcaption>{_chart(stage, line, colours)}</figure>"
+            for name, line in sorted(lines.items(), key=lambda item: (not item[0].startswith("eval/"), item[0].count("/")))
+            if any(value != 0 for _, value in line)
         )
-        parts.append(f'<h3>{_escape(prefix or "general")}</h3><div class="charts">{charts}</div>')
-    return "\n".join(parts)
+        if charts:
+            head = f'<h3><span style="color: {colour}">{_escape(stage)}</span></h3>'
+            parts.append(f'{head}<div class="charts">{charts}</div>')
+    return "\n".join(["<h2>Curves</h2>", '<p class="note">Over the steps of each stage.</p>', *parts]) if parts else ""
+
+
+def _chart(stage, line, colours):
+    return chart.draw({stage: line} if any(value is not None for _, value in line) else {}, colours)
 
 
 def _samples(samples, stages, each=6):
@@ -322,11 +365,15 @@ def _environment(environment_):
 
 
 def _main(argv):
-    if len(argv) > 1:
-        print(f"{argv[1]}: not understood; give the folder as --workdir={argv[1]}", file=sys.stderr)
-        return 2
+    folders = [*filter(None, [flags.FLAGS.workdir]), *argv[1:]]
     try:
-        print(write(flags.FLAGS.workdir, flags.FLAGS.out))
+        if not folders:
+            raise UserError("--workdir=... is required: the run to report on; or several folders, to be compared.")
+        if len(folders) == 1:
+            print(write(folders[0], flags.FLAGS.out))
+        else:
+            path, text = comparison(folders, flags.FLAGS.out or "compare.html")
+            print(text, path, sep="\n")
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
@@ -337,6 +384,8 @@ if __name__ == "__main__":
     from absl import app, flags
 
     # Defined only here, since the training command, which writes a report at its end, has a --workdir of its own.
-    flags.DEFINE_string("workdir", None, "The folder of the run to report on: what --workdir was in training.", required=True)
-    flags.DEFINE_string("out", None, "The HTML file to write. Default: report.html in the work folder.")
+    flags.DEFINE_string("workdir", None, "The folder of the run to report on: what --workdir was in training.")
+    flags.DEFINE_string(
+        "out", None, "The HTML file to write. Default: report.html in the work folder; of several runs compare.html here."
+    )
     app.run(_main)
