@@ -20,6 +20,8 @@ import functools
 import inspect
 import json
 import math
+import shutil
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -28,7 +30,7 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from jaxpost import api, cli, metrics, selfmade, sharding
+from jaxpost import api, cli, metrics, selfmade, sharding, table
 from jaxpost.data import chat, readers, source
 from jaxpost.data.chat import TRAIN_ON
 from jaxpost.errors import UserError
@@ -170,7 +172,7 @@ def slide(examples: Sequence[dict], window: int) -> list[dict]:
 def perplexity(
     model: api.Model, path: str, *, window: int | None = None, train_on: str = "assistant", template: str | None = None, rows=8
 ) -> Iterator[tuple[str, float | int]]:
-    """(perplexity, nll in nats a token, tokens that were scored, entropy, mean_token_accuracy) of a data file.
+    """(perplexity, nll in nats a token, tokens that were scored, documents, entropy, mean_token_accuracy) of a data file.
 
     window: tokens read at a time, None for the model's positions or WINDOW, whichever is less; rows: how many windows at once.
     Raises UserError for whatever is wrong with the file, and for a window the model does not take.
@@ -195,6 +197,7 @@ def perplexity(
         found = dict(held_out(judge, model.params, (batches() for _ in turns), model.mesh, rows))
     nll = found.pop("eval/loss")
     yield from {"perplexity": math.exp(nll), "nll": nll, "tokens": sum(int(p["mask"].sum()) for p in pieces)}.items()
+    yield "documents", len(encoded.lengths)
     yield from ((name.removeprefix("eval/"), value) for name, value in found.items())
 
 
@@ -211,7 +214,8 @@ def solves(
     ks: Sequence[int] = (1,),
 ) -> Iterator[tuple[str, float]]:
     """(accuracy or reward, the same _greedy, and of each cell) of a task's test problems, see `graded`; or, of several
-    `samples` of each problem, pass@k and maj@k for each k of ks, see evals/repeated.py.
+    `samples` of each problem, pass@k and maj@k for each k of ks, see evals/repeated.py. First comes how many problems there
+    are, last ("samples", rows) as there.
 
     name: of the task, or a dict with its keys; reward: a function in place of the task's own; new: the most tokens of an
     answer; rows: problems at a time. Raises UserError for an unknown task, or one whose problems the model has no room for.
@@ -236,7 +240,8 @@ def solves(
         )  # fmt: skip
     else:
         found = graded(*asked, judges, model.mesh, rows=rows, options=options)
-    yield from ((key.removeprefix("eval/"), value) for key, value in found if key != "samples")
+    yield "problems", len(records)
+    yield from ((key.removeprefix("eval/"), value) for key, value in found)
 
 
 def _verifier(rewards: Mapping) -> str | None:
@@ -265,6 +270,14 @@ def _lm_eval(model: api.Model, tasks: list[str], limit: int | None) -> dict:
     return harness.evaluate(model, tasks, limit=limit)
 
 
+def _tell(task: str, problems: int, samples: list[dict], most: int = 6) -> None:
+    """Says what was asked, and shows a few of the completions."""
+    if jax.process_index() == 0:
+        print(f"{task}: {problems} test problems; the first completions:", file=sys.stderr)
+        width = shutil.get_terminal_size((120, 24)).columns
+        print(table.shown(samples[:most], width, colour=sys.stderr.isatty()), file=sys.stderr)
+
+
 def main(_) -> None:
     """The command line; see the module's docstring."""
     given = flags.FLAGS
@@ -275,12 +288,15 @@ def main(_) -> None:
     template, found = given.template or None, {}
     if given.data:
         found |= dict(perplexity(model, given.data, window=given.window, train_on=given.train_on, template=template))
+        if jax.process_index() == 0:
+            print(f"{given.data}: {found['documents']:,} documents, {found['tokens']:,} scored tokens", file=sys.stderr)
     if given.task:
         what, options = value_of(given.task), {"per_cell": given.per_cell, "new": given.new, "samples": given.samples}
         if not all(k.isdigit() for k in given.k):
             raise UserError(f"--k={','.join(given.k)}: give whole numbers, with commas between several.")
         options |= {"reward": given.reward, "template": template, "ks": [int(k) for k in given.k]}
         found |= dict(solves(model, what if isinstance(what, dict) else given.task, **options))
+        _tell(given.task, found["problems"], found.pop("samples"))
     if given.lm_eval:
         found["lm_eval"] = _lm_eval(model, given.lm_eval, given.limit)
     if jax.process_index() == 0:

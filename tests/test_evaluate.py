@@ -231,7 +231,7 @@ def test_accuracy_of_a_task_by_name(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate, "complete", complete)
     (tmp_path / "judge.py").write_text("def two(record, completion) -> 'bool':\n    return completion == '2'")
     found = dict(evaluate.solves(api.load(folder), "arithmetic", per_cell=1, reward=f"{tmp_path}/judge.py:two", rows=4))
-    assert found["accuracy"] == found["accuracy_greedy/x3"] == 1.0 and len(found) == 25
+    assert found["accuracy"] == found["accuracy_greedy/x3"] == 1.0 and found["problems"] == 9 and len(found) == 27
     # <|user|>, seven characters of the longest problem, <|assistant|>; and as much of 64 as the model's positions leave.
     assert asked == {"prompt_window": 9, "new": 55, "rows": 4}
     (tmp_path / "judge.py").write_text("def none(record, completion):\n    return None")
@@ -242,6 +242,13 @@ def test_accuracy_of_a_task_by_name(folder, monkeypatch, tmp_path):
     records = arithmetic.test_records(1)
     right = [r["answer"] == "2" for r in records]
     assert own["accuracy"] == pytest.approx(np.average(right, weights=[r["weight"] for r in records]))
+
+
+def test_it_is_said_how_many_problems_were_asked_and_what_came(capsys):
+    rows = [{"prompt": "1+1", "completion": f"answer {i}", "reward": 1.0} for i in range(9)]
+    evaluate._tell("arithmetic", 209, rows)
+    told = capsys.readouterr().err
+    assert told.startswith("arithmetic: 209 test problems") and "answer 5" in told and "answer 6" not in told
 
 
 def test_the_command_prints_one_object(folder, tmp_path):
@@ -255,5 +262,6 @@ def test_the_command_prints_one_object(folder, tmp_path):
     done = command(f"--data={tmp_path / 'rows.jsonl'}")
     found = json.loads(done.stdout)
     assert done.returncode == 0 and found["tokens"] == 5 and found["perplexity"] == pytest.approx(math.exp(found["nll"]))
+    assert found["documents"] == 1 and "rows.jsonl: 1 documents, 5 scored tokens" in done.stderr
     none = command()
     assert none.returncode == 2 and none.stderr.startswith("error: nothing to evaluate on: give --data=FILE, --task=NAME or")
