@@ -28,34 +28,13 @@ from pathlib import Path
 
 from etils import epath
 
-from jaxpost import chart, cloud, compare, table
+from jaxpost import chart, cloud, compare, page, table
 from jaxpost.errors import UserError
 from jaxpost.writers import METRICS, SAMPLES, read_rows
 
 _ROW_NAMES = ("stage", "step", "time")
 _COLOURS = ("#2563a8", "#d1600f", "#2f8a4e", "#9a3f9e", "#b3262e", "#0e8a94", "#8a6d1b", "#5b5f66")
 _PACKAGES = ("jaxpost", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers", "libtpu")
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1d2125; background: #fff }
-body { max-width: 1320px; margin: 2em auto; padding: 0 1.5em }
-h1 { font-size: 1.7em; margin: 0 } h2 { font-size: 1.25em; margin: 2em 0 .6em } h3 { font-size: 1em; margin: 1.2em 0 .3em }
-p.note { color: #5b6570; margin: .2em 0 .8em }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .3em .8em; text-align: right; border-bottom: 1px solid #e3e7eb; vertical-align: top }
-th { font-weight: 600; color: #3c454e } th:first-child, td:first-child { text-align: left }
-thead tr:last-child th { border-bottom: 2px solid #c5ccd3 } th.stage { text-align: center; border-left: 1px solid #c5ccd3 }
-td.open, th.open { border-left: 1px solid #c5ccd3 } td small { color: #5b6570 } td.best { font-weight: 600 }
-td.text, th.text { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; max-width: 34em }
-td.better { color: #2f8a4e } td.worse { color: #b3262e }
-td.text { font-family: ui-monospace, monospace; font-size: 13px }
-.scroll { overflow-x: auto } .charts { display: flex; flex-wrap: wrap; gap: 1em 1.2em }
-figure { margin: 0 } figcaption { font-weight: 600; font-size: 14px; overflow-wrap: anywhere; max-width: 400px }
-svg text { font: 11px system-ui, sans-serif; fill: #5b6570 } svg .grid { stroke: #e9edf0 } svg .axis { stroke: #aab3bc }
-.key span { display: inline-block; margin-right: 1.4em } .key i { display: inline-block; width: 1.4em; height: 4px;
-  margin: 0 .45em .2em 0; border-radius: 2px }
-pre { background: #f5f7f9; padding: .8em 1em; overflow-x: auto; font-size: 13px } summary { cursor: pointer; font-weight: 600 }
-"""
 
 
 def write(workdir, out=None):
@@ -82,15 +61,9 @@ def write(workdir, out=None):
         _config(config),
         _environment(environment_),
     ]
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_escape(title)}</title><style>{_STYLE}</style>"
-    )
-    content = "\n".join(filter(None, body))
-    page = f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{content}\n</body></html>\n'
     path = cloud.path(out) if out else workdir / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(page.encode())
+    path.write_bytes(page.whole(title, "\n".join(filter(None, body))).encode())
     return path
 
 
@@ -105,10 +78,8 @@ def comparison(workdirs, out="compare.html"):
         for tag, part in (("th", [head]), ("td", rows))
     ]
     body = ["<h1>jaxpost runs</h1>", _table(cells[0][0], cells[1]), *compare.curves(runs, _COLOURS)]
-    head = f'<meta charset="utf-8"><title>jaxpost runs</title><style>{_STYLE}</style>'
-    page = f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>{"".join(body)}</body></html>\n'
     path = cloud.path(out)
-    path.write_bytes(page.encode())
+    path.write_bytes(page.whole("jaxpost runs", "".join(body)).encode())
     return path, text
 
 
@@ -330,18 +301,38 @@ def _chart(stage, line, colours):
 
 
 def _samples(samples, stages, each=6):
-    """The first and the last completions of each stage, `each` of both."""
+    """Answers to test problems before and after each stage, side by side; then its other completions, first and last."""
     if not samples:
         return ""
-    names = table.columns(samples)
-    head = "<tr>" + "".join(f'<th class="text">{_escape(name)}</th>' for name in names) + "</tr>"
-    rows = []
+    rows, others = [], []
     for stage in stages:
         mine = [row for row in samples if row["stage"] == stage]
-        shown = mine if len(mine) <= 2 * each else mine[:each] + mine[-each:]
-        rows += ["<tr>" + "".join(_sample_cell(name, row.get(name)) for name in names) + "</tr>" for row in shown]
-    note = f'<p class="note">{len(rows)} of {len(samples)} in samples.jsonl: each stage\'s first and last.</p>'
-    return f"<h2>Samples</h2>{note}{_table(head, rows)}"
+        asked = [row for row in mine if "kind" in row]
+        ends = (
+            [[row for row in asked if row["step"] == step] for step in (asked[0]["step"], asked[-1]["step"])]
+            if asked
+            else [[], []]
+        )
+        after = {(row["kind"], row["prompt"]): row for row in ends[1]}
+        for row in ends[0]:
+            last = after.get((row["kind"], row["prompt"]), {})
+            cells = [(name, row.get(name)) for name in ("stage", "kind", "prompt", "answer", "completion", "reward")]
+            cells += [(name, last.get(name)) for name in ("completion", "reward")]
+            rows.append("<tr>" + "".join(_sample_cell(*cell) for cell in cells) + "</tr>")
+        rest = [row for row in mine if "kind" not in row]
+        others += rest if len(rest) <= 2 * each else rest[:each] + rest[-each:]
+    names = ("stage", "kind", "prompt", "answer", "before", "reward", "after", "reward")
+    head = "<tr>" + "".join(f'<th class="text">{name}</th>' for name in names) + "</tr>"
+    note = '<p class="note">The first test problem of each cell, at a stage\'s first and last evaluation.</p>'
+    parts = ["<h2>Samples</h2>", note + _table(head, rows) if rows else ""]
+    if others:
+        names = table.columns(others)
+        head = "<tr>" + "".join(f'<th class="text">{_escape(name)}</th>' for name in names) + "</tr>"
+        drawn = ["<tr>" + "".join(_sample_cell(name, row.get(name)) for name in names) + "</tr>" for row in others]
+        parts.append(
+            f'<p class="note">Completions that were learned from: each stage\'s first and last.</p>{_table(head, drawn)}'
+        )
+    return "".join(parts)
 
 
 def _sample_cell(name, value):

@@ -316,3 +316,17 @@ def test_the_report_opens_with_its_result_and_hides_what_was_always_zero(tmp_pat
     # One chart of the accuracy a stage, each with its own axis of steps.
     assert re.findall(r"<figcaption>(.*?)</figcaption>", page) == ["eval/accuracy"] * 2
     assert ">100</text>" in page.partition("</figure>")[0] and ">100</text>" not in page.partition("</figure>")[2]
+
+
+def test_answers_before_and_after_a_stage_stand_side_by_side(tmp_path):
+    writer = writers.MetricWriter(tmp_path, {}, STAGES)
+    for step, answers in ((0, ("7", "8")), (3, ("7", "9")), (9, ("2", "3"))):
+        rows = [
+            {"prompt": p, "completion": a, "answer": "x", "reward": 0.5} for p, a in zip(("1+1", "1+2"), answers, strict=True)
+        ]
+        writer.samples("rl", step, [{**row, "kind": "sampled"} for row in rows] + [{"prompt": "5+5", "completion": str(step)}])
+    writer.close()
+    rows = Outline(report.write(tmp_path).read_text()).rows
+    assert ["rl", "sampled", "1+1", "x", "7", "0.5", "2", "0.5"] in rows
+    assert ["rl", "sampled", "1+2", "x", "8", "0.5", "3", "0.5"] in rows
+    assert [row[3] for row in rows if row[2:3] == ["5+5"]] == ["0", "3", "9"]
