@@ -14,7 +14,6 @@ params, batch) -> {column: [B,S,...]}, or a JSON object with its name and keywor
 import dataclasses
 import functools
 import json
-import sys
 
 import jax
 from absl import flags
@@ -68,7 +67,6 @@ def main(_) -> None:
     if jax.process_index() == 0:
         told = {folder: {name: list(x.shape) for name, x in columns.read(folder).items()} for folder in folders}
         print(json.dumps(told, indent=2))
-        print("all is there; the same command would make nothing anew.", file=sys.stderr)
 
 
 if __name__ == "__main__":

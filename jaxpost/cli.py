@@ -13,7 +13,6 @@ from jaxpost import host, programs, recipe
 from jaxpost.errors import UserError
 from jaxpost.naming import NOUNS
 from jaxpost.recipe import DEFAULTS
-from jaxpost.resolve import nearest
 
 
 def run(main: Callable, about: str, config: bool = False) -> None:
@@ -63,7 +62,9 @@ def _explain(error: Exception, argv: list[str]) -> str:
         path, word = wrong
         known = _known_beside(path, word)
         absent = " Set it in the recipe; the command line only changes what is there."
-        return f"--{'.'.join(path)}: the recipe has no key {word!r} there.{absent if word in known else nearest(word, known)}"
+        return (
+            f"--{'.'.join(path)}: the recipe has no key {word!r} there.{absent if word in known else recipe.hint(word, known)}"
+        )
     own = str(Path(__file__).parent)
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((own, "<"))]
     places = [f"{f.filename}, line {f.lineno}: " for f in frames if "site-packages" not in f.filename]
@@ -103,14 +104,15 @@ def _recipe(argv: list[str]) -> Mapping:
 def _own_keywords(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
     """(the arguments without them, [(path, value)]) of the keywords of functions that the recipe does not mention.
 
-    ml_collections changes only what is there, but which keywords an objective or a task has is for the function to say.
+    ml_collections changes only what is there, but which keywords an objective or a task has is for the function to say. It also
+    takes no folder where the recipe has a model's fields, so a model is among them.
     """
-    pattern = re.compile(rf"--config\.((?:\w+\.)?(?:{'|'.join(NOUNS)})\.\w+)=(.*)", re.DOTALL)
+    pattern = re.compile(rf"--config\.((?:\w+\.)?(?:(?:{'|'.join(NOUNS)})\.\w+|model))=(.*)", re.DOTALL)
     found = [m.groups() for a in argv if (m := pattern.fullmatch(a))]
     if not found or not any(a.startswith("--config=") for a in argv):
         return argv, []
     config = _recipe(argv)
-    own = [(path, value) for path, value in found if not recipe.has(config, path)]
+    own = [(path, value) for path, value in found if not recipe.has(config, path) or path.split(".")[-1] == "model"]
     return [a for a in argv if a not in [f"--config.{path}={value}" for path, value in own]], own
 
 

@@ -71,13 +71,20 @@ def make(what: Mapping | str, plan: Plan, found: loading.Description, params: Ca
         folder = epath.Path(out) / hashlib.sha256(json.dumps(meta, sort_keys=True, default=str).encode()).hexdigest()[:16]
         folders.append(folder)
         if (folder / "meta.json").exists():
+            _tell(f"{one.name}: {what['name'].rpartition('.')[2]} is in {folder} already; nothing to do")
             continue
         weights = params() if weights is None else weights
         _score(one, program, weights, s, mesh, folder)
         if jax.process_index() == 0:
             _gather(one, s, folder, meta)
+        _tell(f"{one.name}: wrote {what['name'].rpartition('.')[2]} of {one.encoded.learned.sum():,} tokens to {folder}")
         sharding.agree(0.0)  # nobody reads before all is written
     return folders
+
+
+def _tell(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr)
 
 
 def _program(annotator: Callable, forward: Callable) -> Callable:

@@ -55,7 +55,7 @@ def read(task, found, s, objective: Callable) -> list[Set]:
     # On the command line every share is a float, a number of examples too.
     wanted = 0 if s.eval_data else int(s.held_out) if s.held_out >= 1 else float(s.held_out)
     options = _options(found, s, objective)
-    _, others = source.split(sum(len(part.records) for part in parts), wanted, s.seed)
+    _, others = source.split(sum(len(part.records) for part in parts), wanted, s.split_seed)
     kept, rest = mixture.divide(parts, others)
     if s.eval_data:
         kept = mixture.read(plain(s.eval_data), "eval_data", s.bad_rows == "skip")
@@ -102,7 +102,7 @@ def _sources(task, s) -> list[mixture.Part]:
         raise UserError("config.data: give a file (README.md lists the kinds), or a config.task with demonstrations.")
     made = hasattr(module(s.task["name"], "tasks"), "make")  # a task that was made of the keys has them already
     options = {} if made else {k: v for k, v in plain(s.task).items() if k not in ("name", "examples")}
-    make = bind(task.conversation, {"seed": s.seed, **options}, f"task {s.task['name']}")
+    make = bind(task.conversation, {"seed": s.split_seed, **options}, f"task {s.task['name']}")
     name = f"task {s.task['name']}"
     records = [Record(make(i), f"{name}, example {i}") for i in range(s.task.get("examples", EXAMPLES))]
     return [mixture.Part(name, None, records, [])]

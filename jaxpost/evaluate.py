@@ -20,6 +20,8 @@ import functools
 import inspect
 import json
 import math
+import shutil
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -28,7 +30,7 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from jaxpost import api, cli, metrics, selfmade, sharding
+from jaxpost import api, cli, metrics, selfmade, sharding, table
 from jaxpost.data import chat, readers, source
 from jaxpost.data.chat import TRAIN_ON
 from jaxpost.errors import UserError
@@ -44,6 +46,7 @@ from jaxpost.types import Params
 
 # What a window is where none is asked for, unless the model takes less.
 WINDOW = 1024
+NOISE = 271828  # the seed of all evaluations' samples
 
 
 def held_out(evaluate: Callable, params: Params, batches: Iterable[dict], mesh, batch_size: int) -> Iterator[tuple[str, float]]:
@@ -69,17 +72,18 @@ def graded(
     *,
     rows: int,
     options: dict,
-    step: int,
     judging: Mapping = types.MappingProxyType({}),
 ) -> Iterator[tuple[str, float | list]]:
     """(eval/reward, mean of one sample a problem), (eval/reward_greedy, ...), the same for each cell as <name>/<cell>, where
     there are several. Where a reward is a verifier, whose signature says that it gives a bool, these are called accuracy and
-    are about it, and eval/reward is there besides. Of several rewards each as eval/rewards/<its name>, too.
+    are about it, and eval/reward is there besides; eval/accuracy_low and _high are its 95% interval (`wilson`). Of several
+    rewards each as eval/rewards/<its name>, too.
 
     records: dicts with prompt, and maybe answer, cell (else "all") and a weight in the overall mean. rewards: {name:
     (function, weight)}; judging: what `scoring.judged` takes. rows: how many are completed at a time; options: prompt_window,
     new, template, and maybe stop and strings. Last yields ("samples", rows of prompt, completion, answer, reward, kind) for
     the log: the first problem of each cell. All processes compute the same.
+    A sample's noise is a function of NOISE and the problem's number alone: the same weights always have the same figure.
     """
     template, params = options["template"], ready(model, params, mesh)
     sampling = {k: options[k] for k in ("prompt_window", "new", "strings") if k in options}
@@ -88,13 +92,14 @@ def graded(
     samples, verifier = [], _verifier(rewards)
     kind = "accuracy" if verifier else "reward"
     for name, temperature in ((f"eval/{kind}", 1.0), (f"eval/{kind}_greedy", 0.0)):
-        sampling |= {"temperature": temperature, "step": step}
+        sampling["temperature"] = temperature
         texts, stopped = _answered(model, params, tokenizer, prompts, mesh, rows, sampling)
         asked = [{**record, "stopped": ended} for record, ended in zip(records, stopped, strict=True)]
         found = verdicts.everywhere(rewards, asked, texts, **judging)
         scores = np.array([score.each[verifier] or 0.0 if verifier else score.total for score in found])
         weights = [r.get("weight", 1.0) for r in records]
-        yield name, float(np.average(scores, weights=weights))
+        yield name, (mean := float(np.average(scores, weights=weights)))
+        yield from zip((f"{name}_low", f"{name}_high"), wilson(mean, weights), strict=True) if verifier else ()
         if verifier and temperature:
             yield "eval/reward", float(np.average([score.total for score in found], weights=weights))
         for one in rewards if len(rewards) > 1 else ():
@@ -109,13 +114,37 @@ def graded(
     yield "samples", samples
 
 
+def names(records: Sequence[Mapping], rewards: Mapping) -> Iterator[str]:
+    """The names of the figures that `graded` gives for these problems and rewards."""
+    verifier, cells = _verifier(rewards), {r.get("cell", "all") for r in records}
+    kind = "accuracy" if verifier else "reward"
+    for suffix in ("", "_greedy"):
+        yield f"eval/{kind}{suffix}"
+        yield from (f"eval/{kind}{suffix}_{end}" for end in ("low", "high") if verifier)
+        yield from (f"eval/rewards/{one}{suffix}" for one in rewards if len(rewards) > 1)
+        yield from (f"eval/{kind}{suffix}/{cell}" for cell in cells if len(cells) > 1)
+    yield "eval/reward"
+
+
+def wilson(share: float, weights: Sequence[float]) -> tuple[float, float]:
+    """The 95% interval of a share of problems that were solved, by Wilson's score: how far another draw of problems, each
+    answered anew, would move it. Unlike the normal approximation it stays inside [0, 1] and has a width at 0 and 1.
+
+    share: the mean of verdicts over problems with these weights. Unequal weights count as (sum w)^2 / sum w^2 equal ones.
+    """
+    z, weights = 1.96, np.asarray(weights, np.float64)
+    n = weights.sum() ** 2 / np.sum(weights**2)
+    centre, width = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return max(0.0, (centre - width) / (1 + z**2 / n)), min(1.0, (centre + width) / (1 + z**2 / n))
+
+
 def _answered(model, params: Params, tokenizer, prompts: list, mesh, rows: int, sampling: dict) -> tuple[list[str], list[bool]]:
     """A completion of each prompt as text, so many rows at a time, and whether it ended by itself."""
     texts, stopped = [], []
     for first in range(0, len(prompts), rows):
         part = prompts[first : first + rows]
         part += [part[0]] * (rows - len(part))  # one shape, whatever is left
-        found = complete(model, params, part, mesh=mesh, tokenizer=tokenizer, seed=first, **sampling)
+        found = complete(model, params, part, mesh=mesh, tokenizer=tokenizer, seed=NOISE, number=first, **sampling)
         texts, stopped = texts + answers(found, tokenizer), stopped + found.stopped.tolist()
     return texts[: len(prompts)], stopped[: len(prompts)]
 
@@ -143,7 +172,7 @@ def slide(examples: Sequence[dict], window: int) -> list[dict]:
 def perplexity(
     model: api.Model, path: str, *, window: int | None = None, train_on: str = "assistant", template: str | None = None, rows=8
 ) -> Iterator[tuple[str, float | int]]:
-    """(perplexity, nll in nats a token, tokens that were scored, entropy, mean_token_accuracy) of a data file.
+    """(perplexity, nll in nats a token, tokens that were scored, documents, entropy, mean_token_accuracy) of a data file.
 
     window: tokens read at a time, None for the model's positions or WINDOW, whichever is less; rows: how many windows at once.
     Raises UserError for whatever is wrong with the file, and for a window the model does not take.
@@ -168,6 +197,7 @@ def perplexity(
         found = dict(held_out(judge, model.params, (batches() for _ in turns), model.mesh, rows))
     nll = found.pop("eval/loss")
     yield from {"perplexity": math.exp(nll), "nll": nll, "tokens": sum(int(p["mask"].sum()) for p in pieces)}.items()
+    yield "documents", len(encoded.lengths)
     yield from ((name.removeprefix("eval/"), value) for name, value in found.items())
 
 
@@ -184,7 +214,8 @@ def solves(
     ks: Sequence[int] = (1,),
 ) -> Iterator[tuple[str, float]]:
     """(accuracy or reward, the same _greedy, and of each cell) of a task's test problems, see `graded`; or, of several
-    `samples` of each problem, pass@k and maj@k for each k of ks, see evals/repeated.py.
+    `samples` of each problem, pass@k and maj@k for each k of ks, see evals/repeated.py. First comes how many problems there
+    are, last ("samples", rows) as there.
 
     name: of the task, or a dict with its keys; reward: a function in place of the task's own; new: the most tokens of an
     answer; rows: problems at a time. Raises UserError for an unknown task, or one whose problems the model has no room for.
@@ -208,8 +239,9 @@ def solves(
             extract=getattr(task, "extract", None), name="pass" if _verifier(judges) else "best",
         )  # fmt: skip
     else:
-        found = graded(*asked, judges, model.mesh, rows=rows, options=options, step=0)
-    yield from ((key.removeprefix("eval/"), value) for key, value in found if key != "samples")
+        found = graded(*asked, judges, model.mesh, rows=rows, options=options)
+    yield "problems", len(records)
+    yield from ((key.removeprefix("eval/"), value) for key, value in found)
 
 
 def _verifier(rewards: Mapping) -> str | None:
@@ -238,6 +270,14 @@ def _lm_eval(model: api.Model, tasks: list[str], limit: int | None) -> dict:
     return harness.evaluate(model, tasks, limit=limit)
 
 
+def _tell(task: str, problems: int, samples: list[dict], most: int = 6) -> None:
+    """Says what was asked, and shows a few of the completions."""
+    if jax.process_index() == 0:
+        print(f"{task}: {problems} test problems; the first completions:", file=sys.stderr)
+        width = shutil.get_terminal_size((120, 24)).columns
+        print(table.shown(samples[:most], width, colour=sys.stderr.isatty()), file=sys.stderr)
+
+
 def main(_) -> None:
     """The command line; see the module's docstring."""
     given = flags.FLAGS
@@ -248,12 +288,15 @@ def main(_) -> None:
     template, found = given.template or None, {}
     if given.data:
         found |= dict(perplexity(model, given.data, window=given.window, train_on=given.train_on, template=template))
+        if jax.process_index() == 0:
+            print(f"{given.data}: {found['documents']:,} documents, {found['tokens']:,} scored tokens", file=sys.stderr)
     if given.task:
         what, options = value_of(given.task), {"per_cell": given.per_cell, "new": given.new, "samples": given.samples}
         if not all(k.isdigit() for k in given.k):
             raise UserError(f"--k={','.join(given.k)}: give whole numbers, with commas between several.")
         options |= {"reward": given.reward, "template": template, "ks": [int(k) for k in given.k]}
         found |= dict(solves(model, what if isinstance(what, dict) else given.task, **options))
+        _tell(given.task, found["problems"], found.pop("samples"))
     if given.lm_eval:
         found["lm_eval"] = _lm_eval(model, given.lm_eval, given.limit)
     if jax.process_index() == 0:

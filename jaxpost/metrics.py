@@ -24,6 +24,19 @@ class Mean(NamedTuple):
         return np.float64(self.sum) / np.float64(self.weight) if self.weight else float("nan")
 
 
+class Total(NamedTuple):
+    """The sum of several Means, each of its own share of what was seen; one that saw nothing adds zero, nan where none did."""
+
+    parts: tuple[Mean, ...]
+
+    def merge(self):
+        return Total(tuple(part.merge() for part in self.parts))
+
+    def value(self):
+        measured = [part.value() for part in self.parts if part.weight]
+        return sum(measured) if measured else float("nan")
+
+
 class Difference(NamedTuple):
     """One Mean less another, each of its own share of what was seen; nan where either saw nothing."""
 
@@ -104,7 +117,7 @@ def masked_max(values: jax.Array, mask: jax.Array) -> Max:
 
 def is_metric(x) -> bool:
     """Whether x is one of the metrics above; for jax.tree.map's is_leaf."""
-    return isinstance(x, (Mean, Difference, Std, Explained, Min, Max))
+    return isinstance(x, (Mean, Total, Difference, Std, Explained, Min, Max))
 
 
 def merge(stacked: dict) -> dict:

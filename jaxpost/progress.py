@@ -24,6 +24,14 @@ PEAKS = {
     "NVIDIA H200": 989e12,
 }
 
+# What is shown of a step of rollouts in place of the loss, and how it is called there.
+ROLLED = {
+    "reward": "reward",
+    "completions/mean_length": "length",
+    "kl": "kl",
+    "frac_reward_zero_std": "level groups",  # the share of groups whose rewards are all equal, from which nothing is learned
+}
+
 
 def model_flops(arch: Architecture, tokens: float, trained: float, pairs: float, frozen: float = 0.0) -> float:
     """FLOPs that a training step's mathematics needs, forward and backward:
@@ -76,11 +84,16 @@ class Progress:
     def show(self, step: int, values: dict[str, float], seconds: float) -> None:
         """The step's main figures; seconds: of training so far, which the time left goes by."""
         graded = ("eval/accuracy", "eval/accuracy_greedy", "eval/reward", "eval/reward_greedy")
-        names = ("loss", "reward", "eval/loss", *graded, "tokens_per_second", "mfu")
-        text = "  ".join(f"{n} {values[n]:.4g}" for n in names if n in values)
+        # A policy gradient's loss is near zero by construction; what its completions are like says how it goes.
+        own = ROLLED if "reward" in values else {"loss": "loss"}
+        shown = {**own, **{name: name for name in ("eval/loss", *graded, "tokens_per_second", "mfu")}}
+        text = "  ".join(f"{label} {values[name]:.4g}" for name, label in shown.items() if name in values)
+        if self.quiet or not text:
+            return
         if self.terminal:
             self.bar.set_postfix_str(text)
-        elif not self.quiet:
+            tqdm.tqdm.write(f"{self.stage} {step}/{self.steps}  {text}", file=sys.stderr)
+        else:
             # The first step is mostly compilation, and says nothing of those to come.
             first, since = self.first or (step, seconds)
             self.first = (first, since) if first else None

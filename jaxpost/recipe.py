@@ -19,7 +19,7 @@ from jaxpost.naming import named
 from jaxpost.resolve import find, nearest, value_of
 
 DEFAULTS = {
-    "seed": 0,
+    "seed": 0,  # of fresh weights, of the data's order and of all sampling; evaluation has noise of its own, always the same
     "stages": (),  # names, in order; () is one stage called "train" with the settings as they stand
     "result": "",  # the stage whose weights generate and export take from the workdir; "" is the last
     "start": "",  # the stage whose weights to start from; "" is the one before (the model itself for the first)
@@ -53,6 +53,7 @@ DEFAULTS = {
     "columns": "",  # the data's own names for columns of a shape: "prompt=problem,completion=solution", or a dict
     "bad_rows": "stop",  # of a row that cannot be learned from, or a problem asked: stop the run, or skip it (counted and told)
     "held_out": 0.0,  # how much of data to hold out: a share below 1, or a number of examples
+    "split_seed": 0,  # decides which these are, and a task's demonstrations: the same for each `seed`, so that seeds compare
     "template": "",  # chat template: plain, chatml, llama3, gemma, or Jinja; "" is the tokenizer's own
     "template_options": "",  # values for variables that it reads: "enable_thinking=false", or a dict
     "train_on": "assistant",  # assistant, last, completion, all
@@ -187,8 +188,14 @@ def opened(config: ConfigDict | Mapping | str | None, **changes) -> ConfigDict:
     changes |= {name: _onto(given.get(name, {}), changes[name]) for name in names if isinstance(changes.get(name), Mapping)}
     known = names + _idle({**given, **changes})
     whole = _merge(_merge(DEFAULTS, given, known, "config"), changes, known, "config")
-    _check_reach(_flat({k: v for k, v in changes.items() if k not in known}), whole, names)
+    _check_reach(flat({k: v for k, v in changes.items() if k not in known}), whole, names)
     return ConfigDict(whole)
+
+
+def hint(word: str, beside: Mapping) -> str:
+    """What an unknown key was meant for: a setting of that name at another level, or the nearest of those beside it."""
+    elsewhere = [path for path in flat(DEFAULTS) if path.rpartition(".")[2] == word]
+    return f" Did you mean {' or '.join(map(repr, elsewhere))}?" if elsewhere else nearest(word, beside)
 
 
 def located(path: str) -> str:
@@ -235,7 +242,7 @@ def put(config: ConfigDict, path: str, text: str) -> None:
         config = config[part]
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config.{path}: the recipe has {config!r} there, and no keywords.")
-    with config.unlocked():
+    with config.unlocked(), config.ignore_type():
         config[key] = value_of(text)
 
 
@@ -269,8 +276,8 @@ def stages(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
     idle = _idle(given)
     whole = _merge(DEFAULTS, given, names + idle, "config")
     shared = {k: v for k, v in whole.items() if k not in names + idle}
-    flat, defaults = _flat(shared), _flat(DEFAULTS)
-    _check_reach({k: v for k, v in flat.items() if k not in defaults or v != defaults[k]}, given, names)
+    around, defaults = flat(shared), flat(DEFAULTS)
+    _check_reach({k: v for k, v in around.items() if k not in defaults or v != defaults[k]}, given, names)
     if whole["result"] not in ("", *names):
         raise UserError(f"config.result: no stage {whole['result']!r}.{nearest(whole['result'], names)}")
     found = []
@@ -328,7 +335,7 @@ def _merge(base: Mapping, changes: Mapping, extra: tuple, place: str, defaults: 
             _merge(DEFAULTS, value, (), f"{place}.{key}")
             merged[key] = {k: _stored(k, v) for k, v in value.items()}
         elif key not in base:
-            raise UserError(f"{place}: unknown key {key!r}.{nearest(key, base)}")
+            raise UserError(f"{place}: unknown key {key!r}.{hint(key, base)}")
         elif isinstance(base[key], Mapping) and base[key] and not _replaces(key, value):
             merged[key] = _merge(base[key], value, (), f"{place}.{key}", defaults.get(key, {}))
         else:
@@ -377,12 +384,13 @@ def difference(old: Mapping, new: Mapping, free: Sequence[str] = FREE) -> list[s
     """Lines `key: old -> new` for what differs, the keys in `free` aside."""
     names = ("", *old.get("stages", ()), *new.get("stages", ()))
     free = tuple(f"{name}.{key}".lstrip(".") for name in names for key in free)
-    old, new = (_flat(json.loads(json.dumps(x))) for x in (old, new))
+    old, new = (flat(json.loads(json.dumps(x))) for x in (old, new))
     keys = [k for k in sorted(old.keys() | new.keys()) if k not in free and not k.startswith(tuple(f"{key}." for key in free))]
     return [f"{k}: {old.get(k, '(absent)')!r} -> {new.get(k, '(absent)')!r}" for k in keys if old.get(k) != new.get(k)]
 
 
-def _flat(tree, prefix: str = "") -> dict:
+def flat(tree, prefix: str = "") -> dict:
+    """A tree of dicts as {path: leaf}, with dots between."""
     if not isinstance(tree, Mapping):
         return {prefix: tree}
-    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()}
+    return {k: v for key, value in tree.items() for k, v in flat(value, f"{prefix}.{key}" if prefix else key).items()}

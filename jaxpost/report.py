@@ -1,6 +1,7 @@
 """The report: everything a run left in its work folder, as one HTML file that needs nothing else.
 
     python -m jaxpost.report --workdir=/tmp/run
+    python -m jaxpost.report runs/*                  several runs compared (compare.py)
 
 reads metrics.jsonl, samples.jsonl, config.json and environment.json, whichever of them are there, and writes report.html
 beside them. A run that is still going, or that stopped early, gets a report on what it has done so far.
@@ -27,7 +28,7 @@ from pathlib import Path
 
 from etils import epath
 
-from jaxpost import chart, cloud, table
+from jaxpost import chart, cloud, compare, page, table
 from jaxpost.errors import UserError
 from jaxpost.host import read_object
 from jaxpost.writers import METRICS, SAMPLES, read_rows
@@ -35,27 +36,6 @@ from jaxpost.writers import METRICS, SAMPLES, read_rows
 _ROW_NAMES = ("stage", "step", "time")
 _COLOURS = ("#2563a8", "#d1600f", "#2f8a4e", "#9a3f9e", "#b3262e", "#0e8a94", "#8a6d1b", "#5b5f66")
 _PACKAGES = ("jaxpost", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers", "libtpu")
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1d2125; background: #fff }
-body { max-width: 1320px; margin: 2em auto; padding: 0 1.5em }
-h1 { font-size: 1.7em; margin: 0 } h2 { font-size: 1.25em; margin: 2em 0 .6em } h3 { font-size: 1em; margin: 1.2em 0 .3em }
-p.note { color: #5b6570; margin: .2em 0 .8em }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .3em .8em; text-align: right; border-bottom: 1px solid #e3e7eb; vertical-align: top }
-th { font-weight: 600; color: #3c454e } th:first-child, td:first-child { text-align: left }
-thead tr:last-child th { border-bottom: 2px solid #c5ccd3 } th.stage { text-align: center; border-left: 1px solid #c5ccd3 }
-td.open, th.open { border-left: 1px solid #c5ccd3 } td small { color: #5b6570 } td.best { font-weight: 600 }
-td.text, th.text { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; max-width: 34em }
-td.better { color: #2f8a4e } td.worse { color: #b3262e }
-td.text { font-family: ui-monospace, monospace; font-size: 13px }
-.scroll { overflow-x: auto } .charts { display: flex; flex-wrap: wrap; gap: 1em 1.2em }
-figure { margin: 0 } figcaption { font-weight: 600; font-size: 14px; overflow-wrap: anywhere; max-width: 400px }
-svg text { font: 11px system-ui, sans-serif; fill: #5b6570 } svg .grid { stroke: #e9edf0 } svg .axis { stroke: #aab3bc }
-.key span { display: inline-block; margin-right: 1.4em } .key i { display: inline-block; width: 1.4em; height: 4px;
-  margin: 0 .45em .2em 0; border-radius: 2px }
-pre { background: #f5f7f9; padding: .8em 1em; overflow-x: auto; font-size: 13px } summary { cursor: pointer; font-weight: 600 }
-"""
 
 
 def write(workdir, out=None):
@@ -73,6 +53,7 @@ def write(workdir, out=None):
     title = f"jaxpost run: {workdir.name}"
     body = [
         f"<h1>{_escape(title)}</h1>",
+        _result(metrics, stages, config),
         _summary(metrics, stages, environment_),
         _headline(metrics, stages),
         _cells(metrics, stages),
@@ -81,16 +62,26 @@ def write(workdir, out=None):
         _config(config),
         _environment(environment_),
     ]
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_escape(title)}</title><style>{_STYLE}</style>"
-    )
-    content = "\n".join(filter(None, body))
-    page = f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{content}\n</body></html>\n'
     path = cloud.path(out) if out else workdir / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(page.encode())
+    path.write_bytes(page.whole(title, "\n".join(filter(None, body))).encode())
     return path
+
+
+def comparison(workdirs, out="compare.html"):
+    """Writes the page that compares several runs; (its path, the table of settings and final figures as text)."""
+    runs = compare.read(workdirs)
+    head, *rows = compare.table(runs)
+    wide = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    text = "\n".join("  ".join(cell.ljust(n) for cell, n in zip(row, wide, strict=True)).rstrip() for row in (head, *rows))
+    cells = [
+        [f"<tr>{''.join(f'<{tag}>{_escape(cell)}</{tag}>' for cell in row)}</tr>" for row in part]
+        for tag, part in (("th", [head]), ("td", rows))
+    ]
+    body = ["<h1>jaxpost runs</h1>", _table(cells[0][0], cells[1]), *compare.curves(runs, _COLOURS)]
+    path = cloud.path(out)
+    path.write_bytes(page.whole("jaxpost runs", "".join(body)).encode())
+    return path, text
 
 
 def summary(workdir):
@@ -174,7 +165,7 @@ def _escape(value):
 
 def _graded(metrics):
     """The names of what answers were judged by, sampled and greedy: accuracies, or rewards in a run that has only those."""
-    kind = "accuracy" if any("eval/accuracy_greedy" in row for row in metrics) else "reward"
+    kind = "accuracy" if any(name.startswith("eval/accuracy") for row in metrics for name in row) else "reward"
     return f"eval/{kind}", f"eval/{kind}_greedy"
 
 
@@ -201,6 +192,25 @@ def _ends(metrics, stage, name):
 
 def _table(head, rows):
     return f'<div class="scroll"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _result(metrics, stages, config):
+    """One sentence: where the run's result stands, from where it came."""
+    for name in (*_graded(metrics)[:1], "eval/loss", "loss"):
+        measured = [stage for stage in stages if any(row.get(name) is not None for row in metrics if row["stage"] == stage)]
+        if not measured:
+            continue
+        wanted = (config or {}).get("result")
+        last = wanted if wanted in measured else measured[-1]
+        first = next(row for row in metrics if row.get(name) is not None and row["stage"] == measured[0])
+        final = [row for row in metrics if row.get(name) is not None and row["stage"] == last][-1]
+        low, high = final.get(f"{name}_low"), final.get(f"{name}_high")
+        interval = "" if low is None or high is None else f" (95% interval {_figure(name, low)} to {_figure(name, high)})"
+        what = {"eval/loss": "held-out loss", "loss": "training loss"}.get(name, f"held-out {name[5:]}, sampled,")
+        before = "" if final is first else f", from {_figure(name, first[name])} at {measured[0]} step {first['step']}"
+        after = f"{_figure(name, final[name])}{interval} after {last} step {final['step']}{before}"
+        return f"<p><b>{_escape(f'The {what} is {after}.')}</b></p>"
+    return ""
 
 
 def _summary(metrics, stages, environment_):
@@ -258,46 +268,70 @@ def _cells(metrics, stages):
                 beside = f" <small>{_figure(names[1], greedy[end])}</small>" if greedy[end] is not None else ""
                 row += f'<td class="{style}"{shade}>{_figure(names[0], sampled[end])}{beside}</td>'
         rows.append(f"<tr>{row}</tr>")
-    note = f"Sampled {names[0][5:]}, with greedy decoding in grey beside it, at a stage's first and last evaluation."
+    note = (
+        f"A cell is one kind of the task's problems, as +2 may be sums of two digits. Sampled {names[0][5:]}, with greedy "
+        "decoding in grey beside it, at a stage's first and last evaluation; the greener, the more are solved."
+    )
     return f'<h2>Cells</h2><p class="note">{note}</p>{_table(head, rows)}'
 
 
 def _curves(metrics, colours):
-    """A chart for each metric, those with a common prefix under one heading."""
-    groups = {}
-    for name in dict.fromkeys(name for row in metrics for name in row if name not in _ROW_NAMES):
+    """A chart for each metric of each stage, those of evaluations first; what was zero throughout has none."""
+    parts = []
+    for stage, colour in colours.items():
         lines = {}
         for row in metrics:
-            if name in row:
-                lines.setdefault(row["stage"], []).append((row["step"], row[name]))
-        lines = {stage: line for stage, line in lines.items() if any(value is not None for _, value in line)}
-        groups.setdefault(name.rpartition("/")[0], []).append((name, lines))
-    if not groups:
-        return ""
-    key = "".join(f'<span><i style="background: {colour}"></i>{_escape(stage)}</span>' for stage, colour in colours.items())
-    parts = [f'<h2>Curves</h2><p class="note">Over the steps of each stage.</p><p class="key">{key}</p>']
-    for prefix in sorted(groups, key=lambda prefix: (prefix != "eval", prefix)):
+            for name in row if row["stage"] == stage else ():
+                if name not in _ROW_NAMES and not name.endswith(("_low", "_high")):
+                    lines.setdefault(name, []).append((row["step"], row[name]))
         charts = "".join(
-            f"<figure><figcaption>{_escape(name)}</figcaption>{chart.draw(lines, colours)}</figure>"
-            for name, lines in groups[prefix]
+            f"<figure><figcaption>{_escape(name)}</figcaption>{_chart(stage, line, colours)}</figure>"
+            for name, line in sorted(lines.items(), key=lambda item: (not item[0].startswith("eval/"), item[0].count("/")))
+            if any(value != 0 for _, value in line)
         )
-        parts.append(f'<h3>{_escape(prefix or "general")}</h3><div class="charts">{charts}</div>')
-    return "\n".join(parts)
+        if charts:
+            head = f'<h3><span style="color: {colour}">{_escape(stage)}</span></h3>'
+            parts.append(f'{head}<div class="charts">{charts}</div>')
+    return "\n".join(["<h2>Curves</h2>", '<p class="note">Over the steps of each stage.</p>', *parts]) if parts else ""
+
+
+def _chart(stage, line, colours):
+    return chart.draw({stage: line} if any(value is not None for _, value in line) else {}, colours)
 
 
 def _samples(samples, stages, each=6):
-    """The first and the last completions of each stage, `each` of both."""
+    """Answers to test problems before and after each stage, side by side; then its other completions, first and last."""
     if not samples:
         return ""
-    names = table.columns(samples)
-    head = "<tr>" + "".join(f'<th class="text">{_escape(name)}</th>' for name in names) + "</tr>"
-    rows = []
+    rows, others = [], []
     for stage in stages:
         mine = [row for row in samples if row["stage"] == stage]
-        shown = mine if len(mine) <= 2 * each else mine[:each] + mine[-each:]
-        rows += ["<tr>" + "".join(_sample_cell(name, row.get(name)) for name in names) + "</tr>" for row in shown]
-    note = f'<p class="note">{len(rows)} of {len(samples)} in samples.jsonl: each stage\'s first and last.</p>'
-    return f"<h2>Samples</h2>{note}{_table(head, rows)}"
+        asked = [row for row in mine if "kind" in row]
+        ends = (
+            [[row for row in asked if row["step"] == step] for step in (asked[0]["step"], asked[-1]["step"])]
+            if asked
+            else [[], []]
+        )
+        after = {(row["kind"], row["prompt"]): row for row in ends[1]}
+        for row in ends[0]:
+            last = after.get((row["kind"], row["prompt"]), {})
+            cells = [(name, row.get(name)) for name in ("stage", "kind", "prompt", "answer", "completion", "reward")]
+            cells += [(name, last.get(name)) for name in ("completion", "reward")]
+            rows.append("<tr>" + "".join(_sample_cell(*cell) for cell in cells) + "</tr>")
+        rest = [row for row in mine if "kind" not in row]
+        others += rest if len(rest) <= 2 * each else rest[:each] + rest[-each:]
+    names = ("stage", "kind", "prompt", "answer", "before", "reward", "after", "reward")
+    head = "<tr>" + "".join(f'<th class="text">{name}</th>' for name in names) + "</tr>"
+    note = '<p class="note">The first test problem of each cell, at a stage\'s first and last evaluation.</p>'
+    parts = ["<h2>Samples</h2>", note + _table(head, rows) if rows else ""]
+    if others:
+        names = table.columns(others)
+        head = "<tr>" + "".join(f'<th class="text">{_escape(name)}</th>' for name in names) + "</tr>"
+        drawn = ["<tr>" + "".join(_sample_cell(name, row.get(name)) for name in names) + "</tr>" for row in others]
+        parts.append(
+            f'<p class="note">Completions that were learned from: each stage\'s first and last.</p>{_table(head, drawn)}'
+        )
+    return "".join(parts)
 
 
 def _sample_cell(name, value):
@@ -321,11 +355,15 @@ def _environment(environment_):
 
 
 def _main(argv):
-    if len(argv) > 1:
-        print(f"{argv[1]}: not understood; give the folder as --workdir={argv[1]}", file=sys.stderr)
-        return 2
+    folders = [*filter(None, [flags.FLAGS.workdir]), *argv[1:]]
     try:
-        print(write(flags.FLAGS.workdir, flags.FLAGS.out))
+        if not folders:
+            raise UserError("--workdir=... is required: the run to report on; or several folders, to be compared.")
+        if len(folders) == 1:
+            print(write(folders[0], flags.FLAGS.out))
+        else:
+            path, text = comparison(folders, flags.FLAGS.out or "compare.html")
+            print(text, path, sep="\n")
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
@@ -336,6 +374,8 @@ if __name__ == "__main__":
     from absl import app, flags
 
     # Defined only here, since the training command, which writes a report at its end, has a --workdir of its own.
-    flags.DEFINE_string("workdir", None, "The folder of the run to report on: what --workdir was in training.", required=True)
-    flags.DEFINE_string("out", None, "The HTML file to write. Default: report.html in the work folder.")
+    flags.DEFINE_string("workdir", None, "The folder of the run to report on: what --workdir was in training.")
+    flags.DEFINE_string(
+        "out", None, "The HTML file to write. Default: report.html in the work folder; of several runs compare.html here."
+    )
     app.run(_main)

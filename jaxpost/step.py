@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxpost.errors import UserError
-from jaxpost.metrics import Mean, merge
+from jaxpost.metrics import Mean, Total, merge
 from jaxpost.types import Batch, Term, TrainState
 
 
@@ -153,13 +153,15 @@ def _sizes(batch: Batch) -> dict:
 
 
 def make_evaluation(forward: Callable, objective: Callable) -> Callable:
-    """evaluate(params, batch, key) -> metrics of one batch: the objective's own, and its terms, by name or as `loss` if there
-    is one.
+    """evaluate(params, batch, key) -> metrics of one batch: the objective's own, each term by its name where there are several,
+    and `loss`, which is theirs together as in training: sum_k coefficient_k * sum_k / weight_k.
     """
 
     def evaluate(params, batch: Batch, key):
         batch = with_prepared(objective, forward, params, _numbered(batch), key)
         terms, metrics = evaluated(objective, forward, params, batch, key)
-        return {**{(k if len(terms) > 1 else "loss"): Mean(t.sum, t.weight) for k, t in terms.items()}, **metrics}
+        each = {k: Mean(t.sum, t.weight) for k, t in terms.items()} if len(terms) > 1 else {}
+        loss = Total(tuple(Mean(t.coefficient * t.sum, t.weight) for t in terms.values()))
+        return {**each, **metrics, "loss": loss}
 
     return evaluate

@@ -10,8 +10,8 @@ From Python it is the same loop, with functions where a recipe has names:
 
     jaxpost.train("configs/sft.py", "runs/mine", model="FOLDER", data="FILE.jsonl", objective=my_loss)
 
-This file reads from top to bottom: the run, a stage, its evaluation. `plan.py` checks everything that can go wrong before
-anything is compiled.
+This file reads from top to bottom: the run, then a stage, whose evaluations are in `judge.py`. `plan.py` checks everything that
+can go wrong before anything is compiled.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from jaxpost import checkpoint, cli, cloud, columns, datasets, evaluate, optim, programs, recipe, report, sharding, writers
+from jaxpost import checkpoint, cli, cloud, columns, datasets, judge, optim, programs, recipe, report, sharding, writers
 from jaxpost.agreement import check_inputs, check_settings
 from jaxpost.annotators import scores
 from jaxpost.data import chat
@@ -39,10 +39,9 @@ from jaxpost.models import loading
 from jaxpost.naming import digest_of
 from jaxpost.plan import Plan, plan_stage, starting
 from jaxpost.profile import Profile
-from jaxpost.resolve import nearest
 from jaxpost.rollouts import samples, shelf
 from jaxpost.state import program, shapes
-from jaxpost.step import combine, make_evaluation
+from jaxpost.step import combine
 from jaxpost.stopping import StopRequest, leave
 from jaxpost.types import TrainState
 
@@ -72,10 +71,13 @@ def run(config, workdir, **changes) -> dict[str, float]:
         check_settings(config)
         plans = [columns.annotated(plan_stage(name, settings, mesh), mesh) for name, settings in stages]
         check_inputs(plans)
+        for plan in plans:
+            judge.check_best(plan, mesh)
         _claim(workdir, config)
         _introduce(plans, workdir)
+        graded: dict = {}
         for i, plan in enumerate(plans):
-            results = _stage(plan, plans[:i], workdir, mesh, stop)
+            results = _stage(plan, plans[:i], workdir, mesh, stop, graded)
             if stop.asked and plan is not plans[-1]:
                 leave(f"after {plan.name}", stop)
         if jax.process_index() == 0:
@@ -94,7 +96,9 @@ def _compare(workdir: epath.Path, config) -> None:
         raise UserError(
             f"{workdir} holds a run with other settings:\n  "
             + "\n  ".join(changes)
-            + "\nUse another --workdir, or the same settings."
+            + "\nThe same settings continue it. Other settings begin a new run from its weights: your command with another "
+            f"--workdir and --config.model={workdir}. Its weights go on (their running mean, where it has one); the optimizer, "
+            "the schedule and the position in the data begin anew."
         )
 
 
@@ -134,20 +138,20 @@ def _show(plan: Plan) -> None:
 # -------------------------------------------------------------------------------------------------------------- Stage
 
 
-def _stage(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: StopRequest) -> dict[str, float]:
-    """One stage from its start, or from where it was left, to its end."""
+def _stage(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: StopRequest, graded: dict) -> dict[str, float]:
+    """One stage from its start, or from where it was left, to its end. graded: as `judge.Judge` takes it."""
     s = plan.settings
     saved = checkpoint.Checkpoints(workdir / "checkpoints" / plan.name, keep=s.keep, best=s.best, highest=s.highest)
     # Closed whatever happens: in a notebook the next attempt would meet the threads of this one, still writing.
     with contextlib.closing(saved), contextlib.closing(plan.source) if s.source == "rollouts" else contextlib.nullcontext():
-        results, left = _steps(plan, before, workdir, mesh, stop, saved)
+        results, left = _steps(plan, before, workdir, mesh, stop, saved, graded)
     stop.in_loop = False  # all is written
     if left is not None:
         leave(f"at {plan.name} step {left}", stop)
     return results
 
 
-def _steps(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: StopRequest, saved) -> tuple[dict, int | None]:
+def _steps(plan: Plan, before: list[Plan], workdir, mesh, stop: StopRequest, saved, graded: dict) -> tuple[dict, int | None]:
     """The results of a stage, and None at its end or else the step that it was asked to stop at."""
     s, names = plan.settings, [p.name for p in before] + [plan.name]
     latest, meta = _left(saved)
@@ -167,7 +171,7 @@ def _steps(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: Stop
     plan.source.position = meta["position"]
     log = Log(plan, workdir, names, meta, int(state.step), _seconds_of(s.time_of, workdir))
     profile = Profile(s.profile, workdir / "profile" / plan.name, int(state.step))
-    judge = _Judge(plan, mesh)
+    evaluated = judge.Judge(plan, mesh, graded, s.start or names[-2] if before else "")
 
     def save(done: bool) -> None:
         log.flush()
@@ -176,7 +180,7 @@ def _steps(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: Stop
         saved.save(state, counted | kept, results if judged == at else None)
 
     # Loop: a batch, a step, and now and then a look at where we are.
-    judged, results = -1, judge(state, log, 0) if latest is None else meta.get("results", {})
+    judged, results = -1, evaluated(state, log, 0) if latest is None else meta.get("results", {})
     stop.in_loop = True
     # The last step is saved as the stage's end and never before it: a stage that is not done has a step to take.
     for at in itertools.count(int(state.step) + 1):
@@ -188,7 +192,7 @@ def _steps(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: Stop
         log.step(at, batch, {**measured, **getattr(plan.source, "metrics", {})})
         done = at == plan.steps or log.out_of_time()
         if done or (s.eval_every and at % s.eval_every == 0):
-            results, judged = judge(state, log, at), at
+            results, judged = evaluated(state, log, at), at
         asked = stop.asked or (jax.process_count() > 1 and saved.reached_preemption(at))
         if done or asked or (s.save_every and at % s.save_every == 0):
             save(done)
@@ -259,6 +263,8 @@ def _start(plan: Plan, names: list[str], workdir: epath.Path, tx, mesh) -> tuple
 
 def _restore(plan: Plan, saved: checkpoint.Checkpoints, step: int, tx, mesh) -> TrainState:
     """The state of a checkpoint; the mesh may be another than the one it was written on."""
+    if jax.process_index() == 0:
+        print(f"{plan.name}: continuing from step {step}.", file=sys.stderr)
     s, meta = plan.settings, saved.meta(step)
     inside, base = meta.get("adapter") or {}, meta.get("base")
     state = shapes(plan.found.transformer, mesh, tx, plan.trainable, adapter=inside, leaves=plan.found.leaves, ema=s.ema > 0)
@@ -314,35 +320,6 @@ def _seconds_of(stages: str, workdir: epath.Path) -> float:
     return seconds if stages else float("inf")
 
 
-# ---------------------------------------------------------------------------------------------------- Evaluate and log
-
-
-class _Judge:
-    """The stage's evaluations of a state: held-out loss, and a task's test problems."""
-
-    def __init__(self, plan: Plan, mesh):
-        self.plan, self.mesh = plan, mesh
-        self.evaluate = jax.jit(make_evaluation(plan.found.transformer.forward, plan.objective))
-
-    def __call__(self, state: TrainState, log: Log, step: int) -> dict[str, float]:
-        log.settle()
-        params, values, samples = combine(state.train if state.ema is None else state.ema, state.frozen), {}, []
-        if self.plan.held_out:
-            values |= dict(
-                evaluate.held_out(self.evaluate, params, self.plan.held_out, self.mesh, self.plan.settings.batch_size)
-            )
-        if self.plan.problems:
-            values |= dict(
-                evaluate.graded(self.plan.found.transformer, params, mesh=self.mesh, step=step, **self.plan.problems)
-            )
-            samples = values.pop("samples")
-        log.evaluated(step, values, samples)
-        best = self.plan.settings.best
-        if best and best not in values and best != recipe.DEFAULTS["best"]:
-            raise UserError(f"config.best: {best!r} is no figure of this stage's evaluations.{nearest(best, values)}")
-        return values
-
-
 # --------------------------------------------------------------------------------------------------------------- Main
 
 
@@ -352,7 +329,7 @@ def main(_) -> None:
     if flags.FLAGS.distributed:
         jax.distributed.initialize()
     results = run(config, workdir)
-    if jax.process_index() == 0:
+    if results and jax.process_index() == 0:
         print(json.dumps({k: v for k, v in results.items() if isinstance(v, float)}, indent=2))
 
 

@@ -63,6 +63,20 @@ def test_stored_columns_are_those_made_on_the_spot(tmp_path):
             np.testing.assert_allclose(batches[0]["ref_logps"][:1], alone, atol=1e-5)
 
 
+def test_it_is_said_whether_columns_were_made(tmp_path, capsys):
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    made, _ = plan(tmp_path, ROWS)
+    found, weights = with_table(made)
+    said = []
+    for _ in range(2):
+        capsys.readouterr()
+        with sharding.use(mesh):
+            (folder,) = columns.make("logps", made, found, lambda: weights, tmp_path / "out", mesh)
+        said.append(capsys.readouterr().err)
+    assert f"wrote logps of {made.sets[0].encoded.learned.sum()} tokens to {folder}" in said[0] and "already" not in said[0]
+    assert f"logps is in {folder} already; nothing to do" in said[1] and "wrote" not in said[1]
+
+
 def test_a_killed_annotation_goes_on_bit_for_bit(tmp_path, monkeypatch):
     made, _ = plan(tmp_path, ROWS * 4, batch_size=8)
     found, weights = with_table(made)

@@ -230,10 +230,17 @@ def test_an_objective_of_ones_own(tmp_path, body, told):
         train.run(recipe.make(**chosen), tmp_path / "w")
 
 
-def test_a_best_that_is_never_measured(tmp_path):
-    chosen = runs.settings(tmp_path, steps=2, best="eval/rewrad")
-    with pytest.raises(UserError, match="config.best: 'eval/rewrad' .* Did you mean 'eval/reward'"):
-        train.run(recipe.make(**chosen), tmp_path / "w")
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"best": "eval/rewrad"}, "is no figure of train's evaluations. Did you mean 'eval/reward'"),
+        ({"best": "eval/mean_token_acuracy"}, "Did you mean 'eval/mean_token_accuracy'"),
+        ({"best": "loss", "held_out": 0}, "Known: eval/reward"),
+    ],
+)
+def test_a_best_that_no_evaluation_reports(tmp_path, compiled, changes, told):
+    assert told in refused(tmp_path, **changes)
+    assert not compiled
 
 
 def test_a_token_that_the_model_has_no_row_for(tmp_path, compiled):
@@ -250,6 +257,12 @@ def test_a_token_that_the_model_has_no_row_for(tmp_path, compiled):
 
 KEYS = {
     "unknown": ({"windwo": 1}, "config: unknown key 'windwo'. Did you mean 'window'?"),
+    "of an inner level": ({"lr": 1e-4}, "config: unknown key 'lr'. Did you mean 'optimizer.lr'?"),
+    "of an outer level": ({"optimizer": {"steps": 9}}, "config.optimizer: unknown key 'steps'. Did you mean 'steps'?"),
+    "of a stage's inner level": (
+        {"stages": ("a",), "a": {"lr": 1e-4}},
+        "config.a: unknown key 'lr'. Did you mean 'optimizer.lr'?",
+    ),
     "unknown inside": ({"optimizer": {"rl": 1}}, "config.optimizer: unknown key 'rl'. "),
     "unknown in a stage": ({"stages": ("a",), "a": {"stesp": 1}}, "config.a: unknown key 'stesp'. Did you mean 'steps'?"),
     "text for a number": ({"batch_size": "8"}, "config.batch_size: '8' is no int."),
@@ -350,7 +363,10 @@ def commands(folder) -> dict[str, tuple[list[str], list[str]]]:
             ["line 1, message 1", "must alternate"],
         ),
         "weights": (runs.command(runs.write(folder / "weights", weights), w), ["not a whole safetensors file", "again"]),
-        "workdir": (runs.command(good, folder / "other"), ["steps: 3 -> 2", "Use another --workdir"]),
+        "workdir": (
+            runs.command(good, folder / "other"),
+            ["steps: 3 -> 2", f"--config.model={folder / 'other'}", "the optimizer, the schedule"],
+        ),
     }
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import runs
 
 import jaxpost
-from jaxpost import api, evaluate, sharding
+from jaxpost import api, evaluate, judge, recipe, sharding
 from jaxpost.errors import UserError
 from jaxpost.metrics import Mean
 from jaxpost.models import hf
@@ -33,8 +34,8 @@ REPLIES = {1.0: {"1+1": "2", "2+1": "4", "2+2": "4"}, 0.0: {"1+1": "7", "2+1": "
 def answering(calls):
     """A stand-in for `complete` that replies by REPLIES and stops every completion."""
 
-    def complete(model, params, prompts, *, mesh, tokenizer, prompt_window, new, stop, temperature, seed, step):
-        calls.append((len(prompts), temperature, seed, step))
+    def complete(model, params, prompts, *, mesh, tokenizer, prompt_window, new, stop, temperature, seed, number):
+        calls.append((len(prompts), temperature, seed, number))
         tokens, lengths = np.zeros((len(prompts), new), np.int32), []
         for row, ids in zip(tokens, prompts, strict=True):
             question = TEXT.decode(ids).removeprefix("<|user|>").removesuffix("<|assistant|>")
@@ -54,13 +55,17 @@ def test_accuracy_weighs_the_whole_and_counts_in_the_cells(monkeypatch, rows):
     monkeypatch.setattr(evaluate, "ready", lambda model, params, mesh: params)
     options = {"prompt_window": 6, "new": 4, "template": None}
     judges = {"right": (arithmetic.reward, 1.0)}
-    found = evaluate.graded(None, None, TEXT, RECORDS, judges, None, rows=rows, options=options, step=7)
+    found = evaluate.graded(None, None, TEXT, RECORDS, judges, None, rows=rows, options=options)
     values = dict(found)
     samples = values.pop("samples")
+    assert set(values) == set(evaluate.names(RECORDS, judges))
     # Of a reward that does not say that it is a verdict, the mean is no accuracy, whatever values it happens to have.
     judges = {"right": (lambda *x: arithmetic.reward(*x), 1.0)}
-    plain = evaluate.graded(None, None, TEXT, RECORDS, judges, None, rows=rows, options=options, step=7)
+    plain = evaluate.graded(None, None, TEXT, RECORDS, judges, None, rows=rows, options=options)
     plain = {name: value for name, value in plain if name != "samples"}
+    for kind in ("accuracy", "accuracy_greedy"):
+        interval = values.pop(f"eval/{kind}_low"), values.pop(f"eval/{kind}_high")
+        assert interval == evaluate.wilson(values[f"eval/{kind}"], [r["weight"] for r in RECORDS])
     assert values.pop("eval/reward") == values["eval/accuracy"] == plain["eval/reward"]
     assert plain == {name.replace("accuracy", "reward"): value for name, value in values.items()}
     assert values == pytest.approx(
@@ -80,9 +85,49 @@ def test_accuracy_weighs_the_whole_and_counts_in_the_cells(monkeypatch, rows):
         ("1+1", "7", 0.0, "greedy"),
         ("2+1", "3", 1.0, "greedy"),
     ]
-    # One shape whatever is left over, and noise of its own for every part of the problems and every step.
-    assert {n for n, *_ in calls} == {rows} and all(step == 7 for *_, step in calls)
-    assert len({seed for _, temperature, seed, _ in calls if temperature}) == len(calls) / 2
+    # One shape whatever is left over, and always the same noise: each problem's own, however many are asked at a time.
+    assert {n for n, *_ in calls} == {rows} and {seed for *_, seed, _ in calls} == {evaluate.NOISE}
+    assert [number for _, temperature, _, number in calls if temperature] == list(range(0, len(RECORDS), rows))
+
+
+@pytest.mark.parametrize(
+    ("share", "weights", "expected"),
+    [  # the worked example of 95% intervals: 8 of 10, and both ends, whose other bound is z^2 / (n + z^2)
+        (0.8, [1.0] * 10, (0.4902, 0.9433)),
+        (0.0, [2.0] * 10, (0.0, 1.96**2 / (10 + 1.96**2))),
+        (1.0, [1.0] * 10, (10 / (10 + 1.96**2), 1.0)),
+        (0.8, [1.0] * 10 + [0.0] * 5, (0.4902, 0.9433)),
+    ],
+)
+def test_wilson_intervals_by_hand(share, weights, expected):
+    assert evaluate.wilson(share, weights) == pytest.approx(expected, abs=5e-5)
+
+
+def test_the_previous_stages_figure_is_reused_where_the_same_is_asked(monkeypatch):
+    asked = []
+
+    def graded(model, params, *, mesh, **problems):
+        asked.append(params)
+        return {"eval/accuracy": float(len(asked)), "samples": [{"n": len(asked)}]}
+
+    monkeypatch.setattr(evaluate, "graded", graded)
+
+    def figures(name, origin, known, *, step=0, options=None, **changes):
+        found = types.SimpleNamespace(transformer=types.SimpleNamespace(forward=None))
+        problems = {"records": RECORDS, "rewards": {"right": (arithmetic.reward, 1.0)}, "tokenizer": object()}
+        problems["options"] = {"template": "a", **(options or {})}
+        plan = types.SimpleNamespace(name=name, found=found, objective=None, problems=problems, settings=recipe.make(**changes))
+        return judge.Judge(plan, None, known, origin)._graded("weights", step)
+
+    known = {}
+    assert figures("sft", "", known) == ({"eval/accuracy": 1.0}, [{"n": 1}])
+    assert figures("sft", "", known, step=9) == ({"eval/accuracy": 2.0}, [{"n": 2}])
+    assert figures("rl", "sft", known) == figures("control", "sft", known, ema=0.9, batch_size=2) == known["sft"][1:]
+    assert len(asked) == 2
+    for changes in ({"options": {"template": "b"}}, {"adapter": {"name": "lora"}}, {"dtype": "bfloat16"}, {"step": 1}):
+        count = len(asked)
+        figures("rl", "sft", known, **changes)
+        assert len(asked) == count + 1, changes
 
 
 def test_held_out_divides_once():
@@ -186,7 +231,7 @@ def test_accuracy_of_a_task_by_name(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate, "complete", complete)
     (tmp_path / "judge.py").write_text("def two(record, completion) -> 'bool':\n    return completion == '2'")
     found = dict(evaluate.solves(api.load(folder), "arithmetic", per_cell=1, reward=f"{tmp_path}/judge.py:two", rows=4))
-    assert found["accuracy"] == found["accuracy_greedy/x3"] == 1.0 and len(found) == 21
+    assert found["accuracy"] == found["accuracy_greedy/x3"] == 1.0 and found["problems"] == 9 and len(found) == 27
     # <|user|>, seven characters of the longest problem, <|assistant|>; and as much of 64 as the model's positions leave.
     assert asked == {"prompt_window": 9, "new": 55, "rows": 4}
     (tmp_path / "judge.py").write_text("def none(record, completion):\n    return None")
@@ -197,6 +242,13 @@ def test_accuracy_of_a_task_by_name(folder, monkeypatch, tmp_path):
     records = arithmetic.test_records(1)
     right = [r["answer"] == "2" for r in records]
     assert own["accuracy"] == pytest.approx(np.average(right, weights=[r["weight"] for r in records]))
+
+
+def test_it_is_said_how_many_problems_were_asked_and_what_came(capsys):
+    rows = [{"prompt": "1+1", "completion": f"answer {i}", "reward": 1.0} for i in range(9)]
+    evaluate._tell("arithmetic", 209, rows)
+    told = capsys.readouterr().err
+    assert told.startswith("arithmetic: 209 test problems") and "answer 5" in told and "answer 6" not in told
 
 
 def test_the_command_prints_one_object(folder, tmp_path):
@@ -210,5 +262,6 @@ def test_the_command_prints_one_object(folder, tmp_path):
     done = command(f"--data={tmp_path / 'rows.jsonl'}")
     found = json.loads(done.stdout)
     assert done.returncode == 0 and found["tokens"] == 5 and found["perplexity"] == pytest.approx(math.exp(found["nll"]))
+    assert found["documents"] == 1 and "rows.jsonl: 1 documents, 5 scored tokens" in done.stderr
     none = command()
     assert none.returncode == 2 and none.stderr.startswith("error: nothing to evaluate on: give --data=FILE, --task=NAME or")

@@ -19,7 +19,7 @@ FAMILIES = ("objectives", "rollouts", "rewards", "adapters", "merging", "evals",
 # An annotator writes down what objectives compute, and a task has a reward.
 KNOWN_TO = {"annotators": ("annotators", "objectives"), "tasks": ("tasks", "rewards")}
 SERVICES = ("data", "sampling", "models")
-ENTRY_POINTS = ("train", "api", "annotate", "generate", "evaluate", "merge", "export", "fit", "report")
+ENTRY_POINTS = ("train", "api", "annotate", "generate", "evaluate", "merge", "export", "fit", "report", "judge")
 LONG = {"models/families.py": 700}
 
 

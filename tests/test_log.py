@@ -91,3 +91,26 @@ def test_all_completions_are_kept_every_so_many_steps(tmp_path, clock):
     assert [path.name for path in files] == ["00000002.parquet", "00000004.parquet"]
     found = [parquet.read_table(path).to_pylist()[0] for path in files]
     assert [(row["step"], row["completion"], row["advantage"]) for row in found] == [(2, "2", 0.5), (4, "4", 0.5)]
+
+
+ROWS = {
+    "data": ({"loss": 2.5, "tokens_per_second": 9.0}, "train 3/9  loss 2.5  tokens_per_second 9"),
+    "rollouts": (
+        {"loss": 4e-8, "reward": 0.5, "completions/mean_length": 3.0, "kl": 0.25, "frac_reward_zero_std": 0.125, "mfu": 0.1},
+        "train 3/9  reward 0.5  length 3  kl 0.25  level groups 0.125  mfu 0.1",
+    ),
+    "an evaluation": ({"eval/accuracy": 0.5, "eval/accuracy_low": 0.4}, "train 3/9  eval/accuracy 0.5"),
+    "no evaluation": ({}, ""),
+}
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("kind", ROWS)
+def test_each_log_step_leaves_its_line_with_the_figures_that_matter(monkeypatch, capsys, kind, terminal):
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: terminal, raising=False)
+    values, line = ROWS[kind]
+    shown = progress.Progress("train", 9, 0, quiet=False, budget=float("inf"))
+    shown.show(3, values, 1.0)
+    shown.close()
+    lines = [part.strip() for part in capsys.readouterr().err.replace("\r", "\n").splitlines()]
+    assert [part for part in lines if part.startswith("train 3/9")] == [line] * bool(line)

@@ -176,6 +176,31 @@ def letters(batch, tokenizer):
     return [tokenizer.decode(row[:1].tolist()) for row in batch["tokens"]]
 
 
+def test_seeds_share_their_held_out_rows(tmp_path):
+    rows = [{"text": f"{i:03}"} for i in range(50)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def sets(seed, split_seed=0, **changes):
+        made = plan(
+            tmp_path,
+            **{
+                "data": str(tmp_path / "rows.jsonl"),
+                "held_out": 8,
+                "steps": 1,
+                **changes,
+                "seed": seed,
+                "split_seed": split_seed,
+            },
+        )
+        return [one.encoded.digest for one in made.sets], made.source()["tokens"].tolist()
+
+    (first, order), (second, other), (third, _) = sets(0), sets(1), sets(1, split_seed=1)
+    assert first == second != third and order != other
+    # Demonstrations of a task are a data set like any other.
+    drawn = {"data": "", "task": runs.settings(tmp_path)["task"]}
+    assert sets(0, **drawn)[0] == sets(1, **drawn)[0] != sets(1, 1, **drawn)[0]
+
+
 def test_a_stage_mixes_its_sources(tmp_path, capsys):
     data = {digits(tmp_path, "a.jsonl", "1", 64): 3, digits(tmp_path, "b.jsonl", "2", 8): 1}
     made = plan(tmp_path, data=data)

@@ -287,3 +287,46 @@ def test_environment_names_the_stack(tmp_path):
     assert found["jax"] == jax.__version__ and found["python"] == sys.version.split()[0]
     assert found["devices"].startswith(f"{jax.device_count()} x ")
     assert json.loads(json.dumps(found)) == found
+
+
+def test_runs_are_compared_by_what_differs_with_seeds_together(tmp_path):
+    for number, (lr, seed, accuracy) in enumerate([(0.1, 0, 0.5), (0.1, 1, 0.7), (0.2, 0, 0.9)]):
+        run = tmp_path / str(number)
+        write_run(run, [("sft", 0, {"eval/accuracy": 0.0}), ("sft", 4, {"eval/accuracy": accuracy, "loss": 1.0})])
+        (run / "config.json").write_text(json.dumps({"optimizer": {"lr": lr}, "seed": seed, "steps": 4}))
+    path, text = report.comparison([tmp_path / str(i) for i in range(3)], tmp_path / "all.html")
+    head, first, second = text.splitlines()
+    assert head.split() == ["runs", "optimizer.lr", "seeds", "eval/accuracy"]
+    assert first.split()[2:] == ["0.1", "2", "0.6", "±", "0.14"] and second.split()[1:] == ["0.2", "1", "0.9"]
+    page = path.read_text()
+    assert page.count("<figure>") == 2 and page.count("<path") == 6 and "<script" not in page
+    with pytest.raises(UserError, match="none: no run is there"):
+        report.comparison([tmp_path / "none", tmp_path / "0"])
+
+
+def test_the_report_opens_with_its_result_and_hides_what_was_always_zero(tmp_path):
+    figures = [
+        {"eval/accuracy": 0.1},
+        {"eval/accuracy": 0.6, "eval/accuracy_low": 0.5, "eval/accuracy_high": 0.7, "skipped": 0.0},
+    ]
+    write_run(tmp_path, [("sft", 0, figures[0]), ("sft", 100, figures[1]), ("rl", 0, figures[1]), ("rl", 5, figures[1])])
+    page = report.write(tmp_path).read_text()
+    sentence = "accuracy, sampled, is 60.0% (95% interval 50.0% to 70.0%) after rl step 5, from 10.0% at sft step 0."
+    assert page.index(sentence) < page.index("<table")
+    # One chart of the accuracy a stage, each with its own axis of steps.
+    assert re.findall(r"<figcaption>(.*?)</figcaption>", page) == ["eval/accuracy"] * 2
+    assert ">100</text>" in page.partition("</figure>")[0] and ">100</text>" not in page.partition("</figure>")[2]
+
+
+def test_answers_before_and_after_a_stage_stand_side_by_side(tmp_path):
+    writer = writers.MetricWriter(tmp_path, {}, STAGES)
+    for step, answers in ((0, ("7", "8")), (3, ("7", "9")), (9, ("2", "3"))):
+        rows = [
+            {"prompt": p, "completion": a, "answer": "x", "reward": 0.5} for p, a in zip(("1+1", "1+2"), answers, strict=True)
+        ]
+        writer.samples("rl", step, [{**row, "kind": "sampled"} for row in rows] + [{"prompt": "5+5", "completion": str(step)}])
+    writer.close()
+    rows = Outline(report.write(tmp_path).read_text()).rows
+    assert ["rl", "sampled", "1+1", "x", "7", "0.5", "2", "0.5"] in rows
+    assert ["rl", "sampled", "1+2", "x", "8", "0.5", "3", "0.5"] in rows
+    assert [row[3] for row in rows if row[2:3] == ["5+5"]] == ["0", "3", "9"]

@@ -224,6 +224,24 @@ def test_an_evaluation_is_the_objective_and_adds_up_over_batches():
     assert total["mean_token_accuracy"] == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize("terms", [("one",), ("one", "other"), ("loss", "other")])
+def test_an_evaluations_loss_is_that_of_training_with_any_number_of_terms(terms):
+    def objective(forward, params, batch, key):
+        weight = {"other": jnp.sum(batch["slope"] > 1.5)}
+        found = {
+            name: Term(jnp.sum(batch["slope"]), weight.get(name, jnp.float32(len(batch["slope"]))), 0.25) for name in terms
+        }
+        return found, {}
+
+    params, (first, second) = {"norm": {"scale": jnp.ones(1)}}, (_batch(1.0, 2.0), _batch(3.0, 4.0))
+    evaluate = make_evaluation(None, objective)
+    seen = [evaluate(params, batch, None) for batch in (first, second)]
+    found = metrics.values(metrics.merge(jax.tree.map(lambda *x: jnp.stack(x), *seen)))
+    both = {name: jnp.concatenate([first[name], second[name]]) for name in first}
+    loss, _, _ = gradients(None, objective, params, jax.tree.map(lambda _: None, params), both, None)
+    assert found["loss"] == pytest.approx(float(loss)) and set(found) == ({"loss", *terms} if len(terms) > 1 else {"loss"})
+
+
 def test_metrics_merge_as_if_nothing_had_been_split():
     values = np.random.default_rng(0).normal(size=12).astype(np.float32)
     parts = np.split(values, [2, 3])
