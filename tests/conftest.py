@@ -8,6 +8,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # where libtpu is installed and n
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAXPOST_CACHE", tempfile.mkdtemp())
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
+# Tests compile much and compute little: without LLVM's expensive passes they take half the time.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax
