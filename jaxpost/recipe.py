@@ -89,6 +89,8 @@ DEFAULTS = {
         "mask_truncated": False,  # do not learn from such completions; the objective says whether they are counted
         "correction": "",  # for a sampler whose probabilities are not the trainer's: truncate (tokens), mask (completions)
         "correction_cap": 2.0,
+        # Processes that rewards run in, each killed when one hangs; 0 is this process, where a loop in C cannot be stopped.
+        "reward_workers": 4,
         "reward_seconds": 10.0,  # after which a reward has failed, as it has when it raises or gives what is no number
         "failed": 0.0,  # what a failed reward counts as
         "failures": 0.1,  # the share of a batch's verdicts past which failures stop the run
@@ -147,6 +149,7 @@ FREE = (
     "remat",
     "profile",
     "completions",
+    "rollouts.reward_workers",
 )
 
 # Keys that count something and must be at least 1; other numbers must not be negative.

@@ -205,7 +205,8 @@ def rollouts(name: str, found, judges: Rewards, model, s, objective: Callable, m
 
 def judging(s) -> dict:
     """What `scoring.Scorer` takes besides the rewards."""
-    return {"seconds": s.rollouts.reward_seconds, "failed": s.rollouts.failed, "limit": s.rollouts.failures}
+    r = s.rollouts
+    return {"seconds": r.reward_seconds, "failed": r.failed, "limit": r.failures, "workers": r.reward_workers}
 
 
 def _lessons(s, objective: Callable) -> Lessons:

@@ -139,6 +139,7 @@ def _judged_rows(samples: Samples, drawn: Sequence[tuple], found) -> list[dict]:
     scores = judged(samples.rewards, records, [texts[j].strip() for j in ended], **samples.judging)
     for i, (record, _) in enumerate(drawn):
         own = [(texts[j].strip(), score.total) for j, score in zip(ended, scores, strict=True) if j // samples.group == i]
+        own = [(text, total) for text, total in own if np.isfinite(total)]  # a completion that no reward applies to is no row
         made += rows(samples.shape, record["prompt"], [text for text, _ in own], [total for _, total in own])
     return made
 
