@@ -17,6 +17,8 @@ from ml_collections import ConfigDict
 from jaxpost.errors import UserError
 from jaxpost.naming import named
 from jaxpost.resolve import find, nearest, value_of
+from jaxpost.sources import GSM8K as GSM8K  # for recipes, which import nothing else
+from jaxpost.sources import adapted
 
 DEFAULTS = {
     "seed": 0,
@@ -286,6 +288,8 @@ def stages(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
                 if other not in [n for n, _ in found]:
                     raise UserError(f"config.{name}.{key}: no stage {other!r} comes before {name!r}.")
         before = dict(found).get(settings["start"] or (found[-1][0] if found else ""))
+        own = {**shared, **changes} if not names else changes
+        settings = adapted(settings, own, DEFAULTS, f"config.{name}" if names else "config")
         settings["adapter"] = _adapter(name, settings["adapter"], before)
         found.append((name, ConfigDict(settings)))
     return found
