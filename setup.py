@@ -34,6 +34,7 @@ setup(
         "absl-py",
         "etils[epath]",
         "numpy",
+        "cloudpickle>=3.0",  # rewards of a notebook go to worker processes
         "tqdm",
     ],
     extras_require={

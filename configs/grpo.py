@@ -4,9 +4,10 @@
 
 `:dapo`, `:gspo`, `:rloo` or another line of PRESETS after the file name takes that method; objectives/policy_gradient.py has a
 table of what each is made of, and its keywords are settings (--config.objective.beta=0.01). `trl`, `verl` and `tulu` are those
-frameworks' defaults. A file of problems is --config.task.data=FILE.jsonl, another task --config.task.name=FILE.py, what judges
-in its place or beside it --config.reward. --config.shared_prefix=true computes each prompt once for its group; batch_size then
-counts prompts.
+frameworks' defaults. Prompts of your own are --config.data=FILE.jsonl with --config.reward=FILE.py:reward (tasks/prompts.py),
+a file of GSM8K's form is --config.task.data=FILE.jsonl, another task --config.task.name=FILE.py. --config.reward names what
+judges in place of the task's own or beside it. --config.shared_prefix=true computes each prompt once for its group;
+batch_size then counts prompts.
 """
 
 from jaxpost import recipe
@@ -36,7 +37,7 @@ def get_config(arg: str = "grpo"):
     return recipe.make(
         objective={"name": f"policy_gradient.{arg}", **({"longest": NEW} if arg == "dr_grpo" else {})},
         source="rollouts",
-        task={"name": "gsm8k", "data": "tfds:gsm8k/train", "test": ""},  # "" tests on a tenth of data
+        task=recipe.GSM8K,
         too_long="drop",
         rollouts=rollouts,
         batch_size=64,

@@ -77,7 +77,7 @@ def graded(
     """(eval/reward, mean of one sample a problem), (eval/reward_greedy, ...), the same for each cell as <name>/<cell>, where
     there are several. Where a reward is a verifier, whose signature says that it gives a bool, these are called accuracy and
     are about it, and eval/reward is there besides; eval/accuracy_low and _high are its 95% interval (`wilson`). Of several
-    rewards each as eval/rewards/<its name>, too.
+    rewards each as eval/rewards/<its name>, too. A completion that a reward does not apply to is left out of its mean.
 
     records: dicts with prompt, and maybe answer, cell (else "all") and a weight in the overall mean. rewards: {name:
     (function, weight)}; judging: what `scoring.judged` takes. rows: how many are completed at a time; options: prompt_window,
@@ -96,18 +96,18 @@ def graded(
         texts, stopped = _answered(model, params, tokenizer, prompts, mesh, rows, sampling)
         asked = [{**record, "stopped": ended} for record, ended in zip(records, stopped, strict=True)]
         found = verdicts.everywhere(rewards, asked, texts, **judging)
-        scores = np.array([score.each[verifier] or 0.0 if verifier else score.total for score in found])
+        scores = np.array([_applied(score.each[verifier]) if verifier else score.total for score in found])
         weights = [r.get("weight", 1.0) for r in records]
-        yield name, (mean := float(np.average(scores, weights=weights)))
-        yield from zip((f"{name}_low", f"{name}_high"), wilson(mean, weights), strict=True) if verifier else ()
+        yield name, (mean := _mean(scores, weights))
+        counted = [w for w, score in zip(weights, scores, strict=True) if np.isfinite(score)]
+        yield from zip((f"{name}_low", f"{name}_high"), wilson(mean, counted), strict=True) if verifier and counted else ()
         if verifier and temperature:
-            yield "eval/reward", float(np.average([score.total for score in found], weights=weights))
+            yield "eval/reward", _mean([score.total for score in found], weights)
         for one in rewards if len(rewards) > 1 else ():
-            applied = [score.each[one] for score in found if score.each[one] is not None]
-            yield f"eval/rewards/{one}{'' if temperature else '_greedy'}", float(np.mean(applied)) if applied else float("nan")
+            yield f"eval/rewards/{one}{'' if temperature else '_greedy'}", _mean([_applied(score.each[one]) for score in found])
         cells = np.array([r.get("cell", "all") for r in records])
         for cell in dict.fromkeys(cells) if len(set(cells)) > 1 else ():
-            yield f"{name}/{cell}", float(scores[cells == cell].mean())
+            yield f"{name}/{cell}", _mean(scores[cells == cell])
         for i in sorted({int(np.flatnonzero(cells == cell)[0]) for cell in cells}):
             shown = {"prompt": records[i]["prompt"], "completion": texts[i], "answer": records[i].get("answer", "")}
             samples.append({**shown, "reward": float(scores[i]), "kind": "sampled" if temperature else "greedy"})
@@ -257,7 +257,18 @@ def _verdicts(rewards: Mapping, records: list[dict], texts: list[str]) -> list[f
     """What a verifier says of each completion, if there is one among the rewards, else their sum."""
     name = _verifier(rewards)
     scores = verdicts.everywhere(rewards, records, texts)
-    return [(score.each[name] or 0.0) if name else score.total for score in scores]
+    return [_applied(score.each[name]) if name else score.total for score in scores]
+
+
+def _applied(verdict: float | None) -> float:
+    return float("nan") if verdict is None else verdict
+
+
+def _mean(scores: Sequence[float], weights: Sequence[float] | None = None) -> float:
+    """The mean over what a reward applies to, the scores that are not nan; nan where it applies to nothing."""
+    scores = np.asarray(scores, float)
+    weights = np.isfinite(scores) * (1.0 if weights is None else np.asarray(weights, float))
+    return float(np.average(np.nan_to_num(scores), weights=weights)) if weights.any() else float("nan")
 
 
 def _lm_eval(model: api.Model, tasks: list[str], limit: int | None) -> dict:

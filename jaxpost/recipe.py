@@ -17,6 +17,8 @@ from ml_collections import ConfigDict
 from jaxpost.errors import UserError
 from jaxpost.naming import named
 from jaxpost.resolve import find, nearest, value_of
+from jaxpost.sources import GSM8K as GSM8K  # for recipes, which import nothing else
+from jaxpost.sources import adapted
 
 DEFAULTS = {
     "seed": 0,  # of fresh weights, of the data's order and of all sampling; evaluation has noise of its own, always the same
@@ -90,6 +92,8 @@ DEFAULTS = {
         "mask_truncated": False,  # do not learn from such completions; the objective says whether they are counted
         "correction": "",  # for a sampler whose probabilities are not the trainer's: truncate (tokens), mask (completions)
         "correction_cap": 2.0,
+        # Processes that rewards run in, each killed when one hangs; 0 is this process, where a loop in C cannot be stopped.
+        "reward_workers": 4,
         "reward_seconds": 10.0,  # after which a reward has failed, as it has when it raises or gives what is no number
         "failed": 0.0,  # what a failed reward counts as
         "failures": 0.1,  # the share of a batch's verdicts past which failures stop the run
@@ -148,6 +152,7 @@ FREE = (
     "remat",
     "profile",
     "completions",
+    "rollouts.reward_workers",
 )
 
 # Keys that count something and must be at least 1; other numbers must not be negative.
@@ -290,6 +295,8 @@ def stages(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
                 if other not in [n for n, _ in found]:
                     raise UserError(f"config.{name}.{key}: no stage {other!r} comes before {name!r}.")
         before = dict(found).get(settings["start"] or (found[-1][0] if found else ""))
+        own = {**shared, **changes} if not names else changes
+        settings = adapted(settings, own, DEFAULTS, f"config.{name}" if names else "config")
         settings["adapter"] = _adapter(name, settings["adapter"], before)
         found.append((name, ConfigDict(settings)))
     return found

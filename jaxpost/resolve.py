@@ -150,8 +150,8 @@ def known(noun: str) -> list[str]:
 
 def _fits(function: Callable, noun: str) -> bool:
     """Whether a function takes by place what the functions of the noun are called with."""
-    if noun not in ARGUMENTS:
-        return True
+    if noun not in ARGUMENTS or (noun == "rewards" and "completions" in inspect.signature(function).parameters):
+        return True  # of rewards TRL's signature too (rewards/trl.py)
     wanted, takes = len(ARGUMENTS[noun]), inspect.signature(function).parameters.values()
     placed = [p for p in takes if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return sum(p.default is p.empty for p in placed) <= wanted <= len(placed) or any(p.kind is p.VAR_POSITIONAL for p in takes)

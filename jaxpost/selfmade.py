@@ -18,6 +18,7 @@ from jaxpost.errors import UserError
 from jaxpost.objectives import logprobs
 from jaxpost.recipe import plain
 from jaxpost.resolve import attribute, bind, find, module, resolve, value_of
+from jaxpost.rewards import trl
 from jaxpost.rollouts.learning import CORRECTIONS, Lessons
 from jaxpost.rollouts.samples import Samples, rows
 from jaxpost.rollouts.scoring import Scorer
@@ -55,7 +56,7 @@ def rewards(found, name: str, asked: Mapping | str = "") -> Rewards:
     """
     asked = _given(asked)
     if not asked:
-        return {name.rpartition("/")[2].removesuffix(".py"): (found.reward, 1.0)}
+        return {name.rpartition("/")[2].removesuffix(".py"): (_of_one(found.reward), 1.0)}
     if isinstance(asked, str) or "name" in asked:
         asked = {(asked if isinstance(asked, str) else str(asked["name"])).rpartition(":")[2].rpartition(".")[2]: asked}
     return {key: _reward(found, key, entry) for key, entry in asked.items()}
@@ -75,8 +76,13 @@ def _reward(found, key: str, entry: Mapping | str) -> tuple[Callable, float]:
         own = called.partition(".")[2] or "reward"
         if not callable(getattr(found, own, None)):
             raise UserError(f"config.reward.{key}: the task has no function {own}.")
-        return getattr(found, own), float(weight)
-    return resolve(options, "rewards"), float(weight)
+        return _of_one(getattr(found, own)), float(weight)
+    return _of_one(resolve(options, "rewards")), float(weight)
+
+
+def _of_one(reward: Callable) -> Callable:
+    """A reward as a function of one record and one completion."""
+    return functools.partial(trl.judge, reward=reward) if trl.is_trl(reward) else reward
 
 
 def problems(found, judges: Rewards, model, s) -> dict:
@@ -119,8 +125,8 @@ class _TooLong(UserError):
 
 def _encoded(record: Mapping, place: str, model, s, jinja: str) -> np.ndarray:
     """The token ids of a problem's prompt. Raises UserError for a problem without one, and for one that cannot be asked."""
-    if not isinstance(record.get("prompt"), str):
-        raise UserError(f"{place}: has no text under `prompt`; its keys are {', '.join(record)}.")
+    if not isinstance(record.get("prompt"), str | list):
+        raise UserError(f"{place}: has no text or messages under `prompt`; its keys are {', '.join(record)}.")
     try:
         ids = chat.encode_prompt(record["prompt"], model.tokenizer, jinja)
     except UserError as error:
@@ -205,7 +211,8 @@ def rollouts(name: str, found, judges: Rewards, model, s, objective: Callable, m
 
 def judging(s) -> dict:
     """What `scoring.Scorer` takes besides the rewards."""
-    return {"seconds": s.rollouts.reward_seconds, "failed": s.rollouts.failed, "limit": s.rollouts.failures}
+    r = s.rollouts
+    return {"seconds": r.reward_seconds, "failed": r.failed, "limit": r.failures, "workers": r.reward_workers}
 
 
 def _lessons(s, objective: Callable) -> Lessons:

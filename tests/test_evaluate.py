@@ -130,6 +130,25 @@ def test_the_previous_stages_figure_is_reused_where_the_same_is_asked(monkeypatc
         assert len(asked) == count + 1, changes
 
 
+@pytest.mark.parametrize("verdict", [False, True])
+def test_a_completion_that_a_reward_does_not_apply_to_is_in_no_mean(monkeypatch, verdict):
+    def reward(record, completion):
+        return None if record["prompt"] == "2+1" else 1.0
+
+    reward.__annotations__["return"] = bool if verdict else float
+    monkeypatch.setattr(evaluate, "complete", answering([]))
+    monkeypatch.setattr(evaluate, "ready", lambda model, params, mesh: params)
+    options = {"prompt_window": 6, "new": 4, "template": None}
+    judges = {"one": (reward, 1.0), "none": (lambda record, completion: None, 0.0)}
+    judging = {"workers": 0}
+    found = evaluate.graded(None, None, TEXT, RECORDS, judges, None, rows=3, options=options, step=0, judging=judging)
+    values = {name: value for name, value in found if name != "samples"}
+    assert np.isnan([values.pop("eval/rewards/none"), values.pop("eval/rewards/none_greedy")]).all()
+    assert set(values.values()) == {1.0} and len(values) == 8 + verdict
+    scores = evaluate._verdicts(judges, RECORDS, ["2"] * 3)
+    assert scores[0] == scores[2] == 1.0 and np.isnan(scores[1])
+
+
 def test_held_out_divides_once():
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     batches = [{"tokens": np.zeros((2, 1), np.int32)}, {"tokens": np.ones((2, 1), np.int32)}]

@@ -153,3 +153,11 @@ def test_a_k_that_cannot_be_taken_is_refused_before_anything_is_sampled(monkeypa
         repeated.best(np.zeros((1, 6)), k)
     with pytest.raises(UserError, match=f"--k={k}"):
         repeated.majority(np.zeros((1, 6)), [["a"] * 6], k)
+
+
+def test_a_problem_with_a_sample_that_no_reward_applies_to_is_in_no_figure():
+    rewards = np.array([[1.0, 0.0], [np.nan, 1.0]])
+    values = dict(repeated._of_judged(rewards, [["a", "b"], ["a", "a"]], [1.0, 5.0], (1,), "pass"))
+    assert values["mean@2"] == 0.5 and values["left_out"] == 1
+    with pytest.raises(UserError, match="None for some sample of every problem"):
+        dict(repeated._of_judged(rewards[1:], None, [1.0], (1,), "pass"))

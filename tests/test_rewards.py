@@ -247,7 +247,7 @@ def test_verify(answer, completion, same):
 def test_a_verifier_that_hangs_is_killed_in_time_and_the_next_is_judged():
     records, texts = [{"answer": "9"}, {"answer": "9"}], ["\\boxed{9^{9^{9^{9}}}}", "\\boxed{3^2}"]
     verify = resolve.resolve({"name": "math.verify", "seconds": 1.0}, "rewards")
-    first, second = judged({"verify": (verify, 1.0)}, records, texts, workers=1)
+    first, second = judged({"verify": (verify, 1.0)}, records, texts, threads=1)
     assert "TimeoutError" in first.failures[0] and "more than 1 s" in first.failures[0] and second.total == 1.0
 
 

@@ -250,9 +250,9 @@ def test_a_sampler_that_breaks_leaves_no_threads(monkeypatch):
 
     before = set(threading.enumerate())
     with pytest.raises(RuntimeError, match="the device is gone"):
-        rollouts(monkeypatch, sampler(killed=broken))(state())
+        rollouts(monkeypatch, sampler(killed=broken), judging={"workers": 0})(state())
     assert gone(before)
-    made = rollouts(monkeypatch, lag=1)  # nor does one that is closed with a batch that waits
+    made = rollouts(monkeypatch, lag=1, judging={"workers": 0})  # nor does one that is closed with a batch that waits
     made(state())
     assert set(threading.enumerate()) - before
     made.close()

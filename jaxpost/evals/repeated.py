@@ -142,7 +142,8 @@ def sampled(
     """`figures` of n samples of each problem at a temperature, and last ("samples", rows): each sample's prompt, completion,
     answer (the record's), extracted (where there is `extract`), reward and stopped.
 
-    records: dicts with prompt, and maybe answer and a weight. judge: (records, completions) -> their rewards, all in one call;
+    records: dicts with prompt, and maybe answer and a weight. judge: (records, completions) -> their rewards, all in one call,
+    nan where none applies: a problem with such a sample is in no figure, and "left_out" says how many there are;
     the records that it gets say under `stopped` whether a stop token or string ended the completion. extract: from a completion
     to its answer, for the majority; name: as `figures` takes it; rows: problems, and completions, at a time, which changes
     nothing; options: template, prompt_window, new and what else `decode.stream` takes, `stop` being the template's if it is not
@@ -168,5 +169,18 @@ def sampled(
     told = [{**records[i // n], "stopped": row["stopped"]} for i, row in enumerate(table)]
     rewards = np.array([float(x) for x in judge(told, [row["completion"] for row in table])]).reshape(len(records), n)
     given = None if extract is None else [[row["extracted"] for row in table[i : i + n]] for i in range(0, len(table), n)]
-    yield from figures(rewards, given, ks=ks, weights=[r.get("weight", 1.0) for r in records], name=name)
+    yield from _of_judged(rewards, given, [r.get("weight", 1.0) for r in records], ks, name)
     yield "samples", [{**row, "reward": float(reward)} for row, reward in zip(table, rewards.reshape(-1), strict=True)]
+
+
+def _of_judged(
+    rewards: np.ndarray, given, weights: Sequence[float], ks: Sequence[int], name: str
+) -> Iterator[tuple[str, float]]:
+    """`figures` of the problems whose samples all have a reward, and how many have not. Raises UserError where none has."""
+    whole = np.flatnonzero(np.isfinite(rewards).all(1))
+    if not len(whole):
+        raise UserError("--samples: the reward gives None for some sample of every problem; one that applies returns a number.")
+    own = None if given is None else [given[i] for i in whole]
+    yield from figures(rewards[whole], own, ks=ks, weights=[weights[i] for i in whole], name=name)
+    if len(whole) < len(rewards):
+        yield "left_out", float(len(rewards) - len(whole))

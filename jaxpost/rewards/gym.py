@@ -65,6 +65,7 @@ def score(record: dict, completion: str, *, seconds: float = 5.0) -> float:
     return _asked("_judged", *arguments, seconds=seconds)
 
 
+score.in_process = True  # it has a process of its own
 score.ready = lambda **_: isolated.warm(module="jaxpost.rewards.gym", package="reasoning_gym")
 
 

@@ -77,6 +77,7 @@ def verify(record: dict, completion: str, *, seconds: float = 5.0) -> bool:
     return isolated.call("jaxpost.rewards.math:_same", args=answers, seconds=seconds, package="math_verify")
 
 
+verify.in_process = True  # it has a process of its own
 verify.ready = lambda **_: isolated.warm(module="jaxpost.rewards.math", package="math_verify")
 
 

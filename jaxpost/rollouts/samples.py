@@ -139,6 +139,7 @@ def _judged_rows(samples: Samples, drawn: Sequence[tuple], found) -> list[dict]:
     scores = judged(samples.rewards, records, [texts[j].strip() for j in ended], **samples.judging)
     for i, (record, _) in enumerate(drawn):
         own = [(texts[j].strip(), score.total) for j, score in zip(ended, scores, strict=True) if j // samples.group == i]
+        own = [(text, total) for text, total in own if np.isfinite(total)]  # a completion that no reward applies to is no row
         made += rows(samples.shape, record["prompt"], [text for text, _ in own], [total for _, total in own])
     return made
 
@@ -152,13 +153,13 @@ def _write(folder: epath.Path, held: list[dict], meta: dict) -> None:
     writers.replace(folder / "meta.json", json.dumps(meta, default=str).encode())
 
 
-def rows(shape: str, prompt: str, texts: Sequence[str], rewards: Sequence[float]) -> list[dict]:
+def rows(shape: str, prompt: str | list, texts: Sequence[str], rewards: Sequence[float]) -> list[dict]:
     """The rows that a prompt's completions give, as a file of this shape has them; see the module's docstring.
 
     Raises UserError for a reward that is no label where one is needed.
     """
     found = ROWS[shape](texts, np.asarray(rewards, float))
-    asked = [{"role": "user", "content": prompt}]
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return [{"prompt": asked, **row} for row in {json.dumps(row): row for row in found}.values()]
 
 

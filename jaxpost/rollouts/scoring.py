@@ -1,22 +1,29 @@
-"""Completions judged by several rewards, in threads of the host while the device makes the next ones, and contained.
+"""Completions judged by several rewards on the host while the device makes the next ones, and contained.
 
-A reward is a function of the user's, called on what a model wrote, so it will one day raise, hang, or give something that is no
-number. None of that may stop a run, and none may pass unseen. Such a failure is scored as configured and told with its message;
-where a reward fails more often than the limit allows, the run stops, since it would be learning from failures. What the user
-has to put right (a UserError: a package or a column that is missing) is not contained: `results` raises it.
+A reward is a function of the user's, called on what a model wrote, so it will one day raise, hang, end its process, or give
+something that is no number. None of that may stop a run, and none may pass unseen. Such a failure is scored as configured and
+told with its message; where a reward fails more often than the limit allows, the run stops, since it would be learning from
+failures. What the user has to put right (a UserError: a package or a column that is missing) is not contained: `results` raises
+it.
 
-**The clock.** A reward has so many seconds for a completion. A thread cannot be killed, so one whose reward takes longer is
-given up: its verdict no longer counts, another thread takes its place, and it is sent an exception again and again until it
-ends. That stops a loop in Python; a loop in C goes on, which is why `math.verify` has a process of its own.
+**Where a reward runs.** In a worker process (pool.py), which is killed when a completion takes more than its seconds. Three
+kinds stay in threads of this process: one that judges many completions at once (`many`), one that says so by an attribute
+`in_process = True`, because it needs the device or has a process of its own, and one that cannot be sent, of which a line on
+stderr tells. With workers=0 all of them do. Each completion is judged by a copy of its record of its own.
 
-A thread that is sent an exception may be anywhere, so it must hold nothing that others need. Threads talk by queues alone, and
-who speaks for a job, its thread or the clock, is decided by one atomic operation.
+**The clock of a thread.** A thread cannot be killed, so one whose reward takes too long is given up: its verdict no longer
+counts, another thread takes its place, and it is sent an exception again and again until it ends. That stops a loop in Python;
+a loop in C goes on. A thread that is sent an exception may be anywhere, so it must hold nothing that others need: threads talk
+by queues alone, and who speaks for a job, its thread or the clock, is decided by one atomic operation.
 """
 
+import copy
 import ctypes
+import dis
 import functools
+import inspect
 import math
-import numbers
+import os
 import queue
 import sys
 import threading
@@ -24,14 +31,22 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import cloudpickle
 import numpy as np
 import tqdm
 
-from jaxpost.errors import UserError, first_line
+from jaxpost.errors import UserError
+from jaxpost.rollouts import pool
+from jaxpost.rollouts.worker import Failure, described, number
+
+WORKERS, THREADS = 4, 4
+LARGEST = float(np.finfo(np.float32).max)  # a total beyond it is none that could be learned from
 
 
 class Score(NamedTuple):
-    """What the rewards make of a completion: the weighted sum, what each gave (None: not applicable), and what went wrong."""
+    """What the rewards make of a completion: the weighted sum (nan where no reward that has a weight applies), what each gave
+    (None: not applicable), and what went wrong.
+    """
 
     total: float
     each: dict[str, float | None]
@@ -57,12 +72,13 @@ class Scorer:
     """Judges completions by rewards: {name: (function, weight)}; of weight 0 a reward only counts.
 
     seconds: that a reward may take for one completion. failed: what a failure scores, before its weight. limit: the share of a
-    reward's verdicts in one `results` that may be failures, though one always may, unless the limit is 0. workers: threads.
+    reward's verdicts in one `results` that may be failures, though one always may, unless the limit is 0. workers: processes at
+    most, of this and all other Scorers together; threads: for rewards that are judged in this process.
 
     A reward is (record, completion) -> a number, or None where it does not apply. It may carry two attributes, functions with
     its own keywords: `ready()`, called here at once, so that what is missing is found early; and `many(records, completions)`
     -> one number, None or exception for each, which is called in its stead, once a `results` and without a clock.
-    Raises UserError for what is no reward.
+    Raises UserError for what is no reward, as a function that returns nothing.
     """
 
     def __init__(
@@ -72,9 +88,10 @@ class Scorer:
         seconds: float = 10.0,
         failed: float = 0.0,
         limit: float = 0.1,
-        workers: int = 4,
+        workers: int = WORKERS,
+        threads: int = THREADS,
     ):
-        _check(rewards, seconds, failed, limit, workers)
+        _check(rewards, seconds, failed, limit, workers, threads)
         self.rewards, self.seconds, self.failed, self.limit = dict(rewards), seconds, failed, limit
         self._many = {name: many for name, (reward, _) in self.rewards.items() if (many := _carried(reward, "many"))}
         for reward, _ in self.rewards.values():
@@ -83,19 +100,36 @@ class Scorer:
         self._jobs, self._said, self._closed = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
         self._running: dict[int, _Job] = {}
         self._asked: dict[int, tuple[dict, str]] = {}
-        self._workers = workers
-        for _ in range(workers):
+        alone = {name: reward for name, (reward, _) in self.rewards.items() if name not in self._many}
+        self._workers, self._payload = workers, _sent(alone, workers)
+        self._threads = threads if alone.keys() - (self._payload.pickles if self._payload else ()) else 0
+        for _ in range(self._threads):
             self._start(self._work)
-        self._start(self._watch)
+        if self._threads:
+            self._start(self._watch)
 
     def submit(self, key: int, record: dict, completion: str) -> None:
         """Has a completion judged, from now on; `key` is its own among those of the next `results`."""
         if key in self._asked:
             raise ValueError(f"a completion with the key {key} is being judged already")
         self._asked[key] = (record, completion)
+        jobs, sent = [], self._payload.pickles if self._payload else ()
+        content = _record(record) if sent else b""
         for name, (reward, _) in self.rewards.items():
-            if name not in self._many:
+            if name in sent and isinstance(content, bytes):
+                answer = functools.partial(self._hear, key, name)
+                jobs.append(
+                    pool.Job(self._payload, name, content, completion, self.seconds, answer, self._closed, time.monotonic())
+                )
+            elif name in sent:
+                self._said.put((key, name, content))
+            elif name not in self._many:
                 self._jobs.put(_Job(key, name, reward, record, completion))
+        if jobs:
+            pool.shared().submit(jobs, self._workers)
+
+    def _hear(self, key: int, name: str, verdict: Any) -> None:
+        self._said.put((key, name, verdict))
 
     def results(self) -> dict[int, Score]:
         """The scores of all that were submitted since the last call, by their keys; waits for them.
@@ -105,46 +139,62 @@ class Scorer:
         asked, self._asked = self._asked, {}
         said: dict[tuple[int, str], Any] = {}
         for _ in range(len(asked) * (len(self.rewards) - len(self._many))):
-            job, verdict = self._said.get()
-            said[job.key, job.name] = verdict
+            key, name, verdict = self._said.get()
+            said[key, name] = verdict
         for name, many in self._many.items():
             said |= {(key, name): verdict for key, verdict in zip(asked, _together(many, asked), strict=True)}
         return self._scores(asked, said)
 
     def close(self) -> None:
-        """Ends the threads. What has been submitted and not asked for is dropped."""
+        """Ends what judges. What has been submitted and not asked for is dropped."""
         self._closed.set()
+        if self._payload and self._asked:
+            pool.shared().nudge()
         for job in list(self._running.values()):
             job.decide("clock")
             _interrupt(job.thread)
-        for _ in range(self._workers):
+        for _ in range(self._threads):
             self._jobs.put(None)
 
     def _scores(self, asked: Mapping, said: Mapping) -> dict[int, Score]:
         scores, failures = {}, {name: [] for name in self.rewards}
         for key, (_, completion) in asked.items():
-            each, told, total = {}, [], 0.0
+            each, messages, total, applies = {}, [], 0.0, False
             for name, (_, weight) in self.rewards.items():
                 verdict = said[key, name]
                 if isinstance(verdict, UserError):
                     raise verdict
+                if weight and isinstance(verdict, float) and not abs(total + weight * verdict) <= LARGEST:
+                    verdict = OverflowError(f"{verdict:g} with the weight {weight:g} makes a total beyond the largest float32")
                 if isinstance(verdict, Exception):
-                    told.append(f"reward {name}: {_told(verdict)}; the completion begins {completion[:60]!r}")
-                    failures[name].append(told[-1])
+                    messages.append(f"reward {name}: {described(verdict)}; the completion begins {completion[:60]!r}")
+                    failures[name].append(messages[-1])
                     verdict = self.failed
                 each[name] = verdict
                 total += 0.0 if verdict is None else weight * verdict
-            scores[key] = Score(total, each, told)
-        for name, found in failures.items():
-            if found:
-                told = f"reward {name} failed on {len(found)} of {len(asked)} completions, scored {self.failed:g}: {found[0]}"
-                tqdm.tqdm.write(told, file=sys.stderr)
-            if len(found) > self.limit * len(asked) and (len(found) > 1 or not self.limit):
-                raise UserError(
-                    f"reward {name} failed on {len(found)} of {len(asked)} completions, which is more than the limit "
-                    f"{self.limit:g} allows. Mend it, or allow more.\n  " + "\n  ".join(found[:3])
+                applies |= bool(weight) and verdict is not None
+            scores[key] = Score(total if applies else math.nan, each, messages)
+        self._stop_past_limit(failures, len(asked))
+        if asked and all(math.isnan(score.total) for score in scores.values()):
+            silent = ", ".join(name for name, (_, weight) in self.rewards.items() if weight)
+            if silent:
+                told = (
+                    f"reward {silent}: None for each of {len(asked)} completions, so that there is nothing to learn from them."
                 )
+                tqdm.tqdm.write(f"{told} A reward that applies returns a number.", file=sys.stderr)
         return scores
+
+    def _stop_past_limit(self, failures: Mapping[str, list[str]], count: int) -> None:
+        """Tells of the failures of each reward. Raises UserError where one has more than the limit allows."""
+        for name, messages in failures.items():
+            if messages:
+                told = f"reward {name} failed on {len(messages)} of {count} completions, scored {self.failed:g}: {messages[0]}"
+                tqdm.tqdm.write(told, file=sys.stderr)
+            if len(messages) > self.limit * count and (len(messages) > 1 or not self.limit):
+                raise UserError(
+                    f"reward {name} failed on {len(messages)} of {count} completions, which is more than the limit "
+                    f"{self.limit:g} allows. Mend it, or allow more.\n  " + "\n  ".join(messages[:3])
+                )
 
     def _start(self, what: Callable) -> None:
         threading.Thread(target=what, daemon=True, name="jaxpost reward").start()
@@ -156,16 +206,16 @@ class Scorer:
                 job.thread, job.started = threading.current_thread(), time.monotonic()
                 self._running[me] = job
                 try:
-                    verdict = _number(job.reward(job.record, job.completion))
+                    verdict = number(job.reward(copy.deepcopy(job.record), job.completion))
                 except _Stop:
                     return
                 except BaseException as error:  # SystemExit too: it would end the thread and nothing else
-                    verdict = error if isinstance(error, Exception) else RuntimeError(_told(error))
+                    verdict = error if isinstance(error, UserError) else Failure(described(error))
                 if not job.decide("thread"):
                     while True:  # the exception is on its way; were the thread gone, another might get it with its number
                         time.sleep(0.01)
                 del self._running[me]
-                self._said.put((job, verdict))
+                self._said.put((job.key, job.name, verdict))
         except _Stop:
             pass
 
@@ -183,7 +233,7 @@ class Scorer:
                 _interrupt(job.thread)
                 given_up.append(job.thread)
                 self._start(self._work)
-                self._said.put((job, TimeoutError(f"took more than {self.seconds:g} s")))
+                self._said.put((job.key, job.name, TimeoutError(f"took more than {self.seconds:g} s")))
 
 
 def judged(
@@ -199,25 +249,89 @@ def judged(
         scorer.close()
 
 
-def _check(rewards: Mapping, seconds: float, failed: float, limit: float, workers: int) -> None:
+def _check(rewards: Mapping, seconds: float, failed: float, limit: float, workers: int, threads: int) -> None:
     if not rewards:
         raise UserError("there is no reward to judge completions by; name one at least.")
     for name, entry in rewards.items():
         if not isinstance(entry, Sequence) or len(entry) != 2 or not callable(entry[0]) or not math.isfinite(entry[1]):
             raise UserError(f"reward {name}: {entry!r}; give a function and its weight, a finite number.")
-    if not (seconds > 0 and 0 <= limit <= 1 and workers >= 1 and math.isfinite(failed)):
+        if _returns_nothing(entry[0]):
+            raise UserError(f"reward {name}: it never returns a value; is there a `return` missing?")
+        if not abs(entry[1] * failed) <= LARGEST:
+            raise UserError(f"reward {name}: its weight {entry[1]:g} times failed={failed:g} is beyond the largest float32.")
+    if not (seconds > 0 and 0 <= limit <= 1 and workers >= 0 and threads >= 1 and math.isfinite(failed)):
         raise UserError(
-            f"scoring: seconds={seconds} must be positive, limit={limit} a share, workers={workers} 1 at least, and "
-            f"failed={failed} a finite number."
+            f"scoring: seconds={seconds} must be positive, limit={limit} a share, workers={workers} 0 at least, "
+            f"threads={threads} 1 at least, and failed={failed} a finite number."
         )
 
 
-def _carried(reward: Callable, name: str) -> Callable | None:
-    """A function that a reward carries as an attribute, bound to the keywords that the reward itself is bound to."""
-    if found := getattr(reward, name, None):
-        return found
-    if isinstance(reward, functools.partial) and (found := getattr(reward.func, name, None)):
-        return functools.partial(found, *reward.args, **reward.keywords)
+def _returns_nothing(reward: Callable) -> bool:
+    """Whether it is a function by `def` that only ever returns None."""
+    function = inspect.unwrap(reward.func if isinstance(reward, functools.partial) else reward)
+    code = getattr(function, "__code__", None)
+    if (
+        code is None
+        or code.co_name == "<lambda>"
+        or code.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR)
+    ):
+        return False
+    steps = [step for step in dis.get_instructions(code) if step.opname != "RETURN_GENERATOR"]
+    returns = []  # what puts each value there; a `return` that is jumped to has several
+    for before, step in zip([None, *steps], steps, strict=False):
+        if step.opname.startswith("RETURN_"):
+            returns.append(step if step.opname == "RETURN_CONST" or step.is_jump_target else before)
+    return bool(returns) and all(step.opname in ("LOAD_CONST", "RETURN_CONST") and step.argval is None for step in returns)
+
+
+_PAYLOADS: list[tuple[Mapping[str, Callable], pool.Payload | None]] = []  # of the latest rewards that were sent
+_TOLD: set[str] = set()
+
+
+def _sent(rewards: Mapping[str, Callable], workers: int) -> pool.Payload | None:
+    """What workers get of rewards, and have loaded by now; None where all of them stay in this process."""
+    rewards = {name: reward for name, reward in rewards.items() if not _carried(reward, "in_process")}
+    if not workers or not rewards:
+        return None
+    for known, payload in _PAYLOADS:
+        if known.keys() == rewards.keys() and all(known[name] is reward for name, reward in rewards.items()):
+            return payload
+    pickles, stays = {}, {}
+    for name, reward in rewards.items() if os.name == "posix" else ():
+        try:
+            pickles[name] = pool.pickled(reward)
+        except UserError as error:
+            stays[name] = str(error)
+    payload = pool.payload(pickles, rewards) if pickles else None
+    if payload and (errors := pool.shared().load(payload, workers)):
+        stays |= {name: f"a worker cannot load it ({error})" for name, error in errors.items()}
+        pickles = {name: content for name, content in pickles.items() if name not in errors}
+        payload = pool.payload(pickles, rewards) if pickles else None
+    for name, why in stays.items():
+        told = f"reward {name} is judged in this process, where the clock does not stop a loop in C: {why}"
+        if told not in _TOLD:
+            _TOLD.add(told)
+            tqdm.tqdm.write(told, file=sys.stderr)
+    _PAYLOADS[:] = [*_PAYLOADS[-7:], (rewards, payload)]
+    return payload
+
+
+def _record(record: Mapping) -> bytes | Failure:
+    """A record as workers get it."""
+    try:
+        return cloudpickle.dumps(record)
+    except Exception as error:
+        return Failure(
+            f"{described(error)}: the record cannot be sent to a worker; config.rollouts.reward_workers=0 needs not to"
+        )
+
+
+def _carried(reward: Callable, name: str) -> Any:
+    """What a reward carries as an attribute; a function is bound to the keywords that the reward itself is bound to."""
+    if carried := getattr(reward, name, None):
+        return carried
+    if isinstance(reward, functools.partial) and (carried := getattr(reward.func, name, None)):
+        return functools.partial(carried, *reward.args, **reward.keywords) if callable(carried) else carried
     return None
 
 
@@ -227,7 +341,7 @@ def _together(many: Callable, asked: Mapping) -> list:
         return []
     records, completions = zip(*asked.values(), strict=True)
     try:
-        found = list(many(list(records), list(completions)))
+        found = list(many([copy.deepcopy(record) for record in records], list(completions)))
         if len(found) != len(asked):
             raise ValueError(f"gave {len(found)} verdicts on {len(asked)} completions")
     except Exception as error:
@@ -237,27 +351,9 @@ def _together(many: Callable, asked: Mapping) -> list:
 
 def _verdict(value: Any) -> float | None | Exception:
     try:
-        return value if isinstance(value, Exception) else _number(value)
+        return value if isinstance(value, Exception) else number(value)
     except Exception as error:
         return error
-
-
-def _number(value: Any) -> float | None:
-    """A reward's value as a float, or None. Raises TypeError, ValueError or OverflowError for what is no finite number."""
-    if value is None:
-        return None
-    scalar = isinstance(value, np.ndarray | np.generic) or hasattr(value, "__array__")
-    if scalar and np.ndim(value) == 0 and np.asarray(value).dtype.kind in "biuf":
-        value = np.asarray(value).item()
-    if not isinstance(value, numbers.Real):
-        raise TypeError(f"gave {repr(value)[:60]}, which is no number")
-    if not math.isfinite(found := float(value)):
-        raise ValueError(f"gave {found}")
-    return found
-
-
-def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _interrupt(thread: threading.Thread) -> None:

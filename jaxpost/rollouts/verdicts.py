@@ -76,8 +76,7 @@ def gathered(scorer: Scorer, count: int) -> Verdicts:
         found = sharding.everywhere(found[None].view(np.uint32)).view(np.float64).sum(0)
     assert (found[0] == 1).all(), "each completion is judged by one process"
     each = {name: np.where(found[3 + 2 * n] > 0, found[4 + 2 * n], np.nan) for n, name in enumerate(names)}
-    counted = [np.isfinite(each[name]) for name, (_, weight) in scorer.rewards.items() if weight]
-    return Verdicts(np.where(np.any(counted, axis=0), found[1], np.nan), each, int(found[2].sum()))
+    return Verdicts(found[1], each, int(found[2].sum()))
 
 
 def differing(groups: np.ndarray) -> np.ndarray:

@@ -1,0 +1,34 @@
+"""Rewards of TRL's signature, `reward(completions, **columns) -> list`, as rewards of one completion.
+
+    --config.reward=FILE.py:reward        is enough: the argument `completions` tells
+
+Each completion is judged by itself, in lists of one: `prompts`, and every other column of its record. Where the prompt is a
+list of messages, the completion is `[{"role": "assistant", "content": text}]`, as TRL has it, else the text. A
+reward that compares the completions of a batch with each other is to be written for jaxpost, with `many` (rollouts/scoring.py).
+"""
+
+import inspect
+from collections.abc import Callable
+
+
+def judge(record: dict, completion: str, *, reward: Callable) -> float:
+    """What a reward of TRL's signature says of one completion. Raises TypeError where it gives no list of one."""
+    turns = isinstance(record.get("prompt"), list)
+    columns = {key: [value] for key, value in record.items() if key not in ("prompt", "prompts", "completions")}
+    columns |= {"prompts": [record.get("prompt")]}
+    columns |= {"completions": [[{"role": "assistant", "content": completion}] if turns else completion]}
+    takes = inspect.signature(reward).parameters.values()
+    if not any(p.kind is p.VAR_KEYWORD for p in takes):
+        columns = {p.name: columns[p.name] for p in takes if p.name in columns}
+    scores = reward(**columns)
+    if not hasattr(scores, "__len__") or len(scores) != 1:
+        raise TypeError("gave no list of one score for one completion")
+    return scores[0]
+
+
+def is_trl(reward: Callable) -> bool:
+    """Whether a function has TRL's signature."""
+    try:
+        return "completions" in inspect.signature(reward).parameters
+    except (TypeError, ValueError):
+        return False

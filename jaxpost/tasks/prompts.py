@@ -1,0 +1,94 @@
+"""A file of prompts, for reinforcement with a reward of one's own.
+
+    --config.data=prompts.jsonl --config.reward=mine.py:reward               with a recipe of reinforcement, as configs/grpo.py
+    task=dict(name="prompts", data="prompts.jsonl", test="more.jsonl")       the same as a task
+
+A row has a `prompt` (a text, or a list of messages), or `messages`, of which an answer at the end is left out. All columns of
+the row are the reward's record; `columns="prompt=problem,answer=solution"` gives columns of other names the names that are
+read. Any file that data/readers.py reads will do, several with commas between them.
+
+Where no `test` is named, `held_out` of the prompts are kept for testing: a share below 1, or a number of different prompts. A
+hash of the prompt chooses them, so that no order and no seed can bring one into training; where `test` is named, training rows
+with a prompt of it are left out. Training goes through all rows, each once, in an order of its own, and then again in another.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from jaxpost.data import mixture, readers
+from jaxpost.errors import UserError
+from jaxpost.tasks.arithmetic import SPLITS, hashed
+
+
+def make(*, data: str, test: str = "", columns: Any = "", held_out: float = 0.1) -> SimpleNamespace:
+    """The task over the rows of `data`; see above for the keywords.
+
+    Raises UserError for a row without a prompt, and where nothing is left to train or to test on.
+    """
+    names = mixture.pairs(columns, "task.columns")
+    rows, tests = _records(data, names), _records(test, names) if test else []
+    order = sorted({_hash(row) for row in rows})
+    count = int(held_out) if held_out >= 1 else round(held_out * len(order))
+    kept = {_hash(row) for row in tests} or set(order[: max(count, 1)])
+    parts = {"train": [row for row in rows if _hash(row) not in kept]}
+    parts["test"] = tests or [row for row in rows if _hash(row) in kept]
+    for name, part in parts.items():
+        if not part:
+            raise UserError(f"task prompts: of {data} no row is left for the {name} split; give more rows, or other files")
+
+    def record(index: int, *, split: str = "train", seed: int = 0) -> dict:
+        """Row number `index` of a split in the order of `seed`, again from the beginning, in another order, after the last."""
+        if split not in parts:
+            raise UserError(f"split={split!r}: prompts has the splits {' and '.join(SPLITS)}")
+        again, place = divmod(index, len(parts[split]))
+        return dict(parts[split][_order(len(parts[split]), split, seed, again)[place]])
+
+    def test_records(per_cell: int, *, seed: int = 0) -> list[dict]:
+        """`per_cell` test prompts, or all if there are fewer, in an order fixed by `seed`; more of them extend the list."""
+        if per_cell < 1:
+            raise UserError(f"per_cell={per_cell}: at least one test prompt is needed")
+        return [record(index, split="test", seed=seed) for index in range(min(per_cell, len(parts["test"])))]
+
+    return SimpleNamespace(record=record, test_records=test_records)
+
+
+def _records(paths: str, names: Mapping[str, str]) -> list[dict]:
+    return [_parsed(row, names, place) for row, place in readers.read([path.strip() for path in paths.split(",")])]
+
+
+def _parsed(row: Mapping, names: Mapping[str, str], place: str) -> dict:
+    """A row with its prompt under `prompt`. Raises UserError for a row without one."""
+    if missing := [old for old in names.values() if old not in row]:
+        raise UserError(f"{place}: has no column {missing[0]!r}, which columns names; its columns are {', '.join(row)}")
+    row = {**row, **{new: row[old] for new, old in names.items()}}
+    prompt = row.get("prompt")
+    if prompt is None and isinstance(row.get("messages"), list):
+        prompt = row["messages"]
+        if prompt and isinstance(prompt[-1], dict) and prompt[-1].get("role") == "assistant":
+            prompt = prompt[:-1]
+    turns = isinstance(prompt, list) and all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str) for turn in prompt
+    )
+    if not prompt or not (isinstance(prompt, str) or turns):
+        raise UserError(
+            f"{place}: has no prompt; give a text or a list of messages under `prompt`, or `messages`. Its columns are "
+            f"{', '.join(row)}; task.columns=prompt=NAME takes another."
+        )
+    return {**row, "prompt": prompt}
+
+
+def _hash(row: Mapping) -> int:
+    prompt = row["prompt"]
+    text = prompt if isinstance(prompt, str) else json.dumps([[turn["role"], turn["content"]] for turn in prompt])
+    return hashed("prompts", " ".join(text.split()))
+
+
+@functools.lru_cache(maxsize=4)
+def _order(count: int, split: str, seed: int, again: int) -> list[int]:
+    # RandomState, since NumPy promises its stream for good; a Generator's may change between releases.
+    return np.random.RandomState(hashed("prompts", split, seed, again) % 2**32).permutation(count).tolist()

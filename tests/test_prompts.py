@@ -1,0 +1,115 @@
+"""A file of prompts as a task, settings that a source does not read, and rewards of TRL's signature."""
+
+import json
+
+import pytest
+
+from jaxpost import recipe, selfmade
+from jaxpost.errors import UserError
+from jaxpost.rollouts.scoring import judged
+from jaxpost.tasks import prompts
+
+ROWS = [{"prompt": f"{i}+1", "answer": str(i + 1)} for i in range(40)]
+
+
+def written(folder, rows, name="prompts.jsonl"):
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / name)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_prompts_are_split_by_their_text_and_gone_through(tmp_path, order):
+    task = prompts.make(data=written(tmp_path, (ROWS + ROWS[:5])[::order]), held_out=8)
+    held = {record["prompt"] for record in task.test_records(100)}
+    trained = [task.record(i)["prompt"] for i in range(32)]
+    assert len(held) == 8 and not held & {task.record(i)["prompt"] for i in range(100)} and len(set(trained)) >= 27
+    assert held == {r["prompt"] for r in prompts.make(data=written(tmp_path, ROWS), held_out=0.2).test_records(100)}
+    assert task.record(3)["answer"] == str(int(task.record(3)["prompt"][:-2]) + 1) and task.record(3) == task.record(3)
+    apart = prompts.make(data=written(tmp_path, ROWS), test=written(tmp_path, ROWS[:3], "test.jsonl"))
+    assert len(apart.test_records(9)) == 3 and not {apart.record(i)["prompt"] for i in range(80)} & {"0+1", "1+1", "2+1"}
+
+
+def test_prompts_are_texts_or_messages_under_any_name(tmp_path):
+    turns = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
+    rows = [{"messages": turns, "id": 1}, {"messages": turns[:1], "id": 2}, {"prompt": turns[:1], "id": 3}]
+    for row in rows:
+        assert prompts._parsed(row, {}, "a") == {**row, "prompt": turns[:1]}
+    assert prompts._parsed({"problem": "x", "a": 1}, {"prompt": "problem", "answer": "a"}, "p")["answer"] == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "message"),
+    [
+        ({"text": "x"}, "", "line 1: has no prompt.*text"),
+        ({"prompt": ""}, "", "line 1: has no prompt"),
+        ({"prompt": [{"role": "user"}]}, "", "line 1: has no prompt"),
+        ({"prompt": "x"}, "prompt=problem", "line 1: has no column 'problem'"),
+        ({"prompt": "x"}, "", "no row is left for the train split"),
+    ],
+)
+def test_files_that_are_no_prompts_are_refused(tmp_path, row, columns, message):
+    with pytest.raises(UserError, match=message):
+        prompts.make(data=written(tmp_path, [row]), columns=columns)
+
+
+def staged(**changes):
+    ((_, s),) = recipe.stages(recipe.opened("configs/grpo.py", model="M", **changes))
+    return s
+
+
+def test_data_for_rollouts_are_prompts_in_place_of_gsm8k():
+    s = staged(data="a.jsonl", reward="f.py:g", eval_data="b.jsonl", columns="prompt=problem", held_out=0.2)
+    task = {"name": "prompts", "data": "a.jsonl", "test": "b.jsonl", "columns": "prompt=problem", "held_out": 0.2}
+    assert recipe.plain(s.task) == task and not s.data and not s.eval_data
+    assert recipe.plain(staged().task)["name"] == "gsm8k"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": "a.jsonl"}, "config.reward: a file of prompts has no reward"),
+        ({"data": "a.jsonl", "task": {"name": "countdown"}}, "config.data: 'a.jsonl'; the prompts of .* countdown"),
+        ({"data": "a.jsonl=2,b.jsonl=1", "reward": "f.py:g"}, "config.data: .* without weights"),
+        ({"eval_data": "a.jsonl"}, "config.eval_data: 'a.jsonl' is not read by source='rollouts'"),
+        ({"columns": "prompt=problem"}, "config.columns: .* is not read"),
+        ({"annotations": "x"}, "config.annotations: .* is not read"),
+        ({"data": "a.jsonl", "reward": "f.py:g", "train_on": "last"}, "config.train_on: .* is not read"),
+    ],
+)
+def test_settings_that_rollouts_do_not_read_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        staged(**changes)
+
+
+def test_data_around_several_stages_are_those_of_the_stage_that_reads_them():
+    rolled = {"source": "rollouts", "objective": {"name": "policy_gradient.grpo"}}
+    config = recipe.make(stages=("sft", "rl"), data="a.jsonl", task={"name": "countdown"}, rl=rolled)
+    assert recipe.stages(config)[1][1].task.name == "countdown"
+    config = recipe.make(stages=("sft", "rl"), task={"name": "countdown"}, rl={**rolled, "data": "a.jsonl"})
+    with pytest.raises(UserError, match="config.rl.data"):
+        recipe.stages(config)
+
+
+TRL = """
+def longest(completions, answer, **kwargs):
+    return [float(len(c)) + (c == a) for c, a in zip(completions, answer)]
+
+
+def asked(prompts, completions):
+    return [len(p[0]["content"]) + len(c[0]["content"]) for p, c in zip(prompts, completions)]
+
+
+def wrong(completions):
+    return None if len(completions) > 9 else 1.0
+"""
+
+
+def test_rewards_of_trls_signature_are_rewards(tmp_path):
+    (tmp_path / "mine.py").write_text(TRL)
+    rewards = selfmade.rewards(None, "", {name: f"{tmp_path / 'mine.py'}:{name}" for name in ("longest",)})
+    assert [s.total for s in judged(rewards, [{"prompt": "?", "answer": "ab"}] * 2, ["ab", "abc"])] == [3.0, 3.0]
+    rewards = selfmade.rewards(None, "", f"{tmp_path / 'mine.py'}:asked")
+    turns = [{"role": "user", "content": "hello"}]
+    assert judged(rewards, [{"prompt": turns, "answer": ""}], ["abc"])[0].total == 8.0
+    rewards = selfmade.rewards(None, "", f"{tmp_path / 'mine.py'}:wrong")
+    assert "gave no list of one score" in judged(rewards, [{"prompt": "?"}], ["a"])[0].failures[0]
