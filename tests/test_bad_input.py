@@ -459,7 +459,11 @@ def test_a_problem_that_cannot_be_asked_stops_before_anything_is_compiled(tmp_pa
 
 def test_a_later_problem_that_cannot_be_asked_is_named(tmp_path):
     prompt = odd(tmp_path, 300)
-    for number, told in ((300, "its prompt has"), (301, "'o'"), (302, "has no text under `prompt`; its keys are question")):
+    for number, told in (
+        (300, "its prompt has"),
+        (301, "'o'"),
+        (302, "no text or messages under `prompt`; its keys are question"),
+    ):
         with pytest.raises(UserError, match=f"odd.py, problem {number}: .*{told}"):
             prompt(number)
     prompt = odd(tmp_path, 300, too_long="drop", bad_rows="skip")

@@ -253,9 +253,9 @@ def test_accuracy_of_a_task_by_name(folder, monkeypatch, tmp_path):
     assert found["accuracy"] == found["accuracy_greedy/x3"] == 1.0 and found["problems"] == 9 and len(found) == 27
     # <|user|>, seven characters of the longest problem, <|assistant|>; and as much of 64 as the model's positions leave.
     assert asked == {"prompt_window": 9, "new": 55, "rows": 4}
-    (tmp_path / "judge.py").write_text("def none(record, completion):\n    return None")
+    (tmp_path / "judge.py").write_text("def none(record, completion):\n    return None if completion is not None else 0.0")
     found = dict(evaluate.solves(api.load(folder), "arithmetic", per_cell=1, reward=f"{tmp_path}/judge.py:none", rows=4))
-    assert found["reward"] == 0.0  # it has nothing to say of these completions
+    assert np.isnan(found["reward"])  # it has nothing to say of these completions
     own = dict(evaluate.solves(api.load(folder), "arithmetic", per_cell=1, rows=4, new=5))
     assert asked["new"] == 5
     records = arithmetic.test_records(1)

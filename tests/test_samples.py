@@ -168,13 +168,13 @@ def test_what_samples_cannot_be_is_refused(tmp_path):
     for changes, message in (
         ({"steps": 0}, "config.steps: samples have no epochs"),
         ({"rollouts": {"group": 1}}, "config.rollouts.group: 1 leaves nothing to compare"),
-        ({"data": "x.jsonl"}, "config.data: 'x.jsonl'; samples are a data set of their own"),
+        ({"data": "x.jsonl"}, "config.dpo.data: 'x.jsonl'; the prompts of source='samples' are those of config.dpo.task"),
         ({"annotations": "x"}, "config.annotations: 'x'; samples are a data set of their own"),
         ({"objective": {"name": "reward_model.process"}}, "learns from steps of a data set, and samples are none"),
         ({"train_on": "all"}, "config.train_on: 'all'"),
         ({"window": 4}, "a sample of config.task, 0.*make the window"),
         ({"rollouts": {"prompt_window": 2}}, "its prompt has"),
     ):
-        mesh, (_, (name, s)) = sharding.make_mesh(), recipe.stages(configured(tmp_path, **changes))
         with pytest.raises(UserError, match=message):
-            plan_stage(name, s, mesh)
+            _, (name, s) = recipe.stages(configured(tmp_path, **changes))
+            plan_stage(name, s, sharding.make_mesh())
