@@ -6,12 +6,12 @@ none of them:
 
     \boxed{72}, \fbox{72}          what is in the outermost braces
     <answer>72</answer>            what is between the tags
-    #### 72                        the rest of the line. A line without a digit is a heading: of an answer ("#### Final Answer"),
-                                   which the next line gives, or of anything else, which is no mark; so is "#### Step 2" and,
-                                   where more lines follow, "#### 2. Words"
+    #### 72                        the rest of the line. A line without a digit is a heading: of an answer ("#### Final
+                                   Answer"), which the next line gives, or of anything else, which is no mark; so is
+                                   "#### Step 2" and, where more lines follow, "#### 2. Words"
     the answer is 72, answer: 72   what follows, unless it speaks of the answer (correct, found by ...) and does not give it
 
-**The number** (`value`) is an exact fraction. Where white space may stand, so may $, braces, \(, \text and other LaTeX of looks.
+**The number** (`value`) is an exact fraction. Braces, $, \(, \text and other LaTeX of looks count as nothing.
 
     answer   = group                 a box holds one group; #### and "answer is" count their first group, <answer> and a text
                                      without a mark their last. A remark in parentheses after a number is none of it
@@ -31,21 +31,29 @@ none of them:
 
 No number: a decimal comma (1,5 is a list of two), number words, hexadecimal numbers, two quantities (2 hours 30 minutes), a
 square root, powers but those of ten, an ordinal outside of a mark, and what takes more than 500 digits or an exponent of more
-than three. A percentage is the number before its sign; `percentage` says that it is one.
+than three. Of a text without a mark the last 4,000 characters are read. A percentage is the number before its sign;
+`percentage` says that it is one.
 """
 
 import re
-import unicodedata
 from fractions import Fraction
 from typing import NamedTuple
 
-_MOST = 500
-_DEEP = 3  # fractions within fractions
+from jaxpost.rewards.numerals import Item, items
+
+_LONGEST = 4_000  # characters of a text that are read for its number: its last, or the first after a mark
 
 
 class Number(NamedTuple):
     value: Fraction
     percentage: bool
+
+    def equals(self, other: "Number") -> bool:
+        """Whether two numbers are equal; a percentage is so to the number before its sign, and to a hundredth of it."""
+        if self.percentage == other.percentage:
+            return self.value == other.value
+        of_hundred, plain = (self, other) if self.percentage else (other, self)
+        return plain.value in (of_hundred.value, of_hundred.value / 100)
 
 
 class Marked(NamedTuple):
@@ -86,7 +94,8 @@ def marked(text: str, *, digits: bool = False) -> Marked:
         text = text[:unclosed]
     last = max(filter(None, (boxes, _tagged(text), _headed(text))), default=None)
     if last is not None:
-        return Marked(*last[1:])
+        box, _ = _boxes(last[1])
+        return Marked(*(box or last)[1:])
     for match in reversed(list(_WORDS.finditer(text))):
         sentence = _SENTENCE.match(text, match.end())[0]
         if not _SPEAKS.match(sentence) and (not digits or any(c.isnumeric() for c in sentence)):
@@ -134,273 +143,38 @@ def _headed(text: str) -> tuple[int, str, str] | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------- Tokens
-
-_THIN = "\u00a0\u2007\u2008\u2009\u200a\u202f\u2002\u2003\u2004\u2005\u2006\u3000"
-_SPELLED = {ord(c): "\u00a0" for c in _THIN}
-_SPELLED |= {ord(c): "-" for c in "‐‑‒–−﹣－➖"} | {ord(c): "\n" for c in "—―"}
-_SPELLED |= {ord(c): None for c in "\u200b\u200c\u200d\u2060\ufeff\u2061\u2062\u2063\u00ad"}
-_SPELLED |= {ord(c): "×" for c in "·∙⋅✕✖∗÷∕"} | {
-    ord("⁄"): "/",
-    ord("∕"): "/",
-    ord("≈"): "=",
-    ord("’"): "'",
-    ord("٫"): ".",
-    ord("٬"): ",",
-}
-_X = re.compile(r"(?<=[0-9)}])\s{0,3}[xX]\s{0,3}(?=[0-9(\\$])")
-_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
-_ODD = re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+|[^\x00-\x7f]")
-
-_SEPARATOR = r",\\!|\{,\}|[,'~\u00a0]|\\[,;:! ]|\\thinspace "
-_REST = r"(?:\.[0-9]++)?(?:[eE][-+]?[0-9]{1,3}(?!\w))?"
-
-
-def _tokenizer(separator: str) -> re.Pattern:
-    number = (
-        rf"(?:[0-9]{{1,3}}(?P<sep>{separator})[0-9]{{3}}(?:(?P=sep)[0-9]{{3}})*+(?![0-9])|[0-9]++){_REST}|(?<![0-9])\.[0-9]++"
-    )
-    currency = r"(?:\b(?:USD?|EUR|GBP|CAD|AUD|INR|CHF|JPY|RMB|HK|NZ|[ACRS]))?\\?[$€£¥₹]"
-    currency += r"|\b(?:USD|EUR|GBP|CAD|AUD|INR|CHF|JPY|RMB|Rs\.?)(?=\s?[-+]?[0-9.])"
-    command = r"\\(?:[A-Za-z]++|[^A-Za-z])"
-    return re.compile(
-        rf"(?P<number>{number})|(?P<currency>{currency})|(?P<tag><<[^<>\n]{{0,200}}>>|</?[A-Za-z]++>)|(?P<command>{command})"
-        r"|(?P<word>[^\W\d_]\w*+(?:'\w++)*+(?:-[0-9]\w*+)*+)|(?P<break>\n)|(?P<gap>[^\S\n]++)|(?P<dots>\.\.+|…|[-=]+>)|(?P<sign>.)",
-        re.DOTALL,
-    )
-
-
-_CLOSE, _WIDE = _tokenizer(_SEPARATOR), _tokenizer(_SEPARATOR + "|[ ]")
-_LOOKS = set(
-    "text textbf textit textrm textsf texttt mathrm mathbf mathit mathsf mbox hbox rm bf boxed fbox displaystyle left right big Big bigl bigr Bigl Bigr operatorname".split()
-)
-_GAPS = set("quad qquad thinspace enspace space , ; : ! [ ] ( )".split()) | {" "}
-_MEANS = {
-    "times": "×",
-    "cdot": "×",
-    "ast": "×",
-    "div": "×",
-    "over": "/",
-    "approx": "=",
-    "simeq": "=",
-    "%": "%",
-    "\\": "\n",
-    "{": "(",
-    "}": ")",
-    "lbrace": "(",
-    "rbrace": ")",
-    "&": "w",
-    "#": "w",
-}
-_MEANS |= dict.fromkeys(("circ", "degree", "euro", "pounds"), "w") | dict.fromkeys(
-    ("Rightarrow", "implies", "to", "ldots", "dots", "therefore"), "\n"
-)
-_MEANS |= dict.fromkeys("le leq lt ge geq gt ne neq pm mp in sim".split(), "<") | dict.fromkeys(
-    ("frac", "dfrac", "tfrac", "cfrac", "sfrac", "nicefrac"), "frac"
-)
-_SAID = {"plus": "+", "minus": "-", "times": "×", "equals": "="}
-_SIGNS = {
-    "*": "×",
-    "×": "×",
-    "<": "<",
-    ">": "<",
-    "≤": "<",
-    "≥": "<",
-    "≠": "<",
-    "±": "<",
-    "≡": "=",
-    "[": "(",
-    "]": ")",
-    "°": "w",
-    "¢": "w",
-    "″": "w",
-    "′": "w",
-    "√": "c",
-    "→": "\n",
-    "⇒": "\n",
-    "∴": "\n",
-    "?": "\n",
-}
-
-
-class _Token(NamedTuple):
-    kind: str  # n a number, w a word, c a command that is none of the rest, frac, or the sign itself
-    text: str
-    gap: bool  # whether white space stands before it
-
-
-def _plain(match: re.Match) -> str:
-    """A character outside of ASCII as LaTeX or ASCII would have it."""
-    char = match[0]
-    if char[0] in "⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺":
-        return f"^{{{char.translate(_RAISED)}}}"
-    if ord(char) in _SPELLED:
-        return char
-    if "FRACTION" in unicodedata.name(char, ""):
-        above, slash, below = unicodedata.normalize("NFKC", char).partition("⁄")
-        return rf"\frac{{{above}}}{{{below}}}" if slash and below else char
-    if (digit := unicodedata.decimal(char, None)) is not None:
-        return str(digit)
-    return chr(ord(char) - 0xFEE0) if 0xFF01 <= ord(char) <= 0xFF5E else char
-
-
-def _tokens(text: str, wide: bool) -> list[_Token]:
-    text = _X.sub("×", _ODD.sub(_plain, text).translate(_SPELLED))
-    tokens, gap = [], False
-    for match in (_WIDE if wide else _CLOSE).finditer(text):
-        kind, spelled = match.lastgroup, match[0]
-        if kind in ("gap", "currency", "tag") or spelled in '$"`“”':
-            gap |= kind == "gap"
-            continue
-        if kind == "command":
-            name = spelled[1:]
-            if name in _LOOKS or name in _GAPS:
-                gap |= name in _GAPS
-                continue
-            kind = _MEANS.get(name, "c")
-        elif kind == "sign" and spelled == "~":
-            gap = True
-            continue
-        else:
-            kind = (
-                _SAID.get(spelled.casefold())
-                or {"number": "n", "sep": "n", "word": "w", "break": "\n", "dots": "\n"}.get(kind)
-                or _SIGNS.get(spelled, spelled)
-            )
-        tokens.append(_Token(kind, spelled, gap))
-        gap = False
-    return tokens
-
-
-# --------------------------------------------------------------------------------------------------------------- Numbers
-
-_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_ORDINALS = {"st", "nd", "rd", "th"}
-
-
-class _Item(NamedTuple):
-    kind: str  # as of a token
-    gap: bool
-    text: str = ""  # of a number: whole, decimal or fraction; of a word: itself
-    value: Fraction | None = None
-    percentage: bool = False
-
-
-def _decimal(spelled: str) -> Fraction | None:
-    digits = re.sub(r"[^0-9.eE+-]", "", spelled)
-    return Fraction(digits) if len(digits) <= _MOST else None
-
-
-def _group(tokens: list[_Token], at: int) -> tuple[list[_Token], int]:
-    """What the braces at a place hold, and the place after them; or one token, with its sign, where there are none."""
-    if at < len(tokens) and tokens[at].kind == "{":
-        depth, end = 1, at + 1
-        while end < len(tokens) and depth and end - at < _MOST:
-            depth += {"{": 1, "}": -1}.get(tokens[end].kind, 0)
-            end += 1
-        return tokens[at + 1 : end - 1], end
-    end = at + 1 + (at < len(tokens) and tokens[at].kind in "+-")
-    return tokens[at:end], end
-
-
-def _items(tokens: list[_Token], depth: int = 0) -> list[_Item]:
-    """The tokens with fractions, powers of ten, percentages, scales and the exponents of units put together."""
-    items, at = [], 0
-    while at < len(tokens):
-        (kind, text, gap), at = tokens[at], at + 1
-        last, low = items[-1] if items else _Item("", False), text.casefold()
-        if kind == "n":
-            items.append(_Item("n", gap, "whole" if text.isdigit() else "decimal", _decimal(text)))
-            _divide(items)
-        elif kind == "frac":
-            value, at = _fraction(tokens, at, depth)
-            items.append(_Item("n", gap, "fraction", value))
-            _mix(items)
-        elif kind == "^":
-            group, at = _group(tokens, at)
-            if last.kind == "n":
-                _raise(items, group)
-            elif last.kind in (")", "c"):
-                items.append(_Item("c", False))
-        elif last.kind == "n" and (kind == "%" or low in ("percent", "pct")):
-            items[-1] = last._replace(percentage=True)
-        elif last.kind == "n" and low in _SCALES and last.value is not None:
-            items[-1] = last._replace(value=last.value * _SCALES[low], text="decimal")
-        elif last.kind == "n" and not gap and low in _ORDINALS:
-            items[-1] = last._replace(text="ordinal")
-        elif kind == "_" and last.kind == "w":
-            _, at = _group(tokens, at)
-        elif kind == "/" and last.kind in ("n", "w") and at < len(tokens) and tokens[at].kind == "w":
-            items.append(_Item("w", True, tokens[at].text))
-            at += 1
-        elif kind not in "{}":
-            items.append(_Item(kind, gap, text))
-    return items
-
-
-def _divide(items: list[_Item]) -> None:
-    """Makes one number of 3/4 at the end."""
-    if len(items) < 3 or items[-2].kind != "/":
-        return
-    above, _, below = items[-3:]
-    if above.kind == "n" and above.text in ("whole", "decimal") and not above.percentage:
-        value = above.value / below.value if above.value is not None and below.value else None
-        proper = above.text == below.text == "whole"
-        items[-3:] = [_Item("n", above.gap, "fraction" if proper else "quotient", value)]
-        _mix(items)
-
-
-def _mix(items: list[_Item]) -> None:
-    """Makes one number of 1 1/2 at the end."""
-    part, whole = items[-1], items[-2] if len(items) > 1 else None
-    if whole and whole[0] == "n" and (whole.text, part.text) == ("whole", "fraction") and part.value and 0 < part.value < 1:
-        if whole.value is not None and not whole.percentage:
-            items[-2:] = [_Item("n", whole.gap, "mixed", whole.value + part.value)]
-
-
-def _fraction(tokens: list[_Token], at: int, depth: int) -> tuple[Fraction | None, int]:
-    r"""(the value of the arguments of \frac, the place after them)."""
-    parts, digits = [], ""
-    while len(parts) < 2 and at < len(tokens):
-        if digits or (tokens[at].kind == "n" and tokens[at].text.isdigit()):
-            digits = digits or tokens[at].text
-            parts.append(Fraction(digits[0]))
-            digits, at = digits[1:], at + (len(digits) == 1)
-            continue
-        group, at = _group(tokens, at)
-        found = _read(_items(group, depth + 1), "only") if depth < _DEEP else None
-        parts.append(found and found.value)
-    if digits:  # \frac123 is 1/2 and then a 3, which nobody means
-        return None, at + 1
-    above, below = parts if len(parts) == 2 else (None, None)
-    return above / below if above is not None and below else None, at
-
-
-def _raise(items: list[_Item], group: list[_Token]) -> None:
-    """Applies an exponent to the number at the end: to ten, with a factor before it; or a degree's circle, an ordinal's letters."""
-    kinds = "".join(t.kind for t in group if t.kind not in "{}")
-    if kinds and set(kinds) == {"w"}:
-        if any(t.text in _ORDINALS for t in group):
-            items[-1] = items[-1]._replace(text="ordinal")
-        return
-    value, exponent = None, next((t.text for t in group if t.kind == "n"), "")
-    if kinds in ("n", "-n", "+n") and exponent.isdigit() and len(exponent) <= 3 and items[-1][2:4] == ("whole", 10):
-        value = Fraction(10) ** (-int(exponent) if kinds[0] == "-" else int(exponent))
-        if len(items) > 2 and items[-2].kind == "×" and items[-3].kind == "n" and items[-3].text in ("whole", "decimal"):
-            factor = items[-3]
-            items[-3:] = [factor._replace(value=factor.value and factor.value * value, text="power")]
-            return
-    items[-1] = items[-1]._replace(value=value, text="power")
-
-
 # ------------------------------------------------------------------------------------------------- Sides, chains, groups
 
 # What touches a number and is no unit; what joins two quantities without making them one.
 _UNKNOWN = set("xyznkMBKabcpqrei") | {"π"}
-_AND, _APART = (
-    {"or", "and"},
-    set("of in from out for per at by with than after to on is are was were the a as more less if so then".split()),
-)
+_AND = {"or", "and"}
+_APART = {
+    "of",
+    "in",
+    "from",
+    "out",
+    "for",
+    "per",
+    "at",
+    "by",
+    "with",
+    "than",
+    "after",
+    "to",
+    "on",
+    "is",
+    "are",
+    "was",
+    "were",
+    "the",
+    "a",
+    "as",
+    "more",
+    "less",
+    "if",
+    "so",
+    "then",
+}
 _IS = {"is", "are", "be", "equals", "was", "were", "to", "so", "therefore", "has", "have"}
 
 
@@ -418,13 +192,13 @@ class _Side:
 class _Groups:
     """Reads items from left to right into groups of chains."""
 
-    def __init__(self, items: list[_Item], takes: str, strict: bool):
-        self.items, self.takes, self.strict = items, takes, strict
+    def __init__(self, parts: list[Item], takes: str, strict: bool):
+        self.items, self.takes, self.strict = parts, takes, strict
         self.groups: list[list[Number | None]] = []
         self.sides, self.joined, self.depth = [_Side()], False, 0
-        self.lines = any(i.kind == "\n" for i in items)
+        self.lines = any(i.kind == "\n" for i in parts)
         at = 0
-        while at < len(items):
+        while at < len(parts):
             at = self._item(at) or at + 1
         self._end()
 
@@ -444,8 +218,8 @@ class _Groups:
     def _item(self, at: int) -> int | None:
         """Takes one item; gives the place after a remark that it skipped."""
         item, side = self.items[at], self.sides[-1]
-        next_ = self.items[at + 1] if at + 1 < len(self.items) else _Item("", True)
-        before = self.items[at - 1] if at else _Item("\n", True)
+        next_ = self.items[at + 1] if at + 1 < len(self.items) else Item("", True)
+        before = self.items[at - 1] if at else Item("\n", True)
         term, glued = next_.kind in ("n", "+", "-", "(", "c"), not item.gap and not next_.gap
         after = side.count and not side.words  # right after a number
         kind = item.kind
@@ -481,7 +255,7 @@ class _Groups:
             self.depth = max(0, self.depth - 1)
         return None
 
-    def _number(self, item: _Item) -> None:
+    def _number(self, item: Item) -> None:
         if item.text == "ordinal" and self.takes == "last":
             return
         side = self.sides[-1]
@@ -499,10 +273,10 @@ class _Groups:
             side.unknown |= item.text == "fraction" and item.value is None
         side.count, side.words, side.operator, side.foreign, side.sign = side.count + 1, 0, False, False, 1
 
-    def _word(self, item: _Item, before: _Item) -> None:
+    def _word(self, item: Item, before: Item) -> None:
         side, word = self.sides[-1], item.text
         if before.kind == "n" and (
-            word in ("x", "y", "z") or (not item.gap and (word in _UNKNOWN or any(map(str.isdigit, word))))
+            word in ("x", "y", "z", "k") or (not item.gap and (word in _UNKNOWN or any(map(str.isdigit, word))))
         ):
             side.bad = side.unknown = True
         if word.casefold() in _AND:
@@ -527,7 +301,7 @@ class _Groups:
             self._end(joined=side.words == 1 and len(side.word) == 1)
         self.sides.append(_Side())
 
-    def _operator(self, item: _Item, before: _Item, next_: _Item, term: bool) -> None:
+    def _operator(self, item: Item, before: Item, next_: Item, term: bool) -> None:
         side, even = self.sides[-1], item.gap == next_.gap
         if not term:
             return
@@ -539,7 +313,7 @@ class _Groups:
         elif before.kind == ")" or (before.kind == "w" and even and len(before.text) == 1):
             side.foreign = side.unknown = True
 
-    def _open(self, at: int, before: _Item) -> int | None:
+    def _open(self, at: int, before: Item) -> int | None:
         """An opening parenthesis: a remark after a number is skipped, where words may be."""
         side, item = self.sides[-1], self.items[at]
         remark = side.count and item.gap and not side.operator and not side.comma and side.words < 3 and side.word not in _IS
@@ -554,8 +328,8 @@ class _Groups:
         return None
 
 
-def _read(items: list[_Item], takes: str, strict: bool = True) -> Number | None:
-    groups = _Groups(items, takes, strict).groups
+def _read(parts: list[Item], takes: str, strict: bool = True) -> Number | None:
+    groups = _Groups(parts, takes, strict).groups
     if not groups or (takes == "only" and len(groups) > 1):
         return None
     group = groups[-1 if takes == "last" else 0]
@@ -569,16 +343,11 @@ def value(text: str, *, alone: bool = False) -> Number | None:
     """
     part = marked(text, digits=True)
     alone = alone and part.kind == "none"
-    strict = alone or part.kind != "none"
-    return _read(_items(_tokens(part.text, wide=strict)), "only" if alone else part.takes, strict)
-
-
-def same(a: Number, b: Number) -> bool:
-    """Whether two numbers are equal; a percentage is equal to the number before its sign, and to a hundredth of it."""
-    if a.percentage == b.percentage:
-        return a.value == b.value
-    of_hundred, other = (a, b) if a.percentage else (b, a)
-    return other.value in (of_hundred.value, of_hundred.value / 100)
+    takes, strict = "only" if alone else part.takes, alone or part.kind != "none"
+    if takes == "only" and len(part.text) > _LONGEST:
+        return None
+    text = part.text[-_LONGEST:] if takes == "last" else part.text[:_LONGEST]
+    return _read(items(text, wide=strict), takes, strict)
 
 
 def spelled(number: Number) -> str:

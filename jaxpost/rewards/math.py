@@ -2,11 +2,11 @@ r"""Right or wrong: what a completion gives as its answer, against record["answe
 
     exact      the same text, but for case, white space, quotes and a final full stop
     numeric    the same number, as an exact fraction
-    verify     the same mathematics, as the package math-verify sees it (extra [rewards]); in a process that is killed in time
+    verify     the same mathematics, as the package math-verify sees it (extra [rewards]), in a process that is killed
 
-Which part of a completion is its answer, and which text is a number, is said in rewards/answers.py. record["answer"] is read the
-same way, so that a whole solution of GSM8K may stand there; without a mark it is nothing but the answer. A percentage is equal to
-the number before its sign and to a hundredth of it: 50% to 50 and to 0.5.
+Which part of a completion is its answer, and which text is a number, stands in rewards/answers.py. record["answer"] is read
+the same way, so that a whole solution of GSM8K may stand there; without a mark it is nothing but the answer. A percentage is
+equal to the number before its sign and to a hundredth of it: 50% to 50 and to 0.5.
 """
 
 import functools
@@ -40,7 +40,7 @@ def numeric(record: dict, completion: str) -> bool:
             "rewards.math.exact texts."
         )
     given = answers.value(completion)
-    return given is not None and answers.same(given, right)
+    return given is not None and given.equals(right)
 
 
 def verify(record: dict, completion: str, *, seconds: float = 5.0) -> bool:
@@ -105,7 +105,7 @@ def _same(answer: str, completion: str) -> bool:
 
     given, right = answers.value(completion), _right(answer)
     if given is not None and right is not None:
-        return answers.same(given, right)
+        return given.equals(right)
     part, wanted = answers.marked(completion), answers.marked(answer).text
     if _AS_TEXT.search(wanted):
         return _normal(part.text).replace(" ", "") == _normal(wanted).replace(" ", "")
