@@ -112,3 +112,7 @@ def test_the_majority_is_of_values_not_of_spellings():
     assert repeated.majority([[1, 1, 1, 0, 0]], [[gsm8k.extract(text) for text in texts]], 5).tolist() == [1.0]
     texts = ["\\boxed{12\\pi}", "\\boxed{12}", "", "\\boxed{24/2}", "\\boxed{0.5}", "\\boxed{\\frac12}"]
     assert [gsm8k.extract(text) for text in texts] == ["12\\pi", "12", None, "12", "0.5", "0.5"]
+
+
+def test_a_marked_formula_keeps_the_dollars_that_open_it():
+    assert answers.marked("So the answer is $4\\sqrt{2}$.").text == "$4\\sqrt{2}$."
