@@ -17,7 +17,7 @@ from test_instructions import CASES
 from jaxpost import resolve
 from jaxpost.errors import UserError
 from jaxpost.models import loading
-from jaxpost.rewards import format, math, model, text
+from jaxpost.rewards import answers, format, math, model, text
 from jaxpost.rollouts.scoring import judged
 from jaxpost.tasks import arithmetic
 
@@ -133,33 +133,33 @@ def test_exact(answer, completion, same):
     ("completion", "found"),
     [
         ("72", "72"),
-        ("3 of 1,234,567", "1,234,567"),
-        ("1,2,3", "3"),
-        ("12-5", "5"),
+        ("3 of 1,234,567", "1234567"),
+        ("1,2,3", None),
+        ("12-5", None),
         ("it is -5.", "-5"),
         ("−7", "-7"),
-        ("10–12", "12"),
-        ("-$1,000.50!", "-$1,000.50"),
-        ("$-3", "$-3"),
-        (".5", ".5"),
-        ("3.14.15", "15"),
-        ("50 %", "50 %"),
-        ("3 / 4 cups", "3 / 4"),
-        ("\\frac{3}{4}", "3/4"),
-        ("$-\\dfrac34$", "$-3/4"),
-        ("2\\frac{1}{2}", "2 1/2"),
-        ("1{,}000\\%", "1,000%"),
-        ("1.5e3.", "1.5e3"),
+        ("10–12", None),
+        ("-$1,000.50!", "-1000.5"),
+        ("$-3", "-3"),
+        (".5", "0.5"),
+        ("3.14.15", None),
+        ("50 %", "50"),
+        ("3 / 4 cups", "0.75"),
+        ("\\frac{3}{7}", "3/7"),
+        ("$-\\dfrac34$", "-0.75"),
+        ("2\\frac{1}{2}", "2.5"),
+        ("1{,}000\\%", "1000"),
+        ("1.5e3.", "1500"),
         ("no number", None),
         # Marks: their order, the last of a kind, and which number of theirs.
-        ("\\boxed{1} #### 2\n<answer>3</answer> the answer is 4. 5", "1"),
-        ("#### 2 apples of 9\n<answer>3</answer> the answer is 4. 5", "2"),
+        ("\\boxed{1} #### 2\n<answer>3</answer> the answer is 4. 5", "3"),
+        ("<answer>3</answer> \\boxed{1}\n#### 2 apples of 9\nthe answer is 4. 5", "2"),
         ("<answer>3</answer> the answer is 4. 5", "3"),
         ("the answer is 4. 5", "4"),
         ("**Answer:** 6 of 7", "6"),
         ("\\boxed{1} or \\boxed{x = 2}", "2"),
-        ("\\boxed{\\frac{1}{2}}", "1/2"),
-        ("\\boxed{1", "1"),
+        ("\\boxed{\\frac{1}{2}}", "0.5"),
+        ("\\boxed{1", None),
         ("1 \\boxed{none}", None),
         ("1 ####", None),
         ("#### 1 #### 2\n3", "2"),
@@ -209,7 +209,7 @@ def test_numbers_are_exact_fractions():
         "1e-3": Fraction(1, 1000),
         "3/4": Fraction(3, 4),
     }
-    assert {k: math._value(k)[0] for k in spelled} == spelled
+    assert {k: answers.value(k).value for k in spelled} == spelled
 
 
 @pytest.mark.parametrize("reward", [math.exact, math.numeric, math.verify])
@@ -219,7 +219,7 @@ def test_a_record_without_an_answer_is_the_users_to_mend(reward):
 
 
 def test_an_answer_that_is_no_number_is_one_failure():
-    with pytest.raises(ValueError, match="has no number") as caught:
+    with pytest.raises(ValueError, match="is no single number") as caught:
         math.numeric({"answer": "Paris"}, "2")
     assert not isinstance(caught.value, UserError)
 
@@ -287,6 +287,28 @@ def test_tags_may_be_others():
         with pytest.raises(UserError, match="without the brackets"):
             format.tags({}, "", tags=tags)
     assert format.boxed({}, "\\boxed{1} \\boxed{2}", most=2)
+
+
+def test_formats_know_a_tag_that_the_prompt_opens():
+    for record, options in (({}, {"opened": True}), ({"prompt": "1+1?\n<think>\n"}, {})):
+        assert format.think(record, "a</think> 1", **options) and not format.think(record, "<think>a</think> 1", **options)
+        assert format.tags(record, "a</think><answer>1</answer>", **options)
+        assert not format.tags(record, "<think>a</think><answer>1</answer>", **options)
+    assert not format.think({"prompt": "1+1?"}, "a</think> 1")
+
+
+@pytest.mark.parametrize(
+    ("completion", "boxed"),
+    [
+        ("\\boxed{1} \\boxed{2", False),
+        ("\\boxed{2", False),
+        ("\\boxed{}", False),
+        ("\\boxed{{1, 2}}", True),
+        ("\\boxed {7}", True),
+    ],
+)
+def test_boxed_agrees_with_what_is_extracted(completion, boxed):
+    assert format.boxed({}, completion) is boxed
 
 
 def test_lengths():

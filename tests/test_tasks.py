@@ -87,8 +87,8 @@ def test_gsm8k_trains_on_no_question_of_its_test_file(tmp_path):
     ("rows", "message"),
     [
         ([{"question": "?"}], "rows.jsonl, line 1: has no texts `question` and `answer`"),
-        ([ROWS[0], {"question": "?", "answer": "18"}], "rows.jsonl, line 2: its answer does not end in #### and a number"),
-        ([{"question": "?", "answer": "#### many"}], "does not end in #### and a number"),
+        ([ROWS[0], {"question": "?", "answer": "18"}], "rows.jsonl, line 2: its answer does not end in #### and a single number"),
+        ([{"question": "?", "answer": "#### many"}], "does not end in #### and a single number"),
         (ROWS[:1], "no row is left for the (train|test) split"),
     ],
 )

@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxpost.data import readers
 from jaxpost.errors import UserError
-from jaxpost.rewards import math
+from jaxpost.rewards import answers, math
 from jaxpost.tasks.arithmetic import SPLITS, hashed
 
 INSTRUCTION = "Think step by step. End with a line that has only the answer: #### <number>"
@@ -74,9 +74,12 @@ def make(*, data, test="") -> SimpleNamespace:
 
 
 def extract(completion: str) -> str | None:
-    """The number that a completion gives as its answer, without thousands' commas and currency; None if there is none."""
-    found = math.extract(completion)
-    return found and re.sub("[,$€£¥₹]", "", found)
+    """What a completion gives as its answer: the one spelling of its number, else the text that it marks; None if there is
+    none. Answers that are spelled differently and equal have one vote between them."""
+    if (number := math.extract(completion)) is not None:
+        return number
+    part = answers.marked(completion, digits=True)
+    return (" ".join(part.text.casefold().split()) or None) if part.kind != "none" else None
 
 
 def parsed(row: Mapping, place: str) -> dict:
@@ -89,8 +92,8 @@ def parsed(row: Mapping, place: str) -> dict:
         raise UserError(f"{place}: has no texts `question` and `answer`; its keys are {', '.join(row)}")
     solution = _CALCULATOR.sub("", worked).strip()
     answer = solution.rpartition("####")[2].strip()
-    if "####" not in solution or math.extract(answer) is None:
-        raise UserError(f"{place}: its answer does not end in #### and a number; it ends in {worked[-40:]!r}")
+    if "####" not in solution or answers.value(answer, alone=True) is None:
+        raise UserError(f"{place}: its answer does not end in #### and a single number; it ends in {worked[-40:]!r}")
     question = question.strip()
     return {"prompt": f"{question}\n{INSTRUCTION}", "question": question, "answer": answer, "solution": solution}
 
