@@ -11,6 +11,7 @@ chip has. Links are counted at nine tenths of the data sheet's speed, which is a
 """
 
 import importlib.metadata
+import importlib.util
 import os
 import re
 from typing import NamedTuple
@@ -129,8 +130,9 @@ def shaped(name: str) -> str:
 
 def _check_compiler() -> None:
     """Raises UserError if the installed libtpu is another than the installed jax asks for: its programs may not be readable."""
-    if os.environ.get("TPU_LIBRARY_PATH"):  # a library of the user's own, whose version no package tells
-        return
+    package, library = importlib.util.find_spec("libtpu"), os.environ.get("TPU_LIBRARY_PATH")  # jax sets it to the package's
+    if library and package and not library.startswith(os.path.dirname(package.origin)):
+        return  # a library of the user's own, whose version no package tells
     try:
         version = importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:  # looking for the topology says so
