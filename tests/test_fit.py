@@ -112,7 +112,8 @@ def test_an_unknown_size_is_refused_with_the_nearest(name, near):
 
 @pytest.mark.parametrize(("version", "fits"), [("0.0.42.1", True), ("0.0.42", True), ("0.0.52", False), ("0.0.41", False)])
 def test_another_libtpu_than_jax_asks_for_is_refused_with_the_command(monkeypatch, version, fits):
-    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda _: SimpleNamespace(origin="/site/libtpu/__init__.py"))
+    monkeypatch.setenv("TPU_LIBRARY_PATH", "/site/libtpu/libtpu.so")  # jax sets it as it is imported
     monkeypatch.setattr(topology.importlib.metadata, "requires", lambda _: ["numpy", 'libtpu==0.0.42.*; extra == "tpu"'])
     monkeypatch.setattr(topology.importlib.metadata, "version", {"libtpu": version, "jax": "0.10.2"}.get)
     if fits:
