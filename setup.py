@@ -35,12 +35,13 @@ setup(
         "etils[epath]",
         "numpy",
         "cloudpickle>=3.0",  # rewards of a notebook go to worker processes
+        "packaging",
         "tqdm",
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
-        "fit": ["libtpu"],
+        "fit": ["jax[tpu]"],  # the TPU compiler, libtpu, in the version that the installed jax names
         "gcs": ["gcsfs", "google-cloud-storage"],  # gs:// paths; the second is what Orbax asks for
         "hub": ["datasets"],  # hf:OWNER/NAME as data
         "rewards": ["math-verify", "reasoning-gym"],

@@ -14,7 +14,7 @@ chip is compiled by libtpu, whose own account of memory is the one that is given
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,14 @@ REMEDIES = 32  # how many ways to make a stage fit are compiled; those that do n
 TRIED = 4  # how many of the search's candidates are to fit, and half of those that are compiled for that at most
 
 
-def report(config, where: str = "", *, remedy: bool = True, best: bool = False, **changes) -> dict[str, Any]:
+def report(
+    config, where: str = "", *, remedy: bool = True, best: bool = False, progress: Callable[[str], None] = str, **changes
+) -> dict[str, Any]:
     """What every program of a recipe's stages takes on a topology, as data: bytes and FLOPs a device, seconds.
 
     config: as `jaxpost.train` takes it; where: a topology's name, else the recipe's own; remedy: whether to look for what makes
-    a misfit fit; best: whether to search for a better mesh; changes: settings that differ. Raises UserError for whatever the
+    a misfit fit; best: whether to search for a better mesh; progress: called with a line before each program is compiled, which
+    may take minutes; changes: settings that differ. Raises UserError for whatever the
     recipe gets wrong, and for an unknown topology.
     """
     config = recipe.opened(config, **changes)
@@ -43,12 +46,16 @@ def report(config, where: str = "", *, remedy: bool = True, best: bool = False, 
     mesh = sharding.make_mesh(**config.mesh, devices=machine.devices)
     found = {"topology": machine.name, "devices": len(machine.devices), "mesh": dict(mesh.shape), "stages": []}
     for name, settings in recipe.stages(config):
-        stage = {"stage": name, **_stage(settings, mesh, machine, program.prepared(settings, mesh))}
+        prepared = program.prepared(settings, mesh)
+        stage = {
+            "stage": name,
+            **_stage(settings, mesh, machine, prepared, lambda line, name=name: progress(f"{name}: {line}")),
+        }
         alone = name if config.stages else ""
         if remedy and not stage["fits"]:
-            stage["remedy"] = _remedy(settings, mesh, machine, alone)
+            stage["remedy"] = _remedy(settings, mesh, machine, alone, progress)
         if best:
-            stage["search"] = _best(settings, machine, alone)
+            stage["search"] = _best(settings, machine, alone, progress)
         found["stages"].append(stage)
     return {**found, "fits": all(stage["fits"] for stage in found["stages"])}
 
@@ -59,7 +66,7 @@ def _named(where: str) -> str:
     return where
 
 
-def _stage(s, mesh, machine: topology.Topology, prepared: program.Prepared) -> dict[str, Any]:
+def _stage(s, mesh, machine: topology.Topology, prepared: program.Prepared, progress: Callable) -> dict[str, Any]:
     """One stage's programs, compiled."""
     arch, trained = prepared.model.transformer.arch, prepared.trained
     rows, length = prepared.programs[0].held["inputs"]["tokens"].shape
@@ -69,7 +76,8 @@ def _stage(s, mesh, machine: topology.Topology, prepared: program.Prepared) -> d
     found = {"parameters": arch.parameters(), "trained": trained, "rows": rows, "length": length}
     found |= {k: s[k] for k in ("microbatches", "remat", "dtype")} | {"model_flops": work / mesh.size}
     found |= {"state_bytes": prepared.state_bytes(), "programs": []}
-    for traced in prepared.programs:
+    for number, traced in enumerate(prepared.programs, 1):
+        progress(f"compiling {traced.name}, {number} of {len(prepared.programs)}")
         one = program.measured(s, mesh, machine, traced)
         if "seconds" in one and traced.tokens:
             best = {k: one["seconds"][k] for k in ("overlapped", "serial")}
@@ -83,7 +91,7 @@ def _stage(s, mesh, machine: topology.Topology, prepared: program.Prepared) -> d
 # ------------------------------------------------------------------------------------------------- Remedies and search
 
 
-def _remedy(s, mesh, machine: topology.Topology, stage: str) -> dict[str, Any]:
+def _remedy(s, mesh, machine: topology.Topology, stage: str, progress: Callable) -> dict[str, Any]:
     """The cheapest change that makes a stage fit, compiled; or what it lacks."""
     limit, tried, small = machine.chip.hbm if machine.chip else float("inf"), 0, []
     for way in search.remedies(s, mesh, machine.slices):
@@ -99,13 +107,14 @@ def _remedy(s, mesh, machine: topology.Topology, stage: str) -> dict[str, Any]:
             small.append(settings.mesh)
             continue
         tried += 1
-        found = _stage(settings, other, machine, prepared)
+        told = search.told(way, stage)
+        found = _stage(settings, other, machine, prepared, lambda line, told=told: progress(f"{told}: {line}"))
         if found["fits"]:
-            return {"settings": way, "flags": search.told(way, stage), "tried": tried, "result": found}
+            return {"settings": way, "flags": told, "tried": tried, "result": found}
     return {"settings": None, "tried": tried}
 
 
-def _best(s, machine: topology.Topology, stage: str) -> dict[str, Any]:
+def _best(s, machine: topology.Topology, stage: str, progress: Callable) -> dict[str, Any]:
     """The fastest of the few best candidates, by the modelled time of what was compiled."""
     if machine.chip is None:
         raise UserError(f"--search: there is no model of the time on {machine.name}; give the topology of a TPU.")
@@ -113,12 +122,15 @@ def _best(s, machine: topology.Topology, stage: str) -> dict[str, Any]:
     for _, way in search.candidates(s, machine)[: 2 * TRIED]:
         settings = search.changed(s, way)
         mesh = sharding.make_mesh(**settings.mesh, devices=machine.devices)
-        found = _stage(settings, mesh, machine, program.prepared(settings, mesh))
+        told = search.told(way, stage)
+        prepared = program.prepared(settings, mesh)
+        found = _stage(settings, mesh, machine, prepared, lambda line, told=told: progress(f"{told}: {line}"))
         if found["fits"]:
-            compiled.append({"settings": way, "flags": search.told(way, stage), "result": found})
+            compiled.append({"settings": way, "flags": told, "result": found})
         if len(compiled) == TRIED:
             break
-    compiled.sort(key=lambda c: sum(one["seconds"]["overlapped"] for one in c["result"]["programs"]))
+    unknown = {"overlapped": float("inf")}  # of a program whose text cannot be read
+    compiled.sort(key=lambda c: sum(one.get("seconds", unknown)["overlapped"] for one in c["result"]["programs"]))
     return {"tried": compiled}
 
 
@@ -128,7 +140,7 @@ def _best(s, machine: topology.Topology, stage: str) -> dict[str, Any]:
 def table(found: Mapping[str, Any]) -> str:
     """A report as text."""
     sizes = " ".join(f"{k}={v}" for k, v in found["mesh"].items())
-    lines = [f"{found['topology']}: {found['devices']} devices, mesh {sizes}"]
+    lines = [verdict(found), f"{found['topology']}: {found['devices']} devices, mesh {sizes}"]
     for stage in found["stages"]:
         lines += ["", *_stage_lines(stage)]
         for one in stage["programs"]:
@@ -138,6 +150,17 @@ def table(found: Mapping[str, Any]) -> str:
         if "search" in stage:
             lines += ["", *_search_lines(stage["search"])]
     return "\n".join(lines)
+
+
+def verdict(found: Mapping[str, Any]) -> str:
+    """A report in one line: whether everything fits, and what the program that takes most takes."""
+    named = [(f"{stage['stage']}'s {one['program']}", one) for stage in found["stages"] for one in stage["programs"]]
+    name, largest = max(named, key=lambda pair: pair[1]["hbm"]["total"])
+    hbm = largest["hbm"]
+    limit = f" of {_bytes(hbm['limit'])}" if hbm["limit"] < float("inf") else ""
+    failed = not found["fits"] and all(one["fits"] for _, one in named)
+    word = "FITS" if found["fits"] else "FAILS, though it fits" if failed else "DOES NOT FIT"
+    return f"{word}: {name} takes most, {_bytes(hbm['total'])}{limit} a device"
 
 
 def _stage_lines(stage) -> list[str]:
@@ -155,6 +178,8 @@ def _program_lines(one) -> list[str]:
     limit = f" of {_bytes(hbm['limit'])}" if hbm["limit"] < float("inf") else ""
     lines.append(f"  {'total':<28}{_bytes(hbm['total']):>12}{limit}: {'fits' if one['fits'] else 'DOES NOT FIT'}")
     lines += [f"  FAILURE: the partitioner gives up a split and copies all of {where}" for where in one["given_up"]]
+    if "unread" in one:
+        lines.append(f"  work and time are not known, for the compiled program cannot be read: {one['unread']}")
     if "traffic" in one:
         lines += _work_lines(one)
     return [*lines, f"traced in {one['lower_seconds']:.1f} s, compiled in {one['compile_seconds']:.1f} s"]
@@ -236,7 +261,7 @@ def main(_) -> None:
     (config,) = cli.required("config")
     where = flags.FLAGS.topology or config.topology
     topology.simulate(where)  # nothing runs on what is compiled for: the devices of this machine stay free
-    found = report(config, where, best=flags.FLAGS.search)
+    found = report(config, where, best=flags.FLAGS.search, progress=lambda line: print(line, file=sys.stderr, flush=True))
     if flags.FLAGS.json:
         text = json.dumps(found, indent=2) + "\n"
         if flags.FLAGS.json == "-":

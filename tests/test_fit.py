@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from absl import flags
 from ml_collections import FrozenConfigDict, config_flags
+from packaging.requirements import Requirement
 
 from jaxpost import fit, plan, recipe, resolve, sharding
 from jaxpost.compiled import hlo, program, roofline, search, topology
@@ -80,6 +82,54 @@ def test_a_topology_is_found_by_its_name(name, devices, kind, slices):
 def test_an_unknown_topology_is_refused_with_those_there_are(name):
     with pytest.raises(UserError, match=r"v5e, v6e have shapes 1x1 2x2 2x4.*v5p.*cpu:N"):
         topology.find(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("v6e-8", "v6e:2x4"),
+        ("v5e-8", "v5e:2x4"),
+        ("v5litepod-16", "v5e:4x4"),
+        ("v4-8", "v4:2x2x1"),
+        ("v5p-64", "v5p:2x4x4"),
+        ("tpu7x-8", "tpu7x:2x2x1"),
+        ("v3-32", "v3:4x4"),
+        ("v6e-16*2", "v6e:4x4*2"),
+        ("v5p:2x2x4", "v5p:2x2x4"),
+    ],
+)
+def test_an_accelerator_type_is_the_shape_of_its_size(name, shape):
+    assert topology.shaped(name) == shape
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("v6e-12", r"12 chips.*v6e-8 \(v6e:2x4\)"), ("v4-4", r"4 TensorCores.*v4-8 \(v4:2x2x1\)")]
+)
+def test_an_unknown_size_is_refused_with_the_nearest(name, near):
+    with pytest.raises(UserError, match=near):
+        topology.find(name)
+
+
+@pytest.mark.parametrize(("version", "fits"), [("0.0.42.1", True), ("0.0.42", True), ("0.0.52", False), ("0.0.41", False)])
+def test_another_libtpu_than_jax_asks_for_is_refused_with_the_command(monkeypatch, version, fits):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda _: SimpleNamespace(origin="/site/libtpu/__init__.py"))
+    monkeypatch.setenv("TPU_LIBRARY_PATH", "/site/libtpu/libtpu.so")  # jax sets it as it is imported
+    monkeypatch.setattr(topology.importlib.metadata, "requires", lambda _: ["numpy", 'libtpu==0.0.42.*; extra == "tpu"'])
+    monkeypatch.setattr(topology.importlib.metadata, "version", {"libtpu": version, "jax": "0.10.2"}.get)
+    if fits:
+        topology._check_compiler()
+        return
+    with pytest.raises(UserError, match=rf"libtpu {version} is installed, and jax 0.10.2 .*pip install 'libtpu==0.0.42.\*'"):
+        topology._check_compiler()
+
+
+def test_the_extra_asks_for_what_jax_asks_for():
+    """The extra is jax's own, and the installed jax names a libtpu in it, so that the check above has something to compare."""
+    setup = (Path(__file__).parent.parent / "setup.py").read_text()
+    assert '"fit": ["jax[tpu]"]' in setup
+    wanted = [Requirement(text) for text in metadata.requires("jax")]
+    named = [r for r in wanted if r.name == "libtpu" and r.marker and r.marker.evaluate({"extra": "tpu"})]
+    assert len(named) == 1 and not named[0].specifier.contains("9999")
 
 
 def test_more_devices_than_were_simulated_are_refused():
@@ -276,6 +326,7 @@ def test_a_report_says_what_is_computed_and_sent(report):
 
 def test_the_table_is_the_report(report):
     text = fit.table(report)
+    assert text.startswith("FITS: train's step takes most, ")
     assert "cpu:8: 8 devices, mesh data=2 fsdp=2 tensor=2" in text
     assert "train: 26,784 parameters; 16 rows of 32 tokens in 1 microbatches, float32, remat none" in text
     assert "all-gather along fsdp" in text and "fits" in text and "modelled" not in text
@@ -333,6 +384,11 @@ def test_the_cheapest_remedy_that_fits_is_named(stubbed, monkeypatch, hbm, flags
     assert found["remedy"]["flags"] == flags and not found["fits"]
     assert found["remedy"]["tried"] == len(stubbed) - 1
     assert f"it fits with\n  {flags}" in fit.table({**found, "topology": "", "devices": 8, "mesh": {}, "stages": [found]})
+
+
+def test_each_compilation_is_announced(stubbed, monkeypatch):
+    _report(monkeypatch, 4.0, progress=(lines := []).append)
+    assert lines == ["train: compiling step, 1 of 1", "--config.remat=dots: compiling step, 1 of 1"]
 
 
 def test_remedies_come_cheapest_first_and_divide():
@@ -441,6 +497,36 @@ def test_libtpu_says_so_as_well():
     assert "f32[4,20,32]" in told
 
 
+@pytest.mark.parametrize(
+    ("message", "size"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM: program (32.5G) exceeds available HBM (15.75G)", 32.5 * GIB),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 32.5GiB of 15.75GiB hbm. Exceeded by 16.75GiB",
+            32.5 * GIB,
+        ),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 130M of 128M", 0.0),
+        ("INTERNAL: hbm 3.0G", 0.0),
+    ],
+)
+def test_what_a_program_wants_is_read_in_every_wording(message, size):
+    assert program.refused_bytes(message) == size
+
+
+def test_the_memory_is_kept_where_the_programs_text_cannot_be_made(monkeypatch):
+    def fails(_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: async-update instruction should have 1 operands but sees 3")
+
+    monkeypatch.setattr(hlo, "parse", fails)
+    x = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+    traced = program.Traced("step", jax.jit(jnp.sin), (x,), {}, {"weights": x})
+    machine = topology.find("cpu:1")
+    step = program.measured(None, sharding.make_mesh(devices=machine.devices), machine, traced)
+    assert step["fits"] and step["hbm"]["weights"] == 64 and "traffic" not in step
+    text = "\n".join(fit._program_lines(step))
+    assert "fits" in text and "cannot be read: INTERNAL: async-update instruction should have 1 operands" in text
+
+
 @TPU
 def test_what_does_not_fit_is_measured_all_the_same():
     machine = topology.find("v5e:1x1")
@@ -458,8 +544,10 @@ def test_the_compilers_limit_is_the_one_in_the_table():
         machine = topology.find(f"{kind}:{'1x1x1' if kind in ('v4', 'v5p', 'tpu7x') else '1x1'}")
         mesh = sharding.make_mesh(devices=machine.devices)
         x = jax.ShapeDtypeStruct((2**18, 2**18), jnp.float32, sharding=sharding.replicated(mesh))
-        with sharding.use(mesh), pytest.raises(Exception, match=rf"exceeds available HBM \({machine.chip.hbm / GIB:.2f}G\)"):
+        with sharding.use(mesh), pytest.raises(jax.errors.JaxRuntimeError) as raised:
             jax.jit(jnp.sin).lower(x).compile()
+        amounts = sorted(float(n) for n, unit in program.AMOUNT.findall(str(raised.value)[:1000]) if unit == "G")
+        assert amounts[-1] >= 256 and abs(amounts[-2] - machine.chip.hbm / GIB) < 0.015  # two digits, rounded or cut
 
 
 @TPU

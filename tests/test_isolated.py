@@ -193,3 +193,10 @@ def test_a_real_gym(name, wrong):
     task = gym.task(name)
     one = task.record(0)
     assert task.reward(one, one["answer"]) == 1.0 and task.reward(one, "<answer>nothing</answer>") == wrong
+
+
+def test_a_child_has_a_place_for_matplotlibs_cache(monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("HOME", "/nowhere")
+    isolated.close()  # a new child, which has imported nothing yet
+    isolated.warm(module="matplotlib")

@@ -24,6 +24,7 @@ from jaxpost import datasets, optim, plan, sharding, state
 from jaxpost.annotators import scores
 from jaxpost.compiled import hlo, roofline
 from jaxpost.compiled.topology import Topology
+from jaxpost.errors import first_line
 from jaxpost.models import known, loading
 from jaxpost.models.attention import cache_axes
 from jaxpost.resolve import attribute
@@ -34,9 +35,8 @@ GIVEN_UP = re.compile(
     r"Involuntary full rematerialization\. The compiler cannot go from (.*?) efficiently for HLO operation (.*?)\. As"
 )
 
-# What the compiler says of a program that takes more than a chip's memory: so much.
-REFUSED = re.compile(r"RESOURCE_EXHAUSTED: Ran out of memory on HBM[^(]*\(([\d.]+)([MGT])\)")
-
+# An amount of memory in what the compiler says of a program that takes more than a chip has.
+AMOUNT = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?) ?([KMGT])(?:i?B)?\b")
 
 # What is held between steps.
 STATE = ("weights", "optimizer", "ema", "frozen", "reference")
@@ -190,19 +190,36 @@ def measured(s, mesh, topology: Topology, traced: Traced) -> dict[str, Any]:
         trace = traced.function.trace(*traced.arguments, **traced.keywords)
         lowered = trace.lower()
         begun = time.perf_counter()
-        said, refused = [""], None
+        said, refused = [""], 0.0
         try:
             with heard() as said:
                 compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            if not (refused := REFUSED.search(str(error))):  # a kernel may want too much of another memory
+            if not (refused := refused_bytes(str(error))):  # a kernel may want too much of another memory
                 raise
             compiled = None
     found = {"program": traced.name, "lower_seconds": begun - start, "compile_seconds": time.perf_counter() - begun}
     hbm, fits = _memory(compiled, refused, traced, topology)
     found |= {"fits": fits, "hbm": hbm, "given_up": given_up(said[0])}
     found["flops"] = roofline.flops(trace.jaxpr) / mesh.size
-    return found if compiled is None else {**found, **_cost(mesh, topology, compiled, found["flops"])}
+    if compiled is None:
+        return found
+    try:
+        return {**found, **_cost(mesh, topology, compiled, found["flops"])}
+    except Exception as error:  # a libtpu may write its programs in a way of its own, or fail to: what memory it takes holds
+        return {**found, "unread": first_line(error)}
+
+
+def refused_bytes(message: str) -> float:
+    """Bytes of HBM that a program wants, of what the compiler says as it refuses it; 0 if that is not about HBM.
+
+    The wording is each libtpu's own. What the program wants in all comes in the first lines and is the largest amount there.
+    """
+    head = message[:1000]
+    if "RESOURCE_EXHAUSTED" not in head or not re.search(r"\bHBM\b", head, re.IGNORECASE):
+        return 0.0
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    return max((float(amount) * units[unit] for amount, unit in AMOUNT.findall(head)), default=0.0)
 
 
 def given_up(said: str) -> list[str]:
@@ -213,14 +230,13 @@ def given_up(said: str) -> list[str]:
     return list(dict.fromkeys(found)) or ["(the compiler does not say which)"]
 
 
-def _memory(compiled, refused: re.Match | None, traced: Traced, topology: Topology) -> tuple[dict[str, float], bool]:
+def _memory(compiled, refused: float, traced: Traced, topology: Topology) -> tuple[dict[str, float], bool]:
     """Bytes a device by kind, and whether they fit."""
     held = {kind: bytes_held(tree) for kind, tree in traced.held.items() if jax.tree.leaves(tree)}
     limit = topology.chip.hbm if topology.chip else float("inf")
     arguments = sum(held.values())
     if compiled is None:
-        total = float(refused[1]) * {"M": 2**20, "G": 2**30, "T": 2**40}[refused[2]]
-        return {**held, "temporaries": total - arguments, "total": total, "limit": limit}, False
+        return {**held, "temporaries": refused - arguments, "total": refused, "limit": limit}, False
     stats = compiled.memory_analysis()
     outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
     waiting = sum(bytes_held(traced.held.get(kind, ())) for kind in traced.waiting)

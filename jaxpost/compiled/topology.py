@@ -2,6 +2,7 @@
 
     v5e:2x4      a slice of chips, by the shape of its torus: any that the installed libtpu compiles for, down to v5e:1x1
     v5e:4x4*2    two such slices, with the data centre's network between them
+    v5p-64       a Cloud TPU accelerator type: chips of v5e and v6e, TensorCores (two a chip) of the others
     cpu:8        simulated devices of this process
 
 The devices can be compiled for and nothing else. Their facts are the makers' data sheets: peak bfloat16 FLOP/s, bandwidth of
@@ -9,6 +10,8 @@ the memory, speed of a link. The memory that a program may have is what libtpu i
 chip has. Links are counted at nine tenths of the data sheet's speed, which is about what collectives reach.
 """
 
+import importlib.metadata
+import importlib.util
 import os
 import re
 from typing import NamedTuple
@@ -16,6 +19,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax.experimental import topologies
+from packaging.requirements import Requirement
 
 from jaxpost.errors import UserError
 
@@ -62,6 +66,15 @@ DEEP = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", 
 SHAPES = {name: DEEP if name in ("v4", "v5p", "tpu7x") else FLAT for name in CHIPS}
 
 
+# Accelerator type -> shape: Google counts chips of v5e and v6e, and of the others TensorCores, of which a host has eight.
+SIZES = {k: {int(np.prod([int(n) for n in shape.split("x")])): shape for shape in shapes} for k, shapes in SHAPES.items()}
+SIZES |= {
+    k: {2 * chips: shape for chips, shape in sizes.items() if chips >= 4}
+    for k, sizes in SIZES.items()
+    if k not in ("v5e", "v6e")
+}
+
+
 class Topology(NamedTuple):
     """A named machine: its devices, what one of them is (None for a CPU, which has no data sheet), how many slices."""
 
@@ -73,11 +86,13 @@ class Topology(NamedTuple):
 
 def find(name: str) -> Topology:
     """The topology of a name. Raises UserError for one that there is none of, listing what there is, or without libtpu."""
+    name = shaped(name)
     if found := re.fullmatch(r"cpu:(\d+)", name):
         return Topology(name, _cpus(int(found[1])), None)
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})(?:\*(\d+))?", name)
     if not found or found[1] not in CHIPS or found[3] == "0":
         raise UserError(f"--topology={name}: no such topology. {known()}")
+    _check_compiler()
     kind, shape, slices = found[1], [int(n) for n in found[2].split("x")], int(found[3] or 1)
     options = {"num_slices": slices} if slices > 1 else {}
     if kind == "v4":
@@ -96,12 +111,49 @@ def find(name: str) -> Topology:
     return Topology(name, list(devices), CHIPS[kind], slices)
 
 
+def shaped(name: str) -> str:
+    """KIND:SHAPE for an accelerator type (v5p-64 is v5p:2x4x4); any other name as it is. UserError for an unknown size."""
+    parts = re.fullmatch(r"(\w+)-(\d+)((?:\*\d+)?)", name)
+    kind = parts and parts[1].replace("v5litepod", "v5e")
+    if kind not in SIZES:
+        return name
+    size, sizes = int(parts[2]), SIZES[kind]
+    if size not in sizes:
+        near = sorted(sorted(sizes, key=lambda n: abs(n - size))[:3])
+        counted = "chips" if kind in ("v5e", "v6e") else "TensorCores, two a chip"
+        raise UserError(
+            f"--topology={name}: {kind} comes in no slice of {size} {counted}. The nearest: "
+            f"{', '.join(f'{parts[1]}-{n} ({kind}:{sizes[n]})' for n in near)}."
+        )
+    return f"{kind}:{sizes[size]}{parts[3]}"
+
+
+def _check_compiler() -> None:
+    """Raises UserError if the installed libtpu is another than the installed jax asks for: its programs may not be readable."""
+    package, library = importlib.util.find_spec("libtpu"), os.environ.get("TPU_LIBRARY_PATH")  # jax sets it to the package's
+    if library and package and not library.startswith(os.path.dirname(package.origin)):
+        return  # a library of the user's own, whose version no package tells
+    try:
+        version = importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:  # looking for the topology says so
+        return
+    for text in importlib.metadata.requires("jax") or ():
+        wanted = Requirement(text)
+        if wanted.name != "libtpu" or not (wanted.marker is None or wanted.marker.evaluate({"extra": "tpu"})):
+            continue
+        if not wanted.specifier.contains(version, prereleases=True):
+            raise UserError(
+                f"libtpu {version} is installed, and jax {importlib.metadata.version('jax')} works with "
+                f"libtpu{wanted.specifier}: pip install 'libtpu{wanted.specifier}'"
+            )
+
+
 def known() -> str:
     """What to choose from, in a sentence or two."""
     flat, deep = (", ".join(k for k, shapes in SHAPES.items() if shapes is own) for own in (FLAT, DEEP))
     return (
         f"A name is KIND:SHAPE. Kinds {flat} have shapes {' '.join(FLAT)}; kinds {deep} have shapes {' '.join(DEEP)}; "
-        "*N after it is N slices. Or cpu:N."
+        "*N after it is N slices. Or an accelerator type, as v6e-8 or v5p-64; or cpu:N."
     )
 
 
