@@ -325,3 +325,12 @@ def test_a_transformer_without_experts_says_nothing_of_a_router():
         lambda: Transformer(arch).forward(Transformer(arch).init(jax.random.PRNGKey(0)), batch_of([np.arange(4)], 4))
     )
     assert out.router is None
+
+
+def test_a_switch_of_released_files_that_is_off_is_taken_and_on_is_refused():
+    """The distilled Qwen 2.5 models of DeepSeek-R1 say use_mrope: false, which transformers does not read."""
+    fields = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    fields |= {"model_type": "qwen2", "num_key_value_heads": 1}
+    assert families.architecture({**fields, "use_mrope": False}) == families.architecture(fields)
+    with pytest.raises(UserError, match="use_mrope = True is not supported"):
+        families.architecture({**fields, "use_mrope": True})

@@ -127,6 +127,7 @@ NEUTRAL = {
     "router_jitter_noise": (0.0,),
     "use_bidirectional_attention": (None, False),
     "clip_qkv": (None,),
+    "use_mrope": (False, None),
 }
 
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
