@@ -40,6 +40,7 @@ class Model:
     tokenizer: Any = dataclasses.field(repr=False)
     config: dict = dataclasses.field(repr=False)
     mesh: Any
+    ends: tuple[int, ...] = ()  # the ids that end a completion besides the tokenizer's and the template's
 
     def forward(self, params: Params, batch: Batch) -> Output:
         """Final hidden states [B,S,D], and the head that makes logits of them; batch: tokens, segments, positions [B,S]."""
@@ -84,7 +85,7 @@ class Model:
         self.need_tokenizer()
         one = isinstance(prompts, (str, np.ndarray)) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
         asked = [prompts] if one else list(prompts)
-        return completed(self.transformer, self.params, self.tokenizer, asked, mesh=self.mesh, **options)
+        return completed(self.transformer, self.params, self.tokenizer, asked, mesh=self.mesh, ends=self.ends, **options)
 
     def need_tokenizer(self) -> None:
         """Raises UserError for a model without a tokenizer."""
@@ -137,4 +138,4 @@ def load(where: str | Mapping, *, mesh=None, dtype: str = "float32", adapter: Ma
     programs.keep()
     mesh = sharding.make_mesh() if mesh is None else mesh
     found, params = loading.open_model(where if isinstance(where, Mapping) else str(where), mesh, dtype, adapter)
-    return Model(found.transformer, params, found.tokenizer, found.config, mesh)
+    return Model(found.transformer, params, found.tokenizer, found.config, mesh, found.ends)

@@ -232,6 +232,7 @@ def solves(
     if (new := min(new, model.transformer.arch.max_positions - longest)) < 1:
         raise UserError(f"--task={name}: a prompt of {longest} tokens leaves no room for an answer in the model's positions.")
     options = {"prompt_window": longest, "new": new, "template": template}
+    options["stop"] = chat.stop_ids(model.tokenizer, template, model.ends)
     asked, rows = (model.transformer, model.params, model.tokenizer, records), min(rows, len(records))
     if samples:
         found = repeated.sampled(

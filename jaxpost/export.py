@@ -51,9 +51,10 @@ def export(checkpoint: str, out: str, *, mesh, dtype: str | None = None, adapter
     hf.save(folder, params, found.transformer.arch, {**special, **found.config}, dtype)
     if found.tokenizer is not None:
         tokenizer.save(found.tokenizer, folder)
-        ends = stop_ids(found.tokenizer)
-        ends = {"eos_token_id": list(ends) if len(ends) > 1 else ends[0]} if ends else {}
-        (folder / "generation_config.json").write_text(json.dumps(special | ends, indent=2) + "\n")
+    ends = found.ends if found.tokenizer is None else stop_ids(found.tokenizer, ends=found.ends)
+    ends = {"eos_token_id": list(ends) if len(ends) > 1 else ends[0]} if ends else {}
+    if fields := special | found.generation | ends:
+        (folder / "generation_config.json").write_text(json.dumps(fields, indent=2) + "\n")
     return sorted(p.name for p in folder.iterdir())
 
 

@@ -112,11 +112,11 @@ def problems(found, judges: Rewards, model, s) -> dict:
 
 
 def _stops(model, s, jinja: str) -> tuple[list[int], tuple[str, ...]]:
-    """(ids, texts) that end a completion: the tokenizer's and the template's own ids, or those that the settings give."""
+    """(ids, texts) that end a completion: the tokenizer's, model's and template's ids, or those that the settings give."""
     given = s.rollouts.stop
     ids = [int(x) for x in given if not isinstance(x, str)]
     check_ids(np.array(ids, int), model.transformer.arch.vocab, model.tokenizer, "config.rollouts.stop")
-    return ids or list(chat.stop_ids(model.tokenizer, jinja)), tuple(x for x in given if isinstance(x, str))
+    return ids or list(chat.stop_ids(model.tokenizer, jinja, model.ends)), tuple(x for x in given if isinstance(x, str))
 
 
 class _TooLong(UserError):

@@ -187,9 +187,41 @@ def test_export_of_a_template_with_its_own_stop_token_names_both(tmp_path):
     tokenizer.save(toy_tokenizers.byte_pairs(templates.TEMPLATES["chatml"]), folder)
     export.export(str(folder), str(tmp_path / "out"), mesh=one_device())
     text = tokenizer.load(folder)
-    both = [text.eos_token_id, text.convert_tokens_to_ids("<|im_end|>")]
-    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == both
+    ends = [text.eos_token_id, 7, text.convert_tokens_to_ids("<|im_end|>")]
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == ends
     assert hf.read_config(tmp_path / "out")["eos_token_id"] == 7  # what the folder came with stays
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_every_eos_id_of_a_folder_ends_completions_and_survives_run_and_export(tmp_path, file):
+    """generation_config.json's ids are the ones that count; config.json's are where there is no such file."""
+    fields, text = {**MODEL, "vocab_size": 300}, toy_tokenizers.byte_pairs()
+    found, folder = loading.describe(fields), tmp_path / "in"
+    own = {"eos_token_id": [7, 9]} if file == "config.json" else {"eos_token_id": 5}
+    hf.save(folder, loading.weights(found, one_device()), found.transformer.arch, {**fields, **own})
+    tokenizer.save(text, folder)
+    written = {"eos_token_id": [7, 9], "top_k": 20}
+    if file == "generation_config.json":
+        (folder / file).write_text(json.dumps(written))
+    ends = (text.eos_token_id, 7, 9)
+    assert chat.stop_ids(text, "plain", loading.describe(str(folder)).ends) == ends
+    assert api.load(folder, mesh=one_device()).ends == (7, 9)
+    tokenizer.save(text, tmp_path / "other")
+    assert loading.describe(str(folder), str(tmp_path / "other")).ends == ()  # ids of a vocabulary that is not used
+
+    export.export(str(folder), str(tmp_path / "out"), mesh=one_device())
+    kept = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert tuple(kept["eos_token_id"]) == ends
+    assert kept.get("top_k") == (20 if file == "generation_config.json" else None)
+    loading.keep_description(loading.describe(str(folder)), tmp_path, templates.jinja(text, "plain"))
+    assert json.loads((tmp_path / "model" / "generation_config.json").read_text())["eos_token_id"] == [7, 9]
+
+
+def test_eos_ids_that_the_model_has_no_row_for_are_left_out_and_other_values_named():
+    assert loading.describe({**MODEL, "eos_token_id": [32, 3, -1]}).ends == (3,)
+    for wrong in ("3", [True], [[3]]):
+        with pytest.raises(UserError, match="config.model: eos_token_id has .* not a whole number; give an id, or a list"):
+            loading.describe({**MODEL, "eos_token_id": wrong})
 
 
 def test_export_overwrites_nothing(workdir, tmp_path):

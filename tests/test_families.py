@@ -152,6 +152,19 @@ def test_what_transformers_writes_for_each_family_is_understood():
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe"])
+def test_both_spellings_of_the_number_of_experts_are_read(family):
+    """transformers 5 writes another one for Qwen3-MoE than the files on the hub have."""
+    fields = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    fields |= {"model_type": family, "num_key_value_heads": 1, "num_experts_per_tok": 2}
+    written = json.loads(transformers.AutoConfig.for_model(**fields, num_experts=4).to_json_string())
+    assert families.architecture(written).experts == 4
+    hub, other = (families.architecture({**fields, k: 4}) for k in ("num_experts", "num_local_experts"))
+    assert hub == other and hub.experts == 4
+    with pytest.raises(UserError, match="num_local_experts = 4, but num_experts = 8; keep one"):
+        families.architecture({**fields, "num_experts": 8, "num_local_experts": 4})
+
+
 def test_fields_that_cannot_be_honoured_are_refused_by_name():
     wrong = {
         "gemma2": {"use_bidirectional_attention": True},
@@ -312,3 +325,12 @@ def test_a_transformer_without_experts_says_nothing_of_a_router():
         lambda: Transformer(arch).forward(Transformer(arch).init(jax.random.PRNGKey(0)), batch_of([np.arange(4)], 4))
     )
     assert out.router is None
+
+
+def test_a_switch_of_released_files_that_is_off_is_taken_and_on_is_refused():
+    """The distilled Qwen 2.5 models of DeepSeek-R1 say use_mrope: false, which transformers does not read."""
+    fields = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    fields |= {"model_type": "qwen2", "num_key_value_heads": 1}
+    assert families.architecture({**fields, "use_mrope": False}) == families.architecture(fields)
+    with pytest.raises(UserError, match="use_mrope = True is not supported"):
+        families.architecture({**fields, "use_mrope": True})

@@ -66,9 +66,11 @@ def encode_prompt(messages: str | Sequence[dict[str, str]], tokenizer: Any, temp
     return _tokenise(text, tokenizer, "the prompt")[0]
 
 
-def stop_ids(tokenizer: Any, template: str | None = None) -> tuple[int, ...]:
-    """The ids that end an assistant's turn: eos, and the special token the template puts after its content; may be empty."""
-    found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+def stop_ids(tokenizer: Any, template: str | None = None, ends: Sequence[int] = ()) -> tuple[int, ...]:
+    """The ids that end an assistant's turn: eos, the model's own `ends`, and the special token the template puts after the
+    turn's content; may be empty.
+    """
+    found = [*([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]), *ends]
     probe = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
     tail = render(probe, tokenizer, template, False, "the template").rpartition(_PROBE)[2].lstrip()
     ends = [token for token in _specials(tokenizer) if tail.startswith(token)]

@@ -127,6 +127,7 @@ NEUTRAL = {
     "router_jitter_noise": (0.0,),
     "use_bidirectional_attention": (None, False),
     "clip_qkv": (None,),
+    "use_mrope": (False, None),
 }
 
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
@@ -207,6 +208,13 @@ class Fields:
             "tied": self.take("tie_word_embeddings", bool, default["tie_word_embeddings"]),
             "init_std": self.take("initializer_range", float, 0.02),
         }
+
+    def experts(self, default: int) -> int:
+        """Takes the number of experts, which the hub's files and those of transformers 5 spell in two ways."""
+        one, other = self.take("num_experts", int, None), self.take("num_local_experts", int, None)
+        if one is not None and other not in (None, one):
+            raise UserError(f"{self.place}: num_local_experts = {other}, but num_experts = {one}; keep one.")
+        return next((x for x in (one, other) if x is not None), default)
 
     def layer_types(self, layers: int, default: list[str]) -> tuple[int, ...]:
         """Which layers are full (0) and which slide (1): the field layer_types, or what the family makes of others."""
@@ -401,9 +409,7 @@ def qwen3_moe(config: Mapping, place: str) -> Architecture:
     if (step := f.take("decoder_sparse_step", int, 1)) != 1 or f.take("mlp_only_layers", list, []):
         raise UserError(f"{place}: decoder_sparse_step = {step} and mlp_only_layers: layers without experts are not supported.")
     c["mlp_width"] = f.take("moe_intermediate_size", int, 768)
-    experts = f.take("num_experts", int, 128)
-    if (alias := f.take("num_local_experts", int, experts)) != experts:
-        raise UserError(f"{place}: num_local_experts = {alias}, but num_experts = {experts}; keep one.")
+    experts = f.experts(128)
     bias = f.take("attention_bias", bool, False)
     return f.finish(Architecture(
         **c, kinds=(Kind(window, f.rope(c["max_positions"])),), qkv_bias=bias, o_bias=bias, qk_norm="head",
@@ -418,7 +424,7 @@ def mixtral(config: Mapping, place: str) -> Architecture:
     rope = f.rope(c["max_positions"], theta=1e6)
     return f.finish(Architecture(
         **c, kinds=(Kind(f.maybe("sliding_window", int, None), rope),),
-        experts=f.take("num_local_experts", int, 8), chosen=f.take("num_experts_per_tok", int, 2),
+        experts=f.experts(8), chosen=f.take("num_experts_per_tok", int, 2),
     ))  # fmt: skip
 
 
@@ -438,7 +444,7 @@ def olmoe(config: Mapping, place: str) -> Architecture:
     bias = f.take("attention_bias", bool, False)
     return f.finish(Architecture(
         **c, kinds=(Kind(None, f.rope(c["max_positions"])),), qk_norm="all", qkv_bias=bias, o_bias=bias,
-        qkv_clip=f.maybe("clip_qkv", float), experts=f.take("num_experts", int, 64),
+        qkv_clip=f.maybe("clip_qkv", float), experts=f.experts(64),
         chosen=f.take("num_experts_per_tok", int, 8), normalised=f.take("norm_topk_prob", bool, False),
     ))  # fmt: skip
 

@@ -26,6 +26,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxpost import checkpoint, cloud, fingerprint, host, optim, sharding, tokenizer
 from jaxpost.errors import UserError
+from jaxpost.host import read_object
 from jaxpost.models import families, hf, hub
 from jaxpost.models.attention import KERNELS
 from jaxpost.models.transformer import REMAT, Transformer
@@ -48,6 +49,14 @@ class Description:
     hub: str = ""  # the name that the folder came by, where its weights may still be on the hub
     adapter: dict = dataclasses.field(default_factory=dict)  # config's entry, or a checkpoint's; empty for none
     leaves: dict = dataclasses.field(default_factory=dict)  # what is there besides the model's: path -> (letters, first value)
+    generation: dict = dataclasses.field(default_factory=dict)  # generation_config.json's fields
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The ids that end a completion by the model's own files: one or several."""
+        ids = self.generation.get("eos_token_id")
+        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        return tuple(x for x in ids if 0 <= x < self.transformer.arch.vocab)  # no other can be sampled
 
 
 def describe(
@@ -75,7 +84,8 @@ def describe(
     described, folder = _locate(model) if isinstance(model, str) else (None, None)
     config = hf.read_config(described) if described else dict(model)
     if config.get("model_type") == "gemma3" and isinstance(config.get("text_config"), Mapping):
-        config = {**config["text_config"], "model_type": "gemma3_text"}  # the part of it that reads and writes
+        outer = {k: config[k] for k in ("eos_token_id",) if k in config}
+        config = {**outer, **config["text_config"], "model_type": "gemma3_text"}  # the part of it that reads and writes
     arch = families.architecture(config, str(described / "config.json") if described else "config.model")
     words = _tokenizer(tokenizer_name or described) if text else None
     # A tokenizer may name added tokens that its model has no row for, such as a picture's; text then has none of them.
@@ -86,8 +96,26 @@ def describe(
     name = model if isinstance(model, str) and hub.is_name(model) else ""
     device = device or jax.devices()[0]
     transformer = Transformer(arch, _computable(dtype, device), remat, _kernel(attention, device))
-    found = Description(transformer, words, config, folder, name)
+    generation = _generation(described, config)
+    if tokenizer_name:  # its ids are other tokens
+        generation = {k: v for k, v in generation.items() if not k.endswith("_token_id")}
+    found = Description(transformer, words, config, folder, name, generation=generation)
     return dataclasses.replace(found, adapter=_chosen(adapter, carried(folder)), leaves=carried(folder, "leaves"))
+
+
+def _generation(folder: epath.Path | None, config: Mapping) -> dict:
+    """The fields of a folder's generation_config.json; without that file, the eos_token_id of its config.json, as transformers
+    has it. Raises UserError for an eos_token_id of another kind than ids.
+    """
+    path = None if folder is None else folder / "generation_config.json"
+    written = path is not None and path.exists()
+    fields = read_object(path) if written else {"eos_token_id": config.get("eos_token_id")}
+    fields = {k: v for k, v in fields.items() if v is not None}
+    ids = fields.get("eos_token_id", [])
+    if wrong := [x for x in (ids if isinstance(ids, list) else [ids]) if type(x) is not int]:
+        place = path if written else "config.model" if folder is None else folder / "config.json"
+        raise UserError(f"{place}: eos_token_id has {wrong[0]!r}, not a whole number; give an id, or a list of ids.")
+    return fields
 
 
 def _computable(dtype: str, device):
@@ -370,13 +398,15 @@ def base_of(step, base: dict, verify: bool = True) -> epath.Path:
 
 
 def keep_description(found: Description, workdir, template: str) -> None:
-    """Writes config.json and the tokenizer under workdir/model, so that a workdir is all that generate and export need.
+    """Writes config.json, generation_config.json and the tokenizer under workdir/model, so that a workdir is all that generate
+    and export need.
 
     template: the Jinja that the run trains with, which the tokenizer carries from here on, whatever it came with.
     """
     folder = epath.Path(workdir) / "model"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(found.config, indent=2) + "\n")
+    for name, fields in (("config", found.config), ("generation_config", found.generation)):
+        (folder / f"{name}.json").write_text(json.dumps(fields, indent=2) + "\n")
     if found.tokenizer is not None:
         text = copy.deepcopy(found.tokenizer)
         text.chat_template = template

@@ -35,12 +35,14 @@ def completed(
     template: str | None = None,
     seed: int = 0,
     n: int = 1,
+    ends: Sequence[int] = (),
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(ids of the prompt, ids of its completion without the stop token): `n` of each prompt, side by side.
 
     text: the tokenizer. prompts: strings, conversations (lists of role and content), or ids. chat: a string is a user's
     message, not text to continue. new: the most tokens a completion may have; None is 200, or as many as the model's positions
-    leave room for. temperature: 0 takes the likeliest token. template: for `chat`, a name or Jinja; None is the tokenizer's
+    leave room for. temperature: 0 takes the likeliest token. ends: ids that stop a completion besides the tokenizer's and the
+    template's. template: for `chat`, a name or Jinja; None is the tokenizer's
     own. The same seed, prompts and n give the same ids. Raises UserError for no or empty prompts, and where prompt and `new`
     exceed the model's positions.
     """
@@ -64,7 +66,7 @@ def completed(
         prompt_window=min(longest + -longest % _BUCKET, room - new),
         new=new,
         group=n,
-        stop=stop_ids(text, template),
+        stop=stop_ids(text, template, ends),
         temperature=temperature,
         seed=seed,
     )
