@@ -87,7 +87,10 @@ def test_gsm8k_trains_on_no_question_of_its_test_file(tmp_path):
     ("rows", "message"),
     [
         ([{"question": "?"}], "rows.jsonl, line 1: has no texts `question` and `answer`"),
-        ([ROWS[0], {"question": "?", "answer": "18"}], "rows.jsonl, line 2: its answer does not end in #### and a single number"),
+        (
+            [ROWS[0], {"question": "?", "answer": "18"}],
+            "rows.jsonl, line 2: its answer does not end in #### and a single number",
+        ),
         ([{"question": "?", "answer": "#### many"}], "does not end in #### and a single number"),
         (ROWS[:1], "no row is left for the (train|test) split"),
     ],
@@ -107,7 +110,7 @@ def test_a_task_takes_its_keys_from_the_config(tmp_path):
 
 
 def test_a_task_that_was_made_of_its_keys_gives_demonstrations(tmp_path):
-    settings = recipe.make(task={"name": "gsm8k", "data": written(tmp_path, ROWS), "examples": 4}, seed=3)
+    settings = recipe.make(task={"name": "gsm8k", "data": written(tmp_path, ROWS), "examples": 4}, split_seed=3)
     task = selfmade.task(settings)
     (part,) = datasets._sources(task, settings)
     assert [record.row for record in part.records] == [task.conversation(i, seed=3) for i in range(4)]
