@@ -45,6 +45,8 @@ _LONGEST = 4_000  # characters of a text that are read for its number: its last,
 
 
 class Number(NamedTuple):
+    """An exact number, and whether it is spelled as a percentage."""
+
     value: Fraction
     percentage: bool
 
@@ -57,6 +59,8 @@ class Number(NamedTuple):
 
 
 class Marked(NamedTuple):
+    """The part of a text that is its answer, and by which mark."""
+
     text: str
     kind: str  # box, line, tag, words, or none where the text marks nothing
 

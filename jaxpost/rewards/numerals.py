@@ -138,6 +138,8 @@ _ORDINALS = {"st", "nd", "rd", "th"}
 
 
 class Item(NamedTuple):
+    """A number, a word or a sign of a text."""
+
     kind: str  # as of a token
     gap: bool
     text: str = ""  # of a number: whole, decimal or fraction; of a word: itself
