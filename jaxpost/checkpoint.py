@@ -8,8 +8,13 @@ Frozen weights that some folder holds already are not written again. `params` th
 `meta` says under `base` where the frozen ones are, the digest of what they were, and which of them are `beside` it all the
 same, here; under `adapter` what was put around them. `models/loading.py` makes the tree of the two. A teacher's head is named
 under `elsewhere` and is not written.
+
+Every checkpoint has digests of its files (`digests.py`), which are checked before Orbax reads any of them. A damaged newest one
+is passed over, and the loop moves it aside.
 """
 
+import asyncio
+import sys
 from typing import Any
 
 import jax
@@ -17,18 +22,43 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.path import atomicity
 
-from jaxpost import sharding
+from jaxpost import cloud, digests, sharding
 from jaxpost.errors import UserError
 from jaxpost.host import read_object
 from jaxpost.step import combine
 from jaxpost.types import Params, TrainState
 
 
+class _Renamed(atomicity.AtomicRenameTemporaryPath):
+    """A folder that has its digests when it gets its name."""
+
+    async def finalize(self):
+        await asyncio.to_thread(_write_digests, self.get())
+        await super().finalize()
+
+
+class _Marked(atomicity.CommitFileTemporaryPath):
+    """A folder of a bucket that has its digests before the object which says that it is whole."""
+
+    async def finalize(self):
+        await asyncio.to_thread(_write_digests, self.get())
+        await super().finalize()
+
+
+def _write_digests(folder: epath.Path) -> None:
+    if (folder / "meta").exists():  # a whole checkpoint, not one item of it
+        digests.write(folder)
+
+
 class Checkpoints:
     """The checkpoints of one stage. `keep` latest ones stay, and the best by `best` ("eval/loss", lower is better, unless
-    `highest`).
+    `highest`). Those that are damaged and newer than the newest whole one are moved aside.
+
+    Raises UserError where there are checkpoints and none is whole.
     """
 
     def __init__(self, folder, *, keep: int = 2, best: str = "", highest: bool = False):
@@ -44,12 +74,17 @@ class Checkpoints:
             )
         self.best = best
         self.folder = absolute(folder)
+        if jax.process_index() == 0:
+            _set_aside(self.folder)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"damaged checkpoints of {self.folder}")
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(policies),
             # Not consulted beside a policy, but Orbax keeps no metrics for the next process without it.
             best_fn=lambda m: m.get(best, np.nan),
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
+            temporary_path_class=_Marked if cloud.is_remote(self.folder) else _Renamed,
         )
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -136,12 +171,14 @@ def _over(flat: dict[str, Any], tree: Params) -> Params:
 def find_step(folder) -> epath.Path:
     """The newest checkpoint of a workdir's result (else of its last stage that has one), or of a stage's folder.
 
-    A checkpoint's own folder is itself. Raises UserError if there is none.
+    A checkpoint's own folder is itself. Newer ones that are damaged are passed over, and named on stderr. Raises UserError if
+    there is none, or none that is whole.
     """
     folder = epath.Path(folder)
     if not folder.exists():
         raise UserError(f"{folder}: no such folder; give a workdir that jaxpost.train made, or one of its checkpoints.")
-    if (folder / "params").exists():
+    if (folder / "params").exists() or (folder / digests.NAME).exists():
+        check(folder)
         return folder
     if (folder / "checkpoints").exists():
         config = read_object(folder / "config.json")
@@ -150,9 +187,49 @@ def find_step(folder) -> epath.Path:
         found = [s for s in stages if s.exists() and steps(s)]
         found = [s for s in found if s.name == config.get("result")] or found
         folder = found[-1] if found else folder / "checkpoints"
-    if found := steps(folder):
-        return folder / str(found[-1])
-    raise UserError(f"{folder}: no checkpoint there yet.")
+    step, damaged = _newest_whole(folder)
+    if step is None:
+        raise UserError(f"{folder}: no checkpoint there yet.")
+    for fault in damaged.values():
+        print(f"damaged checkpoint: {fault}; taking step {step} instead.", file=sys.stderr)
+    return folder / str(step)
+
+
+def check(step_folder) -> None:
+    """Raises UserError for a checkpoint that is not as it was written, naming the first such file."""
+    if fault := digests.damage(absolute(step_folder)):
+        raise UserError(
+            f"{step_folder}: a damaged checkpoint: {fault}. Bring that file back from a copy, or take another step."
+        )
+
+
+def _newest_whole(folder: epath.Path) -> tuple[int | None, dict[int, str]]:
+    """(the newest step of a stage that is whole, {newer step: what is damaged in it}); (None, {}) where there are no steps.
+
+    Raises UserError where there are steps and none is whole.
+    """
+    damaged = {}
+    for step in reversed(steps(folder)):
+        fault = digests.damage(folder / str(step))
+        if not fault:
+            return step, damaged
+        damaged[step] = fault
+    if damaged:
+        raise UserError(
+            f"{folder}: none of its checkpoints is whole: {'; '.join(damaged.values())}. Bring the files back from a copy, or "
+            "delete this folder, and the same command begins the stage anew."
+        )
+    return None, damaged
+
+
+def _set_aside(folder: epath.Path) -> None:
+    """Moves damaged checkpoints that are newer than the newest whole one out of the way of their steps."""
+    step, damaged = _newest_whole(folder) if folder.exists() else (None, {})
+    for number, fault in damaged.items():
+        names = (f"damaged-{number}" + f"-{i}" * (i > 1) for i in range(1, 1000))
+        target = next(folder / name for name in names if not (folder / name).exists())
+        (folder / str(number)).rename(target)
+        print(f"damaged checkpoint: {fault}; moved to {target}, going on from step {step}.", file=sys.stderr)
 
 
 def steps(folder: epath.Path) -> list[int]:

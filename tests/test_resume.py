@@ -7,6 +7,7 @@ the same machine. The figures of the clock are left out, and with them the stage
 
 import json
 import random
+import shutil
 import signal
 import sys
 import time
@@ -334,3 +335,90 @@ def test_the_last_and_the_best_checkpoints_stay(tmp_path, highest, kept):
     again.save(state(7), {}, {"eval/loss": 2.5})
     again.close()
     assert sorted(int(p.name) for p in tmp_path.iterdir()) == [kept[0], 6, 7]
+
+
+# ---------------------------------------------------------------------------------------------------------- Damage
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The folder of a stage with checkpoints of steps 1 and 2."""
+    folder = tmp_path_factory.mktemp("two") / "train"
+    saved = checkpoint.Checkpoints(folder)
+    for step in (1, 2):
+        saved.save(state(step), {"position": step})
+    saved.close()
+    return folder
+
+
+def files(folder) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "commit_success.txt")
+
+
+def flip(file: Path, bit: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(content)
+
+
+DAMAGE = {
+    "flipped": lambda file: flip(file, 8 * (file.stat().st_size // 2)),
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "emptied": lambda file: file.write_bytes(b""),
+    "deleted": lambda file: file.unlink(),
+}
+
+
+@pytest.mark.parametrize("kind", [*DAMAGE, "empty folder"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(two, tmp_path, capsys, kind):
+    stage = tmp_path / "train"
+    shutil.copytree(two, stage)
+    file = next(f for f in files(stage / "2" / "params") if f.name == "manifest.ocdbt")
+    if kind == "empty folder":
+        file = stage / "2" / "params"
+        shutil.rmtree(stage / "2")
+        (stage / "2").mkdir()
+    else:
+        DAMAGE[kind](file)
+        with pytest.raises(UserError, match=f"a damaged checkpoint: {file}"):
+            checkpoint.find_step(stage / "2")
+    assert checkpoint.find_step(stage).name == "1"
+    assert f"damaged checkpoint: {file} " in capsys.readouterr().err
+    saved = checkpoint.Checkpoints(stage)
+    assert f"moved to {stage / 'damaged-2'}, going on from step 1" in capsys.readouterr().err
+    assert saved.latest() == 1
+    saved.save(state(2), {"position": 2})
+    saved.close()
+    assert checkpoint.find_step(stage).name == "2" and (stage / "damaged-2").exists()
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_moved(two, tmp_path):
+    stage = tmp_path / "train"
+    shutil.copytree(two, stage)
+    for step in ("1", "2"):
+        (stage / step / "meta" / "metadata").write_bytes(b"")
+    for read in (checkpoint.find_step, checkpoint.Checkpoints):
+        with pytest.raises(UserError, match="none of its checkpoints is whole: .*2/meta/metadata has 0 bytes of 15"):
+            read(stage)
+    assert sorted(p.name for p in stage.iterdir()) == ["1", "2"]
+
+
+def test_a_flipped_bit_anywhere_in_a_checkpoint_is_noticed(two, tmp_path):
+    step, chance = tmp_path / "2", random.Random(0)
+    shutil.copytree(two / "2", step)
+    for file in files(step):
+        whole = file.read_bytes()
+        flip(file, chance.randrange(8 * len(whole)))
+        # Orbax's time of the commit is no part of what is restored; all else is noticed, by name.
+        if b"commit_timestamp" not in whole or _without_time(file) != _without_time(two / "2" / file.name):
+            with pytest.raises(UserError, match=f"{file} was changed"):
+                checkpoint.check(step)
+        file.write_bytes(whole)
+    checkpoint.check(step)
+
+
+def _without_time(file: Path):
+    try:
+        return {k: v for k, v in json.loads(file.read_bytes()).items() if k != "commit_timestamp_nsecs"}
+    except ValueError:
+        return None

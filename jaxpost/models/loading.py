@@ -24,7 +24,7 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxpost import checkpoint, cloud, fingerprint, host, optim, sharding, tokenizer
+from jaxpost import checkpoint, cloud, digests, fingerprint, host, optim, sharding, tokenizer
 from jaxpost.errors import UserError
 from jaxpost.host import read_object
 from jaxpost.models import families, hf, hub
@@ -140,7 +140,8 @@ def _kernel(asked: str, device) -> str:
 def _locate(where: str) -> tuple[epath.Path, epath.Path]:
     """(folder of config.json and tokenizer, folder of the weights): a Hugging Face folder twice, or a workdir's two."""
     path = epath.Path(hub.fetch(where)) if hub.is_name(where) else cloud.path(where)
-    if not any((path / name).is_dir() for name in ("checkpoints", "params")) and not (path.is_dir() and checkpoint.steps(path)):
+    held = any((path / name).exists() for name in ("checkpoints", "params", digests.NAME))
+    if not held and not (path.is_dir() and checkpoint.steps(path)):
         return path, path
     step = checkpoint.find_step(path)
     described = next((p / "model" for p in step.parents if (p / "model" / "config.json").exists()), None)
@@ -389,6 +390,8 @@ def base_of(step, base: dict, verify: bool = True) -> epath.Path:
             f"{step}: its frozen weights are those in {folder}, which is not there. Bring them back to that place (a link "
             "will do)."
         )
+    if verify and (folder / "params").exists():
+        checkpoint.check(folder)
     if verify and fingerprint.digest(folder) != base["hash"]:
         raise UserError(
             f"{step}: its frozen weights are those that {folder} held when training began; what it holds now is something "
