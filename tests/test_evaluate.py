@@ -141,7 +141,7 @@ def test_a_completion_that_a_reward_does_not_apply_to_is_in_no_mean(monkeypatch,
     options = {"prompt_window": 6, "new": 4, "template": None}
     judges = {"one": (reward, 1.0), "none": (lambda record, completion: None, 0.0)}
     judging = {"workers": 0}
-    found = evaluate.graded(None, None, TEXT, RECORDS, judges, None, rows=3, options=options, step=0, judging=judging)
+    found = evaluate.graded(None, None, TEXT, RECORDS, judges, None, rows=3, options=options, judging=judging)
     values = {name: value for name, value in found if name != "samples"}
     assert np.isnan([values.pop("eval/rewards/none"), values.pop("eval/rewards/none_greedy")]).all()
     assert set(values.values()) == {1.0} and len(values) == 8 + verdict

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable
 
 
-def judge(record: dict, completion: str, *, reward: Callable) -> float:
+def judge(record: dict, completion: str, reward: Callable) -> float:
     """What a reward of TRL's signature says of one completion. Raises TypeError where it gives no list of one."""
     turns = isinstance(record.get("prompt"), list)
     columns = {key: [value] for key, value in record.items() if key not in ("prompt", "prompts", "completions")}
