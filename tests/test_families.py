@@ -334,3 +334,10 @@ def test_a_switch_of_released_files_that_is_off_is_taken_and_on_is_refused():
     assert families.architecture({**fields, "use_mrope": False}) == families.architecture(fields)
     with pytest.raises(UserError, match="use_mrope = True is not supported"):
         families.architecture({**fields, "use_mrope": True})
+
+
+def test_eos_ids_beside_the_language_part_of_a_model_that_sees_are_kept():
+    whole = {"model_type": "gemma3", "eos_token_id": [1, 106], "text_config": {"hidden_size": 8}}
+    assert families.language_part(whole) == {"eos_token_id": [1, 106], "hidden_size": 8, "model_type": "gemma3_text"}
+    whole["text_config"]["eos_token_id"] = 1  # the part's own counts
+    assert families.language_part(whole)["eos_token_id"] == 1

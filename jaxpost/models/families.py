@@ -569,6 +569,14 @@ FAMILIES: dict[str, Callable[[Mapping, str], Architecture]] = {
 }  # fmt: skip
 
 
+def language_part(config: Mapping) -> dict:
+    """The fields of the part that reads and writes, of a model that also sees; any other config as it is."""
+    if config.get("model_type") != "gemma3" or not isinstance(config.get("text_config"), Mapping):
+        return dict(config)
+    ends = {k: config[k] for k in ("eos_token_id",) if k in config}
+    return {**ends, **config["text_config"], "model_type": "gemma3_text"}
+
+
 def architecture(config: Mapping, place: str = "config.json") -> Architecture:
     """The Architecture that a Hugging Face config describes; `place` names it in errors.
 

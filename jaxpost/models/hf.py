@@ -44,6 +44,25 @@ def read_config(folder: str | epath.Path) -> dict:
     return read_object(path)
 
 
+def read_generation(folder: epath.Path | None, config: dict, vocab: int, own: bool = True) -> tuple[dict, tuple[int, ...]]:
+    """(the fields of a folder's generation_config.json, the ids that end a completion): without that file, config.json's
+    eos_token_id ends it, as transformers has it.
+
+    own: whether the model's own tokenizer is used; ids are tokens of that one alone, and left out for another. vocab: no other
+    ids can be sampled. Raises UserError for an eos_token_id that is not whole numbers.
+    """
+    path = None if folder is None else folder / "generation_config.json"
+    written = path is not None and path.exists()
+    fields = read_object(path) if written else {"eos_token_id": config.get("eos_token_id")}
+    fields = {k: v for k, v in fields.items() if v is not None and (own or not k.endswith("_token_id"))}
+    ids = fields.get("eos_token_id", [])
+    ids = ids if isinstance(ids, list) else [ids]
+    if wrong := [x for x in ids if type(x) is not int]:
+        place = path if written else "config.model" if folder is None else folder / "config.json"
+        raise UserError(f"{place}: eos_token_id has {wrong[0]!r}, not a whole number; give an id, or a list of ids.")
+    return fields, tuple(x for x in ids if 0 <= x < vocab)
+
+
 def listed(folder: epath.Path) -> list[str]:
     """The names of the files that hold a folder's weights, as its index says, whether they are there or not."""
     index = folder / "model.safetensors.index.json"

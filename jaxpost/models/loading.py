@@ -26,7 +26,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxpost import checkpoint, cloud, digests, fingerprint, host, optim, sharding, tokenizer
 from jaxpost.errors import UserError
-from jaxpost.host import read_object
 from jaxpost.models import families, hf, hub
 from jaxpost.models.attention import KERNELS
 from jaxpost.models.transformer import REMAT, Transformer
@@ -50,13 +49,7 @@ class Description:
     adapter: dict = dataclasses.field(default_factory=dict)  # config's entry, or a checkpoint's; empty for none
     leaves: dict = dataclasses.field(default_factory=dict)  # what is there besides the model's: path -> (letters, first value)
     generation: dict = dataclasses.field(default_factory=dict)  # generation_config.json's fields
-
-    @property
-    def ends(self) -> tuple[int, ...]:
-        """The ids that end a completion by the model's own files: one or several."""
-        ids = self.generation.get("eos_token_id")
-        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-        return tuple(x for x in ids if 0 <= x < self.transformer.arch.vocab)  # no other can be sampled
+    ends: tuple[int, ...] = ()  # the ids that end a completion by the model's own files
 
 
 def describe(
@@ -83,9 +76,7 @@ def describe(
             raise UserError(f"config.{key}: unknown {value!r}.{nearest(str(value), known)}")
     described, folder = _locate(model) if isinstance(model, str) else (None, None)
     config = hf.read_config(described) if described else dict(model)
-    if config.get("model_type") == "gemma3" and isinstance(config.get("text_config"), Mapping):
-        outer = {k: config[k] for k in ("eos_token_id",) if k in config}
-        config = {**outer, **config["text_config"], "model_type": "gemma3_text"}  # the part of it that reads and writes
+    config = families.language_part(config)
     arch = families.architecture(config, str(described / "config.json") if described else "config.model")
     words = _tokenizer(tokenizer_name or described) if text else None
     # A tokenizer may name added tokens that its model has no row for, such as a picture's; text then has none of them.
@@ -96,26 +87,9 @@ def describe(
     name = model if isinstance(model, str) and hub.is_name(model) else ""
     device = device or jax.devices()[0]
     transformer = Transformer(arch, _computable(dtype, device), remat, _kernel(attention, device))
-    generation = _generation(described, config)
-    if tokenizer_name:  # its ids are other tokens
-        generation = {k: v for k, v in generation.items() if not k.endswith("_token_id")}
-    found = Description(transformer, words, config, folder, name, generation=generation)
+    generation, ends = hf.read_generation(described, config, arch.vocab, own=not tokenizer_name)
+    found = Description(transformer, words, config, folder, name, generation=generation, ends=ends)
     return dataclasses.replace(found, adapter=_chosen(adapter, carried(folder)), leaves=carried(folder, "leaves"))
-
-
-def _generation(folder: epath.Path | None, config: Mapping) -> dict:
-    """The fields of a folder's generation_config.json; without that file, the eos_token_id of its config.json, as transformers
-    has it. Raises UserError for an eos_token_id of another kind than ids.
-    """
-    path = None if folder is None else folder / "generation_config.json"
-    written = path is not None and path.exists()
-    fields = read_object(path) if written else {"eos_token_id": config.get("eos_token_id")}
-    fields = {k: v for k, v in fields.items() if v is not None}
-    ids = fields.get("eos_token_id", [])
-    if wrong := [x for x in (ids if isinstance(ids, list) else [ids]) if type(x) is not int]:
-        place = path if written else "config.model" if folder is None else folder / "config.json"
-        raise UserError(f"{place}: eos_token_id has {wrong[0]!r}, not a whole number; give an id, or a list of ids.")
-    return fields
 
 
 def _computable(dtype: str, device):
