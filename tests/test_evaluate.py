@@ -144,6 +144,10 @@ def test_a_completion_that_a_reward_does_not_apply_to_is_in_no_mean(monkeypatch,
     found = evaluate.graded(None, None, TEXT, RECORDS, judges, None, rows=3, options=options, judging=judging)
     values = {name: value for name, value in found if name != "samples"}
     assert np.isnan([values.pop("eval/rewards/none"), values.pop("eval/rewards/none_greedy")]).all()
+    bounds = [values.pop(f"eval/accuracy{kind}{side}") for kind in ("", "_greedy") for side in ("_low", "_high") if verdict]
+    assert bounds == pytest.approx(
+        [0.3055, 1.0] * 2 if verdict else [], abs=1e-4
+    )  # Wilson's, of the two that count, by their weights
     assert set(values.values()) == {1.0} and len(values) == 8 + verdict
     scores = evaluate._verdicts(judges, RECORDS, ["2"] * 3)
     assert scores[0] == scores[2] == 1.0 and np.isnan(scores[1])

@@ -20,8 +20,8 @@ FAMILIES = ("objectives", "rollouts", "rewards", "adapters", "merging", "evals",
 KNOWN_TO = {"annotators": ("annotators", "objectives"), "tasks": ("tasks", "rewards")}
 SERVICES = ("data", "sampling", "models")
 ENTRY_POINTS = ("train", "api", "annotate", "generate", "evaluate", "merge", "export", "fit", "report", "judge")
-# One page each of what is looked up there: a zoo, every key of the loop, all that a model is read from.
-LONG = {"models/families.py": 700, "recipe.py": 420, "models/loading.py": 430}
+# One page each of what is looked up there: a zoo and every key of the loop.
+LONG = {"models/families.py": 700, "recipe.py": 420}
 
 
 def tree(path: Path) -> ast.Module:

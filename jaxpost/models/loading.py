@@ -392,9 +392,7 @@ def keep_description(found: Description, workdir, template: str) -> None:
 
 def open_model(where: str, mesh, dtype: str = "float32", adapter: Mapping | None = None) -> tuple[Description, Params]:
     """Description and weights of a Hugging Face folder, a workdir, or one checkpoint in a workdir (its newest, where it has
-    several), with the adapter around them that the checkpoint has inside, or that is asked for.
-
-    Raises UserError if `where` is none of them.
+    several), with the adapter that the checkpoint has inside, or that is asked for. Raises UserError for another `where`.
     """
     found = describe(where, dtype=dtype, adapter=adapter)
     check(found)

@@ -64,7 +64,7 @@ _LOOKS = {
 _LOOKS |= {"boxed", "fbox", "displaystyle", "left", "right", "big", "Big", "bigl", "bigr", "Bigl", "Bigr"}
 _GAPS = {"quad", "qquad", "thinspace", "enspace", "space", ",", ";", ":", "!", "[", "]", "(", ")"} | {" "}
 _KINDS = {"number": "n", "word": "w", "break": "\n", "dots": "\n"}
-_WORDS = {"plus": "+", "minus": "-", "times": "×", "equals": "="}
+_WORDS = {"plus": "+", "minus": "-", "negative": "-", "times": "×", "equals": "="}
 
 
 def _table(**kinds: str) -> dict[str, str]:
