@@ -26,9 +26,10 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 from orbax.checkpoint.path import atomicity
 
-from jaxpost import cloud, digests, sharding
+from jaxpost import cloud, digests, lock, sharding
 from jaxpost.errors import UserError
 from jaxpost.host import read_object
+from jaxpost.resolve import check_origin
 from jaxpost.step import combine
 from jaxpost.types import Params, TrainState
 
@@ -92,8 +93,10 @@ class Checkpoints:
         """Starts writing the state; returns when the device's part is copied.
 
         meta: where it names a `base`, only what that lacks is written of the frozen weights; what stands in `elsewhere` never
-        is. metrics: of this very state, or None where it was not evaluated (it is then no candidate for the best).
+        is. metrics: of this very state, or None where it was not evaluated (it is then no candidate for the best). Raises
+        UserError where another run has taken over the workdir.
         """
+        lock.check(self.folder)
         step = int(state.step)
         metrics = {k: v for k, v in (metrics or {}).items() if k == self.best and np.isfinite(v)}
         items = {k: ocp.args.StandardSave(v) for k, v in _items(state, meta).items()}
@@ -108,8 +111,9 @@ class Checkpoints:
         return list(self.manager.all_steps())
 
     def meta(self, step: int) -> dict:
-        """The JSON part of a checkpoint."""
-        return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        """The JSON part of a checkpoint. Raises UserError as `read_meta` does."""
+        meta = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        return _believable(meta, self.folder / str(step))
 
     def restore(self, step: int, abstract: TrainState, below: Params = None) -> TrainState:
         """The state at a step, laid out as `abstract` says; any mesh can read what any other wrote.
@@ -240,12 +244,19 @@ def steps(folder: epath.Path) -> list[int]:
 
 
 def read_meta(step_folder) -> dict:
-    """The JSON part of one checkpoint's folder; empty where there is none."""
+    """The JSON part of one checkpoint's folder; empty where there is none. Raises UserError where it names as its adapter a
+    function that is neither jaxpost's own nor named by the user."""
     folder = absolute(step_folder)
     if not (folder / "meta").exists():
         return {}
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return reader.restore(folder / "meta")
+        return _believable(reader.restore(folder / "meta"), folder)
+
+
+def _believable(meta: dict, folder: epath.Path) -> dict:
+    if adapter := meta.get("adapter"):
+        check_origin(adapter, "adapters", folder / "meta" / "metadata")
+    return meta
 
 
 def paths(step_folder, item: str = "params") -> list[str]:

@@ -13,10 +13,11 @@ from jaxpost import host, programs, recipe
 from jaxpost.errors import UserError
 from jaxpost.naming import NOUNS
 from jaxpost.recipe import DEFAULTS
+from jaxpost.resolve import trust
 
 
-def run(main: Callable, about: str, config: bool = False) -> None:
-    """Runs main(argv) as an absl app; `about` heads its --help.
+def run(main: Callable, about: str, config: bool = False, model: bool = False) -> None:
+    """Runs main(argv) as an absl app; `about` heads its --help. model: whether it opens one without a recipe (--trust).
 
     A UserError, a wrong flag or a wrong config key ends with its message alone and exit status 2; anything else is a bug and
     keeps its traceback. Recipes' keys (with `config`) are given as --config.key=value.
@@ -24,6 +25,10 @@ def run(main: Callable, about: str, config: bool = False) -> None:
     sys.modules["__main__"].__doc__ = about
     if config:
         _define_config()
+    if model:
+        what = "A function of your own, FILE.py:function, that the model may name as its adapter; no other is run."
+        flags.DEFINE_multi_string("trust", [], what)
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["trust"])
 
     def parse(argv):
         try:
@@ -43,6 +48,8 @@ def run(main: Callable, about: str, config: bool = False) -> None:
         if argv[1:]:
             _fail(f"unexpected argument {argv[1]!r}; settings are given as --name=value. See --help.")
         programs.keep()
+        for name in flags.FLAGS.trust if model else ():
+            trust(name)
         try:
             with host.disk_errors("a file"):
                 main(argv)

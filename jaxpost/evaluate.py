@@ -340,4 +340,4 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string("lm_eval", [], "A task of lm-eval, by name or file; for several, give it several times.")
     flags.DEFINE_integer("limit", None, "Documents of each lm-eval task (default: all).", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", sorted(loading.DTYPES), "The computation's number format.")
-    cli.run(main, ABOUT)
+    cli.run(main, ABOUT, model=True)

@@ -89,4 +89,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "The folder to write; it must be new or empty.")
     flags.DEFINE_bool("adapter", False, "Write the adapter alone, as peft has it.")
     flags.DEFINE_enum("dtype", None, DTYPES, "Number format of the weights (default: what config.json names, else float32).")
-    cli.run(main, ABOUT)
+    cli.run(main, ABOUT, model=True)

@@ -56,4 +56,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("n", 1, "How many completions of each prompt.", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", sorted(loading.DTYPES), "The computation's number format.")
     flags.DEFINE_bool("json", False, "Print one JSON object a completion, with the keys prompt and completion.")
-    cli.run(main, ABOUT)
+    cli.run(main, ABOUT, model=True)

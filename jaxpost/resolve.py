@@ -6,6 +6,9 @@
     dict(name="losses.py:mine", a=1)          a function in a file of one's own
     dict(name=mine, a=1)                      from Python, the function itself (`naming` says what is recorded of it)
 
+A name that stands in a file, such as a checkpoint's, may be one of the first two, or one that the user's own command, recipe or
+call names too (`trust`): nobody else decides what is run.
+
 The other keys are the function's keyword arguments. An unknown name or keyword fails at once and names the nearest known one.
 """
 
@@ -27,6 +30,7 @@ from jaxpost.naming import NOUNS, given
 
 # By folder, the arguments that its noun's functions take by place; what else stands in it is a helper.
 ARGUMENTS = {f"{noun}s": arguments for noun, arguments in NOUNS.items() if arguments}
+_TRUSTED: set[str] = set()
 
 
 def nearest(word: str, known) -> str:
@@ -62,6 +66,27 @@ def resolve(spec: Mapping | str, noun: str) -> Callable:
             f"{nearest(name, known(noun))}"
         )
     return bind(function, options, f"{noun}: {name}")
+
+
+def trust(entry: Mapping | str) -> None:
+    """Notes a function that the user names; files may name it as well from here on, in this process."""
+    _TRUSTED.add(entry if isinstance(entry, str) else entry.get("name", ""))
+
+
+def check_origin(entry: Any, noun: str, file) -> None:
+    """Raises UserError where an entry of a file names a function that is neither jaxpost's own nor trusted, and imports nothing
+    of it."""
+    name = entry.get("name") if isinstance(entry, Mapping) else entry
+    if not isinstance(name, str):
+        raise UserError(f"{file}: names no function of kind {noun}, but {name!r}.")
+    # One that was handed over from Python is never imported.
+    if name in _TRUSTED or "#" in name or {name, f"{name}.{name}"} & set(known(noun)):
+        return
+    raise UserError(
+        f"{file}: names {name!r} of {noun}, which is not jaxpost's, and a file does not decide what is run. If it is yours, "
+        f"name it too: --trust={name} for generate, evaluate and export, --config.adapter.name={name} for a run, "
+        "adapter={...} for jaxpost.load."
+    )
 
 
 def bind(function: Callable, options: Mapping, place: str) -> Callable:

@@ -28,7 +28,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from jaxpost import checkpoint, cli, cloud, columns, datasets, judge, optim, programs, recipe, report, sharding, writers
+from jaxpost import checkpoint, cli, cloud, columns, datasets, judge, lock, optim, programs, recipe, report, sharding, writers
 from jaxpost.agreement import check_inputs, check_settings
 from jaxpost.annotators import scores
 from jaxpost.data import chat
@@ -67,7 +67,7 @@ def run(config, workdir, **changes) -> dict[str, float]:
     cloud.check_bucket(workdir)
     check_writable(workdir)
     _compare(workdir, config)
-    with disk_errors(workdir, CONTINUES), sharding.use(mesh), StopRequest() as stop:
+    with disk_errors(workdir, CONTINUES), lock.held(workdir), sharding.use(mesh), StopRequest() as stop:
         check_settings(config)
         plans = [columns.annotated(plan_stage(name, settings, mesh), mesh) for name, settings in stages]
         check_inputs(plans)

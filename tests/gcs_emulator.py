@@ -36,6 +36,8 @@ def _move(request, response, storage, *_, **__):
 def _generation(request, storage) -> str:
     """The generation of the object that a request is about; 0 where there is none."""
     name = request.params.get("object_id") or request.query.get("name", [""])[0]
+    if request.query.get("uploadType") == ["multipart"]:  # Google's own client names the object in the body
+        name = name or request.data["meta"]["name"]
     try:
         return storage.get_file_obj(request.params["bucket_name"], name)["generation"]
     except (exceptions.NotFound, KeyError):

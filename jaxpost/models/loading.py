@@ -29,7 +29,7 @@ from jaxpost.errors import UserError
 from jaxpost.models import families, hf, hub
 from jaxpost.models.attention import KERNELS
 from jaxpost.models.transformer import REMAT, Transformer
-from jaxpost.resolve import find, nearest, resolve
+from jaxpost.resolve import find, nearest, resolve, trust
 from jaxpost.types import Params
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -74,6 +74,7 @@ def describe(
     for value, known, key in ((dtype, DTYPES, "dtype"), (remat, REMAT, "remat")):
         if value not in known:
             raise UserError(f"config.{key}: unknown {value!r}.{nearest(str(value), known)}")
+    trust(adapter or "")
     described, folder = _locate(model) if isinstance(model, str) else (None, None)
     config = hf.read_config(described) if described else dict(model)
     config = families.language_part(config)
