@@ -290,6 +290,7 @@ def test_a_notebook_trains_is_interrupted_goes_on_and_is_refused_another_functio
         return jaxpost.train(config, tmp_path / "w", **{**own, **changes}), space["calls"]
 
     config = recipe.make(**runs.settings(tmp_path, source="rollouts", steps=4, save_every=2, held_out=0.0))
+    config.rollouts.reward_workers = 0  # the reward counts its calls in this process
     # Twice two problems are judged at the start; then 16 completions a step, and the third step does not come to its end.
     with pytest.raises(UserError, match="the kernel died"):
         session(stop_at=4 + 40)
