@@ -118,10 +118,11 @@ def test_kills_in_generation_in_scoring_and_in_the_update_lose_nothing(whole, tm
         folder = tmp_path / "rollouts" / "reinforce"
         with np.load(folder / "partial.npz") as partial:
             assert moment != "generation" or (0 < len(partial["places"]) < 48 and partial["key"].tolist()[1] == 4)
-        # Files of the checkpoints that are left, and of no others but the newest, which may be under way.
+        # Files of the checkpoints that are left, of the newest, which may be under way, and of the one whose checkpoint was
+        # removed after the last save: that file goes with the next one.
         held = {int(path.name[5:13]) for path in folder.glob("held-*")}
         kept = set(checkpoint.steps(tmp_path / "checkpoints" / "reinforce"))
-        assert held - {max(held)} <= kept and kept <= held
+        assert kept <= held and len(held - kept - {max(held)}) <= 1
     # A row is written when the next step is under way. Rollouts 4 are made for step 10, and the third that are judged after the
     # checkpoint of step 8 are asked for at step 16.
     assert {k: row["step"] for k, row in found.items()} == {"generation": 8, "scoring": 14, "update": 19}, found
