@@ -361,7 +361,11 @@ def test_a_stage_refuses_what_does_not_go_with_its_shape(tmp_path):
         ([pair("q" * 20, "a", "b")] * 8, {"window": 64}, "line 1: a document of 22 tokens, and the model takes 16"),
         (ROWS, {"model": long, "shared_prefix": True}, "beyond 4 tokens a document's length decides"),
         (ROWS, {"objective": wrong}, "its `data` is 'pair'; it must be one of demonstrations, pairs"),
-        (ROWS, {"source": "rollouts", "objective": steps}, "config.source: the objective learns from steps of a data set"),
+        (
+            ROWS,
+            {"source": "rollouts", "data": "", "objective": steps},
+            "config.source: the objective learns from steps of a data set",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             plan(tmp_path, rows, **changes)
