@@ -105,7 +105,9 @@ def failing(number: int, folder: Path) -> None:
     """A stage whose reward fails on completions of the second process alone."""
     (folder / "mine.py").write_text(FAILS)
     options = {"source": "rollouts", "objective": {"name": "policy_gradient.reinforce"}, "steps": 2, "best": ""}
-    options |= {"reward": f"{folder / 'mine.py'}:fails"}
+    # Judged in this process: a worker counts its own calls, and has no index among the processes.
+    rollouts = {"group": 4, "prompt_window": 12, "new": 6, "reward_workers": 0}
+    options |= {"reward": f"{folder / 'mine.py'}:fails", "rollouts": rollouts}
     try:
         train.run(recipe.make(**runs.settings(folder, mesh=MESH, **options)), folder / "run")
     except UserError as error:
