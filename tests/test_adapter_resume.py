@@ -80,6 +80,7 @@ def state_of(workdir, stage):
     return {sharding.path_name(path): jax.device_get(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_the_adapter_and_name_the_base(whole):
     for stage in ("sft", "reinforce"):
         step = checkpoint.find_step(whole / "w" / "checkpoints" / stage)
@@ -124,6 +125,7 @@ def test_a_checkpoints_bytes_are_the_adapters(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, state)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_is_the_run_that_was_not(whole, tmp_path, monkeypatch):
     for name in ("base", "task.py"):
         (tmp_path / name).symlink_to(whole / name)
@@ -150,6 +152,7 @@ def test_a_run_that_was_cut_off_is_the_run_that_was_not(whole, tmp_path, monkeyp
             np.testing.assert_array_equal(one[path], other[path], err_msg=f"{stage} {path}")
 
 
+@pytest.mark.slow
 def test_a_workdir_loads_generates_and_leaves_merged(whole, tmp_path):
     model = jaxpost.load(whole / "w", mesh=one_device())
     state = state_of(whole / "w", "reinforce")
@@ -173,6 +176,7 @@ def test_a_workdir_loads_generates_and_leaves_merged(whole, tmp_path):
     np.testing.assert_array_equal(again.logits(TOKENS), ours)
 
 
+@pytest.mark.slow
 def test_a_base_that_is_gone_or_another_is_named(whole, tmp_path):
     base = whole / "base"
     tensors = base / "model.safetensors"
@@ -214,6 +218,7 @@ def test_a_stage_of_the_same_run_is_named_from_the_workdir_on(whole, tmp_path):
     np.testing.assert_array_equal(model.params["norm"]["scale"], second["train/norm/scale"])
 
 
+@pytest.mark.slow
 def test_adapters_over_adapters_are_refused(whole, tmp_path):
     one, other = {"name": "lora", "rank": 2}, {"name": "lora", "rank": 3}
     two = settings(whole, stages=("sft", "reinforce"), adapter=one)

@@ -208,6 +208,7 @@ def gradients_on(mesh, adapter, rows=small.ROWS):
         return float(loss), found
 
 
+@pytest.mark.slow
 def test_eight_devices_learn_what_one_does():
     kind, mesh = "dora nf4", sharding.make_mesh(2, 2, 2)
     loss, one = gradients_on(one_device(), KINDS[kind])

@@ -280,6 +280,7 @@ class Problems:
 """
 
 
+@pytest.mark.slow
 def test_a_notebook_trains_is_interrupted_goes_on_and_is_refused_another_function(tmp_path):
     def session(cell=CELL, stop_at=0, **changes):
         """The cell run anew, as after a restart of the kernel: nothing is known of the functions it had before."""

@@ -370,8 +370,12 @@ def commands(folder) -> dict[str, tuple[list[str], list[str]]]:
     }
 
 
-def test_the_command_line_prints_one_message_and_fails(tmp_path):
-    waiting = list(commands(tmp_path).items())
+FRONT = ("python", "flag inside", "workdir")  # from the recipe, from the settings, from the loop
+
+
+@pytest.mark.parametrize("front", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_the_command_line_prints_one_message_and_fails(tmp_path, front):
+    waiting = [(kind, case) for kind, case in commands(tmp_path).items() if (kind in FRONT) is front]
     while waiting:
         pair, waiting = waiting[:2], waiting[2:]  # as many at a time as the smallest machine has cores
         for (kind, (_, parts)), run in [(case, runs.start(case[1][0])) for case in pair]:

@@ -44,6 +44,7 @@ def settings(tmp_path):
     return recipe.make(model=MODEL, window=16, batch_size=8, steps=4, profile=2, **data)
 
 
+@pytest.mark.slow
 def test_the_loop_traces_its_steps(settings, tmp_path, capfd):
     train.run(settings, tmp_path / "run")
     assert traced(tmp_path / "run" / "profile" / "train") == [3, 4]

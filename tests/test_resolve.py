@@ -261,6 +261,7 @@ def floored(forward, params, batch, key, *, floor):
 '''
 
 
+@pytest.mark.slow
 def test_an_objective_in_a_file_of_ones_own_trains_from_the_command_line(tmp_path):
     (tmp_path / "mine.py").write_text(LOSS)
     spec = {"name": f"{tmp_path / 'mine.py'}:floored", "floor": -2.0}

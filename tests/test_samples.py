@@ -147,6 +147,7 @@ def weights(workdir) -> list[np.ndarray]:
     return [x for name, x in state.items() if name.startswith("train/")]
 
 
+@pytest.mark.slow
 def test_a_stage_learns_from_samples_and_goes_on_with_them(tmp_path):
     work, config = tmp_path / "w", configured(tmp_path)
     jaxpost.train(config, str(work))
