@@ -29,17 +29,17 @@ def _objectives() -> dict:
 
 
 OBJECTIVES = _objectives()
-every_objective = pytest.mark.parametrize("name", OBJECTIVES)
 
-# One of each way to read a batch; for the others each change by itself is left to .ci/run, since all at once hold them too.
+# One of each way to read a batch. They are held to each change by itself as well; the others to all changes at once.
 REPRESENTATIVES = {
     *("sft.nll", "policy_gradient.grpo", "policy_gradient.ppo", "router.balanced", *stubs.TOYS),
     *("preference.sigmoid", "preference.aot_unpaired", "preference.weighted", "unpaired.kto"),
     *("reward_model.bradley_terry", "distill.forward_kl"),
 }
-one_by_one = pytest.mark.parametrize(
+every_objective = pytest.mark.parametrize(
     "name", [n if n in REPRESENTATIVES else pytest.param(n, marks=pytest.mark.slow) for n in OBJECTIVES]
 )
+every_representative = pytest.mark.parametrize("name", sorted(REPRESENTATIVES))
 PAIRED = ("preference.", "reward_model.bradley_terry", "reward_model.offset")
 
 
@@ -134,38 +134,35 @@ def test_discovery_finds_objectives_and_nothing_else():
 
 
 @every_objective
-def test_finite_and_not_trivial(name):
-    seen, _ = _plain(name)
-    for measured, grads in seen:
-        assert np.isfinite(list(measured.values())).all(), measured
-        assert measured["loss"] != 0 and np.linalg.norm(grads["embed"]["weight"]) > 1e-4
-
-
-@every_objective
-def test_order_rows_padding_microbatches_and_devices_at_once_change_nothing(name):
+def test_it_learns_and_order_rows_padding_microbatches_and_devices_at_once_change_nothing(name):
     # Eight devices take the compiler twice as long as one; how a batch is read is what they may disturb.
     mesh = "eight" if name in REPRESENTATIVES else "one"
     batches = _batches(name, lambda rows: _spread_rows(_other_rows(rows)), (stubs.ROWS + 8, stubs.LENGTH + 5))
     _same(_three_steps(name, batches, 2, mesh), _plain(name))
+    for measured, grads in _plain(name)[0]:
+        assert np.isfinite(list(measured.values())).all(), measured
+        assert measured["loss"] != 0 and np.linalg.norm(grads["embed"]["weight"]) > 1e-4
 
 
-@every_objective
+@every_representative
 @pytest.mark.parametrize("arrange", [_reversed_rows, _spread_rows])
 def test_order_of_documents_and_padding_rows_among_the_others_change_nothing(name, arrange):
     _same(_three_steps(name, _batches(name, arrange)), _plain(name))
 
 
-@every_objective
+@every_representative
 def test_the_rows_that_documents_are_packed_into_change_nothing(name):
     _same(_three_steps(name, _batches(name, _other_rows)), _plain(name))
 
 
-@one_by_one
+@pytest.mark.slow
+@every_representative
 def test_right_padding_and_more_padding_rows_change_nothing(name):
     _same(_three_steps(name, _batches(name, shape=(stubs.ROWS + 4, stubs.LENGTH + 5))), _plain(name))
 
 
-@one_by_one
+@pytest.mark.slow
+@every_representative
 @pytest.mark.parametrize(("microbatches", "mesh"), [(4, "one"), (1, "eight"), (2, "eight")])
 def test_microbatches_and_devices_change_nothing(name, microbatches, mesh):
     _same(_three_steps(name, _batches(name), microbatches, mesh), _plain(name))
@@ -201,7 +198,7 @@ LOOKS_AT = {
 }
 
 
-@one_by_one
+@every_objective
 def test_no_gradient_where_the_mask_is_zero(name):
     (batch, _), params = _batches(name), stubs.init()
     params["nudge"] = jnp.zeros((stubs.ROWS, stubs.LENGTH, stubs.WIDTH))

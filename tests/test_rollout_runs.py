@@ -75,10 +75,8 @@ def test_old_logps_are_the_trainers_in_plain_rows_and_behind_a_shared_prefix(tmp
     assert np.ptp(plain["advantages"]) > 0
 
 
-LORA = pytest.param({"name": "lora", "rank": 2}, id="lora", marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("adapter", [pytest.param({}, id="whole"), LORA])
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [{}, {"name": "lora", "rank": 2}], ids=["whole", "lora"])
 def test_the_reference_is_what_the_stage_started_from(tmp_path, mesh, adapter):
     with sharding.use(mesh):
         plan, state = planned(tmp_path, mesh, {"name": "policy_gradient.grpo"}, adapter=adapter)

@@ -226,6 +226,7 @@ def _divides(prime, shape):
     return any(n % prime == 0 for n in shape if n)
 
 
+@pytest.mark.slow
 def test_the_partitioner_never_gives_up_a_split(programs):
     assert "Involuntary full rematerialization" in programs["provoke"][1]
     for argument, (_, said) in programs.items():
@@ -243,6 +244,7 @@ def _lookups(found):
     return [c for c in found if of_the_lookup(*c)], [c for c in found if not of_the_lookup(*c)]
 
 
+@pytest.mark.slow
 def test_experts_are_gathered_and_their_tokens_stay(programs):
     gathered = set()
     for kind, shapes, _, name in _lookups(list(_collectives(programs["2,2,2:mixture"][0])))[1]:
@@ -254,6 +256,7 @@ def test_experts_are_gathered_and_their_tokens_stay(programs):
 
 
 @pytest.mark.parametrize("argument", ["2,2,2", "2,2,2/2", "1,8,1"])
+@pytest.mark.slow
 def test_weights_travel_and_activations_stay(programs, argument):
     lookups, found = _lookups(list(_collectives(programs[argument][0])))
     assert len(lookups) == 2 and len(found) > 10
@@ -276,6 +279,7 @@ def test_weights_travel_and_activations_stay(programs, argument):
 
 
 @pytest.mark.parametrize("argument", ["2,2,2", "1,8,1"])
+@pytest.mark.slow
 def test_the_heads_loop_neither_gathers_the_head_nor_reduces_its_gradient(programs, argument):
     inside = [
         (kind, s) for kind, shapes, _, name in _collectives(programs[argument][0]) if "while/body" in name for s in shapes
