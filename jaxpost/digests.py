@@ -25,7 +25,7 @@ from etils import epath
 from jaxpost import cloud
 
 NAME, MARK = "crc32c.json", "digests"
-# The library lets other threads work during a piece of bytes that has a MiB or more.
+# The library lets other threads work, from its version 1.9 on, while it has a piece of a MiB or more.
 _PIECE, _THREADS = 2**22, 4
 # Orbax writes the time of the commit into the first when the digests are there, and the second last; no one reads its content.
 _STEP, _COMMIT = "_CHECKPOINT_METADATA", "commit_success.txt"
