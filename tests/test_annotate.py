@@ -137,6 +137,11 @@ def test_damaged_columns_are_made_again_where_they_can_be_and_else_named(tmp_pat
     columns.make(*options)
     assert f"{folder}: damaged columns ({column} was changed); they are made again" in capsys.readouterr().err
     assert {file: file.read_bytes() for file in folder.iterdir()} == whole
+    short = tmp_path / "short"
+    short.mkdir()
+    np.savez(short / "part-00000009.npz", logps=np.zeros(5))
+    with pytest.raises(UserError, match=f"{short}: parts are missing .5 of "):
+        columns._gather(made.sets[0], made.settings, short, {})
 
 
 def test_a_damaged_part_is_made_again_and_those_after_it(tmp_path):
