@@ -2,9 +2,10 @@
 
 Everything of a user's that is read or written, from a workdir to an export, may be `gs://bucket/folder`. `etils.epath` does the
 work, by TensorFlow where that is installed, else by `gcsfs`; Orbax writes its arrays through TensorStore, and asks Google's own
-client about the bucket. `pip install 'jaxpost[gcs]'` brings what is needed. Credentials are Google's defaults: the machine's
-service account on Google Cloud, elsewhere those of `gcloud auth application-default login`. A workdir needs the right to read,
-write and delete objects, and `storage.buckets.get`, which Orbax uses.
+client about the bucket, as `digests` does about the sums of its objects. `pip install 'jaxpost[gcs]'` brings what is needed.
+Credentials are Google's defaults: the machine's service account on Google Cloud, elsewhere those of `gcloud auth
+application-default login`. A workdir needs the right to read, list, write and delete objects, and `storage.buckets.get`, which
+Orbax uses.
 
 An object store is no disk, in three ways that matter here. An object appears at once and whole when its upload ends, so it
 needs no file beside it that is renamed into place; renaming is what is slow, being a copy. Nothing can be appended to
