@@ -22,8 +22,6 @@ import io
 import json
 import sys
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -35,7 +33,7 @@ from etils import epath
 from jaxpost import cloud, datasets, digests, fingerprint, sharding, writers
 from jaxpost.data import source
 from jaxpost.errors import UserError, first_line
-from jaxpost.host import read_object
+from jaxpost.host import read_arrays, read_object
 from jaxpost.models import loading
 from jaxpost.naming import digest_of
 from jaxpost.plan import Plan
@@ -45,8 +43,6 @@ from jaxpost.types import Params
 REFERENCE = "ref_logps"  # the column that a stage makes itself, and the annotator that does
 # A part is written after so many seconds, or bytes: what a kill costs.
 SECONDS, BYTES = 20.0, 2**26
-# What reading a damaged part can end in; a flipped flag of a zip file asks for an unknown compression or a password.
-_DAMAGED = (OSError, ValueError, LookupError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def identity(found: loading.Description, seed: int) -> dict[str, Any]:
@@ -136,19 +132,11 @@ def _score(one: datasets.Set, program: Callable, params: Params, s, mesh, folder
 def _scored(folder: epath.Path) -> int:
     """After how many batches the last whole part in a folder ends; deletes a damaged one, and those after it."""
     parts = _parts(folder)
-    whole = next((i for i, part in enumerate(parts) if not _is_whole(part)), len(parts))
+    whole = next((i for i, part in enumerate(parts) if not read_arrays(part)), len(parts))
     for part in parts[whole:]:
         _tell(f"{part}: it or a part before it is damaged; it is made again")
         part.unlink()
     return int(parts[whole - 1].name[5:13]) if whole else 0
-
-
-def _is_whole(part: epath.Path) -> bool:
-    try:
-        with np.load(io.BytesIO(part.read_bytes())) as stored:
-            return len([stored[name] for name in stored.files]) > 0  # each has a sum, which reading compares
-    except _DAMAGED:
-        return False
 
 
 def _parts(folder: epath.Path) -> list[epath.Path]:
@@ -179,6 +167,8 @@ def _gather(one: datasets.Set, s, folder: epath.Path, meta: dict) -> None:
             done = 0
             for part in parts:
                 with np.load(io.BytesIO(part.read_bytes())) as stored:
+                    if set(stored.files) != kinds.keys():
+                        raise UserError(f"{part}: it has other columns than {parts[0].name}; delete this folder.")
                     values = stored[name]
                 whole[places[done : done + len(values)]] = values
                 done += len(values)

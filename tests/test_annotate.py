@@ -142,6 +142,9 @@ def test_damaged_columns_are_made_again_where_they_can_be_and_else_named(tmp_pat
     np.savez(short / "part-00000009.npz", logps=np.zeros(5))
     with pytest.raises(UserError, match=f"{short}: parts are missing .5 of "):
         columns._gather(made.sets[0], made.settings, short, {})
+    np.savez(short / "part-00000010.npz", logqs=np.zeros(5))
+    with pytest.raises(UserError, match="part-00000010.npz: it has other columns than part-00000009.npz"):
+        columns._gather(made.sets[0], made.settings, short, {})
 
 
 def test_a_damaged_part_is_made_again_and_those_after_it(tmp_path):
