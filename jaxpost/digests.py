@@ -104,12 +104,9 @@ def _files(folder: epath.Path) -> dict[str, File]:
     """{name from the folder on: file} of all files under a folder, in order."""
     if cloud.is_remote(folder):
         return {name: File(*state) for name, state in sorted(cloud.objects(folder).items())}
-    stats = {os.path.relpath(os.path.join(at, name), folder): os.stat(os.path.join(at, name)) for at, name in _walk(folder)}
+    paths = [os.path.join(at, name) for at, _, names in os.walk(folder) for name in names]
+    stats = {os.path.relpath(path, folder): os.stat(path) for path in paths}
     return {name: File(stat.st_size, stat.st_mtime_ns) for name, stat in sorted(stats.items())}
-
-
-def _walk(folder: epath.Path) -> Iterable[tuple[str, str]]:
-    return ((at, name) for at, _, names in os.walk(folder) for name in names)
 
 
 def _sums(folder: epath.Path, files: dict[str, File], names: Iterable[str]) -> dict[str, int]:
