@@ -34,6 +34,7 @@ setup(
         "absl-py",
         "etils[epath]",
         "numpy",
+        "google-crc32c>=1.5",  # sums of checkpoints' files, by the processor's own instruction; the one that buckets keep
         "cloudpickle>=3.0",  # rewards of a notebook go to worker processes
         "packaging",
         "tqdm",

@@ -100,6 +100,7 @@ class Checkpoints:
         step = int(state.step)
         metrics = {k: v for k, v in (metrics or {}).items() if k == self.best and np.isfinite(v)}
         items = {k: ocp.args.StandardSave(v) for k, v in _items(state, meta).items()}
+        meta = meta | {digests.MARK: digests.NAME}
         self.manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items), metrics=metrics, force=True)
 
     def latest(self) -> int | None:

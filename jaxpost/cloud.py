@@ -2,15 +2,17 @@
 
 Everything of a user's that is read or written, from a workdir to an export, may be `gs://bucket/folder`. `etils.epath` does the
 work, by TensorFlow where that is installed, else by `gcsfs`; Orbax writes its arrays through TensorStore, and asks Google's own
-client about the bucket. `pip install 'jaxpost[gcs]'` brings what is needed. Credentials are Google's defaults: the machine's
-service account on Google Cloud, elsewhere those of `gcloud auth application-default login`. A workdir needs the right to read,
-write and delete objects, and `storage.buckets.get`, which Orbax uses.
+client about the bucket, as `digests` does about the sums of its objects. `pip install 'jaxpost[gcs]'` brings what is needed.
+Credentials are Google's defaults: the machine's service account on Google Cloud, elsewhere those of `gcloud auth
+application-default login`. A workdir needs the right to read, list, write and delete objects, and `storage.buckets.get`, which
+Orbax uses.
 
 An object store is no disk, in three ways that matter here. An object appears at once and whole when its upload ends, so it
 needs no file beside it that is renamed into place; renaming is what is slow, being a copy. Nothing can be appended to
 (`writers`). And a folder is only the common beginning of names, so there is nothing to create, and an empty one does not exist.
 """
 
+import base64
 import contextlib
 import functools
 import importlib.util
@@ -62,15 +64,37 @@ def _installed(name: str) -> bool:
 
 def check_bucket(where) -> None:
     """Raises UserError if the bucket of a gs:// path is not there, or not to be used with the credentials at hand."""
-    if not is_remote(where):
-        return
+    if is_remote(where):
+        with _client(where) as (client, name):
+            client.get_bucket(name)
+
+
+def objects(folder) -> dict[str, tuple[int, int, int | None]]:
+    """{name from the folder on: (bytes, generation, CRC-32C)} of the objects below a gs:// folder, by one listing.
+
+    The sum is None where the store does not tell it. Raises UserError where the bucket cannot be listed.
+    """
+    prefix = "/".join(path(folder).parts[3:]) + "/"
+    with _client(folder) as (client, name):
+        listed = [blob for blob in client.list_blobs(name, prefix=prefix) if not blob.name.endswith("/")]
+    sums = {blob.name: blob.crc32c and int.from_bytes(base64.b64decode(blob.crc32c), "big") for blob in listed}
+    return {blob.name.removeprefix(prefix): (blob.size, blob.generation, sums[blob.name]) for blob in listed}
+
+
+@contextlib.contextmanager
+def _client(where) -> Iterator[tuple]:
+    """(Google's client, the name of a gs:// path's bucket). Raises UserError for what the store refuses inside the block."""
     name = path(where).parts[2]
     from google.api_core.exceptions import GoogleAPIError
-    from google.auth.exceptions import GoogleAuthError
+    from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
     from google.cloud import storage
 
     try:
-        storage.Client().get_bucket(name)
+        try:
+            client = storage.Client(project=None)
+        except DefaultCredentialsError:  # enough for a public bucket
+            client = storage.Client.create_anonymous_client()
+        yield client, name
     except (GoogleAPIError, GoogleAuthError, OSError) as e:
         raise UserError(
             f"{where}: the bucket {name} cannot be used ({first_line(e)}). Check its name, that this machine's account has "

@@ -9,18 +9,20 @@ depend on how they are packed. It lies in a folder of its own,
 whose key is a digest of the tokens (which are all that a model sees of text, tokenizer and template), of the annotator with its
 options and source, of the weights, and of the batches' shape. Rows are scored packed as the training's are, in batches of the
 training's shape and by a program of their own, so that the numbers are bit for bit what that program gives on the training's
-batches. Until all of them are there they lie in parts, and a run that was killed goes on after the last part.
+batches. Until all of them are there they lie in parts, and a run that was killed goes on after the last part. What is damaged,
+by the CRC-32C of a column in meta.json or the one that a part has inside, is made again by whoever can, and else refused.
 
 A stage whose objective reads `ref_logps` makes that column itself, before its first step, with the weights that it starts
 from. For an adapter that is new these are the base's, since it adds nothing yet. Nothing else of the reference is kept.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -28,9 +30,10 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from jaxpost import cloud, datasets, fingerprint, sharding, writers
+from jaxpost import cloud, datasets, digests, fingerprint, sharding, writers
 from jaxpost.data import source
-from jaxpost.errors import UserError
+from jaxpost.errors import UserError, first_line
+from jaxpost.host import read_arrays, read_object
 from jaxpost.models import loading
 from jaxpost.naming import digest_of
 from jaxpost.plan import Plan
@@ -70,7 +73,7 @@ def make(what: Mapping | str, plan: Plan, found: loading.Description, params: Ca
         meta = {"data": one.encoded.digest, **told}
         folder = epath.Path(out) / hashlib.sha256(json.dumps(meta, sort_keys=True, default=str).encode()).hexdigest()[:16]
         folders.append(folder)
-        if (folder / "meta.json").exists():
+        if _there(folder):
             _tell(f"{one.name}: {what['name'].rpartition('.')[2]} is in {folder} already; nothing to do")
             continue
         weights = params() if weights is None else weights
@@ -80,6 +83,19 @@ def make(what: Mapping | str, plan: Plan, found: loading.Description, params: Ca
         _tell(f"{one.name}: wrote {what['name'].rpartition('.')[2]} of {one.encoded.learned.sum():,} tokens to {folder}")
         sharding.agree(0.0)  # nobody reads before all is written
     return folders
+
+
+def _there(folder: epath.Path) -> bool:
+    """Whether a folder has all of its columns, the first process's view; it deletes the meta of damaged ones."""
+    there = (folder / "meta.json").exists()
+    if there and jax.process_index() == 0:
+        try:
+            _read(folder, _meta(folder))
+        except (FileNotFoundError, ValueError) as e:
+            _tell(f"{folder}: damaged columns ({first_line(e)}); they are made again")
+            (folder / "meta.json").unlink()
+            there = False
+    return bool(sharding.agree(float(there)))
 
 
 def _tell(text: str) -> None:
@@ -95,7 +111,7 @@ def _score(one: datasets.Set, program: Callable, params: Params, s, mesh, folder
     """Scores the batches that no part in the folder holds yet, part after part."""
     local = sharding.local_rows(mesh, s.batch_size)
     batches = source.Batches(datasets.rows(one, s, {}), s.batch_size, seed=0, shuffle=False, epochs=1, local=local)
-    first = int(sharding.agree(_scored(folder)))
+    first = int(sharding.agree(_scored(folder) if jax.process_index() == 0 else 0))
     batches.position, held, since = first, [], time.monotonic()
     for at in tqdm.tqdm(range(first, len(batches)), desc=f"annotating {one.name}", unit="batch", disable=None):
         batch = sharding.distribute(batches(), mesh, s.batch_size)
@@ -114,8 +130,13 @@ def _score(one: datasets.Set, program: Callable, params: Params, s, mesh, folder
 
 
 def _scored(folder: epath.Path) -> int:
-    """After how many batches the last part in a folder ends."""
-    return max((int(p.name[5:13]) for p in _parts(folder)), default=0)
+    """After how many batches the last whole part in a folder ends; deletes a damaged one, and those after it."""
+    parts = _parts(folder)
+    whole = next((i for i, part in enumerate(parts) if not read_arrays(part)), len(parts))
+    for part in parts[whole:]:
+        _tell(f"{part}: it or a part before it is damaged; it is made again")
+        part.unlink()
+    return int(parts[whole - 1].name[5:13]) if whole else 0
 
 
 def _parts(folder: epath.Path) -> list[epath.Path]:
@@ -139,32 +160,72 @@ def _gather(one: datasets.Set, s, folder: epath.Path, meta: dict) -> None:
     places = np.repeat(begins - before, learned[order]) + np.arange(learned.sum())
     parts = _parts(folder)
     with np.load(io.BytesIO(parts[0].read_bytes())) as part:
-        kinds = {name: (part[name].shape[1:], part[name].dtype) for name in part.files}
+        kinds, sums = {name: (part[name].shape[1:], part[name].dtype) for name in part.files}, {}
     for name, (shape, dtype) in kinds.items():
         with cloud.local_target(folder / f"{name}.npy") as target:
             whole = np.lib.format.open_memmap(target, "w+", dtype, (len(places), *shape))
             done = 0
             for part in parts:
                 with np.load(io.BytesIO(part.read_bytes())) as stored:
+                    if set(stored.files) != kinds.keys():
+                        raise UserError(f"{part}: it has other columns than {parts[0].name}; delete this folder.")
                     values = stored[name]
                 whole[places[done : done + len(values)]] = values
                 done += len(values)
             whole.flush()
             del whole
-    about = {name: {"shape": list(shape), "dtype": str(dtype)} for name, (shape, dtype) in kinds.items()}
+            sums[name] = digests.checksum(epath.Path(target))
+        if done != len(places):
+            raise UserError(f"{folder}: parts are missing ({done:,} of {len(places):,} numbers are there); delete this folder.")
+    about = {k: {"shape": list(shape), "dtype": str(dtype), "crc32c": sums[k]} for k, (shape, dtype) in kinds.items()}
     writers.replace(folder / "meta.json", (json.dumps(meta | {"columns": about}, indent=2, default=str) + "\n").encode())
     for part in parts:
         part.unlink()
 
 
 def read(folder) -> dict[str, np.ndarray]:
-    """The columns in one of `make`'s folders, {name: [T, ...]}; on a disk of this machine they stay there until used."""
+    """The columns in one of `make`'s folders, {name: [T, ...]}; on a disk of this machine they stay there until used.
+
+    Raises UserError where they are damaged.
+    """
     folder = epath.Path(folder)
-    names = json.loads((folder / "meta.json").read_text())["columns"]
-    files = {name: folder / f"{name}.npy" for name in names}
-    if cloud.is_remote(folder):
-        return {name: np.load(io.BytesIO(file.read_bytes())) for name, file in files.items()}
-    return {name: np.load(file, mmap_mode="r") for name, file in files.items()}
+    with _refused(folder):
+        return _read(folder, _meta(folder))
+
+
+@contextlib.contextmanager
+def _refused(folder: epath.Path) -> Iterator[None]:
+    """Turns what damage raises inside the block into a UserError."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as e:
+        raise UserError(
+            f"{folder}: damaged columns ({first_line(e)}). Delete that folder, and have jaxpost.annotate make them again."
+        ) from e
+
+
+def _meta(folder: epath.Path) -> dict:
+    """The meta of a folder of columns. Raises ValueError where it is damaged."""
+    meta = read_object(folder / "meta.json")
+    for field, kind in (("data", str), ("weights", dict), ("columns", dict)):
+        if not isinstance(meta.get(field), kind):
+            raise ValueError(f"{folder / 'meta.json'} has no {field}")
+    return meta
+
+
+def _read(folder: epath.Path, meta: Mapping) -> dict[str, np.ndarray]:
+    """The columns that a meta names. Raises FileNotFoundError or ValueError where one is gone or damaged."""
+    columns = {}
+    for name, about in meta["columns"].items():
+        file = folder / f"{name}.npy"
+        with cloud.local_copy(file) as copy:
+            if about.get("crc32c") not in (None, digests.checksum(epath.Path(copy))):  # None: an older jaxpost's
+                raise ValueError(f"{file} was changed")
+            try:
+                columns[name] = np.load(copy, mmap_mode=None if cloud.is_remote(file) else "r")
+            except (EOFError, ValueError) as e:
+                raise ValueError(f"{file}: {first_line(e)}") from e
+    return columns
 
 
 def annotated(plan: Plan, mesh) -> Plan:
@@ -186,10 +247,12 @@ def annotated(plan: Plan, mesh) -> Plan:
     used = [plan.data]
     made = {one.encoded.digest: {} for one in plan.sets}
     for file in [meta for folder in folders for meta in sorted(_metas(folder))]:
-        of = made.get(json.loads(file.read_text())["data"])
+        with _refused(file.parent):
+            meta = _meta(file.parent)
+        of = made.get(meta["data"])
         if of is not None:
             found = read(file.parent)
-            _check_teacher(plan, json.loads(file.read_text()), found)
+            _check_teacher(plan, meta, found)
             if twice := of.keys() & found.keys():
                 raise UserError(
                     f"config.annotations: {', '.join(twice)} is there twice, in {file.parent} again; name one folder."

@@ -10,9 +10,12 @@ import errno
 import json
 import os
 import stat
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from etils import epath
 
 from jaxpost.errors import UserError
@@ -28,6 +31,8 @@ _REMEDIES = {
     errno.EEXIST: "a file stands where a folder is needed; move it away, or give another folder",
     errno.EISDIR: "a folder stands where a file is needed; move it away, or give another folder",
 }
+# What numpy and zipfile raise at bytes that are no archive; a flipped flag asks for an unknown compression or a password.
+DAMAGED = (OSError, ValueError, TypeError, LookupError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 CONTINUES = "What was saved before is whole: the same command continues from there."
 
 
@@ -103,6 +108,15 @@ def read_object(path: epath.Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a JSON {type(content).__name__}, not an object.")
     return content
+
+
+def read_arrays(path: epath.Path) -> dict[str, np.ndarray] | None:
+    """The arrays of an .npz file, each of which has a sum inside that is compared; None where it is not there, or not whole."""
+    try:
+        with path.open("rb") as content, np.load(content) as stored:
+            return dict(stored)
+    except DAMAGED:
+        return None
 
 
 def memory() -> int:

@@ -335,6 +335,15 @@ def test_a_peft_folder_that_is_more_or_less_is_refused(kind, tmp_path):
         loading.abstract(loading.describe(CONFIG).transformer, one_device(), {"name": "peft", "folder": str(tmp_path)})
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_peft_folder_with_values_that_are_not_finite_is_refused(value):
+    read = {f"model.layers.{layer}.mlp.up_proj.lora_B.weight": np.ones((4, 3), np.float32) for layer in range(2)}
+    assert peft._stacked("folder", read, "mlp.up_proj", "b", (2, 3, 4)).shape == (2, 3, 4)
+    read["model.layers.1.mlp.up_proj.lora_B.weight"][0, 0] = value
+    with pytest.raises(UserError, match="folder: model.layers.1.mlp.up_proj.lora_B.weight has 1 values that are NaN or inf"):
+        peft._stacked("folder", read, "mlp.up_proj", "b", (2, 3, 4))
+
+
 def test_fused_projections_are_not_written_one_by_one(tmp_path):
     model = load(KINDS["lora"], family_cases.config("phi3/" + next(iter(family_cases.CASES["phi3"]))))
     with pytest.raises(UserError, match="phi3 keeps several projections in one tensor .*qkv_proj"):

@@ -22,7 +22,7 @@ from pyarrow import parquet
 from safetensors.numpy import save_file
 
 import jaxpost
-from jaxpost import checkpoint, cloud, export, fingerprint, recipe, report, sharding, train, writers
+from jaxpost import checkpoint, cloud, digests, export, fingerprint, recipe, report, sharding, train, writers
 from jaxpost.adapters import peft
 from jaxpost.data import readers
 from jaxpost.errors import UserError
@@ -117,6 +117,29 @@ def test_a_step_that_was_still_being_written_is_no_checkpoint(workdirs):
     assert checkpoint.find_step(workdirs[1]).name == "2"
     (stage / "3" / "params" / "manifest.ocdbt").write_bytes(b"")
     assert checkpoint.steps(stage)[-1] == 2 and checkpoint.find_step(workdirs[1]).name == "2"
+
+
+def test_checkpoints_of_a_bucket_are_checked_by_the_sums_that_it_keeps(bucket, monkeypatch):
+    folder, read = bucket / "sums" / "1", []
+    for name in ("params/d/a", "params/b", "meta/metadata"):
+        (folder / name).write_bytes(name.encode() * 9)
+    checksum = digests.checksum
+    monkeypatch.setattr(digests, "checksum", lambda file: read.append(file) or checksum(file))
+    digests.write(folder)
+    assert digests.damage(folder) is None and not read, "nothing is downloaded"
+    assert {file.size for file in digests._files(folder).values()} >= {90, 72, 117}
+    content = (folder / "params/b").read_bytes()
+    (folder / "params/b").write_bytes(content[:-1] + b"c")
+    assert digests.damage(folder) == f"{folder}/params/b was changed" and not read
+    # A store that tells no sums: its objects are read.
+    objects = cloud.objects
+    monkeypatch.setattr(cloud, "objects", lambda folder: {k: (*v[:2], None) for k, v in objects(folder).items()})
+    assert digests.damage(folder) == f"{folder}/params/b was changed" and len(read) == 3
+    (folder / "params/b").write_bytes(content)
+    assert digests.damage(folder) is None
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="the bucket jaxpost-test cannot be used .404"):
+        digests.damage(cloud.path("gs://jaxpost-test/sums"))
 
 
 @pytest.mark.slow

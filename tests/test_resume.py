@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import runs
 
-from jaxpost import checkpoint, recipe, train
+from jaxpost import checkpoint, digests, recipe, train
 from jaxpost.errors import UserError
 from jaxpost.types import TrainState
 
@@ -332,13 +332,54 @@ def test_the_last_and_the_best_checkpoints_stay(tmp_path, highest, kept):
     saved.close()
     assert sorted(int(p.name) for p in tmp_path.iterdir()) == kept
     again = checkpoint.Checkpoints(tmp_path, keep=2, best="eval/loss", highest=highest)
-    assert again.latest() == 6 and again.meta(kept[0]) == {"position": kept[0]}
+    assert again.latest() == 6 and again.meta(kept[0])["position"] == kept[0]
     again.save(state(7), {}, {"eval/loss": 2.5})
     again.close()
     assert sorted(int(p.name) for p in tmp_path.iterdir()) == [kept[0], 6, 7]
 
 
 # ---------------------------------------------------------------------------------------------------------- Damage
+
+
+def small(folder: Path, meta: str) -> Path:
+    """The parts that a checkpoint has at the least, a file or two in each."""
+    for name, content in (("params/d/a", "abc"), ("params/empty", ""), ("optimizer/a", "123456789"), ("meta/metadata", meta)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    return folder
+
+
+def test_digests_are_crc32c_of_whole_files(tmp_path, monkeypatch):
+    folder = small(tmp_path, "{}")
+    monkeypatch.setattr(digests, "_PIECE", 4)
+    digests.write(folder)
+    record = json.loads((folder / digests.NAME).read_text())["files"]
+    assert record["optimizer/a"] == [9, 0xE3069283] and record["params/empty"] == [0, 0]  # the check value of CRC-32C
+    assert digests.damage(folder) is None
+    for name in (*record, digests.NAME):
+        whole = (folder / name).read_bytes()
+        for bit in range(0, 8 * len(whole), 61 if name == digests.NAME else 5):
+            flip(folder / name, bit)
+            assert digests.damage(folder) == f"{folder / name} was changed"
+            (folder / name).write_bytes(whole)
+        (folder / name).write_bytes(whole + b"x")
+        assert digests.damage(folder).startswith(f"{folder / name} ")
+        (folder / name).write_bytes(whole)
+    assert digests.damage(folder) is None
+
+
+def test_a_record_that_is_gone_is_damage_and_an_older_checkpoint_is_taken_with_one_notice(tmp_path, capsys):
+    older, newer = small(tmp_path / "1", '{"position": 1}'), small(tmp_path / "2", json.dumps({digests.MARK: digests.NAME}))
+    for _ in range(2):
+        assert digests.damage(older) is None
+    assert capsys.readouterr().err.count(f"{older}: an older jaxpost wrote it, without digests of its files") == 1
+    assert digests.damage(newer) == f"{newer / digests.NAME} is missing"
+    for content in (b"", b"\xff", b"3"):
+        (older / "meta" / "metadata").write_bytes(content)
+        assert digests.damage(older) == f"{older / 'meta' / 'metadata'} is missing or was changed"
+    shutil.rmtree(older / "optimizer")
+    assert digests.damage(older) == f"{older / 'optimizer'} is missing"
+    assert capsys.readouterr().err == ""
 
 
 @pytest.fixture(scope="module")
@@ -370,12 +411,15 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("kind", [*DAMAGE, "empty folder"])
+@pytest.mark.parametrize("kind", [*DAMAGE, "empty folder", "no record"])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(two, tmp_path, capsys, kind):
     stage = tmp_path / "train"
     shutil.copytree(two, stage)
     file = next(f for f in files(stage / "2" / "params") if f.name == "manifest.ocdbt")
-    if kind == "empty folder":
+    if kind == "no record":
+        file = stage / "2" / digests.NAME
+        file.unlink()
+    elif kind == "empty folder":
         file = stage / "2" / "params"
         shutil.rmtree(stage / "2")
         (stage / "2").mkdir()
@@ -399,7 +443,7 @@ def test_where_no_checkpoint_is_whole_nothing_is_moved(two, tmp_path):
     for step in ("1", "2"):
         (stage / step / "meta" / "metadata").write_bytes(b"")
     for read in (checkpoint.find_step, checkpoint.Checkpoints):
-        with pytest.raises(UserError, match="none of its checkpoints is whole: .*2/meta/metadata has 0 bytes of 15"):
+        with pytest.raises(UserError, match="none of its checkpoints is whole: .*2/meta/metadata has 0 bytes of "):
             read(stage)
     assert sorted(p.name for p in stage.iterdir()) == ["1", "2"]
 

@@ -126,6 +126,16 @@ def test_a_run_that_is_asked_to_stop_keeps_what_it_has(tmp_path, stand_in):
     assert made(tmp_path / "x", count=30) == whole
 
 
+@pytest.mark.parametrize("damage", ["", "cut", "[1]", '{"prompts": 7}', "flipped"])
+def test_a_damaged_meta_is_named_and_nothing_is_drawn_over_it(tmp_path, stand_in, damage):
+    made(tmp_path)
+    (meta,) = tmp_path.glob("*/meta.json")
+    content = meta.read_text()
+    meta.write_text({"cut": content[:-5], "flipped": content.replace('"rows"', '"rowr"')}.get(damage, damage))
+    with pytest.raises(UserError, match=f"{meta}: .* damaged. Bring it back from a copy, or delete {meta.parent}, and"):
+        made(tmp_path)
+
+
 def test_completions_that_are_all_alike_teach_nothing(tmp_path, stand_in):
     with pytest.raises(UserError, match="7 prompts, and in none do completions differ in their reward"):
         made(tmp_path, reward=lambda record, text: 1.0)

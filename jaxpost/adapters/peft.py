@@ -41,7 +41,7 @@ def peft(params: Params, key: jax.Array, *, folder: str, base: str = "") -> Para
     """The adapter of a `peft` folder, its weights too; base: as in adapters/lora.py.
 
     Raises UserError for a folder that is none, for a kind of adapter or a field that is not supported, for tensors that do not
-    fit the model, and for layers that are left out.
+    fit the model or are not finite, and for layers that are left out.
     """
     entry, read = recorded(folder=folder, base=base), _tensors(cloud.path(folder))
     function = dora if entry.pop("name") == "lora.dora" else lora
@@ -112,6 +112,8 @@ def _stacked(folder: str, read: Mapping, stem: str, part: str, shape: tuple[int,
     if f"model.layers.{shape[0]}.{stem}.{suffix}" in read:
         raise UserError(f"{folder}: adapts more than the model's {shape[0]} layers; it belongs to another model.")
     layers = [np.asarray(read[n][:], np.float32) for n in names]
+    for name, values in zip(names, layers, strict=True):
+        hf.check_finite(values, folder, name)
     layers = [x if part == "magnitude" else x.T for x in layers]
     if layers[0].shape != tuple(shape[1:]):
         raise UserError(

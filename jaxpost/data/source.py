@@ -17,7 +17,6 @@ encoding code included, so a second run starts at once.
 import hashlib
 import json
 import uuid
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -33,6 +32,7 @@ from jaxpost import cloud
 from jaxpost.data import chat, formats, messages, pack, pairs, rendered, steps, templates
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
+from jaxpost.host import read_arrays
 
 TOO_LONG = ("error", "truncate", "split", "drop")
 BAD_ROWS = ("stop", "skip")
@@ -366,11 +366,7 @@ def _key(records: Sequence[Record], tokenizer: Any, choices: Choices) -> str:
 
 
 def _load(file: epath.Path) -> dict[str, np.ndarray] | None:
-    try:
-        with file.open("rb") as stream:
-            stored = dict(np.load(stream))
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile):
-        return None
+    stored = read_arrays(file) or {}
     whole = stored.keys() >= {
         "tokens",
         "mask",

@@ -33,6 +33,7 @@ from etils import epath
 
 from jaxpost import sharding, writers
 from jaxpost.errors import UserError
+from jaxpost.host import read_object
 from jaxpost.models.transformer import Transformer
 from jaxpost.rollouts.scoring import judged
 from jaxpost.sampling.decode import answers, complete, ready
@@ -98,10 +99,18 @@ def make(
 
 
 def _progress(folder: epath.Path) -> dict:
-    """How far a folder is, the first process's view of it."""
-    meta = folder / "meta.json"
-    found = json.loads(meta.read_text()) if meta.exists() else {"prompts": 0, "rows": 0, "seconds": 0.0, "all": False}
-    return {k: type(found[k])(sharding.agree(float(found[k]))) for k in ("prompts", "rows", "seconds", "all")}
+    """How far a folder is, the first process's view of it. Raises UserError where what says so is damaged."""
+    meta, done = folder / "meta.json", {"prompts": 0, "rows": 0, "seconds": 0.0, "all": False}
+    if meta.exists():
+        try:
+            stored = read_object(meta)
+            if wrong := [name for name, value in done.items() if type(stored.get(name)) is not type(value)]:
+                raise UserError(f"{meta}: has no {wrong[0]}.")
+        except UserError as e:
+            remedy = f"Bring it back from a copy, or delete {folder}, and its samples are drawn again"
+            raise UserError(f"{e} The file is damaged. {remedy}.") from e
+        done = {name: stored[name] for name in done}
+    return {name: type(value)(sharding.agree(float(value))) for name, value in done.items()}
 
 
 def _parts(folder: epath.Path) -> list[epath.Path]:

@@ -8,8 +8,6 @@ Plain arrays by path, written whole or not at all.
 
 import io
 import json
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,11 +16,10 @@ from etils import epath
 
 from jaxpost import sharding, writers
 from jaxpost.errors import UserError
+from jaxpost.host import DAMAGED, read_arrays
 from jaxpost.sampling.decode import Finished, together
 
 PARTIAL = "partial.npz"
-# What numpy and zipfile raise at bytes that are no archive, and what an archive without our arrays leads to.
-_DAMAGED = (OSError, ValueError, TypeError, LookupError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
 def held(step: int) -> str:
@@ -54,7 +51,7 @@ def read(path: epath.Path) -> tuple[dict, list[dict], dict]:
 
     Raises UserError where the file is gone or damaged: no other has what it held.
     """
-    stored = _load(path)
+    stored = read_arrays(path)
     if stored is None or "told" not in stored:
         raise UserError(
             f"{path}: gone or damaged, and the checkpoint beside it cannot continue without it. Bring it back, or delete that "
@@ -86,15 +83,6 @@ def _store(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
     writers.replace(path, content.getvalue())
 
 
-def _load(path: epath.Path) -> dict[str, np.ndarray] | None:
-    """The arrays of a file; None where it is not there, or not whole."""
-    try:
-        with np.load(io.BytesIO(path.read_bytes())) as stored:
-            return dict(stored)
-    except _DAMAGED:
-        return None
-
-
 def write_partial(folder, key: tuple[int, ...], ended: Mapping[int, Finished], new: int) -> None:
     """Completions of the batch that `key` tells from all others, by their place in it."""
     places = sorted(ended)
@@ -105,9 +93,9 @@ def write_partial(folder, key: tuple[int, ...], ended: Mapping[int, Finished], n
 def read_partial(folder, key: tuple[int, ...]) -> dict[int, Finished]:
     """The completions of this very batch that are there; none for another, nor of a damaged file: they are made again."""
     try:
-        stored = _load(epath.Path(folder) / PARTIAL) or {}
+        stored = read_arrays(epath.Path(folder) / PARTIAL) or {}
         ended = _ended(stored) if tuple(stored.get("key", ())) == tuple(key) else None
-    except _DAMAGED:
+    except DAMAGED:  # an archive without our arrays
         ended = None
     # A process that does not see the file has all of it made again.
     known = sharding.everywhere(np.array([ended is not None], np.int32)).all()
