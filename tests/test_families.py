@@ -249,6 +249,7 @@ def test_experts_on_a_mesh_equal_those_on_one_device():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), spread, alone)
 
 
+@pytest.mark.slow
 def test_a_mixture_trains_alike_on_a_mesh(tmp_path):
     found, params = opened(tmp_path, "qwen3_moe/normalised")
     batch = batch_of([cases.tokens("qwen3_moe/normalised")[0]] * 8, 24) | {"mask": np.arange(24)[None].repeat(8, 0) > 0}
