@@ -4,9 +4,11 @@ Reading: every parameter is asked for by its shards. A device's slice of a stack
 as the same slice of each layer's tensor, so that the host never holds more than one device's piece beyond what it owns.
 """
 
+import functools
 import itertools
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Any
@@ -31,6 +33,8 @@ _UNUSED = (".rotary_emb.inv_freq",)  # a constant that old exports stored
 # Of a model that also sees: its language model goes by other names, and the rest of it is left alone.
 _LANGUAGE = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.lm_head.": "lm_head."}
 _VISION = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+# The families whose rope_scaling may have these fields alone in transformers 4.57.
+_SCALING = dict.fromkeys(("olmo2", "olmoe"), ("type", "factor")) | {"phi3": ("type", "short_factor", "long_factor")}
 _CLASSES = {"qwen3_moe": "Qwen3Moe", "gemma3_text": "Gemma3", "smollm3": "SmolLM3"}
 
 
@@ -64,9 +68,11 @@ def read_generation(folder: epath.Path | None, config: dict, vocab: int, own: bo
 
 
 def listed(folder: epath.Path) -> list[str]:
-    """The names of the files that hold a folder's weights, as its index says, whether they are there or not."""
+    """The names of the files that hold a folder's weights, whether they are there or not: model.safetensors, or what the index
+    says where there is no such file, which is transformers' order.
+    """
     index = folder / "model.safetensors.index.json"
-    if not index.exists():
+    if not index.exists() or (folder / "model.safetensors").exists():
         return ["model.safetensors"]
     where = read_object(index).get("weight_map")
     if not isinstance(where, dict) or not where:
@@ -85,12 +91,20 @@ def files(folder: epath.Path) -> list[epath.Path]:
     if not missing:
         for file in found:
             check_regular(file)
+        _name_unread(folder)
         return found
     if (index := folder / "model.safetensors.index.json").exists():
         raise UserError(f"{index}: lists files that are not there: {', '.join(missing)}. Download the folder again.")
     pickles = [p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth"))]
     hint = f" It has {pickles[0]}, a pickle, which is never read: convert it to safetensors first." if pickles else ""
     raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json.{hint}")
+
+
+@functools.lru_cache(maxsize=8)  # once for each folder
+def _name_unread(folder: epath.Path) -> None:
+    if all((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
+        line = "model.safetensors is read, as transformers does; the files that model.safetensors.index.json lists are not."
+        print(f"{folder}: {line} Delete what is out of date.", file=sys.stderr)
 
 
 def _open(folder: epath.Path) -> dict[str, Any]:
@@ -241,12 +255,34 @@ def save(folder: str | epath.Path, params: Params, arch: Architecture, config: d
     kind = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}.get(dtype)
     if kind is None:
         raise UserError(f"export: dtype {dtype!r} is not one of float32, bfloat16, float16.")
-    config = {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")} | {"dtype": dtype}
+    config = portable({k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")} | {"dtype": dtype})
     config["architectures"] = config.get("architectures") or [
         f"{_CLASSES.get(arch.family, arch.family.capitalize())}ForCausalLM"
     ]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return _write_shards(folder, _tensors(params, arch, kind))
+
+
+def portable(config: dict) -> dict:
+    """A config's fields in the spelling of transformers 4.57, which 5 reads too.
+
+    4.57 has the rotary base and its scaling apart, where 5 writes rope_parameters, and one name a family for the experts' number.
+    """
+    config, family = dict(config), config.get("model_type")
+    nested = config.pop("rope_parameters", None) or {}
+    if local := nested.get("sliding_attention"):
+        config.setdefault("rope_local_base_freq", local.get("rope_theta", 10000.0))
+    rope = dict(nested.get("full_attention") or (nested if local is None else {}))
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in rope:
+            config[name] = rope.pop(name)
+    if rope.get("rope_type", "default") != "default":
+        held = _SCALING.get(family)
+        config["rope_scaling"] = {k: v for k, v in {**rope, "type": rope["rope_type"]}.items() if k in held} if held else rope
+    own, other = ("num_local_experts", "num_experts") if family == "mixtral" else ("num_experts", "num_local_experts")
+    if config.get(other) is not None:
+        config[own] = config.pop(other)
+    return config
 
 
 def _tensors(params: Params, arch: Architecture, kind):

@@ -379,7 +379,8 @@ def keep_description(found: Description, workdir, template: str) -> None:
     """Writes config.json, generation_config.json and the tokenizer under workdir/model, so that a workdir is all that generate
     and export need.
 
-    template: the Jinja that the run trains with, which the tokenizer carries from here on, whatever it came with.
+    template: the Jinja that the run trains with, which is the tokenizer's default from here on, with tools and without; further
+    templates that it came with stay.
     """
     folder = epath.Path(workdir) / "model"
     folder.mkdir(parents=True, exist_ok=True)
@@ -387,7 +388,9 @@ def keep_description(found: Description, workdir, template: str) -> None:
         (folder / f"{name}.json").write_text(json.dumps(fields, indent=2) + "\n")
     if found.tokenizer is not None:
         text = copy.deepcopy(found.tokenizer)
-        text.chat_template = template
+        own = text.chat_template if isinstance(text.chat_template, Mapping) else {}
+        further = {name: jinja for name, jinja in own.items() if name not in ("default", "tool_use")}
+        text.chat_template = further | {"default": template} if further else template
         tokenizer.save(text, folder)
 
 
