@@ -16,6 +16,7 @@ no beginning-of-text token that a template and an encoder could both add.
 `check_ids` holds ids against a model's vocabulary.
 """
 
+import copy
 import functools
 import inspect
 import json
@@ -227,6 +228,17 @@ def _begins_with(tokenizer, token):
     return tokenizer(text)["input_ids"][:1] == [token]
 
 
+def carrying(tokenizer, template):
+    """A copy of the tokenizer with a chat template of its own, for rows with tools and without; further ones that it has under
+    other names stay.
+    """
+    made = copy.deepcopy(tokenizer)
+    own = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    further = {name: jinja for name, jinja in own.items() if name not in ("default", "tool_use")}
+    made.chat_template = {"default": template, **further} if further else template
+    return made
+
+
 def save(tokenizer, folder):
     """Writes tokenizer.json, tokenizer_config.json and the chat templates to `folder` (local or gs://), for `load` and for
     transformers 4.57 and 5 to read; tokenizer.model too, where `load` met it.
@@ -238,7 +250,8 @@ def save(tokenizer, folder):
         tokenizer.save_pretrained(local)
         local = epath.Path(local)
         config = local / "tokenizer_config.json"
-        config.write_text(json.dumps(_portable(tokenizer, json.loads(config.read_text())), indent=2, ensure_ascii=False) + "\n")
+        fields = _portable(tokenizer, json.loads(config.read_text()))
+        config.write_text(json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
         if pieces := getattr(tokenizer, "pieces", None):
             (local / _PIECES).write_bytes(pieces)
         for path in [*local.iterdir(), *(local / _TEMPLATES).glob("*")]:

@@ -151,6 +151,7 @@ def test_what_is_written_is_what_both_versions_of_transformers_read(tmp_path):
     again = tokenizer.load(out)
     assert ids(again) == ids(found) == own_ids(out)
     assert again.chat_template == {"default": "{{ messages }}\n", "rag": "{{ documents }}"}
+    assert tokenizer.carrying(again, "own").chat_template == {"default": "own", "rag": "{{ documents }}"}
     assert again.special_tokens_map == found.special_tokens_map
     # A second copy, of the copy alone, is the same again.
     shutil.rmtree(folder)

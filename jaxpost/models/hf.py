@@ -266,7 +266,7 @@ def save(folder: str | epath.Path, params: Params, arch: Architecture, config: d
 def portable(config: dict) -> dict:
     """A config's fields in the spelling of transformers 4.57, which 5 reads too.
 
-    4.57 has the rotary base and its scaling apart, where 5 writes rope_parameters, and one name a family for the experts' number.
+    4.57 has the rotary base and its scaling apart, where 5 writes rope_parameters, and one name for the experts' number.
     """
     config, family = dict(config), config.get("model_type")
     nested = config.pop("rope_parameters", None) or {}
