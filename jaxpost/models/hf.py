@@ -8,6 +8,7 @@ import functools
 import itertools
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import PurePosixPath
@@ -28,6 +29,8 @@ from jaxpost.models.families import Architecture, Tensor, tensor_names
 from jaxpost.types import Params
 
 SHARD_BYTES = 5 * 2**30
+_STACKED = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj")
+_ROUTER = re.compile(r"model\.layers\.(\d+)\.mlp\.gate\.weight")
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _UNUSED = (".rotary_emb.inv_freq",)  # a constant that old exports stored
 # Of a model that also sees: its language model goes by other names, and the rest of it is left alone.
@@ -122,6 +125,28 @@ def _language(name: str) -> str:
     return name if prefix is None else _LANGUAGE[prefix] + name.removeprefix(prefix)
 
 
+def _apart(slices: dict, arch: Architecture, names: dict[str, Tensor]) -> dict[str, Any]:
+    """The experts' tensors one by one, and the router, by their names on the hub, where a file has transformers 5's own form:
+    all of a layer in gate_up_proj [E, 2F, D] and down_proj [E, D, F].
+    """
+    if not arch.experts or not any(_STACKED.fullmatch(name) for name in slices):
+        return slices
+    hub = {part: names[f"layers/mlp/{part}/kernel"].name for part in ("router", "experts/gate", "experts/up", "experts/down")}
+    found = {}
+    for name, whole in slices.items():
+        stacked, router, shape = _STACKED.fullmatch(name), _ROUTER.fullmatch(name), whole.get_shape()
+        if router:
+            found[hub["router"].format(router[1])] = whole
+        elif stacked and len(shape) == 3 and shape[0] == arch.experts:
+            parts = ("experts/gate", "experts/up") if stacked[2] == "gate_up" else ("experts/down",)
+            rows = shape[1] // len(parts)
+            for (number, part), expert in itertools.product(enumerate(parts), range(arch.experts)):
+                found[hub[part].format(stacked[1], expert)] = lazy.Row(whole, expert, number * rows, (number + 1) * rows)
+        else:
+            found[name] = whole
+    return found
+
+
 def load(
     folder: str | epath.Path,
     arch: Architecture,
@@ -147,7 +172,8 @@ def check(folder: str | epath.Path, arch: Architecture) -> dict[str, Any]:
     Raises UserError for files that are missing or cut off, and for tensors that are missing or that the architecture lacks.
     """
     folder = cloud.path(folder)
-    slices, names = _open(folder), tensor_names(arch)
+    names = tensor_names(arch)
+    slices = _apart(_open(folder), arch, names)
     if (says := arch.parameters()) > 8 * (held := sum(math.prod(x.get_shape()) for x in slices.values())):
         raise UserError(
             f"{folder}: config.json describes {says:,} parameters ({sizes(arch)}), and its files hold {held:,}; the config "
