@@ -360,3 +360,57 @@ def test_eos_ids_beside_the_language_part_of_a_model_that_sees_are_kept():
     assert families.language_part(whole) == {"eos_token_id": [1, 106], "hidden_size": 8, "model_type": "gemma3_text"}
     whole["text_config"]["eos_token_id"] = 1  # the part's own counts
     assert families.language_part(whole)["eos_token_id"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------- Released models
+
+RELEASED = json.loads((Path(__file__).parent / "released_configs.json").read_text())
+REFUSED = {
+    "Qwen/Qwen3-8B-FP8": "quantization_config = .* is not supported",
+    "Qwen/Qwen1.5-MoE-A2.7B": "model_type 'qwen2_moe' is not supported",
+    "allenai/OLMo-1B-hf": "model_type 'olmo' is not supported",
+    "microsoft/Phi-3.5-MoE-instruct": "model_type 'phimoe' is not supported",
+}
+# How many parameters the hub counts in their files.
+COUNTED = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
+    "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
+    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": 1_100_048_384,
+    "allenai/OLMoE-1B-7B-0924-Instruct": 6_919_161_856,
+    "google/gemma-2-2b-it": 2_614_341_888,
+    "google/gemma-3-1b-it": 999_885_952,
+    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
+    "microsoft/phi-4": 14_659_507_200,
+    "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": 46_702_792_704,
+}
+
+
+def test_released_models_are_described_or_refused_for_a_stated_reason():
+    """config.json as the makers publish it, of the models that are used most; what is refused is refused by its reason."""
+    assert len(RELEASED) >= 50 and {c["model_type"] for c in RELEASED.values()} >= set(families.FAMILIES) - {"gemma3_text"}
+    for name, config in RELEASED.items():
+        if name in REFUSED:
+            with pytest.raises(UserError, match=f"{name}: {REFUSED[name]}"):
+                families.architecture(config, name)
+            continue
+        arch = families.architecture(families.language_part(config), name)
+        assert arch.parameters() == COUNTED.get(name, arch.parameters()), name
+
+
+def test_fields_that_transformers_never_reads_change_nothing():
+    unread = {
+        "Qwen/Qwen2.5-7B-Instruct-1M": ["dual_chunk_attention_config"],
+        "Qwen/Qwen3-Coder-30B-A3B-Instruct": ["qkv_bias", "use_qk_norm", "shared_expert_intermediate_size"],
+        "google/gemma-2-9b-it": ["sliding_window_size"],
+    }
+    for name, keys in unread.items():
+        rest = {k: v for k, v in RELEASED[name].items() if k not in keys}
+        assert len(rest) == len(RELEASED[name]) - len(keys)
+        assert families.architecture(rest) == families.architecture(RELEASED[name])
+    config = RELEASED["deepseek-ai/DeepSeek-R1-0528-Qwen3-8B"]
+    scaling = {k: v for k, v in config["rope_scaling"].items() if k != "attn_factor"}
+    assert len(scaling) == 3 and families.architecture({**config, "rope_scaling": scaling}) == families.architecture(config)
