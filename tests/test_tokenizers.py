@@ -183,3 +183,5 @@ def test_a_written_config_has_the_rotary_constants_where_both_versions_read_them
     long = {"short_factor": [1.0], "long_factor": [2.0]}
     newer = {"model_type": "phi3", "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 32.0, **long}}
     assert hf.portable(newer)["rope_scaling"] == {"type": "longrope", **long}  # 4.57 takes no other field
+    olmo = {"model_type": "olmo2", "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    assert hf.portable(olmo)["rope_scaling"] == {"type": "linear", "factor": 2.0}

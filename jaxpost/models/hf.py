@@ -303,8 +303,10 @@ def portable(config: dict) -> dict:
         if name in rope:
             config[name] = rope.pop(name)
     if rope.get("rope_type", "default") != "default":
-        held = _SCALING.get(family)
-        config["rope_scaling"] = {k: v for k, v in {**rope, "type": rope["rope_type"]}.items() if k in held} if held else rope
+        config["rope_scaling"] = rope
+    if (scaling := config.get("rope_scaling")) and (held := _SCALING.get(family)):
+        scaling = {"type": scaling.get("rope_type"), **scaling}
+        config["rope_scaling"] = {k: scaling[k] for k in held if k in scaling}
     own, other = ("num_local_experts", "num_experts") if family == "mixtral" else ("num_experts", "num_local_experts")
     if config.get(other) is not None:
         config[own] = config.pop(other)
