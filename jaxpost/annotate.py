@@ -61,8 +61,6 @@ def main(_) -> None:
     """The command line; see the module's docstring."""
     given = flags.FLAGS
     config, what = cli.required("config", "what")
-    if given.distributed:
-        jax.distributed.initialize()
     folders = annotate(config, value_of(what), workdir=given.workdir, out=given.out, stage=given.stage)
     if jax.process_index() == 0:
         told = {folder: {name: list(x.shape) for name, x in columns.read(folder).items()} for folder in folders}
@@ -74,9 +72,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", "", "The run that it is for: columns go into it, earlier stages' weights come from it.")
     flags.DEFINE_string("out", "", "Folder for the columns, to be named in config.annotations; the workdir's own if empty.")
     flags.DEFINE_string("stage", "", "Which of the recipe's stages, where there are several.")
-    flags.DEFINE_bool("distributed", False, "Several processes (a TPU pod slice, a GPU cluster): start jax.distributed first.")
     cli.run(
         main,
         "Makes columns of a data set.\n\n    python -m jaxpost.annotate --config=RECIPE --workdir=W --what=ref_logps",
         config=True,
+        distributed=True,
     )

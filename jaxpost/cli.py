@@ -9,26 +9,30 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from jaxpost import host, programs, recipe
+from jaxpost import host, programs, recipe, startup
 from jaxpost.errors import UserError
 from jaxpost.naming import NOUNS
 from jaxpost.recipe import DEFAULTS
 from jaxpost.resolve import trust
 
 
-def run(main: Callable, about: str, config: bool = False, model: bool = False) -> None:
+def run(
+    main: Callable,
+    about: str,
+    config: bool = False,
+    model: bool = False,
+    *,
+    distributed: bool = False,
+    devices: bool = True,
+) -> None:
     """Runs main(argv) as an absl app; `about` heads its --help. model: whether it opens one without a recipe (--trust).
+    distributed: whether it may be one of several processes (--distributed); devices: whether it computes on this machine's.
 
     A UserError, a wrong flag or a wrong config key ends with its message alone and exit status 2; anything else is a bug and
     keeps its traceback. Recipes' keys (with `config`) are given as --config.key=value.
     """
     sys.modules["__main__"].__doc__ = about
-    if config:
-        _define_config()
-    if model:
-        what = "A function of your own, FILE.py:function, that the model may name as its adapter; no other is run."
-        flags.DEFINE_multi_string("trust", [], what)
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["trust"])
+    _define(config, model, distributed)
 
     def parse(argv):
         try:
@@ -52,6 +56,8 @@ def run(main: Callable, about: str, config: bool = False, model: bool = False) -
             trust(name)
         try:
             with host.disk_errors("a file"):
+                if devices:
+                    startup.start(distributed and flags.FLAGS.distributed)
                 main(argv)
         except UserError as e:
             _fail(str(e))
@@ -142,11 +148,22 @@ def _find_recipe(argv: list[str]) -> list[str]:
     return [*out[:1], *first, *(a for a in out[1:] if a not in first)]
 
 
-def _define_config() -> None:
-    from ml_collections import config_flags
+def _define(config: bool, model: bool, distributed: bool) -> None:
+    """Defines the flags that several commands have."""
+    if config:
+        from ml_collections import config_flags
 
-    config_flags.DEFINE_config_file("config", None, "Recipe: a Python file with get_config(); settings: --config.key=value.")
-    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])  # --help lists the main module's alone
+        what = "Recipe: a Python file with get_config(); settings: --config.key=value."
+        config_flags.DEFINE_config_file("config", None, what)
+    if model:
+        what = "A function of your own, FILE.py:function, that the model may name as its adapter; no other is run."
+        flags.DEFINE_multi_string("trust", [], what)
+    if distributed:
+        what = "Several processes (a TPU pod slice, a GPU cluster): start jax.distributed first."
+        flags.DEFINE_bool("distributed", False, what)
+    for name, has in (("config", config), ("trust", model), ("distributed", distributed)):
+        if has:  # --help lists the main module's alone
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
 
 def required(*names: str) -> list:

@@ -24,6 +24,7 @@ from jaxpost import cli, recipe, sharding
 from jaxpost.compiled import program, search, topology
 from jaxpost.errors import UserError
 from jaxpost.progress import model_flops
+from jaxpost.startup import heard
 
 MISFIT = 3  # the exit status where something does not fit
 REMEDIES = 32  # how many ways to make a stage fit are compiled; those that do not fit fail early, within seconds
@@ -41,7 +42,7 @@ def report(
     recipe gets wrong, and for an unknown topology.
     """
     config = recipe.opened(config, **changes)
-    with program.heard():  # libtpu has much to say as it starts
+    with heard():  # libtpu has much to say as it starts
         machine = topology.find(_named(where or config.topology))
     mesh = sharding.make_mesh(**config.mesh, devices=machine.devices)
     found = {"topology": machine.name, "devices": len(machine.devices), "mesh": dict(mesh.shape), "stages": []}
@@ -281,4 +282,5 @@ if __name__ == "__main__":
         main,
         "Says whether a recipe fits a machine.\n\n    python -m jaxpost.fit --config=RECIPE --topology=v5e:2x4",
         config=True,
+        devices=False,  # they are simulated
     )

@@ -16,7 +16,10 @@ no beginning-of-text token that a template and an encoder could both add.
 `check_ids` holds ids against a model's vocabulary.
 """
 
+import copy
 import functools
+import inspect
+import json
 import os
 import tempfile
 
@@ -40,6 +43,16 @@ _FILES = (
 )
 # Files that only accompany one of those.
 _COMPANIONS = ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "config.json")
+_TEMPLATES = "additional_chat_templates"  # a folder with one NAME.jinja for each further template
+_PIECES = "tokenizer.model"  # SentencePiece's own file, which servers without tokenizer.json read
+# The classes of transformers 4 that put these flags of tokenizer_config.json in the place of tokenizer.json's own template, and
+# what each flag is where only the other stands there.
+_FLAGGED = {"Llama": (True, False), "CodeLlama": (True, False), "Gemma": (True, False), "GPTNeoX": (False, False)}
+# Those whose special tokens a folder may leave unnamed.
+_DEFAULTS = (*_FLAGGED, "GPT2", "Qwen2")
+_SPECIALS = {"bos_token", "eos_token", "unk_token", "pad_token"}
+# What transformers 5 alone writes to tokenizer_config.json; an auto_map names code, which is not written.
+_UNPORTABLE = ("backend", "is_local", "local_files_only", "auto_map", "model_specific_special_tokens")
 
 _TEMPLATE = (
     "{% for message in messages %}"
@@ -69,22 +82,28 @@ def load(folder):
         raise UserError(f"{folder}: no such folder; give the folder that holds tokenizer.json")
     if not any((folder / name).exists() for name in _FILES):
         return None
-    for name in _FILES + _COMPANIONS:
-        check_regular(folder / name)
+    files = [*map(folder.joinpath, _FILES + _COMPANIONS), *(folder / _TEMPLATES).glob("*.jinja")]
+    for path in files:
+        check_regular(path)
     if "://" not in str(folder):
         return _read(folder, shown=folder)
     # `transformers` opens local files only.
     with tempfile.TemporaryDirectory() as local:
-        for name in _FILES + _COMPANIONS:
-            if (folder / name).exists():
-                (folder / name).copy(epath.Path(local) / name)
-        return _read(local, shown=folder)
+        for path in files:
+            if path.exists():
+                target = epath.Path(local) / path.relative_to(folder)
+                target.parent.mkdir(exist_ok=True)
+                path.copy(target)
+        return _read(epath.Path(local), shown=folder)
 
 
 def _read(folder, *, shown):
     transformers = _transformers()
     try:
-        found = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        if (folder / "tokenizer.json").exists():
+            found = _described(folder, transformers)
+        else:
+            found = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the Rust half raises bare Exception
         raise UserError(
             f"{shown}: the tokenizer cannot be read ({type(error).__name__}: {first_line(error)}); "
@@ -92,6 +111,36 @@ def _read(folder, *, shown):
         ) from error
     if not isinstance(found, transformers.PreTrainedTokenizerFast):
         raise UserError(f"{shown}: {type(found).__name__} is not a fast tokenizer; convert it to tokenizer.json")
+    if (folder / _PIECES).exists():
+        found.pieces = (folder / _PIECES).read_bytes()
+    return found
+
+
+def _described(folder, transformers):
+    """The tokenizer that tokenizer.json describes, whatever class the folder names: the classes of transformers 5 build another
+    from its vocabulary. Of the class remain the special tokens that it has by default, and what the flags of _FLAGGED say.
+    """
+    from tokenizers import Tokenizer
+
+    fields, elsewhere = (
+        json.loads(path.read_text()) if (path := folder / f"{name}.json").exists() else {}
+        for name in ("tokenizer_config", "special_tokens_map")
+    )
+    named = str(fields.get("tokenizer_class")).removesuffix("Fast").removesuffix("Tokenizer")
+    special = {}
+    if named in _DEFAULTS:
+        options = inspect.signature(getattr(transformers, f"{named}Tokenizer").__init__).parameters
+        special = {k: options[k].default for k in options.keys() & _SPECIALS - fields.keys() - elsewhere.keys()}
+    if special:  # a token that the vocabulary lacks would be added to it
+        words = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        special = {k: token for k, token in special.items() if token and words.token_to_id(token) is not None}
+    found = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, **special)
+    flags = [fields.get(f"add_{end}_token") for end in ("bos", "eos")]
+    if named in _FLAGGED and any(flag is not None for flag in flags):
+        flags = [default if flag is None else bool(flag) for flag, default in zip(flags, _FLAGGED[named], strict=True)]
+        ends = [found.bos_token_id] * flags[0] + [found.eos_token_id] * flags[1]
+        if None not in ends and found("")["input_ids"] != ends:
+            found.add_bos_token, found.add_eos_token = flags
     return found
 
 
@@ -179,12 +228,51 @@ def _begins_with(tokenizer, token):
     return tokenizer(text)["input_ids"][:1] == [token]
 
 
+def carrying(tokenizer, template):
+    """A copy of the tokenizer with a chat template of its own, for rows with tools and without; further ones that it has under
+    other names stay.
+    """
+    made = copy.deepcopy(tokenizer)
+    own = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    further = {name: jinja for name, jinja in own.items() if name not in ("default", "tool_use")}
+    made.chat_template = {"default": template, **further} if further else template
+    return made
+
+
 def save(tokenizer, folder):
-    """Writes tokenizer.json, tokenizer_config.json and the chat template to `folder` (local or gs://), for `load` to read."""
+    """Writes tokenizer.json, tokenizer_config.json and the chat templates to `folder` (local or gs://), for `load` and for
+    transformers 4.57 and 5 to read; tokenizer.model too, where `load` met it.
+    """
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # By way of a local folder, so that gs:// and the disk take the same path.
     with tempfile.TemporaryDirectory() as local:
         tokenizer.save_pretrained(local)
-        for path in epath.Path(local).iterdir():
-            path.copy(folder / path.name, overwrite=True)
+        local = epath.Path(local)
+        config = local / "tokenizer_config.json"
+        fields = _portable(tokenizer, json.loads(config.read_text()))
+        config.write_text(json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        if pieces := getattr(tokenizer, "pieces", None):
+            (local / _PIECES).write_bytes(pieces)
+        for path in [*local.iterdir(), *(local / _TEMPLATES).glob("*")]:
+            if not path.is_dir():
+                target = folder / path.relative_to(local)
+                target.parent.mkdir(exist_ok=True)
+                path.copy(target, overwrite=True)
+
+
+def _portable(tokenizer, fields):
+    """The fields of tokenizer_config.json as transformers 4.57 and 5 both read them: a class that both have and that takes
+    tokenizer.json as it is, and special tokens in 4.57's spelling, which 5 reads too.
+    """
+    fields = {k: v for k, v in fields.items() if k not in _UNPORTABLE}
+    extra = fields.pop("extra_special_tokens", None) or []
+    if isinstance(extra, dict):
+        fields |= extra
+    elif extra:
+        fields["additional_special_tokens"] = extra
+    # 4.57 sets this in the pre-tokenizer, to false where the field is absent.
+    before = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+    if "add_prefix_space" in before:
+        fields["add_prefix_space"] = before["add_prefix_space"]
+    return fields | {"tokenizer_class": "PreTrainedTokenizerFast"}

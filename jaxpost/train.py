@@ -326,8 +326,6 @@ def _seconds_of(stages: str, workdir: epath.Path) -> float:
 def main(_) -> None:
     """The command line; see the module's docstring."""
     config, workdir = cli.required("config", "workdir")
-    if flags.FLAGS.distributed:
-        jax.distributed.initialize()
     results = run(config, workdir)
     if results and jax.process_index() == 0:
         print(json.dumps({k: v for k, v in results.items() if isinstance(v, float)}, indent=2))
@@ -347,7 +345,9 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "workdir", None, "Folder for checkpoints, metrics and the report; the same command continues what it holds."
     )
-    flags.DEFINE_bool("distributed", False, "Several processes (a TPU pod slice, a GPU cluster): start jax.distributed first.")
     cli.run(
-        main, "Trains a model as a recipe says.\n\n    python -m jaxpost.train --config=configs/sft.py --workdir=W", config=True
+        main,
+        "Trains a model as a recipe says.\n\n    python -m jaxpost.train --config=configs/sft.py --workdir=W",
+        config=True,
+        distributed=True,
     )

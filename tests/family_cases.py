@@ -181,6 +181,25 @@ def weights(name: str) -> dict[str, np.ndarray]:
     return held
 
 
+def stacked(name: str) -> dict[str, np.ndarray]:
+    """A mixture's weights as transformers 5 has them with save_original_format=False: a layer's experts in one tensor,
+    [E, 2F, D] and [E, D, F], and one name for the router.
+    """
+    arch, held = families.architecture(config(name)), weights(name)
+    hub = families.STEMS | families.NAMES.get(arch.family, {})
+    for layer in range(arch.layers):
+        gate, up, down = (
+            np.stack(
+                [held.pop(f"model.layers.{layer}.{hub[f'mlp/experts/{part}']}.weight".format(e)) for e in range(arch.experts)]
+            )
+            for part in ("gate", "up", "down")
+        )
+        held[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = np.concatenate([gate, up], axis=1)
+        held[f"model.layers.{layer}.mlp.experts.down_proj"] = down
+        held[f"model.layers.{layer}.mlp.gate.weight"] = held.pop(f"model.layers.{layer}.{hub['mlp/router']}.weight")
+    return held
+
+
 def write(folder, name: str) -> None:
     """Writes the case as a model folder: config.json and one safetensors file."""
     folder.mkdir(parents=True, exist_ok=True)

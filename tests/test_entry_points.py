@@ -18,7 +18,7 @@ import toy_tokenizers
 import transformers
 from tokenizers import decoders
 
-from jaxpost import api, checkpoint, export, sharding, tokenizer
+from jaxpost import api, checkpoint, export, sharding, startup, tokenizer
 from jaxpost.data import chat, templates
 from jaxpost.errors import UserError
 from jaxpost.models import families, hf, loading
@@ -356,3 +356,36 @@ def test_an_editable_install_puts_the_clone_on_the_path():
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", LAYOUT], cwd=root, capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == [str(root)], done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------ Starting devices
+
+
+def _noisy_devices():
+    os.write(2, b"Failed to find host bounds for accelerator type\n")  # as libtpu's C++ does
+    return ["cpu"]
+
+
+@pytest.mark.parametrize(("accelerators", "noise"), [((), ""), (("/dev/accel*",), "Failed to find host bounds")])
+def test_libtpu_is_heard_only_where_there_is_an_accelerator(monkeypatch, capfd, accelerators, noise):
+    """Every command starts its devices by this one function; with an accelerator, jax starts them at their first use."""
+    monkeypatch.setattr(startup.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(startup.glob, "glob", lambda pattern: [pattern] if pattern in accelerators else [])
+    started = []
+    monkeypatch.setattr(startup.jax, "devices", lambda: started or started.extend(_noisy_devices()) or started)
+    startup.start()
+    startup.jax.devices()
+    assert noise in (written := capfd.readouterr().err) and bool(noise) == bool(written)
+
+
+def test_why_a_device_did_not_start_is_shown(monkeypatch, capfd):
+    def fails():
+        _noisy_devices()
+        raise RuntimeError("Unable to initialize backend 'tpu'")
+
+    monkeypatch.setattr(startup.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(startup.glob, "glob", lambda pattern: [])
+    monkeypatch.setattr(startup.jax, "devices", fails)
+    with pytest.raises(RuntimeError, match="Unable to initialize"):
+        startup.start()
+    assert "Failed to find host bounds" in capfd.readouterr().err

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from test_llama import assert_near, batch_of, joined, scores
 
 from jaxpost import sharding
@@ -72,7 +72,28 @@ def test_a_folder_that_was_read_is_written_bit_for_bit(name, tmp_path):
         np.testing.assert_array_equal(second[key], tensor, err_msg=key)
     assert found.transformer.arch.parameters() == sum(x.size for x in jax.tree.leaves(params))
     written = json.loads((tmp_path / "b" / "config.json").read_text())
-    assert {k: written[k] for k in found.config} == found.config
+    assert {k: written[k] for k in hf.portable(found.config)} == hf.portable(found.config)
+    assert families.architecture(written) == found.transformer.arch
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe/plain", "mixtral/window", "olmoe/bias"])
+def test_experts_that_a_file_has_as_one_tensor_are_read(name, tmp_path):
+    """transformers 5 writes a layer's experts as one tensor if asked to; make_families.py compares these names with its own."""
+    found, params = opened(tmp_path / "hub", name)
+    cases.write(tmp_path / "stacked", name)
+    held, file = cases.stacked(name), tmp_path / "stacked" / "model.safetensors"
+    save_file(held, file)
+    _, again = loading.open_model(str(tmp_path / "stacked"), sharding.make_mesh(devices=jax.devices()[:1]))
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    # Columns and rows alone, as a mesh asks for them.
+    first = hf.check(tmp_path / "stacked", found.transformer.arch)
+    for tensor, values in cases.weights(name).items():
+        if values.ndim == 2:
+            np.testing.assert_array_equal(first[tensor][1:3, 2:5], values[1:3, 2:5], err_msg=tensor)
+    stack = "model.layers.0.mlp.experts.down_proj"
+    save_file(held | {stack: held[stack][1:]}, file)
+    with pytest.raises(UserError, match="tensors are missing, first model.layers.0"):
+        hf.check(tmp_path / "stacked", found.transformer.arch)
 
 
 def test_every_field_of_every_family_is_honoured_harmless_or_refused():
@@ -185,8 +206,6 @@ def test_the_language_part_of_a_model_that_sees_opens(tmp_path):
     name = "gemma3_text/plain"
     cases.write(tmp_path, name)
     held = load_file(tmp_path / "model.safetensors")
-    from safetensors.numpy import save_file
-
     moved = {f"language_model.{k}": v for k, v in held.items()} | {"vision_tower.vision_model.w": np.ones(3, np.float32)}
     save_file(moved, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(
@@ -342,3 +361,57 @@ def test_eos_ids_beside_the_language_part_of_a_model_that_sees_are_kept():
     assert families.language_part(whole) == {"eos_token_id": [1, 106], "hidden_size": 8, "model_type": "gemma3_text"}
     whole["text_config"]["eos_token_id"] = 1  # the part's own counts
     assert families.language_part(whole)["eos_token_id"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------- Released models
+
+RELEASED = json.loads((Path(__file__).parent / "released_configs.json").read_text())
+REFUSED = {
+    "Qwen/Qwen3-8B-FP8": "quantization_config = .* is not supported",
+    "Qwen/Qwen1.5-MoE-A2.7B": "model_type 'qwen2_moe' is not supported",
+    "allenai/OLMo-1B-hf": "model_type 'olmo' is not supported",
+    "microsoft/Phi-3.5-MoE-instruct": "model_type 'phimoe' is not supported",
+}
+# How many parameters the hub counts in their files.
+COUNTED = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
+    "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
+    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": 1_100_048_384,
+    "allenai/OLMoE-1B-7B-0924-Instruct": 6_919_161_856,
+    "google/gemma-2-2b-it": 2_614_341_888,
+    "google/gemma-3-1b-it": 999_885_952,
+    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
+    "microsoft/phi-4": 14_659_507_200,
+    "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": 46_702_792_704,
+}
+
+
+def test_released_models_are_described_or_refused_for_a_stated_reason():
+    """config.json as the makers publish it, of the models that are used most; what is refused is refused by its reason."""
+    assert len(RELEASED) >= 50 and {c["model_type"] for c in RELEASED.values()} >= set(families.FAMILIES) - {"gemma3_text"}
+    for name, config in RELEASED.items():
+        if name in REFUSED:
+            with pytest.raises(UserError, match=f"{name}: {REFUSED[name]}"):
+                families.architecture(config, name)
+            continue
+        arch = families.architecture(families.language_part(config), name)
+        assert arch.parameters() == COUNTED.get(name, arch.parameters()), name
+
+
+def test_fields_that_transformers_never_reads_change_nothing():
+    unread = {
+        "Qwen/Qwen2.5-7B-Instruct-1M": ["dual_chunk_attention_config"],
+        "Qwen/Qwen3-Coder-30B-A3B-Instruct": ["qkv_bias", "use_qk_norm", "shared_expert_intermediate_size"],
+        "google/gemma-2-9b-it": ["sliding_window_size"],
+    }
+    for name, keys in unread.items():
+        rest = {k: v for k, v in RELEASED[name].items() if k not in keys}
+        assert len(rest) == len(RELEASED[name]) - len(keys)
+        assert families.architecture(rest) == families.architecture(RELEASED[name])
+    config = RELEASED["deepseek-ai/DeepSeek-R1-0528-Qwen3-8B"]
+    scaling = {k: v for k, v in config["rope_scaling"].items() if k != "attn_factor"}
+    assert len(scaling) == 3 and families.architecture({**config, "rope_scaling": scaling}) == families.architecture(config)

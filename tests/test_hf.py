@@ -183,7 +183,7 @@ def test_an_exported_folder_holds_the_same_bits(tmp_path, name):
     for tensor, values in wanted.items():
         np.testing.assert_array_equal(written[tensor][:], values)
     extra = {"dtype": "float32", "architectures": ["LlamaForCausalLM"]}
-    assert hf.read_config(tmp_path / "out") == llama_cases.config(name) | extra
+    assert hf.read_config(tmp_path / "out") == hf.portable(llama_cases.config(name)) | extra
     jax.tree.map(np.testing.assert_array_equal, opened(tmp_path / "out"), params)
 
 
@@ -270,12 +270,25 @@ def test_a_truncated_file_and_a_missing_one_are_refused(tmp_path):
 @pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": {}}', "\xff"])
 def test_a_broken_index_or_config_is_refused(tmp_path, text):
     llama_cases.write(tmp_path, "grouped")
+    (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=r"model\.safetensors\.index\.json: "):
         opened(tmp_path)
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=r"config\.json: "):
         loading.describe(str(tmp_path))
+
+
+def test_a_single_file_is_taken_before_an_index_and_a_line_says_so(tmp_path, capsys):
+    """transformers looks for model.safetensors first, however old it is."""
+    llama_cases.write(tmp_path, "grouped", files=2)
+    other = {"model.norm.weight": np.full(24, 3.0, np.float32)}
+    llama_cases.write(tmp_path / "single", "grouped", weight_changes=other)
+    (tmp_path / "single" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(opened(tmp_path)["norm"]["scale"], other["model.norm.weight"])
+    hf.check(tmp_path, architecture())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}: model.safetensors is read, as transformers does" in line
 
 
 class _Trap:

@@ -97,6 +97,7 @@ def test_a_number_that_is_none_is_refused_by_its_field(fields):
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
 def test_json_that_is_no_object_is_refused(folder, name, content):
     (folder / name).write_text(content)
+    (folder / "model.safetensors").unlink()  # beside it an index is not read
     with pytest.raises(UserError, match=f"{name}: "):
         hf.read_config(folder)
         hf.files(epath.Path(folder))
@@ -104,6 +105,7 @@ def test_json_that_is_no_object_is_refused(folder, name, content):
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.safetensors", "a/../../x.safetensors", 7, ["x"], None])
 def test_an_index_names_files_of_its_folder(folder, name):
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
     with pytest.raises(UserError, match=r"index.json: lists .*(outside of the folder|no safetensors file)"):
         hf.listed(epath.Path(folder))

@@ -7,10 +7,7 @@ the train step; and for rollouts the sampler's programs, while the train state w
 import contextlib
 import functools
 import math
-import os
 import re
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,6 +26,7 @@ from jaxpost.models import known, loading
 from jaxpost.models.attention import cache_axes
 from jaxpost.resolve import attribute
 from jaxpost.sampling import decode, processors
+from jaxpost.startup import heard
 from jaxpost.step import combine
 
 GIVEN_UP = re.compile(
@@ -151,23 +149,6 @@ def _sampler(s, mesh, transformer, params, prompts: int, kinds: dict) -> list[Tr
 
 
 # ------------------------------------------------------------------------------------------------------------ Compiling
-
-
-@contextlib.contextmanager
-def heard():
-    """Collects what is written to file descriptor 2, by C++ as well: yields a list that holds the text in the end."""
-    said, sys_stderr = [], os.dup(2)
-    with tempfile.TemporaryFile() as file:
-        sys.stderr.flush()
-        os.dup2(file.fileno(), 2)
-        try:
-            yield said
-        finally:
-            sys.stderr.flush()
-            os.dup2(sys_stderr, 2)
-            os.close(sys_stderr)
-            file.seek(0)
-            said.append(file.read().decode(errors="replace"))
 
 
 @contextlib.contextmanager

@@ -185,6 +185,13 @@ class Fields:
             raise UserError(f"{self.place}: {name} = {_shown(values)} is not a list of numbers.")
         return tuple(map(float, values))
 
+    def unread(self, *names: str) -> None:
+        """Drops fields that released files have and that transformers never reads for this family, whatever they say: where
+        they speak of weights, the tensors are held against the architecture.
+        """
+        for name in names:
+            self.left.pop(name, None)
+
     def common(self, **changes) -> dict:
         """The constants that all families have, by transformers' names and usual defaults; `changes` are other defaults."""
         default = {"head_dim": None, "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
@@ -281,6 +288,8 @@ def _rope(merged: dict, outside: dict, place: str, max_positions: int, theta: fl
     if "original_max_position_embeddings" in wanted:
         merged |= outside
         merged.setdefault("original_max_position_embeddings", max_positions)
+    if kind == "yarn":
+        merged.pop("attn_factor", None)  # another engine's: transformers reads attention_factor alone
     original = merged.get("original_max_position_embeddings", 1)
     if kind == "longrope" and type(original) is int and original > 0:
         merged.setdefault("factor", max_positions / original)
@@ -373,6 +382,7 @@ def mistral(config: Mapping, place: str) -> Architecture:
 def qwen2(config: Mapping, place: str) -> Architecture:
     """Qwen 2 and 2.5: biases on queries, keys and values; the last layers may slide."""
     f = Fields(config, place)
+    f.unread("dual_chunk_attention_config")  # how other engines go beyond the trained length
     c = f.common(num_key_value_heads=32, max_position_embeddings=32768)
     return f.finish(Architecture(**c, **_qwen_kinds(f, c), qkv_bias=True))
 
@@ -402,8 +412,8 @@ def _qwen_kinds(f: Fields, c: dict) -> dict:
 def qwen3_moe(config: Mapping, place: str) -> Architecture:
     """Qwen 3 mixtures: Qwen 3's attention, experts in every layer."""
     f = Fields(config, place)
+    f.unread("max_window_layers", "qkv_bias", "use_qk_norm", "shared_expert_intermediate_size")
     c = f.common(num_key_value_heads=4, max_position_embeddings=32768)
-    f.take("max_window_layers", int, 0)  # read by no layer of the mixtures
     window = f.maybe("sliding_window", int, 4096)
     window = window if f.take("use_sliding_window", bool, False) else None
     if (step := f.take("decoder_sparse_step", int, 1)) != 1 or f.take("mlp_only_layers", list, []):
@@ -472,7 +482,7 @@ def smollm3(config: Mapping, place: str) -> Architecture:
     """SmolLM 3: every fourth layer has no rotary positions."""
     f = Fields(config, place)
     c = f.common(num_key_value_heads=4, max_position_embeddings=32768, tie_word_embeddings=True)
-    f.take("max_window_layers", int, 0)  # in its files, and read by nobody
+    f.unread("max_window_layers")
     bias, interval = f.take("attention_bias", bool, False), f.take("no_rope_layer_interval", int, 4)
     rotated = f.take("no_rope_layers", list, [int((i + 1) % interval != 0) for i in range(c["layers"])])
     if len(rotated) != c["layers"] or not set(rotated) <= {0, 1}:
@@ -523,8 +533,8 @@ def _gemma23(f: Fields, c: dict) -> dict:
 def gemma2(config: Mapping, place: str) -> Architecture:
     """Gemma 2: Gemma with norms before and after, soft caps on scores and logits, every other layer sliding."""
     f = Fields(config, place)
+    f.unread("hidden_act", "sliding_window_size")
     activation = f.take("hidden_activation", str, "gelu_pytorch_tanh")
-    f.left.pop("hidden_act", None)  # transformers reads hidden_activation alone
     c = f.common(head_dim=256, tie_word_embeddings=True, num_key_value_heads=4, max_position_embeddings=8192)
     c["activation"] = activation
     rope, window = f.rope(c["max_positions"]), f.maybe("sliding_window", int, 4096)
@@ -541,8 +551,8 @@ def gemma3(config: Mapping, place: str) -> Architecture:
     f = Fields(config, place)
     if (cap := f.left.pop("attn_logit_softcapping", None)) is not None:
         raise UserError(f"{place}: attn_logit_softcapping = {cap!r} is not supported (Gemma 3 has none).")
+    f.unread("hidden_act")
     activation = f.take("hidden_activation", str, "gelu_pytorch_tanh")
-    f.left.pop("hidden_act", None)
     c = f.common(head_dim=256, tie_word_embeddings=True, num_attention_heads=8, num_key_value_heads=4, vocab_size=262208,
                  hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, max_position_embeddings=131072)  # fmt: skip
     c["activation"] = activation

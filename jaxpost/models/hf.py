@@ -4,9 +4,12 @@ Reading: every parameter is asked for by its shards. A device's slice of a stack
 as the same slice of each layer's tensor, so that the host never holds more than one device's piece beyond what it owns.
 """
 
+import functools
 import itertools
 import json
 import math
+import re
+import sys
 from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Any
@@ -26,11 +29,15 @@ from jaxpost.models.families import Architecture, Tensor, tensor_names
 from jaxpost.types import Params
 
 SHARD_BYTES = 5 * 2**30
+_STACKED = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj")
+_ROUTER = re.compile(r"model\.layers\.(\d+)\.mlp\.gate\.weight")
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _UNUSED = (".rotary_emb.inv_freq",)  # a constant that old exports stored
 # Of a model that also sees: its language model goes by other names, and the rest of it is left alone.
 _LANGUAGE = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.lm_head.": "lm_head."}
 _VISION = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+# The families whose rope_scaling may have these fields alone in transformers 4.57.
+_SCALING = dict.fromkeys(("olmo2", "olmoe"), ("type", "factor")) | {"phi3": ("type", "short_factor", "long_factor")}
 _CLASSES = {"qwen3_moe": "Qwen3Moe", "gemma3_text": "Gemma3", "smollm3": "SmolLM3"}
 
 
@@ -64,9 +71,11 @@ def read_generation(folder: epath.Path | None, config: dict, vocab: int, own: bo
 
 
 def listed(folder: epath.Path) -> list[str]:
-    """The names of the files that hold a folder's weights, as its index says, whether they are there or not."""
+    """The names of the files that hold a folder's weights, whether they are there or not: model.safetensors, or what the index
+    says where there is no such file, which is transformers' order.
+    """
     index = folder / "model.safetensors.index.json"
-    if not index.exists():
+    if not index.exists() or (folder / "model.safetensors").exists():
         return ["model.safetensors"]
     where = read_object(index).get("weight_map")
     if not isinstance(where, dict) or not where:
@@ -85,12 +94,20 @@ def files(folder: epath.Path) -> list[epath.Path]:
     if not missing:
         for file in found:
             check_regular(file)
+        _name_unread(folder)
         return found
     if (index := folder / "model.safetensors.index.json").exists():
         raise UserError(f"{index}: lists files that are not there: {', '.join(missing)}. Download the folder again.")
     pickles = [p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth"))]
     hint = f" It has {pickles[0]}, a pickle, which is never read: convert it to safetensors first." if pickles else ""
     raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json.{hint}")
+
+
+@functools.lru_cache(maxsize=8)  # once for each folder
+def _name_unread(folder: epath.Path) -> None:
+    if all((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
+        line = "model.safetensors is read, as transformers does; the files that model.safetensors.index.json lists are not."
+        print(f"{folder}: {line} Delete what is out of date.", file=sys.stderr)
 
 
 def _open(folder: epath.Path) -> dict[str, Any]:
@@ -106,6 +123,28 @@ def _open(folder: epath.Path) -> dict[str, Any]:
 def _language(name: str) -> str:
     prefix = next((p for p in _LANGUAGE if name.startswith(p)), None)
     return name if prefix is None else _LANGUAGE[prefix] + name.removeprefix(prefix)
+
+
+def _apart(slices: dict, arch: Architecture, names: dict[str, Tensor]) -> dict[str, Any]:
+    """The experts' tensors one by one, and the router, by their names on the hub, where a file has transformers 5's own form:
+    all of a layer in gate_up_proj [E, 2F, D] and down_proj [E, D, F].
+    """
+    if not arch.experts or not any(_STACKED.fullmatch(name) for name in slices):
+        return slices
+    hub = {part: names[f"layers/mlp/{part}/kernel"].name for part in ("router", "experts/gate", "experts/up", "experts/down")}
+    found = {}
+    for name, whole in slices.items():
+        stacked, router, shape = _STACKED.fullmatch(name), _ROUTER.fullmatch(name), whole.get_shape()
+        if router:
+            found[hub["router"].format(router[1])] = whole
+        elif stacked and len(shape) == 3 and shape[0] == arch.experts:
+            parts = ("experts/gate", "experts/up") if stacked[2] == "gate_up" else ("experts/down",)
+            rows = shape[1] // len(parts)
+            for (number, part), expert in itertools.product(enumerate(parts), range(arch.experts)):
+                found[hub[part].format(stacked[1], expert)] = lazy.Row(whole, expert, number * rows, (number + 1) * rows)
+        else:
+            found[name] = whole
+    return found
 
 
 def load(
@@ -133,7 +172,8 @@ def check(folder: str | epath.Path, arch: Architecture) -> dict[str, Any]:
     Raises UserError for files that are missing or cut off, and for tensors that are missing or that the architecture lacks.
     """
     folder = cloud.path(folder)
-    slices, names = _open(folder), tensor_names(arch)
+    names = tensor_names(arch)
+    slices = _apart(_open(folder), arch, names)
     if (says := arch.parameters()) > 8 * (held := sum(math.prod(x.get_shape()) for x in slices.values())):
         raise UserError(
             f"{folder}: config.json describes {says:,} parameters ({sizes(arch)}), and its files hold {held:,}; the config "
@@ -241,12 +281,36 @@ def save(folder: str | epath.Path, params: Params, arch: Architecture, config: d
     kind = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}.get(dtype)
     if kind is None:
         raise UserError(f"export: dtype {dtype!r} is not one of float32, bfloat16, float16.")
-    config = {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")} | {"dtype": dtype}
+    config = portable({k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")} | {"dtype": dtype})
     config["architectures"] = config.get("architectures") or [
         f"{_CLASSES.get(arch.family, arch.family.capitalize())}ForCausalLM"
     ]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return _write_shards(folder, _tensors(params, arch, kind))
+
+
+def portable(config: dict) -> dict:
+    """A config's fields in the spelling of transformers 4.57, which 5 reads too.
+
+    4.57 has the rotary base and its scaling apart, where 5 writes rope_parameters, and one name for the experts' number.
+    """
+    config, family = dict(config), config.get("model_type")
+    nested = config.pop("rope_parameters", None) or {}
+    if local := nested.get("sliding_attention"):
+        config.setdefault("rope_local_base_freq", local.get("rope_theta", 10000.0))
+    rope = dict(nested.get("full_attention") or (nested if local is None else {}))
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in rope:
+            config[name] = rope.pop(name)
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = rope
+    if (scaling := config.get("rope_scaling")) and (held := _SCALING.get(family)):
+        scaling = {"type": scaling.get("rope_type"), **scaling}
+        config["rope_scaling"] = {k: scaling[k] for k in held if k in scaling}
+    own, other = ("num_local_experts", "num_experts") if family == "mixtral" else ("num_experts", "num_local_experts")
+    if config.get(other) is not None:
+        config[own] = config.pop(other)
+    return config
 
 
 def _tensors(params: Params, arch: Architecture, kind):

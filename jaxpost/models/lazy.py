@@ -75,3 +75,21 @@ class _Slice:
         row = math.prod(shape[1:]) * kind.itemsize
         read = _range(self.file, self.start + first * row, self.start + last * row) if last > first else b""
         return np.frombuffer(read, kind).reshape(max(last - first, 0), *shape[1:])[:, *index[1:]]
+
+
+class Row:
+    """A few rows of one entry of a tensor's first axis, as a tensor of its own: [first, last) of expert `entry`."""
+
+    def __init__(self, whole, entry: int, first: int, last: int):
+        self.whole, self.entry, self.first, self.last = whole, entry, first, last
+
+    def get_shape(self) -> list[int]:
+        return [self.last - self.first, *self.whole.get_shape()[2:]]
+
+    def get_dtype(self) -> str:
+        return self.whole.get_dtype()
+
+    def __getitem__(self, index) -> np.ndarray:
+        index = index if isinstance(index, tuple) else (index,)
+        start, stop, _ = index[0].indices(self.last - self.first)
+        return self.whole[slice(self.entry, self.entry + 1), slice(self.first + start, self.first + stop), *index[1:]][0]

@@ -8,7 +8,6 @@ of ours names the adapter that is in it, and, where its frozen weights are elsew
 were; then the tree is made of the two.
 """
 
-import copy
 import dataclasses
 import inspect
 import json
@@ -379,16 +378,14 @@ def keep_description(found: Description, workdir, template: str) -> None:
     """Writes config.json, generation_config.json and the tokenizer under workdir/model, so that a workdir is all that generate
     and export need.
 
-    template: the Jinja that the run trains with, which the tokenizer carries from here on, whatever it came with.
+    template: the Jinja that the run trains with, which the tokenizer carries from here on; further ones stay.
     """
     folder = epath.Path(workdir) / "model"
     folder.mkdir(parents=True, exist_ok=True)
     for name, fields in (("config", found.config), ("generation_config", found.generation)):
         (folder / f"{name}.json").write_text(json.dumps(fields, indent=2) + "\n")
     if found.tokenizer is not None:
-        text = copy.deepcopy(found.tokenizer)
-        text.chat_template = template
-        tokenizer.save(text, folder)
+        tokenizer.save(tokenizer.carrying(found.tokenizer, template), folder)
 
 
 def open_model(where: str, mesh, dtype: str = "float32", adapter: Mapping | None = None) -> tuple[Description, Params]:
