@@ -20,7 +20,7 @@ _ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd", "/dev
 
 
 def start(distributed: bool = False) -> None:
-    """Starts jax's devices, with jax.distributed before them if asked for. Does nothing early that could have something to say.
+    """Starts jax's devices, after jax.distributed if asked for.
 
     Every command calls it once, before anything asks for a device; a device that cannot start is jax's error, with libtpu's
     lines above it.
