@@ -1,0 +1,422 @@
+"""From numbers, words and signs to the number that a text gives: the upper half of the grammar that answers.py opens with.
+
+`read` goes through the items once. It gathers the sides of an equation into a chain, chains into a group (a list), and takes
+the group that the text's mark asks for.
+"""
+
+import re
+from fractions import Fraction
+from typing import NamedTuple
+
+from jaxpost.rewards import vocabulary as v
+from jaxpost.rewards.numerals import Item
+
+_REMARK = 60  # items that a remark in parentheses may have
+_NOTHING = Item("\n", True)
+_BREAKS = ("\n", "!", ";", "→")
+
+
+class Number(NamedTuple):
+    """An exact number, and whether it is spelled as a percentage."""
+
+    value: Fraction
+    percentage: bool
+
+    def equals(self, other: "Number") -> bool:
+        """Whether two numbers are equal; a percentage is so to the number before its sign, and to a hundredth of it."""
+        if self.percentage == other.percentage:
+            return self.value == other.value
+        of_hundred, plain = (self, other) if self.percentage else (other, self)
+        return plain.value in (of_hundred.value, of_hundred.value / 100)
+
+
+class _Side:
+    """What stands between two equality signs."""
+
+    def __init__(self):
+        self.number: Number | None = None
+        self.count = self.words = 0  # numbers; words after the last
+        self.word = ""
+        self.bad = self.unknown = self.operator = self.comma = self.part = False
+        self.denied = self.adjunct = self.bound = self.foreign = False
+        self.lead: list[str] = []
+
+    @property
+    def value(self) -> Number | None:
+        return self.number if self.count == 1 and not self.bad else None
+
+    @property
+    def computes(self) -> bool:
+        """Whether it is to be computed from its numbers, as 3 * 24 and 10% of the pages are."""
+        return self.count > 0 and not self.unknown and (self.part or self.bad or self.count > 1)
+
+
+class _Ahead:
+    """What words and signs say of the next number."""
+
+    def __init__(self):
+        self.words: list[str] = []
+        self.denied = self.bound = self.foreign = self.whole = False
+        self.sign = 1
+
+
+class _Group:
+    """A list of chains, and where it stands."""
+
+    def __init__(self, side: _Side, clause: int, sentence: int):
+        self.values: list[Number | None] = []
+        self.clause, self.sentence, self.adjunct, self.lead = clause, sentence, side.adjunct, side.lead
+        self.computes = False
+
+    @property
+    def number(self) -> Number | None:
+        first = self.values[0]
+        return first if first is not None and all(x is not None and first.equals(x) for x in self.values) else None
+
+
+def read(parts: list[Item], takes: str, *, strict: bool = True, gold: bool = False) -> Number | None:
+    """The number that items give; None where they give none, or no single one.
+
+    takes: only, first or last, of the groups. strict: a comma after a number makes a list. gold: no word may lead to it.
+    """
+    groups = _Reader(parts, takes, strict, gold).groups
+    if not groups or (takes == "only" and len(groups) > 1):
+        return None
+    if takes == "last":
+        last = groups[-1]
+        others = [g for g in groups if g.clause == last.clause and not g.adjunct]
+        return None if last.adjunct and others else last.number
+    place = next((i for i, g in enumerate(groups) if not g.adjunct and g.sentence == groups[0].sentence), 0)
+    first, direct = groups[place], set(groups[place].lead) <= v.FILLERS
+    for other in groups[place + 1 :]:
+        if other.clause != first.clause:
+            break
+        if not other.adjunct and (not direct or v.HAS & set(other.lead)) and other.number != first.number:
+            return None
+    return first.number
+
+
+class _Reader:
+    """Reads items from left to right into groups of chains."""
+
+    def __init__(self, parts: list[Item], takes: str, strict: bool, gold: bool):
+        self.items, self.takes, self.strict, self.gold = parts, takes, strict, gold
+        self.groups: list[_Group] = []
+        self.sides, self.ahead, self.joined, self.depth = [_Side()], _Ahead(), False, 0
+        self.clause = self.sentence = 0
+        self.lines = any(i.kind == "\n" for i in parts)
+        at = 0
+        while at < len(parts):
+            at = self._item(at) or at + 1
+        self._end()
+
+    @property
+    def side(self) -> _Side:
+        return self.sides[-1]
+
+    def _at(self, at: int) -> Item:
+        return self.items[at] if 0 <= at < len(self.items) else _NOTHING
+
+    def _end(self, joined: bool = False) -> None:
+        """Ends a chain; the next one is of its group or not."""
+        self.side.foreign = self.ahead.foreign
+        sides = [s for s in self.sides if s.count]
+        earlier = bool(self.groups) and self.groups[-1].sentence == self.sentence
+        dropped = any(s.denied for s in sides) or (self.takes == "last" and earlier and any(s.bound for s in sides))
+        if sides and not dropped:
+            if not (self.joined and self.groups):
+                self.groups.append(_Group(sides[0], self.clause, self.sentence))
+            self.groups[-1].values.append(_chained(sides))
+            self.groups[-1].computes = sides[-1].computes
+        if sides:
+            self.joined = joined
+        self.sides, self.ahead = [_Side()], _Ahead()
+
+    def _break(self, sentence: bool = False) -> None:
+        """Ends a clause, or a sentence."""
+        self._end()
+        self.clause += 1
+        self.sentence += sentence
+
+    def _item(self, at: int) -> int | None:
+        """Takes one item; gives the place after those that it skipped."""
+        item, side, before, next_ = self.items[at], self.side, self._at(at - 1), self._at(at + 1)
+        term, glued = next_.kind in ("n", "+", "-", "(", "c"), not item.gap and not next_.gap
+        after = side.count and not side.words  # right after a number
+        kind = item.kind
+        if kind == "n":
+            self._number(item, next_)
+        elif kind == "w":
+            return self._word(at)
+        elif kind == "c":
+            self.ahead.foreign = True
+            side.bad |= bool(after)
+        elif kind == "<":
+            if before.kind != "\n" or self.takes != "last":
+                self.ahead.bound = True
+                side.bad = side.unknown = True
+        elif kind == "=":
+            self._equals()
+        elif kind == "→":
+            self._concludes()
+        elif kind in ("+", "-", "×", "/"):
+            self._operator(at, term)
+        elif kind == "…":
+            self._dots(bool(after), before, next_)
+        elif kind in (".", ":") and after and next_.kind == "n" and (glued or (kind == ":" and item.gap and next_.gap)):
+            side.operator = True
+        elif kind == "_" and after and not next_.gap:
+            side.bad = side.operator = True
+        elif kind in (",", ";"):
+            self._comma(bool(after) and not side.adjunct and (self.strict or self.depth > 0 or glued))
+        elif kind == "." and next_.gap and self.gold and not side.count:
+            pass  # B. 5
+        elif kind == ":" or (kind == "." and next_.gap) or (kind in ("\n", "!") and self.takes != "only"):
+            self._break(kind != ":")
+        elif kind in ("!", "|") and self.takes == "only":
+            side.bad = self.ahead.foreign = True
+        elif kind == "(":
+            return self._open(at)
+        elif kind == ")":
+            if not self.depth and side.count and self.takes != "only":
+                self._break()
+            self.depth = max(0, self.depth - 1)
+        return None
+
+    def _number(self, item: Item, next_: Item) -> None:
+        side, ahead = self.side, self.ahead
+        if (item.text == "ordinal" and self.takes == "last") or ahead.whole:
+            self.ahead = _Ahead()
+            return
+        if side.count and not side.operator and (side.words or side.comma):
+            compound = side.words == 1 and not side.comma and side.word not in v.APART
+            side.bad |= compound
+            self.ahead = _Ahead()
+            self._end(joined=compound or (side.comma and not side.words))
+            side = self.side
+        leads = [word for word in ahead.words if word not in v.FILLERS]
+        if side.count:
+            side.bad = True
+        else:
+            side.bad |= ahead.foreign or ahead.bound or (self.gold and bool(leads))
+            side.bound, side.denied, side.lead = ahead.bound, ahead.denied, ahead.words
+            side.adjunct = self._is_adjunct(leads, next_)
+            side.number = None if item.value is None else Number(ahead.sign * item.value, item.percentage)
+            side.unknown |= ahead.bound or (item.text == "fraction" and item.value is None)
+        side.count, side.words, side.operator = side.count + 1, 0, False
+        self.ahead = _Ahead()
+
+    def _is_adjunct(self, leads: list[str], next_: Item) -> bool:
+        """Whether a number is a time or a place of what the sentence is about: after 5 days."""
+        if not leads:
+            return False
+        if self.takes == "last":
+            return leads[-1] in v.ADJUNCT or (leads[-1] in v.AROUND and next_.text.casefold() in v.TIMES)
+        return leads[-1] in v.AROUND
+
+    def _word(self, at: int) -> int | None:
+        item, side, ahead, next_ = self.items[at], self.side, self.ahead, self._at(at + 1)
+        before, word, following = self._at(at - 1), self.items[at].text.casefold(), next_.text.casefold()
+        after = side.count and not side.words
+        if before.kind == "n" and _unknown(item, next_):
+            side.bad = side.unknown = True
+        if word in ("or", "and") or word in v.BETWEEN | v.RATIO:
+            if self._joins(at, word, following):
+                return None
+        elif word in v.IS and (side.computes or not side.count):
+            self._equals()
+            return None
+        elif word in v.WHY | v.SO | v.ASIDE or word == "which":
+            if word != "as" or after or side.words < 3:
+                return self._turns(at, word)
+        elif after and (word in v.UNREAD or word in v.POWERS or (self.gold and word in ("am", "pm"))):
+            side.bad = True
+        elif word in ("divided", "multiplied", "raised") and side.count and following in ("by", "to"):
+            side.bad = side.operator = True
+        elif item.text in v.MONTHS and (after or next_.kind == "n"):
+            side.bad |= bool(after)
+            ahead.foreign |= not after
+        self._warns(item, before, next_)
+        side.words, side.word = side.words + 1, word
+        ahead.words.append(word)
+        ahead.sign = 1
+        return None
+
+    def _warns(self, item: Item, before: Item, next_: Item) -> None:
+        """What a word says of the number after it, or of the one before: less than 5, 5 at least."""
+        side, ahead, word = self.side, self.ahead, item.text.casefold()
+        if word in v.NOT or word.endswith("n't") or (word == "than" and before.text == "rather"):
+            ahead.denied = True
+        elif word == "than":
+            compares = side.count and side.words and before.text.casefold() in v.MORE
+            side.operator |= bool(compares)  # 5 more than 67
+            ahead.bound |= not compares
+        elif word in ("least", "most") and before.text.casefold() == "at":
+            if side.count and next_.kind != "n":
+                side.bad = side.unknown = True
+            ahead.bound = True
+        elif (word in v.BEYOND or (word == "to" and before.text.casefold() == "up")) and next_.kind in ("n", "+", "-"):
+            ahead.bound = True
+        elif word in v.TAKES and (next_.kind in ("n", "(") or next_.text.casefold() in v.OF) and not side.words:
+            ahead.foreign |= not side.count
+        elif word not in v.OF:
+            ahead.foreign &= self.takes == "only"
+
+    def _joins(self, at: int, word: str, following: str) -> bool:
+        """Takes a word that may make one of two numbers; whether it was all that there is to it."""
+        side, next_ = self.side, self._at(at + 1)
+        if word in ("or", "and"):
+            if side.count and following in v.MORE and not (word == "and" and following == "so"):
+                side.bad = side.unknown = True  # 5 or more
+                return False
+            self._comma(side.count > 0 and (not side.words or self.takes != "last"))
+            return True
+        if not side.count:
+            return False
+        number = side.number
+        if word == "of" and number is not None and (number.percentage or number.value.denominator > 1):
+            side.part = True
+        direct = side.words == 0 or (word == "of" and side.word == "out" and side.words == 1)
+        if next_.kind in ("n", "+", "-") and (direct or (word in v.BETWEEN and side.words == 1)):
+            side.bad = side.operator = True
+        elif word == "of" and direct and following in v.WHOLE:
+            self.ahead.whole, side.operator = not side.part, side.part
+        return False
+
+    def _turns(self, at: int, word: str) -> int | None:
+        """Takes a word that opens another clause; what follows why, or which, tells of an answer that is there."""
+        side, group = self.side, self.groups[-1] if self.groups else None
+        given = any(s.count for s in self.sides)
+        if word == "which":
+            if given and side.computes:
+                side.comma = False
+                self._equals()
+                return None
+            if not given and group and group.clause == self.clause - 1 and group.computes and group.number is None:
+                self.groups.pop()
+                return None
+        if word in v.SO:
+            if any(s.unknown for s in self.sides):
+                self._concludes()
+            else:
+                self._break()
+            return None
+        self._break()
+        explains = word in v.WHY or word == "which"
+        if explains and (given or (word == "which" and group)) and (self.takes != "last" or word == "which" or given):
+            while at < len(self.items) and not self._stops(at):
+                at += 1
+            return at
+        return None
+
+    def _stops(self, at: int) -> bool:
+        kind = self.items[at].kind
+        return kind in _BREAKS or (kind == "." and self._at(at + 1).gap) or kind == "."
+
+    def _comma(self, joins: bool) -> None:
+        """What may separate the members of a list."""
+        side = self.side
+        if not side.count:
+            side.words = 0
+            self.ahead = _Ahead()
+        elif joins:
+            side.comma, side.words = True, 0
+            self.ahead = _Ahead()
+        else:
+            self._break()
+
+    def _equals(self) -> None:
+        side = self.side
+        if side.comma:
+            self._end(joined=side.words == 1 and len(side.word) == 1)
+        self.side.foreign = self.ahead.foreign
+        self.sides.append(_Side())
+        self.ahead = _Ahead()
+
+    def _concludes(self) -> None:
+        """An arrow: an equality between numbers; from an equation with an unknown to what follows of it."""
+        if any(s.unknown for s in self.sides):
+            self.sides, self.ahead = [_Side()], _Ahead()
+        elif self.side.comma:
+            self._break()
+        else:
+            self._equals()
+
+    def _dots(self, after: bool, before: Item, next_: Item) -> None:
+        if after and (before.text == "decimal" or self.takes == "only" or (next_.kind == "n" and not next_.gap)):
+            self.side.bad = self.side.unknown = self.side.operator = True
+        else:
+            self._break(True)
+
+    def _operator(self, at: int, term: bool) -> None:
+        item, side, before, next_ = self.items[at], self.side, self._at(at - 1), self._at(at + 1)
+        even, after = item.gap == next_.gap, side.count and not side.words
+        if not term:
+            letter = next_.kind == "w" and len(next_.text) == 1 and _unknown(next_._replace(gap=True), self._at(at + 2))
+            if after and (letter or (item.kind == "+" and before.kind == "n")):
+                side.bad = side.unknown = True  # 5 + x, 5+
+            return
+        if side.count and not side.comma and (not side.words or (side.words < 4 and even)):
+            side.operator = True
+        elif item.kind in "+-" and not (before.kind == "w" and even and (item.gap or len(before.text) == 1)):
+            bullet = before.kind == "\n" and next_.gap and self.lines and self.takes == "last"
+            self.ahead.sign *= -1 if item.kind == "-" and not bullet else 1
+        elif before.kind == ")" or (before.kind == "w" and even and len(before.text) == 1):
+            self.ahead.foreign = side.unknown = True
+
+    def _open(self, at: int) -> int | None:
+        """An opening parenthesis: a remark after a number is skipped."""
+        side, item, before = self.side, self.items[at], self._at(at - 1)
+        if side.count and item.gap and not side.operator and not side.comma and side.words < 3 and side.word not in v.IS:
+            depth = 0
+            for end in range(at, min(at + _REMARK, len(self.items))):
+                depth += {"(": 1, ")": -1}.get(self.items[end].kind, 0)
+                if not depth:
+                    inside = [i.text.casefold() for i in self.items[at:end] if i.kind == "w"]
+                    if self.takes != "only" or (any(len(w) > 1 for w in inside) and not v.UNREAD & set(inside)):
+                        return end + 1
+                    break
+        self.depth += 1
+        self.ahead.foreign |= before.kind == "w" and not item.gap
+        return None
+
+
+def _chained(sides: list[_Side]) -> Number | None:
+    """The number of a chain of equalities: that of its last side."""
+    if any(s.unknown for s in sides[:-1]):
+        return None
+    plain = [s.value for s in sides if s.value is not None and not s.words and not s.part and not s.value.percentage]
+    if any(not _close(a.value, b.value) for a, b in zip(plain, plain[1:], strict=False)):
+        return None  # 5 = 6
+    value = sides[-1].value
+    if len(sides) == 2 and value is None and not any(s.unknown or s.foreign for s in sides):
+        return sides[0].value  # 72 = 48 + 24
+    return value
+
+
+def _close(a: Fraction, b: Fraction) -> bool:
+    """Whether two numbers are equal but for the rounding of one: 2/3 and 0.67."""
+    return a == b or any(abs(a - b) <= Fraction(1, 2 * 10**places) for places in map(_places, (a, b)) if places is not None)
+
+
+def _places(number: Fraction) -> int | None:
+    return next((places for places in range(13) if (number * 10**places).denominator == 1), None)
+
+
+_XYZ = re.compile(r"[xyz]{2,}", re.IGNORECASE)
+_GREEK = re.compile(r"[α-ωΑ-ΨϕϵπτφθλΠΘ]")
+_EASTERN = re.compile(r"[百千万億亿兆백천만억조]")
+
+
+def _unknown(item: Item, next_: Item) -> bool:
+    """Whether a word right after a number is no unit: an unknown, a digit of a base, a scale that is not read."""
+    word = item.text
+    if _XYZ.fullmatch(word) or _EASTERN.match(word) or (_GREEK.match(word) and not word.startswith("μ")):
+        return True
+    if not item.gap and any(map(str.isdigit, word)):
+        return True
+    if len(word) == 1 and word.isascii():
+        if word in "aI" and item.gap and next_.kind == "w":
+            return False
+        return word not in (v.LETTERS if item.gap else v.TOUCHING)
+    return not item.gap and len(word) < 4 and word.isascii() and word.casefold() not in v.SHORT
