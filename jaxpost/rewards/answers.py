@@ -63,7 +63,7 @@ _TURNS = re.compile(r"<[|｜][^<>\n]{1,40}[|｜]>|<end_of_turn>|</s>|<eos>")  # 
 _BRACES = re.compile(r"\\(?:boxed|fbox)[ ]*\{|\\[\\{}]|[{}]")
 _TAG = re.compile(r"<(/?)answer>")
 _WORDS = re.compile(r"\banswer(?:\s++is\b|\s*+[:=])([\s*:]*+)(?:[\s$*:]|\\[\[(])*+", re.IGNORECASE)
-_SENTENCE = re.compile(r"(?:[^\n.!?]|[.!?](?!\s)){0,300}+.?")
+_SENTENCE = re.compile(r"(?:\.\.\.\s?(?=[0-9])|[^\n.!?]|[.!?](?!\s)){0,300}+.?")
 _SPEAKS = re.compile(
     r"(?:(?:indeed|also|therefore|thus|then|definitely|really)\s+)?(?:correct|right|wrong|incorrect|valid|reasonable|not|found|"
     r"obtained|computed|calculated|determined|derived|reached|given\s+by|got|checked|verified|consistent)\b",
@@ -91,7 +91,7 @@ def marked(text: str, *, digits: bool = False) -> Marked:
     for match in reversed(list(_WORDS.finditer(text))):
         sentence = _SENTENCE.match(text, match.end())[0]
         if not _SPEAKS.match(sentence) and (not digits or any(c.isnumeric() for c in sentence)):
-            return Marked(sentence if digits else text[match.end(1) :], "words")
+            return Marked(text[match.end(1) : match.end()] + sentence if digits else text[match.end(1) :], "words")
     return Marked(text, "none")
 
 

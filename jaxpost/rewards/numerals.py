@@ -22,7 +22,7 @@ _SPELLED |= dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2212\ufe63"), "-")
 _SPELLED |= dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\u2061\u2062\u2063\ufeff\u00ad"))
 _SPELLED |= dict.fromkeys(map(ord, "·∙⋅✕✖÷"), "×") | dict.fromkeys(map(ord, "—―"), "\n") | dict.fromkeys(map(ord, "≈≃≅"), "=")
 _SPELLED |= str.maketrans({"⁄": "/", "\u2215": "/", "\u2236": ":", "∼": "~", "’": "'", "٫": ".", "٬": ","})
-_X = re.compile(r"(?<=[0-9)}])\s{0,3}[xX]\s{0,3}(?=[0-9(\\$])")
+_X = re.compile(r"(?<=[0-9)}])\s{0,3}[xX]\s{0,3}(?=[0-9(\\]|\$\s?[0-9.])")
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 _LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _ODD = re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+|[₀₁₂₃₄₅₆₇₈₉]+|[^\x00-\x7f]")
@@ -39,10 +39,11 @@ def _tokenizer(separator: str) -> re.Pattern:
     currency += r"|\b(?:USD|EUR|GBP|CAD|AUD|INR|CHF|JPY|RMB|Rs\.?)(?=\s?[-+]?[0-9.])"
     currency += r"|\\(?:euro|pounds|textdollar|texteuro|yen)(?![A-Za-z])"
     looks = r"\\(?:text)?color ?\{[^{}\n]{0,40}\}"  # and its argument, which is no text
-    command = r"\\(?:[A-Za-z]++|[^A-Za-z])"
+    looks += r"|\\(?:begin|end) ?\{(?:align|aligned|equation|gather|gathered|split|center|document)\*?\}"
+    command = r"\\begin ?\{[^{}\n]{0,40}\}|\\(?:[A-Za-z]++|[^A-Za-z])"
     return re.compile(
         rf"(?P<number>{number})|(?P<currency>{currency})|(?P<tag><<[^<>\n]{{0,200}}>>|</?[A-Za-z_]++>|{looks})"
-        rf"|(?P<command>{command})|(?P<word>[AaPp]\.[Mm]\b\.?|[^\W\d_]\w*+(?:'\w++)*+(?:-[0-9]\w*+)*+)|(?P<break>\n)"
+        rf"|(?P<command>{command})|(?P<word>[AaPp]\.[Mm]\b\.?|[^\W\d_]\w*+(?:'\w++)*+(?:(?<=\w\w)-[0-9]\w*+)*+)|(?P<break>\n)"
         r"|(?P<gap>[^\S\n]++)|(?P<dots>\.\.+|…)|(?P<arrow>[-=]{1,3}>)|(?P<relation>[!<>]=|=/=|=<)|(?P<sign>.)",
         re.DOTALL,
     )
@@ -127,6 +128,9 @@ def _tokens(text: str, wide: bool) -> list[_Token]:
         kind, spelled = match.lastgroup, match[0]
         if kind in ("gap", "currency", "tag") or spelled in '"`“”' or (kind == "sign" and unicodedata.category(spelled) == "Sc"):
             gap |= kind == "gap"
+            if spelled == "$" and tokens and not gap and tokens[-1].kind == "w":
+                tokens[-1] = tokens[-1]._replace(money=True)  # $5 k$ is a formula
+                continue
             money |= kind == "currency" or kind == "sign"
             continue
         if kind == "command":
@@ -223,7 +227,7 @@ def _items(tokens: list[_Token], depth: int = 0) -> list[Item]:
         elif kind not in "{}":
             items.append(Item(kind, gap, text))
             if kind == ")":
-                _enclose(items)
+                _enclose(items, divided=at < len(tokens) and tokens[at].kind == "/")
     return items
 
 
@@ -245,7 +249,7 @@ def _scale(items: list[Item], tokens: list[_Token], at: int) -> int:
     factor = SCALES.get(low, 0) or (OF_MONEY.get(low, 0) if last.money and _alone(tokens, at) else 0)
     if factor or low in MANY_PARTS or (low in PARTS and one):
         factor = factor or Fraction(1, MANY_PARTS.get(low) or PARTS[low])
-        items[-1] = last._replace(value=last.value * factor, text="decimal", money=False)
+        items[-1] = last._replace(value=last.value * factor, text="scaled", money=False)
         return 1
     if low == "and" and texts[1:2] in (["a"], ["an"], ["one"]) and texts[2:3] and (below := _PARTS.get(texts[2])):
         whole = last.text == "whole" and not last.percentage
@@ -258,25 +262,25 @@ def _scale(items: list[Item], tokens: list[_Token], at: int) -> int:
 
 
 def _alone(tokens: list[_Token], at: int) -> bool:
-    """Whether a letter after a number is none of a unit's, as in $5 m^2."""
-    return at + 1 == len(tokens) or tokens[at + 1].kind not in ("^", "/", "_", "'")
+    """Whether a letter after a sum of money is none of a unit's or a formula's, as in $5 m^2$."""
+    return not tokens[at].money and (at + 1 == len(tokens) or not _goes_on(tokens[at + 1]))
 
 
-def _enclose(items: list[Item]) -> None:
-    """Makes one number of (-5) at the end, which no function or number stands before."""
-    for count in (3, 4):
-        part = items[-count:]
-        if len(part) == count and part[0].kind == "(" and part[-2].kind == "n" and part[-2].value is not None:
-            before = items[-count - 1] if len(items) > count else Item("", True)
-            if (count == 4 and part[1].kind not in "+-") or part[0].text not in ("(", "[") or before.kind in ("n", "w", "c", ")"):
-                return
-            if part[0].text == "[" and before.kind:
-                return
-            number = part[-2]
-            value = -number.value if part[1].kind == "-" else number.value
-            items[-count:] = [number._replace(gap=part[0].gap, value=value, text="decimal" if count == 4 else number.text)]
-            _divide(items)
-            return
+def _goes_on(token: _Token) -> bool:
+    return token.kind in ("^", "/", "_", "'", "=") or (token.kind == "w" and len(token.text) == 1 and token.text != "a")
+
+
+def _enclose(items: list[Item], divided: bool) -> None:
+    """Makes one number of (-5) at the end, unless it belongs to what stands before it. divided: a / follows."""
+    count = 4 if len(items) > 3 and items[-3].kind in ("+", "-") else 3
+    opened, number = items[-count] if len(items) >= count else Item("", False), items[-2] if len(items) > 1 else None
+    before = items[-count - 1] if len(items) > count else Item("", True)
+    belongs = before.kind in ("n", "c", ")") or (before.kind == "w" and not (divided and opened.gap))
+    if opened.text != "(" or number.kind != "n" or number.value is None or belongs:
+        return
+    value = -number.value if items[-3].kind == "-" else number.value
+    items[-count:] = [number._replace(gap=opened.gap, value=value, text="decimal" if count == 4 else number.text)]
+    _divide(items)
 
 
 def _divide(items: list[Item]) -> None:

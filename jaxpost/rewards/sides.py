@@ -4,7 +4,6 @@
 the group that the text's mark asks for.
 """
 
-import re
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ from jaxpost.rewards import vocabulary as v
 from jaxpost.rewards.numerals import Item
 
 _REMARK = 60  # items that a remark in parentheses may have
+_NUMBERS = {"whole", "decimal", "fraction", "quotient", "mixed", "power"}
 _NOTHING = Item("\n", True)
 _BREAKS = ("\n", "!", ";", "→")
 
@@ -38,7 +38,7 @@ class _Side:
         self.count = self.words = 0  # numbers; words after the last
         self.word = ""
         self.bad = self.unknown = self.operator = self.comma = self.part = False
-        self.denied = self.adjunct = self.bound = self.foreign = False
+        self.denied = self.adjunct = self.bound = self.foreign = self.month = False
         self.lead: list[str] = []
 
     @property
@@ -56,7 +56,7 @@ class _Ahead:
 
     def __init__(self):
         self.words: list[str] = []
-        self.denied = self.bound = self.foreign = self.whole = False
+        self.denied = self.bound = self.foreign = self.whole = self.month = False
         self.sign = 1
 
 
@@ -120,6 +120,7 @@ class _Reader:
     def _end(self, joined: bool = False) -> None:
         """Ends a chain; the next one is of its group or not."""
         self.side.foreign = self.ahead.foreign
+        self.side.bad |= self.side.comma and self._named()  # (5, x)
         sides = [s for s in self.sides if s.count]
         earlier = bool(self.groups) and self.groups[-1].sentence == self.sentence
         dropped = any(s.denied for s in sides) or (self.takes == "last" and earlier and any(s.bound for s in sides))
@@ -152,7 +153,7 @@ class _Reader:
             self.ahead.foreign = True
             side.bad |= bool(after)
         elif kind == "<":
-            if before.kind != "\n" or self.takes != "last":
+            if before.kind != "\n" or self.strict or not next_.gap:  # not a quotation's
                 self.ahead.bound = True
                 side.bad = side.unknown = True
         elif kind == "=":
@@ -168,7 +169,7 @@ class _Reader:
         elif kind == "_" and after and not next_.gap:
             side.bad = side.operator = True
         elif kind in (",", ";"):
-            self._comma(bool(after) and not side.adjunct and (self.strict or self.depth > 0 or glued))
+            self._comma(bool(after) and not side.adjunct and (self.strict or self.depth > 0 or glued or self._lists(at)))
         elif kind == "." and next_.gap and self.gold and not side.count:
             pass  # B. 5
         elif kind == ":" or (kind == "." and next_.gap) or (kind in ("\n", "!") and self.takes != "only"):
@@ -189,7 +190,7 @@ class _Reader:
             self.ahead = _Ahead()
             return
         if side.count and not side.operator and (side.words or side.comma):
-            compound = side.words == 1 and not side.comma and side.word not in v.APART
+            compound = side.words == 1 and not side.comma and side.word not in v.APART | v.HAS
             side.bad |= compound
             self.ahead = _Ahead()
             self._end(joined=compound or (side.comma and not side.words))
@@ -200,6 +201,7 @@ class _Reader:
         else:
             side.bad |= ahead.foreign or ahead.bound or (self.gold and bool(leads))
             side.bound, side.denied, side.lead = ahead.bound, ahead.denied, ahead.words
+            side.month = ahead.month
             side.adjunct = self._is_adjunct(leads, next_)
             side.number = None if item.value is None else Number(ahead.sign * item.value, item.percentage)
             side.unknown |= ahead.bound or (item.text == "fraction" and item.value is None)
@@ -218,25 +220,28 @@ class _Reader:
         item, side, ahead, next_ = self.items[at], self.side, self.ahead, self._at(at + 1)
         before, word, following = self._at(at - 1), self.items[at].text.casefold(), next_.text.casefold()
         after = side.count and not side.words
-        if before.kind == "n" and _unknown(item, next_):
+        if before.kind == "n" and v.unknown(item.text, item.gap, next_.kind):
             side.bad = side.unknown = True
-        if word in ("or", "and") or word in v.BETWEEN | v.RATIO:
+        if word in ("or", "and") or word in v.BETWEEN | v.RATIO or (word == "less" and after):
             if self._joins(at, word, following):
                 return None
         elif word in v.IS and (side.computes or not side.count):
             self._equals()
+            self.ahead.denied, self.ahead.bound = ahead.denied, ahead.bound  # not equal to 5
             return None
         elif word in v.WHY | v.SO | v.ASIDE or word == "which":
             if word != "as" or after or side.words < 3:
                 return self._turns(at, word)
-        elif after and (word in v.UNREAD or word in v.POWERS or (self.gold and word in ("am", "pm"))):
+        elif after and (word in v.UNREAD or word in v.POWERS or (self.gold and word.replace(".", "") in ("am", "pm"))):
             side.bad = True
         elif word in ("divided", "multiplied", "raised") and side.count and following in ("by", "to"):
             side.bad = side.operator = True
-        elif item.text in v.MONTHS and (after or next_.kind == "n"):
-            side.bad |= bool(after)
-            ahead.foreign |= not after
+        elif word == "zero" and side.count and before.text.casefold() == "below":
+            side.bad = True
         self._warns(item, before, next_)
+        if item.text in v.MONTHS and "n" in (before.kind, next_.kind):  # May 5, 5 May
+            side.bad |= before.kind == "n"
+            ahead.month = ahead.foreign = ahead.foreign or before.kind != "n"
         side.words, side.word = side.words + 1, word
         ahead.words.append(word)
         ahead.sign = 1
@@ -257,8 +262,8 @@ class _Reader:
             ahead.bound = True
         elif (word in v.BEYOND or (word == "to" and before.text.casefold() == "up")) and next_.kind in ("n", "+", "-"):
             ahead.bound = True
-        elif word in v.TAKES and (next_.kind in ("n", "(") or next_.text.casefold() in v.OF) and not side.words:
-            ahead.foreign |= not side.count
+        elif word in v.TAKES and (next_.kind in ("n", "(") or next_.text.casefold() in v.OF) and not side.count:
+            ahead.foreign = True
         elif word not in v.OF:
             ahead.foreign &= self.takes == "only"
 
@@ -269,17 +274,23 @@ class _Reader:
             if side.count and following in v.MORE and not (word == "and" and following == "so"):
                 side.bad = side.unknown = True  # 5 or more
                 return False
-            self._comma(side.count > 0 and (not side.words or self.takes != "last"))
+            if side.count or word == "and":  # more than or equal to 5
+                self._comma(side.count > 0 and (not side.words or self.takes != "last"))
             return True
         if not side.count:
             return False
         number = side.number
         if word == "of" and number is not None and (number.percentage or number.value.denominator > 1):
             side.part = True
-        direct = side.words == 0 or (word == "of" and side.word == "out" and side.words == 1)
+        letter = len(following) == 1 and following not in "ai" and next_.kind == "w"
+        if word == "of" and (letter or next_.text in v.MONTHS):
+            side.bad = side.unknown = True
+        if word == "to" and following == "the" and self._at(at + 2).text == "power":
+            side.bad = side.operator = True
+        direct = side.words == 0 or (word == "of" and side.words == 1 and not self.ahead.denied)
         if next_.kind in ("n", "+", "-") and (direct or (word in v.BETWEEN and side.words == 1)):
             side.bad = side.operator = True
-        elif word == "of" and direct and following in v.WHOLE:
+        elif word == "of" and (not side.words or side.word == "out") and following in v.WHOLE:
             self.ahead.whole, side.operator = not side.part, side.part
         return False
 
@@ -316,14 +327,27 @@ class _Reader:
     def _comma(self, joins: bool) -> None:
         """What may separate the members of a list."""
         side = self.side
-        if not side.count:
+        if not side.count and not (self._named() and (self.depth or self.takes == "only")):
             side.words = 0
             self.ahead = _Ahead()
-        elif joins:
-            side.comma, side.words = True, 0
-            self.ahead = _Ahead()
+        elif joins or not side.count:
+            side.bad |= not side.count  # (x, 5)
+            side.count = max(side.count, 1)
+            side.comma, side.words, self.ahead = True, 0, _Ahead()
+            self.ahead.denied = side.denied  # not 5 or 6
         else:
             self._break()
+
+    def _named(self) -> bool:
+        """Whether what stands after the last number, or before the first, is an unknown of its own."""
+        side = self.side
+        return self.ahead.foreign or (len(side.word) == 1 and side.words == 1 and side.word not in "ai")
+
+    def _lists(self, at: int) -> bool:
+        """Whether a comma after a number of an unmarked text is a list's: x = 5, y = 6."""
+        next_, names = self._at(at + 1), self._at(at + 2).kind == "="
+        member = next_.kind == "n" or (next_.kind == "w" and len(next_.text) == 1 and names)
+        return self.side.month or (member and not v.AROUND & set(self.side.lead))
 
     def _equals(self) -> None:
         side = self.side
@@ -343,7 +367,7 @@ class _Reader:
             self._equals()
 
     def _dots(self, after: bool, before: Item, next_: Item) -> None:
-        if after and (before.text == "decimal" or self.takes == "only" or (next_.kind == "n" and not next_.gap)):
+        if after and (before.text == "decimal" or self.takes == "only" or next_.kind == "n"):
             self.side.bad = self.side.unknown = self.side.operator = True
         else:
             self._break(True)
@@ -352,17 +376,22 @@ class _Reader:
         item, side, before, next_ = self.items[at], self.side, self._at(at - 1), self._at(at + 1)
         even, after = item.gap == next_.gap, side.count and not side.words
         if not term:
-            letter = next_.kind == "w" and len(next_.text) == 1 and _unknown(next_._replace(gap=True), self._at(at + 2))
+            letter = next_.kind == "w" and len(next_.text) == 1 and v.unknown(next_.text, True, self._at(at + 2).kind)
             if after and (letter or (item.kind == "+" and before.kind == "n")):
                 side.bad = side.unknown = True  # 5 + x, 5+
             return
         if side.count and not side.comma and (not side.words or (side.words < 4 and even)):
             side.operator = True
-        elif item.kind in "+-" and not (before.kind == "w" and even and (item.gap or len(before.text) == 1)):
+        elif item.kind in "+-" and (item.text not in "+-" or not self._dash(item, before, even)):
             bullet = before.kind == "\n" and next_.gap and self.lines and self.takes == "last"
             self.ahead.sign *= -1 if item.kind == "-" and not bullet else 1
-        elif before.kind == ")" or (before.kind == "w" and even and len(before.text) == 1):
+        elif before.kind == ")" or (before.kind == "w" and even and (len(before.text) == 1 or item.kind == "/")):
             self.ahead.foreign = side.unknown = True
+
+    def _dash(self, item: Item, before: Item, even: bool) -> bool:
+        """Whether what may be a sign stands between words, or after an unknown."""
+        says = before.text.casefold() in v.IS | v.FILLERS
+        return before.kind == "w" and even and ((item.gap and not says) or len(before.text) == 1)
 
     def _open(self, at: int) -> int | None:
         """An opening parenthesis: a remark after a number is skipped."""
@@ -372,8 +401,8 @@ class _Reader:
             for end in range(at, min(at + _REMARK, len(self.items))):
                 depth += {"(": 1, ")": -1}.get(self.items[end].kind, 0)
                 if not depth:
-                    inside = [i.text.casefold() for i in self.items[at:end] if i.kind == "w"]
-                    if self.takes != "only" or (any(len(w) > 1 for w in inside) and not v.UNREAD & set(inside)):
+                    inside = {i.text.casefold() for i in self.items[at:end] if i.kind in "nw"}
+                    if self.takes != "only" or (any(len(w) > 1 for w in inside - _NUMBERS) and not v.UNREAD & inside):
                         return end + 1
                     break
         self.depth += 1
@@ -401,22 +430,3 @@ def _close(a: Fraction, b: Fraction) -> bool:
 
 def _places(number: Fraction) -> int | None:
     return next((places for places in range(13) if (number * 10**places).denominator == 1), None)
-
-
-_XYZ = re.compile(r"[xyz]{2,}", re.IGNORECASE)
-_GREEK = re.compile(r"[α-ωΑ-ΨϕϵπτφθλΠΘ]")
-_EASTERN = re.compile(r"[百千万億亿兆백천만억조]")
-
-
-def _unknown(item: Item, next_: Item) -> bool:
-    """Whether a word right after a number is no unit: an unknown, a digit of a base, a scale that is not read."""
-    word = item.text
-    if _XYZ.fullmatch(word) or _EASTERN.match(word) or (_GREEK.match(word) and not word.startswith("μ")):
-        return True
-    if not item.gap and any(map(str.isdigit, word)):
-        return True
-    if len(word) == 1 and word.isascii():
-        if word in "aI" and item.gap and next_.kind == "w":
-            return False
-        return word not in (v.LETTERS if item.gap else v.TOUCHING)
-    return not item.gap and len(word) < 4 and word.isascii() and word.casefold() not in v.SHORT

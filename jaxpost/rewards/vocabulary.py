@@ -1,5 +1,7 @@
 """The English words that change what a number beside them means; every other word is a unit or of no account."""
 
+import re
+
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
@@ -59,3 +61,23 @@ SHORT |= _words("yrs yr wk wks mo day ha cc sq usd eur gbp inr yen won rs pct me
 def is_unit(word: str) -> bool:
     """Whether a word of a formula is a unit and no unknown."""
     return word in LETTERS if len(word) == 1 else word.casefold() in SHORT or len(word) > 3
+
+
+_XYZ = re.compile(r"[xyz]{2,}", re.IGNORECASE)
+_GREEK = re.compile(r"[α-ωΑ-ΨϕϵΠΘ]")
+_EASTERN = re.compile(r"[百千万億亿兆백천만억조]")
+
+
+def unknown(word: str, apart: bool, following: str) -> bool:
+    """Whether a word after a number is no unit: an unknown, a digit of a base, a scale that is not read.
+
+    apart: it does not touch the number. following: the kind of what comes next.
+    """
+    if _XYZ.fullmatch(word) or _EASTERN.match(word) or (_GREEK.match(word) and not word.startswith("μ")):
+        return True
+    if not apart and any(map(str.isdigit, word)):
+        return True
+    if len(word) == 1 and word.isascii():
+        article = word in "aI" and apart and following == "w"
+        return not article and word not in (LETTERS if apart else TOUCHING)
+    return not apart and len(word) < 4 and word.isascii() and word.casefold() not in SHORT
