@@ -149,7 +149,7 @@ def value(text: str, *, alone: bool = False) -> Number | None:
     if takes == "only" and len(part.text) > _LONGEST:
         return None
     text = part.text[-_LONGEST:] if takes == "last" else part.text[:_LONGEST]
-    return sides.read(items(text, wide=strict), takes, strict=strict, gold=alone)
+    return sides.read(items(text, wide=strict), takes=takes, strict=strict, gold=alone)
 
 
 def spelled(number: Number) -> str:

@@ -74,7 +74,7 @@ class _Group:
         return first if first is not None and all(x is not None and first.equals(x) for x in self.values) else None
 
 
-def read(parts: list[Item], takes: str, *, strict: bool = True, gold: bool = False) -> Number | None:
+def read(parts: list[Item], *, takes: str, strict: bool = True, gold: bool = False) -> Number | None:
     """The number that items give; None where they give none, or no single one.
 
     takes: only, first or last, of the groups. strict: a comma after a number makes a list. gold: no word may lead to it.
@@ -287,11 +287,13 @@ class _Reader:
             side.bad = side.unknown = True
         if word == "to" and following == "the" and self._at(at + 2).text == "power":
             side.bad = side.operator = True
-        direct = side.words == 0 or (word == "of" and side.words == 1 and not self.ahead.denied)
+        bad, direct = side.bad, side.words == 0 or (word == "of" and side.words == 1 and not self.ahead.denied)
         if next_.kind in ("n", "+", "-") and (direct or (word in v.BETWEEN and side.words == 1)):
             side.bad = side.operator = True
         elif word == "of" and (not side.words or side.word == "out") and following in v.WHOLE:
             self.ahead.whole, side.operator = not side.part, side.part
+        if word == "of" and direct and side.word != "out" and self.takes == "first" and not side.part:
+            self.ahead.whole, side.bad, side.operator = True, bad, False  # 6 of 7
         return False
 
     def _turns(self, at: int, word: str) -> int | None:
