@@ -141,15 +141,15 @@ def _headed(text: str) -> tuple[int, str, str] | None:
 def value(text: str, *, alone: bool = False) -> Number | None:
     """The number that a text gives as its answer; None where it gives none, or what is no single number.
 
-    alone: a text that marks nothing is the answer and nothing else, as a record's is.
+    alone: the text, or the part that it marks, is the answer and nothing else, as a record's is.
     """
     part = marked(text, digits=True)
-    alone = alone and part.kind == "none"
-    takes, strict = "only" if alone else part.takes, alone or part.kind != "none"
+    gold = alone and part.kind != "words"
+    takes, strict = "only" if gold else part.takes, alone or part.kind != "none"
     if takes == "only" and len(part.text) > _LONGEST:
         return None
     text = part.text[-_LONGEST:] if takes == "last" else part.text[:_LONGEST]
-    return sides.read(items(text, wide=strict), takes=takes, strict=strict, gold=alone)
+    return sides.read(items(text, wide=strict), takes=takes, strict=strict, gold=gold)
 
 
 def spelled(number: Number) -> str:

@@ -57,14 +57,21 @@ def numeric(record: dict, completion: str) -> bool:
 
     Raises UserError for a record without an answer, and ValueError for one whose answer is no single number.
     """
-    right = _right(_answer(record))
-    if right is None:
+    _check(record)
+    given = answers.value(completion)
+    return given is not None and given.equals(_right(_answer(record)))
+
+
+def _check(record: dict) -> None:
+    """Raises what `numeric` raises for a record, which needs no completion."""
+    if _right(_answer(record)) is None:
         raise ValueError(
             f"the record's answer {_answer(record)[:60]!r} is no single number; rewards.math.verify compares mathematics, "
             "rewards.math.exact texts."
         )
-    given = answers.value(completion)
-    return given is not None and given.equals(right)
+
+
+numeric.check = _check
 
 
 def verify(record: dict, completion: str, *, seconds: float = 5.0) -> bool:

@@ -35,7 +35,7 @@ import cloudpickle
 import numpy as np
 import tqdm
 
-from jaxpost.errors import UserError
+from jaxpost.errors import UserError, first_line
 from jaxpost.rollouts import pool
 from jaxpost.rollouts.worker import Failure, described, number
 
@@ -75,9 +75,10 @@ class Scorer:
     reward's verdicts in one `results` that may be failures, though one always may, unless the limit is 0. workers: processes at
     most, of this and all other Scorers together; threads: for rewards that are judged in this process.
 
-    A reward is (record, completion) -> a number, or None where it does not apply. It may carry two attributes, functions with
-    its own keywords: `ready()`, called here at once, so that what is missing is found early; and `many(records, completions)`
-    -> one number, None or exception for each, which is called in its stead, once a `results` and without a clock.
+    A reward is (record, completion) -> a number, or None where it does not apply. It may carry three attributes, functions
+    with its own keywords: `ready()`, called here at once, so that what is missing is found early; `many(records, completions)`
+    -> one number, None or exception for each, which is called in its stead, once a `results` and without a clock; and
+    `check(record)`, which raises for a record that no completion could be judged by (see `check_record`).
     Raises UserError for what is no reward, as a function that returns nothing.
     """
 
@@ -234,6 +235,16 @@ class Scorer:
                 given_up.append(job.thread)
                 self._start(self._work)
                 self._said.put((job.key, job.name, TimeoutError(f"took more than {self.seconds:g} s")))
+
+
+def check_record(rewards: Mapping[str, tuple[Callable, float]], record: Mapping, place: str) -> None:
+    """Raises UserError, with the record's place, where a reward says that it can judge nothing by this record."""
+    for name, (reward, _) in rewards.items():
+        if check := _carried(reward, "check"):
+            try:
+                check(record)
+            except Exception as error:
+                raise UserError(f"{place}: reward {name}: {first_line(error)}") from error
 
 
 def judged(
