@@ -229,7 +229,8 @@ def rollouts(name: str, found, judges: Rewards, model, s, objective: Callable, m
 def judging(s) -> dict:
     """What `scoring.Scorer` takes besides the rewards."""
     r = s.rollouts
-    return {"seconds": r.reward_seconds, "failed": r.failed, "limit": r.failures, "workers": r.reward_workers}
+    limits = {"seconds": r.reward_seconds, "workers": r.reward_workers, "memory": r.reward_memory}
+    return {**limits, "failed": r.failed, "limit": r.failures}
 
 
 def _lessons(s, objective: Callable) -> Lessons:

@@ -93,7 +93,9 @@ _COMMANDS = {"over": "/", "%": "%", "\\": "\n"} | _table(
 )
 _COMMANDS |= dict.fromkeys("Rightarrow rightarrow Longrightarrow longrightarrow implies to mapsto".split(), "→")
 _COMMANDS |= dict.fromkeys("ldots dots cdots dotsc".split(), "…")
-_SIGNS = _table(product="* ×", equal="≡", relation="< > ≤ ≥ ≠ ±", unit="° ¢ ″ ′", stop="∴ ?", opens="[", closes="]", c="‰ ‱ ⌊ ⌈ ⟨")
+_SIGNS = _table(
+    product="* ×", equal="≡", relation="< > ≤ ≥ ≠ ±", unit="° ¢ ″ ′", stop="∴ ?", opens="[", closes="]", c="‰ ‱ ⌊ ⌈ ⟨"
+)
 _SIGNS |= dict.fromkeys("→⇒⟶⟹↦", "→")
 
 
@@ -126,7 +128,11 @@ def _tokens(text: str, wide: bool) -> list[_Token]:
     tokens, gap, money = [], False, False
     for match in (_WIDE if wide else _CLOSE).finditer(text):
         kind, spelled = match.lastgroup, match[0]
-        if kind in ("gap", "currency", "tag") or spelled in '"`“”' or (kind == "sign" and unicodedata.category(spelled) == "Sc"):
+        if (
+            kind in ("gap", "currency", "tag")
+            or spelled in '"`“”'
+            or (kind == "sign" and unicodedata.category(spelled) == "Sc")
+        ):
             gap |= kind == "gap"
             if spelled == "$" and tokens and not gap and tokens[-1].kind == "w":
                 tokens[-1] = tokens[-1]._replace(money=True)  # $5 k$ is a formula

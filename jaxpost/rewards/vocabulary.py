@@ -53,7 +53,9 @@ APART = _words("of in from out for per at by with than after to on is are was we
 
 # Letters and short words that are units: of one letter where it touches the number, and where it does not.
 TOUCHING, LETTERS = frozenset("mgshlLJNVW"), frozenset("mgshlLJNVWACFKtd")
-SHORT = _words("mm cm dm km in ft yd mi ml cl dl kl mg kg lb lbs oz ms ns us hr hrs min mins sec secs am pm hz khz mhz ghz kw mw")
+SHORT = _words(
+    "mm cm dm km in ft yd mi ml cl dl kl mg kg lb lbs oz ms ns us hr hrs min mins sec secs am pm hz khz mhz ghz kw mw"
+)
 SHORT |= _words("gw kwh wh pa kpa kj kn kv ma mv kb mb gb tb kbs mbs gbs bit pt pts px kph mph rpm fps bps mol rad deg cal")
 SHORT |= _words("yrs yr wk wks mo day ha cc sq usd eur gbp inr yen won rs pct men pcs cts")
 
