@@ -115,7 +115,7 @@ def problems(found, judges: Rewards, model, s) -> dict:
             f"{s.rollouts.prompt_window} tokens and an answer to judge by; make that longer, or mend the answers."
         )
     if len(records) < len(every) and jax.process_index() == 0:
-        told = f"{len(every) - len(records)} of {len(every)} test problems are too long, or nothing can be judged by their answers; they are left out"
+        told = f"{len(every) - len(records)} of {len(every)} test problems are too long, or have no answer to judge by"
         print(f"task {s.task['name']}: {told}", file=sys.stderr)
     asked = {"records": records, "rewards": judges, "tokenizer": model.tokenizer, "rows": s.eval_rows, "options": options}
     return {**asked, "judging": judging(s)} if records else {}

@@ -57,7 +57,7 @@ def evaluates(formula: str) -> bool:
 
 
 def spoken(text: str, *, whole: bool) -> str:
-    """The formula of a sentence: what it sets off last; else all of it, or where it is not to be whole, after its first words."""
+    """The formula of a sentence: what it sets off last; else all of it where it is to be whole, or after its first words."""
     if formulas := _formulas(text):
         return formulas[-1]
     if not whole:

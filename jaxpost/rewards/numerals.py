@@ -22,7 +22,8 @@ _SPELLED |= dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2212\ufe63"), "-")
 _SPELLED |= dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\u2061\u2062\u2063\ufeff\u00ad"))
 _SPELLED |= dict.fromkeys(map(ord, "·∙⋅✕✖÷"), "×") | dict.fromkeys(map(ord, "—―"), "\n") | dict.fromkeys(map(ord, "≈≃≅"), "=")
 _SPELLED |= str.maketrans({"⁄": "/", "\u2215": "/", "\u2236": ":", "∼": "~", "’": "'", "٫": ".", "٬": ","})
-_X = re.compile(r"(?<=[0-9)}])\s{0,3}[xX]\s{0,3}(?=[0-9(\\]|\$\s?[0-9.])")
+_X = re.compile(r"(?<=[0-9)}])\s{0,3}[xX]\s{0,3}(?=[0-9(\\]|\$\s?\.?[0-9])")
+_DASH = re.compile(r"(?<=[0-9])[—―](?=\$?[0-9])")
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 _LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _ODD = re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+|[₀₁₂₃₄₅₆₇₈₉]+|[^\x00-\x7f]")
@@ -43,7 +44,7 @@ def _tokenizer(separator: str) -> re.Pattern:
     command = r"\\begin ?\{[^{}\n]{0,40}\}|\\(?:[A-Za-z]++|[^A-Za-z])"
     return re.compile(
         rf"(?P<number>{number})|(?P<currency>{currency})|(?P<tag><<[^<>\n]{{0,200}}>>|</?[A-Za-z_]++>|{looks})"
-        rf"|(?P<command>{command})|(?P<word>[AaPp]\.[Mm]\b\.?|[^\W\d_]\w*+(?:'\w++)*+(?:(?<=\w\w)-[0-9]\w*+)*+)|(?P<break>\n)"
+        rf"|(?P<command>{command})|(?P<word>[AaPp]\.[Mm]\b\.?|[^\W\d_][^\W_]*+(?:'[^\W_]++)*+(?:(?<=\w\w)-[0-9][^\W_]*+)*+)|(?P<break>\n)"
         r"|(?P<gap>[^\S\n]++)|(?P<dots>\.\.+|…)|(?P<arrow>[-=]{1,3}>)|(?P<relation>[!<>]=|=/=|=<)|(?P<sign>.)",
         re.DOTALL,
     )
@@ -78,6 +79,7 @@ _WORDS = {"plus": "+", "minus": "-", "negative": "-", "times": "×", "equals": "
 def _table(**kinds: str) -> dict[str, str]:
     """From each of the words of a kind to the kind's sign."""
     names = {"product": "×", "equal": "=", "relation": "<", "unit": "w", "stop": "\n", "opens": "(", "closes": ")"}
+    names |= {"arrow": "→", "dots": "…"}
     return {word: names.get(kind, kind) for kind, words in kinds.items() for word in words.split()}
 
 
@@ -90,13 +92,20 @@ _COMMANDS = {"over": "/", "%": "%", "\\": "\n"} | _table(
     frac="frac dfrac tfrac cfrac sfrac nicefrac",
     opens="{ lbrace",
     closes="} rbrace",
+    arrow="Rightarrow rightarrow Longrightarrow longrightarrow implies to mapsto",
+    dots="ldots dots cdots dotsc",
 )
-_COMMANDS |= dict.fromkeys("Rightarrow rightarrow Longrightarrow longrightarrow implies to mapsto".split(), "→")
-_COMMANDS |= dict.fromkeys("ldots dots cdots dotsc".split(), "…")
 _SIGNS = _table(
-    product="* ×", equal="≡", relation="< > ≤ ≥ ≠ ±", unit="° ¢ ″ ′", stop="∴ ?", opens="[", closes="]", c="‰ ‱ ⌊ ⌈ ⟨"
+    product="* ×",
+    equal="≡",
+    relation="< > ≤ ≥ ≠ ±",
+    unit="° ¢ ″ ′",
+    stop="∴ ?",
+    opens="[",
+    closes="]",
+    arrow="→ ⇒ ⟶ ⟹ ↦",
+    c="‰ ‱ ⌊ ⌈ ⟨",
 )
-_SIGNS |= dict.fromkeys("→⇒⟶⟹↦", "→")
 
 
 class _Token(NamedTuple):
@@ -124,7 +133,7 @@ def _plain(match: re.Match) -> str:
 
 
 def _tokens(text: str, wide: bool) -> list[_Token]:
-    text = _X.sub("×", _ODD.sub(_plain, text).translate(_SPELLED))
+    text = _X.sub("×", _ODD.sub(_plain, _DASH.sub("-", text)).translate(_SPELLED))
     tokens, gap, money = [], False, False
     for match in (_WIDE if wide else _CLOSE).finditer(text):
         kind, spelled = match.lastgroup, match[0]
@@ -209,8 +218,13 @@ def _items(tokens: list[_Token], depth: int = 0) -> list[Item]:
             items.append(Item("n", gap, "whole" if text.isdigit() else "decimal", _decimal(text), money=money))
             _divide(items)
         elif kind == "frac":
-            (value, unit), at = _fraction(tokens, at, depth)
-            items.append(Item("w", True, "unit") if unit and last.kind == "n" else Item("n", gap, "fraction", value))
+            begin, ((value, unit), at) = at, _fraction(tokens, at, depth)
+            if unit and last.kind == "n":
+                items.append(Item("w", True, "unit"))
+            elif value is None and all(token.kind != "n" for token in tokens[begin:at]):
+                items.append(Item("c", gap))  # x/y
+            else:
+                items.append(Item("n", gap, "fraction", value))
             _mix(items)
         elif kind == "^":
             group, at = _group(tokens, at)
@@ -218,7 +232,7 @@ def _items(tokens: list[_Token], depth: int = 0) -> list[Item]:
                 _raise(items, group)
             elif last.kind in (")", "c"):
                 items.append(Item("c", False))
-        elif kind == "_" and last.kind == "w":
+        elif kind == "_" and last.kind in ("w", "c"):
             _, at = _group(tokens, at)
         elif (took := _scale(items, tokens, at - 1)) > 0:
             at += took - 1
@@ -242,10 +256,10 @@ def _scale(items: list[Item], tokens: list[_Token], at: int) -> int:
     last = items[-1] if items else Item("", False)
     places = [place for place in range(at, min(at + 8, len(tokens))) if tokens[place].kind not in "{}" or place == at]
     texts = [tokens[place].text.casefold() for place in places]
-    if last.kind == "-" and len(items) > 1 and not last.gap and not tokens[at].gap and items[-2].kind == "n":
-        if texts[0] in SCALES or texts[0] in MANY_PARTS:  # 5-million
-            items.pop()
-            last = items[-1]
+    hyphen = last.kind == "-" and len(items) > 1 and not last.gap and not tokens[at].gap and items[-2].kind == "n"
+    if hyphen and (texts[0] in SCALES or texts[0] in MANY_PARTS):  # 5-million
+        items.pop()
+        last = items[-1]
     if last.kind != "n" or last.value is None:
         return 0
     one, low = last.value == 1, texts[0]

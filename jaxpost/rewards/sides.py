@@ -103,7 +103,7 @@ class _Reader:
         self.items, self.takes, self.strict, self.gold = parts, takes, strict, gold
         self.groups: list[_Group] = []
         self.sides, self.ahead, self.joined, self.depth = [_Side()], _Ahead(), False, 0
-        self.clause = self.sentence = 0
+        self.clause = self.sentence = self.call = 0  # call: how deep in parentheses the arguments of a function are
         self.lines = any(i.kind == "\n" for i in parts)
         at = 0
         while at < len(parts):
@@ -136,8 +136,7 @@ class _Reader:
     def _break(self, sentence: bool = False) -> None:
         """Ends a clause, or a sentence."""
         self._end()
-        self.clause += 1
-        self.sentence += sentence
+        self.clause, self.sentence, self.call = self.clause + 1, self.sentence + sentence, 0
 
     def _item(self, at: int) -> int | None:
         """Takes one item; gives the place after those that it skipped."""
@@ -156,6 +155,8 @@ class _Reader:
             if before.kind != "\n" or self.strict or not next_.gap:  # not a quotation's
                 self.ahead.bound = True
                 side.bad = side.unknown = True
+        elif self.call and kind in ("=", ",", ";"):  # P(X = 5), C(5, 2)
+            side.operator, self.ahead.foreign = True, True
         elif kind == "=":
             self._equals()
         elif kind == "→":
@@ -166,22 +167,26 @@ class _Reader:
             self._dots(bool(after), before, next_)
         elif kind in (".", ":") and after and next_.kind == "n" and (glued or (kind == ":" and item.gap and next_.gap)):
             side.operator = True
-        elif kind == "_" and after and not next_.gap:
+        elif kind == "_" and after and next_.kind in ("n", "w", "(") and not next_.gap:
             side.bad = side.operator = True
         elif kind in (",", ";"):
             self._comma(bool(after) and not side.adjunct and (self.strict or self.depth > 0 or glued or self._lists(at)))
         elif kind == "." and next_.gap and self.gold and not side.count:
             pass  # B. 5
+        elif kind == "!" and after and not item.gap and (self.takes == "only" or next_.kind in ("=", "×", "/", "+")):
+            side.bad = True
         elif kind == ":" or (kind == "." and next_.gap) or (kind in ("\n", "!") and self.takes != "only"):
             self._break(kind != ":")
-        elif kind in ("!", "|") and self.takes == "only":
-            side.bad = self.ahead.foreign = True
+        elif kind == "|":
+            side.bad |= bool(after) and not item.gap
+            self.ahead.foreign |= self.takes == "only" or (not next_.gap and next_.kind in ("n", "-"))
         elif kind == "(":
             return self._open(at)
         elif kind == ")":
             if not self.depth and side.count and self.takes != "only":
                 self._break()
             self.depth = max(0, self.depth - 1)
+            self.call *= self.depth >= self.call
         return None
 
     def _number(self, item: Item, next_: Item) -> None:
@@ -234,6 +239,7 @@ class _Reader:
                 return self._turns(at, word)
         elif after and (word in v.UNREAD or word in v.POWERS or (self.gold and word.replace(".", "") in ("am", "pm"))):
             side.bad = True
+            side.operator |= next_.kind == "n"
         elif word in ("divided", "multiplied", "raised") and side.count and following in ("by", "to"):
             side.bad = side.operator = True
         elif word == "zero" and side.count and before.text.casefold() == "below":
@@ -378,7 +384,9 @@ class _Reader:
         item, side, before, next_ = self.items[at], self.side, self._at(at - 1), self._at(at + 1)
         even, after = item.gap == next_.gap, side.count and not side.words
         if not term:
-            letter = next_.kind == "w" and len(next_.text) == 1 and v.unknown(next_.text, True, self._at(at + 2).kind)
+            glued = not item.gap and not next_.gap and item.kind == "-"
+            letter = next_.kind == "w" and len(next_.text) == 1
+            letter = letter and (glued or v.unknown(next_.text, True, self._at(at + 2).kind))
             if after and (letter or (item.kind == "+" and before.kind == "n")):
                 side.bad = side.unknown = True  # 5 + x, 5+
             return
@@ -408,7 +416,8 @@ class _Reader:
                         return end + 1
                     break
         self.depth += 1
-        self.ahead.foreign |= before.kind == "w" and not item.gap
+        if before.kind == "w" and not item.gap:
+            self.ahead.foreign, self.call = True, self.call or self.depth
         return None
 
 

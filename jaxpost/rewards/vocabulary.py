@@ -47,17 +47,15 @@ TIMES = _words("second seconds minute minutes hour hours day days week weeks mon
 ADJUNCT = _words("after before within during since per every each")
 AROUND = _words("in at on by for with from") | ADJUNCT  # what leads to a number that a marked sentence does not mean
 FILLERS = _words("a an the that about approximately approx exactly roughly around only just simply therefore thus indeed equal")
-FILLERS |= _words("to be then so total also")
+FILLERS |= _words("to be then so also")
 # Words that keep two quantities apart: 72 pages of 5.
 APART = _words("of in from out for per at by with than after to on is are was were the a as more less if so then left")
 
 # Letters and short words that are units: of one letter where it touches the number, and where it does not.
 TOUCHING, LETTERS = frozenset("mgshlLJNVW"), frozenset("mgshlLJNVWACFKtd")
-SHORT = _words(
-    "mm cm dm km in ft yd mi ml cl dl kl mg kg lb lbs oz ms ns us hr hrs min mins sec secs am pm hz khz mhz ghz kw mw"
-)
-SHORT |= _words("gw kwh wh pa kpa kj kn kv ma mv kb mb gb tb kbs mbs gbs bit pt pts px kph mph rpm fps bps mol rad deg cal")
-SHORT |= _words("yrs yr wk wks mo day ha cc sq usd eur gbp inr yen won rs pct men pcs cts")
+SHORT = _words("mm cm dm km in ft yd mi ml cl dl kl mg kg lb lbs oz ms ns us hr hrs min mins sec secs am pm hz khz mhz ghz kw")
+SHORT |= _words("mw gw kwh wh pa kpa kj kn kv ma mv kb mb gb tb kbs mbs gbs bit pt pts px kph mph rpm fps bps mol rad deg cal")
+SHORT |= _words("yrs yr wk wks mo day ha cc sq usd eur gbp inr yen won rs pct men pcs cts ths rds")
 
 
 def is_unit(word: str) -> bool:

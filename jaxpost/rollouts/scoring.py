@@ -273,12 +273,11 @@ def _check(rewards: Mapping, seconds: float, failed: float, limit: float, worker
             raise UserError(f"reward {name}: it never returns a value; is there a `return` missing?")
         if not abs(entry[1] * failed) <= LARGEST:
             raise UserError(f"reward {name}: its weight {entry[1]:g} times failed={failed:g} is beyond the largest float32.")
-    if not (
-        seconds > 0 and 0 <= limit <= 1 and workers >= 0 and 0 <= memory < math.inf and threads >= 1 and math.isfinite(failed)
-    ):
+    finite = math.isfinite(memory) and math.isfinite(failed)
+    if not (seconds > 0 and 0 <= limit <= 1 and workers >= 0 and memory >= 0 and threads >= 1 and finite):
         raise UserError(
-            f"scoring: seconds={seconds} must be positive, limit={limit} a share, workers={workers} and memory={memory} 0 at least, "
-            f"threads={threads} 1 at least, and failed={failed} a finite number."
+            f"scoring: seconds={seconds} must be positive, limit={limit} a share, workers={workers} and memory={memory} 0 at "
+            f"least, threads={threads} 1 at least, and failed={failed} and memory finite numbers."
         )
 
 
