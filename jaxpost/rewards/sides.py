@@ -63,10 +63,11 @@ class _Ahead:
 class _Group:
     """A list of chains, and where it stands."""
 
-    def __init__(self, side: _Side, clause: int, sentence: int):
+    def __init__(self, sides: list[_Side], clause: int, sentence: int):
         self.values: list[Number | None] = []
-        self.clause, self.sentence, self.adjunct, self.lead = clause, sentence, side.adjunct, side.lead
-        self.computes = False
+        self.clause, self.sentence, self.lead = clause, sentence, sides[0].lead
+        self.equation = len(sides) > 1
+        self.adjunct, self.computes = sides[0].adjunct and not self.equation, False
 
     @property
     def number(self) -> Number | None:
@@ -83,17 +84,17 @@ def read(parts: list[Item], *, takes: str, strict: bool = True, gold: bool = Fal
     if not groups or (takes == "only" and len(groups) > 1):
         return None
     if takes == "last":
-        last = groups[-1]
-        others = [g for g in groups if g.clause == last.clause and not g.adjunct]
-        return None if last.adjunct and others else last.number
-    place = next((i for i, g in enumerate(groups) if not g.adjunct and g.sentence == groups[0].sentence), 0)
-    first, direct = groups[place], set(groups[place].lead) <= v.FILLERS
-    for other in groups[place + 1 :]:
-        if other.clause != first.clause:
-            break
-        if not other.adjunct and (not direct or v.HAS & set(other.lead)) and other.number != first.number:
-            return None
-    return first.number
+        clause = [g for g in groups if g.clause == groups[-1].clause]
+        return next((g for g in reversed(clause) if not g.adjunct), groups[-1]).number
+    sentence = [g for g in groups if g.sentence == groups[0].sentence and not g.adjunct] or groups
+    first, direct = sentence[0], set(sentence[0].lead) <= v.FILLERS
+    if first.equation and direct:
+        return first.number
+    others = [g for g in sentence[1:] if g.clause == first.clause and (not direct or v.HAS & set(g.lead))]
+    if not direct or others:
+        if equations := [g for g in sentence if g.equation]:
+            return equations[-1].number
+    return first.number if all(g.number == first.number for g in others) else None
 
 
 class _Reader:
@@ -123,10 +124,10 @@ class _Reader:
         self.side.bad |= self.side.comma and self._named()  # (5, x)
         sides = [s for s in self.sides if s.count]
         earlier = bool(self.groups) and self.groups[-1].sentence == self.sentence
-        dropped = any(s.denied for s in sides) or (self.takes == "last" and earlier and any(s.bound for s in sides))
+        dropped = any(s.denied or (s.bound and earlier and self.takes == "last") for s in sides[-1:])
         if sides and not dropped:
             if not (self.joined and self.groups):
-                self.groups.append(_Group(sides[0], self.clause, self.sentence))
+                self.groups.append(_Group(sides, self.clause, self.sentence))
             self.groups[-1].values.append(_chained(sides))
             self.groups[-1].computes = sides[-1].computes
         if sides:
@@ -209,7 +210,7 @@ class _Reader:
             side.month = ahead.month
             side.adjunct = self._is_adjunct(leads, next_)
             side.number = None if item.value is None else Number(ahead.sign * item.value, item.percentage)
-            side.unknown |= ahead.bound or (item.text == "fraction" and item.value is None)
+            side.unknown |= item.text == "fraction" and item.value is None
         side.count, side.words, side.operator = side.count + 1, 0, False
         self.ahead = _Ahead()
 
@@ -232,10 +233,11 @@ class _Reader:
                 return None
         elif word in v.IS and (side.computes or not side.count):
             self._equals()
-            self.ahead.denied, self.ahead.bound = ahead.denied, ahead.bound  # not equal to 5
+            self.ahead.denied = ahead.denied and (word == "equal" or before.text.casefold() in v.NOT)  # not equal to 5
+            self.ahead.bound = ahead.bound and word == "equal"
             return None
         elif word in v.WHY | v.SO | v.ASIDE or word == "which":
-            if word != "as" or after or side.words < 3:
+            if word != "as" or (before.kind == next_.kind == "n"):
                 return self._turns(at, word)
         elif after and (word in v.UNREAD or word in v.POWERS or (self.gold and word.replace(".", "") in ("am", "pm"))):
             side.bad = True
@@ -271,13 +273,14 @@ class _Reader:
         elif word in v.TAKES and (next_.kind in ("n", "(") or next_.text.casefold() in v.OF) and not side.count:
             ahead.foreign = True
         elif word not in v.OF:
+            ahead.denied &= word in v.STILL
             ahead.foreign &= self.takes == "only"
 
     def _joins(self, at: int, word: str, following: str) -> bool:
         """Takes a word that may make one of two numbers; whether it was all that there is to it."""
         side, next_ = self.side, self._at(at + 1)
         if word in ("or", "and"):
-            if side.count and following in v.MORE and not (word == "and" and following == "so"):
+            if side.count and side.words < 3 and following in v.MORE and not (word == "and" and following == "so"):
                 side.bad = side.unknown = True  # 5 or more
                 return False
             if side.count or word == "and":  # more than or equal to 5
@@ -293,12 +296,16 @@ class _Reader:
             side.bad = side.unknown = True
         if word == "to" and following == "the" and self._at(at + 2).text == "power":
             side.bad = side.operator = True
+        equals = any(s.count for s in self.sides[:-1])
+        if word == "in" and (equals or self._at(at + 2).text.casefold() in v.TIMES):
+            return False
         bad, direct = side.bad, side.words == 0 or (word == "of" and side.words == 1 and not self.ahead.denied)
         if next_.kind in ("n", "+", "-") and (direct or (word in v.BETWEEN and side.words == 1)):
             side.bad = side.operator = True
         elif word == "of" and (not side.words or side.word == "out") and following in v.WHOLE:
             self.ahead.whole, side.operator = not side.part, side.part
-        if word == "of" and direct and side.word != "out" and self.takes == "first" and not side.part:
+        stands = self.takes == "first" or (self.takes == "last" and equals)
+        if word == "of" and direct and side.word != "out" and stands and not side.part:
             self.ahead.whole, side.bad, side.operator = True, bad, False  # 6 of 7
         return False
 
@@ -321,12 +328,18 @@ class _Reader:
                 self._break()
             return None
         self._break()
-        explains = word in v.WHY or word == "which"
-        if explains and (given or (word == "which" and group)) and (self.takes != "last" or word == "which" or given):
-            while at < len(self.items) and not self._stops(at):
-                at += 1
-            return at
+        if word in v.WHY:
+            return self._passed(at) if given else None
+        if word == "which" and self._at(at - 1).kind == "," and self._at(at + 1).text.casefold() in v.IS and (given or group):
+            end = self._passed(at, comma=True)
+            return None if any(item.kind == "=" for item in self.items[at:end]) else end
         return None
+
+    def _passed(self, at: int, comma: bool = False) -> int:
+        """The end of a sentence, or of a clause."""
+        while at < len(self.items) and not self._stops(at) and not (comma and self.items[at].kind == ","):
+            at += 1
+        return at
 
     def _stops(self, at: int) -> bool:
         kind = self.items[at].kind
@@ -354,7 +367,9 @@ class _Reader:
     def _lists(self, at: int) -> bool:
         """Whether a comma after a number of an unmarked text is a list's: x = 5, y = 6."""
         next_, names = self._at(at + 1), self._at(at + 2).kind == "="
-        member = next_.kind == "n" or (next_.kind == "w" and len(next_.text) == 1 and names)
+        member = (next_.kind == "n" and self._at(at + 2).kind not in ("=", "+", "-", "×", "/")) or (
+            next_.kind == "w" and len(next_.text) == 1 and names
+        )
         return self.side.month or (member and not v.AROUND & set(self.side.lead))
 
     def _equals(self) -> None:
@@ -425,7 +440,7 @@ def _chained(sides: list[_Side]) -> Number | None:
     """The number of a chain of equalities: that of its last side."""
     if any(s.unknown for s in sides[:-1]):
         return None
-    plain = [s.value for s in sides if s.value is not None and not s.words and not s.part and not s.value.percentage]
+    plain = [s.value for s in sides if s.value and not (s.words or s.lead or s.part or s.value.percentage)]
     if any(not _close(a.value, b.value) for a, b in zip(plain, plain[1:], strict=False)):
         return None  # 5 = 6
     value = sides[-1].value

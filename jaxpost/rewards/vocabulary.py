@@ -30,6 +30,7 @@ WHOLE = _words("the his her their its those these my our your all")  # 72 of the
 
 # What denies or bounds the number after it.
 NOT = _words("not never neither nor cannot without except instead unlike")
+STILL = _words("equal to exactly quite only have has be just more than less really actually or least most at between")
 BEYOND = _words("under below above over nearly almost between exceeding exceeds beyond")
 MORE = _words("more less fewer greater higher lower larger smaller above below over under up beyond older younger so")
 MORE |= _words("longer shorter later earlier")
