@@ -11,36 +11,48 @@ none of them:
                                    "#### Step 2" and, where more lines follow, "#### 2. Words"
     the answer is 72, answer: 72   what follows, unless it speaks of the answer (correct, found by ...) and does not give it
 
-**The number** (`value`) is an exact fraction. Braces, $, \(, \text and other LaTeX of looks count as nothing.
+**The number** (`value`) is an exact fraction. Braces, $, \(, \text and other LaTeX of looks count as nothing, and so do the
+marks of a chat template (<|im_end|>).
 
-    answer   = group                 a box holds one group; #### and "answer is" count their first group, <answer> and a text
-                                     without a mark their last. A remark in parentheses after a number is none of it
+    answer   = clause { (". " | ", " | because | so | but | when ...) clause }
     group    = chain { ("," | ";" | "or" | "and") chain }      a number only if all of its chains are the same one
-    chain    = side { ("=" | "≈") side }                       the number of the last side that has digits
-    side     = [words] quantity [unit]                         any other side (3 * 24, 2:5, 3-5, 1010_2, x > 5) is no number;
-                                                               to the left of an "=" it may be one of numbers, not of unknowns
+    chain    = side { ("=" | "≈" | "->" | "is") side }         the number of its last side that has digits, if no side before
+                                                               has an unknown (2x = 10), and not of 5 = 6
+    side     = [words] quantity [unit]                         any other side is none: 3 * 24, 2:5, 3-5, 3 to 5, 10% of 50,
+                                                               1010_2, 5 squared, twice 5, 5 divided by 6, log 5, 12 pi, 5!
     quantity = { "-" | "+" } [currency] unsigned [scale] ["%" | "percent"]
-    unsigned = decimal | decimal "/" decimal | fraction | integer fraction | decimal "×" "10" "^" integer | "10" "^" integer
+    unsigned = decimal | decimal "/" ["-"] decimal | fraction | integer fraction | integer "and a half" | "10" "^" integer |
+               decimal "×" "10" "^" integer | "(" quantity ")"
     fraction = "\frac" argument argument | "½" ...             arguments in braces (quantities), or one digit
-    decimal  = digits ["." digits] ["e" integer] | "." digits
+    decimal  = digits ["." digits] ["e" integer] | "." digits  not before dots: 0.333...
     digits   = "1234567" | "1,234,567", with one separator: a comma, an apostrophe, a no-break or thin space, ~ \, \; or, in
                what is marked, a space
-    scale    = "hundred" | "thousand" | "million" | "billion" | "trillion"
-    unit     = words, with exponents and digits of their own (m^2, CO2, km/h, °C); but no letter x, y, z, n, k, M or π that
-               touches the number
+    scale    = hundred ... trillion, dozen, lakh, crore, bn; of money K, M, B, T too; halves, thirds ... thousandths
+    unit     = words, with exponents and digits of their own (m^2, CO2, km/h, °C, \frac{km}{h}). A letter, or three at most that
+               touch the number, must be a unit's (5 m, 5cm); others are unknowns (5x, 5xy, 5 n), digits (1F) or names (3D)
 
-No number: a decimal comma (1,5 is a list of two), number words, hexadecimal numbers, two quantities (2 hours 30 minutes), a
-square root, powers but those of ten, an ordinal outside of a mark, and what takes more than 500 digits or an exponent of more
-than three. Of a text without a mark the last 4,000 characters are read. A percentage is the number before its sign;
-`percentage` says that it is one.
+Which group is the answer:
+
+    a box, a record   the only one. What follows because, and a remark in words in parentheses, is none of it
+    ####, answer is   the first of the sentence that is no time or place of it (in 5 days, at 5). Where words lead to it (she
+                      has) or a verb links it to another number, the last equation of the sentence; else no number
+    <answer>, a text  the last, but for a time after it (72 pages after 5 days)
+    without a mark
+
+In a record nothing but "about" or a name and an equality may lead to the number: May 5, (B) 5 and at least 5 are none there.
+A number that is denied (not 5) is no answer. A bound is no number (less than 5, at least 5, 5 or more, 5+, x > 5), nor is a
+date, a decimal comma (1,5 is a list of two), a number word, a hexadecimal number, two quantities (2 hours 30 minutes), an
+ordinal outside of a mark, or what takes more than 500 digits or an exponent of more than three. Of a text without a mark the
+last 4,000 characters are read. A percentage is the number before its sign; `percentage` says that it is one. The upper half of
+the grammar is in sides.py and chains.py, the lower in numerals.py, its words in vocabulary.py.
 """
 
 import re
 from typing import NamedTuple
 
 from jaxpost.rewards import sides
+from jaxpost.rewards.chains import Number
 from jaxpost.rewards.numerals import items
-from jaxpost.rewards.sides import Number
 
 _LONGEST = 4_000  # characters of a text that are read for its number: its last, or the first after a mark
 

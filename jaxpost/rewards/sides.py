@@ -4,75 +4,14 @@
 the group that the text's mark asks for.
 """
 
-from fractions import Fraction
-from typing import NamedTuple
-
 from jaxpost.rewards import vocabulary as v
+from jaxpost.rewards.chains import Ahead, Group, Number, Side, chained
 from jaxpost.rewards.numerals import Item
 
 _REMARK = 60  # items that a remark in parentheses may have
 _NUMBERS = {"whole", "decimal", "fraction", "quotient", "mixed", "power"}
 _NOTHING = Item("\n", True)
 _BREAKS = ("\n", "!", ";", "→")
-
-
-class Number(NamedTuple):
-    """An exact number, and whether it is spelled as a percentage."""
-
-    value: Fraction
-    percentage: bool
-
-    def equals(self, other: "Number") -> bool:
-        """Whether two numbers are equal; a percentage is so to the number before its sign, and to a hundredth of it."""
-        if self.percentage == other.percentage:
-            return self.value == other.value
-        of_hundred, plain = (self, other) if self.percentage else (other, self)
-        return plain.value in (of_hundred.value, of_hundred.value / 100)
-
-
-class _Side:
-    """What stands between two equality signs."""
-
-    def __init__(self):
-        self.number: Number | None = None
-        self.count = self.words = 0  # numbers; words after the last
-        self.word = ""
-        self.bad = self.unknown = self.operator = self.comma = self.part = False
-        self.denied = self.adjunct = self.bound = self.foreign = self.month = False
-        self.lead: list[str] = []
-
-    @property
-    def value(self) -> Number | None:
-        return self.number if self.count == 1 and not self.bad else None
-
-    @property
-    def computes(self) -> bool:
-        """Whether it is to be computed from its numbers, as 3 * 24 and 10% of the pages are."""
-        return self.count > 0 and not self.unknown and (self.part or self.bad or self.count > 1)
-
-
-class _Ahead:
-    """What words and signs say of the next number."""
-
-    def __init__(self):
-        self.words: list[str] = []
-        self.denied = self.bound = self.foreign = self.whole = self.month = False
-        self.sign = 1
-
-
-class _Group:
-    """A list of chains, and where it stands."""
-
-    def __init__(self, sides: list[_Side], clause: int, sentence: int):
-        self.values: list[Number | None] = []
-        self.clause, self.sentence, self.lead = clause, sentence, sides[0].lead
-        self.equation = len(sides) > 1
-        self.adjunct, self.computes = sides[0].adjunct and not self.equation, False
-
-    @property
-    def number(self) -> Number | None:
-        first = self.values[0]
-        return first if first is not None and all(x is not None and first.equals(x) for x in self.values) else None
 
 
 def read(parts: list[Item], *, takes: str, strict: bool = True, gold: bool = False) -> Number | None:
@@ -91,9 +30,8 @@ def read(parts: list[Item], *, takes: str, strict: bool = True, gold: bool = Fal
     if first.equation and direct:
         return first.number
     others = [g for g in sentence[1:] if g.clause == first.clause and (not direct or v.HAS & set(g.lead))]
-    if not direct or others:
-        if equations := [g for g in sentence if g.equation]:
-            return equations[-1].number
+    if (not direct or others) and (equations := [g for g in sentence if g.equation]):
+        return equations[-1].number
     return first.number if all(g.number == first.number for g in others) else None
 
 
@@ -102,8 +40,8 @@ class _Reader:
 
     def __init__(self, parts: list[Item], takes: str, strict: bool, gold: bool):
         self.items, self.takes, self.strict, self.gold = parts, takes, strict, gold
-        self.groups: list[_Group] = []
-        self.sides, self.ahead, self.joined, self.depth = [_Side()], _Ahead(), False, 0
+        self.groups: list[Group] = []
+        self.sides, self.ahead, self.joined, self.depth = [Side()], Ahead(), False, 0
         self.clause = self.sentence = self.call = 0  # call: how deep in parentheses the arguments of a function are
         self.lines = any(i.kind == "\n" for i in parts)
         at = 0
@@ -112,7 +50,7 @@ class _Reader:
         self._end()
 
     @property
-    def side(self) -> _Side:
+    def side(self) -> Side:
         return self.sides[-1]
 
     def _at(self, at: int) -> Item:
@@ -127,12 +65,12 @@ class _Reader:
         dropped = any(s.denied or (s.bound and earlier and self.takes == "last") for s in sides[-1:])
         if sides and not dropped:
             if not (self.joined and self.groups):
-                self.groups.append(_Group(sides, self.clause, self.sentence))
-            self.groups[-1].values.append(_chained(sides))
+                self.groups.append(Group(sides, self.clause, self.sentence))
+            self.groups[-1].values.append(chained(sides))
             self.groups[-1].computes = sides[-1].computes
         if sides:
             self.joined = joined
-        self.sides, self.ahead = [_Side()], _Ahead()
+        self.sides, self.ahead = [Side()], Ahead()
 
     def _break(self, sentence: bool = False) -> None:
         """Ends a clause, or a sentence."""
@@ -193,12 +131,12 @@ class _Reader:
     def _number(self, item: Item, next_: Item) -> None:
         side, ahead = self.side, self.ahead
         if (item.text == "ordinal" and self.takes == "last") or ahead.whole:
-            self.ahead = _Ahead()
+            self.ahead = Ahead()
             return
         if side.count and not side.operator and (side.words or side.comma):
             compound = side.words == 1 and not side.comma and side.word not in v.APART | v.HAS
             side.bad |= compound
-            self.ahead = _Ahead()
+            self.ahead = Ahead()
             self._end(joined=compound or (side.comma and not side.words))
             side = self.side
         leads = [word for word in ahead.words if word not in v.FILLERS]
@@ -212,7 +150,7 @@ class _Reader:
             side.number = None if item.value is None else Number(ahead.sign * item.value, item.percentage)
             side.unknown |= item.text == "fraction" and item.value is None
         side.count, side.words, side.operator = side.count + 1, 0, False
-        self.ahead = _Ahead()
+        self.ahead = Ahead()
 
     def _is_adjunct(self, leads: list[str], next_: Item) -> bool:
         """Whether a number is a time or a place of what the sentence is about: after 5 days."""
@@ -350,11 +288,11 @@ class _Reader:
         side = self.side
         if not side.count and not (self._named() and (self.depth or self.takes == "only")):
             side.words = 0
-            self.ahead = _Ahead()
+            self.ahead = Ahead()
         elif joins or not side.count:
             side.bad |= not side.count  # (x, 5)
             side.count = max(side.count, 1)
-            side.comma, side.words, self.ahead = True, 0, _Ahead()
+            side.comma, side.words, self.ahead = True, 0, Ahead()
             self.ahead.denied = side.denied  # not 5 or 6
         else:
             self._break()
@@ -366,10 +304,9 @@ class _Reader:
 
     def _lists(self, at: int) -> bool:
         """Whether a comma after a number of an unmarked text is a list's: x = 5, y = 6."""
-        next_, names = self._at(at + 1), self._at(at + 2).kind == "="
-        member = (next_.kind == "n" and self._at(at + 2).kind not in ("=", "+", "-", "×", "/")) or (
-            next_.kind == "w" and len(next_.text) == 1 and names
-        )
+        next_, then = self._at(at + 1), self._at(at + 2).kind
+        named = next_.kind == "w" and len(next_.text) == 1 and then == "="
+        member = named or (next_.kind == "n" and then not in ("=", "+", "-", "×", "/"))
         return self.side.month or (member and not v.AROUND & set(self.side.lead))
 
     def _equals(self) -> None:
@@ -377,13 +314,13 @@ class _Reader:
         if side.comma:
             self._end(joined=side.words == 1 and len(side.word) == 1)
         self.side.foreign = self.ahead.foreign
-        self.sides.append(_Side())
-        self.ahead = _Ahead()
+        self.sides.append(Side())
+        self.ahead = Ahead()
 
     def _concludes(self) -> None:
         """An arrow: an equality between numbers; from an equation with an unknown to what follows of it."""
         if any(s.unknown for s in self.sides):
-            self.sides, self.ahead = [_Side()], _Ahead()
+            self.sides, self.ahead = [Side()], Ahead()
         elif self.side.comma:
             self._break()
         else:
@@ -434,25 +371,3 @@ class _Reader:
         if before.kind == "w" and not item.gap:
             self.ahead.foreign, self.call = True, self.call or self.depth
         return None
-
-
-def _chained(sides: list[_Side]) -> Number | None:
-    """The number of a chain of equalities: that of its last side."""
-    if any(s.unknown for s in sides[:-1]):
-        return None
-    plain = [s.value for s in sides if s.value and not (s.words or s.lead or s.part or s.value.percentage)]
-    if any(not _close(a.value, b.value) for a, b in zip(plain, plain[1:], strict=False)):
-        return None  # 5 = 6
-    value = sides[-1].value
-    if len(sides) == 2 and value is None and not any(s.unknown or s.foreign for s in sides):
-        return sides[0].value  # 72 = 48 + 24
-    return value
-
-
-def _close(a: Fraction, b: Fraction) -> bool:
-    """Whether two numbers are equal but for the rounding of one: 2/3 and 0.67."""
-    return a == b or any(abs(a - b) <= Fraction(1, 2 * 10**places) for places in map(_places, (a, b)) if places is not None)
-
-
-def _places(number: Fraction) -> int | None:
-    return next((places for places in range(13) if (number * 10**places).denominator == 1), None)
