@@ -10,7 +10,7 @@ import unicodedata
 from fractions import Fraction
 from typing import NamedTuple
 
-from jaxpost.rewards.vocabulary import MANY_PARTS, OF_MONEY, PARTS, SCALES, is_unit
+from jaxpost.rewards.vocabulary import MANY_PARTS, OF_MONEY, PARTS, SCALES, is_unit, unknown
 
 _MOST = 500  # characters of a number
 _DEEP = 3  # fractions within fractions
@@ -349,7 +349,7 @@ def _fraction(tokens: list[_Token], at: int, depth: int) -> tuple[tuple[Fraction
 def _single(items: list[Item]) -> Fraction | None:
     """The number that items are, but for signs, parentheses and a unit."""
     kinds = "".join(item.kind for item in items if item.kind not in "()")
-    if not re.fullmatch("[-+]*nw*", kinds):
+    if any(item.kind == "w" and unknown(item.text, item.gap, "") for item in items) or not re.fullmatch("[-+]*nw*", kinds):
         return None
     value = next(item.value for item in items if item.kind == "n")
     return value if value is None or kinds.count("-") % 2 == 0 else -value
@@ -361,7 +361,10 @@ def _raise(items: list[Item], group: list[_Token]) -> None:
     if kinds and set(kinds) == {"w"}:
         if any(t.text in _ORDINALS for t in group):
             items[-1] = items[-1]._replace(text="ordinal")
-        return
+            return
+        if all(t.text in (r"\circ", r"\degree", "°", "o") for t in group if t.kind == "w"):
+            items.append(Item("w", True, "degrees"))
+            return
     value, exponent = None, next((t.text for t in group if t.kind == "n"), "")
     if kinds in ("n", "-n", "+n") and exponent.isdigit() and len(exponent) <= 3 and items[-1][2:4] == ("whole", 10):
         value = Fraction(10) ** (-int(exponent) if kinds[0] == "-" else int(exponent))

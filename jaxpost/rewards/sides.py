@@ -189,7 +189,8 @@ class _Reader:
             side.bad |= before.kind == "n"
             ahead.month = ahead.foreign = ahead.foreign or before.kind != "n"
         side.words, side.word = side.words + 1, word
-        ahead.words.append(word)
+        label = self.gold and (self.depth > 0 or item.text == "A")  # (A) 5
+        ahead.words.append("(" if label else word)
         ahead.sign = 1
         return None
 

@@ -65,6 +65,7 @@ def is_unit(word: str) -> bool:
 
 
 _XYZ = re.compile(r"[xyz]{2,}", re.IGNORECASE)
+_REST = re.compile(r"r[0-9]+", re.IGNORECASE)
 _GREEK = re.compile(r"[α-ωΑ-ΨϕϵΠΘ]")
 _EASTERN = re.compile(r"[百千万億亿兆백천만억조]")
 
@@ -74,7 +75,12 @@ def unknown(word: str, apart: bool, following: str) -> bool:
 
     apart: it does not touch the number. following: the kind of what comes next.
     """
-    if _XYZ.fullmatch(word) or _EASTERN.match(word) or (_GREEK.match(word) and not word.startswith("μ")):
+    if (
+        _XYZ.fullmatch(word)
+        or _REST.fullmatch(word)
+        or _EASTERN.match(word)
+        or (_GREEK.match(word) and not word.startswith("μ"))
+    ):
         return True
     if not apart and any(map(str.isdigit, word)):
         return True
