@@ -38,7 +38,7 @@ from jaxpost.evals import repeated
 from jaxpost.models import loading
 from jaxpost.objectives import sft
 from jaxpost.resolve import value_of
-from jaxpost.rollouts import verdicts
+from jaxpost.rollouts import scoring, verdicts
 from jaxpost.sampling.decode import answers, complete, ready
 from jaxpost.step import make_evaluation
 from jaxpost.tokenizer import check_ids
@@ -228,6 +228,8 @@ def solves(
     judges = selfmade.rewards(task, name, reward)
     if not (records := task.test_records(per_cell)):
         raise UserError(f"--task={name}: has no test problems.")
+    for i, record in enumerate(records):
+        scoring.check_record(judges, record, f"--task={name}, test problem {i}")
     longest = max(len(chat.encode_prompt(r["prompt"], model.tokenizer, template)) for r in records)
     if (new := min(new, model.transformer.arch.max_positions - longest)) < 1:
         raise UserError(f"--task={name}: a prompt of {longest} tokens leaves no room for an answer in the model's positions.")

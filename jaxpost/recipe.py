@@ -94,6 +94,7 @@ DEFAULTS = {
         "correction_cap": 2.0,
         # Processes that rewards run in, each killed when one hangs; 0 is this process, where a loop in C cannot be stopped.
         "reward_workers": 4,
+        "reward_memory": 8.0,  # GiB that each may allocate, on Linux; a reward that asks for more fails. 0 is no limit
         "reward_seconds": 10.0,  # after which a reward has failed, as it has when it raises or gives what is no number
         "failed": 0.0,  # what a failed reward counts as
         "failures": 0.1,  # the share of a batch's verdicts past which failures stop the run
@@ -153,6 +154,7 @@ FREE = (
     "profile",
     "completions",
     "rollouts.reward_workers",
+    "rollouts.reward_memory",
 )
 
 # Keys that count something and must be at least 1; other numbers must not be negative.

@@ -21,7 +21,7 @@ from jaxpost.resolve import attribute, bind, find, module, resolve, value_of
 from jaxpost.rewards import trl
 from jaxpost.rollouts.learning import CORRECTIONS, Lessons
 from jaxpost.rollouts.samples import Samples, rows
-from jaxpost.rollouts.scoring import Scorer
+from jaxpost.rollouts.scoring import Scorer, check_record
 from jaxpost.rollouts.source import Making, Rollouts
 from jaxpost.tokenizer import check_ids
 
@@ -92,23 +92,39 @@ def problems(found, judges: Rewards, model, s) -> dict:
     options = {"prompt_window": s.rollouts.prompt_window, "new": s.rollouts.new, "template": datasets.template(model, s)}
     options["stop"], options["strings"] = _stops(model, s, options["template"])
     records, every = [], found.test_records(s.eval_per_cell)
+    if s.bad_rows != "skip":
+        _check_records(found, judges)
     for i, record in enumerate(every):
+        place = f"task {s.task['name']}, test problem {i}"
         try:
-            _encoded(record, f"task {s.task['name']}, test problem {i}", model, s, options["template"])
-            records.append(record)
+            _encoded(record, place, model, s, options["template"])
         except _TooLong:
             if s.too_long != "drop":
                 raise
+            continue
+        try:
+            check_record(judges, record, place)
+        except UserError:
+            if s.bad_rows != "skip":
+                raise
+            continue
+        records.append(record)
     if every and not records:
         raise UserError(
             f"task {s.task['name']}: no test problem has a prompt of at most config.rollouts.prompt_window="
-            f"{s.rollouts.prompt_window} tokens; make that longer."
+            f"{s.rollouts.prompt_window} tokens and an answer to judge by; make that longer, or mend the answers."
         )
     if len(records) < len(every) and jax.process_index() == 0:
-        told = f"{len(every) - len(records)} of {len(every)} test problems are too long and left out"
+        told = f"{len(every) - len(records)} of {len(every)} test problems are too long, or have no answer to judge by"
         print(f"task {s.task['name']}: {told}", file=sys.stderr)
     asked = {"records": records, "rewards": judges, "tokenizer": model.tokenizer, "rows": s.eval_rows, "options": options}
     return {**asked, "judging": judging(s)} if records else {}
+
+
+def _check_records(found, judges: Rewards) -> None:
+    """Raises UserError, with file and row, for the first record of a task with files by which a reward can judge nothing."""
+    for record, place in found.placed_records() if callable(getattr(found, "placed_records", None)) else ():
+        check_record(judges, record, place)
 
 
 def _stops(model, s, jinja: str) -> tuple[list[int], tuple[str, ...]]:
@@ -142,16 +158,17 @@ def _encoded(record: Mapping, place: str, model, s, jinja: str) -> np.ndarray:
     return ids
 
 
-def _prompts(found, model, s, leave_out: bool) -> Callable:
+def _prompts(found, judges: Rewards, model, s, leave_out: bool) -> Callable:
     """i -> (record, token ids) of the i-th training problem, or None for one that the settings leave out (too_long="drop",
     bad_rows="skip") where that is possible; some are looked at now.
     """
     jinja = datasets.template(model, s)
 
     def prompt(i):
-        record = found.record(i, seed=s.seed)
+        record, place = found.record(i, seed=s.seed), f"task {s.task['name']}, problem {i}"
         try:
-            return record, _encoded(record, f"task {s.task['name']}, problem {i}", model, s, jinja)
+            check_record(judges, record, place)
+            return record, _encoded(record, place, model, s, jinja)
         except UserError as error:
             lenient = s.too_long == "drop" if isinstance(error, _TooLong) else s.bad_rows == "skip"
             if not (lenient and leave_out):
@@ -191,7 +208,7 @@ def rollouts(name: str, found, judges: Rewards, model, s, objective: Callable, m
         model=model.transformer,
         tokenizer=model.tokenizer,
         mesh=mesh,
-        prompt=_prompts(found, model, s, leave_out=True),
+        prompt=_prompts(found, judges, model, s, leave_out=True),
         rewards=judges,
         lessons=lessons,
         now=_now(objective, model, r.correction),
@@ -212,7 +229,8 @@ def rollouts(name: str, found, judges: Rewards, model, s, objective: Callable, m
 def judging(s) -> dict:
     """What `scoring.Scorer` takes besides the rewards."""
     r = s.rollouts
-    return {"seconds": r.reward_seconds, "failed": r.failed, "limit": r.failures, "workers": r.reward_workers}
+    limits = {"seconds": r.reward_seconds, "workers": r.reward_workers, "memory": r.reward_memory}
+    return {**limits, "failed": r.failed, "limit": r.failures}
 
 
 def _lessons(s, objective: Callable) -> Lessons:
@@ -348,7 +366,7 @@ def samples(name: str, found, judges: Rewards, model, s, objective: Callable, me
     if s.rollouts.group < 2:
         raise UserError(f"config.rollouts.group: {s.rollouts.group} leaves nothing to compare; take 2 at least.")
     _check_rewards(s, judges, learned=True)
-    prompt, shape = _prompts(found, model, s, leave_out=False), datasets.shape(objective)
+    prompt, shape = _prompts(found, judges, model, s, leave_out=False), datasets.shape(objective)
     trial = [row for i in range(8) for row in rows(shape, prompt(i)[0]["prompt"], "12", (1, 0))]
     datasets.check(trial, model, s, objective)
     step = zlib.crc32(name.encode()) >> 1  # that each stage draws others

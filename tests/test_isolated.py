@@ -3,6 +3,9 @@
 import importlib.util
 import inspect
 import json
+import os
+import signal
+import sys
 import threading
 
 import pytest
@@ -78,6 +81,30 @@ def test_a_child_dies_or_refuses_and_says_so(function, args, message, tmp_path, 
     with pytest.raises(RuntimeError, match=message):
         isolated.call(function, args=args, seconds=5.0)
     assert not list(tmp_path.iterdir()) and isolated.call("operator:add", args=[1, 2], seconds=5.0) == 3
+
+
+def test_a_child_leaves_no_files_and_finds_what_its_parent_finds(alone, tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "only_here.py").write_text("def f():\n    return 7\n")
+    monkeypatch.chdir(tmp_path / "there")
+    monkeypatch.setattr(sys, "path", ["", *(entry for entry in sys.path if entry)])
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert isolated.call("only_here:f", args=[], seconds=5.0) == 7
+    assert isolated.call("tempfile:gettempdir", args=[], seconds=5.0) == str(tmp_path)
+    for refused, args in (("tempfile:mkstemp", []), ("os:open", ["written", os.O_CREAT | os.O_WRONLY])):
+        with pytest.raises(RuntimeError, match="PermissionError"):
+            isolated.call(refused, args=args, seconds=5.0)
+    assert [path.name for path in tmp_path.rglob("*")] == ["there", "only_here.py"]
+
+
+def test_a_child_that_does_not_read_keeps_nobody_waiting(alone):
+    isolated.warm(module="operator")
+    (child,) = isolated._idle
+    os.kill(child.process.pid, signal.SIGSTOP)
+    with pytest.raises(TimeoutError, match="more than 0.2 s"):
+        isolated.call("operator:add", args=["a" * 2**20, "b"], seconds=0.2)  # more than a pipe holds
+    assert child.process.poll() is not None
 
 
 def test_threads_have_a_child_each(alone):

@@ -1,6 +1,7 @@
 """A file of prompts as a task, settings that a source does not read, and rewards of TRL's signature."""
 
 import json
+import re
 
 import pytest
 
@@ -88,6 +89,16 @@ def test_data_around_several_stages_are_those_of_the_stage_that_reads_them():
     config = recipe.make(stages=("sft", "rl"), task={"name": "countdown"}, rl={**rolled, "data": "a.jsonl"})
     with pytest.raises(UserError, match="config.rl.data"):
         recipe.stages(config)
+
+
+@pytest.mark.parametrize("answer", ["12 pi", "5xy", "May 5", "(2, 5)", "3 to 5", None])
+def test_a_gold_that_numeric_cannot_judge_by_is_named_by_file_row_and_value(tmp_path, answer):
+    task = prompts.make(data=written(tmp_path, [*ROWS, {"prompt": "?", "answer": answer}]))
+    judges = selfmade.rewards(task, "prompts", {"right": {"name": "math.numeric", "weight": 0.5}})
+    with pytest.raises(UserError, match=f"prompts.jsonl, line 41: reward right: .*{re.escape(answer or 'no answer')}"):
+        selfmade._check_records(task, judges)
+    selfmade._check_records(task, selfmade.rewards(task, "prompts", "math.exact" if answer else "text.length"))
+    selfmade._check_records(prompts.make(data=written(tmp_path, ROWS)), judges)
 
 
 TRL = """

@@ -133,7 +133,7 @@ def test_exact(answer, completion, same):
     ("completion", "found"),
     [
         ("72", "72"),
-        ("3 of 1,234,567", "1234567"),
+        ("3, and 1,234,567", "1234567"),
         ("1,2,3", None),
         ("12-5", None),
         ("it is -5.", "-5"),

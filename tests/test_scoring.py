@@ -356,6 +356,19 @@ def test_a_message_that_raises_is_a_failure_in_this_process_too():
     assert "Speechless, whose message cannot be read" in score.failures[0]
 
 
+def asks(record, completion):
+    return len(bytearray(int(record["bytes"]))) / record["bytes"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system has a limit that holds")
+@pytest.mark.parametrize("memory", [0.5, 1.0])
+def test_a_reward_that_asks_for_too_much_memory_is_a_failure(memory):
+    records = [{"bytes": size} for size in (50 * 2**30, 600 * 2**20, 1)]
+    scores = judged({"asks": (asks, 1.0)}, records, ["a"] * 3, failed=-1.0, limit=1.0, workers=1, memory=memory)
+    assert [s.total for s in scores] == [-1.0, 1.0 if memory == 1.0 else -1.0, 1.0]
+    assert "reward asks: MemoryError" in scores[0].failures[0]
+
+
 def test_what_a_reward_changes_stays_in_its_worker():
     def changes(record, completion):
         random.seed(0)

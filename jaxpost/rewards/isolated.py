@@ -30,6 +30,8 @@ from jaxpost.errors import UserError
 
 START = 120.0  # seconds that the imports may take, on a busy machine
 MEMORY = 4 * 2**30  # bytes of address space
+_CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from jaxpost.rewards.isolated import _serve; _serve()"
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # What Python tells of itself before it does it; the child's audit hook refuses these.
 _REFUSED = ("socket.connect", "socket.bind", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.kill")
 _REFUSED += ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "shutil.")
@@ -87,16 +89,16 @@ def _taken() -> "_Child":
 
 
 class _Child:
-    """An interpreter that runs this file and answers calls."""
+    """An interpreter that finds modules where this one does, and answers calls."""
 
     def __init__(self):
         # One thread for linear algebra: its buffers count as memory. One hash seed: sets have one order in every child.
         quiet = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "JAX_PLATFORMS": "cpu"}
         quiet["MPLCONFIGDIR"] = tempfile.gettempdir()  # a folder that is there: matplotlib may make none in the child
         self.loaded: set[str] = set()
-        # -P: this folder has a math.py, which is not the one that others import.
+        path = json.dumps([entry or os.getcwd() for entry in sys.path])
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-B", __file__],
+            [sys.executable, "-P", "-B", "-c", _CHILD, path],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -104,11 +106,12 @@ class _Child:
             env=os.environ | quiet,
             start_new_session=True,  # an interrupt from the terminal is its parent's to deal with
         )
+        os.set_blocking(self.process.stdin.fileno(), False)  # a child that does not read must not keep its parent
 
     def load(self, *modules: str) -> None:
         """Imports what it has not yet. Raises RuntimeError with what an import raised."""
         if new := [m for m in modules if m and m not in self.loaded]:
-            found = self.ask(["", [sys.path, new], START], START)
+            found = self.ask(["", [[entry or os.getcwd() for entry in sys.path], new], START], START)
             if "error" in found:
                 raise RuntimeError(found["error"])
             self.loaded.update(new)
@@ -117,21 +120,28 @@ class _Child:
         """The answer to a message. Raises TimeoutError, and RuntimeError where the process is gone."""
         end = time.monotonic() + seconds
         what = message[0] or f"import {', '.join(message[1][1])}"
-        answer, ready = b"", select.poll()
-        ready.register(self.process.stdout, select.POLLIN)
+        left, answer = memoryview(json.dumps(message).encode() + b"\n"), b""
         try:
-            left = memoryview(json.dumps(message).encode() + b"\n")
             while left:
-                left = left[self.process.stdin.write(left) :]
+                self._wait(self.process.stdin, select.POLLOUT, what, seconds, end)
+                with contextlib.suppress(BlockingIOError):
+                    left = left[os.write(self.process.stdin.fileno(), left) :]
             while not answer.endswith(b"\n"):
-                if not ready.poll(max(0.0, end - time.monotonic()) * 1000):
-                    raise TimeoutError(f"{what} took more than {seconds:g} s and was stopped")
+                self._wait(self.process.stdout, select.POLLIN, what, seconds, end)
                 if not (part := os.read(self.process.stdout.fileno(), 2**16)):
                     raise BrokenPipeError
                 answer += part
         except BrokenPipeError:
             raise RuntimeError(f"{what} ended its process ({self.process.wait()}), as too much memory does") from None
         return json.loads(answer)
+
+    @staticmethod
+    def _wait(pipe, event: int, what: str, seconds: float, end: float) -> None:
+        """Waits until a pipe can be written or read. Raises TimeoutError at the end of the time."""
+        ready = select.poll()
+        ready.register(pipe, event)
+        if not ready.poll(max(0.0, end - time.monotonic()) * 1000):
+            raise TimeoutError(f"{what} took more than {seconds:g} s and was stopped")
 
     def kill(self) -> None:
         """Ends the process at once."""
@@ -143,7 +153,9 @@ class _Child:
 
 
 def _refuse(event: str, args: tuple) -> None:
-    writes = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
+    mode, flags = args[1:3] if event == "open" else ("", 0)
+    writes = (isinstance(mode, str) and set(mode) & set("wax+")) or (isinstance(flags, int) and flags & _WRITES)
+    writes = writes and args[0] != os.devnull
     if writes or event.startswith(_REFUSED):
         raise PermissionError(f"{event} is refused to a function that reads a model's words")
 
@@ -156,6 +168,7 @@ def _serve() -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    tempfile.gettempdir()  # looked for by writing a probe, which could not be written any more
     sys.addaudithook(_refuse)
     for line in sys.stdin.buffer:
         name, args, seconds = json.loads(line)
@@ -176,7 +189,3 @@ def _run(name: str, args: list) -> Any:
     for module in modules:
         importlib.import_module(module)
     return None
-
-
-if __name__ == "__main__":
-    _serve()

@@ -14,10 +14,7 @@ import re
 import unicodedata
 
 from jaxpost.errors import UserError
-from jaxpost.rewards import answers, isolated
-
-# What math-verify would read as another thing: a ratio or a time as a quotient, a base as an index, a date as two quotients.
-_AS_TEXT = re.compile(r"[0-9] ?: ?[0-9]|[0-9]_|[0-9]/[0-9]+/[0-9]")
+from jaxpost.rewards import answers, formulas, isolated
 
 
 def exact(record: dict, completion: str) -> bool:
@@ -33,20 +30,27 @@ def numeric(record: dict, completion: str) -> bool:
 
     Raises UserError for a record without an answer, and ValueError for one whose answer is no single number.
     """
-    right = _right(_answer(record))
-    if right is None:
+    _check(record)
+    given = answers.value(completion)
+    return given is not None and given.equals(_right(_answer(record)))
+
+
+def _check(record: dict) -> None:
+    """Raises what `numeric` raises for a record, which needs no completion."""
+    if _right(_answer(record)) is None:
         raise ValueError(
             f"the record's answer {_answer(record)[:60]!r} is no single number; rewards.math.verify compares mathematics, "
             "rewards.math.exact texts."
         )
-    given = answers.value(completion)
-    return given is not None and given.equals(right)
+
+
+numeric.check = _check
 
 
 def verify(record: dict, completion: str, *, seconds: float = 5.0) -> bool:
     """Whether the completion's answer is mathematically that of record["answer"] (a number, LaTeX with or without its dollars,
-    or a solution that marks one), as math-verify finds within `seconds`. Two numbers are compared as `numeric` does, and a
-    ratio, a time, a date or a number with its base as `exact` does.
+    or a solution that marks one), as math-verify finds within `seconds`. Two numbers are compared as `numeric` does; a ratio, a
+    time, a date, a range, a number with its base and what is said in words as `exact` does, but for spaces and braces.
 
     Raises UserError for a record without an answer and where math-verify is not installed, TimeoutError where the time ran out,
     and RuntimeError for an answer of the record's that it cannot read.
@@ -92,6 +96,7 @@ def _read(answer: str) -> list:
 def _parsed(answer: str) -> list:
     from math_verify import parse
 
+    answer = formulas.latex(answer)
     # As mathematics first: in x^2 - 1 as text it would find a 1. Its own timers are off: a loop in C does not hear them.
     for text in (answer,) if "$" in answer else (f"${answer}$", answer):
         if expressions := parse(text, parsing_timeout=None):
@@ -99,16 +104,24 @@ def _parsed(answer: str) -> list:
     return []
 
 
+def _bare(text: str) -> str:
+    return re.sub(r"[\s{}]", "", _normal(text).replace("\\left", "").replace("\\right", ""))
+
+
 def _same(answer: str, completion: str) -> bool:
     """Runs in the child."""
-    from math_verify import parse
     from math_verify import verify as equal
 
     given, right = answers.value(completion), _right(answer)
     if given is not None and right is not None:
         return given.equals(right)
     part, wanted = answers.marked(completion), answers.marked(answer).text
-    if _AS_TEXT.search(wanted):
-        return _normal(part.text).replace(" ", "") == _normal(wanted).replace(" ", "")
-    read = _parsed(part.text) if part.kind in ("box", "line", "tag") else parse(part.text, parsing_timeout=None)
-    return bool(equal(_read(answer), read, timeout_seconds=None))
+    sentence = answers.marked(completion, digits=True).text if part.kind == "words" else part.text
+    if _bare(wanted) and _bare(wanted) in (_bare(part.text), _bare(sentence)):
+        return True
+    if formulas.in_words(wanted):
+        return False
+    formula = part.text if part.kind in ("box", "line", "tag") else formulas.spoken(sentence, whole=right is not None)
+    if right is not None and (not formulas.evaluates(formula) or answers.value(formula, alone=True) is not None):
+        return False  # words around a number deny or change it
+    return bool(equal(_read(answer), _parsed(formula), timeout_seconds=None))

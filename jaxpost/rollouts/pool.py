@@ -51,13 +51,14 @@ _QUIET = {"JAX_PLATFORMS": "cpu", "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS":
 
 
 class Payload(NamedTuple):
-    """Rewards as a worker gets them: their pickles by name, the files of modules that no sys.path leads to, and which version
-    of their modules' files they are of."""
+    """Rewards as a worker gets them: their pickles by name, the files of modules that no sys.path leads to, which version of
+    their modules' files they are of, and the GiB of memory that they may take."""
 
     digest: str
     pickles: dict[str, bytes]
     files: dict[str, str]
     versions: dict[str, int]
+    memory: float
 
 
 class Job(NamedTuple):
@@ -104,8 +105,8 @@ def pickled(reward: Callable) -> bytes:
     return content.getvalue()
 
 
-def payload(pickles: Mapping[str, bytes], rewards: Mapping[str, Callable]) -> Payload:
-    """The payload of rewards, {name: pickle} and {name: function}."""
+def payload(pickles: Mapping[str, bytes], rewards: Mapping[str, Callable], memory: float) -> Payload:
+    """The payload of rewards, {name: pickle} and {name: function}, that may take so many GiB."""
     files = {}
     for name, module in list(sys.modules.items()):
         path = getattr(module, "__file__", None)
@@ -114,8 +115,8 @@ def payload(pickles: Mapping[str, bytes], rewards: Mapping[str, Callable]) -> Pa
     modules = {getattr(getattr(reward, "func", reward), "__module__", None) for reward in rewards.values()}
     paths = {name: getattr(sys.modules.get(name), "__file__", None) for name in modules if name and name != "__main__"}
     versions = {k: os.stat(path).st_mtime_ns for k, path in {**paths, **files}.items() if path and os.path.exists(path)}
-    parts = repr((sorted(pickles.items()), sorted(files.items()), sorted(versions.items())))
-    return Payload(hashlib.sha256(parts.encode()).hexdigest(), dict(pickles), files, versions)
+    parts = repr((sorted(pickles.items()), sorted(files.items()), sorted(versions.items()), memory))
+    return Payload(hashlib.sha256(parts.encode()).hexdigest(), dict(pickles), files, versions, memory)
 
 
 class _Worker:
@@ -146,7 +147,7 @@ class _Worker:
         if jobs[0].name:
             self._write("judge", first.digest, [(job.name, job.record, job.completion) for job in jobs])
         else:
-            self._write("load", first.digest, {"files": first.files, "pickles": first.pickles})
+            self._write("load", first.digest, {"files": first.files, "pickles": first.pickles, "memory": first.memory})
             self.loaded[first.digest] = True
             self.versions |= first.versions
             while len(self.loaded) > LOADED:

@@ -35,11 +35,12 @@ import cloudpickle
 import numpy as np
 import tqdm
 
-from jaxpost.errors import UserError
+from jaxpost.errors import UserError, first_line
 from jaxpost.rollouts import pool
 from jaxpost.rollouts.worker import Failure, described, number
 
 WORKERS, THREADS = 4, 4
+MEMORY = 8.0  # GiB of a worker
 LARGEST = float(np.finfo(np.float32).max)  # a total beyond it is none that could be learned from
 
 
@@ -73,11 +74,13 @@ class Scorer:
 
     seconds: that a reward may take for one completion. failed: what a failure scores, before its weight. limit: the share of a
     reward's verdicts in one `results` that may be failures, though one always may, unless the limit is 0. workers: processes at
-    most, of this and all other Scorers together; threads: for rewards that are judged in this process.
+    most, of this and all other Scorers together; memory: GiB that each of them may allocate, on Linux, where 0 is no limit;
+    threads: for rewards that are judged in this process.
 
-    A reward is (record, completion) -> a number, or None where it does not apply. It may carry two attributes, functions with
-    its own keywords: `ready()`, called here at once, so that what is missing is found early; and `many(records, completions)`
-    -> one number, None or exception for each, which is called in its stead, once a `results` and without a clock.
+    A reward is (record, completion) -> a number, or None where it does not apply. It may carry three attributes, functions
+    with its own keywords: `ready()`, called here at once, so that what is missing is found early; `many(records, completions)`
+    -> one number, None or exception for each, which is called in its stead, once a `results` and without a clock; and
+    `check(record)`, which raises for a record that no completion could be judged by (see `check_record`).
     Raises UserError for what is no reward, as a function that returns nothing.
     """
 
@@ -89,9 +92,10 @@ class Scorer:
         failed: float = 0.0,
         limit: float = 0.1,
         workers: int = WORKERS,
+        memory: float = MEMORY,
         threads: int = THREADS,
     ):
-        _check(rewards, seconds, failed, limit, workers, threads)
+        _check(rewards, seconds, failed, limit, workers, memory, threads)
         self.rewards, self.seconds, self.failed, self.limit = dict(rewards), seconds, failed, limit
         self._many = {name: many for name, (reward, _) in self.rewards.items() if (many := _carried(reward, "many"))}
         for reward, _ in self.rewards.values():
@@ -101,7 +105,7 @@ class Scorer:
         self._running: dict[int, _Job] = {}
         self._asked: dict[int, tuple[dict, str]] = {}
         alone = {name: reward for name, (reward, _) in self.rewards.items() if name not in self._many}
-        self._workers, self._payload = workers, _sent(alone, workers)
+        self._workers, self._payload = workers, _sent(alone, workers, memory)
         self._threads = threads if alone.keys() - (self._payload.pickles if self._payload else ()) else 0
         for _ in range(self._threads):
             self._start(self._work)
@@ -236,6 +240,16 @@ class Scorer:
                 self._said.put((job.key, job.name, TimeoutError(f"took more than {self.seconds:g} s")))
 
 
+def check_record(rewards: Mapping[str, tuple[Callable, float]], record: Mapping, place: str) -> None:
+    """Raises UserError, with the record's place, where a reward says that it can judge nothing by this record."""
+    for name, (reward, _) in rewards.items():
+        if check := _carried(reward, "check"):
+            try:
+                check(record)
+            except Exception as error:
+                raise UserError(f"{place}: reward {name}: {first_line(error)}") from error
+
+
 def judged(
     rewards: Mapping[str, tuple[Callable, float]], records: Sequence[dict], completions: Sequence[str], **options
 ) -> list[Score]:
@@ -249,7 +263,7 @@ def judged(
         scorer.close()
 
 
-def _check(rewards: Mapping, seconds: float, failed: float, limit: float, workers: int, threads: int) -> None:
+def _check(rewards: Mapping, seconds: float, failed: float, limit: float, workers: int, memory: float, threads: int) -> None:
     if not rewards:
         raise UserError("there is no reward to judge completions by; name one at least.")
     for name, entry in rewards.items():
@@ -259,10 +273,11 @@ def _check(rewards: Mapping, seconds: float, failed: float, limit: float, worker
             raise UserError(f"reward {name}: it never returns a value; is there a `return` missing?")
         if not abs(entry[1] * failed) <= LARGEST:
             raise UserError(f"reward {name}: its weight {entry[1]:g} times failed={failed:g} is beyond the largest float32.")
-    if not (seconds > 0 and 0 <= limit <= 1 and workers >= 0 and threads >= 1 and math.isfinite(failed)):
+    finite = math.isfinite(memory) and math.isfinite(failed)
+    if not (seconds > 0 and 0 <= limit <= 1 and workers >= 0 and memory >= 0 and threads >= 1 and finite):
         raise UserError(
-            f"scoring: seconds={seconds} must be positive, limit={limit} a share, workers={workers} 0 at least, "
-            f"threads={threads} 1 at least, and failed={failed} a finite number."
+            f"scoring: seconds={seconds} must be positive, limit={limit} a share, workers={workers} and memory={memory} 0 at "
+            f"least, threads={threads} 1 at least, and failed={failed} and memory finite numbers."
         )
 
 
@@ -284,17 +299,18 @@ def _returns_nothing(reward: Callable) -> bool:
     return bool(returns) and all(step.opname in ("LOAD_CONST", "RETURN_CONST") and step.argval is None for step in returns)
 
 
-_PAYLOADS: list[tuple[Mapping[str, Callable], pool.Payload | None]] = []  # of the latest rewards that were sent
+_PAYLOADS: list[tuple[Mapping[str, Callable], float, pool.Payload | None]] = []  # of the latest rewards that were sent
 _TOLD: set[str] = set()
 
 
-def _sent(rewards: Mapping[str, Callable], workers: int) -> pool.Payload | None:
+def _sent(rewards: Mapping[str, Callable], workers: int, memory: float) -> pool.Payload | None:
     """What workers get of rewards, and have loaded by now; None where all of them stay in this process."""
     rewards = {name: reward for name, reward in rewards.items() if not _carried(reward, "in_process")}
     if not workers or not rewards:
         return None
-    for known, payload in _PAYLOADS:
-        if known.keys() == rewards.keys() and all(known[name] is reward for name, reward in rewards.items()):
+    for known, limit, payload in _PAYLOADS:
+        same = known.keys() == rewards.keys() and limit == memory
+        if same and all(known[name] is reward for name, reward in rewards.items()):
             return payload
     pickles, stays = {}, {}
     for name, reward in rewards.items() if os.name == "posix" else ():
@@ -302,17 +318,17 @@ def _sent(rewards: Mapping[str, Callable], workers: int) -> pool.Payload | None:
             pickles[name] = pool.pickled(reward)
         except UserError as error:
             stays[name] = str(error)
-    payload = pool.payload(pickles, rewards) if pickles else None
+    payload = pool.payload(pickles, rewards, memory) if pickles else None
     if payload and (errors := pool.shared().load(payload, workers)):
         stays |= {name: f"a worker cannot load it ({error})" for name, error in errors.items()}
         pickles = {name: content for name, content in pickles.items() if name not in errors}
-        payload = pool.payload(pickles, rewards) if pickles else None
+        payload = pool.payload(pickles, rewards, memory) if pickles else None
     for name, why in stays.items():
         told = f"reward {name} is judged in this process, where the clock does not stop a loop in C: {why}"
         if told not in _TOLD:
             _TOLD.add(told)
             tqdm.tqdm.write(told, file=sys.stderr)
-    _PAYLOADS[:] = [*_PAYLOADS[-7:], (rewards, payload)]
+    _PAYLOADS[:] = [*_PAYLOADS[-7:], (rewards, memory, payload)]
     return payload
 
 

@@ -4,6 +4,10 @@ It gets pickles, each after its length in 8 bytes. It answers a line of JSON for
 completion that it has judged. `pool.py` starts it, keeps its clock and kills it. It has no input, its output goes nowhere, and
 jax in it knows the CPU alone. On Linux it dies with the process that started it; elsewhere within a second, unless a reward is
 in a loop in C: then when that ends.
+
+On Linux a reward may allocate so much memory (the private data of the process, RLIMIT_DATA, since address space that a library
+reserves costs nothing) and gets a MemoryError past that, which is a failure like any other. Where the machine itself runs out,
+the kernel ends a worker before it ends the training. Elsewhere there is no limit: no system but Linux has one that holds.
 """
 
 import contextlib
@@ -80,6 +84,7 @@ class _Files(importlib.abc.MetaPathFinder):
 def serve(descriptor: int, parent: int) -> None:
     """Judges what comes through a socket until its other end is closed. parent: the number of the process that holds it."""
     if sys.platform == "linux":
+        _first_to_go()
         ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
     else:
         threading.Thread(target=_watch, args=(parent,), daemon=True).start()
@@ -91,18 +96,38 @@ def serve(descriptor: int, parent: int) -> None:
         while True:
             kind, payload, body = pickle.loads(_exactly(messages, int.from_bytes(_exactly(messages, 8), "big")))
             if kind == "load":
+                _limit(body["memory"])
                 files.paths.update(body["files"])
-                rewards[payload] = {name: _loaded(content) for name, content in body["pickles"].items()}
+                rewards[payload] = body["memory"], {name: _loaded(content) for name, content in body["pickles"].items()}
                 while len(rewards) > LOADED:
                     rewards.pop(next(iter(rewards)))
-                errors = {k: described(x) for k, x in rewards[payload].items() if isinstance(x, BaseException)}
+                errors = {k: described(x) for k, x in rewards[payload][1].items() if isinstance(x, BaseException)}
                 link.sendall(json.dumps({"errors": errors}).encode() + b"\n")
                 continue
+            memory, loaded = rewards[payload]
+            _limit(memory)
             for name, record, completion in body:
-                answer = _judged(rewards[payload][name], record, completion)
+                answer = _judged(loaded[name], record, completion)
                 if os.getpid() != own:
                     os._exit(0)  # a fork that the reward made and forgot
                 link.sendall(json.dumps(answer).encode() + b"\n")
+
+
+def _first_to_go() -> None:
+    """Has the kernel end this process before its parent where memory runs out."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def _limit(memory: float) -> None:
+    """Lets this process allocate so many GiB, or without limit where it is 0."""
+    if sys.platform != "linux":
+        return
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = int(memory * 2**30) if memory else hard
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
 def _exactly(messages: Any, count: int) -> bytes:

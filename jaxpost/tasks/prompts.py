@@ -31,7 +31,8 @@ def make(*, data: str, test: str = "", columns: Any = "", held_out: float = 0.1)
     Raises UserError for a row without a prompt, and where nothing is left to train or to test on.
     """
     names = mixture.pairs(columns, "task.columns")
-    rows, tests = _records(data, names), _records(test, names) if test else []
+    placed, placed_tests = _records(data, names), _records(test, names) if test else []
+    rows, tests = ([row for row, _ in part] for part in (placed, placed_tests))
     order = sorted({_hash(row) for row in rows})
     count = int(held_out) if held_out >= 1 else round(held_out * len(order))
     kept = {_hash(row) for row in tests} or set(order[: max(count, 1)])
@@ -54,11 +55,16 @@ def make(*, data: str, test: str = "", columns: Any = "", held_out: float = 0.1)
             raise UserError(f"per_cell={per_cell}: at least one test prompt is needed")
         return [record(index, split="test", seed=seed) for index in range(min(per_cell, len(parts["test"])))]
 
-    return SimpleNamespace(record=record, test_records=test_records)
+    def placed_records() -> list[tuple[dict, str]]:
+        """Every row of every file, with its place: file and row."""
+        return [*placed, *placed_tests]
+
+    return SimpleNamespace(record=record, test_records=test_records, placed_records=placed_records)
 
 
-def _records(paths: str, names: Mapping[str, str]) -> list[dict]:
-    return [_parsed(row, names, place) for row, place in readers.read([path.strip() for path in paths.split(",")])]
+def _records(paths: str, names: Mapping[str, str]) -> list[tuple[dict, str]]:
+    records = readers.read([path.strip() for path in paths.split(",")])
+    return [(_parsed(row, names, place), place) for row, place in records]
 
 
 def _parsed(row: Mapping, names: Mapping[str, str], place: str) -> dict:
