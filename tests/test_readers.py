@@ -14,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from jaxpost import network
 from jaxpost.data import formats, readers
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
@@ -247,6 +248,7 @@ def test_the_hub_by_name_where_datasets_is_installed(monkeypatch):
         return [{"text": "a", "raw": b"b"}]
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(network, "fault", lambda url: "")
     assert readers.read("hf:o/n/main:test[:3]") == [Record({"text": "a", "raw": "b"}, "hf:o/n/main:test[:3], row 1")]
     readers.read(["hf:o/n", "hf:n"])
     assert asked == [
@@ -255,6 +257,11 @@ def test_the_hub_by_name_where_datasets_is_installed(monkeypatch):
         ("n", None, {"split": "train"}),
     ]
     with pytest.raises(UserError, match=r"hf:o/broken: not to be had \(OSError: no network\); check name"):
+        readers.read("hf:o/broken")
+    monkeypatch.setattr(network, "fault", lambda url: "the hub cannot be reached (refused)")
+    with pytest.raises(
+        UserError, match=r"hf:o/broken: the hub cannot be reached \(refused\), .*hf download o/broken --repo-type"
+    ):
         readers.read("hf:o/broken")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"hf:o/n is read by datasets, which is not here .*pip install datasets"):
