@@ -30,6 +30,7 @@ import numpy as np
 from etils import epath
 
 from jaxpost import cloud, host, network
+from jaxpost.data import parquet
 from jaxpost.errors import UserError
 
 
@@ -226,23 +227,8 @@ def _plain(value: Any) -> Any:
 
 
 def _parquet(file: epath.Path, name: str) -> Iterator[Record | UserError]:
-    parquet = _library("pyarrow.parquet", "pyarrow", f"{name}: Parquet")
-    try:
-        with file.open("rb") as stream:
-            table = parquet.read_table(stream)
-    except (OSError, ValueError) as error:  # pyarrow's own are kinds of these
-        raise UserError(f"{name}: not readable as Parquet ({error}); fetch or write it again") from error
-    columns = {column: _values(table[column]) for column in dict.fromkeys(table.column_names)}
-    columns = {column: values for column, values in columns.items() if values is not None}
-    yield from _padded_rows((dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)), name)
-
-
-def _values(column) -> list | None:
-    """An Arrow column as Python's values; None where it has none of them (a date of the year 12000)."""
-    try:
-        return column.to_pylist()
-    except (ArithmeticError, ValueError, TypeError, ImportError):
-        return None
+    library = _library("pyarrow.parquet", "pyarrow", f"{name}: Parquet")
+    yield from _padded_rows(parquet.rows(library, file, name), name)
 
 
 def _array_record(file: epath.Path, name: str) -> Iterator[Record | UserError]:
