@@ -19,6 +19,7 @@ no beginning-of-text token that a template and an encoder could both add.
 import functools
 import os
 import tempfile
+from pathlib import Path
 
 import numpy as np
 from etils import epath
@@ -38,7 +39,8 @@ _FILES = (
     "spiece.model",
     "tekken.json",
 )
-# Files that only accompany one of those.
+# Files that only accompany one of those; further chat templates, each under its name, are in a folder.
+_TEMPLATES = "additional_chat_templates"
 _COMPANIONS = ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "config.json")
 
 _TEMPLATE = (
@@ -69,15 +71,16 @@ def load(folder):
         raise UserError(f"{folder}: no such folder; give the folder that holds tokenizer.json")
     if not any((folder / name).exists() for name in _FILES):
         return None
-    for name in _FILES + _COMPANIONS:
+    named = [f"{_TEMPLATES}/{file.name}" for file in (folder / _TEMPLATES).glob("*.jinja")]
+    for name in (*_FILES, *_COMPANIONS, *named):
         check_regular(folder / name)
     if "://" not in str(folder):
         return _read(folder, shown=folder)
     # `transformers` opens local files only.
     with tempfile.TemporaryDirectory() as local:
-        for name in _FILES + _COMPANIONS:
+        for name in (*_FILES, *_COMPANIONS, *named):
             if (folder / name).exists():
-                (folder / name).copy(epath.Path(local) / name)
+                _copy(folder / name, epath.Path(local) / name)
         return _read(local, shown=folder)
 
 
@@ -186,5 +189,10 @@ def save(tokenizer, folder):
     # By way of a local folder, so that gs:// and the disk take the same path.
     with tempfile.TemporaryDirectory() as local:
         tokenizer.save_pretrained(local)
-        for path in epath.Path(local).iterdir():
-            path.copy(folder / path.name, overwrite=True)
+        for path in filter(Path.is_file, Path(local).rglob("*")):
+            _copy(epath.Path(path), folder / path.relative_to(local).as_posix())
+
+
+def _copy(file, target):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    file.copy(target, overwrite=True)
