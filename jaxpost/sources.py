@@ -52,7 +52,7 @@ def adapted(settings: dict, own: Iterable[str], defaults: Mapping, place: str) -
     own: paths of what was given for this stage, which may be all; what stands around several stages another one may read.
     defaults: {path: value}. place: as "config.sft". Raises UserError for what the stage's source would not read.
     """
-    given = {path for path in own if path in defaults and _value_at(settings, path) != defaults[path]}
+    given = {path for path in own if path in defaults and _differs(settings, path, defaults[path])}
     if settings["source"] in ("rollouts", "samples") and "data" in given:
         settings = _of_prompts(settings, place)
         given -= {"data", "eval_data", "columns", "held_out"}
@@ -70,7 +70,7 @@ def check_around(shared: Mapping, stages: Mapping[str, dict], defaults: Mapping)
     """
     passed = {name: dict(_unread(settings)) for name, settings in stages.items()}
     for path, default in defaults.items() if stages else ():
-        if _value_at(shared, path) != default and all(path in each for each in passed.values()):
+        if _differs(shared, path, default) and all(path in each for each in passed.values()):
             name, why = next((name, each[path]) for name, each in passed.items())
             reader = f"any of {', '.join(stages)} ({name} has source={stages[name]['source']!r}, {why})"
             raise _ignored(f"config.{path}", _value_at(shared, path), reader, default)
@@ -86,6 +86,12 @@ def _unread(settings: Mapping) -> Iterator[tuple[str, str]]:
 def _ignored(path: str, value: Any, reader: str, default: Any) -> UserError:
     """The error for a setting that nobody would read; reader: what does not, and why."""
     return UserError(f"{path}: {value!r} is not read by {reader}; leave it out, or at its default {default!r}.")
+
+
+def _differs(settings: Mapping, path: str, default: Any) -> bool:
+    """Whether a setting is another than its default; a tuple that was JSON in between is a list."""
+    value = _value_at(settings, path)
+    return (tuple(value) if isinstance(value, list) else value) != default
 
 
 def _value_at(tree: Mapping, path: str) -> Any:

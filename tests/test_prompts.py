@@ -184,6 +184,10 @@ def test_every_setting_is_read_by_a_source_or_refused(tmp_path, source):
     assert (seen & refused, paths.keys() - seen - refused - LOOP) == (set(), set())
 
 
+def test_settings_that_were_written_to_json_are_the_same():
+    recipe.stages(recipe.make(**json.loads(recipe.make(data="a.jsonl").to_json())))
+
+
 def test_settings_around_stages_are_read_by_one_of_them():
     rl = {"source": "rollouts", "objective": {"name": "policy_gradient.grpo"}}
     around = {"task": {"name": "countdown"}, "window": 64, "rollouts": {"lag": 1}}
