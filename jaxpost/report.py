@@ -111,7 +111,7 @@ def summary(workdir):
         shown = [row for row in samples if row["stage"] == stage and row.get("kind") == "sampled"][-5:]
         for row in shown:
             wanted = f" (answer {row['answer']})" if row["answer"] else ""
-            lines.append(f"{stage}: {row['prompt']} -> {row['completion']}{wanted}")
+            lines.append(f"{stage}: {table.plain(row['prompt'])} -> {row['completion']}{wanted}")
     return "\n".join(lines)
 
 
@@ -312,9 +312,9 @@ def _samples(samples, stages, each=6):
             if asked
             else [[], []]
         )
-        after = {(row["kind"], row["prompt"]): row for row in ends[1]}
+        after = {(row["kind"], table.plain(row["prompt"])): row for row in ends[1]}
         for row in ends[0]:
-            last = after.get((row["kind"], row["prompt"]), {})
+            last = after.get((row["kind"], table.plain(row["prompt"])), {})
             cells = [(name, row.get(name)) for name in ("stage", "kind", "prompt", "answer", "completion", "reward")]
             cells += [(name, last.get(name)) for name in ("completion", "reward")]
             rows.append("<tr>" + "".join(_sample_cell(*cell) for cell in cells) + "</tr>")
@@ -338,7 +338,7 @@ def _sample_cell(name, value):
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         tint = ' class="better"' if value > 0 else ' class="worse"' if value < 0 else ""
         return f"<td{tint if name == 'advantage' else ''}>{chart.label(value)}</td>"
-    return f'<td class="text">{"" if value is None else _escape(value)}</td>'
+    return f'<td class="text">{"" if value is None else _escape(table.plain(value))}</td>'
 
 
 def _config(config):

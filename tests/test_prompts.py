@@ -112,6 +112,9 @@ def test_rewards_of_trls_signature_are_rewards(tmp_path):
     (tmp_path / "mine.py").write_text(TRL)
     rewards = selfmade.rewards(None, "", {name: f"{tmp_path / 'mine.py'}:{name}" for name in ("longest",)})
     assert [s.total for s in judged(rewards, [{"prompt": "?", "answer": "ab"}] * 2, ["ab", "abc"])] == [3.0, 3.0]
+    message = "reward longest reads the column 'answer', .* theirs are prompt, id. .*--config.columns=answer=NAME takes another"
+    with pytest.raises(UserError, match=message):
+        judged(rewards, [{"prompt": "?", "id": 1}], ["ab"])
     rewards = selfmade.rewards(None, "", f"{tmp_path / 'mine.py'}:asked")
     turns = [{"role": "user", "content": "hello"}]
     assert judged(rewards, [{"prompt": turns, "answer": ""}], ["abc"])[0].total == 8.0

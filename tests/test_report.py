@@ -92,6 +92,22 @@ def test_cut_back_ends_a_whole_last_line_and_refuses_a_broken_one_inside(tmp_pat
         writers.cut_back(tmp_path, STAGES, "dpo", 2)
 
 
+def test_prompts_that_are_messages_are_shown_as_their_text(tmp_path):
+    asked = [{"role": "user", "content": "1+1"}]
+    writer = writers.MetricWriter(tmp_path, {}, STAGES)
+    for step in (0, 2):
+        writer.write("sft", step, {"eval/reward": 0.5})
+        row = {"prompt": asked, "completion": str(step), "reward": 1.0, "answer": "2", "kind": "sampled"}
+        writer.samples("sft", step, [row])
+    writer.close()
+    page = report.write(tmp_path).read_text()
+    assert (
+        "user: 1+1" in page
+        and "{" not in page.partition("</style>")[2]
+        and "sft: user: 1+1 -> 2 (answer 2)" in report.summary(tmp_path)
+    )
+
+
 def test_tensorboard_reads_the_events_and_has_none_twice_after_a_restart(tmp_path):
     write_run(tmp_path, TWO_STAGES)
     assert scalars(tmp_path, "reinforce", "loss") == [(0, 10.0), (2, 8.0), (4, 6.0)]
