@@ -74,11 +74,15 @@ def comparison(workdirs, out="compare.html"):
     head, *rows = compare.table(runs)
     wide = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     text = "\n".join("  ".join(cell.ljust(n) for cell, n in zip(row, wide, strict=True)).rstrip() for row in (head, *rows))
-    cells = [
-        [f"<tr>{''.join(f'<{tag}>{_escape(cell)}</{tag}>' for cell in row)}</tr>" for row in part]
-        for tag, part in (("th", [head]), ("td", rows))
+    by_run = compare.colours(runs, _COLOURS)
+    marks = [page.mark(by_run[names[0]]) for names in compare.groups(runs)[1].values()] if len(rows) > 1 else [""]
+    drawn = [
+        f"<tr>{''.join(f'<td>{mark * (not i)}{_escape(cell)}</td>' for i, cell in enumerate(row))}</tr>"
+        for mark, row in zip(marks, rows, strict=True)
     ]
-    body = ["<h1>jaxpost runs</h1>", _table(cells[0][0], cells[1]), *compare.curves(runs, _COLOURS)]
+    top = f"<tr>{''.join(f'<th>{_escape(cell)}</th>' for cell in head)}</tr>"
+    result = f"<p><b>{_escape(compare.result(runs))}</b></p>"
+    body = ["<h1>jaxpost runs</h1>", result, _table(top, drawn), *compare.curves(runs, by_run)]
     path = cloud.path(out)
     path.write_bytes(page.whole("jaxpost runs", "".join(body)).encode())
     return path, text
@@ -284,6 +288,9 @@ def _curves(metrics, colours):
             for name in row if row["stage"] == stage else ():
                 if name not in _ROW_NAMES and not name.endswith(("_low", "_high")):
                     lines.setdefault(name, []).append((row["step"], row[name]))
+        for kind in ("", "_greedy"):  # a verifier's reward is its accuracy
+            if lines.get(f"eval/reward{kind}") == lines.get(f"eval/accuracy{kind}"):
+                lines.pop(f"eval/reward{kind}", None)
         charts = "".join(
             f"<figure><figcaption>{_escape(name)}</figcaption>{_chart(stage, line, colours)}</figure>"
             for name, line in sorted(lines.items(), key=lambda item: (not item[0].startswith("eval/"), item[0].count("/")))
