@@ -34,6 +34,7 @@ from jaxpost.host import read_object
 from jaxpost.writers import METRICS, SAMPLES, read_rows
 
 _ROW_NAMES = ("stage", "step", "time")
+_BOUNDS = ("_low", "_high")  # what ends the names of an interval's ends
 _COLOURS = ("#2563a8", "#d1600f", "#2f8a4e", "#9a3f9e", "#b3262e", "#0e8a94", "#8a6d1b", "#5b5f66")
 _PACKAGES = ("jaxpost", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers", "libtpu")
 
@@ -96,7 +97,7 @@ def summary(workdir):
     metrics, samples = (read_rows(epath.Path(workdir) / name) for name in (METRICS, SAMPLES))
     names = sampled, _ = _graded(metrics)
     stages = list(dict.fromkeys(row["stage"] for row in metrics if sampled in row))
-    cells = dict.fromkeys(name.removeprefix(sampled) for row in metrics for name in row if name.startswith(sampled + "/"))
+    cells = dict.fromkeys(f"/{cell}" for _, cell in _measured_cells(metrics, sampled))
     if not stages:
         return ""
 
@@ -252,13 +253,19 @@ def _headline(metrics, stages):
     return f"<h2>Stages</h2>{note}{_table(head, rows)}"
 
 
+def _measured_cells(metrics, name):
+    """(stage, cell) of each of a figure's cells in each stage, in order; bounds are none."""
+    found = [(row["stage"], key) for row in metrics for key in row if key.startswith(f"{name}/")]
+    return list(dict.fromkeys((stage, key.removeprefix(f"{name}/")) for stage, key in found if not key.endswith(_BOUNDS)))
+
+
 def _cells(metrics, stages):
     """One row a cell, two columns a stage: its first and its last evaluation, sampled with greedy beside it."""
     names = _graded(metrics)
-    found = {(row["stage"], name): None for row in metrics for name in row if name.startswith(names[0] + "/")}
+    found = _measured_cells(metrics, names[0])
     if not found:
         return ""
-    cells = dict.fromkeys(name.removeprefix(names[0] + "/") for _, name in found)
+    cells = dict.fromkeys(cell for _, cell in found)
     measured = [stage for stage in stages if any(stage == holder for holder, _ in found)]
     head = "<tr><th></th>" + "".join(f'<th colspan="2" class="stage">{_escape(stage)}</th>' for stage in measured)
     head += "</tr><tr><th>cell</th>" + '<th class="open">before</th><th>after</th>' * len(measured) + "</tr>"
@@ -270,12 +277,16 @@ def _cells(metrics, stages):
             for end, style in ((0, "open"), (1, "")):
                 shade = f' style="background: rgba(47, 138, 78, {0.45 * sampled[end]:.2f})"' if (sampled[end] or 0) > 0 else ""
                 beside = f" <small>{_figure(names[1], greedy[end])}</small>" if greedy[end] is not None else ""
+                bounds = [_ends(metrics, stage, f"{names[0]}/{cell}{bound}")[end] for bound in _BOUNDS]
+                interval = "" if None in bounds else " to ".join(_figure(names[0], bound) for bound in bounds)
+                shade += f' title="95% interval {interval}"' if interval else ""
                 row += f'<td class="{style}"{shade}>{_figure(names[0], sampled[end])}{beside}</td>'
         rows.append(f"<tr>{row}</tr>")
     note = (
         f"A cell is one kind of the task's problems, as +2 may be sums of two digits. Sampled {names[0][5:]}, with greedy "
         "decoding in grey beside it, at a stage's first and last evaluation; the greener, the more are solved."
     )
+    note += " Of few problems a cell says little: pointing at it shows the 95% interval." if "title=" in "".join(rows) else ""
     return f'<h2>Cells</h2><p class="note">{note}</p>{_table(head, rows)}'
 
 
@@ -286,7 +297,7 @@ def _curves(metrics, colours):
         lines = {}
         for row in metrics:
             for name in row if row["stage"] == stage else ():
-                if name not in _ROW_NAMES and not name.endswith(("_low", "_high")):
+                if name not in _ROW_NAMES and not name.endswith(_BOUNDS):
                     lines.setdefault(name, []).append((row["step"], row[name]))
         for kind in ("", "_greedy"):  # a verifier's reward is its accuracy
             if lines.get(f"eval/reward{kind}") == lines.get(f"eval/accuracy{kind}"):

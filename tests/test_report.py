@@ -92,6 +92,14 @@ def test_cut_back_ends_a_whole_last_line_and_refuses_a_broken_one_inside(tmp_pat
         writers.cut_back(tmp_path, STAGES, "dpo", 2)
 
 
+def test_a_cells_interval_is_shown_with_it_and_is_no_cell(tmp_path):
+    figures = {"eval/accuracy": 0.5, "eval/accuracy/+1": 0.5, "eval/accuracy/+1_low": 0.2, "eval/accuracy/+1_high": 0.8}
+    write_run(tmp_path, [("sft", 0, figures), ("sft", 4, figures)])
+    page = report.write(tmp_path).read_text()
+    assert page.count('title="95% interval 20.0% to 80.0%"') == 2 and "+1_low" not in page
+    assert "+1_low" not in report.summary(tmp_path)
+
+
 def test_prompts_that_are_messages_are_shown_as_their_text(tmp_path):
     asked = [{"role": "user", "content": "1+1"}]
     writer = writers.MetricWriter(tmp_path, {}, STAGES)
@@ -248,7 +256,7 @@ def test_a_chart_runs_from_its_first_value_to_its_last(tmp_path):
     page = report.write(tmp_path).read_text()
     (figure,) = re.findall(r"<figure>.*?</figure>", page)
     # x: 52 to 338 for steps 0 to 100; y: 202 to 12 for 1 to 4. The path is broken at step 50.
-    assert re.search(r'<path d="([^"]*)"', figure)[1] == "M52.0 12.0M266.5 202.0L338.0 138.7"
+    assert re.search(r'<path d="([^"]*)"', figure)[1] == "M58.0 12.0M268.0 202.0L338.0 138.7"
     assert '<circle cx="338.0" cy="138.7" r="3"' in figure and ">2</text></svg>" in figure
 
 
