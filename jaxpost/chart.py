@@ -3,7 +3,7 @@
 import math
 
 _WIDTH, _HEIGHT = 400, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 62, 12, 28
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 62, 12, 28
 _POINTS = 400  # the most points of a line; about one for each pixel of the chart's width
 
 
@@ -20,10 +20,10 @@ def draw(lines, colours):
         return _LEFT + (x - x0) / (x1 - x0) * (right - _LEFT), bottom - (y - y0) / (y1 - y0) * (bottom - _TOP)
 
     parts = [f'<svg width="{_WIDTH}" height="{_HEIGHT}" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">']
-    for tick in ys:
+    for tick, name in zip(ys, _names(ys), strict=True):
         _, y = place(x0, tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label(tick)}</text>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{name}</text>')
     for tick in xs:
         x, _ = place(tick, y0)
         parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
@@ -95,10 +95,18 @@ def _ticks(low, high):
     return [number * step for number in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
 
 
+def _names(ticks):
+    """The ticks' labels; where they differ by too little for that, how much each is above the first."""
+    names = [label(tick) for tick in ticks]
+    if len(set(names)) == len(names):
+        return names
+    return [names[0], *(f"+{tick - ticks[0]:.2g}" for tick in ticks[1:])]
+
+
 def label(value):
     """A figure as a reader wants it: four digits that matter, whole numbers whole."""
     if value is None:
         return "&ndash;"
     if abs(value) < 1e7 and (float(value).is_integer() or abs(value) >= 1000):
         return f"{value:.0f}"
-    return f"{value:.4g}"
+    return f"{value:.2g}" if abs(value) < 1e-3 else f"{value:.4g}"

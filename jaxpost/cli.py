@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -164,6 +165,24 @@ def _define(config: bool, model: bool, distributed: bool) -> None:
     for name, has in (("config", config), ("trust", model), ("distributed", distributed)):
         if has:  # --help lists the main module's alone
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+
+
+def command(changes: Mapping[str, str]) -> str:
+    """The command that this process is, with flags of other values: {"workdir": "runs/2"}; "" where it is none of jaxpost's."""
+    own = [
+        i for i, argument in enumerate(sys.orig_argv) if i and sys.orig_argv[i - 1] == "-m" and argument.startswith("jaxpost.")
+    ]
+    if not own:
+        return ""
+    called, given = sys.orig_argv[: own[0] + 1], sys.orig_argv[own[0] + 1 :]
+    kept, rest = [], iter(given)
+    for argument in rest:
+        name, equals, _ = argument.lstrip("-").partition("=")
+        if not any(name == other or name.startswith(f"{other}.") for other in changes):
+            kept.append(argument)
+        elif not equals:
+            next(rest, None)  # its value
+    return shlex.join([*called, *kept, *(f"--{name}={value}" for name, value in changes.items())])
 
 
 def required(*names: str) -> list:

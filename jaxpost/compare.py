@@ -8,9 +8,10 @@ the standard deviation (of a sample, n - 1) over their seeds.
 
 import html
 import json
+import math
 import statistics
 
-from jaxpost import chart, cloud
+from jaxpost import chart, cloud, page
 from jaxpost.errors import UserError
 from jaxpost.recipe import flat
 from jaxpost.writers import METRICS, read_rows
@@ -29,21 +30,58 @@ def read(workdirs) -> dict[str, tuple[dict, list[dict]]]:
     return runs
 
 
+def groups(runs: dict) -> tuple[list[str], dict[tuple, list[str]]]:
+    """(the settings that differ, seeds apart, {their values as texts: the runs that have them})."""
+    keys = {key for settings, _ in runs.values() for key in settings if key.rpartition(".")[2] != "seed"}
+    differ = sorted(k for k in keys if len({json.dumps(settings.get(k)) for settings, _ in runs.values()}) > 1)
+    found: dict = {}
+    for name, (settings, _) in runs.items():
+        found.setdefault(tuple(json.dumps(settings.get(k, "-")).strip('"') for k in differ), []).append(name)
+    return differ, found
+
+
+def figures(runs: dict) -> dict[str, dict[str, float]]:
+    """{figure: {run: its last value}} of the figures of the table, the one that decides first."""
+    finals = {run: _final(settings, rows) for run, (settings, rows) in runs.items()}
+    made = {
+        name: {run: final[name] for run, final in finals.items() if final.get(name) is not None} for name in (*FIGURES, "loss")
+    }
+    made = {name: values for name, values in made.items() if values}
+    if len(made) > 1:
+        made.pop("loss", None)
+    for kind in ("", "_greedy"):  # a verifier's reward is its accuracy
+        if made.get(f"eval/reward{kind}") == made.get(f"eval/accuracy{kind}"):
+            made.pop(f"eval/reward{kind}", None)
+    return made
+
+
 def table(runs: dict) -> list[list[str]]:
     """The head and the rows of the comparison: the runs' names, the settings that differ, their final figures."""
-    keys = {key for settings, _ in runs.values() for key in settings}
-    differ = sorted(k for k in keys if len({json.dumps(settings.get(k)) for settings, _ in runs.values()}) > 1 and k != "seed")
-    groups: dict = {}
-    for name, (settings, rows) in runs.items():
-        groups.setdefault(tuple(json.dumps(settings.get(k, "-")) for k in differ), []).append((name, _final(settings, rows)))
-    named = {name for own in groups.values() for _, final in own for name in final}
-    figures = [name for name in (*FIGURES, "loss") if name in named]
-    figures = figures[:-1] if figures[-1:] == ["loss"] and len(figures) > 1 else figures
-    lines = [["runs", *differ, "seeds", *figures]]
-    for values, own in groups.items():
-        spread = [_spread([final[name] for _, final in own if final.get(name) is not None]) for name in figures]
-        lines.append([" ".join(name for name, _ in own), *(v.strip('"') for v in values), str(len(own)), *spread])
+    (differ, members), last = groups(runs), figures(runs)
+    lines = [["runs", *differ, "seeds", *last]]
+    for values, names in members.items():
+        spread = [_spread([figure[name] for name in names if name in figure]) for figure in last.values()]
+        lines.append([" ".join(names), *values, str(len(names)), *spread])
     return lines
+
+
+def result(runs: dict) -> str:
+    """One sentence: which settings have the best figure, by how much, and whether the seeds tell it from chance."""
+    (differ, members), last = groups(runs), figures(runs)
+    if not last:
+        return "No run has a figure yet."
+    name, final = next(iter(last.items()))
+    each = {values: [final[run] for run in names if run in final] for values, names in members.items()}
+    sign = -1 if name.endswith("loss") else 1
+    order = sorted((values for values in each if each[values]), key=lambda v: -sign * statistics.mean(each[v]))
+    said = [(_spread(each[v]), ", ".join(f"{k}={x}" for k, x in zip(differ, v, strict=True))) for v in order]
+    if len(order) == 1:
+        return f"{name} is {said[0][0]}" + (f" over {len(each[order[0]])} seeds." if len(each[order[0]]) > 1 else ".")
+    gap = abs(statistics.mean(each[order[0]]) - statistics.mean(each[order[1]]))
+    spreads = [statistics.stdev(each[v]) for v in order[:2] if len(each[v]) > 1]
+    doubt = "; these have one seed each, so it may be chance" if not spreads else ""
+    doubt = "; the difference is within the spread over seeds" if spreads and gap <= max(spreads) else doubt
+    return f"{name} is best with {said[0][1]}: {said[0][0]}, against {said[1][0]} with {said[1][1]}{doubt}."
 
 
 def _final(settings: dict, rows: list[dict]) -> dict:
@@ -53,13 +91,25 @@ def _final(settings: dict, rows: list[dict]) -> dict:
 
 
 def _spread(values: list[float]) -> str:
-    if not values:
-        return "-"
-    return f"{statistics.mean(values):.4g}" + (f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else "")
+    """The mean, to as many digits as two of the spread over seeds, and the spread."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    if not spread or not math.isfinite(spread):
+        return f"{statistics.mean(values):.4g}{' ± 0' if len(values) > 1 else ''}" if values else "-"
+    digits = max(0, 1 - math.floor(math.log10(spread)))
+    return f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
 
 
-def curves(runs: dict, colours) -> list[str]:
-    """A chart for each stage and metric in which the runs lie over each other."""
+def colours(runs: dict, palette) -> dict[str, str]:
+    """{run: its colour}: that of its settings, so that seeds share one; where only seeds differ, each has its own."""
+    _, members = groups(runs)
+    each = members.values() if len(members) > 1 else [[run] for run in runs]
+    return {run: palette[i % len(palette)] for i, names in enumerate(each) for run in names}
+
+
+def curves(runs: dict, by_run: dict) -> list[str]:
+    """A chart for each stage and metric in which the runs lie over each other; by_run: as `colours` gives. None for what was
+    zero in all runs, nor for a reward that is the accuracy.
+    """
     lines: dict = {}
     for run, (_, rows) in runs.items():
         for row in rows:
@@ -67,10 +117,18 @@ def curves(runs: dict, colours) -> list[str]:
                 drawn = name in CURVES or (name.startswith("eval/") and name.count("/") == 1)
                 if drawn and not name.endswith(("_low", "_high")):
                     lines.setdefault((row["stage"], name), {}).setdefault(run, []).append((row["step"], row[name]))
-    by_run = {run: colours[i % len(colours)] for i, run in enumerate(runs)}
-    figures = []
+    drawings = []
     for (stage, name), own in lines.items():
+        same = name.startswith("eval/reward") and own == lines.get((stage, name.replace("reward", "accuracy")))
         own = {run: line for run, line in own.items() if any(value is not None for _, value in line)}
-        figures.append(f"<figure><figcaption>{html.escape(f'{stage}: {name}')}</figcaption>{chart.draw(own, by_run)}</figure>")
-    key = "".join(f'<span><i style="background: {colour}"></i>{html.escape(run)}</span>' for run, colour in by_run.items())
-    return [f'<p class="key">{key}</p><div class="charts">{"".join(figures)}</div>']
+        if not same and any(value for line in own.values() for _, value in line):
+            drawing = chart.draw(own, by_run)
+            drawings.append(f"<figure><figcaption>{html.escape(f'{stage}: {name}')}</figcaption>{drawing}</figure>")
+    return [f'<p class="key">{_key(runs, by_run)}</p><div class="charts">{"".join(drawings)}</div>']
+
+
+def _key(runs: dict, by_run: dict) -> str:
+    differ, members = groups(runs)
+    named = {names[0]: ", ".join(f"{k}={x}" for k, x in zip(differ, values, strict=True)) for values, names in members.items()}
+    told = named if len(members) > 1 else {run: run for run in runs}
+    return "".join(f"<span>{page.mark(by_run[run])}{html.escape(text)}</span>" for run, text in told.items())

@@ -76,7 +76,7 @@ def graded(
 ) -> Iterator[tuple[str, float | list]]:
     """(eval/reward, mean of one sample a problem), (eval/reward_greedy, ...), the same for each cell as <name>/<cell>, where
     there are several. Where a reward is a verifier, whose signature says that it gives a bool, these are called accuracy and
-    are about it, and eval/reward is there besides; eval/accuracy_low and _high are its 95% interval (`wilson`). Of several
+    are about it, and eval/reward is there besides; _low and _high after each are its 95% interval (`wilson`). Of several
     rewards each as eval/rewards/<its name>, too. A completion that a reward does not apply to is left out of its mean.
 
     records: dicts with prompt, and maybe answer, cell (else "all") and a weight in the overall mean. rewards: {name:
@@ -98,20 +98,25 @@ def graded(
         found = verdicts.everywhere(rewards, asked, texts, **judging)
         scores = np.array([_applied(score.each[verifier]) if verifier else score.total for score in found])
         weights = [r.get("weight", 1.0) for r in records]
-        yield name, (mean := _mean(scores, weights))
-        counted = [w for w, score in zip(weights, scores, strict=True) if np.isfinite(score)]
-        yield from zip((f"{name}_low", f"{name}_high"), wilson(mean, counted), strict=True) if verifier and counted else ()
+        yield from _interval(name, scores, weights, verifier)
         if verifier and temperature:
             yield "eval/reward", _mean([score.total for score in found], weights)
         for one in rewards if len(rewards) > 1 else ():
             yield f"eval/rewards/{one}{'' if temperature else '_greedy'}", _mean([_applied(score.each[one]) for score in found])
         cells = np.array([r.get("cell", "all") for r in records])
         for cell in dict.fromkeys(cells) if len(set(cells)) > 1 else ():
-            yield f"{name}/{cell}", _mean(scores[cells == cell])
+            yield from _interval(f"{name}/{cell}", scores[cells == cell], np.ones(np.sum(cells == cell)), verifier)
         for i in sorted({int(np.flatnonzero(cells == cell)[0]) for cell in cells}):
             shown = {"prompt": records[i]["prompt"], "completion": texts[i], "answer": records[i].get("answer", "")}
             samples.append({**shown, "reward": float(scores[i]), "kind": "sampled" if temperature else "greedy"})
     yield "samples", samples
+
+
+def _interval(name: str, scores: np.ndarray, weights: Sequence[float], verifier: str | None) -> Iterator[tuple[str, float]]:
+    """(name, the weighted mean of what a reward applies to), and for a verifier its interval as NAME_low and _high."""
+    yield name, (mean := _mean(scores, weights))
+    counted = [w for w, score in zip(weights, scores, strict=True) if np.isfinite(score)]
+    yield from zip((f"{name}_low", f"{name}_high"), wilson(mean, counted), strict=True) if verifier and counted else ()
 
 
 def names(records: Sequence[Mapping], rewards: Mapping) -> Iterator[str]:
@@ -119,10 +124,9 @@ def names(records: Sequence[Mapping], rewards: Mapping) -> Iterator[str]:
     verifier, cells = _verifier(rewards), {r.get("cell", "all") for r in records}
     kind = "accuracy" if verifier else "reward"
     for suffix in ("", "_greedy"):
-        yield f"eval/{kind}{suffix}"
-        yield from (f"eval/{kind}{suffix}_{end}" for end in ("low", "high") if verifier)
         yield from (f"eval/rewards/{one}{suffix}" for one in rewards if len(rewards) > 1)
-        yield from (f"eval/{kind}{suffix}/{cell}" for cell in cells if len(cells) > 1)
+        for part in ("", *(f"/{cell}" for cell in cells if len(cells) > 1)):
+            yield from (f"eval/{kind}{suffix}{part}{end}" for end in ("", "_low", "_high")[: 3 if verifier else 1])
     yield "eval/reward"
 
 

@@ -18,10 +18,15 @@ td.text { font-family: ui-monospace, monospace; font-size: 13px }
 .scroll { overflow-x: auto } .charts { display: flex; flex-wrap: wrap; gap: 1em 1.2em }
 figure { margin: 0 } figcaption { font-weight: 600; font-size: 14px; overflow-wrap: anywhere; max-width: 400px }
 svg text { font: 11px system-ui, sans-serif; fill: #5b6570 } svg .grid { stroke: #e9edf0 } svg .axis { stroke: #aab3bc }
-.key span { display: inline-block; margin-right: 1.4em } .key i { display: inline-block; width: 1.4em; height: 4px;
+.key span { display: inline-block; margin-right: 1.4em } i.mark { display: inline-block; width: 1.4em; height: 4px;
   margin: 0 .45em .2em 0; border-radius: 2px }
 pre { background: #f5f7f9; padding: .8em 1em; overflow-x: auto; font-size: 13px } summary { cursor: pointer; font-weight: 600 }
 """
+
+
+def mark(colour):
+    """A short line of a chart's colour, for a key or a table."""
+    return f'<i class="mark" style="background: {colour}"></i>'
 
 
 def whole(title, content):

@@ -73,8 +73,8 @@ def plan_stage(name: str, s, mesh) -> Plan:
         steps = s.steps or len(batches)
     else:
         raise UserError(f"config.source: {s.source!r} is neither 'data' nor 'rollouts' nor 'samples'.")
-    longest, most = s.rollouts.prompt_window + s.rollouts.new, found.transformer.arch.max_positions
-    if task is not None and longest > most:
+    most = found.transformer.arch.max_positions
+    if task is not None and (longest := s.rollouts.prompt_window + s.rollouts.new) > most:
         raise UserError(f"config.rollouts: prompt_window + new = {longest} tokens, but the model takes {most}.")
     if s.profile and steps < (needed := s.profile + SKIPPED):
         raise UserError(f"config.profile: tracing {s.profile} steps takes {needed}, and there are {steps}; ask for fewer.")

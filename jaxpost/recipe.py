@@ -18,7 +18,7 @@ from jaxpost.errors import UserError
 from jaxpost.naming import named
 from jaxpost.resolve import find, nearest, value_of
 from jaxpost.sources import GSM8K as GSM8K  # for recipes, which import nothing else
-from jaxpost.sources import adapted
+from jaxpost.sources import adapted, check_around
 
 DEFAULTS = {
     "seed": 0,  # of fresh weights, of the data's order and of all sampling; evaluation has noise of its own, always the same
@@ -287,6 +287,8 @@ def stages(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
     _check_reach({k: v for k, v in around.items() if k not in defaults or v != defaults[k]}, given, names)
     if whole["result"] not in ("", *names):
         raise UserError(f"config.result: no stage {whole['result']!r}.{nearest(whole['result'], names)}")
+    each = {name: _merge(shared, whole.get(name, {}), (), f"config.{name}") for name in (*names, *idle) if names}
+    check_around(shared, each, defaults)
     found = []
     for name in names or ("train",):
         changes = given.get(name, {}) if names else {}
@@ -298,7 +300,8 @@ def stages(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
                     raise UserError(f"config.{name}.{key}: no stage {other!r} comes before {name!r}.")
         before = dict(found).get(settings["start"] or (found[-1][0] if found else ""))
         own = {**shared, **changes} if not names else changes
-        settings = adapted(settings, own, DEFAULTS, f"config.{name}" if names else "config")
+        place = f"config.{name}" if names else "config"
+        settings = adapted(settings, [path for path in defaults if has(own, path)], defaults, place)
         settings["adapter"] = _adapter(name, settings["adapter"], before)
         found.append((name, ConfigDict(settings)))
     return found

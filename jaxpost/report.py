@@ -34,6 +34,7 @@ from jaxpost.host import read_object
 from jaxpost.writers import METRICS, SAMPLES, read_rows
 
 _ROW_NAMES = ("stage", "step", "time")
+_BOUNDS = ("_low", "_high")  # what ends the names of an interval's ends
 _COLOURS = ("#2563a8", "#d1600f", "#2f8a4e", "#9a3f9e", "#b3262e", "#0e8a94", "#8a6d1b", "#5b5f66")
 _PACKAGES = ("jaxpost", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers", "libtpu")
 
@@ -74,11 +75,15 @@ def comparison(workdirs, out="compare.html"):
     head, *rows = compare.table(runs)
     wide = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     text = "\n".join("  ".join(cell.ljust(n) for cell, n in zip(row, wide, strict=True)).rstrip() for row in (head, *rows))
-    cells = [
-        [f"<tr>{''.join(f'<{tag}>{_escape(cell)}</{tag}>' for cell in row)}</tr>" for row in part]
-        for tag, part in (("th", [head]), ("td", rows))
+    by_run = compare.colours(runs, _COLOURS)
+    marks = [page.mark(by_run[names[0]]) for names in compare.groups(runs)[1].values()] if len(rows) > 1 else [""]
+    drawn = [
+        f"<tr>{''.join(f'<td>{mark * (not i)}{_escape(cell)}</td>' for i, cell in enumerate(row))}</tr>"
+        for mark, row in zip(marks, rows, strict=True)
     ]
-    body = ["<h1>jaxpost runs</h1>", _table(cells[0][0], cells[1]), *compare.curves(runs, _COLOURS)]
+    top = f"<tr>{''.join(f'<th>{_escape(cell)}</th>' for cell in head)}</tr>"
+    result = f"<p><b>{_escape(compare.result(runs))}</b></p>"
+    body = ["<h1>jaxpost runs</h1>", result, _table(top, drawn), *compare.curves(runs, by_run)]
     path = cloud.path(out)
     path.write_bytes(page.whole("jaxpost runs", "".join(body)).encode())
     return path, text
@@ -92,7 +97,7 @@ def summary(workdir):
     metrics, samples = (read_rows(epath.Path(workdir) / name) for name in (METRICS, SAMPLES))
     names = sampled, _ = _graded(metrics)
     stages = list(dict.fromkeys(row["stage"] for row in metrics if sampled in row))
-    cells = dict.fromkeys(name.removeprefix(sampled) for row in metrics for name in row if name.startswith(sampled + "/"))
+    cells = dict.fromkeys(f"/{cell}" for _, cell in _measured_cells(metrics, sampled))
     if not stages:
         return ""
 
@@ -111,7 +116,7 @@ def summary(workdir):
         shown = [row for row in samples if row["stage"] == stage and row.get("kind") == "sampled"][-5:]
         for row in shown:
             wanted = f" (answer {row['answer']})" if row["answer"] else ""
-            lines.append(f"{stage}: {row['prompt']} -> {row['completion']}{wanted}")
+            lines.append(f"{stage}: {table.plain(row['prompt'])} -> {row['completion']}{wanted}")
     return "\n".join(lines)
 
 
@@ -248,13 +253,19 @@ def _headline(metrics, stages):
     return f"<h2>Stages</h2>{note}{_table(head, rows)}"
 
 
+def _measured_cells(metrics, name):
+    """(stage, cell) of each of a figure's cells in each stage, in order; bounds are none."""
+    found = [(row["stage"], key) for row in metrics for key in row if key.startswith(f"{name}/")]
+    return list(dict.fromkeys((stage, key.removeprefix(f"{name}/")) for stage, key in found if not key.endswith(_BOUNDS)))
+
+
 def _cells(metrics, stages):
     """One row a cell, two columns a stage: its first and its last evaluation, sampled with greedy beside it."""
     names = _graded(metrics)
-    found = {(row["stage"], name): None for row in metrics for name in row if name.startswith(names[0] + "/")}
+    found = _measured_cells(metrics, names[0])
     if not found:
         return ""
-    cells = dict.fromkeys(name.removeprefix(names[0] + "/") for _, name in found)
+    cells = dict.fromkeys(cell for _, cell in found)
     measured = [stage for stage in stages if any(stage == holder for holder, _ in found)]
     head = "<tr><th></th>" + "".join(f'<th colspan="2" class="stage">{_escape(stage)}</th>' for stage in measured)
     head += "</tr><tr><th>cell</th>" + '<th class="open">before</th><th>after</th>' * len(measured) + "</tr>"
@@ -266,12 +277,16 @@ def _cells(metrics, stages):
             for end, style in ((0, "open"), (1, "")):
                 shade = f' style="background: rgba(47, 138, 78, {0.45 * sampled[end]:.2f})"' if (sampled[end] or 0) > 0 else ""
                 beside = f" <small>{_figure(names[1], greedy[end])}</small>" if greedy[end] is not None else ""
+                bounds = [_ends(metrics, stage, f"{names[0]}/{cell}{bound}")[end] for bound in _BOUNDS]
+                interval = "" if None in bounds else " to ".join(_figure(names[0], bound) for bound in bounds)
+                shade += f' title="95% interval {interval}"' if interval else ""
                 row += f'<td class="{style}"{shade}>{_figure(names[0], sampled[end])}{beside}</td>'
         rows.append(f"<tr>{row}</tr>")
     note = (
         f"A cell is one kind of the task's problems, as +2 may be sums of two digits. Sampled {names[0][5:]}, with greedy "
         "decoding in grey beside it, at a stage's first and last evaluation; the greener, the more are solved."
     )
+    note += " Of few problems a cell says little: pointing at it shows the 95% interval." if "title=" in "".join(rows) else ""
     return f'<h2>Cells</h2><p class="note">{note}</p>{_table(head, rows)}'
 
 
@@ -282,8 +297,11 @@ def _curves(metrics, colours):
         lines = {}
         for row in metrics:
             for name in row if row["stage"] == stage else ():
-                if name not in _ROW_NAMES and not name.endswith(("_low", "_high")):
+                if name not in _ROW_NAMES and not name.endswith(_BOUNDS):
                     lines.setdefault(name, []).append((row["step"], row[name]))
+        for kind in ("", "_greedy"):  # a verifier's reward is its accuracy
+            if lines.get(f"eval/reward{kind}") == lines.get(f"eval/accuracy{kind}"):
+                lines.pop(f"eval/reward{kind}", None)
         charts = "".join(
             f"<figure><figcaption>{_escape(name)}</figcaption>{_chart(stage, line, colours)}</figure>"
             for name, line in sorted(lines.items(), key=lambda item: (not item[0].startswith("eval/"), item[0].count("/")))
@@ -312,9 +330,9 @@ def _samples(samples, stages, each=6):
             if asked
             else [[], []]
         )
-        after = {(row["kind"], row["prompt"]): row for row in ends[1]}
+        after = {(row["kind"], table.plain(row["prompt"])): row for row in ends[1]}
         for row in ends[0]:
-            last = after.get((row["kind"], row["prompt"]), {})
+            last = after.get((row["kind"], table.plain(row["prompt"])), {})
             cells = [(name, row.get(name)) for name in ("stage", "kind", "prompt", "answer", "completion", "reward")]
             cells += [(name, last.get(name)) for name in ("completion", "reward")]
             rows.append("<tr>" + "".join(_sample_cell(*cell) for cell in cells) + "</tr>")
@@ -338,7 +356,7 @@ def _sample_cell(name, value):
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         tint = ' class="better"' if value > 0 else ' class="worse"' if value < 0 else ""
         return f"<td{tint if name == 'advantage' else ''}>{chart.label(value)}</td>"
-    return f'<td class="text">{"" if value is None else _escape(value)}</td>'
+    return f'<td class="text">{"" if value is None else _escape(table.plain(value))}</td>'
 
 
 def _config(config):

@@ -194,7 +194,7 @@ def _module(name: str) -> ModuleType | None:
 
 def _file(path: str) -> ModuleType:
     if not Path(path).is_file():
-        raise UserError(f"config: no file {path}.")
+        raise UserError(f"config: no file {path}; a path is taken relative to the current directory.")
     whole = Path(path).resolve()
     name = f"{whole.stem}_{zlib.crc32(str(whole).encode()):08x}"  # a name of its own, since two files may share theirs
     spec = importlib.util.spec_from_file_location(name, whole)
@@ -218,5 +218,6 @@ def _given(name: str):
 def _attribute(found: ModuleType, attribute: str, name: str, noun: str):
     if not hasattr(found, attribute):
         have = [k for k, v in vars(found).items() if inspect.isfunction(v) and not k.startswith("_") and _fits(v, noun)]
-        raise UserError(f"config: {name!r}: {found.__name__} has no {attribute!r}.{nearest(attribute, have)}")
+        place = Path(found.__file__ or "").name if ":" in name else found.__name__  # a file's module has a name of our own
+        raise UserError(f"config: {name!r}: {place} has no {attribute!r}.{nearest(attribute, have)}")
     return getattr(found, attribute)

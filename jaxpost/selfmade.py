@@ -360,9 +360,6 @@ def samples(name: str, found, judges: Rewards, model, s, objective: Callable, me
     """The data set that a stage has its start weights make. Raises UserError for settings with which it could not be learned
     from.
     """
-    for key in ("data", "annotations", "columns"):
-        if s[key]:
-            raise UserError(f"config.{key}: {s[key]!r}; samples are a data set of their own, which is still to be made.")
     if s.rollouts.group < 2:
         raise UserError(f"config.rollouts.group: {s.rollouts.group} leaves nothing to compare; take 2 at least.")
     _check_rewards(s, judges, learned=True)

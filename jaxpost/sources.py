@@ -1,31 +1,107 @@
 """What each source reads of a stage's settings: one that would be ignored is refused, and data for rollouts are prompts."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from jaxpost.errors import UserError
 
 # The task of recipes for reinforcement, where nobody names another: `data` gives the prompts in its place.
 GSM8K = {"name": "gsm8k", "data": "tfds:gsm8k/train", "test": ""}  # "" tests on a tenth of data
-_OF_FILES = ("data", "eval_data", "columns", "annotations", "train_on")  # read where batches come from files
 
 
-def adapted(settings: dict, own: Mapping, defaults: Mapping, place: str) -> dict:
+def _of_rollouts(*names: str) -> tuple[str, ...]:
+    return tuple(f"rollouts.{name}" for name in names)
+
+
+# Every setting that some source does not read is in one of these groups; all sources read the others.
+_FILES = ("data", "eval_data", "columns", "annotations", "train_on", "held_out", "split_seed")  # rows of files
+_OTHERS = ("data", "columns", "annotations")  # of these, what says nothing of rows that a stage makes itself
+_PACKED = ("window", "packing")
+_PASSES = ("epochs",)
+_ASKED = (  # a task's problems, by evaluations too
+    *("eval_rows", "eval_per_cell"),
+    *_of_rollouts("prompt_window", "new", "stop", "reward_workers", "reward_seconds", "failed", "failures"),
+)
+_DRAWN = _of_rollouts("group", "temperature", "top_k", "top_p", "min_p", "processors", "slots", "segment")
+_LEARNED = (  # completions that are learned from while they are made
+    "completions",
+    *_of_rollouts("minibatches", "epochs", "lag", "advantages", "resample", "drop_level", "overlong", "truncated"),
+    *_of_rollouts("mask_truncated", "correction", "correction_cap"),
+)
+
+# What each source does not read, and why.
+_UNREAD: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
+    "data": ((_DRAWN + _LEARNED, "which draws no completions to learn from"),),
+    "rollouts": (
+        (_FILES, "whose batches are completions, not rows of files"),
+        (_PACKED, "whose rows are as long as rollouts.prompt_window and rollouts.new make them"),
+        (_PASSES, "which has no passes over data to count (rollouts.epochs is how often a batch is learned from)"),
+    ),
+    "samples": (
+        (_OTHERS, "which makes its rows itself"),
+        (_PASSES, "which runs for config.steps"),
+        (_LEARNED, "which draws its completions once, before the first step"),
+    ),
+}
+_WITHOUT_TASK = (_ASKED, "where no config.task has problems to ask")
+
+
+def adapted(settings: dict, own: Iterable[str], defaults: Mapping, place: str) -> dict:
     """A stage's settings, with the task `prompts` for rollouts or samples of the prompts that `data` names.
 
-    own: what was given for this stage, which may be all; what stands around several stages another one may read. place: as
-    "config.sft". Raises UserError for what the stage's source would not read.
+    own: paths of what was given for this stage, which may be all; what stands around several stages another one may read.
+    defaults: {path: value}. place: as "config.sft". Raises UserError for what the stage's source would not read.
     """
-    source, given = settings["source"], {k for k in own if settings.get(k) != defaults.get(k)}
-    if source in ("rollouts", "samples") and "data" in given:
-        settings = _of_prompts(settings, given, place)
-        given -= {"data", "eval_data", "columns"}
-    if unread := [key for key in _OF_FILES if key in given] if source == "rollouts" else []:
-        raise UserError(f"{place}.{unread[0]}: {settings[unread[0]]!r} is not read by source={source!r}; leave it out.")
-    return settings
+    given = {path for path in own if path in defaults and _differs(settings, path, defaults[path])}
+    if settings["source"] in ("rollouts", "samples") and "data" in given:
+        settings = _of_prompts(settings, place)
+        given -= {"data", "eval_data", "columns", "held_out"}
+    for path, why in _unread(settings):
+        if path in given:
+            reader = f"source={settings['source']!r}, {why}"
+            raise _ignored(f"{place}.{path}", _value_at(settings, path), reader, defaults[path])
+    # Samples become files of the stage, which what stands around it of other files must not touch.
+    return settings | {key: defaults[key] for key in _OTHERS if settings["source"] == "samples"}
 
 
-def _of_prompts(settings: dict, given: set[str], place: str) -> dict:
+def check_around(shared: Mapping, stages: Mapping[str, dict], defaults: Mapping) -> None:
+    """Raises UserError for a setting around several stages that no stage reads. stages: {name: its settings}, of those too that
+    a command leaves out: the setting may be theirs.
+    """
+    passed = {name: dict(_unread(settings)) for name, settings in stages.items()}
+    for path, default in defaults.items() if stages else ():
+        if _differs(shared, path, default) and all(path in each for each in passed.values()):
+            name, why = next((name, each[path]) for name, each in passed.items())
+            reader = f"any of {', '.join(stages)} ({name} has source={stages[name]['source']!r}, {why})"
+            raise _ignored(f"config.{path}", _value_at(shared, path), reader, default)
+
+
+def _unread(settings: Mapping) -> Iterator[tuple[str, str]]:
+    """(path, why) of each setting that a stage with these settings does not read, for its source."""
+    without_task = [] if settings["task"] or settings["source"] != "data" else [_WITHOUT_TASK]
+    for paths, why in (*_UNREAD.get(settings["source"], ()), *without_task):
+        yield from ((path, why) for path in paths)
+
+
+def _ignored(path: str, value: Any, reader: str, default: Any) -> UserError:
+    """The error for a setting that nobody would read; reader: what does not, and why."""
+    return UserError(f"{path}: {value!r} is not read by {reader}; leave it out, or at its default {default!r}.")
+
+
+def _differs(settings: Mapping, path: str, default: Any) -> bool:
+    """Whether a setting is another than its default; a tuple that was JSON in between is a list."""
+    value = _value_at(settings, path)
+    return (tuple(value) if isinstance(value, list) else value) != default
+
+
+def _value_at(tree: Mapping, path: str) -> Any:
+    """The value at a path such as rollouts.new."""
+    for part in path.split("."):
+        tree = tree[part]
+    return tree
+
+
+def _of_prompts(settings: dict, place: str) -> dict:
     data: Any = settings["data"]
     if settings["task"] not in ({}, GSM8K):
         raise UserError(

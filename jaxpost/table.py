@@ -46,6 +46,7 @@ def shown(rows: Sequence[Mapping], width: int = 120, *, lines: int = 4, colour: 
     above has is not said again. colour: what was better than its rivals is green, what was worse red. A table of many numbers
     is wider than asked for rather than unreadable.
     """
+    rows = [{name: plain(value) for name, value in row.items()} for row in rows]
     names = columns(rows)
     told = [{name: _told(row.get(name)) for name in names} for row in rows]
     for row, above in reversed(list(zip(told[1:], told, strict=False))):
@@ -67,6 +68,12 @@ def shown(rows: Sequence[Mapping], width: int = 120, *, lines: int = 4, colour: 
             line = _line({name: cell[i] if i < len(cell) else "" for name, cell in cells.items()}, wide, texts)
             drawn.append(f"{tint}{line}{_PLAIN}" if tint else line)
     return "\n".join(drawn)
+
+
+def plain(value: Any) -> Any:
+    """A cell as a reader wants it: of messages their text, each behind its role; anything else as it is."""
+    turns = isinstance(value, list) and value and all(isinstance(turn, Mapping) and "role" in turn for turn in value)
+    return "\n".join(f"{turn['role']}: {turn.get('content') or ''}" for turn in value) if turns else value
 
 
 def _told(value: Any) -> str:

@@ -91,9 +91,7 @@ def load(folder):
     with tempfile.TemporaryDirectory() as local:
         for path in files:
             if path.exists():
-                target = epath.Path(local) / path.relative_to(folder)
-                target.parent.mkdir(exist_ok=True)
-                path.copy(target)
+                _copy(path, epath.Path(local) / path.relative_to(folder))
         return _read(epath.Path(local), shown=folder)
 
 
@@ -256,9 +254,12 @@ def save(tokenizer, folder):
             (local / _PIECES).write_bytes(pieces)
         for path in [*local.iterdir(), *(local / _TEMPLATES).glob("*")]:
             if not path.is_dir():
-                target = folder / path.relative_to(local)
-                target.parent.mkdir(exist_ok=True)
-                path.copy(target, overwrite=True)
+                _copy(path, folder / path.relative_to(local))
+
+
+def _copy(path, target):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path.copy(target, overwrite=True)
 
 
 def _portable(tokenizer, fields):

@@ -93,12 +93,15 @@ def _compare(workdir: epath.Path, config) -> None:
         raise UserError(f"--workdir={workdir} is a model's folder, whose config.json a run would replace; give another.")
     begun = (workdir / "checkpoints").exists() and any(checkpoint.steps(p) for p in (workdir / "checkpoints").iterdir())
     if begun and path.exists() and (changes := recipe.difference(held, config.to_dict())):
+        other = next(new for i in itertools.count(2) if not (new := workdir.parent / f"{workdir.name}-{i}").exists())
+        again = cli.command({"workdir": str(other), "config.model": str(workdir)})
         raise UserError(
             f"{workdir} holds a run with other settings:\n  "
             + "\n  ".join(changes)
-            + "\nThe same settings continue it. Other settings begin a new run from its weights: your command with another "
-            f"--workdir and --config.model={workdir}. Its weights go on (their running mean, where it has one); the optimizer, "
-            "the schedule and the position in the data begin anew."
+            + "\nThe same settings continue it. Other settings begin a new run from its weights"
+            + (f":\n  {again}\n" if again else f", with another workdir and model={str(workdir)!r}. ")
+            + "Its weights go on (their running mean, where it has one); the optimizer, the schedule and the position in the "
+            "data begin anew."
         )
 
 
@@ -328,7 +331,9 @@ def main(_) -> None:
     config, workdir = cli.required("config", "workdir")
     results = run(config, workdir)
     if results and jax.process_index() == 0:
-        print(json.dumps({k: v for k, v in results.items() if isinstance(v, float)}, indent=2))
+        told = {k: v for k, v in results.items() if isinstance(v, float)}
+        cells = [k for k in told if k.count("/") > 1 and k.endswith(("_low", "_high"))]  # two more lines for each of many
+        print(json.dumps({k: v for k, v in told.items() if k not in cells}, indent=2))
 
 
 class _Callable(types.ModuleType):

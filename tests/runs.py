@@ -48,18 +48,19 @@ def get_config(arg=""):
 def settings(folder: Path, **changes) -> dict:
     """What `recipe.make` takes for a model of two layers and the task in `folder`."""
     (folder / "task.py").write_text(TASK)
+    source = changes.get("source", "data") if "stages" not in changes else "samples"  # of several stages, all is read by one
+    files = {"window": 32, "held_out": 0.05} if source != "rollouts" else {}
+    rollouts = {"prompt_window": 12, "new": 6} | ({"group": 4} if source != "data" else {})
+    asked = {"eval_per_cell": 1, "eval_rows": 16, "rollouts": rollouts} if source != "data" or changes.get("task", True) else {}
     return {
         "model": MODEL,
         "tokenizer": "tasks.arithmetic.tokenizer",
         "task": {"name": str(folder / "task.py"), "examples": 300},
-        "window": 32,
         "batch_size": 16,
         "optimizer": {"lr": 1e-3, "warmup": 0.07},  # two of thirty steps
-        "held_out": 0.05,
         "log_every": 1,
-        "eval_per_cell": 1,
-        "eval_rows": 16,
-        "rollouts": {"group": 4, "prompt_window": 12, "new": 6},
+        **files,
+        **asked,
         **changes,
     }
 

@@ -205,7 +205,8 @@ def test_a_recipe_with_changes_from_python():
     config = recipe.opened(path, objective=sft.dft, optimizer={"lr": 1.0}, task="arithmetic")
     assert config.objective.to_dict() == {"name": "sft.dft"} and config.task.to_dict() == {"name": "arithmetic"}
     assert (config.optimizer.lr, config.optimizer.warmup, config.window) == (1.0, 0.03, 512)
-    staged = recipe.make(stages=("a", "b"), a={"objective": sft.nll, "rollouts": {"group": 2, "new": 3}}, b={"steps": 3})
+    rolled = {"source": "rollouts", "objective": sft.nll, "rollouts": {"group": 2, "new": 3}}
+    staged = recipe.make(stages=("a", "b"), a=rolled, b={"steps": 3})
     changed = recipe.opened(staged, objective=sft.dft, a={"rollouts": {"new": 5}, "steps": 7})
     (_, a), (_, b) = recipe.stages(changed)
     assert (a.objective.name, a.rollouts.group, a.rollouts.new, a.steps) == ("sft.nll", 2, 5, 7)

@@ -5,6 +5,8 @@ was compiled on the way. A handful start the real command, where a message must 
 """
 
 import json
+import shlex
+import sys
 
 import jax
 import numpy as np
@@ -385,7 +387,7 @@ def test_the_command_line_prints_one_message_and_fails(tmp_path, front):
                 f"{kind}: {errors}"
             )
             assert all(part in errors for part in parts), f"{kind}: {errors}"
-            assert len(errors.splitlines()) == (3 if kind == "workdir" else 1), f"{kind}: {errors}"
+            assert len(errors.splitlines()) == (5 if kind == "workdir" else 1), f"{kind}: {errors}"
     assert not (tmp_path / "w").exists()
 
 
@@ -394,8 +396,23 @@ def test_a_workdir_that_never_saved_takes_the_corrected_settings(tmp_path):
     corrected = recipe.make(**runs.settings(tmp_path, steps=2))
     train._compare(epath.Path(tmp_path), corrected)
     (tmp_path / "checkpoints" / "train" / "2").mkdir(parents=True)
-    with pytest.raises(UserError, match="steps: 3 -> 2"):
+    with pytest.raises(UserError, match="steps: 3 -> 2") as raised:
         train._compare(epath.Path(tmp_path), corrected)
+    assert f"another workdir and model='{tmp_path}'" in str(raised.value)  # as Python has it
+
+
+def test_other_settings_are_told_with_the_command_that_begins_a_run_from_these_weights(tmp_path, monkeypatch):
+    work = epath.Path(tmp_path / "w 1")
+    (work / "checkpoints" / "train" / "2").mkdir(parents=True)
+    (tmp_path / "w 1-2").mkdir()
+    (work / "config.json").write_text(recipe.make(steps=3).to_json())
+    given = ["--config=r.py", "--workdir", str(work), "--config.model.width=8", "--config.data=a b.jsonl", "--config.steps=2"]
+    monkeypatch.setattr(sys, "orig_argv", ["/bin/python3", "-u", "-m", "jaxpost.train", *given])
+    with pytest.raises(UserError) as raised:
+        train._compare(work, recipe.make(steps=2))
+    (command,) = [line for line in str(raised.value).splitlines() if "-m jaxpost.train" in line]
+    rest = ["--config=r.py", "--config.data=a b.jsonl", "--config.steps=2", f"--workdir={work}-3", f"--config.model={work}"]
+    assert shlex.split(command) == ["/bin/python3", "-u", "-m", "jaxpost.train", *rest]
 
 
 def test_a_models_folder_is_no_workdir(tmp_path):

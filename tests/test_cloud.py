@@ -20,9 +20,10 @@ from array_record.python import array_record_module
 from etils import epath
 from pyarrow import parquet
 from safetensors.numpy import save_file
+from toy_tokenizers import byte_pairs
 
 import jaxpost
-from jaxpost import checkpoint, cloud, digests, export, fingerprint, recipe, report, sharding, train, writers
+from jaxpost import checkpoint, cloud, digests, export, fingerprint, recipe, report, sharding, tokenizer, train, writers
 from jaxpost.adapters import peft
 from jaxpost.data import readers
 from jaxpost.errors import UserError
@@ -44,6 +45,12 @@ def bucket():
     running = gcs_emulator.start("jaxpost-tests")
     yield cloud.path("gs://jaxpost-tests")
     running.stop()
+
+
+def test_a_tokenizer_keeps_its_named_templates_in_a_bucket(bucket):
+    named = {"default": "{{ messages[0].content }}", "rag": "{{ documents }}"}
+    tokenizer.save(byte_pairs(named), bucket / "named")
+    assert tokenizer.load(bucket / "named").chat_template == named
 
 
 def lines(rows) -> str:

@@ -64,8 +64,11 @@ def test_accuracy_weighs_the_whole_and_counts_in_the_cells(monkeypatch, rows):
     plain = evaluate.graded(None, None, TEXT, RECORDS, judges, None, rows=rows, options=options)
     plain = {name: value for name, value in plain if name != "samples"}
     for kind in ("accuracy", "accuracy_greedy"):
-        interval = values.pop(f"eval/{kind}_low"), values.pop(f"eval/{kind}_high")
-        assert interval == evaluate.wilson(values[f"eval/{kind}"], [r["weight"] for r in RECORDS])
+        cells = {f"/{cell}": [1.0] * sum(r["cell"] == cell for r in RECORDS) for cell in ("easy", "hard")}
+        for part, weights in ({"": [r["weight"] for r in RECORDS]} | cells).items():
+            name = f"eval/{kind}{part}"
+            interval = values.pop(f"{name}_low"), values.pop(f"{name}_high")
+            assert interval == evaluate.wilson(values[name], weights)
     assert values.pop("eval/reward") == values["eval/accuracy"] == plain["eval/reward"]
     assert plain == {name.replace("accuracy", "reward"): value for name, value in values.items()}
     assert values == pytest.approx(
@@ -148,6 +151,14 @@ def test_a_completion_that_a_reward_does_not_apply_to_is_in_no_mean(monkeypatch,
     assert bounds == pytest.approx(
         [0.3055, 1.0] * 2 if verdict else [], abs=1e-4
     )  # Wilson's, of the two that count, by their weights
+    bounds = {name: values.pop(name) for name in list(values) if name.endswith(("_low", "_high"))}
+    assert set(bounds) == {
+        f"eval/accuracy{kind}/{cell}{side}"
+        for kind in ("", "_greedy")
+        for cell in ("easy", "hard")
+        for side in ("_low", "_high")
+        if verdict
+    }
     assert set(values.values()) == {1.0} and len(values) == 8 + verdict
     scores = evaluate._verdicts(judges, RECORDS, ["2"] * 3)
     assert scores[0] == scores[2] == 1.0 and np.isnan(scores[1])
@@ -254,7 +265,7 @@ def test_accuracy_of_a_task_by_name(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate, "complete", complete)
     (tmp_path / "judge.py").write_text("def two(record, completion) -> 'bool':\n    return completion == '2'")
     found = dict(evaluate.solves(api.load(folder), "arithmetic", per_cell=1, reward=f"{tmp_path}/judge.py:two", rows=4))
-    assert found["accuracy"] == found["accuracy_greedy/x3"] == 1.0 and found["problems"] == 9 and len(found) == 27
+    assert found["accuracy"] == found["accuracy_greedy/x3"] == 1.0 and found["problems"] == 9 and len(found) == 27 + 36
     # <|user|>, seven characters of the longest problem, <|assistant|>; and as much of 64 as the model's positions leave.
     assert asked == {"prompt_window": 9, "new": 55, "rows": 4}
     (tmp_path / "judge.py").write_text("def none(record, completion):\n    return None if completion is not None else 0.0")

@@ -52,7 +52,8 @@ SAMPLING = FrozenConfigDict(
 
 
 def tiny(**changes):
-    settings = {"model": TINY, "window": 32, "batch_size": 16, "steps": 10, "mesh": {"data": 2, "fsdp": 2, "tensor": 2}}
+    settings = {"model": TINY, "batch_size": 16, "steps": 10, "mesh": {"data": 2, "fsdp": 2, "tensor": 2}}
+    settings |= {"window": 32} if changes.get("source") != "rollouts" else {}
     return recipe.make(**{**settings, **changes})
 
 

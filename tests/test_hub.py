@@ -1,11 +1,14 @@
 """Models by name: a hub on loopback serves a checkpoint, once; the cache serves it from then on, without a network."""
 
 import hashlib
+import importlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
+import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import jax.numpy as jnp
 import llama_cases
 import pytest
 
+from jaxpost import network
 from jaxpost.errors import UserError
 from jaxpost.models import hub, loading
 
@@ -89,6 +93,7 @@ def served(tmp_path_factory):
 SCRIPT = """
 import sys
 from jaxpost import sharding
+from jaxpost import network
 from jaxpost.errors import UserError
 from jaxpost.models import loading
 try:
@@ -134,9 +139,58 @@ def test_what_the_hub_has_not_is_said(served, tmp_path, name, told):
     assert status == 1 and err.startswith(f"error: {name}: ") and told in err and "Traceback" not in err
 
 
-def test_without_a_network_it_says_so(tmp_path):
-    status, _, err = opened("org/tiny", tmp_path, "http://127.0.0.1:9")
-    assert status == 1 and "the hub cannot give a model of this name now" in err and "Traceback" not in err
+def free_port() -> int:
+    """A port of this machine that takes no connection."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def test_a_connection_is_looked_for_where_the_download_would_go(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    refused = f"http://127.0.0.1:{free_port()}/x"
+    assert network.fault(refused) == "127.0.0.1 cannot be reached (Connection refused)"
+    assert network.fault("https://nowhere.invalid/x").startswith("nowhere.invalid cannot be reached (")
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        monkeypatch.setenv("https_proxy", f"127.0.0.1:{listening.getsockname()[1]}")
+        assert network.fault("https://nowhere.invalid/x") == ""  # which the proxy may know
+        monkeypatch.setenv("no_proxy", "nowhere.invalid")
+        assert network.fault("https://nowhere.invalid/x")
+
+
+def test_without_a_connection_the_hub_is_offline_and_gives_what_its_cache_holds(monkeypatch, tmp_path):
+    constants = importlib.import_module("huggingface_hub.constants")
+    config = types.SimpleNamespace(HF_HUB_OFFLINE=False)
+    monkeypatch.setitem(sys.modules, "datasets.config", config)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(network, "fault", lambda url: f"no way to {url}")
+    with network.hub() as reason:
+        assert constants.HF_HUB_OFFLINE and config.HF_HUB_OFFLINE and reason == f"no way to {constants.ENDPOINT}"
+    assert not constants.HF_HUB_OFFLINE and not config.HF_HUB_OFFLINE
+    message = r"org/tiny: no such folder, and .* \(no way to http.*\); the cache .*: hf download org/tiny --local-dir=FOLDER"
+    with pytest.raises(UserError, match=message):
+        hub.fetch("org/tiny")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--org--tiny" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text(COMMIT)
+    assert hub.fetch("org/tiny") == snapshot
+
+
+def test_tfds_gives_an_address_up_at_once_where_no_connection_can_be_had():
+    downloader = pytest.importorskip("tensorflow_datasets.core.download.downloader")
+    address = f"http://127.0.0.1:{free_port()}/train.jsonl"
+    before = downloader.MAX_RETRIES
+    with network.tfds(), pytest.raises(network.Unreachable, match="127.0.0.1 cannot be reached") as raised:
+        assert downloader.MAX_RETRIES == network.RETRIES
+        with downloader._open_url(address):
+            pass
+    assert raised.value.url == address and before == downloader.MAX_RETRIES
 
 
 def test_names_are_told_from_folders(tmp_path, monkeypatch):

@@ -363,7 +363,7 @@ def test_a_stage_refuses_what_does_not_go_with_its_shape(tmp_path):
         (ROWS, {"objective": wrong}, "its `data` is 'pair'; it must be one of demonstrations, pairs"),
         (
             ROWS,
-            {"source": "rollouts", "data": "", "objective": steps},
+            {"source": "rollouts", "data": "", "window": 512, "objective": steps},
             "config.source: the objective learns from steps of a data set",
         ),
     ):

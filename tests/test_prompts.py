@@ -4,11 +4,14 @@ import json
 import re
 
 import pytest
+import runs
+from ml_collections import ConfigDict
 
-from jaxpost import recipe, selfmade
+from jaxpost import columns, recipe, selfmade, sharding
 from jaxpost.errors import UserError
+from jaxpost.plan import plan_stage
 from jaxpost.rollouts.scoring import judged
-from jaxpost.tasks import prompts
+from jaxpost.tasks import arithmetic, prompts
 
 ROWS = [{"prompt": f"{i}+1", "answer": str(i + 1)} for i in range(40)]
 
@@ -119,8 +122,97 @@ def test_rewards_of_trls_signature_are_rewards(tmp_path):
     (tmp_path / "mine.py").write_text(TRL)
     rewards = selfmade.rewards(None, "", {name: f"{tmp_path / 'mine.py'}:{name}" for name in ("longest",)})
     assert [s.total for s in judged(rewards, [{"prompt": "?", "answer": "ab"}] * 2, ["ab", "abc"])] == [3.0, 3.0]
+    message = "reward longest reads the column 'answer', .* theirs are prompt, id. .*--config.columns=answer=NAME takes another"
+    with pytest.raises(UserError, match=message):
+        judged(rewards, [{"prompt": "?", "id": 1}], ["ab"])
     rewards = selfmade.rewards(None, "", f"{tmp_path / 'mine.py'}:asked")
     turns = [{"role": "user", "content": "hello"}]
     assert judged(rewards, [{"prompt": turns, "answer": ""}], ["abc"])[0].total == 8.0
     rewards = selfmade.rewards(None, "", f"{tmp_path / 'mine.py'}:wrong")
     assert "gave no list of one score" in judged(rewards, [{"prompt": "?"}], ["a"])[0].failures[0]
+
+
+# ---- what a source does not read
+
+# Settings that the loop reads, or the whole run, whatever the source of a stage's batches.
+LOOP = {
+    *("seed", "stages", "result", "start", "time_of", "ema", "max_skipped", "topology", "best", "highest", "profile"),
+    *("log_every", "eval_every", "save_every", "keep", "mesh.data", "mesh.fsdp", "mesh.tensor"),
+}
+
+
+class Reads:
+    """Settings that note the path of whatever is read of them."""
+
+    def __init__(self, settings, seen: set, prefix: str = ""):
+        self._settings, self._seen, self._prefix = settings, seen, prefix
+
+    def __getitem__(self, key):
+        value = self._settings[key]
+        if key == "rollouts":
+            return Reads(value, self._seen, "rollouts.")
+        self._seen.update({self._prefix + key, *recipe.flat(recipe.plain(value), self._prefix + key)})
+        return value
+
+    __getattr__ = __getitem__
+
+
+def reads(folder, changes: dict, rows: str) -> set[str]:
+    """What planning a stage of these settings reads, and reading its data; nothing is compiled. rows: a file."""
+    ((name, s),) = recipe.stages(recipe.make(**runs.settings(folder, **changes)))
+    # Of rollouts besides what log.py reads of batches that have a table, and what a prompt that is at fault makes them read.
+    seen = {"completions", "bad_rows", "too_long"} if s.source == "rollouts" else set()
+    made = {**s.to_dict(), "source": "data", "data": rows}  # what becomes of samples once they are drawn
+    for settings in [s, ConfigDict(made)] if s.source == "samples" else [s]:
+        plan = plan_stage(name, Reads(settings, seen), sharding.make_mesh())
+        columns.annotated(plan, sharding.make_mesh())
+        seen -= {"data", "columns", "annotations"} if settings is not s else set()  # the samples' own
+    return seen
+
+
+def other(value):
+    """A value of the same kind that is not this one."""
+    return not value if isinstance(value, bool) else ("x",) if value == () else "x" if isinstance(value, str) else value + 1
+
+
+@pytest.mark.parametrize("source", ["data", "data without a task", "rollouts", "samples"])
+def test_every_setting_is_read_by_a_source_or_refused(tmp_path, source):
+    rows = written(tmp_path, [arithmetic.conversation(i) for i in range(30)])
+    reinforce = {"source": source, "objective": {"name": "policy_gradient.reinforce"}, "steps": 2}
+    changes = {
+        "data": {},
+        "data without a task": {"task": {}, "data": rows},
+        "rollouts": {**reinforce, "rollouts": {"group": 4, "prompt_window": 12, "new": 6, "reward_workers": 0}},
+        "samples": {**reinforce, "objective": {"name": "sft.nll"}},
+    }[source]
+    seen, refused, paths = reads(tmp_path, changes, rows), set(), recipe.flat(recipe.DEFAULTS)
+    for path in paths.keys() - LOOP - {"source"}:
+        *around, key = path.split(".")
+        changed = {key: other(paths[path])}
+        try:
+            settings = runs.settings(tmp_path, **changes)
+            recipe.stages(recipe.make(**settings | ({around[0]: settings.get(around[0], {}) | changed} if around else changed)))
+        except UserError as error:
+            refused |= {path} if re.search(f"config.{path}: .*(is not read by|Leave data out)", str(error)) else set()
+    assert (seen & refused, paths.keys() - seen - refused - LOOP) == (set(), set())
+
+
+def test_settings_that_were_written_to_json_are_the_same():
+    recipe.stages(recipe.make(**json.loads(recipe.make(data="a.jsonl").to_json())))
+
+
+def test_settings_around_stages_are_read_by_one_of_them():
+    rl = {"source": "rollouts", "objective": {"name": "policy_gradient.grpo"}}
+    around = {"task": {"name": "countdown"}, "window": 64, "rollouts": {"lag": 1}}
+    recipe.stages(recipe.make(stages=("sft", "rl"), rl=rl, **around))
+    one = recipe.opened(recipe.make(stages=("sft", "rl"), sft={"seed": 1}, rl=rl, **around), stages=("rl",))
+    assert [name for name, _ in recipe.stages(one)] == ["rl"]  # window is a setting of the stage that is left out
+    with pytest.raises(UserError, match="config.rollouts.lag: 1 is not read by any of a, b .a has source='data', which draws"):
+        recipe.stages(recipe.make(stages=("a", "b"), **around))
+    with pytest.raises(UserError, match="config.window: 64 is not read by any of a .*rollouts.prompt_window and .*default 512"):
+        recipe.stages(recipe.make(stages=("a",), a=rl, **around))
+    samples = {"source": "samples", "objective": {"name": "preference.sigmoid"}}
+    ((_, dpo),) = recipe.stages(recipe.make(stages=("a",), a=samples, task={"name": "countdown"}, split_seed=2))
+    assert dpo.split_seed == 2
+    (_, _), (_, dpo) = recipe.stages(recipe.make(stages=("a", "b"), b=samples, data="a.jsonl", columns="prompt=q"))
+    assert (dpo.data, dpo.columns) == ("", "")  # which are of the other stage's file

@@ -14,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from jaxpost import network
 from jaxpost.data import formats, readers
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
@@ -247,6 +248,7 @@ def test_the_hub_by_name_where_datasets_is_installed(monkeypatch):
         return [{"text": "a", "raw": b"b"}]
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(network, "fault", lambda url: "")
     assert readers.read("hf:o/n/main:test[:3]") == [Record({"text": "a", "raw": "b"}, "hf:o/n/main:test[:3], row 1")]
     readers.read(["hf:o/n", "hf:n"])
     assert asked == [
@@ -255,6 +257,11 @@ def test_the_hub_by_name_where_datasets_is_installed(monkeypatch):
         ("n", None, {"split": "train"}),
     ]
     with pytest.raises(UserError, match=r"hf:o/broken: not to be had \(OSError: no network\); check name"):
+        readers.read("hf:o/broken")
+    monkeypatch.setattr(network, "fault", lambda url: "the hub cannot be reached (refused)")
+    with pytest.raises(
+        UserError, match=r"hf:o/broken: the hub cannot be reached \(refused\), .*hf download o/broken --repo-type"
+    ):
         readers.read("hf:o/broken")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"hf:o/n is read by datasets, which is not here .*pip install datasets"):
@@ -271,6 +278,48 @@ def test_what_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="large.txt: larger than 1,000,000 bytes, a quarter of the memory; cut it"):
         readers.read(str(tmp_path / "large.txt"))
     assert len(readers.read(str(tmp_path / "right.txt.gz"))[0].row["text"]) == 1_000_000
+
+
+BOMBS = {
+    # A value that stands in the file once: 3 MB and 300 times as much; as a column, in a list, in a structure.
+    "dictionary": [{"text": "x" * 10_000}] * 300,
+    "list": [{"text": ["x" * 10_000] * 300}],
+    "structure": [{"messages": [{"role": "user", "content": "x" * 10_000}] * 300}],
+    "pages": [{"text": "x" * 3_000_000}],
+    "lengths": [{"bits": [True] * 200_000}],
+    "nulls": [{"bits": None}] * 130_000,
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_small_parquet_file_that_stands_for_much_is_refused(tmp_path, monkeypatch, kind):
+    path, schema = tmp_path / "bomb.parquet", None
+    if kind == "nulls":
+        schema = pyarrow.schema([("bits", pyarrow.bool_())])
+    table = pyarrow.Table.from_pylist(BOMBS[kind], schema)
+    pyarrow.parquet.write_table(table, path, compression="zstd")
+    assert path.stat().st_size < 40_000
+    monkeypatch.setattr(readers.host, "memory", lambda: 4_000_000)
+    with pytest.raises(UserError, match="bomb.parquet: unpacks to more than 1,000,000 bytes, a quarter of the memory, from"):
+        readers.read(str(path))
+
+
+def test_parquet_of_many_kinds_and_groups_is_read_whole(tmp_path):
+    kinds = {
+        "plain": (pyarrow.string(), [f"é{i}" for i in range(9)]),
+        "large": (pyarrow.large_list(pyarrow.large_string()), [["a", None], [], None] * 3),
+        "bytes": (pyarrow.binary(), [b"\xff", b"a", None] * 3),
+        "map": (pyarrow.map_(pyarrow.string(), pyarrow.int32()), [[("k", 1)], [], None] * 3),
+        "dictionary": (pyarrow.dictionary(pyarrow.int8(), pyarrow.string()), ["a", "b", None] * 3),
+        "a.b": (pyarrow.struct([("c", pyarrow.list_(pyarrow.string(), 1))]), [{"c": ["x"]}] * 9),
+        "number": (pyarrow.float32(), [0.5, None, -1.0] * 3),
+    }
+    table = pyarrow.table({name: pyarrow.array(values, kind) for name, (kind, values) in kinds.items()})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=4)
+    plain = [readers._plain(row) for row in table.to_pylist()]
+    assert [record.row for record in readers.read(str(tmp_path / "a.parquet"))] == [
+        {column: readers._without_nulls(value) for column, value in row.items()} for row in plain
+    ]
 
 
 @pytest.mark.parametrize("name", ["data.jsonl", "data.json.gz", "data.parquet"])

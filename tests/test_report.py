@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 
-from jaxpost import chart, cloud, report, writers
+from jaxpost import chart, cloud, compare, report, writers
 from jaxpost.errors import UserError
 
 STAGES = ["sft", "reinforce"]
@@ -90,6 +90,30 @@ def test_cut_back_ends_a_whole_last_line_and_refuses_a_broken_one_inside(tmp_pat
         writers.cut_back(tmp_path, STAGES, "sft", 2)
     with pytest.raises(UserError, match="stage 'dpo': not one of this run's stages"):
         writers.cut_back(tmp_path, STAGES, "dpo", 2)
+
+
+def test_a_cells_interval_is_shown_with_it_and_is_no_cell(tmp_path):
+    figures = {"eval/accuracy": 0.5, "eval/accuracy/+1": 0.5, "eval/accuracy/+1_low": 0.2, "eval/accuracy/+1_high": 0.8}
+    write_run(tmp_path, [("sft", 0, figures), ("sft", 4, figures)])
+    page = report.write(tmp_path).read_text()
+    assert page.count('title="95% interval 20.0% to 80.0%"') == 2 and "+1_low" not in page
+    assert "+1_low" not in report.summary(tmp_path)
+
+
+def test_prompts_that_are_messages_are_shown_as_their_text(tmp_path):
+    asked = [{"role": "user", "content": "1+1"}]
+    writer = writers.MetricWriter(tmp_path, {}, STAGES)
+    for step in (0, 2):
+        writer.write("sft", step, {"eval/reward": 0.5})
+        row = {"prompt": asked, "completion": str(step), "reward": 1.0, "answer": "2", "kind": "sampled"}
+        writer.samples("sft", step, [row])
+    writer.close()
+    page = report.write(tmp_path).read_text()
+    assert (
+        "user: 1+1" in page
+        and "{" not in page.partition("</style>")[2]
+        and "sft: user: 1+1 -> 2 (answer 2)" in report.summary(tmp_path)
+    )
 
 
 def test_tensorboard_reads_the_events_and_has_none_twice_after_a_restart(tmp_path):
@@ -232,7 +256,7 @@ def test_a_chart_runs_from_its_first_value_to_its_last(tmp_path):
     page = report.write(tmp_path).read_text()
     (figure,) = re.findall(r"<figure>.*?</figure>", page)
     # x: 52 to 338 for steps 0 to 100; y: 202 to 12 for 1 to 4. The path is broken at step 50.
-    assert re.search(r'<path d="([^"]*)"', figure)[1] == "M52.0 12.0M266.5 202.0L338.0 138.7"
+    assert re.search(r'<path d="([^"]*)"', figure)[1] == "M58.0 12.0M268.0 202.0L338.0 138.7"
     assert '<circle cx="338.0" cy="138.7" r="3"' in figure and ">2</text></svg>" in figure
 
 
@@ -297,11 +321,45 @@ def test_runs_are_compared_by_what_differs_with_seeds_together(tmp_path):
     path, text = report.comparison([tmp_path / str(i) for i in range(3)], tmp_path / "all.html")
     head, first, second = text.splitlines()
     assert head.split() == ["runs", "optimizer.lr", "seeds", "eval/accuracy"]
-    assert first.split()[2:] == ["0.1", "2", "0.6", "±", "0.14"] and second.split()[1:] == ["0.2", "1", "0.9"]
+    assert first.split()[2:] == ["0.1", "2", "0.60", "±", "0.14"] and second.split()[1:] == ["0.2", "1", "0.9"]
     page = path.read_text()
     assert page.count("<figure>") == 2 and page.count("<path") == 6 and "<script" not in page
+    result = "eval/accuracy is best with optimizer.lr=0.2: 0.9, against 0.60 ± 0.14 with optimizer.lr=0.1."
+    assert page.index(result) < page.index("<table") and ">optimizer.lr=0.1</span>" in page
+    # Seeds share the colour of their settings, in the table, the key and both charts.
+    assert [page.count(f'stroke="{colour}"') for colour in report._COLOURS[:3]] == [4, 2, 0]
+    assert page.count(f'class="mark" style="background: {report._COLOURS[0]}"') == 2
     with pytest.raises(UserError, match="none: no run is there"):
         report.comparison([tmp_path / "none", tmp_path / "0"])
+
+
+@pytest.mark.parametrize(
+    ("values", "result"),
+    [
+        ([(0.1, 0, 0.5), (0.1, 1, 0.7)], "eval/accuracy is 0.60 ± 0.14 over 2 seeds."),
+        ([(0.1, 0, 0.5), (0.2, 0, 0.7)], "against 0.5 with lr=0.1; these have one seed each, so it may be chance."),
+        (
+            [(0.1, 0, 0.5), (0.1, 1, 0.7), (0.2, 0, 0.55), (0.2, 1, 0.67)],
+            "lr=0.2: 0.610 ± 0.085, against 0.60 ± 0.14 with lr=0.1; the difference is within the spread over seeds.",
+        ),
+    ],
+)
+def test_a_comparison_says_what_seeds_can_tell(values, result):
+    row = {"stage": "sft", "step": 4, "eval/accuracy_greedy": 0.0}
+    runs = {
+        str(i): ({"lr": lr, "seed": seed}, [{**row, "eval/accuracy": x, "eval/reward": x}])
+        for i, (lr, seed, x) in enumerate(values)
+    }
+    assert compare.result(runs).endswith(result) and "eval/reward" not in compare.table(runs)[0]
+    (drawn,) = compare.curves(runs, compare.colours(runs, report._COLOURS))
+    assert re.findall("<figcaption>(.*?)</", drawn) == ["sft: eval/accuracy"]  # the greedy one is zero, the reward the same
+
+
+def test_ticks_that_are_close_are_told_apart():
+    drawn = chart.draw({"a": [(0, 1.0), (1, 1.0000004), (2, 2.384e-06 + 1)]}, {"a": "red"})
+    names = re.findall('text-anchor="end">(.*?)</text>', drawn)
+    assert names[0] == "1" and len(set(names)) == len(names) and names[1] == "+5e-07"
+    assert chart.label(2.384e-06) == "2.4e-06"  # which has room in the margin
 
 
 def test_the_report_opens_with_its_result_and_hides_what_was_always_zero(tmp_path):

@@ -123,7 +123,7 @@ def test_options_that_are_missing_unknown_or_positional(own):
         resolve({"name": f"{own}:scaled", "by": 1, "ofset": 2}, "objectives")
     with pytest.raises(UserError, match="takes no option 'batch'"):
         bind(find(f"{own}:scaled", "objectives"), {"by": 1, "batch": {}}, "it")
-    with pytest.raises(UserError, match="has no 'scale'. Did you mean 'scaled'"):
+    with pytest.raises(UserError, match=r": losses.py has no 'scale'. Did you mean 'scaled'"):
         find(f"{own}:scale", "objectives")
 
 

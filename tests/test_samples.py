@@ -180,7 +180,7 @@ def test_what_samples_cannot_be_is_refused(tmp_path):
         ({"steps": 0}, "config.steps: samples have no epochs"),
         ({"rollouts": {"group": 1}}, "config.rollouts.group: 1 leaves nothing to compare"),
         ({"data": "x.jsonl"}, "config.dpo.data: 'x.jsonl'; the prompts of source='samples' are those of config.dpo.task"),
-        ({"annotations": "x"}, "config.annotations: 'x'; samples are a data set of their own"),
+        ({"annotations": "x"}, "config.dpo.annotations: 'x' is not read by source='samples', which makes its rows itself"),
         ({"objective": {"name": "reward_model.process"}}, "learns from steps of a data set, and samples are none"),
         ({"train_on": "all"}, "config.train_on: 'all'"),
         ({"window": 4}, "a sample of config.task, 0.*make the window"),

@@ -25,7 +25,8 @@ ROWS, LENGTH = 8, 128
 def settings(job: dict, **changes):
     """The recipe: rows of one text each, every token learned, the optimizer that all share; with `changes`."""
     optimizer = {"lr": job["lr"], "schedule": "constant", "warmup": 0, "clip": 1.0, "b1": 0.9, "b2": 0.999, "eps": 1e-8}
-    rows = {"data": job["texts"], "window": LENGTH, "packing": False, "batch_size": ROWS, "remat": "dots", **changes}
+    texts = {"data": job["texts"], "window": LENGTH, "packing": False, "batch_size": ROWS}
+    rows = {**(texts if changes.get("source") != "rollouts" else {}), "remat": "dots", **changes}
     return recipe.make(model=job["model"], optimizer=optimizer, steps=job["steps"], log_every=1, **rows)
 
 

@@ -29,7 +29,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from jaxpost import cloud, host
+from jaxpost import cloud, host, network
+from jaxpost.data import parquet
 from jaxpost.errors import UserError
 
 
@@ -226,23 +227,8 @@ def _plain(value: Any) -> Any:
 
 
 def _parquet(file: epath.Path, name: str) -> Iterator[Record | UserError]:
-    parquet = _library("pyarrow.parquet", "pyarrow", f"{name}: Parquet")
-    try:
-        with file.open("rb") as stream:
-            table = parquet.read_table(stream)
-    except (OSError, ValueError) as error:  # pyarrow's own are kinds of these
-        raise UserError(f"{name}: not readable as Parquet ({error}); fetch or write it again") from error
-    columns = {column: _values(table[column]) for column in dict.fromkeys(table.column_names)}
-    columns = {column: values for column, values in columns.items() if values is not None}
-    yield from _padded_rows((dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)), name)
-
-
-def _values(column) -> list | None:
-    """An Arrow column as Python's values; None where it has none of them (a date of the year 12000)."""
-    try:
-        return column.to_pylist()
-    except (ArithmeticError, ValueError, TypeError, ImportError):
-        return None
+    library = _library("pyarrow.parquet", "pyarrow", f"{name}: Parquet")
+    yield from _padded_rows(parquet.rows(library, file, name), name)
 
 
 def _array_record(file: epath.Path, name: str) -> Iterator[Record | UserError]:
@@ -277,7 +263,14 @@ def _tfds(path: str, name: str) -> Iterator[Record | UserError]:
         for found in sorted({*folder.glob(f"*/{base}"), *folder.glob(f"*/{base}.py")}):
             importlib.import_module(f"{library.__name__}.{found.parent.name}.{base}")
     try:
-        rows = library.data_source(dataset, split=split, builder_kwargs={"file_format": "array_record"})
+        with network.tfds():
+            rows = library.data_source(dataset, split=split, builder_kwargs={"file_format": "array_record"})
+    except network.Unreachable as error:
+        raise UserError(
+            f"{path}: not prepared on this machine, and {error}. On a machine with a network, fetch {error.url} (or the file "
+            "of the split beside it) and name it here in place of tfds:, or have TFDS prepare it there and copy its folder "
+            f"{base} into {library.core.constants.DATA_DIR}."
+        ) from None
     except Exception as error:  # of many kinds: an unknown name or split, a download, a format without random access
         first = (str(error).strip().splitlines() or [""])[0]
         raise UserError(f"{path}: TFDS cannot give it ({type(error).__name__}: {first}); check name and network") from error
@@ -288,9 +281,16 @@ def _hf(path: str, name: str) -> Iterator[Record | UserError]:
     library = _library("datasets", "datasets", path)
     dataset, _, split = path.removeprefix("hf:").partition(":")
     owner_name, config = "/".join(dataset.split("/")[:2]), "/".join(dataset.split("/")[2:])
+    reason = ""
     try:
-        rows = library.load_dataset(owner_name, config or None, split=split or "train")
+        with network.hub() as reason:
+            rows = library.load_dataset(owner_name, config or None, split=split or "train")
     except Exception as error:  # of many kinds: an unknown name, config or split, a download
+        if reason:
+            raise UserError(
+                f"{path}: {reason}, and the cache of `datasets` does not hold it. On a machine with a network: hf download "
+                f"{owner_name} --repo-type=dataset --local-dir=FOLDER; then name its files here in place of hf:."
+            ) from None
         first = (str(error).strip().splitlines() or [""])[0]
         raise UserError(f"{path}: not to be had ({type(error).__name__}: {first}); check name, split and network") from error
     yield from _padded_rows(rows, name)

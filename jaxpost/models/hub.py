@@ -11,6 +11,7 @@ from pathlib import Path
 
 from etils import epath
 
+from jaxpost import network
 from jaxpost.errors import UserError, first_line
 from jaxpost.models import hf
 
@@ -44,8 +45,10 @@ def _snapshot(name: str, patterns: Sequence[str]) -> Path:
     from huggingface_hub import errors
 
     model, _, revision = name.partition("@")
+    reason = ""
     try:
-        found = huggingface_hub.snapshot_download(model, revision=revision or None, allow_patterns=list(patterns))
+        with network.hub() as reason:
+            found = huggingface_hub.snapshot_download(model, revision=revision or None, allow_patterns=list(patterns))
     except errors.GatedRepoError:
         raise UserError(f"{name}: the hub keeps this model behind its licence; accept it there and set HF_TOKEN.") from None
     except errors.RevisionNotFoundError:
@@ -56,7 +59,7 @@ def _snapshot(name: str, patterns: Sequence[str]) -> Path:
         ) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as e:
         raise UserError(
-            f"{name}: no such folder, and the hub cannot give a model of this name now ({first_line(e)}). Give a folder, or "
-            "try again with a network."
+            f"{name}: no such folder, and the hub cannot give a model of this name now ({reason or first_line(e)}); the cache "
+            f"does not hold it. Give a folder; on a machine with a network: hf download {model} --local-dir=FOLDER."
         ) from None
     return Path(found)

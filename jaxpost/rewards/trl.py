@@ -10,14 +10,27 @@ reward that compares the completions of a batch with each other is to be written
 import inspect
 from collections.abc import Callable
 
+from jaxpost.errors import UserError
+
 
 def judge(record: dict, completion: str, reward: Callable) -> float:
-    """What a reward of TRL's signature says of one completion. Raises TypeError where it gives no list of one."""
+    """What a reward of TRL's signature says of one completion.
+
+    Raises TypeError where it gives no list of one, UserError where it reads a column that the record does not have.
+    """
     turns = isinstance(record.get("prompt"), list)
     columns = {key: [value] for key, value in record.items() if key not in ("prompt", "prompts", "completions")}
     columns |= {"prompts": [record.get("prompt")]}
     columns |= {"completions": [[{"role": "assistant", "content": completion}] if turns else completion]}
     takes = inspect.signature(reward).parameters.values()
+    by_name = [p.name for p in takes if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty]
+    if missing := [name for name in by_name if name not in columns]:
+        have = ", ".join(key for key in record if key != "stopped")
+        name = getattr(reward, "func", reward).__name__
+        raise UserError(
+            f"reward {name} reads the column {missing[0]!r}, which the problems do not have; theirs are {have}. "
+            f"Of a file of prompts, --config.columns={missing[0]}=NAME takes another column."
+        )
     if not any(p.kind is p.VAR_KEYWORD for p in takes):
         columns = {p.name: columns[p.name] for p in takes if p.name in columns}
     scores = reward(**columns)
