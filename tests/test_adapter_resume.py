@@ -221,7 +221,7 @@ def test_a_stage_of_the_same_run_is_named_from_the_workdir_on(whole, tmp_path):
 @pytest.mark.slow
 def test_adapters_over_adapters_are_refused(whole, tmp_path):
     one, other = {"name": "lora", "rank": 2}, {"name": "lora", "rank": 3}
-    two = settings(whole, stages=("sft", "reinforce"), adapter=one)
+    two = settings(whole, stages=("sft", "reinforce"), adapter=one, rollouts={})
     with pytest.raises(UserError, match="config.reinforce.adapter: the stage that it starts from has another"):
         recipe.stages(recipe.make(**two | {"sft": {}, "reinforce": {"adapter": other}}))
     assert recipe.stages(recipe.make(**two | {"sft": {}, "reinforce": {}}))[1][1].adapter.to_dict() == one
