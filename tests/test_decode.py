@@ -163,22 +163,17 @@ def test_what_parts_elsewhere_is_found():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_share_of_completions_that_are_equal_between_shapes(dtype, shared):
-    """On a model that was trained; in bfloat16 the share is told and not promised."""
-    model = jaxpost.load(str(shared / "models" / "stories260k"), dtype=dtype, mesh=cases.mesh(1, 1, 1))
+def test_completions_of_a_trained_model_are_equal_between_shapes(shared):
+    model = jaxpost.load(str(shared / "models" / "stories260k"), dtype="float32", mesh=cases.mesh(1, 1, 1))
     rng = np.random.default_rng(0)
     chosen = [np.array([1, *rng.integers(3, 512, n)], np.int32) for n in range(2, 10)]
     about = {"model": model.transformer, "params": model.params}
     plain = {"new": 48, "prompt_window": 16, "group": 4, "turns": 16, "stop": (1,), "policy": False}
-    found = sampled(chosen, **plain, **about)
-    for name, way in {**WAYS, "window": {"prompt_window": 24}}.items():
+    first = sampled(chosen, **plain, **about)
+    for way in (WAYS["mesh, refilled"], {"prompt_window": 24}):
         other = sampled(chosen, **{**plain, **way}, **about)
-        same = (found.tokens == other.tokens).all(axis=1)
-        print(f"{dtype}, {name}: {same.sum()} of {len(same)} completions are equal")
-        if dtype == "float32":
-            assert max(gaps(found, other, chosen=chosen, group=4, **about), default=0.0) < BOUNDARY
-            assert same.mean() > 0.9
+        assert max(gaps(first, other, chosen=chosen, group=4, **about), default=0.0) < BOUNDARY
+        assert (first.tokens == other.tokens).all(axis=1).mean() > 0.9
 
 
 # ------------------------------------------------------------------------------------------------------ What it costs
