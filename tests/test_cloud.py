@@ -153,8 +153,8 @@ def test_checkpoints_of_a_bucket_are_checked_by_the_sums_that_it_keeps(bucket, m
 def test_killed_with_the_disk_lost_it_ends_as_if_nothing_had_happened(bucket, tmp_path, monkeypatch):
     """The command line, with demonstrations, rollouts, samples and a running mean, struck down between two checkpoints."""
     settings = runs.stages(tmp_path)
-    settings |= {"stages": ("sft", "reinforce"), "sft": settings["sft"] | {"steps": 6}}
-    settings["reinforce"] |= {"steps": 12, "eval_every": 5}
+    settings |= {"stages": ("sft", "reinforce"), "sft": settings["sft"] | {"steps": 4}}
+    settings["reinforce"] |= {"steps": 7, "eval_every": 5}
     del settings["control"]
     config, workdir = runs.write(tmp_path, settings), bucket / "killed"
     run = runs.start(runs.command(config, tmp_path / "w"))
@@ -173,13 +173,13 @@ def test_killed_with_the_disk_lost_it_ends_as_if_nothing_had_happened(bucket, tm
     run.send_signal(signal.SIGKILL)
     _, errors = run.communicate(timeout=PATIENCE)
     assert run.returncode == -signal.SIGKILL, errors
-    assert {p.name for p in stage.iterdir()} & {"4", "8"} and any(disk.iterdir())
+    assert (stage / "4").exists() and any(disk.iterdir())
     shutil.rmtree(disk)
 
     disk.mkdir()
     run = runs.start(runs.command(config, workdir))
     _, errors = run.communicate(timeout=PATIENCE)
-    assert run.returncode == 0 and "sft: finished before, at step 6" in errors, errors
+    assert run.returncode == 0 and "sft: finished before, at step 4" in errors, errors
     same(tmp_path / "w", workdir, ["sft", "reinforce"], ("metrics.jsonl", "samples.jsonl"))
     assert report.summary(workdir) == report.summary(tmp_path / "w")
     texts = [jaxpost.load(str(w)).generate("12+34", chat=True, new=6, temperature=1.0) for w in (workdir, tmp_path / "w")]
