@@ -52,12 +52,17 @@ def report(
             **_stage(settings, mesh, machine, prepared, lambda line, name=name: progress(f"{name}: {line}")),
         }
         alone = name if config.stages else ""
-        if remedy and not stage["fits"]:
+        if remedy and not stage["fits"] and not any(map(_faulty, stage["programs"])):
             stage["remedy"] = _remedy(settings, mesh, machine, alone, progress)
         if best:
             stage["search"] = _best(settings, machine, alone, progress)
         found["stages"].append(stage)
     return {**found, "fits": all(stage["fits"] for stage in found["stages"])}
+
+
+def _faulty(one) -> bool:
+    """Whether the compiler refuses a program for another reason than its memory, so that no smaller one is looked for."""
+    return "refused" in one and one["hbm"]["total"] < one["hbm"]["limit"]
 
 
 def _named(where: str) -> str:
@@ -155,12 +160,15 @@ def table(found: Mapping[str, Any]) -> str:
 def verdict(found: Mapping[str, Any]) -> str:
     """A report in one line: whether everything fits, and what the program that takes most takes."""
     named = [(f"{stage['stage']}'s {one['program']}", one) for stage in found["stages"] for one in stage["programs"]]
+    if faults := [f"{name}: {one['refused']}" for name, one in named if _faulty(one)]:
+        return f"DOES NOT COMPILE: {faults[0]}"
     name, largest = max(named, key=lambda pair: pair[1]["hbm"]["total"])
     hbm = largest["hbm"]
     limit = f" of {_bytes(hbm['limit'])}" if hbm["limit"] < float("inf") else ""
     failed = not found["fits"] and all(one["fits"] for _, one in named)
     word = "FITS" if found["fits"] else "FAILS, though it fits" if failed else "DOES NOT FIT"
-    return f"{word}: {name} takes most, {_bytes(hbm['total'])}{limit} a device"
+    least = "at least " if "refused" in largest else ""
+    return f"{word}: {name} takes most, {least}{_bytes(hbm['total'])}{limit} a device"
 
 
 def _stage_lines(stage) -> list[str]:
@@ -176,7 +184,10 @@ def _program_lines(one) -> list[str]:
     lines = [f"{one['program']}, memory of a device"]
     lines += [f"  {kind:<28}{_bytes(hbm[kind]):>12}" for kind in hbm if kind not in ("total", "limit")]
     limit = f" of {_bytes(hbm['limit'])}" if hbm["limit"] < float("inf") else ""
-    lines.append(f"  {'total':<28}{_bytes(hbm['total']):>12}{limit}: {'fits' if one['fits'] else 'DOES NOT FIT'}")
+    word = "fits" if one["fits"] else "DOES NOT COMPILE" if _faulty(one) else "DOES NOT FIT"
+    lines.append(f"  {'at least' if 'refused' in one else 'total':<28}{_bytes(hbm['total']):>12}{limit}: {word}")
+    if "refused" in one:
+        lines.append(f"  the compiler refuses it: {one['refused']}")
     lines += [f"  FAILURE: the partitioner gives up a split and copies all of {where}" for where in one["given_up"]]
     if "unread" in one:
         lines.append(f"  work and time are not known, for the compiled program cannot be read: {one['unread']}")

@@ -92,7 +92,8 @@ class _Child:
     def __init__(self):
         # One thread for linear algebra: its buffers count as memory. One hash seed: sets have one order in every child.
         quiet = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "JAX_PLATFORMS": "cpu"}
-        quiet["MPLCONFIGDIR"] = tempfile.gettempdir()  # a folder that is there: matplotlib may make none in the child
+        if not os.access(os.environ.get("MPLCONFIGDIR", ""), os.W_OK):  # else it is the user's own
+            quiet["MPLCONFIGDIR"] = tempfile.gettempdir()  # a folder that is there: matplotlib may make none in the child
         self.loaded: set[str] = set()
         # -P: this folder has a math.py, which is not the one that others import.
         self.process = subprocess.Popen(
