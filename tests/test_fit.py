@@ -460,9 +460,14 @@ def test_the_cheapest_remedy_that_fits_is_named(stubbed, monkeypatch, hbm, flags
     assert f"it fits with\n  {flags}" in fit.table({**found, "topology": "", "devices": 8, "mesh": {}, "stages": [found]})
 
 
-def test_each_compilation_is_announced(stubbed, monkeypatch):
+def test_each_compilation_is_announced_and_told_at_once(stubbed, monkeypatch):
     _report(monkeypatch, 4.0, progress=(lines := []).append)
-    assert lines == ["train: compiling step, 1 of 1", "--config.remat=dots: compiling step, 1 of 1"]
+    assert lines == [
+        "train: compiling step, 1 of 1",
+        "train: step: 762.94 MiB of 381.47 MiB: DOES NOT FIT, in 0 s",
+        "--config.remat=dots: compiling step, 1 of 1",
+        "--config.remat=dots: step: 381.47 MiB of 381.47 MiB: fits, in 0 s",
+    ]
 
 
 def test_remedies_come_cheapest_first_and_divide():
@@ -488,7 +493,9 @@ def test_remedies_come_cheapest_first_and_divide():
 def test_where_nothing_helps_the_state_is_named(stubbed, monkeypatch):
     found = _report(monkeypatch, 1e-8)
     assert found["stages"][0]["remedy"] == {"settings": None, "tried": 0} and not found["fits"]
-    assert "take a larger topology, an adapter, or a quantised base" in fit.table(found)
+    text = fit.table(found)
+    assert "nothing makes it fit here: weights and optimizer alone take" in text
+    assert "take a larger topology, an adapter, or a quantised base" in text
 
 
 def test_the_search_compiles_the_few_best_and_takes_the_fastest(stubbed, monkeypatch):
