@@ -37,9 +37,9 @@ def report(
     """What every program of a recipe's stages takes on a topology, as data: bytes and FLOPs a device, seconds.
 
     config: as `jaxpost.train` takes it; where: a topology's name, else the recipe's own; remedy: whether to look for what makes
-    a misfit fit; best: whether to search for a better mesh; progress: called with a line before each program is compiled, which
-    may take minutes; changes: settings that differ. Raises UserError for whatever the
-    recipe gets wrong, and for an unknown topology.
+    a misfit fit; best: whether to search for a better mesh; progress: called with a line before and after each program is
+    compiled, which may take minutes; changes: settings that differ. Raises UserError for whatever the recipe gets wrong, and
+    for an unknown topology.
     """
     config = recipe.opened(config, **changes)
     with heard():  # libtpu has much to say as it starts
@@ -53,12 +53,17 @@ def report(
             **_stage(settings, mesh, machine, prepared, lambda line, name=name: progress(f"{name}: {line}")),
         }
         alone = name if config.stages else ""
-        if remedy and not stage["fits"]:
+        if remedy and not stage["fits"] and not any(map(_faulty, stage["programs"])):
             stage["remedy"] = _remedy(settings, mesh, machine, alone, progress)
         if best:
             stage["search"] = _best(settings, machine, alone, progress)
         found["stages"].append(stage)
     return {**found, "fits": all(stage["fits"] for stage in found["stages"])}
+
+
+def _faulty(one) -> bool:
+    """Whether the compiler refuses a program for another reason than its memory, so that no smaller one is looked for."""
+    return "refused" in one and one["hbm"]["total"] < one["hbm"]["limit"]
 
 
 def _named(where: str) -> str:
@@ -80,6 +85,10 @@ def _stage(s, mesh, machine: topology.Topology, prepared: program.Prepared, prog
     for number, traced in enumerate(prepared.programs, 1):
         progress(f"compiling {traced.name}, {number} of {len(prepared.programs)}")
         one = program.measured(s, mesh, machine, traced)
+        took = one["lower_seconds"] + one["compile_seconds"]
+        progress(
+            f"{traced.name}: {_bytes(one['hbm']['total'])}{_outcome(one)}, in {took:.0f} s"
+        )  # said, should a later one hang
         if "seconds" in one and traced.tokens:
             best = {k: one["seconds"][k] for k in ("overlapped", "serial")}
             one["tokens_per_second"] = {k: traced.tokens / t for k, t in best.items()}
@@ -156,12 +165,14 @@ def table(found: Mapping[str, Any]) -> str:
 def verdict(found: Mapping[str, Any]) -> str:
     """A report in one line: whether everything fits, and what the program that takes most takes."""
     named = [(f"{stage['stage']}'s {one['program']}", one) for stage in found["stages"] for one in stage["programs"]]
+    if faults := [f"{name}: {one['refused']}" for name, one in named if _faulty(one)]:
+        return f"DOES NOT COMPILE: {faults[0]}"
     name, largest = max(named, key=lambda pair: pair[1]["hbm"]["total"])
     hbm = largest["hbm"]
-    limit = f" of {_bytes(hbm['limit'])}" if hbm["limit"] < float("inf") else ""
     failed = not found["fits"] and all(one["fits"] for _, one in named)
     word = "FITS" if found["fits"] else "FAILS, though it fits" if failed else "DOES NOT FIT"
-    return f"{word}: {name} takes most, {_bytes(hbm['total'])}{limit} a device"
+    least = "at least " if "refused" in largest else ""
+    return f"{word}: {name} takes most, {least}{_bytes(hbm['total'])}{_of(hbm['limit'])} a device"
 
 
 def _stage_lines(stage) -> list[str]:
@@ -176,14 +187,25 @@ def _program_lines(one) -> list[str]:
     hbm = one["hbm"]
     lines = [f"{one['program']}, memory of a device"]
     lines += [f"  {kind:<28}{_bytes(hbm[kind]):>12}" for kind in hbm if kind not in ("total", "limit")]
-    limit = f" of {_bytes(hbm['limit'])}" if hbm["limit"] < float("inf") else ""
-    lines.append(f"  {'total':<28}{_bytes(hbm['total']):>12}{limit}: {'fits' if one['fits'] else 'DOES NOT FIT'}")
+    lines.append(f"  {'at least' if 'refused' in one else 'total':<28}{_bytes(hbm['total']):>12}{_outcome(one)}")
+    if "refused" in one:
+        lines.append(f"  the compiler refuses it: {one['refused']}")
     lines += [f"  FAILURE: the partitioner gives up a split and copies all of {where}" for where in one["given_up"]]
     if "unread" in one:
         lines.append(f"  work and time are not known, for the compiled program cannot be read: {one['unread']}")
     if "traffic" in one:
         lines += _work_lines(one)
     return [*lines, f"traced in {one['lower_seconds']:.1f} s, compiled in {one['compile_seconds']:.1f} s"]
+
+
+def _outcome(one) -> str:
+    """The limit of a program's memory, and whether it fits."""
+    word = "fits" if one["fits"] else "DOES NOT COMPILE" if _faulty(one) else "DOES NOT FIT"
+    return f"{_of(one['hbm']['limit'])}: {word}"
+
+
+def _of(limit: float) -> str:
+    return f" of {_bytes(limit)}" if limit < float("inf") else ""
 
 
 def _bytes(count: float) -> str:
@@ -228,10 +250,11 @@ def _time_lines(one) -> list[str]:
 
 def _remedy_lines(stage, remedy) -> list[str]:
     if remedy["settings"] is None:
-        limit = stage["programs"][0]["hbm"]["limit"]
+        limit, tried = stage["programs"][0]["hbm"]["limit"], remedy["tried"]
+        ways = f"none of the {tried} ways that were compiled makes it fit" if tried else "nothing makes it fit"
         return [
-            f"none of the {remedy['tried']} ways that were compiled makes it fit here: weights and optimizer alone take "
-            f"{_bytes(stage['state_bytes'])} of {_bytes(limit)}; take a larger topology, an adapter, or a quantised base."
+            f"{ways} here: weights and optimizer alone take {_bytes(stage['state_bytes'])}{_of(limit)}; take a larger "
+            "topology, an adapter, or a quantised base."
         ]
     return ["it fits with", f"  {remedy['flags']}", *_short(remedy["result"])]
 

@@ -3,12 +3,15 @@
 What needs libtpu skips where it is not installed; the same on simulated devices does not.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,7 +82,7 @@ def test_a_topology_is_found_by_its_name(name, devices, kind, slices):
     assert {d.device_kind for d in found.devices} == {kind}
 
 
-@pytest.mark.parametrize("name", ["v7x:2x2", "v5e", "v5e:4x4*0", "cpu", "tpu:8"])
+@pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:4x4*0", "cpu", "tpu:8"])
 def test_an_unknown_topology_is_refused_with_those_there_are(name):
     with pytest.raises(UserError, match=r"v5e, v6e have shapes 1x1 2x2 2x4.*v5p.*cpu:N"):
         topology.find(name)
@@ -97,6 +100,14 @@ def test_an_unknown_topology_is_refused_with_those_there_are(name):
         ("v3-32", "v3:4x4"),
         ("v6e-16*2", "v6e:4x4*2"),
         ("v5p:2x2x4", "v5p:2x2x4"),
+        ("v5p-2", "v5p:1x1x1"),  # one chip, of two TensorCores
+        ("tpu7x-2", "tpu7x:1x1x1"),
+        ("V6E-8", "v6e:2x4"),
+        ("V5P:2X2X4*2", "v5p:2x2x4*2"),
+        (" CPU:8\n", "cpu:8"),
+        ("v5litepod:2x4", "v5e:2x4"),
+        ("v7x-8", "tpu7x:2x2x1"),
+        ("v9-8", "v9-8"),
     ],
 )
 def test_an_accelerator_type_is_the_shape_of_its_size(name, shape):
@@ -113,7 +124,9 @@ def test_an_unknown_size_is_refused_with_the_nearest(name, near):
 
 @pytest.mark.parametrize(("version", "fits"), [("0.0.42.1", True), ("0.0.42", True), ("0.0.52", False), ("0.0.41", False)])
 def test_another_libtpu_than_jax_asks_for_is_refused_with_the_command(monkeypatch, version, fits):
-    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda _: SimpleNamespace(origin="/site/libtpu/__init__.py"))
+    monkeypatch.setattr(
+        topology.importlib.util, "find_spec", lambda _: SimpleNamespace(submodule_search_locations=["/site/libtpu"])
+    )
     monkeypatch.setenv("TPU_LIBRARY_PATH", "/site/libtpu/libtpu.so")  # jax sets it as it is imported
     monkeypatch.setattr(topology.importlib.metadata, "requires", lambda _: ["numpy", 'libtpu==0.0.42.*; extra == "tpu"'])
     monkeypatch.setattr(topology.importlib.metadata, "version", {"libtpu": version, "jax": "0.10.2"}.get)
@@ -124,13 +137,74 @@ def test_another_libtpu_than_jax_asks_for_is_refused_with_the_command(monkeypatc
         topology._check_compiler()
 
 
+@pytest.mark.parametrize(
+    ("package", "library", "refused"),
+    [
+        (["/site/libtpu"], "/site/libtpu/libtpu.so", True),
+        (["/site/libtpu"], "/site/libtpu2/libtpu.so", False),  # one of the user's own
+        (["/site/libtpu"], "", True),
+        (None, "/site/libtpu/libtpu.so", True),  # a module, not a folder
+        ([], "/site/libtpu/libtpu.so", True),
+    ],
+)
+def test_only_the_packages_own_library_has_the_packages_version(monkeypatch, package, library, refused):
+    """No package has an origin here, as one without __init__.py has none."""
+    spec = SimpleNamespace(origin=None, submodule_search_locations=package)
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda _: spec)
+    monkeypatch.setenv("TPU_LIBRARY_PATH", library)
+    monkeypatch.setattr(topology.importlib.metadata, "requires", lambda _: ['libtpu==0.0.42.*; extra == "tpu"'])
+    monkeypatch.setattr(topology.importlib.metadata, "version", {"libtpu": "0.0.41", "jax": "0.10.2"}.get)
+    with pytest.raises(UserError, match="libtpu 0.0.41 is installed") if refused else contextlib.nullcontext():
+        topology._check_compiler()
+
+
 def test_the_extra_asks_for_what_jax_asks_for():
-    """The extra is jax's own, and the installed jax names a libtpu in it, so that the check above has something to compare."""
+    """The extra is jax's own, and the installed jax names a libtpu in it, so that the check above has something to compare; the
+    installed libtpu, where there is one, is of that version.
+    """
     setup = (Path(__file__).parent.parent / "setup.py").read_text()
     assert '"fit": ["jax[tpu]"]' in setup
     wanted = [Requirement(text) for text in metadata.requires("jax")]
     named = [r for r in wanted if r.name == "libtpu" and r.marker and r.marker.evaluate({"extra": "tpu"})]
     assert len(named) == 1 and not named[0].specifier.contains("9999")
+    if importlib.util.find_spec("libtpu"):
+        assert named[0].specifier.contains(metadata.version("libtpu"))
+
+
+@pytest.mark.slow
+def test_the_extra_is_installed_and_compiles(tmp_path):
+    """The README's command in a new environment, which has the packages of this one, so that only what lacks is fetched."""
+    pip, tree, source = [sys.executable, "-m", "pip"], Path(__file__).parent.parent, tmp_path / "source"
+    probe = [*pip, "download", "-q", "--no-deps", "--no-cache-dir", "--retries=0", f"--dest={tmp_path / 'probe'}", "packaging"]
+    if subprocess.run(probe, capture_output=True).returncode:
+        pytest.skip("no package index answers")
+    for name in ("jaxpost", "configs"):
+        shutil.copytree(tree / name, source / name)
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(tree / name, source)
+    venv.create(tmp_path / "venv")
+    python = tmp_path / "venv" / "bin" / "python"
+    ours, theirs = sysconfig.get_path("purelib"), sysconfig.get_path("purelib", vars={"base": str(tmp_path / "venv")})
+    (Path(theirs) / "ours.pth").write_text(ours + "\n")
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TPU_LIBRARY_PATH")}
+
+    def run(*command):
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout[-2000:] + done.stderr[-2000:]
+        return done.stdout
+
+    run(*pip, "--python", python, "install", "-q", f"{source}[fit]")
+    settings = {"model": TINY, "window": 32, "batch_size": 2}
+    (tmp_path / "tiny.py").write_text(f"from jaxpost import recipe\n\nget_config = lambda: recipe.make(**{settings})\n")
+    assert run(python, "-m", "jaxpost.fit", "--config=tiny.py", "--topology=V5E-1").startswith("FITS: train's step")
+    shutil.rmtree(tmp_path / "venv")  # of 700 MB, which pytest would keep for three runs
+
+
+def test_devices_are_simulated_by_a_name_in_capitals(monkeypatch):
+    monkeypatch.setattr(topology.jax.config, "update", lambda key, value: changed.update({key: value}))
+    changed = {}
+    topology.simulate("CPU:4")
+    assert changed == {"jax_platforms": "cpu", "jax_num_cpu_devices": 4}
 
 
 def test_more_devices_than_were_simulated_are_refused():
@@ -387,9 +461,14 @@ def test_the_cheapest_remedy_that_fits_is_named(stubbed, monkeypatch, hbm, flags
     assert f"it fits with\n  {flags}" in fit.table({**found, "topology": "", "devices": 8, "mesh": {}, "stages": [found]})
 
 
-def test_each_compilation_is_announced(stubbed, monkeypatch):
+def test_each_compilation_is_announced_and_told_at_once(stubbed, monkeypatch):
     _report(monkeypatch, 4.0, progress=(lines := []).append)
-    assert lines == ["train: compiling step, 1 of 1", "--config.remat=dots: compiling step, 1 of 1"]
+    assert lines == [
+        "train: compiling step, 1 of 1",
+        "train: step: 762.94 MiB of 381.47 MiB: DOES NOT FIT, in 0 s",
+        "--config.remat=dots: compiling step, 1 of 1",
+        "--config.remat=dots: step: 381.47 MiB of 381.47 MiB: fits, in 0 s",
+    ]
 
 
 def test_remedies_come_cheapest_first_and_divide():
@@ -415,7 +494,9 @@ def test_remedies_come_cheapest_first_and_divide():
 def test_where_nothing_helps_the_state_is_named(stubbed, monkeypatch):
     found = _report(monkeypatch, 1e-8)
     assert found["stages"][0]["remedy"] == {"settings": None, "tried": 0} and not found["fits"]
-    assert "take a larger topology, an adapter, or a quantised base" in fit.table(found)
+    text = fit.table(found)
+    assert "nothing makes it fit here: weights and optimizer alone take" in text
+    assert "take a larger topology, an adapter, or a quantised base" in text
 
 
 def test_the_search_compiles_the_few_best_and_takes_the_fastest(stubbed, monkeypatch):
@@ -506,8 +587,9 @@ def test_libtpu_says_so_as_well():
             "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 32.5GiB of 15.75GiB hbm. Exceeded by 16.75GiB",
             32.5 * GIB,
         ),
-        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 130M of 128M", 0.0),
-        ("INTERNAL: hbm 3.0G", 0.0),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 130M of 128M", None),
+        ("RESOURCE_EXHAUSTED: the program exceeds HBM", 0.0),
+        ("INTERNAL: hbm 3.0G", None),
     ],
 )
 def test_what_a_program_wants_is_read_in_every_wording(message, size):
@@ -526,6 +608,73 @@ def test_the_memory_is_kept_where_the_programs_text_cannot_be_made(monkeypatch):
     assert step["fits"] and step["hbm"]["weights"] == 64 and "traffic" not in step
     text = "\n".join(fit._program_lines(step))
     assert "fits" in text and "cannot be read: INTERNAL: async-update instruction should have 1 operands" in text
+
+
+class Refused:
+    """A program that the compiler refuses with a message."""
+
+    def __init__(self, message: str):
+        self.message = message
+
+    def trace(self, x):
+        self.jaxpr = jax.make_jaxpr(jnp.sin)(x)
+        return self
+
+    def lower(self):
+        return self
+
+    def compile(self):
+        raise jax.errors.JaxRuntimeError(self.message)
+
+
+@pytest.mark.parametrize(
+    ("message", "total", "fault", "verdict"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: out of memory in HBM. Used 2.0G",
+            3 * GIB,
+            False,
+            "DOES NOT FIT: train's step takes most, 3.00 GiB of",
+        ),
+        (
+            "RESOURCE_EXHAUSTED: the program exceeds HBM",
+            2 * GIB,
+            False,
+            "DOES NOT FIT: train's step takes most, at least 2.00 GiB of",
+        ),
+        (
+            "RESOURCE_EXHAUSTED: vmem: used 130M of 128M",
+            1.5 * GIB,
+            True,
+            "DOES NOT COMPILE: train's step: RESOURCE_EXHAUSTED: vmem",
+        ),
+        ("INTERNAL: a fault\nat 0x0", 1.5 * GIB, True, "DOES NOT COMPILE: train's step: INTERNAL: a fault"),
+    ],
+)
+def test_a_program_that_the_compiler_refuses_keeps_its_memory(message, total, fault, verdict):
+    """Half a GiB is its argument, one waits; the chip has two."""
+    argument, waits = (jax.ShapeDtypeStruct((n * 2**27,), jnp.float32) for n in (1, 2))
+    machine = topology.Topology("v5e:1x1", [], topology.CHIPS["v5e"]._replace(hbm=2 * GIB))
+    traced = program.Traced(
+        "step", Refused(message), (argument,), {}, {"weights": argument, "optimizer": waits}, ("optimizer",)
+    )
+    step = program.measured(None, sharding.make_mesh(devices=jax.devices()[:1]), machine, traced)
+    hbm = step["hbm"]
+    assert not step["fits"] and (hbm["weights"], hbm["optimizer"], hbm["total"]) == (GIB / 2, GIB, total)
+    assert hbm.get("temporaries") == (1.5 * GIB if "Used 2" in message else None)
+    assert fit._faulty(step) == fault
+    found = {"fits": False, "stages": [{"stage": "train", "programs": [step]}]}
+    assert fit.verdict(found).startswith(verdict) and "\n" not in fit.verdict(found)
+    text = "\n".join(fit._program_lines(step))
+    assert "refuses it: " + message.splitlines()[0] in text or "Used 2" in message
+    assert ("DOES NOT COMPILE" if fault else "DOES NOT FIT") in text
+
+
+def test_nothing_smaller_is_looked_for_where_memory_is_not_what_lacks(stubbed, monkeypatch):
+    real = program.measured
+    monkeypatch.setattr(program, "measured", lambda *a: {**real(*a), "fits": False, "refused": "INTERNAL: a fault"})
+    found = _report(monkeypatch, 1e3)
+    assert "remedy" not in found["stages"][0] and len(stubbed) == 1 and not found["fits"]
 
 
 @TPU

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import threading
 
 import pytest
@@ -220,6 +221,14 @@ def test_a_real_gym(name, wrong):
     task = gym.task(name)
     one = task.record(0)
     assert task.reward(one, one["answer"]) == 1.0 and task.reward(one, "<answer>nothing</answer>") == wrong
+
+
+@pytest.mark.parametrize(("own", "kept"), [("mine", True), ("", False), ("not_there", False)])
+def test_a_folder_for_matplotlib_that_the_user_names_is_kept(own, kept, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path / own) if own else "")
+    environment = os.environ | isolated._environment()
+    assert environment["MPLCONFIGDIR"] == str(tmp_path / "mine" if kept else tempfile.gettempdir())
 
 
 def test_a_child_has_a_place_for_matplotlibs_cache(monkeypatch):

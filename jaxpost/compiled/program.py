@@ -165,40 +165,45 @@ def _uncached():
 
 
 def measured(s, mesh, topology: Topology, traced: Traced) -> dict[str, Any]:
-    """Compiles a program: everything that there is to say of it, as data. Bytes and FLOPs are a device's."""
+    """Compiles a program: everything that there is to say of it, as data. Bytes and FLOPs are a device's.
+
+    Where the compiler refuses the program and names no bytes of HBM, `refused` is the first line of what it says.
+    """
     with sharding.use(mesh), _uncached():
         start = time.perf_counter()
         trace = traced.function.trace(*traced.arguments, **traced.keywords)
         lowered = trace.lower()
         begun = time.perf_counter()
-        said, refused = [""], 0.0
+        said, refusal = [""], None
         try:
             with heard() as said:
                 compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            if not (refused := refused_bytes(str(error))):  # a kernel may want too much of another memory
-                raise
-            compiled = None
+            compiled, refusal = None, error
     found = {"program": traced.name, "lower_seconds": begun - start, "compile_seconds": time.perf_counter() - begun}
-    hbm, fits = _memory(compiled, refused, traced, topology)
-    found |= {"fits": fits, "hbm": hbm, "given_up": given_up(said[0])}
     found["flops"] = roofline.flops(trace.jaxpr) / mesh.size
-    if compiled is None:
-        return found
+    found["given_up"] = given_up(said[0])
+    if refusal is not None:
+        wanted = refused_bytes(str(refusal))
+        found |= {"fits": False, "hbm": _refused_memory(wanted, traced, topology)}
+        return found if wanted else {**found, "refused": first_line(refusal)}
+    hbm = _memory(compiled, traced, topology)
+    found |= {"fits": hbm["total"] <= hbm["limit"], "hbm": hbm}
     try:
         return {**found, **_cost(mesh, topology, compiled, found["flops"])}
     except Exception as error:  # a libtpu may write its programs in a way of its own, or fail to: what memory it takes holds
         return {**found, "unread": first_line(error)}
 
 
-def refused_bytes(message: str) -> float:
-    """Bytes of HBM that a program wants, of what the compiler says as it refuses it; 0 if that is not about HBM.
+def refused_bytes(message: str) -> float | None:
+    """Bytes of HBM that a program wants, of what the compiler says as it refuses it; None if that is not about HBM, and 0 if it
+    names no amount.
 
     The wording is each libtpu's own. What the program wants in all comes in the first lines and is the largest amount there.
     """
     head = message[:1000]
     if "RESOURCE_EXHAUSTED" not in head or not re.search(r"\bHBM\b", head, re.IGNORECASE):
-        return 0.0
+        return None
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     return max((float(amount) * units[unit] for amount, unit in AMOUNT.findall(head)), default=0.0)
 
@@ -211,21 +216,39 @@ def given_up(said: str) -> list[str]:
     return list(dict.fromkeys(found)) or ["(the compiler does not say which)"]
 
 
-def _memory(compiled, refused: float, traced: Traced, topology: Topology) -> tuple[dict[str, float], bool]:
-    """Bytes a device by kind, and whether they fit."""
-    held = {kind: bytes_held(tree) for kind, tree in traced.held.items() if jax.tree.leaves(tree)}
-    limit = topology.chip.hbm if topology.chip else float("inf")
-    arguments = sum(held.values())
-    if compiled is None:
-        return {**held, "temporaries": refused - arguments, "total": refused, "limit": limit}, False
+def _memory(compiled, traced: Traced, topology: Topology) -> dict[str, float]:
+    """Bytes a device by kind of a compiled program, with what waits while it runs; `limit` is what a program may have."""
+    held, waiting = _held(traced)
     stats = compiled.memory_analysis()
     outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    waiting = sum(bytes_held(traced.held.get(kind, ())) for kind in traced.waiting)
     # Peak memory counts arguments and results; what is left of it is the program's own.
     peak = stats.peak_memory_in_bytes or stats.argument_size_in_bytes + outputs + stats.temp_size_in_bytes
     own = max(peak - stats.argument_size_in_bytes - outputs, 0)
-    total = peak + waiting
-    return {**held, "outputs": outputs, "temporaries": own, "total": total, "limit": limit}, total <= limit
+    return {**held, "outputs": outputs, "temporaries": own, "total": peak + waiting, "limit": _limit(topology)}
+
+
+def _refused_memory(wanted: float | None, traced: Traced, topology: Topology) -> dict[str, float]:
+    """The same of a program that the compiler refuses; wanted: what `refused_bytes` read.
+
+    Without an amount `total` is the least that it may be: what is held, and the limit where HBM is what the program lacks. A
+    program that takes less than the limit lacks something else: a kernel's own memory, or the compiler has a fault.
+    """
+    held, waiting = _held(traced)
+    least, limit = sum(held.values()), _limit(topology)
+    if wanted:
+        total = max(wanted + waiting, least)
+        return {**held, "temporaries": total - least, "total": total, "limit": limit}
+    return {**held, "total": least if wanted is None else max(least, limit), "limit": limit}
+
+
+def _held(traced: Traced) -> tuple[dict[str, float], float]:
+    """(bytes a device of each kind that is there while a program runs, those among them that only wait)."""
+    held = {kind: bytes_held(tree) for kind, tree in traced.held.items() if jax.tree.leaves(tree)}
+    return held, sum(held.get(kind, 0.0) for kind in traced.waiting)
+
+
+def _limit(topology: Topology) -> float:
+    return topology.chip.hbm if topology.chip else float("inf")
 
 
 def bytes_held(tree) -> float:

@@ -5,6 +5,8 @@
     v5p-64       a Cloud TPU accelerator type: chips of v5e and v6e, TensorCores (two a chip) of the others
     cpu:8        simulated devices of this process
 
+Capitals are as good (V6E-8), and so are other names of a kind (v5litepod-8, v7x-8).
+
 The devices can be compiled for and nothing else. Their facts are the makers' data sheets: peak bfloat16 FLOP/s, bandwidth of
 the memory, speed of a link. The memory that a program may have is what libtpu itself allows, which is a little less than the
 chip has. Links are counted at nine tenths of the data sheet's speed, which is about what collectives reach.
@@ -14,6 +16,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -64,15 +67,11 @@ CHIPS = {
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 DEEP = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
 SHAPES = {name: DEEP if name in ("v4", "v5p", "tpu7x") else FLAT for name in CHIPS}
+ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x"}  # other names of a kind -> ours
 
-
-# Accelerator type -> shape: Google counts chips of v5e and v6e, and of the others TensorCores, of which a host has eight.
+# Accelerator type -> shape: Google counts chips of v5e and v6e, and of the others TensorCores, two a chip.
 SIZES = {k: {int(np.prod([int(n) for n in shape.split("x")])): shape for shape in shapes} for k, shapes in SHAPES.items()}
-SIZES |= {
-    k: {2 * chips: shape for chips, shape in sizes.items() if chips >= 4}
-    for k, sizes in SIZES.items()
-    if k not in ("v5e", "v6e")
-}
+SIZES |= {k: {2 * chips: shape for chips, shape in sizes.items()} for k, sizes in SIZES.items() if k not in ("v5e", "v6e")}
 
 
 class Topology(NamedTuple):
@@ -112,26 +111,31 @@ def find(name: str) -> Topology:
 
 
 def shaped(name: str) -> str:
-    """KIND:SHAPE for an accelerator type (v5p-64 is v5p:2x4x4); any other name as it is. UserError for an unknown size."""
-    parts = re.fullmatch(r"(\w+)-(\d+)((?:\*\d+)?)", name)
-    kind = parts and parts[1].replace("v5litepod", "v5e")
-    if kind not in SIZES:
-        return name
-    size, sizes = int(parts[2]), SIZES[kind]
+    """KIND:SHAPE for an accelerator type (V5P-64 is v5p:2x4x4); any other name in our spelling of its kind.
+
+    Raises UserError for a size that the kind does not come in.
+    """
+    kind, mark, rest = re.fullmatch(r"(\w*)(\W?)(.*)", name.strip().lower(), re.DOTALL).groups()
+    kind = ALIASES.get(kind, kind)
+    parts = re.fullmatch(r"(\d+)((?:\*\d+)?)", rest)
+    if mark != "-" or not parts or kind not in SIZES:
+        return kind + mark + rest
+    size, sizes = int(parts[1]), SIZES[kind]
     if size not in sizes:
         near = sorted(sorted(sizes, key=lambda n: abs(n - size))[:3])
         counted = "chips" if kind in ("v5e", "v6e") else "TensorCores, two a chip"
         raise UserError(
             f"--topology={name}: {kind} comes in no slice of {size} {counted}. The nearest: "
-            f"{', '.join(f'{parts[1]}-{n} ({kind}:{sizes[n]})' for n in near)}."
+            f"{', '.join(f'{kind}-{n} ({kind}:{sizes[n]})' for n in near)}."
         )
-    return f"{kind}:{sizes[size]}{parts[3]}"
+    return f"{kind}:{sizes[size]}{parts[2]}"
 
 
 def _check_compiler() -> None:
     """Raises UserError if the installed libtpu is another than the installed jax asks for: its programs may not be readable."""
     package, library = importlib.util.find_spec("libtpu"), os.environ.get("TPU_LIBRARY_PATH")  # jax sets it to the package's
-    if library and package and not library.startswith(os.path.dirname(package.origin)):
+    folders = (package and package.submodule_search_locations) or ()
+    if library and folders and not any(Path(library).resolve().is_relative_to(Path(folder).resolve()) for folder in folders):
         return  # a library of the user's own, whose version no package tells
     try:
         version = importlib.metadata.version("libtpu")
@@ -160,7 +164,7 @@ def known() -> str:
 def simulate(name: str) -> None:
     """Has this process simulate the devices of cpu:N, if that is the name; before jax starts, and with no other devices."""
     jax.config.update("jax_platforms", "cpu")
-    if found := re.fullmatch(r"cpu:([1-9]\d*)", name):
+    if found := re.fullmatch(r"cpu:([1-9]\d*)", shaped(name)):
         jax.config.update("jax_num_cpu_devices", int(found[1]))
 
 

@@ -92,9 +92,6 @@ class _Child:
     """An interpreter that finds modules where this one does, and answers calls."""
 
     def __init__(self):
-        # One thread for linear algebra: its buffers count as memory. One hash seed: sets have one order in every child.
-        quiet = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "JAX_PLATFORMS": "cpu"}
-        quiet["MPLCONFIGDIR"] = tempfile.gettempdir()  # a folder that is there: matplotlib may make none in the child
         self.loaded: set[str] = set()
         path = json.dumps([entry or os.getcwd() for entry in sys.path])
         self.process = subprocess.Popen(
@@ -103,7 +100,7 @@ class _Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             bufsize=0,
-            env=os.environ | quiet,
+            env=os.environ | _environment(),
             start_new_session=True,  # an interrupt from the terminal is its parent's to deal with
         )
         os.set_blocking(self.process.stdin.fileno(), False)  # a child that does not read must not keep its parent
@@ -150,6 +147,15 @@ class _Child:
         for pipe in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(OSError):
                 pipe.close()
+
+
+def _environment() -> dict[str, str]:
+    """The child's environment variables, beside this process's own."""
+    # One thread for linear algebra: its buffers count as memory. One hash seed: sets have one order in every child.
+    quiet = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "JAX_PLATFORMS": "cpu"}
+    if not os.access(os.environ.get("MPLCONFIGDIR", ""), os.W_OK):  # else it is the user's own
+        quiet["MPLCONFIGDIR"] = tempfile.gettempdir()  # a folder that is there: matplotlib may make none in the child
+    return quiet
 
 
 def _refuse(event: str, args: tuple) -> None:
