@@ -25,7 +25,7 @@ from jaxpost.models import families, hf, loading
 from jaxpost.models.heads import logits
 from jaxpost.models.transformer import Transformer
 from jaxpost.sampling import text as text_module
-from jaxpost.sampling.decode import Completions
+from jaxpost.sampling.decode import Completions, Finished, together
 from jaxpost.types import TrainState
 
 MODEL = {
@@ -215,6 +215,17 @@ def test_every_eos_id_of_a_folder_ends_completions_and_survives_run_and_export(t
     assert kept.get("top_k") == (20 if file == "generation_config.json" else None)
     loading.keep_description(loading.describe(str(folder)), tmp_path, templates.jinja(text, "plain"))
     assert json.loads((tmp_path / "model" / "generation_config.json").read_text())["eos_token_id"] == [7, 9]
+
+
+def test_the_token_that_ends_a_completion_is_shown_where_it_is_a_word(monkeypatch):
+    """As transformers' decode without special tokens does."""
+    words = toy_tokenizers.byte_pairs(templates.TEMPLATES["chatml"])
+    end = words.convert_tokens_to_ids("<|im_end|>")
+    ended = [Finished(i, np.array(ids, np.int32), np.zeros(2), True, 1) for i, ids in enumerate([[5, end], [5, 7]])]
+    monkeypatch.setattr(text_module, "complete", lambda *_, **__: together(ended, 3))
+    model = loading.describe({**MODEL, "vocab_size": 300}).transformer
+    rows = text_module.completed(model, {}, words, [np.array([4])], mesh=None, n=2, ends=(7,))
+    assert [ids.tolist() for _, ids in rows] == [[5], [5, 7]]
 
 
 def test_eos_ids_that_the_model_has_no_row_for_are_left_out_and_other_values_named():

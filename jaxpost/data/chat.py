@@ -73,9 +73,9 @@ def stop_ids(tokenizer: Any, template: str | None = None, ends: Sequence[int] = 
     found = [*([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]), *ends]
     probe = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
     tail = render(probe, tokenizer, template, False, "the template").rpartition(_PROBE)[2].lstrip()
-    ends = [token for token in _specials(tokenizer) if tail.startswith(token)]
+    ends = [token for token in specials(tokenizer) if tail.startswith(token)]
     if ends:
-        found.append(_specials(tokenizer)[max(ends, key=len)])
+        found.append(specials(tokenizer)[max(ends, key=len)])
     return tuple(dict.fromkeys(found))
 
 
@@ -126,7 +126,7 @@ def _conversation(example: Conversation, tokenizer: Any, template: str | None, t
             remedy = 'say train_on="last"' if turns[lost[0]] < turns[-1] else _KEEP
             raise UserError(_left_out(example, turns[lost[0]], lost[1], remedy))
         return tokens, mask
-    is_special = np.isin(tokens, list(_specials(tokenizer).values()))
+    is_special = np.isin(tokens, list(specials(tokenizer).values()))
     for turn in _chosen(turns, example.prompt, train_on):
         if turn in example.untrained:
             continue
@@ -183,7 +183,7 @@ def _span(example: Conversation, turn: int, whole: str, tokenizer: Any, template
         return len(before), len(through.rstrip())
     bare = rendering(example.messages[:turn])
     if whole.startswith(before) and through.startswith(before):
-        stop = _end_of_earlier(whole, through, before, bare, tuple(_specials(tokenizer)))
+        stop = _end_of_earlier(whole, through, before, bare, tuple(specials(tokenizer)))
         if stop is not None:
             return len(before), stop
     if not before.startswith(bare):
@@ -280,6 +280,6 @@ def _tokenise(text: str, tokenizer: Any, place: str) -> tuple[np.ndarray, np.nda
     return np.array(encoded["input_ids"], np.int32), offsets[:, 0], offsets[:, 1]
 
 
-def _specials(tokenizer: Any) -> dict[str, int]:
+def specials(tokenizer: Any) -> dict[str, int]:
     """Special and added tokens by their text: whatever a text cannot spell by accident of its characters."""
     return dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)) | tokenizer.get_added_vocab()

@@ -85,9 +85,7 @@ def jinja(tokenizer: Any, template: str | None = None, options: Mapping[str, Any
         found = template
     else:
         known = ", ".join([*own, *TEMPLATES])
-        raise UserError(
-            f'chat template {template!r} is not known; give one of {known}, or Jinja itself (--config.template="$(cat my.jinja)")'
-        )
+        raise UserError(f"chat template {template!r} is not known; give one of {known}, or a Jinja string")
     # A saved template begins with the options that its run had; new values take their place.
     top = ""
     if options and (held := re.match(r"((?:\{% set \w+ = .*? %\})+)\{\{ '' \}\}", found, re.DOTALL)):

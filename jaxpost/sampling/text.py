@@ -2,7 +2,8 @@
 
 A prompt is a string, continued as it stands after the beginning-of-text token where the tokenizer adds one on its own; or a
 string as a user's message, or a whole conversation, which the chat template renders and opens the assistant's turn after. A
-completion ends at the tokenizer's end-of-text token or the chat template's end of turn, which is not shown.
+completion ends at the tokenizer's end-of-text token or the chat template's end of turn, which is not shown; or at another id
+that the model's folder names as an end, which is shown where it is a word like any other, as `transformers` does.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxpost import tokenizer
-from jaxpost.data.chat import encode_prompt, stop_ids
+from jaxpost.data.chat import encode_prompt, specials, stop_ids
 from jaxpost.errors import UserError
 from jaxpost.models.transformer import Transformer
 from jaxpost.sampling.decode import complete
@@ -37,7 +38,7 @@ def completed(
     n: int = 1,
     ends: Sequence[int] = (),
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(ids of the prompt, ids of its completion without the stop token): `n` of each prompt, side by side.
+    """(ids of the prompt, ids of its completion without the special token that ended it): `n` of each prompt, side by side.
 
     text: the tokenizer. prompts: strings, conversations (lists of role and content), or ids. chat: a string is a user's
     message, not text to continue. new: the most tokens a completion may have; None is 200, or as many as the model's positions
@@ -70,7 +71,11 @@ def completed(
         temperature=temperature,
         seed=seed,
     )
-    return [(ids[i // n], row[:said]) for i, (row, said) in enumerate(zip(found.tokens, found.said, strict=True))]
+    marks = set(specials(text).values())
+    ends = np.where(
+        [row[n - 1] in marks for row, n in zip(found.tokens, found.lengths, strict=True)], found.said, found.lengths
+    )
+    return [(ids[i // n], row[:end]) for i, (row, end) in enumerate(zip(found.tokens, ends, strict=True))]
 
 
 def _remedy(left: int) -> str:
