@@ -20,7 +20,7 @@ _PACKED = ("window", "packing")
 _PASSES = ("epochs",)
 _ASKED = (  # a task's problems, by evaluations too
     *("eval_rows", "eval_per_cell"),
-    *_of_rollouts("prompt_window", "new", "stop", "reward_workers", "reward_seconds", "failed", "failures"),
+    *_of_rollouts("prompt_window", "new", "stop", "reward_workers", "reward_seconds", "reward_memory", "failed", "failures"),
 )
 _DRAWN = _of_rollouts("group", "temperature", "top_k", "top_p", "min_p", "processors", "slots", "segment")
 _LEARNED = (  # completions that are learned from while they are made
