@@ -188,6 +188,8 @@ def find_step(folder) -> epath.Path:
     if (folder / "checkpoints").exists():
         config = read_object(folder / "config.json")
         names = config.get("stages") or ["train"]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{folder / 'config.json'}: `stages` is a list of names, and this is {str(names)[:60]}.")
         stages = [folder / "checkpoints" / name for name in names]
         found = [s for s in stages if s.exists() and steps(s)]
         found = [s for s in found if s.name == config.get("result")] or found
@@ -240,7 +242,8 @@ def _set_aside(folder: epath.Path) -> None:
 def steps(folder: epath.Path) -> list[int]:
     """The steps that a stage's folder has whole checkpoints of, in order."""
     # In an object store one that is being written has its name already, and lacks a last object that says it is whole.
-    numbered = (p for p in folder.iterdir() if p.name.isdigit())
+    # Only what is spelled as a step is one: a copy called 0007, or a file, is somebody else's.
+    numbered = (p for p in folder.iterdir() if p.name.isdecimal() and p.name == str(int(p.name)) and p.is_dir())
     return sorted(int(p.name) for p in numbered if ocp.utils.is_checkpoint_finalized(p))
 
 
@@ -272,6 +275,7 @@ def load_params(step_folder, abstract: Params, below: Params = None) -> Params:
     below: for one whose frozen weights are elsewhere, the whole tree of parameters with those in it.
     """
     folder, flat = absolute(step_folder), _flat(abstract)
+    _check_shapes(folder, flat, whole=below is None)
     with ocp.StandardCheckpointer() as reader:
 
         def some(item):
@@ -279,6 +283,26 @@ def load_params(step_folder, abstract: Params, below: Params = None) -> Params:
 
         params = reader.restore(folder / "params", abstract) if below is None else _over(some("params"), below)
         return _over(some("ema"), params) if (folder / "ema").exists() else params
+
+
+def _check_shapes(folder: epath.Path, flat: dict[str, Any], *, whole: bool) -> None:
+    """Raises UserError where a checkpoint's weights are not those of the model that they are read for, naming the first.
+
+    whole: whether all of the model's weights are to be there.
+    """
+    stored = ocp.PyTreeCheckpointHandler().metadata(folder / "params").tree
+    stored = {k: tuple(x.shape) for k, x in (_flat(stored) if whole else stored).items() if hasattr(x, "shape")}
+    wanted = {k: tuple(x.shape) for k, x in flat.items() if whole or k in stored}
+    names = sorted(stored.keys() | wanted.keys())
+    for name in (name for name in names if stored.get(name) != wanted.get(name)):
+        raise UserError(
+            f"{folder}: holds {name} {_told(stored, name)}, and the model as its config.json describes it has it "
+            f"{_told(wanted, name)}; bring back the config.json that the run wrote (model/ in its workdir)."
+        )
+
+
+def _told(shapes: dict[str, tuple], name: str) -> str:
+    return f"as {shapes[name]}" if name in shapes else "nowhere"
 
 
 def absolute(folder) -> epath.Path:
