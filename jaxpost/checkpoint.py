@@ -240,7 +240,9 @@ def _set_aside(folder: epath.Path) -> None:
 
 
 def steps(folder: epath.Path) -> list[int]:
-    """The steps that a stage's folder has whole checkpoints of, in order."""
+    """The steps that a stage's folder has whole checkpoints of, in order; none of what is no folder."""
+    if not folder.is_dir():
+        return []
     # In an object store one that is being written has its name already, and lacks a last object that says it is whole.
     # Only what is spelled as a step is one: a copy called 0007, or a file, is somebody else's.
     numbered = (p for p in folder.iterdir() if p.name.isdecimal() and p.name == str(int(p.name)) and p.is_dir())

@@ -2,13 +2,14 @@
 
 `write` records the size, the CRC-32C and the last four bytes of every file of a checkpoint in `crc32c.json`, before the
 checkpoint gets its name. `damage` compares. The last bytes are there because Orbax ends its index files with their own CRC-32C,
-and the sum over such a file is the same whatever it holds: another step's index would pass for this one's. The checkpoint's meta has MARK, so that a record that is gone is damage too; one without both was written by
-an older jaxpost, and is taken unchecked.
+and the sum over such a file is the same whatever it holds: another step's index would pass for this one's. The checkpoint's
+meta has MARK, so that a record that is gone is damage too; one without both was written by an older jaxpost, and is taken
+unchecked.
 
 On a disk each of the two reads every byte once, in threads; processors have an instruction for this sum, so the time is that of
 the reading. A bucket keeps the same sum of every object, so there each is a listing (a request per thousand objects) and two
-small objects, and nothing is downloaded (nor are last bytes compared). The sum notices any flipped bit. It is made against accidents: whoever means to change
-a checkpoint can change its record too.
+small objects, and nothing is downloaded (nor are last bytes compared). The sum notices any flipped bit. It is made against
+accidents: whoever means to change a checkpoint can change its record too.
 """
 
 import concurrent.futures

@@ -454,6 +454,7 @@ def test_what_only_looks_like_a_step_is_none(two, tmp_path):
     for name in ("²", "٧", "0007"):
         shutil.copytree(two / "1", stage / name)
     (stage / "9").write_text("")
+    assert checkpoint.steps(stage / "9") == [], "a file beside stages (.DS_Store) is none of them"
     (stage / "8").symlink_to("nowhere")
     (stage / "2" / "params" / "link").symlink_to("nowhere")
     assert checkpoint.find_step(stage).name == "2"
