@@ -27,7 +27,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from orbax.checkpoint.path import atomicity
 
 from jaxpost import cloud, digests, lock, sharding
-from jaxpost.errors import UserError
+from jaxpost.errors import UserError, first_line
 from jaxpost.host import read_object
 from jaxpost.resolve import check_origin
 from jaxpost.step import combine
@@ -255,14 +255,35 @@ def read_meta(step_folder) -> dict:
     folder = absolute(step_folder)
     if not (folder / "meta").exists():
         return {}
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return _believable(reader.restore(folder / "meta"), folder)
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            meta = reader.restore(folder / "meta")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{folder / 'meta' / 'metadata'}: no JSON ({first_line(error)}); take another checkpoint.") from error
+    return _believable(meta, folder)
 
 
-def _believable(meta: dict, folder: epath.Path) -> dict:
+def _believable(meta: Any, folder: epath.Path) -> dict:
+    """A checkpoint's meta. Raises UserError where it is of another shape than `save` gives it, or names a foreign adapter."""
+    file = folder / "meta" / "metadata"
+    if not isinstance(meta, dict):
+        raise UserError(f"{file}: holds a JSON {type(meta).__name__}, not an object; take another checkpoint.")
+    base, leaves = meta.get("base"), meta.get("leaves") or {}
+    strings = [base.get("reference"), base.get("hash")] if isinstance(base, dict) else [base or ""]
+    strings += beside if isinstance(beside := base.get("beside") if isinstance(base, dict) else [], list) else [None]
+    if not all(isinstance(x, str) for x in strings) or (base and not isinstance(base, dict)):
+        raise UserError(f"{file}: `base` names no folder of frozen weights, but {str(base)[:60]}; take another checkpoint.")
+    if not isinstance(leaves, dict) or not all(_is_leaf(leaf) for leaf in leaves.values()):
+        raise UserError(f"{file}: `leaves` describes no weights, but {str(leaves)[:60]}; take another checkpoint.")
     if adapter := meta.get("adapter"):
-        check_origin(adapter, "adapters", folder / "meta" / "metadata")
+        check_origin(adapter, "adapters", file)
     return meta
+
+
+def _is_leaf(entry: Any) -> bool:
+    """Whether an entry is (letters, first value), as a model's leaves are described."""
+    letters, first = entry if isinstance(entry, list | tuple) and len(entry) == 2 else (None, None)
+    return isinstance(letters, str) and set(letters) <= set("DVT0123456789") and isinstance(first, int | float | str)
 
 
 def paths(step_folder, item: str = "params") -> list[str]:

@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 import runs
 
-from jaxpost import checkpoint, digests, recipe, train
+from jaxpost import checkpoint, digests, fingerprint, recipe, train
 from jaxpost.errors import UserError
+from jaxpost.models import loading
 from jaxpost.types import TrainState
 
 PATIENCE = 120  # seconds that a run may take before a test gives up on it: many times what it needs
@@ -470,6 +471,24 @@ def test_json_that_is_nested_too_deep_is_damage(tmp_path, file):
         digests.write(folder)
     (folder / file).write_text("[" * 100_000)
     assert digests.damage(folder).startswith(f"{folder / file} ")
+
+
+META = ["[]", "5", "", "[" * 100_000, '{"base": 5}', '{"base": [1]}', '{"base": {"reference": 5, "hash": "", "beside": []}}']
+META += ['{"base": {"reference": "/x"}}', '{"leaves": [1]}', '{"leaves": {"x": 5}}', '{"leaves": {"x": ["Q", 0]}}']
+
+
+@pytest.mark.parametrize("meta", META, ids=lambda text: text[:40])
+def test_a_meta_of_another_shape_is_refused_by_its_file(tmp_path, meta):
+    with pytest.raises(UserError, match="meta/metadata: "):
+        checkpoint.read_meta(small(tmp_path, meta))
+
+
+def test_a_base_that_is_itself_elsewhere_is_refused(tmp_path):
+    folder = small(tmp_path, "")
+    base = {"reference": str(folder), "hash": fingerprint.digest(folder), "beside": []}
+    (folder / "meta" / "metadata").write_text(json.dumps({"base": base}))
+    with pytest.raises(UserError, match="there they are elsewhere again"):
+        loading.base_of(folder, base)
 
 
 def test_weights_of_another_shape_than_the_description_are_named(two):
