@@ -27,7 +27,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from orbax.checkpoint.path import atomicity
 
 from jaxpost import cloud, digests, lock, sharding
-from jaxpost.errors import UserError
+from jaxpost.errors import UserError, first_line
 from jaxpost.host import read_object
 from jaxpost.resolve import check_origin
 from jaxpost.step import combine
@@ -188,6 +188,8 @@ def find_step(folder) -> epath.Path:
     if (folder / "checkpoints").exists():
         config = read_object(folder / "config.json")
         names = config.get("stages") or ["train"]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{folder / 'config.json'}: `stages` is a list of names, and this is {str(names)[:60]}.")
         stages = [folder / "checkpoints" / name for name in names]
         found = [s for s in stages if s.exists() and steps(s)]
         found = [s for s in found if s.name == config.get("result")] or found
@@ -238,9 +240,12 @@ def _set_aside(folder: epath.Path) -> None:
 
 
 def steps(folder: epath.Path) -> list[int]:
-    """The steps that a stage's folder has whole checkpoints of, in order."""
+    """The steps that a stage's folder has whole checkpoints of, in order; none of what is no folder."""
+    if not folder.is_dir():
+        return []
     # In an object store one that is being written has its name already, and lacks a last object that says it is whole.
-    numbered = (p for p in folder.iterdir() if p.name.isdigit())
+    # Only what is spelled as a step is one: a copy called 0007, or a file, is somebody else's.
+    numbered = (p for p in folder.iterdir() if p.name.isdecimal() and p.name == str(int(p.name)) and p.is_dir())
     return sorted(int(p.name) for p in numbered if ocp.utils.is_checkpoint_finalized(p))
 
 
@@ -250,14 +255,35 @@ def read_meta(step_folder) -> dict:
     folder = absolute(step_folder)
     if not (folder / "meta").exists():
         return {}
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return _believable(reader.restore(folder / "meta"), folder)
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            meta = reader.restore(folder / "meta")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{folder / 'meta' / 'metadata'}: no JSON ({first_line(error)}); take another checkpoint.") from error
+    return _believable(meta, folder)
 
 
-def _believable(meta: dict, folder: epath.Path) -> dict:
+def _believable(meta: Any, folder: epath.Path) -> dict:
+    """A checkpoint's meta. Raises UserError where it is of another shape than `save` gives it, or names a foreign adapter."""
+    file = folder / "meta" / "metadata"
+    if not isinstance(meta, dict):
+        raise UserError(f"{file}: holds a JSON {type(meta).__name__}, not an object; take another checkpoint.")
+    base, leaves = meta.get("base"), meta.get("leaves") or {}
+    strings = [base.get("reference"), base.get("hash")] if isinstance(base, dict) else [base or ""]
+    strings += beside if isinstance(beside := base.get("beside") if isinstance(base, dict) else [], list) else [None]
+    if not all(isinstance(x, str) for x in strings) or (base and not isinstance(base, dict)):
+        raise UserError(f"{file}: `base` names no folder of frozen weights, but {str(base)[:60]}; take another checkpoint.")
+    if not isinstance(leaves, dict) or not all(_is_leaf(leaf) for leaf in leaves.values()):
+        raise UserError(f"{file}: `leaves` describes no weights, but {str(leaves)[:60]}; take another checkpoint.")
     if adapter := meta.get("adapter"):
-        check_origin(adapter, "adapters", folder / "meta" / "metadata")
+        check_origin(adapter, "adapters", file)
     return meta
+
+
+def _is_leaf(entry: Any) -> bool:
+    """Whether an entry is (letters, first value), as a model's leaves are described."""
+    letters, first = entry if isinstance(entry, list | tuple) and len(entry) == 2 else (None, None)
+    return isinstance(letters, str) and set(letters) <= set("DVT0123456789") and isinstance(first, int | float | str)
 
 
 def paths(step_folder, item: str = "params") -> list[str]:
@@ -272,6 +298,7 @@ def load_params(step_folder, abstract: Params, below: Params = None) -> Params:
     below: for one whose frozen weights are elsewhere, the whole tree of parameters with those in it.
     """
     folder, flat = absolute(step_folder), _flat(abstract)
+    _check_shapes(folder, flat, whole=below is None)
     with ocp.StandardCheckpointer() as reader:
 
         def some(item):
@@ -279,6 +306,26 @@ def load_params(step_folder, abstract: Params, below: Params = None) -> Params:
 
         params = reader.restore(folder / "params", abstract) if below is None else _over(some("params"), below)
         return _over(some("ema"), params) if (folder / "ema").exists() else params
+
+
+def _check_shapes(folder: epath.Path, flat: dict[str, Any], *, whole: bool) -> None:
+    """Raises UserError where a checkpoint's weights are not those of the model that they are read for, naming the first.
+
+    whole: whether all of the model's weights are to be there.
+    """
+    stored = ocp.PyTreeCheckpointHandler().metadata(folder / "params").tree
+    stored = {k: tuple(x.shape) for k, x in (_flat(stored) if whole else stored).items() if hasattr(x, "shape")}
+    wanted = {k: tuple(x.shape) for k, x in flat.items() if whole or k in stored}
+    names = sorted(stored.keys() | wanted.keys())
+    for name in (name for name in names if stored.get(name) != wanted.get(name)):
+        raise UserError(
+            f"{folder}: holds {name} {_told(stored, name)}, and the model as its config.json describes it has it "
+            f"{_told(wanted, name)}; bring back the config.json that the run wrote (model/ in its workdir)."
+        )
+
+
+def _told(shapes: dict[str, tuple], name: str) -> str:
+    return f"as {shapes[name]}" if name in shapes else "nowhere"
 
 
 def absolute(folder) -> epath.Path:

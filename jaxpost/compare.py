@@ -13,6 +13,7 @@ import statistics
 
 from jaxpost import chart, cloud, page
 from jaxpost.errors import UserError
+from jaxpost.host import read_object
 from jaxpost.recipe import flat
 from jaxpost.writers import METRICS, read_rows
 
@@ -26,7 +27,7 @@ def read(workdirs) -> dict[str, tuple[dict, list[dict]]]:
     for workdir in map(cloud.path, workdirs):
         if not (workdir / "config.json").exists() or not (workdir / METRICS).exists():
             raise UserError(f"{workdir}: no run is there (config.json and {METRICS}); give the workdirs of runs.")
-        runs[str(workdir)] = flat(json.loads((workdir / "config.json").read_text())), read_rows(workdir / METRICS)
+        runs[str(workdir)] = flat(read_object(workdir / "config.json")), read_rows(workdir / METRICS)
     return runs
 
 

@@ -1,13 +1,15 @@
 """Whether a checkpoint's files are still the bytes that were written.
 
-`write` records the size and the CRC-32C of every file of a checkpoint in `crc32c.json`, before the checkpoint gets its name.
-`damage` compares. The checkpoint's meta has MARK, so that a record that is gone is damage too; one without both was written by
-an older jaxpost, and is taken unchecked.
+`write` records the size, the CRC-32C and the last four bytes of every file of a checkpoint in `crc32c.json`, before the
+checkpoint gets its name. `damage` compares. The last bytes are there because Orbax ends its index files with their own CRC-32C,
+and the sum over such a file is the same whatever it holds: another step's index would pass for this one's. The checkpoint's
+meta has MARK, so that a record that is gone is damage too; one without both was written by an older jaxpost, and is taken
+unchecked.
 
 On a disk each of the two reads every byte once, in threads; processors have an instruction for this sum, so the time is that of
 the reading. A bucket keeps the same sum of every object, so there each is a listing (a request per thousand objects) and two
-small objects, and nothing is downloaded. The sum notices any flipped bit. It is made against accidents: whoever means to change
-a checkpoint can change its record too.
+small objects, and nothing is downloaded (nor are last bytes compared). The sum notices any flipped bit. It is made against
+accidents: whoever means to change a checkpoint can change its record too.
 """
 
 import concurrent.futures
@@ -43,7 +45,7 @@ def write(folder: epath.Path) -> None:
     """Records what the files of a folder hold now."""
     files = _files(folder)
     sums = _sums(folder, files, [name for name in files if name not in (NAME, _COMMIT)])
-    written = {name: [0 if name == _STEP else files[name].size, crc] for name, crc in sums.items()}
+    written = {name: [0 if name == _STEP else files[name].size, *known] for name, known in sums.items()}
     (folder / NAME).write_text(json.dumps({"files": written, "self": _of(written)}))
 
 
@@ -55,11 +57,16 @@ def damage(folder: epath.Path) -> str | None:
 
 def checksum(file: epath.Path) -> int:
     """The CRC-32C of a file's bytes."""
-    crc = 0
+    return _read(file)[0]
+
+
+def _read(file: epath.Path) -> tuple[int, str]:
+    """(the CRC-32C of a file's bytes, the last four of them in hex)."""
+    crc, last = 0, b""
     with file.open("rb") as content:
         while piece := content.read(_PIECE):
-            crc = google_crc32c.extend(crc, piece)
-    return crc
+            crc, last = google_crc32c.extend(crc, piece), (last + piece[-4:])[-4:]
+    return crc, last.hex()
 
 
 @functools.lru_cache(maxsize=256)
@@ -73,16 +80,21 @@ def _damage(folder: epath.Path, listed: tuple) -> str | None:
         written = record["files"]
         if record["self"] != _of(written):
             raise ValueError
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"{folder / NAME} was changed"
-    for name, (size, _) in written.items():
+    for name, (size, *_) in written.items():
         if name not in files:
             return f"{folder / name} is missing"
         if name != _STEP and files[name].size != size:
             return f"{folder / name} has {files[name].size} bytes of {size}"
     now = _sums(folder, files, written)
-    changed = next((name for name, (_, crc) in written.items() if now[name] != crc), None)
+    changed = next((name for name, (_, *known) in written.items() if _differ(known, now[name])), None)
     return changed and f"{folder / changed} was changed"
+
+
+def _differ(written: list, now: tuple) -> bool:
+    """Whether a file's sums differ; last bytes that one of the two lacks are not compared."""
+    return any(a != b for a, b in zip(written, now, strict=False) if None not in (a, b))
 
 
 def _unrecorded(folder: epath.Path) -> str | None:
@@ -92,7 +104,7 @@ def _unrecorded(folder: epath.Path) -> str | None:
     meta = folder / "meta" / "metadata"
     try:
         marked = MARK in json.loads(meta.read_text())
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return f"{meta} is missing or was changed"
     if marked:
         return f"{folder / NAME} is missing"
@@ -101,24 +113,24 @@ def _unrecorded(folder: epath.Path) -> str | None:
 
 
 def _files(folder: epath.Path) -> dict[str, File]:
-    """{name from the folder on: file} of all files under a folder, in order."""
+    """{name from the folder on: file} of all files under a folder, in order, without links that lead nowhere."""
     if cloud.is_remote(folder):
         return {name: File(*state) for name, state in sorted(cloud.objects(folder).items())}
     paths = [os.path.join(at, name) for at, _, names in os.walk(folder) for name in names]
-    stats = {os.path.relpath(path, folder): os.stat(path) for path in paths}
+    stats = {os.path.relpath(path, folder): os.stat(path) for path in paths if os.path.exists(path)}
     return {name: File(stat.st_size, stat.st_mtime_ns) for name, stat in sorted(stats.items())}
 
 
-def _sums(folder: epath.Path, files: dict[str, File], names: Iterable[str]) -> dict[str, int]:
-    """{name: CRC-32C}, read where the listing lacks it."""
+def _sums(folder: epath.Path, files: dict[str, File], names: Iterable[str]) -> dict[str, tuple]:
+    """{name: (CRC-32C, the last bytes in hex)}; read where the listing lacks the sum, else without the bytes."""
 
-    def crc(name: str) -> int:
+    def sums(name: str) -> tuple[int, str | None]:
         if name == _STEP:
-            return _without_time(folder / name)
-        return checksum(folder / name) if (known := files[name].crc32c) is None else known
+            return _without_time(folder / name), None
+        return _read(folder / name) if (known := files[name].crc32c) is None else (known, None)
 
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        return dict(zip(names, pool.map(crc, names), strict=True))
+        return dict(zip(names, pool.map(sums, names), strict=True))
 
 
 def _without_time(file: epath.Path) -> int:
@@ -126,7 +138,7 @@ def _without_time(file: epath.Path) -> int:
     try:
         content = json.loads(file.read_text())
         content.pop("commit_timestamp_nsecs", None)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return -1
     return google_crc32c.value(json.dumps(content, sort_keys=True).encode())
 

@@ -23,5 +23,6 @@ def printable(text: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error of a library says, at most 300 characters of it; its kind where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    """The first line of what an error of a library says, at most 300 characters of it, printable; its kind where it says
+    nothing."""
+    return printable((str(error).strip().splitlines() or [type(error).__name__])[0][:300])

@@ -31,6 +31,13 @@ _REMEDIES = {
     errno.EEXIST: "a file stands where a folder is needed; move it away, or give another folder",
     errno.EISDIR: "a folder stands where a file is needed; move it away, or give another folder",
 }
+# Some libraries raise Python's own kinds of a fault without its number.
+_CODES = {
+    IsADirectoryError: errno.EISDIR,
+    NotADirectoryError: errno.ENOTDIR,
+    FileExistsError: errno.EEXIST,
+    PermissionError: errno.EACCES,
+}
 # What numpy and zipfile raise at bytes that are no archive; a flipped flag asks for an unknown compression or a password.
 DAMAGED = (OSError, ValueError, TypeError, LookupError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 CONTINUES = "What was saved before is whole: the same command continues from there."
@@ -55,8 +62,8 @@ def disk_errors(where, remark: str = "") -> Iterator[None]:
 def _fault(error: BaseException | None) -> tuple[int, str | None] | None:
     """(errno, the path if it is known) of the first fault of a disk in an error or its causes; None if there is none."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _REMEDIES:
-            return error.errno, error.filename2 or error.filename
+        if isinstance(error, OSError) and (code := error.errno or _CODES.get(type(error))) in _REMEDIES:
+            return code, error.filename2 or error.filename
         codes = [code for code in _REMEDIES if f"os_error_code='{code}'" in str(error)]  # as TensorStore writes it
         if codes and not isinstance(error, OSError):
             return codes[0], None

@@ -97,6 +97,8 @@ class _File:
 
     def _locked(self, workdir) -> bool:
         """Opens and locks the file; False where its holder removed it in between. Raises UserError if another has the lock."""
+        if os.path.lexists(self.path) and not os.path.isfile(self.path):
+            raise UserError(f"{self.path}: no file, where the lock of a run is one; remove it.")
         self.file = open(self.path, "a+")  # noqa: SIM115 (closed in release)
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -9,6 +9,7 @@ holds what differs from the settings around it.
 
 import copy
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -386,6 +387,12 @@ def _check(key: str, default, value, place: str) -> None:
     least = int(key in COUNTS)
     if isinstance(value, (int, float)) and not signed and not value >= least:
         raise UserError(f"{place}.{key}: {value!r}; it must be at least {least}.")
+    if isinstance(value, float) and math.isinf(value):
+        raise UserError(f"{place}.{key}: {value!r}; it must be finite.")
+    if key in ("seed", "split_seed") and value >= 2**32:  # jax would take the rest of a division by it, 0 for 2**32
+        raise UserError(f"{place}.{key}: {value!r}; it must be below 2**32.")
+    if key == "warmup" and value > 1 and value != int(value):
+        raise UserError(f"{place}.{key}: {value!r}; give a whole number of steps, or a share of them below 1.")
     if key in ("ema", "b1", "b2") and value >= 1:
         raise UserError(f"{place}.{key}: {value!r}; a decay is below 1.")
     if key == "temperature" and value == 0:

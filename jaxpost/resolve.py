@@ -55,7 +55,7 @@ def resolve(spec: Mapping | str, noun: str) -> Callable:
     bound to those of the keywords it takes. Raises UserError for an unknown name, an unknown keyword, or one that is required
     and missing.
     """
-    options = {"name": spec} if isinstance(spec, str) else dict(spec)
+    options = dict(spec) if isinstance(spec, Mapping) else {"name": spec}
     name = options.pop("name", None)
     if not isinstance(name, str) or not name:
         raise UserError(f"config: an entry of kind {noun} needs a name, got {spec!r}.")

@@ -91,7 +91,7 @@ def _compare(workdir: epath.Path, config) -> None:
     held = read_object(path) if path.exists() else {}
     if "model_type" in held:
         raise UserError(f"--workdir={workdir} is a model's folder, whose config.json a run would replace; give another.")
-    begun = (workdir / "checkpoints").exists() and any(checkpoint.steps(p) for p in (workdir / "checkpoints").iterdir())
+    begun = (workdir / "checkpoints").is_dir() and any(checkpoint.steps(p) for p in (workdir / "checkpoints").iterdir())
     if begun and path.exists() and (changes := recipe.difference(held, config.to_dict())):
         other = next(new for i in itertools.count(2) if not (new := workdir.parent / f"{workdir.name}-{i}").exists())
         again = cli.command({"workdir": str(other), "config.model": str(workdir)})

@@ -70,10 +70,10 @@ def _lines(path):
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            if not (isinstance(row, dict) and "stage" in row and "step" in row):
+            if not (isinstance(row, dict) and isinstance(row.get("stage"), str) and isinstance(row.get("step"), int)):
                 raise ValueError("no object with a stage and a step")
             found.append((line if line.endswith(b"\n") else line + b"\n", row))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number < len(lines) or line.endswith(b"\n"):
                 raise UserError(f"{path}:{number}: not a JSON line ({error}); remove this line") from error
     return found

@@ -275,6 +275,9 @@ KEYS = {
     "no rows": ({"batch_size": 0}, "config.batch_size: 0; it must be at least 1."),
     "no microbatches": ({"microbatches": 0}, "config.microbatches: 0; it must be at least 1."),
     "negative": ({"optimizer": {"lr": -1.0}}, "config.optimizer.lr: -1.0; it must be at least 0."),
+    "infinite": ({"optimizer": {"lr": float("inf")}}, "config.optimizer.lr: inf; it must be finite."),
+    "a large seed": ({"seed": 2**32}, "config.seed: 4294967296; it must be below 2**32."),
+    "part of a step": ({"optimizer": {"warmup": 1.5}}, "config.optimizer.warmup: 1.5; give a whole number of steps"),
     "not a number": ({"ema": float("nan")}, "config.ema: nan; it must be at least 0."),
     "a stage that is none": ({"stages": ("a",), "a": 3}, "config.a: 3; a stage is a dict"),
 }

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import runs
 
-from jaxpost import checkpoint, host, recipe, report, train, writers
+from jaxpost import checkpoint, compare, host, recipe, report, train, writers
 from jaxpost.errors import UserError
 from jaxpost.rollouts import shelf
 
@@ -110,9 +110,31 @@ def test_a_damaged_config_of_a_workdir_is_named(tmp_path, content):
         lambda: train._compare(train.epath.Path(tmp_path), recipe.make()),
         lambda: checkpoint.find_step(tmp_path),
         lambda: report.write(tmp_path),
+        lambda: (tmp_path / "metrics.jsonl").touch() or compare.read([tmp_path]),
     ):
         with pytest.raises(UserError, match="config.json: "):
             reader()
+
+
+@pytest.mark.parametrize("stages", [5, [5, None], "train"])
+def test_stages_of_a_workdir_that_are_no_names_are_named(tmp_path, stages):
+    (tmp_path / "config.json").write_text(json.dumps({"stages": stages}))
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="config.json: `stages` is a list of names"):
+        checkpoint.find_step(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [IsADirectoryError, NotADirectoryError, PermissionError, FileExistsError])
+def test_a_fault_of_a_disk_without_its_number_is_one_message_too(kind):
+    with pytest.raises(UserError, match="^here: .*(folder|rights)"), host.disk_errors("here"):
+        raise kind("Cannot overwrite: environment.json")
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "[]", '{"stage": ["sft"], "step": 1}', '{"stage": "sft", "step": "1"}'])
+def test_a_line_of_figures_that_is_none_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match="metrics.jsonl:1: not a JSON line"):
+        writers.read_rows(tmp_path / "metrics.jsonl")
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "other"])

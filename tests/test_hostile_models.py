@@ -121,6 +121,13 @@ def test_a_pipe_in_the_place_of_a_file_is_refused(folder, name):
         tokenizer.load(folder)
 
 
+def test_a_folder_in_the_place_of_the_weights_is_refused(folder):
+    (folder / "model.safetensors").rename(folder / "elsewhere")
+    (folder / "model.safetensors").mkdir()
+    with pytest.raises(UserError, match="model.safetensors: a folder, not a file"):
+        hf.files(epath.Path(folder))
+
+
 def test_control_characters_of_a_name_are_spelled_out():
     message = str(UserError("fields: \x1b]0;owned\x07\x9b2J\u202e\r\n\tnext"))
     assert message == "fields: \\x1b]0;owned\\x07\\x9b2J\\u202e\\r\n\tnext"

@@ -42,6 +42,13 @@ def test_a_workdir_is_one_runs_and_a_dead_holder_does_not_keep_it(tmp_path):
     assert not list(workdir.iterdir())
 
 
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/nowhere/x", path)])
+def test_what_is_no_file_in_the_locks_place_is_named(tmp_path, make):
+    make(tmp_path / lock.NAME)
+    with pytest.raises(UserError, match=f"{lock.NAME}: no file, .*remove it"), lock.held(cloud.path(tmp_path)):
+        pass
+
+
 def test_a_run_that_is_refused_leaves_no_folder_behind(tmp_path):
     with pytest.raises(UserError, match="settings"), lock.held(cloud.path(tmp_path / "a" / "b")):
         raise UserError("settings")

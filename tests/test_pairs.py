@@ -411,6 +411,8 @@ def test_a_pair_that_is_equal_once_cut_is_dropped_and_counted_as_that(capsys):
     printed = capsys.readouterr().err
     assert ", 2 dropped, 1 of them pairs whose answers are equal once cut (for their length:" in printed
     assert "equal" not in encode(rows, window=8, too_long="drop").report, "nothing is cut"
+    with pytest.raises(UserError, match="none of the 1 examples has something to learn .*1 are pairs whose answers are equal"):
+        encode(rows[:1], window=8, too_long="truncate")
 
 
 def test_a_turn_of_an_answer_marked_not_to_be_learned_is_not():

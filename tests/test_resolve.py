@@ -105,6 +105,8 @@ WRONG = {
     "no function": ({"name": "math.pi"}, "'math.pi' is no function of"),
     "no file": ({"name": "nowhere/losses.py:mine"}, "no file nowhere/losses.py"),
     "no name": ({"beta": 0.1}, "needs a name"),
+    "a number": (5, "needs a name"),
+    "a list": (["sft.nll"], "needs a name"),
     "option": ({"name": "sft.nll", "beta": 0.1}, "objectives: sft.nll takes no option 'beta'"),
 }
 

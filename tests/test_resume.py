@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 import runs
 
-from jaxpost import checkpoint, digests, recipe, train
+from jaxpost import checkpoint, digests, fingerprint, recipe, train
 from jaxpost.errors import UserError
+from jaxpost.models import loading
 from jaxpost.types import TrainState
 
 PATIENCE = 120  # seconds that a run may take before a test gives up on it: many times what it needs
@@ -354,7 +355,8 @@ def test_digests_are_crc32c_of_whole_files(tmp_path, monkeypatch):
     monkeypatch.setattr(digests, "_PIECE", 4)
     digests.write(folder)
     record = json.loads((folder / digests.NAME).read_text())["files"]
-    assert record["optimizer/a"] == [9, 0xE3069283] and record["params/empty"] == [0, 0]  # the check value of CRC-32C
+    assert record["optimizer/a"] == [9, 0xE3069283, b"6789".hex()]  # the check value of CRC-32C
+    assert record["params/empty"] == [0, 0, ""]
     assert digests.damage(folder) is None
     for name in (*record, digests.NAME):
         whole = (folder / name).read_bytes()
@@ -435,6 +437,64 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(two, tmp_
     saved.save(state(2), {"position": 2})
     saved.close()
     assert checkpoint.find_step(stage).name == "2" and (stage / "damaged-2").exists()
+
+
+def test_another_steps_index_does_not_pass_for_this_ones(two, tmp_path):
+    # Orbax ends its index with the index's own CRC-32C, over which every such file of one size has the same sum.
+    shutil.copytree(two, tmp_path / "train")
+    newer, older = (tmp_path / "train" / step / "params" / "manifest.ocdbt" for step in ("2", "1"))
+    assert digests.checksum(newer) == digests.checksum(older) and newer.stat().st_size == older.stat().st_size
+    shutil.copy(older, newer)
+    with pytest.raises(UserError, match=f"{newer} was changed"):
+        checkpoint.check(tmp_path / "train" / "2")
+
+
+def test_what_only_looks_like_a_step_is_none(two, tmp_path):
+    stage = tmp_path / "train"
+    shutil.copytree(two, stage)
+    for name in ("²", "٧", "0007"):
+        shutil.copytree(two / "1", stage / name)
+    (stage / "9").write_text("")
+    assert checkpoint.steps(stage / "9") == [], "a file beside stages (.DS_Store) is none of them"
+    (stage / "8").symlink_to("nowhere")
+    (stage / "2" / "params" / "link").symlink_to("nowhere")
+    assert checkpoint.find_step(stage).name == "2"
+    saved = checkpoint.Checkpoints(stage)
+    assert saved.latest() == 2 and saved.steps() == [1, 2]
+    saved.close()
+
+
+@pytest.mark.parametrize("file", ["crc32c.json", "meta/metadata"])
+def test_json_that_is_nested_too_deep_is_damage(tmp_path, file):
+    folder = small(tmp_path, "{}")
+    if file == digests.NAME:
+        digests.write(folder)
+    (folder / file).write_text("[" * 100_000)
+    assert digests.damage(folder).startswith(f"{folder / file} ")
+
+
+META = ["[]", "5", "", "[" * 100_000, '{"base": 5}', '{"base": [1]}', '{"base": {"reference": 5, "hash": "", "beside": []}}']
+META += ['{"base": {"reference": "/x"}}', '{"leaves": [1]}', '{"leaves": {"x": 5}}', '{"leaves": {"x": ["Q", 0]}}']
+
+
+@pytest.mark.parametrize("meta", META, ids=lambda text: text[:40])
+def test_a_meta_of_another_shape_is_refused_by_its_file(tmp_path, meta):
+    with pytest.raises(UserError, match="meta/metadata: "):
+        checkpoint.read_meta(small(tmp_path, meta))
+
+
+def test_a_base_that_is_itself_elsewhere_is_refused(tmp_path):
+    folder = small(tmp_path, "")
+    base = {"reference": str(folder), "hash": fingerprint.digest(folder), "beside": []}
+    (folder / "meta" / "metadata").write_text(json.dumps({"base": base}))
+    with pytest.raises(UserError, match="there they are elsewhere again"):
+        loading.base_of(folder, base)
+
+
+def test_weights_of_another_shape_than_the_description_are_named(two):
+    held = checkpoint.paths(two / "2")
+    with pytest.raises(UserError, match=rf"holds {held[0]} as \(.*bring back the config.json"):
+        checkpoint.load_params(two / "2", jax.tree.map(lambda x: jax.ShapeDtypeStruct((7, *x.shape), x.dtype), state(2).train))
 
 
 def test_where_no_checkpoint_is_whole_nothing_is_moved(two, tmp_path):

@@ -369,6 +369,40 @@ def test_a_reward_that_asks_for_too_much_memory_is_a_failure(memory):
     assert "reward asks: MemoryError" in scores[0].failures[0]
 
 
+def scribbles_later(record, completion):
+    threading.Timer(0.2, scribbles, (record, completion)).start()
+    return 1.0
+
+
+def where():
+    time.sleep(0.4)
+    return lambda record, completion: float(os.getpid())
+
+
+class Slow:
+    """Takes its time to be loaded."""
+
+    def __call__(self, record, completion):
+        return float(os.getpid())
+
+    def __reduce__(self):
+        return where, ()
+
+
+def test_what_a_reward_left_behind_does_not_bring_the_next_one_into_this_process(capsys):
+    judged({"r": (scribbles_later, 1.0)}, RECORDS[:1], TEXTS[:1])
+    scores = judged({"where": (Slow(), 1.0)}, RECORDS[:1], TEXTS[:1])
+    assert scores[0].total != os.getpid() and not scores[0].failures and "in this process" not in capsys.readouterr().err
+
+
+def test_a_rewards_message_does_not_reach_the_terminal_raw(capsys):
+    def clears(record, completion):
+        raise ValueError("\x1b[2Jcleared")
+
+    judged({"r": (clears, 1.0)}, RECORDS[:1], TEXTS[:1], limit=1.0)
+    assert "\\x1b[2Jcleared" in (told := capsys.readouterr().err) and "\x1b" not in told
+
+
 def test_what_a_reward_changes_stays_in_its_worker():
     def changes(record, completion):
         random.seed(0)

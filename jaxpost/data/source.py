@@ -167,6 +167,8 @@ def _useful(stored: dict, count: int, c: Choices) -> tuple[int, str]:
         needed = int(stored["needed"])
         alone = f"the model takes documents of {c.longest}, and all are longer"
         lacks = f"the shortest needs {needed}" if needed > c.window else alone
+        if equal := int(stored["equal"]):
+            lacks = f"{equal} are pairs whose answers are equal once cut"
         raise NothingToLearn(
             f"none of the {count - skipped} examples has something to learn within a window of {c.window} tokens"
             f" (too_long={c.too_long!r}); {lacks}"

@@ -94,6 +94,8 @@ def files(folder: epath.Path) -> list[epath.Path]:
     if not missing:
         for file in found:
             check_regular(file)
+            if not cloud.is_remote(file) and file.is_dir():
+                raise UserError(f"{file}: a folder, not a file. Download it again.")
         _name_unread(folder)
         return found
     if (index := folder / "model.safetensors.index.json").exists():

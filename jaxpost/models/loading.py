@@ -366,6 +366,8 @@ def base_of(step, base: dict, verify: bool = True) -> epath.Path:
         )
     if verify and (folder / "params").exists():
         checkpoint.check(folder)
+        if checkpoint.read_meta(folder).get("base"):  # `base_in` names the innermost
+            raise UserError(f"{step}: its frozen weights are in {folder}, and there they are elsewhere again; take another.")
     if verify and fingerprint.digest(folder) != base["hash"]:
         raise UserError(
             f"{step}: its frozen weights are those that {folder} held when training began; what it holds now is something "
