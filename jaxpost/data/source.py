@@ -181,7 +181,7 @@ def _encoded(records: Sequence[Record], tokenizer, c: Choices) -> dict[str, np.n
     for record in records:
         try:
             whole = encode(record)
-        except templates.Endless:
+        except templates.Unusable:
             raise
         except UserError as error:
             if c.bad_rows == "stop":
