@@ -29,7 +29,7 @@ from jaxpost.data import readers
 from jaxpost.errors import UserError
 from jaxpost.resolve import value_of
 
-MUCH = 0.1  # the share of examples dropped for their length from which on the start warns
+MUCH = 0.1  # the share of examples dropped, or of tokens cut off, for their length from which on the start warns
 
 
 class Part(NamedTuple):
@@ -121,13 +121,23 @@ def tell(what: str, part: Part, encoded: Any, rows: int, window: int, longest: i
         is_cut = bool(report["truncated"] or report.get("equal"))
         lengths = encoded.widest, window, longest
         print(f"warning: {what}: {_too_long(report['dropped'], whole, *lengths, is_cut)}", file=sys.stderr)
+    asked = encoded.lost + report["trained_tokens"]
+    if encoded.lost >= max(1, MUCH * asked):
+        fitting = _fitting(encoded.widest, longest)
+        cut = f"{encoded.lost:,} of {asked:,} tokens to be learned are cut off, being beyond a window of {window:,}; {fitting}"
+        print(f"warning: {what}: {cut}, and --config.too_long=split makes pieces of plain text", file=sys.stderr)
+
+
+def _fitting(widest: int, longest: int) -> str:
+    """Which window would hold the longest example."""
+    if widest > longest:
+        return f"the longest needs a window of {widest:,}, and the model takes documents of {longest:,}"
+    return f"--config.window={widest} holds the longest"
 
 
 def _too_long(dropped: int, whole: int, widest: int, window: int, longest: int, is_cut: bool) -> str:
     """That much of the data is dropped for its length, and what to do about it; is_cut: other examples are truncated."""
-    fitting = f"--config.window={widest} holds the longest"
-    if widest > longest:
-        fitting = f"the longest needs a window of {widest:,}, and the model takes documents of {longest:,}"
+    fitting = _fitting(widest, longest)
     ways = "" if is_cut else ", --config.too_long=truncate cuts examples, and split makes pieces of plain text"
     return f"{dropped:,} of {whole:,} examples are dropped, being too long for a window of {window:,}; {fitting}{ways}"
 
