@@ -105,7 +105,7 @@ SETTINGS = {
         {"task": {"name": "arithmetic", "corrupted": 0.1}},
         ["no option 'corrupted'", "Did you mean 'corrupt'?"],
     ),
-    "nameless task": ({"task": {"examples": 3}}, ["unknown module '' for tasks", "arithmetic"]),
+    "nameless task": ({"task": {"examples": 3}}, ["config.task: {'examples': 3} names no task", "config.task.name=arithmetic"]),
     "source": ({"source": "files"}, ["config.source: 'files'", "'data' nor 'rollouts'"]),
     "mesh": ({"mesh": {"data": 3}}, ["config.mesh: data=3", "does not fill 8 devices", "set one axis to -1"]),
     "mesh axis": ({"mesh": {"fsdp": 0}}, ["config.mesh", "fsdp=0", "positive"]),
@@ -157,6 +157,10 @@ SETTINGS = {
         ["config.reward: every weight is 0", "nothing to learn"],
     ),
     "a task's own": ({"reward": {"a": "task.rewrad"}}, ["config.reward.a: the task has no function rewrad"]),
+    "a reward for data": (
+        {"reward": "math.exact", "task": {}},
+        ["config.reward: source='data' without a config.task makes no", "configs/grpo.py"],
+    ),
     "a column of rollouts": (
         rolled(objective={"name": "distill.top_k"}),
         ["config.objective: it reads the column teacher_tokens, which rollouts do not have"],
