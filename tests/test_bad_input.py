@@ -12,10 +12,11 @@ import jax
 import numpy as np
 import pytest
 import runs
+from absl import flags
 from etils import epath
 from safetensors.numpy import save_file
 
-from jaxpost import recipe, sharding, tokenizer, train
+from jaxpost import cli, recipe, sharding, tokenizer, train
 from jaxpost.errors import UserError
 from jaxpost.models import families
 from jaxpost.plan import plan_stage
@@ -403,6 +404,16 @@ def test_a_workdir_that_never_saved_takes_the_corrected_settings(tmp_path):
     with pytest.raises(UserError, match="steps: 3 -> 2") as raised:
         train._compare(epath.Path(tmp_path), corrected)
     assert f"another workdir and model='{tmp_path}'" in str(raised.value)  # as Python has it
+
+
+@pytest.mark.parametrize("flag", ["--window=3", "--model=f"])
+def test_a_setting_that_is_given_as_a_flag_is_told_how(flag):
+    with pytest.raises(flags.UnrecognizedFlagError) as raised:
+        flags.FlagValues()(["train", flag])
+    name = flag.partition("=")[0]
+    told = f"{name}: a recipe's setting is given as --config.{name[2:]}=..."
+    assert cli._explain(raised.value, ["train", "--config=r.py", flag]) == told
+    assert "Unknown command line flag" in cli._explain(raised.value, ["generate", flag])
 
 
 def test_other_settings_are_told_with_the_command_that_begins_a_run_from_these_weights(tmp_path, monkeypatch):
