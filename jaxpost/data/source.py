@@ -379,20 +379,8 @@ def _key(records: Sequence[Record], tokenizer: Any, choices: Choices) -> str:
 
 def _load(file: epath.Path) -> dict[str, np.ndarray] | None:
     stored = read_arrays(file) or {}
-    whole = stored.keys() >= {
-        "tokens",
-        "mask",
-        "sizes",
-        "cut",
-        "lost",
-        "dropped",
-        "equal",
-        "widest",
-        "with_call",
-        "needed",
-        "skipped",
-        "reason",
-    }
+    counts = {"cut", "lost", "dropped", "equal", "widest", "with_call", "needed", "skipped", "reason"}
+    whole = stored.keys() >= {"tokens", "mask", "sizes"} | counts
     return stored if whole and len(stored["tokens"]) == stored["sizes"].sum(dtype=np.int64) else None
 
 
