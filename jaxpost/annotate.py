@@ -23,7 +23,7 @@ from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.naming import named
 from jaxpost.plan import plan_stage, starting
-from jaxpost.resolve import nearest, value_of
+from jaxpost.resolve import entry_of, nearest
 
 
 def annotate(config, what, *, workdir="", out="", stage="", **changes) -> list[str]:
@@ -61,7 +61,7 @@ def main(_) -> None:
     """The command line; see the module's docstring."""
     given = flags.FLAGS
     config, what = cli.required("config", "what")
-    folders = annotate(config, value_of(what), workdir=given.workdir, out=given.out, stage=given.stage)
+    folders = annotate(config, entry_of(what, "--what"), workdir=given.workdir, out=given.out, stage=given.stage)
     if jax.process_index() == 0:
         told = {folder: {name: list(x.shape) for name, x in columns.read(folder).items()} for folder in folders}
         print(json.dumps(told, indent=2))

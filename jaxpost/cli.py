@@ -70,6 +70,9 @@ def _explain(error: Exception, argv: list[str]) -> str:
     """What was wrong with a recipe or with a key that the command line gives it, and where."""
     while "Traceback" in str(error) and error.__context__:  # absl wraps some errors, with a traceback in the message
         error = error.__context__
+    with_recipe = any(argument.startswith("--config") for argument in argv)
+    if isinstance(error, flags.UnrecognizedFlagError) and with_recipe and error.flagname in DEFAULTS:
+        return f"--{error.flagname}: a recipe's setting is given as --config.{error.flagname}=..."
     if isinstance(error, (flags.Error, UserError)):
         return str(error)
     if isinstance(error, (AttributeError, KeyError)) and (wrong := _unknown(argv)):

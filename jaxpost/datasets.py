@@ -53,7 +53,7 @@ def read(task, found, s, objective: Callable) -> list[Set]:
     """The data sets of a stage, those that are held out last. task: a module, or None; found: loading.Description."""
     parts = _sources(task, s)
     # On the command line every share is a float, a number of examples too.
-    wanted = 0 if s.eval_data else int(s.held_out) if s.held_out >= 1 else float(s.held_out)
+    wanted = 0 if s.eval_data else int(s.held_out) if s.held_out == int(s.held_out) > 0 else float(s.held_out)
     options = _options(found, s, objective)
     _, others = source.split(sum(len(part.records) for part in parts), wanted, s.split_seed)
     kept, rest = mixture.divide(parts, others)
@@ -71,7 +71,7 @@ def read(task, found, s, objective: Callable) -> list[Set]:
             raise UserError(f"{what}: {error}{none}") from error
         if jax.process_index() == 0:
             rows = len(source.bins(made.lengths, s.window, packing=s.packing, seed=s.seed))
-            mixture.tell(what, part, made, rows, s.window, options["longest"])
+            mixture.tell(what, part, made, rows, s.window, options["longest"], [*options["columns"].values()])
         check_ids(made.highest, found.transformer.arch.vocab, found.tokenizer, what)
         return Set(part.name, part.weight, made, held_out)
 

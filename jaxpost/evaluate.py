@@ -37,7 +37,7 @@ from jaxpost.errors import UserError
 from jaxpost.evals import repeated
 from jaxpost.models import loading
 from jaxpost.objectives import sft
-from jaxpost.resolve import value_of
+from jaxpost.resolve import entry_of
 from jaxpost.rollouts import scoring, verdicts
 from jaxpost.sampling.decode import answers, complete, ready
 from jaxpost.step import make_evaluation
@@ -227,8 +227,10 @@ def solves(
     model.need_tokenizer()
     entry = dict(name) if isinstance(name, Mapping) else {"name": name}
     task, name = selfmade.opened(entry), entry["name"]
-    if not callable(getattr(task, "test_records", None)) or not (reward or callable(getattr(task, "reward", None))):
-        raise UserError(f"--task={name}: has no test_records or no reward; CONTRIBUTING.md lists what a task has.")
+    if not callable(getattr(task, "test_records", None)):
+        raise UserError(f"--task={name}: has no function test_records; CONTRIBUTING.md lists what a task has.")
+    if not (reward or callable(getattr(task, "reward", None))):
+        raise UserError(f"--task={name}: has no reward of its own; name one, as --reward=FILE.py:reward.")
     judges = selfmade.rewards(task, name, reward)
     if not (records := task.test_records(per_cell)):
         raise UserError(f"--task={name}: has no test problems.")
@@ -309,11 +311,11 @@ def main(_) -> None:
         if jax.process_index() == 0:
             print(f"{given.data}: {found['documents']:,} documents, {found['tokens']:,} scored tokens", file=sys.stderr)
     if given.task:
-        what, options = value_of(given.task), {"per_cell": given.per_cell, "new": given.new, "samples": given.samples}
+        what, options = entry_of(given.task, "--task"), {"per_cell": given.per_cell, "new": given.new, "samples": given.samples}
         if not all(k.isdigit() for k in given.k):
             raise UserError(f"--k={','.join(given.k)}: give whole numbers, with commas between several.")
         options |= {"reward": given.reward, "template": template, "ks": [int(k) for k in given.k]}
-        found |= dict(solves(model, what if isinstance(what, dict) else given.task, **options))
+        found |= dict(solves(model, what, **options))
         _tell(given.task, found["problems"], found.pop("samples"))
     if given.lm_eval:
         found["lm_eval"] = _lm_eval(model, given.lm_eval, given.limit)

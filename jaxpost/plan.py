@@ -54,8 +54,11 @@ def plan_stage(name: str, s, mesh) -> Plan:
         raise UserError(
             "config.tokenizer: the model comes without one; name a folder that has one, or a function that makes one."
         )
-    if s.reward and not s.task:
-        raise UserError("config.reward: there is no config.task whose completions it could judge.")
+    if s.reward and not s.task and s.source == "data":
+        raise UserError(
+            "config.reward: source='data' without a config.task makes no completions that it could judge. To learn from "
+            "completions of a file of prompts take configs/grpo.py; else leave it out."
+        )
     task = selfmade.task(s) if s.task else None
     rewards = None if task is None else selfmade.rewards(task, s.task["name"], plain(s.reward))
     problems = None if task is None else selfmade.problems(task, rewards, found, s)

@@ -48,6 +48,16 @@ def value_of(text: str) -> Any:
         return text
 
 
+def entry_of(text: str, place: str) -> Any:
+    """A name, or on the command line JSON of a dict with further keys. Raises UserError, with place, for broken JSON."""
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{place}: {text} is broken JSON ({error}); quote names, and all of it in single quotes.") from error
+
+
 def resolve(spec: Mapping | str, noun: str) -> Callable:
     """The function that a config entry names, with the entry's other keys bound as keyword arguments.
 

@@ -17,7 +17,7 @@ from jaxpost.data import chat
 from jaxpost.errors import UserError
 from jaxpost.objectives import logprobs
 from jaxpost.recipe import plain
-from jaxpost.resolve import attribute, bind, find, module, resolve, value_of
+from jaxpost.resolve import attribute, bind, entry_of, find, module, resolve
 from jaxpost.rewards import trl
 from jaxpost.rollouts.learning import CORRECTIONS, Lessons
 from jaxpost.rollouts.samples import Samples, rows
@@ -31,7 +31,10 @@ LOOK = 256  # how many of a task's problems are looked at before anything is com
 
 def opened(entry: Mapping):
     """The task of an entry: a module by its `name`, or what the module's `make` gives for the other keys."""
-    name, keys = entry.get("name", ""), {k: v for k, v in entry.items() if k not in ("name", "examples")}
+    if not (name := entry.get("name", "")):
+        remedy = "give its name too, as config.task.name=arithmetic, or leave it out"
+        raise UserError(f"config.task: {dict(entry)} names no task; {remedy}.")
+    keys = {k: v for k, v in entry.items() if k not in ("name", "examples")}
     found = module(name, "tasks")
     return bind(found.make, keys, f"task {name}")() if callable(getattr(found, "make", None)) else found
 
@@ -54,7 +57,7 @@ def rewards(found, name: str, asked: Mapping | str = "") -> Rewards:
     or several: {name: entry with a weight}, where an entry called "task" is the task's own, and "task.NAME" another of its
     functions. A weight of 0 makes a reward a figure to be logged.
     """
-    asked = _given(asked)
+    asked = _given(asked, "config.reward")
     if not asked:
         return {name.rpartition("/")[2].removesuffix(".py"): (_of_one(found.reward), 1.0)}
     if isinstance(asked, str) or "name" in asked:
@@ -62,9 +65,9 @@ def rewards(found, name: str, asked: Mapping | str = "") -> Rewards:
     return {key: _reward(found, key, entry) for key, entry in asked.items()}
 
 
-def _given(entry):
+def _given(entry, place: str):
     """An entry as the command line may give it, JSON for a dict."""
-    return value_of(entry) if isinstance(entry, str) and entry.lstrip().startswith("{") else entry
+    return entry_of(entry, place) if isinstance(entry, str) else entry
 
 
 def _reward(found, key: str, entry: Mapping | str) -> tuple[Callable, float]:
@@ -254,7 +257,8 @@ def _advantages(asked: Mapping | str, own: Mapping | str) -> Callable:
     """The function of rollouts/advantages.py that the settings ask for, with those of the objective's own keywords that it
     takes too (beta, for which the objective asks for the reference), or the objective's own.
     """
-    own, asked = ({"name": x} if isinstance(x, str) else dict(x) for x in (own, _given(plain(asked)) or own))
+    asked = _given(plain(asked), "config.rollouts.advantages") or own
+    own, asked = ({"name": x} if isinstance(x, str) else dict(x) for x in (own, asked))
     for entry in (own, asked):
         if str(entry.get("name", "")).isidentifier():
             entry["name"] = f"advantages.{entry['name']}"

@@ -12,10 +12,11 @@ import jax
 import numpy as np
 import pytest
 import runs
+from absl import flags
 from etils import epath
 from safetensors.numpy import save_file
 
-from jaxpost import recipe, sharding, tokenizer, train
+from jaxpost import cli, recipe, sharding, tokenizer, train
 from jaxpost.errors import UserError
 from jaxpost.models import families
 from jaxpost.plan import plan_stage
@@ -105,7 +106,7 @@ SETTINGS = {
         {"task": {"name": "arithmetic", "corrupted": 0.1}},
         ["no option 'corrupted'", "Did you mean 'corrupt'?"],
     ),
-    "nameless task": ({"task": {"examples": 3}}, ["unknown module '' for tasks", "arithmetic"]),
+    "nameless task": ({"task": {"examples": 3}}, ["config.task: {'examples': 3} names no task", "config.task.name=arithmetic"]),
     "source": ({"source": "files"}, ["config.source: 'files'", "'data' nor 'rollouts'"]),
     "mesh": ({"mesh": {"data": 3}}, ["config.mesh: data=3", "does not fill 8 devices", "set one axis to -1"]),
     "mesh axis": ({"mesh": {"fsdp": 0}}, ["config.mesh", "fsdp=0", "positive"]),
@@ -157,6 +158,10 @@ SETTINGS = {
         ["config.reward: every weight is 0", "nothing to learn"],
     ),
     "a task's own": ({"reward": {"a": "task.rewrad"}}, ["config.reward.a: the task has no function rewrad"]),
+    "a reward for data": (
+        {"reward": "math.exact", "task": {}},
+        ["config.reward: source='data' without a config.task makes no", "configs/grpo.py"],
+    ),
     "a column of rollouts": (
         rolled(objective={"name": "distill.top_k"}),
         ["config.objective: it reads the column teacher_tokens, which rollouts do not have"],
@@ -402,6 +407,16 @@ def test_a_workdir_that_never_saved_takes_the_corrected_settings(tmp_path):
     with pytest.raises(UserError, match="steps: 3 -> 2") as raised:
         train._compare(epath.Path(tmp_path), corrected)
     assert f"another workdir and model='{tmp_path}'" in str(raised.value)  # as Python has it
+
+
+@pytest.mark.parametrize("flag", ["--window=3", "--model=f"])
+def test_a_setting_that_is_given_as_a_flag_is_told_how(flag):
+    with pytest.raises(flags.UnrecognizedFlagError) as raised:
+        flags.FlagValues()(["train", flag])
+    name = flag.partition("=")[0]
+    told = f"{name}: a recipe's setting is given as --config.{name[2:]}=..."
+    assert cli._explain(raised.value, ["train", "--config=r.py", flag]) == told
+    assert "Unknown command line flag" in cli._explain(raised.value, ["generate", flag])
 
 
 def test_other_settings_are_told_with_the_command_that_begins_a_run_from_these_weights(tmp_path, monkeypatch):

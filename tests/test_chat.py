@@ -258,7 +258,7 @@ def test_errors_of_encoding_name_the_remedy():
             lambda: chat.encode(TALK, tokenizer, "{{ raise_exception('no system') }}"),
             "talk: the chat template refuses the mess",
         ),
-        (lambda: chat.encode(TALK, tokenizer, "{{ a( }}"), "talk: the chat template refuses the messages: unexpected"),
+        (lambda: chat.encode(TALK, tokenizer, "{{ a( }}"), "the chat template is no Jinja, by its line 1: unexpected"),
         (lambda: chat.encode(Text("a", "p"), characters(eos_token=None)), "p: the tokenizer has no eos_token"),
     ]
     for call, message in cases:

@@ -137,6 +137,8 @@ def test_encode_all_reports_what_it_kept():
         source.encode_all(records, characters(), window=2, too_long="drop")
     with pytest.raises(UserError, match="too_long='cut' is not known; choose one of error, truncate, split, drop"):
         source.encode_all(records, characters(), window=6, too_long="cut")
+    with pytest.raises(UserError, match="^train_on='lst' is not known; choose one of assistant, last, completion, all$"):
+        source.encode_all(records, characters(), None, "lst", window=6, bad_rows="skip")
 
 
 def test_an_example_that_trains_nothing_is_refused():
@@ -209,6 +211,10 @@ def test_split_is_disjoint_and_a_function_of_the_seed():
     for held_out in (20, -1, 1.0):
         with pytest.raises(UserError, match=f"held_out={held_out} of 20 examples leaves none to train on; give a number"):
             source.split(20, held_out, seed=1)
+    with pytest.raises(UserError, match="held_out=1.5: more than 1 is a number of examples, so give a whole one, or a share"):
+        source.split(20, 1.5, seed=1)
+    with pytest.raises(UserError, match="held_out=0.5 of 1 examples leaves none to train on; give 0, or name eval_data"):
+        source.split(1, 0.5, seed=1)
 
 
 def numbered(count, window=3):
@@ -357,6 +363,21 @@ def test_alpaca_with_the_stories_tokenizer():
         assert answer == records[i].row["output"] + "</s>"
         assert (example["tokens"] == tokenizer.bos_token_id).sum() == 1
     assert encoded.lengths.sum() / (4096 * len(pack.plan(encoded.lengths, 4096, 0))) > 0.95
+
+
+@pytest.mark.parametrize("too_long, learned_window", [("truncate", 9), ("split", 9), ("truncate", 60)])
+def test_much_that_is_cut_off_for_its_length_is_warned_of_with_the_remedy(capsys, too_long, learned_window):
+    records = text_records(*["ab"] * 7, *["c" * n for n in range(10, 52)])
+    encoded = source.encode_all(records, characters(), window=learned_window, too_long=too_long)
+    mixture.tell("data d.txt", mixture.Part("d.txt", None, [], []), encoded, 1, learned_window, 100)
+    printed = capsys.readouterr().err
+    assert ("warning" in printed) == ((too_long, learned_window) == ("truncate", 9))
+    if "warning" in printed:
+        assert encoded.lost == sum(n + 1 for n in range(10, 52)) - 42 * 8 == 987
+        assert (
+            "warning: data d.txt: 987 of 1,344 tokens to be learned are cut off, being beyond a window of 9; "
+            "--config.window=53 holds the longest, and --config.too_long=split makes pieces of plain text"
+        ) in printed
 
 
 def test_much_that_is_dropped_for_its_length_is_warned_of_with_the_remedy(capsys):

@@ -271,6 +271,9 @@ def test_accuracy_of_a_task_by_name(folder, monkeypatch, tmp_path):
     (tmp_path / "judge.py").write_text("def none(record, completion):\n    return None if completion is not None else 0.0")
     found = dict(evaluate.solves(api.load(folder), "arithmetic", per_cell=1, reward=f"{tmp_path}/judge.py:none", rows=4))
     assert np.isnan(found["reward"])  # it has nothing to say of these completions
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}')
+    with pytest.raises(UserError, match="--task=prompts: has no reward of its own; name one, as --reward=FILE.py:reward"):
+        dict(evaluate.solves(api.load(folder), {"name": "prompts", "data": f"{tmp_path}/p.jsonl"}))
     own = dict(evaluate.solves(api.load(folder), "arithmetic", per_cell=1, rows=4, new=5))
     assert asked["new"] == 5
     records = arithmetic.test_records(1)

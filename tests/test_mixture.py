@@ -299,6 +299,17 @@ KINDS = {"hh-rlhf/harmless_base.jsonl.gz": "Preference", "llamafactory/dpo_en_de
 KINDS |= {"llamafactory/kto_en_demo.json": "Rated"}
 
 
+def test_columns_that_are_not_learned_from_are_named(capsys):
+    row = {"prompt": "a", "completion": "b", "thinking": "t", "note": None, "mine": 1, "tools": []}
+    records = [Record(row | {f"c{i}": i for i in range(3)}, "p")]
+    encoded = source.encode_all(records, characters(), window=9)
+    for columns, told in ((["mine"], "thinking, c0, c1, c2"), ([], "thinking, mine, c0, c1, c2")):
+        mixture.tell("data d", mixture.Part("d", None, records, []), encoded, 1, 9, 9, columns)
+        assert f"data d: columns that are not learned from: {told}\n" in capsys.readouterr().err
+    mixture.tell("data d", mixture.Part("d", None, [], []), encoded, 1, 9, 9)
+    assert "columns" not in capsys.readouterr().err
+
+
 def test_all_real_files_are_recognised_and_learned_from(shared):
     from jaxpost import tokenizer
     from jaxpost.data import formats, readers

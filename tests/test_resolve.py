@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import pytest
 import runs
 
-from jaxpost import recipe
+from jaxpost import recipe, selfmade
 from jaxpost.errors import UserError
 from jaxpost.objectives import sft
-from jaxpost.resolve import attribute, bind, find, known, module, nearest, resolve
+from jaxpost.resolve import attribute, bind, entry_of, find, known, module, nearest, resolve
 from jaxpost.tasks import arithmetic
 
 OWN = """
@@ -134,6 +134,15 @@ def test_an_error_inside_a_module_is_not_taken_for_absence(tmp_path, monkeypatch
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="no_such_module_at_all"):
         find("broken_losses.mine", "objectives")
+
+
+def test_an_entry_of_the_command_line_is_a_name_or_whole_json():
+    assert entry_of("mine.py:reward", "p") == "mine.py:reward"
+    assert entry_of(' {"name": "gsm8k"}', "--task") == {"name": "gsm8k"}
+    with pytest.raises(UserError, match=r"--task: .* is broken JSON \(.+\); quote names, and all of it in single quotes"):
+        entry_of("{name: gsm8k}", "--task")
+    with pytest.raises(UserError, match="config.reward: .* is broken JSON"):
+        selfmade.rewards(None, "t", '{"a": {"name": "mine.py:g"')
 
 
 def test_nearest_names_one_or_all():

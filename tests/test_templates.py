@@ -263,6 +263,17 @@ def test_a_template_that_raises_names_the_row_and_obeys_bad_rows(kind):
     assert encoded.report["count"] == 2 and encoded.report["skipped"] == 1 and "x.jsonl, line 2: " in encoded.reason
 
 
+def test_a_template_that_is_no_jinja_is_at_fault_itself_and_of_a_file_its_text_is_asked_for(tmp_path):
+    record = Record({"messages": conversation("a", "b")}, "x.jsonl, line 1")
+    cases = (("{% for m in messages %}\n{{ m }", "line 2: unexpected '}'"), ("{{ 1|nope }}", "line 1: No filter"))
+    for broken, reason in cases:
+        with pytest.raises(templates.Unusable, match=f"^the chat template is no Jinja, by its {reason}"):
+            source.encode_all([record], byte_pairs(), broken, "last", window=64, bad_rows="skip")
+    (file := tmp_path / "mine.jinja").write_text(TURNS)
+    with pytest.raises(UserError, match=r'give one of .+; of a file its text, --config.template="\$\(cat .+mine.jinja\)"'):
+        templates.jinja(byte_pairs(), str(file))
+
+
 ENDLESS = (
     "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}",
     "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
@@ -276,7 +287,7 @@ def test_an_endless_template_is_stopped_in_any_thread_whatever_bad_rows_says(mon
     record = Record({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "x.jsonl, line 1")
 
     def encode():
-        with pytest.raises(templates.Endless, match="x.jsonl, line 1: the chat template took longer than 0.1 seconds"):
+        with pytest.raises(templates.Unusable, match="x.jsonl, line 1: the chat template took longer than 0.1 seconds"):
             source.encode_all([record], byte_pairs(), template, "last", window=64, bad_rows="skip")
         return True
 

@@ -25,11 +25,11 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from jaxpost.data import readers
-from jaxpost.errors import UserError
+from jaxpost.data import formats, readers
+from jaxpost.errors import UserError, printable
 from jaxpost.resolve import value_of
 
-MUCH = 0.1  # the share of examples dropped for their length from which on the start warns
+MUCH = 0.1  # the share of examples dropped, or of tokens cut off, for their length from which on the start warns
 
 
 class Part(NamedTuple):
@@ -101,10 +101,10 @@ def digest(digests: Sequence[str], weights: Sequence[float]) -> str:
     return hashlib.sha256(json.dumps([list(digests), list(weights)]).encode()).hexdigest()[:16]
 
 
-def tell(what: str, part: Part, encoded: Any, rows: int, window: int, longest: int) -> None:
+def tell(what: str, part: Part, encoded: Any, rows: int, window: int, longest: int, columns: Sequence[str] = ()) -> None:
     """Prints what became of a part's records (encoded: source.Encoded), and what was wrong with the first that was skipped.
 
-    longest: the tokens that the model takes.
+    longest: the tokens that the model takes; columns: those that the settings name.
     """
     report = encoded.report | {"skipped": encoded.report["skipped"] + len(part.unread)}
     sizes = "{count:,} examples, {tokens:,} tokens ({trained_tokens:,} learned)".format(**report)
@@ -116,18 +116,37 @@ def tell(what: str, part: Part, encoded: Any, rows: int, window: int, longest: i
     lost += [f"{report[k]:,} {k}" for k in ("split", "skipped") if report[k]]
     first = f"; the first skipped: {(part.unread or [encoded.reason])[0]}" if report["skipped"] else ""
     print(f"{what}: {sizes} in {rows:,} rows of {window}{''.join(f', {x}' for x in lost)}{first}", file=sys.stderr)
+    if unread := _unread(part.records[:1], columns):
+        print(f"{what}: columns that are not learned from: {unread}", file=sys.stderr)
     whole = report["count"] + report["dropped"]
     if report["dropped"] >= max(1, MUCH * whole) and encoded.widest > min(window, longest):
         is_cut = bool(report["truncated"] or report.get("equal"))
         lengths = encoded.widest, window, longest
         print(f"warning: {what}: {_too_long(report['dropped'], whole, *lengths, is_cut)}", file=sys.stderr)
+    asked = encoded.lost + report["trained_tokens"]
+    if encoded.lost >= max(1, MUCH * asked):
+        fitting = _fitting(encoded.widest, longest)
+        cut = f"{encoded.lost:,} of {asked:,} tokens to be learned are cut off, being beyond a window of {window:,}; {fitting}"
+        print(f"warning: {what}: {cut}, and --config.too_long=split makes pieces of plain text", file=sys.stderr)
+
+
+def _unread(records: Sequence[readers.Record], columns: Sequence[str], most: int = 8) -> str:
+    """The columns of a first row that no shape of `formats` has, so that a thought in one of them is not lost unseen."""
+    row = records[0].row if records else {}
+    names = [str(name) for name, value in row.items() if value is not None and name not in {*formats.COLUMNS, *columns}]
+    return ", ".join(printable(name) for name in names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _fitting(widest: int, longest: int) -> str:
+    """Which window would hold the longest example."""
+    if widest > longest:
+        return f"the longest needs a window of {widest:,}, and the model takes documents of {longest:,}"
+    return f"--config.window={widest} holds the longest"
 
 
 def _too_long(dropped: int, whole: int, widest: int, window: int, longest: int, is_cut: bool) -> str:
     """That much of the data is dropped for its length, and what to do about it; is_cut: other examples are truncated."""
-    fitting = f"--config.window={widest} holds the longest"
-    if widest > longest:
-        fitting = f"the longest needs a window of {widest:,}, and the model takes documents of {longest:,}"
+    fitting = _fitting(widest, longest)
     ways = "" if is_cut else ", --config.too_long=truncate cuts examples, and split makes pieces of plain text"
     return f"{dropped:,} of {whole:,} examples are dropped, being too long for a window of {window:,}; {fitting}{ways}"
 

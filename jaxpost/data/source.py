@@ -51,7 +51,7 @@ class Encoded(NamedTuple):
     and trained_tokens of what was kept. `reason` says what was wrong with the first that was skipped; "" if none was.
     Of those dropped, `report` has under equal how many are pairs that became equal once cut. `digest` is one of all tokens and
     masks in their order, `highest` the largest token id, `widest` the tokens of the longest example before it was made to fit,
-    `with_call` the number of the first example with a tool call, or None.
+    `with_call` the number of the first example with a tool call, or None, `lost` how many tokens to be learned were cut off.
     """
 
     examples: grain.MapDataset
@@ -63,6 +63,7 @@ class Encoded(NamedTuple):
     highest: int
     widest: int = 0
     with_call: int | None = None
+    lost: int = 0
 
 
 class Choices(NamedTuple):
@@ -104,7 +105,8 @@ def encode_all(
     JAXPOST_CACHE, else ~/.cache/jaxpost) if they are there.
     Raises UserError, with the record's place, for whatever cannot be encoded, and NothingToLearn where no example is left.
     """
-    for key, value, known in (("too_long", too_long, TOO_LONG), ("bad_rows", bad_rows, BAD_ROWS)):
+    choices = (("too_long", too_long, TOO_LONG), ("bad_rows", bad_rows, BAD_ROWS), ("train_on", train_on, chat.TRAIN_ON))
+    for key, value, known in choices:
         if value not in known:
             raise UserError(f"{key}={value!r} is not known; choose one of {', '.join(known)}")
     if shape != "demonstrations" and too_long == "split":
@@ -148,7 +150,8 @@ def _opened(stored: dict, c: Choices, count: int) -> Encoded:
     examples = grain.MapDataset.range(len(lengths)).map(example)
     with_call = int(stored["with_call"]) if stored["with_call"] >= 0 else None
     highest, widest = int(stored["tokens"].max()), int(stored["widest"])
-    return Encoded(examples, lengths, learned, report, _digest(stored, c), reason, highest, widest, with_call)
+    lost = int(stored["lost"])
+    return Encoded(examples, lengths, learned, report, _digest(stored, c), reason, highest, widest, with_call, lost)
 
 
 def _digest(stored: dict, choices: Choices) -> str:
@@ -178,12 +181,12 @@ def _useful(stored: dict, count: int, c: Choices) -> tuple[int, str]:
 
 def _encoded(records: Sequence[Record], tokenizer, c: Choices) -> dict[str, np.ndarray]:
     """What is cached: the tokens, masks and sizes of what is kept, and the counts of the others."""
-    kept, cut, dropped, equal, widest, with_call, needed, reasons = [], 0, 0, 0, 0, -1, [], []
+    kept, cut, lost, dropped, equal, widest, with_call, needed, reasons = [], 0, 0, 0, 0, 0, -1, [], []
     encode, fit, need, size = _ways(records, tokenizer, c)
     for record in records:
         try:
             whole = encode(record)
-        except templates.Endless:
+        except templates.Unusable:
             raise
         except UserError as error:
             if c.bad_rows == "stop":
@@ -200,9 +203,15 @@ def _encoded(records: Sequence[Record], tokenizer, c: Choices) -> dict[str, np.n
         if not fitted and c.shape != "demonstrations" and c.too_long == "truncate":
             equal += pairs.equal_once_cut(whole, c.window, c.longest, c.shared)
         cut += bool(fitted) and fitted[0] is not whole
-    counts = {"cut": cut, "dropped": dropped, "needed": min(needed, default=0), "skipped": len(reasons)}
+        lost += _learned(whole) - sum(map(_learned, fitted)) if fitted else 0
+    counts = {"cut": cut, "lost": lost, "dropped": dropped, "needed": min(needed, default=0), "skipped": len(reasons)}
     counts |= {"equal": equal, "widest": widest, "with_call": with_call, "reason": reasons[0] if reasons else ""}
     return (pack.stored if c.shape == "demonstrations" else pairs.stored)(kept) | {k: np.array(v) for k, v in counts.items()}
+
+
+def _learned(example: pack.Row | pairs.Unit) -> int:
+    """How many tokens are learned of an example, or of all answers of a unit."""
+    return sum(int(mask.sum()) for mask in (example.masks if isinstance(example, pairs.Unit) else [example["mask"]]))
 
 
 def _ways(records: Sequence[Record], tokenizer, c: Choices) -> tuple[Callable, Callable, Callable, Callable]:
@@ -244,9 +253,12 @@ def split(count: int, held_out: int | float, seed: int) -> tuple[np.ndarray, np.
     `held_out` is a number of examples (int) or a fraction of them (float, at least one example unless it is 0).
     Raises UserError if it leaves nothing to train on.
     """
+    if held_out > 1 and held_out != int(held_out):
+        raise UserError(f"held_out={held_out}: more than 1 is a number of examples, so give a whole one, or a share below 1.0")
     wanted = max(round(held_out * count), int(held_out > 0)) if isinstance(held_out, float) else held_out
     if not 0 <= wanted < count:
         remedy = f"give a number of examples from 0 to {count - 1}, or a fraction below 1.0"
+        remedy = remedy if count > 1 else "give 0, or name eval_data"
         raise UserError(f"held_out={held_out} of {count} examples leaves none to train on; {remedy}")
     order = np.random.default_rng(seed).permutation(count)
     return np.sort(order[wanted:]), np.sort(order[:wanted])
@@ -369,19 +381,8 @@ def _key(records: Sequence[Record], tokenizer: Any, choices: Choices) -> str:
 
 def _load(file: epath.Path) -> dict[str, np.ndarray] | None:
     stored = read_arrays(file) or {}
-    whole = stored.keys() >= {
-        "tokens",
-        "mask",
-        "sizes",
-        "cut",
-        "dropped",
-        "equal",
-        "widest",
-        "with_call",
-        "needed",
-        "skipped",
-        "reason",
-    }
+    counts = {"cut", "lost", "dropped", "equal", "widest", "with_call", "needed", "skipped", "reason"}
+    whole = stored.keys() >= {"tokens", "mask", "sizes"} | counts
     return stored if whole and len(stored["tokens"]) == stored["sizes"].sum(dtype=np.int64) else None
 
 

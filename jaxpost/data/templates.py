@@ -19,9 +19,12 @@ Where a template refuses system turns, the definitions open the first user turn 
 import datetime
 import functools
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import jinja2
 
 from jaxpost.data import clock
 from jaxpost.data.formats import Conversation
@@ -65,8 +68,8 @@ SECONDS = 10.0  # that a template may take for one conversation; a usual one tak
 _HEADING = "Functions that may be called, one a line:"
 
 
-class Endless(UserError):
-    """A template takes too long on one row. It would on the others too, so bad_rows="skip" does not help."""
+class Unusable(UserError):
+    """A template is no Jinja, or takes too long. It would with every row, so bad_rows="skip" does not help."""
 
 
 def jinja(tokenizer: Any, template: str | None = None, options: Mapping[str, Any] | None = None) -> str:
@@ -85,7 +88,8 @@ def jinja(tokenizer: Any, template: str | None = None, options: Mapping[str, Any
         found = template
     else:
         known = ", ".join([*own, *TEMPLATES])
-        raise UserError(f"chat template {template!r} is not known; give one of {known}, or a Jinja string")
+        of_file = f'; of a file its text, --config.template="$(cat {template})"' if os.path.isfile(template) else ""
+        raise UserError(f"chat template {template!r} is not known; give one of {known}, or a Jinja string{of_file}")
     # A saved template begins with the options that its run had; new values take their place.
     top = ""
     if options and (held := re.match(r"((?:\{% set \w+ = .*? %\})+)\{\{ '' \}\}", found, re.DOTALL)):
@@ -120,7 +124,7 @@ def render(
 ) -> str:
     """The messages as one string; `generate` opens the assistant's next turn. Raises UserError, with place, if it cannot be.
 
-    Where the template takes too long the error is Endless.
+    Where the template itself is at fault, whatever the row, the error is Unusable.
     """
     template = jinja(tokenizer, template)
     template = _TODAY + template if "strftime_now" in template else template
@@ -128,7 +132,10 @@ def render(
     try:
         return clock.within(SECONDS, functools.partial(tokenizer.apply_chat_template, list(messages), **options))
     except TimeoutError as error:
-        raise Endless(f"{place}: the chat template {error}; it does not seem to end: use another template") from error
+        raise Unusable(f"{place}: the chat template {error}; it does not seem to end: use another template") from error
+    except jinja2.TemplateSyntaxError as error:
+        reason = f"by its line {error.lineno}: {error}"
+        raise Unusable(f"the chat template is no Jinja, {reason}; mend it, or use another") from error
     except Exception as error:  # a template is somebody's program, and may raise anything
         reason = str(error) or type(error).__name__
         raise UserError(f"{place}: the chat template refuses the messages: {reason}; change them or the template") from error

@@ -261,7 +261,10 @@ class Fields:
         """The architecture, if every field was understood and the numbers fit together."""
         if self.left:
             names = ", ".join(sorted(self.left))
-            raise UserError(f"{self.place}: fields that the {self.family} family does not understand: {names}.")
+            raise UserError(
+                f"{self.place}: fields that the {self.family} family does not understand: {names}. "
+                "If what made the model does not read them, delete them from the file."
+            )
         _check(arch, self.place)
         return arch
 
