@@ -192,7 +192,8 @@ def required(*names: str) -> list:
     """The values of flags that must be given. Raises UserError naming the first that is not."""
     for name in names:
         if not flags.FLAGS[name].value:
-            raise UserError(f"--{name}=... is required: {flags.FLAGS[name].help} See --help.")
+            text = flags.FLAGS[name].help.partition(";\n")[0]  # absl adds a line to that of a flag of several values
+            raise UserError(f"--{name}=... is required: {text.removesuffix('.')}. See --help.")
     return [flags.FLAGS[name].value for name in names]
 
 

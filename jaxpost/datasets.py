@@ -71,7 +71,8 @@ def read(task, found, s, objective: Callable) -> list[Set]:
             raise UserError(f"{what}: {error}{none}") from error
         if jax.process_index() == 0:
             rows = len(source.bins(made.lengths, s.window, packing=s.packing, seed=s.seed))
-            mixture.tell(what, part, made, rows, s.window, options["longest"], [*options["columns"].values()])
+            named = None if held_out else [*options["columns"].values()]
+            mixture.tell(what, part, made, rows, s.window, options["longest"], named)
         check_ids(made.highest, found.transformer.arch.vocab, found.tokenizer, what)
         return Set(part.name, part.weight, made, held_out)
 

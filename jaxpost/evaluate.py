@@ -20,6 +20,7 @@ import functools
 import inspect
 import json
 import math
+import re
 import shutil
 import sys
 import types
@@ -31,7 +32,7 @@ import tqdm
 from absl import flags
 
 from jaxpost import api, cli, metrics, selfmade, sharding, table
-from jaxpost.data import chat, readers, source
+from jaxpost.data import chat, mixture, source
 from jaxpost.data.chat import TRAIN_ON
 from jaxpost.errors import UserError
 from jaxpost.evals import repeated
@@ -174,11 +175,20 @@ def slide(examples: Sequence[dict], window: int) -> list[dict]:
 
 
 def perplexity(
-    model: api.Model, path: str, *, window: int | None = None, train_on: str = "assistant", template: str | None = None, rows=8
+    model: api.Model,
+    path: str,
+    *,
+    window: int | None = None,
+    train_on: str = "assistant",
+    template: str | None = None,
+    columns: str | Mapping[str, str] = "",
+    bad_rows: str = "stop",
+    rows: int = 8,
 ) -> Iterator[tuple[str, float | int]]:
     """(perplexity, nll in nats a token, tokens that were scored, documents, entropy, mean_token_accuracy) of a data file.
 
     window: tokens read at a time, None for the model's positions or WINDOW, whichever is less; rows: how many windows at once.
+    columns and bad_rows are what a recipe's are.
     Raises UserError for whatever is wrong with the file, and for a window the model does not take.
     """
     model.need_tokenizer()
@@ -187,7 +197,11 @@ def perplexity(
     if not 2 <= window <= most:
         raise UserError(f"--window={window}: give 2 to {most} tokens, which is what the model takes.")
     # Cut by `slide`, not by the encoder, to which no example is too long.
-    encoded = source.encode_all(readers.read(path), model.tokenizer, template, train_on, window=2**31 - 1)
+    (part,) = mixture.read([path], "data", bad_rows == "skip")
+    options = {"columns": mixture.pairs(columns, "columns"), "bad_rows": bad_rows}
+    encoded = source.encode_all(part.records, model.tokenizer, template, train_on, window=2**31 - 1, **options)
+    if (skipped := encoded.report["skipped"] + len(part.unread)) and jax.process_index() == 0:
+        print(f"{path}: {skipped:,} skipped; the first: {(part.unread or [encoded.reason])[0]}", file=sys.stderr)
     check_ids(encoded.highest, model.transformer.arch.vocab, model.tokenizer, path)
     pieces = slide([encoded.examples[i] for i in range(len(encoded.lengths))], window)
     rows += -rows % (model.mesh.shape["data"] * model.mesh.shape["fsdp"])
@@ -307,7 +321,11 @@ def main(_) -> None:
     model = api.load(where, dtype=given.dtype)
     template, found = given.template or None, {}
     if given.data:
-        found |= dict(perplexity(model, given.data, window=given.window, train_on=given.train_on, template=template))
+        read = {"train_on": given.train_on, "columns": given.columns, "bad_rows": given.bad_rows, "template": template}
+        try:
+            found |= dict(perplexity(model, given.data, window=given.window, **read))
+        except UserError as error:  # a recipe's settings are flags here
+            raise UserError(re.sub(r"(--)?config\.(columns|template)\b", r"--\2", str(error))) from error
         if jax.process_index() == 0:
             print(f"{given.data}: {found['documents']:,} documents, {found['tokens']:,} scored tokens", file=sys.stderr)
     if given.task:
@@ -337,6 +355,8 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string("data", None, "File to give the perplexity of; its rows are recognised as in training.")
     flags.DEFINE_integer("window", None, f"Tokens read at a time (default: {WINDOW}, or what the model takes).", lower_bound=2)
+    flags.DEFINE_string("columns", "", "Columns of other names, as in training: prompt=problem,completion=solution.")
+    flags.DEFINE_enum("bad_rows", "stop", source.BAD_ROWS, "What becomes of bad rows: stop, or skip and count.")
     flags.DEFINE_enum("train_on", "assistant", TRAIN_ON, "Which tokens of a conversation count, as in training.")
     flags.DEFINE_string("template", "", "Chat template: a name, or Jinja; empty is the tokenizer's own.")
     flags.DEFINE_string("task", None, "Task to measure the accuracy on: a name, a file of your own, or JSON with its keys.")

@@ -383,7 +383,7 @@ def _main(argv):
             path, text = comparison(folders, flags.FLAGS.out or "compare.html")
             print(text, path, sep="\n")
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

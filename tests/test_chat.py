@@ -67,8 +67,9 @@ def test_shapes_are_recognised_by_their_columns():
         ({"messages": "hi"}, "p: messages must be a list of objects"),
         (
             {"messages": [{"role": "critic", "content": "x"}]},
-            "p, message 1: role 'critic' is not supported; the roles are system",
+            "p, message 1: role 'critic' is not supported; the roles are system, user, assistant, tool; write it as one",
         ),
+        ({"messages": [{"role": "developer", "content": "x"}]}, "user, assistant, tool; write it as system"),
         ({"messages": [{"content": "x"}]}, "p, message 1: role None is not supported"),
         ({"messages": conversation("q", "a", "q")[1:]}, "p, message 1: the role is assistant, not user; user and"),
         ({"messages": conversation("q") * 2}, "p, message 2: the role is user, not assistant"),

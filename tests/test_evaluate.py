@@ -225,7 +225,7 @@ def by_hand(model: api.Model, documents: list[tuple[list[int], int]], window: in
     return total, count
 
 
-def test_perplexity_of_a_file_is_that_of_each_token_by_hand(folder, tmp_path):
+def test_perplexity_of_a_file_is_that_of_each_token_by_hand(folder, tmp_path, capsys):
     end = TEXT.eos_token_id
     rows = [{"text": "12+34-56x7"}, {"text": "8x9"}, {"prompt": "1+1-0+3", "completion": "5"}, arithmetic.conversation(3)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -242,6 +242,10 @@ def test_perplexity_of_a_file_is_that_of_each_token_by_hand(folder, tmp_path):
         # Sums of some 20 terms in float32.
         assert found["nll"] == pytest.approx(total / count, rel=1e-5)
         assert found["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+    (tmp_path / "other.jsonl").write_text('{"q": "1+1-0+3", "a": "5"}\n{"q": ""}\n{"q": "1",\n')
+    options = {"columns": "prompt=q,completion=a", "bad_rows": "skip"}
+    other = dict(evaluate.perplexity(model, str(tmp_path / "other.jsonl"), window=16, **options))
+    assert other["documents"] == 1 and other["tokens"] == 2 and "other.jsonl: 2 skipped; the first: " in capsys.readouterr().err
     text = arithmetic.tokenizer()
     text.add_tokens(["<picture>"])
     (tmp_path / "seen.jsonl").write_text('{"text": "1<picture>"}')

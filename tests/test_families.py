@@ -114,6 +114,7 @@ def test_every_field_of_every_family_is_honoured_harmless_or_refused():
                 assert _idle(family, key, fields) == (changed == arch), f"{family}/{case}: {key} is read and ignored"
         with pytest.raises(UserError, match=f"the {family} family does not understand: surprise.* delete them from the file"):
             families.architecture({**fields, "surprise": 1})
+        assert families.architecture({**fields, "surprise": None}) == families.architecture(fields), "null is: not set"
 
 
 # A field that is refused by what follows from it.

@@ -306,7 +306,7 @@ def test_columns_that_are_not_learned_from_are_named(capsys):
     for columns, told in ((["mine"], "thinking, c0, c1, c2"), ([], "thinking, mine, c0, c1, c2")):
         mixture.tell("data d", mixture.Part("d", None, records, []), encoded, 1, 9, 9, columns)
         assert f"data d: columns that are not learned from: {told}\n" in capsys.readouterr().err
-    mixture.tell("data d", mixture.Part("d", None, [], []), encoded, 1, 9, 9)
+    mixture.tell("eval data d", mixture.Part("d", None, records, []), encoded, 1, 9, 9)
     assert "columns" not in capsys.readouterr().err
 
 

@@ -208,7 +208,8 @@ def _turn(turn: dict[str, Any], where: str) -> Message:
     # OpenAI's first manner of calling has a role for the function that answers.
     role = "tool" if given.get("role") == "function" else given.get("role")
     if role not in ROLES:
-        raise UserError(f"{where}: role {role!r} is not supported; the roles are {', '.join(ROLES)}")
+        remedy = "write it as system" if role == "developer" else "write it as one of these, or remove the row"
+        raise UserError(f"{where}: role {role!r} is not supported; the roles are {', '.join(ROLES)}; {remedy}")
     _check_keys(given, where)
     content, thought, calls = _content(given.get("content"), any(given.get(key) for key in _CALLS), where)
     thoughts = [thought, *(string(given.get(key) or "", key, where) for key in _THOUGHTS)]

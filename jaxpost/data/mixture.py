@@ -101,10 +101,12 @@ def digest(digests: Sequence[str], weights: Sequence[float]) -> str:
     return hashlib.sha256(json.dumps([list(digests), list(weights)]).encode()).hexdigest()[:16]
 
 
-def tell(what: str, part: Part, encoded: Any, rows: int, window: int, longest: int, columns: Sequence[str] = ()) -> None:
+def tell(
+    what: str, part: Part, encoded: Any, rows: int, window: int, longest: int, columns: Sequence[str] | None = None
+) -> None:
     """Prints what became of a part's records (encoded: source.Encoded), and what was wrong with the first that was skipped.
 
-    longest: the tokens that the model takes; columns: those that the settings name.
+    longest: the tokens that the model takes; columns: those that the settings name; with None what is not read goes unsaid.
     """
     report = encoded.report | {"skipped": encoded.report["skipped"] + len(part.unread)}
     sizes = "{count:,} examples, {tokens:,} tokens ({trained_tokens:,} learned)".format(**report)
@@ -116,7 +118,7 @@ def tell(what: str, part: Part, encoded: Any, rows: int, window: int, longest: i
     lost += [f"{report[k]:,} {k}" for k in ("split", "skipped") if report[k]]
     first = f"; the first skipped: {(part.unread or [encoded.reason])[0]}" if report["skipped"] else ""
     print(f"{what}: {sizes} in {rows:,} rows of {window}{''.join(f', {x}' for x in lost)}{first}", file=sys.stderr)
-    if unread := _unread(part.records[:1], columns):
+    if columns is not None and (unread := _unread(part.records[:1], columns)):
         print(f"{what}: columns that are not learned from: {unread}", file=sys.stderr)
     whole = report["count"] + report["dropped"]
     if report["dropped"] >= max(1, MUCH * whole) and encoded.widest > min(window, longest):

@@ -259,8 +259,7 @@ class Fields:
 
     def finish(self, arch: Architecture) -> Architecture:
         """The architecture, if every field was understood and the numbers fit together."""
-        if self.left:
-            names = ", ".join(sorted(self.left))
+        if names := ", ".join(sorted(name for name, value in self.left.items() if value is not None)):
             raise UserError(
                 f"{self.place}: fields that the {self.family} family does not understand: {names}. "
                 "If what made the model does not read them, delete them from the file."
