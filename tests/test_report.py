@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 
-from jaxpost import chart, cloud, compare, report, writers
+from jaxpost import chart, cloud, compare, report, table, writers
 from jaxpost.errors import UserError
 
 STAGES = ["sft", "reinforce"]
@@ -291,6 +291,16 @@ def test_whatever_the_run_says_is_escaped(tmp_path):
     page = report.write(tmp_path).read_text()
     assert "<script" not in page and "</td></pre>" not in page
     assert page.count("&lt;script&gt;alert(") >= 10
+
+
+def test_half_a_character_in_a_record_ends_no_run(tmp_path):
+    rows = [{"prompt": "p", "completion": "c", "answer": "\ud800"}]
+    assert b"PAR1" in table.parquet(rows) and b"PAR1" in table.parquet([{"answer": 2**70}, {"answer": 1.5}])
+    writer = writers.MetricWriter(tmp_path, {}, ["s"])
+    writer.samples("s", 1, rows)
+    writer.close()
+    (tmp_path / "config.json").write_text("{}")
+    assert "<td" in report.write(tmp_path).read_text()
 
 
 def test_a_report_needs_none_of_the_files_and_says_what_is_broken(tmp_path):
