@@ -82,10 +82,10 @@ def test_cut_back_keeps_earlier_rows_byte_for_byte(tmp_path, torn):
 
 def test_cut_back_ends_a_whole_last_line_and_refuses_a_broken_one_inside(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"stage": "sft", "step": 1}\n{"stage": "sft", "step": 2}')
+    path.write_text('{"stage": "sft", "step": 1, "time": 0}\n{"stage": "sft", "step": 2, "time": 0}')
     writers.cut_back(tmp_path, STAGES, "sft", 2)
-    assert path.read_text() == '{"stage": "sft", "step": 1}\n{"stage": "sft", "step": 2}\n'
-    path.write_text('{"stage": "sft", "step": 1}\n[]\n{"stage": "sft", "step": 2}\n')
+    assert path.read_text() == '{"stage": "sft", "step": 1, "time": 0}\n{"stage": "sft", "step": 2, "time": 0}\n'
+    path.write_text('{"stage": "sft", "step": 1, "time": 0}\n[]\n{"stage": "sft", "step": 2, "time": 0}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl:2: not a JSON line .* remove this line"):
         writers.cut_back(tmp_path, STAGES, "sft", 2)
     with pytest.raises(UserError, match="stage 'dpo': not one of this run's stages"):
