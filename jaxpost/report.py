@@ -65,7 +65,7 @@ def write(workdir, out=None):
     ]
     path = cloud.path(out) if out else workdir / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(page.whole(title, "\n".join(filter(None, body))).encode())
+    path.write_bytes(page.whole(title, "\n".join(filter(None, body))).encode(errors="replace"))
     return path
 
 
@@ -85,7 +85,7 @@ def comparison(workdirs, out="compare.html"):
     result = f"<p><b>{_escape(compare.result(runs))}</b></p>"
     body = ["<h1>jaxpost runs</h1>", result, _table(top, drawn), *compare.curves(runs, by_run)]
     path = cloud.path(out)
-    path.write_bytes(page.whole("jaxpost runs", "".join(body)).encode())
+    path.write_bytes(page.whole("jaxpost runs", "".join(body)).encode(errors="replace"))
     return path, text
 
 

@@ -157,7 +157,11 @@ def _known(value: Any) -> Any:
 
 
 def _column(values: list, arrow):
+    # JSON may hold halves of characters (\ud800), which no UTF-8 has.
+    values = [value.encode(errors="replace").decode() if isinstance(value, str) else value for value in values]
     kinds = {type(value) for value in values if value is not None}
+    if any(isinstance(value, int) and not -(2**63) <= value < 2**63 for value in values):
+        kinds.add(object)  # no number that a file has a kind for
     for allowed, kind in (({bool}, "bool_"), ({int}, "int64"), ({int, float}, "float64"), ({str}, "string")):
         if kinds <= allowed:
             # A column of nothing else is one of numbers: a reward that never applied.

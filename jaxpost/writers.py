@@ -57,6 +57,20 @@ def _line(row):
     return (json.dumps(_plain(row), allow_nan=False) + "\n").encode()
 
 
+def _are_figures(row):
+    """Whether a row of metrics.jsonl is numbers (or null) by name, and has its time."""
+    rest = {**row, "stage": 0}
+    return isinstance(row.get("time"), (int, float)) and all(x is None or isinstance(x, (int, float)) for x in rest.values())
+
+
+def _is_sample(row):
+    """Whether a row of samples.jsonl can be shown beside another of its kind."""
+    return "kind" not in row or (isinstance(row["kind"], str) and "prompt" in row)
+
+
+_CHECKS = {METRICS: _are_figures, SAMPLES: _is_sample}
+
+
 def _lines(path):
     """(line, row) for each row of a JSON-lines file, without a last line that was torn; nothing if there is no file.
 
@@ -72,6 +86,8 @@ def _lines(path):
             row = json.loads(line)
             if not (isinstance(row, dict) and isinstance(row.get("stage"), str) and isinstance(row.get("step"), int)):
                 raise ValueError("no object with a stage and a step")
+            if path.name in _CHECKS and not _CHECKS[path.name](row):
+                raise ValueError("no figures with their time" if path.name == METRICS else "no prompt of a kind")
             found.append((line if line.endswith(b"\n") else line + b"\n", row))
         except (ValueError, RecursionError) as error:
             if number < len(lines) or line.endswith(b"\n"):

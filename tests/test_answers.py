@@ -157,6 +157,8 @@ VERIFY = [
     ("0x1F", "\\boxed{0}", "\\boxed{0x1F}"),
     ("5", "The answer is at least 5.", "The answer is $\\sqrt{25}$."),
     ("5", "\\boxed{5 \\text{ or more}}", "\\boxed{\\sqrt{25}\\text{ cm}}"),
+    ("even", "\\boxed{\\text{odd}}", "\\boxed{\\text{even}}"),
+    ("\\text{Monday}", "Tuesday", "Monday"),
     ("6", "\\boxed{5 = 6}", "\\boxed{x = \\sqrt{36}}"),
 ]
 

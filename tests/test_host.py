@@ -130,6 +130,20 @@ def test_a_fault_of_a_disk_without_its_number_is_one_message_too(kind):
         raise kind("Cannot overwrite: environment.json")
 
 
+@pytest.mark.parametrize("content", ['"loss": 1.0', '"time": "x"', '"time": 1.0, "acc": "x"', '"time": 1.0, "a": [1]'])
+def test_a_row_of_figures_that_are_no_numbers_is_named(tmp_path, content):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"stage": "sft", "step": 1, {content}}}\n')
+    with pytest.raises(UserError, match="metrics.jsonl:1: .*no figures with their time"):
+        writers.read_rows(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("content", ['"kind": 5, "prompt": "p"', '"kind": "greedy"'])
+def test_a_sample_without_its_kind_and_prompt_is_named(tmp_path, content):
+    (tmp_path / "samples.jsonl").write_text(f'{{"stage": "sft", "step": 1, {content}}}\n')
+    with pytest.raises(UserError, match="samples.jsonl:1: .*no prompt of a kind"):
+        writers.read_rows(tmp_path / "samples.jsonl")
+
+
 @pytest.mark.parametrize("line", ["[" * 100_000, "[]", '{"stage": ["sft"], "step": 1}', '{"stage": "sft", "step": "1"}'])
 def test_a_line_of_figures_that_is_none_is_named(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text(line + "\n")

@@ -33,6 +33,11 @@ def test_prompts_are_split_by_their_text_and_gone_through(tmp_path, order):
     assert len(apart.test_records(9)) == 3 and not {apart.record(i)["prompt"] for i in range(80)} & {"0+1", "1+1", "2+1"}
 
 
+def test_a_prompt_with_half_a_character_is_a_problem_like_any_other(tmp_path):
+    rows = [{"prompt": f"{i} \ud800", "answer": "1"} for i in range(9)]
+    assert prompts.make(data=written(tmp_path, rows), held_out=2).record(0)["prompt"].endswith("\ud800")
+
+
 def test_prompts_are_texts_or_messages_under_any_name(tmp_path):
     turns = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
     rows = [{"messages": turns, "id": 1}, {"messages": turns[:1], "id": 2}, {"prompt": turns[:1], "id": 3}]

@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 
-from jaxpost import chart, cloud, compare, report, writers
+from jaxpost import chart, cloud, compare, report, table, writers
 from jaxpost.errors import UserError
 
 STAGES = ["sft", "reinforce"]
@@ -82,10 +82,10 @@ def test_cut_back_keeps_earlier_rows_byte_for_byte(tmp_path, torn):
 
 def test_cut_back_ends_a_whole_last_line_and_refuses_a_broken_one_inside(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"stage": "sft", "step": 1}\n{"stage": "sft", "step": 2}')
+    path.write_text('{"stage": "sft", "step": 1, "time": 0}\n{"stage": "sft", "step": 2, "time": 0}')
     writers.cut_back(tmp_path, STAGES, "sft", 2)
-    assert path.read_text() == '{"stage": "sft", "step": 1}\n{"stage": "sft", "step": 2}\n'
-    path.write_text('{"stage": "sft", "step": 1}\n[]\n{"stage": "sft", "step": 2}\n')
+    assert path.read_text() == '{"stage": "sft", "step": 1, "time": 0}\n{"stage": "sft", "step": 2, "time": 0}\n'
+    path.write_text('{"stage": "sft", "step": 1, "time": 0}\n[]\n{"stage": "sft", "step": 2, "time": 0}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl:2: not a JSON line .* remove this line"):
         writers.cut_back(tmp_path, STAGES, "sft", 2)
     with pytest.raises(UserError, match="stage 'dpo': not one of this run's stages"):
@@ -291,6 +291,16 @@ def test_whatever_the_run_says_is_escaped(tmp_path):
     page = report.write(tmp_path).read_text()
     assert "<script" not in page and "</td></pre>" not in page
     assert page.count("&lt;script&gt;alert(") >= 10
+
+
+def test_half_a_character_in_a_record_ends_no_run(tmp_path):
+    rows = [{"prompt": "p", "completion": "c", "answer": "\ud800"}]
+    assert b"PAR1" in table.parquet(rows) and b"PAR1" in table.parquet([{"answer": 2**70}, {"answer": 1.5}])
+    writer = writers.MetricWriter(tmp_path, {}, ["s"])
+    writer.samples("s", 1, rows)
+    writer.close()
+    (tmp_path / "config.json").write_text("{}")
+    assert "<td" in report.write(tmp_path).read_text()
 
 
 def test_a_report_needs_none_of_the_files_and_says_what_is_broken(tmp_path):

@@ -189,7 +189,7 @@ def test_other_settings_are_refused_with_the_difference(whole):
     with pytest.raises(UserError) as refused:
         train.run(recipe.make(**changed), workdir)
     assert "optimizer.lr: 0.001 -> 0.002" in str(refused.value) and "sft.ema: 0.9 -> 0.5" in str(refused.value)
-    assert "--workdir" in str(refused.value) and len(str(refused.value).splitlines()) == 4
+    assert "another workdir" in str(refused.value) and len(str(refused.value).splitlines()) == 4
     assert (workdir / "config.json").read_bytes() == kept
 
 

@@ -16,6 +16,7 @@ marks of a chat template (<|im_end|>).
 
     answer   = clause { (". " | ", " | because | so | but | when ...) clause }
     group    = chain { ("," | ";" | "or" | "and") chain }      a number only if all of its chains are the same one
+                                                               (without a mark "and" parts two equations)
     chain    = side { ("=" | "≈" | "->" | "is") side }         the number of its last side that has digits, if no side before
                                                                has an unknown (2x = 10), and not of 5 = 6
     side     = [words] quantity [unit]                         any other side is none: 3 * 24, 2:5, 3-5, 3 to 5, 10% of 50,

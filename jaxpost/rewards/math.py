@@ -1,6 +1,6 @@
 r"""Right or wrong: what a completion gives as its answer, against record["answer"].
 
-    exact      the same text, but for case, white space, quotes and a final full stop
+    exact      the same text, but for case, white space, quotes, LaTeX's fonts and a final full stop
     numeric    the same number, as an exact fraction
     verify     the same mathematics, as the package math-verify sees it (extra [rewards]), in a process that is killed
 
@@ -18,7 +18,8 @@ from jaxpost.rewards import answers, formulas, isolated
 
 
 def exact(record: dict, completion: str) -> bool:
-    """Whether the completion's answer is record["answer"]: as text, but for case, white space, quotes and a final full stop.
+    """Whether the completion's answer is record["answer"]: as text, but for case, white space, quotes, fonts and a final full
+    stop.
 
     Raises UserError for a record without an answer.
     """
@@ -80,7 +81,13 @@ def _right(answer: str) -> answers.Number | None:
     return answers.value(answer, alone=True)
 
 
+# LaTeX that sets words or letters in a font, innermost first; \mathbb and \mathcal mean something.
+_FONT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|sc|normal|up)?|math(?:rm|bf|it|sf|tt)|mbox|emph) ?\{([^{}]*)\}")
+
+
 def _normal(text: str) -> str:
+    for _ in range(3):
+        text = _FONT.sub(r"\1", text)
     text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return text.strip("\"'`*$ ").removesuffix(".").strip("\"'`*$ ")
 

@@ -171,7 +171,7 @@ class _Reader:
                 return None
         elif word in v.IS and (side.computes or not side.count):
             self._equals()
-            self.ahead.denied = ahead.denied and (word == "equal" or before.text.casefold() in v.NOT)  # not equal to 5
+            self.ahead.denied = ahead.denied and (word == "equal" or v.denies(before.text.casefold()))  # can't be 5
             self.ahead.bound = ahead.bound and word == "equal"
             return None
         elif word in v.WHY | v.SO | v.ASIDE or word == "which":
@@ -197,7 +197,7 @@ class _Reader:
     def _warns(self, item: Item, before: Item, next_: Item) -> None:
         """What a word says of the number after it, or of the one before: less than 5, 5 at least."""
         side, ahead, word = self.side, self.ahead, item.text.casefold()
-        if word in v.NOT or word.endswith("n't") or (word == "than" and before.text == "rather"):
+        if v.denies(word) or (word == "than" and before.text == "rather"):
             ahead.denied = True
         elif word == "than":
             compares = side.count and side.words and before.text.casefold() in v.MORE
@@ -223,7 +223,10 @@ class _Reader:
                 side.bad = side.unknown = True  # 5 or more
                 return False
             if side.count or word == "and":  # more than or equal to 5
-                self._comma(side.count > 0 and (not side.words or self.takes != "last"))
+                joins = not side.words or self.takes != "last"
+                computes = next_.kind == "n" and self._at(at + 2).kind in ("=", "+", "-", "×", "/")
+                again = computes and self.takes == "last" and any(s.count for s in self.sides[:-1])
+                self._comma(side.count > 0 and joins and not again)  # 2 * 3 = 6 and 6 + 1 = 7
             return True
         if not side.count:
             return False

@@ -59,6 +59,11 @@ SHORT |= _words("mw gw kwh wh pa kpa kj kn kv ma mv kb mb gb tb kbs mbs gbs bit 
 SHORT |= _words("yrs yr wk wks mo day ha cc sq usd eur gbp inr yen won rs pct men pcs cts ths rds")
 
 
+def denies(word: str) -> bool:
+    """Whether a word, in small letters, denies what follows it."""
+    return word in NOT or word.endswith(("n't", "n’t"))
+
+
 def is_unit(word: str) -> bool:
     """Whether a word of a formula is a unit and no unknown."""
     return word in LETTERS if len(word) == 1 else word.casefold() in SHORT or len(word) > 3

@@ -51,7 +51,7 @@ _BOUNDS = tuple(itertools.accumulate(CELLS.values()))[:-1]
 def hashed(*parts):
     """64 bits, the same on every machine, from anything that prints the same."""
     text = " ".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
 
 
 def _uniform(*parts):
