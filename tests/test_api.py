@@ -241,7 +241,7 @@ def test_a_reward_takes_the_place_of_the_tasks_own(tmp_path):
     plan = planned(tmp_path, task=arithmetic)
     assert inspect.signature(judge(plan)).return_annotation is bool
     assert judge(plan)({"answer": "7"}, "7 ") == 1.0
-    with pytest.raises(UserError, match="config.reward: there is no config.task"):
+    with pytest.raises(UserError, match="config.reward: source='data' without a config.task"):
         plan_stage(
             "train",
             recipe.make(model=runs.MODEL, tokenizer="tasks.arithmetic.tokenizer", window=32, reward=sft.nll),

@@ -15,7 +15,7 @@ from jaxpost import tokenizer
 from jaxpost.data.chat import encode_prompt, specials, stop_ids
 from jaxpost.errors import UserError
 from jaxpost.models.transformer import Transformer
-from jaxpost.sampling.decode import complete
+from jaxpost.sampling.decode import Completions, complete
 from jaxpost.types import Params
 
 DEFAULT_NEW = 200
@@ -43,9 +43,8 @@ def completed(
     text: the tokenizer. prompts: strings, conversations (lists of role and content), or ids. chat: a string is a user's
     message, not text to continue. new: the most tokens a completion may have; None is 200, or as many as the model's positions
     leave room for. temperature: 0 takes the likeliest token. ends: ids that stop a completion besides the tokenizer's and the
-    template's. template: for `chat`, a name or Jinja; None is the tokenizer's
-    own. The same seed, prompts and n give the same ids. Raises UserError for no or empty prompts, and where prompt and `new`
-    exceed the model's positions.
+    template's. template: for `chat`, a name or Jinja; None is the tokenizer's own. The same seed, prompts and n give the same
+    ids. Raises UserError for no or empty prompts, and where prompt and `new` exceed the model's positions.
     """
     ids = [_encoded(text, p, chat, template) for p in prompts]
     if not ids:
@@ -71,11 +70,14 @@ def completed(
         temperature=temperature,
         seed=seed,
     )
+    return [(ids[i // n], row) for i, row in enumerate(_shown(found, text))]
+
+
+def _shown(completions: Completions, text: Any) -> list[np.ndarray]:
+    """Each completion's ids, without the last one where that ended it and is special."""
     marks = set(specials(text).values())
-    ends = np.where(
-        [row[n - 1] in marks for row, n in zip(found.tokens, found.lengths, strict=True)], found.said, found.lengths
-    )
-    return [(ids[i // n], row[:end]) for i, (row, end) in enumerate(zip(found.tokens, ends, strict=True))]
+    rows = zip(completions.tokens, completions.lengths, completions.said, strict=True)
+    return [row[:said] if row[length - 1] in marks else row[:length] for row, length, said in rows]
 
 
 def _remedy(left: int) -> str:
