@@ -32,12 +32,13 @@ from etils import epath
 
 from jaxpost import cloud, datasets, digests, fingerprint, sharding, writers
 from jaxpost.data import source
+from jaxpost.declare import declared
 from jaxpost.errors import UserError, first_line
 from jaxpost.host import read_arrays, read_object
 from jaxpost.models import loading
 from jaxpost.naming import digest_of
 from jaxpost.plan import Plan
-from jaxpost.resolve import attribute, resolve
+from jaxpost.resolve import resolve
 from jaxpost.types import Params
 
 REFERENCE = "ref_logps"  # the column that a stage makes itself, and the annotator that does
@@ -234,7 +235,7 @@ def annotated(plan: Plan, mesh) -> Plan:
     Raises UserError where they are of other data, and for a column that the objective reads and nothing gives.
     """
     if plan.settings.source == "rollouts":  # which ask whoever makes them, batch by batch
-        made = {REFERENCE, "returns", "margins", *attribute(plan.objective, "now", {})}
+        made = {REFERENCE, "returns", "margins", *declared(plan.objective, "current")}
         made |= {"teacher_hidden"} if loading.others(plan.found) else set()
         if lacking := [name for name in plan.reads if name not in made]:
             raise UserError(f"config.objective: it reads the column {lacking[0]}, which rollouts do not have.")

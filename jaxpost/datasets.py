@@ -1,8 +1,7 @@
 """A stage's data sets: what its settings name, encoded in the shape that its objective learns from, and packed into batches.
 
-An objective says its shape by an attribute: `data = "pairs"` (or "labelled", "mismatched"; see data/pairs.py), and what columns
-it reads besides those of every batch by another, `columns`. So a recipe names the objective alone. Either may be a function of
-the objective's keywords, where these decide.
+An objective declares its row type and what columns it reads besides those of every batch (declare.py), so a recipe names the
+objective alone.
 
 Columns that are no part of the data, but were made of it by a frozen model (columns.py), come along with their tokens wherever
 a plan puts them.
@@ -19,9 +18,10 @@ import numpy as np
 from jaxpost import sharding
 from jaxpost.data import mixture, pairs, source, templates
 from jaxpost.data.readers import Record
+from jaxpost.declare import declared
 from jaxpost.errors import UserError
 from jaxpost.recipe import plain
-from jaxpost.resolve import attribute, bind, module
+from jaxpost.resolve import bind, module
 from jaxpost.tokenizer import check_ids
 
 EXAMPLES = 10000  # of a task, where its settings do not say
@@ -37,10 +37,10 @@ class Set(NamedTuple):
 
 
 def shape(objective: Callable) -> str:
-    """What the objective learns from: one of source.SHAPES. Raises UserError for an attribute `data` that is none of them."""
-    found = attribute(objective, "data", "demonstrations")
+    """What the objective learns from: one of source.SHAPES. Raises UserError for rows that are none of them."""
+    found = declared(objective, "rows")
     if found not in source.SHAPES:
-        raise UserError(f"config.objective: its `data` is {found!r}; it must be one of {', '.join(source.SHAPES)}.")
+        raise UserError(f"config.objective: its `rows` are {found!r}; it must be one of {', '.join(source.SHAPES)}.")
     return found
 
 
@@ -84,7 +84,7 @@ def _options(found, s, objective: Callable) -> dict:
     options = {"window": s.window, "too_long": s.too_long, "bad_rows": s.bad_rows, "shape": shape(objective)}
     options["columns"] = mixture.pairs(plain(s.columns), "columns")
     options |= {"shared": s.shared_prefix, "longest": found.transformer.arch.max_positions}
-    return options | {"margins": "margins" in attribute(objective, "columns", {})}
+    return options | {"margins": "margins" in declared(objective, "columns")}
 
 
 def check(rows: Sequence[dict], found, s, objective: Callable) -> None:

@@ -14,11 +14,12 @@ import numpy as np
 
 from jaxpost import checkpoint, cloud, datasets, optim, selfmade
 from jaxpost.data import source
+from jaxpost.declare import declared
 from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.profile import SKIPPED
 from jaxpost.recipe import plain
-from jaxpost.resolve import attribute, resolve
+from jaxpost.resolve import resolve
 from jaxpost.rollouts import source as rollouts
 from jaxpost.rollouts.samples import ROWS
 
@@ -82,7 +83,7 @@ def plan_stage(name: str, s, mesh) -> Plan:
     if s.profile and steps < (needed := s.profile + SKIPPED):
         raise UserError(f"config.profile: tracing {s.profile} steps takes {needed}, and there are {steps}; ask for fewer.")
     optim.make(s.optimizer, steps)
-    reads = tuple(name for name in attribute(objective, "columns", {}) if name not in _own_columns(s, objective))
+    reads = tuple(name for name in declared(objective, "columns") if name not in _own_columns(s, objective))
     return Plan(name, s, found, objective, sets, batches, steps, held_out, data, problems, example, trainable, trained, reads)
 
 
@@ -90,11 +91,11 @@ def learned(found: loading.Description, s, mesh) -> tuple[loading.Description, C
     """(the model with the leaves that the objective asks for, objective, pattern of the paths that train, how many parameters
     that is) of a stage, its sizes checked: what needs neither a tokenizer, nor data, nor weights.
 
-    An objective asks for leaves by an attribute `leaves`: {path: (letters, first value)}; they train with an adapter too, but
+    The leaves that an objective declares, {path: (letters, first value)}, train with an adapter too, but
     for those that are another model's (loading.abstract).
     """
     objective = resolve(plain(s.objective), "objectives")
-    found = dataclasses.replace(found, leaves=attribute(objective, "leaves", {}))
+    found = dataclasses.replace(found, leaves=declared(objective, "leaves"))
     trainable, others = s.trainable, loading.others(found)
     if found.adapter and trainable == ".*":
         trainable = "|".join([optim.ADDED, *(f"^{path}$" for path in found.leaves if path not in others)])
@@ -132,7 +133,7 @@ def _check_shape(s, shape: str) -> None:
 def columns(s, objective: Callable) -> dict[str, jax.ShapeDtypeStruct]:
     """The columns of a stage's batches as shapes: those of its source, and those that the objective says it reads besides.
 
-    An objective says so by an attribute `columns`: {name: (letters, dtype)}, e.g. {"ref_logps": ("BS", "float32")}. What
+    An objective declares what it reads: {name: (letters, dtype)}, e.g. {"ref_logps": ("BS", "float32")}. What
     further letters stand for, the folder in config.annotations says. Raises UserError where it does not.
     """
     found, written = _own_columns(s, objective), {}
@@ -141,10 +142,10 @@ def columns(s, objective: Callable) -> dict[str, jax.ShapeDtypeStruct]:
         file for folder in s.annotations.split(",") if folder for file in cloud.path(folder.strip()).glob("*/meta.json")
     ):
         written |= json.loads(file.read_text())["columns"]
-    for name, (letters, dtype) in attribute(objective, "columns", {}).items():
+    for name, (letters, dtype) in declared(objective, "columns").items():
         shape = [{"B": rows, "S": length}[letter] for letter in letters[:2]]
         if s.source == "rollouts" and name == "teacher_hidden":  # which the teacher says of each batch as it is made
-            (_, teacher), *_ = attribute(objective, "leaves", {}).values()
+            (_, teacher), *_ = declared(objective, "leaves").values()
             written[name] = {"shape": [loading.describe(teacher, text=False).transformer.arch.width]}
         if letters[2:] and name not in written:
             raise UserError(f"config.annotations: name the folder of the column {name}, which alone says how wide it is.")
@@ -157,7 +158,7 @@ def _own_columns(s, objective: Callable) -> dict[str, jax.ShapeDtypeStruct]:
     """The columns of a stage's source, as shapes."""
     if s.source == "rollouts":
         return rollouts.columns(s, datasets.shape(objective) == "pairs")
-    margins = "margins" in attribute(objective, "columns", {})
+    margins = "margins" in declared(objective, "columns")
     return source.columns(s.batch_size, s.window, datasets.shape(objective), s.shared_prefix, margins)
 
 

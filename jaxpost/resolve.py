@@ -61,16 +61,15 @@ def entry_of(text: str, place: str) -> Any:
 def resolve(spec: Mapping | str, noun: str) -> Callable:
     """The function that a config entry names, with the entry's other keys bound as keyword arguments.
 
-    noun: the folder under jaxpost that a bare name is looked up in, e.g. "objectives". A `prepare` that the function carries is
-    bound to those of the keywords it takes. Raises UserError for an unknown name, an unknown keyword, or one that is required
-    and missing.
+    noun: the folder under jaxpost that a bare name is looked up in, e.g. "objectives". Raises UserError for an unknown name, an
+    unknown keyword, or one that is required and missing.
     """
     options = dict(spec) if isinstance(spec, Mapping) else {"name": spec}
     name = options.pop("name", None)
     if not isinstance(name, str) or not name:
         raise UserError(f"config: an entry of kind {noun} needs a name, got {spec!r}.")
     function = find(name, noun)
-    if not callable(function) or not _fits(function, noun):
+    if not callable(function) or not fits(function, noun):
         raise UserError(
             f"config: {name!r} is no function of ({', '.join(ARGUMENTS.get(noun, ()))}), as {noun} are."
             f"{nearest(name, known(noun))}"
@@ -100,43 +99,14 @@ def check_origin(entry: Any, noun: str, file) -> None:
 
 
 def bind(function: Callable, options: Mapping, place: str) -> Callable:
-    """function with keyword-only options bound, each checked against the signature; a `prepare` it carries gets its own."""
+    """function with keyword-only options bound, each checked against the signature."""
     keywords = {k: p for k, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
     for option in options:
         if option not in keywords:
             raise UserError(f"config: {place} takes no option {option!r}.{nearest(option, keywords)}")
     if missing := [k for k, p in keywords.items() if p.default is p.empty and k not in options]:
         raise UserError(f"config: {place} needs {', '.join(missing)}.")
-    bound = functools.partial(function, **options)
-    if prepare := getattr(function, "prepare", None):
-        takes = inspect.signature(prepare).parameters
-        bound.prepare = functools.partial(prepare, **{k: v for k, v in options.items() if k in takes})
-    elif (inner := _inner(bound)) and hasattr(inner, "prepare"):
-        bound.prepare = inner.prepare
-    return bound
-
-
-def attribute(function: Callable, name: str, default: Any) -> Any:
-    """What a function that `resolve` gave says of itself by an attribute, which may be a function of its keywords.
-
-    An objective `of` another says what that one says, wherever it says nothing of its own.
-    """
-    own = getattr(function, "func", function)
-    if not hasattr(own, name):
-        inner = _inner(function)
-        return default if inner is None else attribute(inner, name, default)
-    value = getattr(own, name)
-    return value(**getattr(function, "keywords", {})) if callable(value) else value
-
-
-def _inner(function: Callable) -> Callable | None:
-    """The objective that an objective is `of`: the keyword's config entry, resolved; None where it has no such keyword."""
-    own = getattr(function, "func", function)
-    takes = inspect.signature(own).parameters
-    if "of" not in takes or takes["of"].kind is not inspect.Parameter.KEYWORD_ONLY or not _fits(own, "objectives"):
-        return None
-    entry = getattr(function, "keywords", {}).get("of", takes["of"].default)
-    return resolve(entry, "objectives")
+    return functools.partial(function, **options)
 
 
 def find(name: str, noun: str) -> Callable:
@@ -179,11 +149,11 @@ def known(noun: str) -> list[str]:
             continue
         found = importlib.import_module(f"jaxpost.{noun}.{path.stem}")
         own = [k for k, v in vars(found).items() if inspect.isfunction(v) and v.__module__ == found.__name__]
-        names += [f"{path.stem}.{k}" for k in own if not k.startswith("_") and _fits(getattr(found, k), noun)]
+        names += [f"{path.stem}.{k}" for k in own if not k.startswith("_") and fits(getattr(found, k), noun)]
     return names
 
 
-def _fits(function: Callable, noun: str) -> bool:
+def fits(function: Callable, noun: str) -> bool:
     """Whether a function takes by place what the functions of the noun are called with."""
     if noun not in ARGUMENTS or (noun == "rewards" and "completions" in inspect.signature(function).parameters):
         return True  # of rewards TRL's signature too (rewards/trl.py)
@@ -227,7 +197,7 @@ def _given(name: str):
 
 def _attribute(found: ModuleType, attribute: str, name: str, noun: str):
     if not hasattr(found, attribute):
-        have = [k for k, v in vars(found).items() if inspect.isfunction(v) and not k.startswith("_") and _fits(v, noun)]
+        have = [k for k, v in vars(found).items() if inspect.isfunction(v) and not k.startswith("_") and fits(v, noun)]
         place = Path(found.__file__ or "").name if ":" in name else found.__name__  # a file's module has a name of our own
         raise UserError(f"config: {name!r}: {place} has no {attribute!r}.{nearest(attribute, have)}")
     return getattr(found, attribute)

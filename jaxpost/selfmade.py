@@ -14,10 +14,11 @@ import numpy as np
 
 from jaxpost import datasets
 from jaxpost.data import chat
+from jaxpost.declare import declared
 from jaxpost.errors import UserError
 from jaxpost.objectives import logprobs
 from jaxpost.recipe import plain
-from jaxpost.resolve import attribute, bind, entry_of, find, module, resolve
+from jaxpost.resolve import bind, entry_of, find, module, resolve
 from jaxpost.rewards import trl
 from jaxpost.rollouts.learning import CORRECTIONS, Lessons
 from jaxpost.rollouts.samples import Samples, rows
@@ -239,7 +240,7 @@ def judging(s) -> dict:
 def _lessons(s, objective: Callable) -> Lessons:
     r = s.rollouts
     return Lessons(
-        advantages=_advantages(r.advantages, attribute(objective, "advantages", "leave_one_out")),
+        advantages=_advantages(r.advantages, declared(objective, "advantages")),
         pairs=datasets.shape(objective) == "pairs",
         group=r.group,
         shared=s.shared_prefix,
@@ -287,7 +288,7 @@ def _check_rollouts(s, objective: Callable, lessons: Lessons) -> None:
         raise UserError(
             f"config.rollouts.group: {r.group} must divide config.batch_size x minibatches = {s.batch_size * r.minibatches}."
         )
-    if r.minibatches * r.epochs + r.lag > 1 and not attribute(objective, "off_policy", False):
+    if r.minibatches * r.epochs + r.lag > 1 and not declared(objective, "off_policy"):
         raise UserError(
             "config.rollouts: with several steps a batch, or a lag, the weights are no longer those that sampled, and this "
             "objective does not make up for it; take one with a ratio (policy_gradient.grpo), or minibatches=epochs=1, lag=0."
@@ -313,7 +314,7 @@ def _check_rollouts(s, objective: Callable, lessons: Lessons) -> None:
 
 def _compares(objective: Callable) -> bool:
     """Whether completions are weighed by how much better they did, as pairs are not, nor what a teacher judges."""
-    return datasets.shape(objective) != "pairs" and "teacher_hidden" not in attribute(objective, "columns", {})
+    return datasets.shape(objective) != "pairs" and "teacher_hidden" not in declared(objective, "columns")
 
 
 def _check_groups(s, objective: Callable, lessons: Lessons) -> None:
@@ -326,7 +327,7 @@ def _check_groups(s, objective: Callable, lessons: Lessons) -> None:
         raise UserError("config.rollouts.group: 1 is no pair; take 2 at least.")
     if not _compares(objective):
         return
-    ones, reads = np.ones((2 * r.group, 2), np.float32), attribute(objective, "columns", {})
+    ones, reads = np.ones((2 * r.group, 2), np.float32), declared(objective, "columns")
     tokens = {"mask": ones > 0, "old_logps": -ones, "tasks": ["a", "b"]}
     tokens |= {k: x for k, x in (("ref_logps", -ones), ("values", 0 * ones)) if k in reads}
     try:
@@ -338,9 +339,9 @@ def _check_groups(s, objective: Callable, lessons: Lessons) -> None:
         ) from error
     if not np.any(made["advantages"] if isinstance(made, dict) else made):
         raise UserError(f"config.rollouts.group: {r.group} leaves nothing to compare with these advantages; take 2 at least.")
-    if attribute(objective, "whole", False) and (isinstance(made, dict) or np.shape(made) != (2, r.group)):
+    if declared(objective, "sequence_level") and (isinstance(made, dict) or np.shape(made) != (2, r.group)):
         raise UserError("config.rollouts.advantages: these are tokens' own, and the objective weighs whole completions.")
-    if attribute(objective, "whole", False) and r.correction == "truncate":
+    if declared(objective, "sequence_level") and r.correction == "truncate":
         raise UserError("config.rollouts.correction: the objective weighs whole completions, not tokens; take 'mask'.")
 
 
@@ -349,7 +350,7 @@ def _now(objective: Callable, model, correction: str) -> tuple[Callable, ...]:
     log-probabilities where the sampler's are corrected.
     """
     forward, made = model.transformer.forward, []
-    for column in attribute(objective, "now", {}).values():
+    for column in declared(objective, "current").values():
         made.append(jax.jit(functools.partial(column, forward)))
     if correction:
 

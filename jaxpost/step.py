@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxpost.declare import declared
 from jaxpost.errors import UserError
 from jaxpost.metrics import Mean, Total, merge
 from jaxpost.types import Batch, Term, TrainState
@@ -55,8 +56,8 @@ def contributions(terms: dict, weights: dict) -> dict:
 
 
 def with_prepared(objective: Callable, forward: Callable, params, batch: Batch, key) -> Batch:
-    """The batch with the columns that `objective.prepare` makes of it as a whole, where the objective has one."""
-    prepare = getattr(objective, "prepare", None)
+    """The batch with the columns that the objective's `prepare` makes of it as a whole, where it has one."""
+    prepare = declared(objective, "prepare")
     if prepare is None:
         return batch
     with _reading(batch):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpost import sharding
+from jaxpost.declare import objective
 from jaxpost.metrics import Max, Std, masked_mean
 from jaxpost.objectives.logprobs import token_scores
 from jaxpost.types import Head, Output, Term
@@ -166,15 +167,6 @@ def _likelihoods(forward, params, batch):
     return _by_document(token_scores(forward(params, batch), batch)["logps"], batch)
 
 
-def matched(forward, params, batch, key):
-    """Half the squared distance between each document's log-likelihood and the value of its rank among `old_logps`."""
-    starts = _starts(batch)
-    gap = jnp.where(starts, _likelihoods(forward, params, batch) - batch["partners"], 0.0)
-    weight = jnp.sum(starts.astype(jnp.float32))
-    metrics = {"gap": masked_mean(jnp.abs(gap), starts), "widest": Max(jnp.max(jnp.where(starts, gap, -jnp.inf)))}
-    return {"matched": Term(jnp.sum(gap**2), weight, 0.5)}, metrics | {"spread": Std(jnp.sum(gap), jnp.sum(gap**2), weight)}
-
-
 def _partners(forward, params, batch, key):
     starts = _starts(batch)
     own, others = (
@@ -185,7 +177,14 @@ def _partners(forward, params, batch, key):
     return {"partners": jnp.where(starts, jnp.sort(others)[ranks].reshape(starts.shape), 0.0)}
 
 
-matched.prepare = _partners
+@objective(prepare=_partners)
+def matched(forward, params, batch, key):
+    """Half the squared distance between each document's log-likelihood and the value of its rank among `old_logps`."""
+    starts = _starts(batch)
+    gap = jnp.where(starts, _likelihoods(forward, params, batch) - batch["partners"], 0.0)
+    weight = jnp.sum(starts.astype(jnp.float32))
+    metrics = {"gap": masked_mean(jnp.abs(gap), starts), "widest": Max(jnp.max(jnp.where(starts, gap, -jnp.inf)))}
+    return {"matched": Term(jnp.sum(gap**2), weight, 0.5)}, metrics | {"spread": Std(jnp.sum(gap), jnp.sum(gap**2), weight)}
 
 
 def embeddings(forward, params, batch):
@@ -206,14 +205,6 @@ def recognition(vectors, batch):
     return jnp.where(jnp.any(partner, axis=-1), nats, 0.0)
 
 
-def contrast(forward, params, batch, key):
-    """In-batch negatives as a sum over rows: the loss's value, and its exact gradient's linear form."""
-    starts, vectors = _starts(batch), embeddings(forward, params, batch)
-    linear = jnp.sum(batch["pull"] * (vectors - batch["anchors"]), axis=-1)
-    nats = jnp.where(starts, batch["surprise"] + linear, 0.0)
-    return {"contrast": Term(jnp.sum(nats), jnp.sum(starts.astype(jnp.float32)))}, {"surprise": masked_mean(nats, starts)}
-
-
 def _pull(forward, params, batch, key):
     vectors = embeddings(forward, params, batch)
     starts = _starts(batch)
@@ -222,5 +213,13 @@ def _pull(forward, params, batch, key):
     return {"anchors": vectors, "pull": jnp.where(starts[..., None], pull, 0.0), "surprise": total.reshape(starts.shape)}
 
 
-contrast.prepare = _pull
+@objective(prepare=_pull)
+def contrast(forward, params, batch, key):
+    """In-batch negatives as a sum over rows: the loss's value, and its exact gradient's linear form."""
+    starts, vectors = _starts(batch), embeddings(forward, params, batch)
+    linear = jnp.sum(batch["pull"] * (vectors - batch["anchors"]), axis=-1)
+    nats = jnp.where(starts, batch["surprise"] + linear, 0.0)
+    return {"contrast": Term(jnp.sum(nats), jnp.sum(starts.astype(jnp.float32)))}, {"surprise": masked_mean(nats, starts)}
+
+
 TOYS = {"matched": matched, "contrast": contrast}

@@ -18,6 +18,7 @@ from test_pairs import MODEL, PLAIN, compared, pair, plan
 
 from jaxpost import annotate, columns, datasets, export, optim, recipe, sharding, train, writers
 from jaxpost.annotators import scores
+from jaxpost.declare import objective
 from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.objectives.logprobs import token_scores
@@ -192,10 +193,10 @@ def bad(forward, params, batch):
 
 
 def test_annotations_come_along_and_must_be_of_this_data(tmp_path):
+    @objective(rows="pairs", columns={"teacher_tokens": ("BSK", "int32"), "ref_logps": ("BS", "float32")})
     def reads(forward, params, batch, key):
         """Reads what a teacher said."""
 
-    reads.data, reads.columns = "pairs", {"teacher_tokens": ("BSK", "int32"), "ref_logps": ("BS", "float32")}
     made, _ = plan(tmp_path, ROWS, reads, held_out=8)
     mesh, (found, weights) = sharding.make_mesh(), with_table(made)
     with pytest.raises(UserError, match="reads the column teacher_tokens, which its batches do not have"):
@@ -323,11 +324,9 @@ def test_sets_are_joined_by_example_not_by_row(tmp_path):
     assert np.array_equal(joined[place]["tokens"][start : start + len(first["tokens"])], first["tokens"])
 
 
+@objective(rows="pairs", leaves={"reward_head/kernel": ("D1", 0.5)})
 def scored(forward, params, batch, key):
     """An objective with a head of its own, never called here."""
-
-
-scored.data, scored.leaves = "pairs", {"reward_head/kernel": ("D1", 0.5)}
 
 
 def test_an_objectives_leaf_is_there_from_the_start_and_trains_beside_an_adapter(tmp_path):

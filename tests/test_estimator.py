@@ -13,6 +13,7 @@ import pytest
 import stubs
 
 from jaxpost import metrics
+from jaxpost.declare import declared
 from jaxpost.errors import UserError
 from jaxpost.metrics import Explained
 from jaxpost.objectives import estimator, policy_gradient
@@ -231,7 +232,7 @@ def test_what_is_made_of_the_whole_batch_does_not_depend_on_its_split():
     for a, b in zip(jax.tree.leaves(others), jax.tree.leaves(grads), strict=True):
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)  # sums in another order
     assert metrics.values(one) == pytest.approx(metrics.values(four), rel=1e-5, nan_ok=True)
-    kept = np.asarray(objective.prepare(stubs.forward, params, batch, None)["undecided"])
+    kept = np.asarray(declared(objective, "prepare")(stubs.forward, params, batch, None)["undecided"])
     assert 0.4 < kept.sum() / batch["mask"].sum() < 0.6 and not kept[~batch["mask"]].any()
 
 
@@ -265,5 +266,5 @@ def test_a_method_of_ones_own_takes_the_parts_of_the_page():
     batch = given.rows([[0.5]], [1])
     with given.scores():
         terms, _ = mine(given.forward, {k: batch[k] for k in given.GIVEN}, batch, None)
-    assert mine.off_policy() is False
-    assert float(terms["policy"].sum) == pytest.approx(-2 * np.exp(0.5), rel=1e-6) and mine.columns() == {}
+    assert declared(mine, "off_policy") is False
+    assert float(terms["policy"].sum) == pytest.approx(-2 * np.exp(0.5), rel=1e-6) and declared(mine, "columns") == {}

@@ -28,6 +28,7 @@ from jaxpost import fit, plan, recipe, resolve, sharding
 from jaxpost.compiled import hlo, program, roofline, search, topology
 from jaxpost.compiled.hlo import Collective
 from jaxpost.data import pack, source
+from jaxpost.declare import objective
 from jaxpost.errors import UserError
 from jaxpost.models import families, known
 from jaxpost.rollouts import layout
@@ -353,10 +354,10 @@ def test_a_turn_of_decoding_sends_only_what_tensor_parallelism_needs():
 
 
 def test_an_objective_may_read_columns_of_its_own():
+    @objective(columns={"ref_logps": ("BS", "float32"), "rated": ("B", "bool"), "tokens": ("BS", "float32")})
     def mine(forward, params, batch, key):
         """Reads what a reference said."""
 
-    mine.columns = {"ref_logps": ("BS", "float32"), "rated": ("B", "bool"), "tokens": ("BS", "float32")}
     found = plan.columns(tiny(), resolve.bind(mine, {}, "mine"))
     assert (found["ref_logps"].shape, found["ref_logps"].dtype) == ((16, 32), np.float32)
     assert (found["rated"].shape, found["rated"].dtype) == ((16,), np.bool_)

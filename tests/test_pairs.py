@@ -14,6 +14,7 @@ from toy_tokenizers import byte_pairs, characters, conversation, learned
 from jaxpost import datasets, recipe, sharding
 from jaxpost.data import formats, mixture, pack, pairs, readers, source
 from jaxpost.data.readers import Record
+from jaxpost.declare import objective
 from jaxpost.errors import UserError
 from jaxpost.plan import columns, plan_stage
 from jaxpost.tokenizer import load
@@ -292,16 +293,14 @@ MODEL = {"model_type": "llama", "vocab_size": 99, "hidden_size": 16, "intermedia
 MODEL |= {"num_attention_heads": 2, "max_position_embeddings": 16}
 
 
+@objective(rows="pairs", columns={"ref_logps": ("BS", "float32")})
 def compared(forward, params, batch, key):
     """An objective of pairs, never called here."""
 
 
+@objective(rows="pairs", columns=lambda margins=True: {"margins": ("BS", "float32")} if margins else {})
 def told_apart(forward, params, batch, key, *, margins: bool = True):
     """One whose columns its keyword decides."""
-
-
-compared.data, compared.columns = "pairs", {"ref_logps": ("BS", "float32")}
-told_apart.data, told_apart.columns = "pairs", lambda margins=True: {"margins": ("BS", "float32")} if margins else {}
 
 
 def plan(tmp_path, rows, objective=compared, **changes):
@@ -317,18 +316,18 @@ ROWS = [pair("q" * (1 + i % 3), "a" * (1 + i % 4), "b", margin=i) for i in range
 
 
 def test_a_stage_learns_from_the_shape_that_its_objective_says(tmp_path):
-    for objective, changes, more in (
+    for loss, changes, more in (
         (compared, {}, set()),
         (compared, {"shared_prefix": True}, {"branches"}),
         (told_apart, {}, {"margins"}),
         ({"name": told_apart, "margins": False}, {}, set()),
     ):
-        made, s = plan(tmp_path, ROWS, objective, held_out=8, **changes)
+        made, s = plan(tmp_path, ROWS, loss, held_out=8, **changes)
         batch = made.source(None)
         assert batch.keys() == {"tokens", "mask", "segments", "positions", *more}
         shapes = {k: (x.shape, x.dtype) for k, x in columns(s, made.objective).items()}
         assert {k: v for k, v in shapes.items() if k != "ref_logps"} == {k: (x.shape, x.dtype) for k, x in batch.items()}
-        assert made.reads == (("ref_logps",) if objective is compared else ()) and ("ref_logps" in shapes) == bool(made.reads)
+        assert made.reads == (("ref_logps",) if loss is compared else ()) and ("ref_logps" in shapes) == bool(made.reads)
         assert (batch["segments"].max(axis=1) % 2 == 0).all() and len(made.example) == 2 and len(made.held_out) == 1
     digests = {plan(tmp_path, rows, **kw)[0].data for rows in (ROWS, ROWS[::-1]) for kw in ({}, {"shared_prefix": True})}
     assert len(digests) == 4
@@ -347,20 +346,22 @@ def test_batches_of_pairs_resume_by_their_number(tmp_path):
 def test_a_stage_refuses_what_does_not_go_with_its_shape(tmp_path):
     demonstrations = [{"prompt": "q", "completion": "a"}] * 8
 
+    @objective(rows="pair")
     def wrong(forward, params, batch, key):
         """Names a shape that is none."""
 
+    @objective(rows="steps")
     def steps(forward, params, batch, key):
         """Learns from what no completion of its own is."""
 
-    wrong.data, steps.data, long = "pair", "steps", {**family_cases.config("phi3/long"), "vocab_size": 99}
+    long = {**family_cases.config("phi3/long"), "vocab_size": 99}
     for rows, changes, message in (
         (demonstrations, {"objective": "sft.nll", "shared_prefix": True, "window": 16}, "config.shared_prefix: only a prompt"),
         (demonstrations, {}, "d.jsonl, line 1: the objective compares two answers"),
         (ROWS, {"objective": "sft.nll", "window": 16}, "a pair of answers, chosen and rejected, which only"),
         ([pair("q" * 20, "a", "b")] * 8, {"window": 64}, "line 1: a document of 22 tokens, and the model takes 16"),
         (ROWS, {"model": long, "shared_prefix": True}, "beyond 4 tokens a document's length decides"),
-        (ROWS, {"objective": wrong}, "its `data` is 'pair'; it must be one of demonstrations, pairs"),
+        (ROWS, {"objective": wrong}, "its `rows` are 'pair'; it must be one of demonstrations, pairs"),
         (
             ROWS,
             {"source": "rollouts", "data": "", "window": 512, "objective": steps},

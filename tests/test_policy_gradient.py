@@ -16,8 +16,9 @@ import numpy as np
 import policy_gradient_cases as cases
 import pytest
 
+from jaxpost.declare import declared
 from jaxpost.objectives import estimator, policy_gradient
-from jaxpost.resolve import attribute, known, resolve
+from jaxpost.resolve import known, resolve
 from jaxpost.step import evaluated
 
 # Sums of few float32 numbers: the references are float64, and their inputs the same float32 numbers.
@@ -194,7 +195,7 @@ def test_no_gradient_through_what_is_frozen(name):
 
     def loss(frozen):
         seen = rest | frozen
-        seen |= objective.prepare(given.forward, params, seen, None)
+        seen |= declared(objective, "prepare")(given.forward, params, seen, None)
         return sum(t.coefficient * t.sum for t in evaluated(objective, given.forward, params, seen, None)[0].values())
 
     with given.scores():
@@ -233,8 +234,8 @@ def test_the_table_of_the_page_is_the_code():
 
 
 def test_what_a_method_reads_and_wants_follows_from_its_parts():
-    def of(name, what, default=None, **options):
-        return attribute(resolve(cases.ours(name, **options), "objectives"), what, default)
+    def of(name, what, **options):
+        return declared(resolve(cases.ours(name, **options), "objectives"), what)
 
     reference, critic = {"ref_logps"}, {"values", "returns"}
     for name, read in {
@@ -254,6 +255,6 @@ def test_what_a_method_reads_and_wants_follows_from_its_parts():
     assert of("grpo", "off_policy") is True and of("reinforce", "off_policy") is False
     assert of("variant", "off_policy", surrogate="reinforce") is False
     assert of("ppo", "leaves") == {"value_head/kernel": ("D1", 0.0)} and of("grpo", "leaves") == {}
-    assert list(of("ppo", "now")) == ["values"] and of("grpo", "now") == {}
+    assert list(of("ppo", "current")) == ["values"] and of("grpo", "current") == {}
     more = {"sft": 0.5, "kl_k2": {"coefficient": 0.1}}
     assert of("variant", "columns", of="policy_gradient.dapo", added_terms=more).keys() == {"demonstrations", "ref_logps"}

@@ -14,6 +14,7 @@ import preference_cases as cases
 import pytest
 
 from jaxpost import metrics
+from jaxpost.declare import declared
 from jaxpost.errors import UserError
 from jaxpost.objectives import pairs, preference, unpaired
 from jaxpost.resolve import resolve
@@ -225,9 +226,7 @@ def test_a_sum_reports_each_loss_with_its_own_denominator():
 
 def test_what_a_loss_reads_is_known_beforehand():
     def reads(entry):
-        bound = resolve(entry, "objectives")
-        columns = bound.func.columns
-        return set(columns(**bound.keywords) if callable(columns) else columns)
+        return set(declared(resolve(entry, "objectives"), "columns"))
 
     assert reads("preference.sigmoid") == {"ref_logps"} and reads("preference.simpo") == set()
     assert reads("preference.offset") == {"ref_logps", "margins"} and reads("unpaired.kto") == {"ref_logps", "labels"}
@@ -269,4 +268,4 @@ def test_a_loss_of_ones_own_takes_the_changes_of_the_page():
     found = gradients(_forward, resolve({"name": "preference.sigmoid"}, "objectives"), batch["logps"], None, batch, None)
     terms, _ = mine(_forward, batch["logps"], batch, None)
     assert float(terms["mine"].sum) == pytest.approx(-1.0, rel=1e-5) and float(terms["mine"].weight) == 1 and found
-    assert not hasattr(mine, "prepare") and with_prepared(mine, _forward, batch["logps"], batch, None) is batch
+    assert declared(mine, "prepare") is None and with_prepared(mine, _forward, batch["logps"], batch, None) is batch

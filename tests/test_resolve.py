@@ -8,21 +8,23 @@ import pytest
 import runs
 
 from jaxpost import recipe, selfmade
+from jaxpost.declare import declared, objective
 from jaxpost.errors import UserError
 from jaxpost.objectives import sft
-from jaxpost.resolve import attribute, bind, entry_of, find, known, module, nearest, resolve
+from jaxpost.resolve import bind, entry_of, find, known, module, nearest, resolve
 from jaxpost.tasks import arithmetic
 
 OWN = """
-def scaled(forward, params, batch, key, *, by, offset=0.0):
-    return by, offset
+from jaxpost.declare import objective
 
 
 def prepare(forward, params, batch, key, *, by):
     return {"by": by}
 
 
-scaled.prepare = prepare
+@objective(prepare=prepare)
+def scaled(forward, params, batch, key, *, by, offset=0.0):
+    return by, offset
 
 
 class Other:
@@ -50,11 +52,11 @@ def test_the_other_keys_are_keyword_arguments(own):
     assert bound(None, None, None, None) == (3, 0.0)
     # `prepare` gets those of the options that it takes.
     both = resolve({"name": f"{own}:scaled", "by": 3, "offset": 1.0}, "objectives")
-    assert both(None, None, None, None) == (3, 1.0) and both.prepare(None, None, None, None) == {"by": 3}
-    assert resolve("sft.nll", "objectives").func is sft.nll and not hasattr(resolve("sft.nll", "objectives"), "prepare")
+    assert both(None, None, None, None) == (3, 1.0) and declared(both, "prepare")(None, None, None, None) == {"by": 3}
+    assert resolve("sft.nll", "objectives").func is sft.nll and declared(resolve("sft.nll", "objectives"), "prepare") is None
 
 
-DECLARED = ("data", "columns", "leaves", "now", "advantages", "off_policy", "whole")
+DECLARED = ("rows", "columns", "leaves", "masks", "current", "advantages", "off_policy", "sequence_level")
 
 
 def wrapping(forward, params, batch, key, *, of="sft.nll", scale=1.0):
@@ -79,16 +81,29 @@ def test_an_objective_of_another_declares_what_that_one_declares(wrapper, inner)
     outer = resolve({"name": wrapper, "of": inner}, "objectives")
     alone = resolve(inner, "objectives")
     for name in DECLARED:
-        assert attribute(outer, name, "nothing") == attribute(alone, name, "nothing"), name
-    assert hasattr(outer, "prepare") == (hasattr(alone, "prepare") or wrapper == "router.balanced")
+        inherited = declared(alone, name)
+        if (wrapper, name) == ("router.balanced", "masks"):
+            inherited = (*inherited, "segments")
+        assert declared(outer, name) == inherited, name
+    assert bool(declared(outer, "prepare")) == (bool(declared(alone, "prepare")) or wrapper == "router.balanced")
+
+
+@objective(rows="pairs")
+def wrapping_pairs(forward, params, batch, key, *, of="sft.nll"):
+    """An objective of another that declares its rows."""
 
 
 def test_an_objective_of_another_says_what_it_declares_itself():
-    wrapping.data = "pairs"
-    try:
-        assert attribute(resolve({"name": f"{__name__}.wrapping"}, "objectives"), "data", "") == "pairs"
-    finally:
-        del wrapping.data
+    assert declared(resolve({"name": f"{__name__}.wrapping_pairs"}, "objectives"), "rows") == "pairs"
+
+
+def test_what_an_objective_says_by_an_attribute_is_refused_with_the_decorator():
+    def old(forward, params, batch, key):
+        """As older versions had it."""
+
+    old.data, old.columns = "pairs", {"ref_logps": ("BS", "float32")}
+    with pytest.raises(UserError, match=r"objective old: its attribute `columns` .* @objective\(columns=..., rows=...\) above"):
+        declared(old, "rows")
 
 
 def test_every_objective_is_known_by_its_short_name():

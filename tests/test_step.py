@@ -8,6 +8,7 @@ import pytest
 import stubs
 
 from jaxpost import metrics, optim, recipe
+from jaxpost.declare import objective
 from jaxpost.errors import UserError
 from jaxpost.objectives import sft
 from jaxpost.objectives.logprobs import token_scores
@@ -285,9 +286,9 @@ def test_noise_by_row_does_not_depend_on_the_split():
 
 
 def test_a_column_that_prepare_asks_for_in_vain_is_named():
-    def objective(forward, params, batch, key):
+    @objective(prepare=lambda forward, params, batch, key: {"baseline": batch["ref_logps"].mean()})
+    def asks(forward, params, batch, key):
         return {"x": Term(jnp.float32(0.0), jnp.float32(1.0))}, {}
 
-    objective.prepare = lambda forward, params, batch, key: {"baseline": batch["ref_logps"].mean()}
     with pytest.raises(UserError, match="asks for 'ref_logps', .* its batches are mask"):
-        with_prepared(objective, None, {}, {"mask": jnp.ones((1, 2), bool)}, None)
+        with_prepared(asks, None, {}, {"mask": jnp.ones((1, 2), bool)}, None)

@@ -21,10 +21,10 @@ from jaxpost import datasets, optim, plan, sharding, state
 from jaxpost.annotators import scores
 from jaxpost.compiled import hlo, roofline
 from jaxpost.compiled.topology import Topology
+from jaxpost.declare import declared
 from jaxpost.errors import first_line
 from jaxpost.models import known, loading
 from jaxpost.models.attention import cache_axes
-from jaxpost.resolve import attribute
 from jaxpost.sampling import decode, processors
 from jaxpost.startup import heard
 from jaxpost.step import combine
@@ -83,7 +83,7 @@ def prepared(s, mesh) -> Prepared:
     batch = sharding.batch_shapes(columns, mesh)
     step = state.program(found.transformer, objective, tx, held, mesh, microbatches=s.microbatches, ema=s.ema)
     kinds = {"weights": held.train, "optimizer": held.opt_state, "ema": held.ema, "frozen": held.frozen}
-    if s.source == "rollouts" and "ref_logps" in attribute(objective, "columns", {}):
+    if s.source == "rollouts" and "ref_logps" in declared(objective, "columns"):
         kinds["reference"] = held.train  # a copy of what trains, as it was at the start
     inputs = {"inputs": batch}
     made = [Traced("step", step, (held, batch), {}, kinds | inputs, ("reference",), math.prod(batch["tokens"].shape))]

@@ -15,6 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxpost.declare import objective
 from jaxpost.errors import UserError
 from jaxpost.metrics import masked_mean
 from jaxpost.models.heads import logits as logits_of
@@ -94,6 +95,16 @@ def _taught(forward, params, batch, name: str, temperature: float, beta: float =
     return _distilled(forward(params, batch), batch, _OVER[name], columns, (head,))
 
 
+def _leaves(teacher: str = "", **_):
+    if not teacher:
+        raise UserError(
+            "config.objective.teacher: name the teacher, a folder of Hugging Face's files or a name on the hub: its head is "
+            "needed. distill.top_k reads what was stored and needs none."
+        )
+    return {f"{HEAD}/weight": ("VT", teacher)}
+
+
+@objective(columns=HIDDEN, leaves=_leaves)
 def forward_kl(forward, params, batch, key, *, teacher: str = "", temperature: float = 1.0):
     """L = KL(p || q) = sum_v p_v log(p_v / q_v).
 
@@ -104,6 +115,7 @@ def forward_kl(forward, params, batch, key, *, teacher: str = "", temperature: f
     return _taught(forward, params, batch, "f", temperature)
 
 
+@objective(columns=HIDDEN, leaves=_leaves)
 def reverse_kl(forward, params, batch, key, *, teacher: str = "", temperature: float = 1.0):
     """L = KL(q || p) = sum_v q_v log(q_v / p_v).
 
@@ -113,6 +125,7 @@ def reverse_kl(forward, params, batch, key, *, teacher: str = "", temperature: f
     return _taught(forward, params, batch, "r", temperature)
 
 
+@objective(columns=HIDDEN, leaves=_leaves)
 def jensen_shannon(forward, params, batch, key, *, teacher: str = "", beta: float = 0.5, temperature: float = 1.0):
     """L = beta KL(p || m) + (1 - beta) KL(q || m),  m = beta p + (1 - beta) q,  0 < beta < 1.
 
@@ -125,6 +138,7 @@ def jensen_shannon(forward, params, batch, key, *, teacher: str = "", beta: floa
     return _taught(forward, params, batch, "js", temperature, beta)
 
 
+@objective(columns=STORED)
 def top_k(forward, params, batch, key, *, temperature: float = 1.0):
     """KL(p || q) over the teacher's K likeliest tokens and one more outcome, all the others together.
 
@@ -134,17 +148,3 @@ def top_k(forward, params, batch, key, *, temperature: float = 1.0):
     """
     columns = {k: batch[k] for k in STORED} | {"temperature": jnp.float32(temperature)}
     return _distilled(forward(params, batch), batch, _over_top, columns)
-
-
-def _leaves(teacher: str = "", **_):
-    if not teacher:
-        raise UserError(
-            "config.objective.teacher: name the teacher, a folder of Hugging Face's files or a name on the hub: its head is "
-            "needed. distill.top_k reads what was stored and needs none."
-        )
-    return {f"{HEAD}/weight": ("VT", teacher)}
-
-
-forward_kl.leaves = reverse_kl.leaves = jensen_shannon.leaves = _leaves
-forward_kl.columns = reverse_kl.columns = jensen_shannon.columns = HIDDEN
-top_k.columns = STORED

@@ -11,8 +11,8 @@ aggregation (below), and what else it has (`terms`). So a method is a function o
         return Parts("centred", partial(surrogates.clip, high=high), token_mean)
 
 What the objective reads, which leaves it adds to the parameters, which advantages it wants and whether it may take several
-steps a batch follow from its parts, and whether a completion has one advantage only: `columns`, `leaves`, `now`, `advantages`,
-`off_policy` and `whole` are functions of its keywords, as `resolve.attribute` takes them.
+steps a batch follow from its parts, and whether a completion has one advantage only: what `declare.objective` says of it are
+functions of its keywords.
 
 An aggregation gives a Term of the tokens' numbers [B,S]: how much a completion counts by its length is decided here.
 """
@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxpost import declare
+from jaxpost.declare import declared
 from jaxpost.errors import UserError
 from jaxpost.metrics import Max, Min, masked_max, masked_mean
 from jaxpost.objectives import documents
@@ -49,10 +51,16 @@ class Parts(NamedTuple):
         """Without the terms whose coefficient is 0."""
         return self._replace(terms=tuple(t for t in self.terms if options(t).get("coefficient", 1.0)))
 
-    def gather(self, attribute: str) -> dict:
-        """What the parts say of themselves by an attribute, together."""
-        said = [getattr(plain(p), attribute, {}) for p in (self.surrogate, *self.weightings, *self.terms)]
-        return functools.reduce(lambda a, b: {**a, **b}, said, {})
+    def gather(self, name: str) -> dict:
+        """What the parts declare under a name, together."""
+        return functools.reduce(dict.__or__, [declared(p, name) for p in self._all()], {})
+
+    def masks(self) -> tuple[str, ...]:
+        """The columns that say where the parts learn."""
+        return tuple(dict.fromkeys(mask for part in self._all() for mask in ("mask", *declared(part, "masks"))))
+
+    def _all(self) -> tuple[Callable, ...]:
+        return self.surrogate, *self.weightings, *self.terms
 
 
 def plain(part: Callable) -> Callable:
@@ -113,14 +121,13 @@ def _scores(logits: jax.Array, columns: dict) -> dict:
 
 
 def _look(forward: Callable, params: Any, batch: Batch, parts: Parts) -> Rollouts:
-    output, mask = forward(params, batch), batch["mask"]
-    if "demonstrations" in parts.gather("columns"):
-        mask = mask | batch["demonstrations"]
+    output = forward(params, batch)
+    mask = functools.reduce(jnp.logical_or, [batch[name] for name in parts.masks()])
     return Rollouts(params, output, batch, **_measured(output, batch, mask, parts))
 
 
 def _measured(output: Output, batch: Batch, mask: jax.Array, parts: Parts) -> dict:
-    if any(getattr(plain(t), "differentiates_entropy", False) for t in parts.terms):
+    if any(declared(term, "differentiates_entropy") for term in parts.terms):
         return at_tokens(_scores, output, columns=drawn(batch), mask=mask)
     found = token_scores(output, batch, mask)
     return {k: found[k] for k in ("logps", "entropy")}
@@ -152,8 +159,8 @@ def _metrics(seen: Rollouts, found: Surrogate, parts: Parts) -> dict:
         sides = {"low": found.low, "high": found.high, "region": found.low | found.high}
         metrics |= {f"clip_ratio/{k}_mean": masked_mean(x, mask) for k, x in sides.items()}
     for term in parts.terms:
-        if hasattr(plain(term), "metrics"):
-            metrics |= plain(term).metrics(seen, **options(term))
+        if of_term := declared(term, "metrics"):
+            metrics |= of_term(seen)
     return metrics
 
 
@@ -181,19 +188,23 @@ def estimator(method: Callable) -> Callable:
 
     def prepare(forward, params, batch, key, **settings):
         chosen = parts(**settings)
-        makers = [p for p in (*chosen.weightings, *chosen.terms) if hasattr(plain(p), "prepare")]
+        makers = [maker for p in (*chosen.weightings, *chosen.terms) if (maker := declared(p, "prepare"))]
         seen = _look(forward, params, batch, chosen) if makers else None
-        return functools.reduce(dict.__or__, [plain(p).prepare(seen, **options(p)) for p in makers], {})
+        return functools.reduce(dict.__or__, [maker(seen) for maker in makers], {})
 
     objective.__signature__ = prepare.__signature__ = inspect.Signature([*placed, *keywords])
-    objective.parts, objective.prepare = parts, prepare
-    objective.columns = lambda **settings: {**parts(**settings).gather("columns"), **parts(**settings).reads}
-    objective.leaves = lambda **settings: parts(**settings).gather("leaves")
-    objective.now = lambda **settings: parts(**settings).gather("now")
-    objective.advantages = lambda **settings: parts(**settings).advantages
-    objective.off_policy = lambda **settings: getattr(plain(parts(**settings).surrogate), "off_policy", False)
-    objective.whole = lambda **settings: getattr(plain(parts(**settings).surrogate), "whole", False)
-    return objective
+    objective.policy_parts = parts
+    says = declare.objective(
+        columns=lambda **settings: {**parts(**settings).gather("columns"), **parts(**settings).reads},
+        leaves=lambda **settings: parts(**settings).gather("leaves"),
+        masks=lambda **settings: parts(**settings).masks(),
+        prepare=prepare,
+        advantages=lambda **settings: parts(**settings).advantages,
+        current=lambda **settings: parts(**settings).gather("current"),
+        off_policy=lambda **settings: declared(parts(**settings).surrogate, "off_policy"),
+        sequence_level=lambda **settings: declared(parts(**settings).surrogate, "sequence_level"),
+    )
+    return says(objective)
 
 
 # ------------------------------------------------------------------------------------------------ Parts from a config
@@ -202,9 +213,9 @@ def estimator(method: Callable) -> Callable:
 def inside(entry: Any) -> Parts:
     """The Parts of an objective, from its config entry. Raises UserError for one that is no policy gradient of parts."""
     bound = resolve(entry, "objectives")
-    if not hasattr(bound.func, "advantages"):  # an objective over pairs has parts too, of another kind
+    if not hasattr(bound.func, "policy_parts"):
         raise UserError(f"config: {entry!r} is no choice of the estimator's parts; policy_gradient.grpo is one.")
-    return bound.func.parts(**bound.keywords)
+    return bound.func.policy_parts(**bound.keywords)
 
 
 def part(table: Mapping, entry: Any, kind: str) -> Callable:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxpost import declare
 from jaxpost.errors import UserError
 from jaxpost.metrics import Mean, masked_mean
 from jaxpost.objectives import documents
@@ -140,11 +141,7 @@ def pairwise(loss=None, *, columns: dict = REFERENCE, rewards: Callable | None =
     if loss is None:
         return functools.partial(pairwise, columns=columns, rewards=rewards, prepare=prepare)
     name, rewards = loss.__name__, rewards or (lambda pairs: pairs.ratios)
-    objective = _objective(loss, lambda settings: [Part(name, loss, settings, columns, rewards, prepare)])
-    objective.columns = columns
-    if prepare is None:
-        del objective.prepare
-    return objective
+    return _objective(loss, lambda settings: [Part(name, loss, settings, columns, rewards, prepare)], prepare is not None)
 
 
 def around(change: Callable) -> Callable:
@@ -165,13 +162,14 @@ def composed(make: Callable) -> Callable:
 def inside(entry: Any) -> list[Part]:
     """The Parts of an objective over pairs, from its config entry. Raises UserError for an objective of another kind."""
     bound = resolve(entry, "objectives")
-    if not hasattr(bound.func, "parts") or getattr(bound.func, "data", "") != "pairs":
+    if not hasattr(bound.func, "pair_parts"):
         raise UserError(f"config: {entry!r} is no loss over pairs; preference.sigmoid is one.")
-    return bound.func.parts(bound.keywords)
+    return bound.func.pair_parts(bound.keywords)
 
 
-def _objective(function: Callable, parts: Callable) -> Callable:
-    """(forward, params, batch, key, *, the function's keywords) -> terms, metrics; parts: settings -> [Part]."""
+def _objective(function: Callable, parts: Callable, prepares: bool = True) -> Callable:
+    """(forward, params, batch, key, *, the function's keywords) -> terms, metrics; parts: settings -> [Part]; prepares: whether
+    any of them may need the whole batch."""
     takes = inspect.signature(function).parameters.values()
     keywords = [p for p in takes if p.kind is p.KEYWORD_ONLY]
     defaults = {p.name: p.default for p in keywords if p.default is not p.empty}
@@ -187,19 +185,18 @@ def _objective(function: Callable, parts: Callable) -> Callable:
         return functools.reduce(dict.__or__, terms), _metrics(found[0], found[0].sees(pairs))
 
     def prepare(forward, params, batch, key, **options):
-        made, pairs = {}, _read(forward, params, batch)
-        for part in settled(options):
-            columns = part.prepare(part.sees(pairs)) if part.prepare else {}
-            made |= {f"{part.name}:{k}": v for k, v in columns.items()}
-        return made
+        makers, columns = [part for part in settled(options) if part.prepare], {}
+        pairs = _read(forward, params, batch) if makers else None
+        for part in makers:
+            columns |= {f"{part.name}:{k}": v for k, v in part.prepare(part.sees(pairs)).items()}
+        return columns
 
     def columns(**options):
         return functools.reduce(dict.__or__, [part.columns for part in settled(options)])
 
     objective.__signature__ = prepare.__signature__ = inspect.Signature([*placed, *keywords])
-    objective.parts = lambda options: parts({**defaults, **options})
-    objective.prepare, objective.columns, objective.data = prepare, columns, "pairs"
-    return objective
+    objective.pair_parts = lambda options: parts({**defaults, **options})
+    return declare.objective(rows="pairs", columns=columns, prepare=prepare if prepares else None)(objective)
 
 
 def _read(forward: Callable, params: Any, batch: Batch) -> Pairs:

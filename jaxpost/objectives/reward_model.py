@@ -10,6 +10,7 @@ A trained one scores by `token_rewards`. Losses are means over pairs, documents 
 import jax
 import jax.numpy as jnp
 
+from jaxpost.declare import objective
 from jaxpost.metrics import Max, Min, masked_mean
 from jaxpost.models import heads
 from jaxpost.objectives import documents
@@ -50,6 +51,7 @@ def _compared(forward, params, batch: Batch, margins: jax.Array | float, centrin
     return terms, metrics | _spread(rewards, documents.of_pairs(real))
 
 
+@objective(rows="pairs", leaves=LEAVES)
 def bradley_terry(forward, params, batch, key, *, centring: float = 0.0):
     """A model of comparisons:  L = -log s(R_c - R_r) + centring (R_c + R_r)^2.
 
@@ -60,6 +62,7 @@ def bradley_terry(forward, params, batch, key, *, centring: float = 0.0):
     return _compared(forward, params, batch, 0.0, centring)
 
 
+@objective(rows="pairs", columns=MARGINS, leaves=LEAVES)
 def offset(forward, params, batch, key, *, centring: float = 0.0):
     """Comparisons with a margin:  L = -log s(R_c - R_r - m) + centring (R_c + R_r)^2,  m the column `margins` [B,S].
 
@@ -77,6 +80,7 @@ def _labelled(forward, params, batch: Batch, loss) -> tuple[dict, dict]:
     return {"reward": Term(total, jnp.sum(real.astype(jnp.float32)))}, _spread(rewards, real)
 
 
+@objective(rows="scored", columns=LABELS, leaves=LEAVES)
 def regression(forward, params, batch, key):
     """Ratings:  L = (R - y)^2,  y the column `labels` [B,S], constant over a completion.
 
@@ -85,6 +89,7 @@ def regression(forward, params, batch, key):
     return _labelled(forward, params, batch, lambda rewards, labels: (rewards - labels) ** 2)
 
 
+@objective(rows="labelled", columns=LABELS, leaves=LEAVES)
 def logistic(forward, params, batch, key):
     """Good or bad:  L = -y log s(R) - (1 - y) log s(-R),  y the column `labels` [B,S], 0 to 1.
 
@@ -98,6 +103,7 @@ def _cross_entropy(rewards: jax.Array, labels: jax.Array) -> jax.Array:
     return labels * jax.nn.softplus(-rewards) + (1 - labels) * jax.nn.softplus(rewards)
 
 
+@objective(rows="steps", columns=LABELS, leaves=LEAVES)
 def process(forward, params, batch, key):
     """Steps of a solution:  L = -y_t log s(R_t) - (1 - y_t) log s(-R_t)  at the token t that ends each step.
 
@@ -108,13 +114,3 @@ def process(forward, params, batch, key):
     ends = batch["mask"] & (labels >= 0)
     loss = Term(jnp.sum(jnp.where(ends, _cross_entropy(rewards, labels), 0.0)), jnp.sum(ends.astype(jnp.float32)))
     return {"reward": loss}, {"accuracy": masked_mean((rewards > 0) == (labels > 0.5), ends), **_spread(rewards, ends)}
-
-
-for _objective, _data, _columns in (
-    (bradley_terry, "pairs", {}),
-    (offset, "pairs", MARGINS),
-    (regression, "scored", LABELS),
-    (logistic, "labelled", LABELS),
-    (process, "steps", LABELS),
-):
-    _objective.data, _objective.columns, _objective.leaves = _data, _columns, LEAVES

@@ -8,12 +8,28 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
+from jaxpost.declare import declared, objective
 from jaxpost.errors import UserError
 from jaxpost.resolve import resolve
 from jaxpost.step import with_prepared
 from jaxpost.types import Term
 
 
+def _loads(forward, params, batch, key, *, of: Mapping | str = "sft.nll"):
+    """The other objective's columns, and router_load [B,L,E]: every row holds the whole batch's f."""
+    columns = with_prepared(resolve(of, "objectives"), forward, params, batch, key)
+    picks = _router(forward(params, batch))["picks"]
+    tokens = jnp.maximum(jnp.sum((batch["segments"] > 0).astype(jnp.float32)), 1.0)
+    load = jnp.broadcast_to(jnp.sum(picks, axis=0) / tokens, picks.shape)
+    return {**{k: v for k, v in columns.items() if k not in batch}, "router_load": load}
+
+
+def _masks(of: Mapping | str = "sft.nll", **_):
+    """The router has an opinion on every real token, beside what the other objective learns from."""
+    return *declared(resolve(of, "objectives"), "masks"), "segments"
+
+
+@objective(prepare=_loads, masks=_masks)
 def balanced(forward, params, batch, key, *, of: Mapping | str = "sft.nll", coefficient: float = 0.001):
     """Another objective, and the load-balancing term of its router:
 
@@ -35,19 +51,7 @@ def balanced(forward, params, batch, key, *, of: Mapping | str = "sft.nll", coef
     return {**terms, "balance": Term(share, jnp.sum((batch["segments"] > 0).astype(jnp.float32)), coefficient)}, metrics
 
 
-def _loads(forward, params, batch, key, *, of: Mapping | str = "sft.nll"):
-    """The other objective's columns, and router_load [B,L,E]: every row holds the whole batch's f."""
-    columns = with_prepared(resolve(of, "objectives"), forward, params, batch, key)
-    picks = _router(forward(params, batch))["picks"]
-    tokens = jnp.maximum(jnp.sum((batch["segments"] > 0).astype(jnp.float32)), 1.0)
-    load = jnp.broadcast_to(jnp.sum(picks, axis=0) / tokens, picks.shape)
-    return {**{k: v for k, v in columns.items() if k not in batch}, "router_load": load}
-
-
 def _router(out):
     if out.router is None:
         raise UserError("objective router.balanced: the model has no experts; use its `of` by itself.")
     return out.router
-
-
-balanced.prepare = _loads

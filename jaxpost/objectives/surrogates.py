@@ -20,6 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxpost.declare import part
 from jaxpost.objectives import documents
 from jaxpost.types import Batch, Output, Params
 
@@ -109,6 +110,7 @@ def reinforce(seen: Rollouts) -> Surrogate:
     return Surrogate(-seen.advantages * seen.logps)
 
 
+@part(off_policy=True)
 def clip(
     seen: Rollouts, *, low: float = 0.2, high: float = 0.2, dual: float | None = None, delta: float | None = None
 ) -> Surrogate:
@@ -120,6 +122,7 @@ def clip(
     return _clipped(seen.ratio, seen.advantages, low, high, dual, delta)
 
 
+@part(off_policy=True)
 def gspo(seen: Rollouts, *, low: float = 3e-4, high: float = 4e-4) -> Surrogate:
     """clip with the sequence's ratio at every token, s = exp(mean over the completion of log r).
 
@@ -130,6 +133,7 @@ def gspo(seen: Rollouts, *, low: float = 3e-4, high: float = 4e-4) -> Surrogate:
     return _clipped(_exp(jax.lax.stop_gradient(seen.mean(seen.drift)) + own), seen.advantages, low, high)
 
 
+@part(off_policy=True, sequence_level=True)
 def sequence_clip(seen: Rollouts, *, low: float = 0.2, high: float = 0.2) -> Surrogate:
     """clip of the completion as one action, r = exp(sum of log r); the tokens share its loss, a part of 1/n each.
 
@@ -140,6 +144,7 @@ def sequence_clip(seen: Rollouts, *, low: float = 0.2, high: float = 0.2) -> Sur
     return Surrogate(seen.spread(found.loss / seen.lengths), seen.spread(found.low), seen.spread(found.high))
 
 
+@part(off_policy=True)
 def cispo(seen: Rollouts, *, cap: float = 5.0) -> Surrogate:
     """-min(r, cap) A log policy, the weight a constant: no token loses its gradient.
 
@@ -149,6 +154,7 @@ def cispo(seen: Rollouts, *, cap: float = 5.0) -> Surrogate:
     return Surrogate(-weight * seen.advantages * seen.logps)
 
 
+@part(off_policy=True)
 def sapo(seen: Rollouts, *, positive: float = 1.0, negative: float = 1.05) -> Surrogate:
     """-f(r) A,  f(r) = 4/t s(t (r - 1)),  t = positive where A > 0, else negative: a soft gate where clip has an edge.
 
@@ -158,6 +164,7 @@ def sapo(seen: Rollouts, *, positive: float = 1.0, negative: float = 1.05) -> Su
     return Surrogate(-4 / t * jax.nn.sigmoid(t * (seen.ratio - 1)) * seen.advantages)
 
 
+@part(off_policy=True)
 def gmpo(seen: Rollouts, *, low: float = 0.4, high: float = 0.4) -> Surrogate:
     """-A times the geometric mean of the completion's ratios, each within e^-low and e^high where that makes the loss larger.
 
@@ -170,6 +177,7 @@ def gmpo(seen: Rollouts, *, low: float = 0.4, high: float = 0.4) -> Surrogate:
     return Surrogate(-_exp(seen.mean(stable)) * advantages, low_cut, high_cut)
 
 
+@part(off_policy=True)
 def vespo(seen: Rollouts, *, positive: Sequence[float] = (2.0, 3.0), negative: Sequence[float] = (3.0, 2.0)) -> Surrogate:
     """-phi(w) A log policy,  phi(w) = w^k e^(l (1 - w)),  w the whole completion's ratio, phi a constant with phi(1) = 1.
 
@@ -186,6 +194,12 @@ def vespo(seen: Rollouts, *, positive: Sequence[float] = (2.0, 3.0), negative: S
 # ---------------------------------------------------------------------------------------------------------- Weightings
 
 
+def _undecided(seen: Rollouts, *, share: float = 0.2) -> dict:
+    bound = jnp.nanquantile(jnp.where(seen.mask, seen.entropy, jnp.nan), 1 - share)
+    return {"undecided": seen.mask & (seen.entropy >= bound)}
+
+
+@part(prepare=_undecided)
 def top_entropy(seen: Rollouts, *, share: float = 0.2) -> jax.Array:
     """1 for the tokens of the batch where the policy is least decided, a share of them, and 0 for the others.
 
@@ -193,11 +207,6 @@ def top_entropy(seen: Rollouts, *, share: float = 0.2) -> jax.Array:
     "Beyond the 80/20 Rule: High-Entropy Minority Tokens Drive Effective Reinforcement Learning for LLM Reasoning".
     """
     return seen.batch["undecided"].astype(jnp.float32)
-
-
-def _undecided(seen: Rollouts, *, share: float = 0.2) -> dict:
-    bound = jnp.nanquantile(jnp.where(seen.mask, seen.entropy, jnp.nan), 1 - share)
-    return {"undecided": seen.mask & (seen.entropy >= bound)}
 
 
 def off_policy(seen: Rollouts, *, most: float = 0.1) -> jax.Array:
@@ -210,6 +219,3 @@ def off_policy(seen: Rollouts, *, most: float = 0.1) -> jax.Array:
 
 SURROGATES = {f.__name__: f for f in (reinforce, clip, gspo, sequence_clip, cispo, sapo, gmpo, vespo)}
 WEIGHTINGS = {f.__name__: f for f in (top_entropy, off_policy)}
-for _surrogate in SURROGATES.values():
-    _surrogate.off_policy, _surrogate.whole = _surrogate is not reinforce, _surrogate is sequence_clip
-top_entropy.prepare = _undecided

@@ -22,6 +22,7 @@ token all four are the same. Means over tokens weigh completions by their length
 import jax
 import jax.numpy as jnp
 
+from jaxpost.declare import part
 from jaxpost.metrics import Explained, Mean, Std
 from jaxpost.models import heads
 from jaxpost.objectives import documents
@@ -31,6 +32,7 @@ from jaxpost.types import Term
 REFERENCE = {"ref_logps": ("BS", "float32")}
 # The critic: a scalar head on the hidden states, whose values are 0 at first.
 CRITIC = {"value_head/kernel": ("D1", 0.0)}
+RETURNS = {"values": ("BS", "float32"), "returns": ("BS", "float32")}
 
 
 # ------------------------------------------------------------------------------------------------- Nearness to a reference
@@ -56,17 +58,20 @@ def _sloped(value: jax.Array, slope: jax.Array, seen: Rollouts) -> jax.Array:
     return value + slope * (seen.logps - jax.lax.stop_gradient(seen.logps))
 
 
+@part(columns=REFERENCE)
 def kl_k1_ratio(seen: Rollouts, *, coefficient: float) -> jax.Array:
     """r k1, with the slope r (1 + k1): of all forms with the KL's gradient the plainest; its values may be negative."""
     k1 = _k1(seen)
     return _sloped(seen.ratio * k1, seen.ratio * (1 + k1), seen)
 
 
+@part(columns=REFERENCE)
 def kl_k2(seen: Rollouts, *, coefficient: float) -> jax.Array:
     """r k2, r a constant: the KL's gradient, and a value that is larger than the KL's, in the third order of d."""
     return jax.lax.stop_gradient(seen.ratio) * _k1(seen) ** 2 / 2
 
 
+@part(columns=REFERENCE)
 def kl_k3_ratio(seen: Rollouts, *, coefficient: float) -> jax.Array:
     """r k3, with the slope r k1: value and gradient are the KL's. TRL's default.
 
@@ -75,6 +80,7 @@ def kl_k3_ratio(seen: Rollouts, *, coefficient: float) -> jax.Array:
     return _sloped(seen.ratio * k3(seen), seen.ratio * _k1(seen), seen)
 
 
+@part(columns=REFERENCE)
 def kl_k1_return(seen: Rollouts, *, coefficient: float) -> jax.Array:
     """k1 in value, and in gradient  (sum from here to the end of k1) d log policy: that of the KL of whole completions.
 
@@ -86,11 +92,13 @@ def kl_k1_return(seen: Rollouts, *, coefficient: float) -> jax.Array:
     return k1 + rest * (seen.logps - jax.lax.stop_gradient(seen.logps))
 
 
+@part(columns=REFERENCE)
 def k1_in_loss(seen: Rollouts, *, coefficient: float) -> jax.Array:
     """k1, differentiated as it stands. Its value is the KL's, its expected gradient 0: noise, and no pull to the reference."""
     return _k1(seen)
 
 
+@part(columns=REFERENCE)
 def k3_in_loss(seen: Rollouts, *, coefficient: float) -> jax.Array:
     """k3, differentiated as it stands. Its value is the KL's, its expected gradient that of KL(reference || policy), the other
     way round: it pulls hardest where the reference is likelier than the policy. GRPO's.
@@ -106,12 +114,18 @@ def _acted_on(seen: Rollouts) -> jax.Array:
     return seen.mask & seen.batch.get("undecided", True)
 
 
+@part(differentiates_entropy=True)
 def entropy(seen: Rollouts, *, coefficient: float) -> Term:
     """Less the mean entropy over tokens: a bonus of `coefficient` a nat, differentiated through the whole distribution."""
     acted = _acted_on(seen)
     return Term(-jnp.sum(jnp.where(acted, seen.entropy, 0.0)), jnp.sum(acted.astype(jnp.float32)))
 
 
+def _mean_entropy(seen: Rollouts, **_) -> dict:
+    return {"mean_entropy": jnp.sum(jnp.where(seen.mask, seen.entropy, 0.0)) / jnp.maximum(jnp.sum(seen.mask), 1)}
+
+
+@part(differentiates_entropy=True, prepare=_mean_entropy)
 def entropy_target(seen: Rollouts, *, target: float = 0.2, gain: float = 1.0, most: float = 1.0) -> Term:
     """The same bonus with a coefficient that follows the batch's own mean entropy H:  gain (target - H), within 0 and most.
 
@@ -122,10 +136,7 @@ def entropy_target(seen: Rollouts, *, target: float = 0.2, gain: float = 1.0, mo
     return entropy(seen, coefficient=1.0)._replace(coefficient=share)
 
 
-def _mean_entropy(seen: Rollouts, **_) -> dict:
-    return {"mean_entropy": jnp.sum(jnp.where(seen.mask, seen.entropy, 0.0)) / jnp.maximum(jnp.sum(seen.mask), 1)}
-
-
+@part(columns={"demonstrations": ("BS", "bool")}, masks=("demonstrations",))
 def sft(seen: Rollouts, *, coefficient: float = 1.0) -> Term:
     """-log policy, a mean over the tokens of demonstrations, which the column `demonstrations` [B,S] bool marks.
 
@@ -147,6 +158,14 @@ def _values(params, output) -> jax.Array:
     return jnp.roll(heads.scalar(output.hidden, params["value_head"]["kernel"]), 1, axis=1)
 
 
+def _of_the_critic(seen: Rollouts, **options) -> dict:
+    loss, returns = value(seen, **options), seen.constant("returns")
+    errors = jnp.where(seen.mask, returns - _values(seen.params, seen.output), 0.0)
+    sums = [Std(jnp.sum(x), jnp.sum(x**2), loss.weight) for x in (errors, returns)]
+    return {"value/loss": Mean(loss.sum, loss.weight), "value/explained_variance": Explained(*sums)}
+
+
+@part(columns=RETURNS, leaves=CRITIC, current={"values": values}, metrics=_of_the_critic)
 def value(seen: Rollouts, *, coefficient: float = 0.1, clip: float = 0.2) -> Term:
     """1/2 max((V - G)^2, (V_old + clip(V - V_old, -clip, clip) - G)^2), a mean over tokens: the critic V learns the returns.
 
@@ -158,19 +177,5 @@ def value(seen: Rollouts, *, coefficient: float = 0.1, clip: float = 0.2) -> Ter
     return Term(jnp.sum(jnp.where(seen.mask, loss, 0.0)), jnp.sum(seen.mask.astype(jnp.float32)))
 
 
-def _of_the_critic(seen: Rollouts, **options) -> dict:
-    loss, returns = value(seen, **options), seen.constant("returns")
-    errors = jnp.where(seen.mask, returns - _values(seen.params, seen.output), 0.0)
-    sums = [Std(jnp.sum(x), jnp.sum(x**2), loss.weight) for x in (errors, returns)]
-    return {"value/loss": Mean(loss.sum, loss.weight), "value/explained_variance": Explained(*sums)}
-
-
 NEARNESS = (kl_k1_ratio, kl_k2, kl_k3_ratio, kl_k1_return, k1_in_loss, k3_in_loss)
 TERMS = {f.__name__: f for f in (*NEARNESS, entropy, entropy_target, sft, value)}
-for _term in NEARNESS:
-    _term.columns = REFERENCE
-entropy.differentiates_entropy = entropy_target.differentiates_entropy = True
-entropy_target.prepare = _mean_entropy
-sft.columns = {"demonstrations": ("BS", "bool")}
-value.columns = {"values": ("BS", "float32"), "returns": ("BS", "float32")}
-value.leaves, value.now, value.metrics = CRITIC, {"values": values}, _of_the_critic

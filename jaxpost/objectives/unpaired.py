@@ -9,6 +9,7 @@ are means over the labelled documents of the global batch. Log-probabilities are
 import jax
 import jax.numpy as jnp
 
+from jaxpost.declare import objective
 from jaxpost.metrics import Difference, masked_mean
 from jaxpost.objectives import documents
 from jaxpost.objectives.logprobs import token_scores
@@ -54,6 +55,7 @@ def _baseline(forward, params, batch, key):
     return {"kl_baseline": jnp.maximum(mean, 0.0)}
 
 
+@objective(rows="mismatched", columns=COLUMNS, prepare=_baseline)
 def kto(forward, params, batch, key, *, beta: float = 0.1, desirable: float = 1.0, undesirable: float = 1.0):
     """KTO:  L = w_d (1 - s(beta (s_i - z))) for a desirable answer, w_u (1 - s(beta (z - s_i))) for an undesirable one.
 
@@ -72,10 +74,7 @@ def kto(forward, params, batch, key, *, beta: float = 0.1, desirable: float = 1.
     return terms, metrics | {"kl": masked_mean(z, jnp.ones((), bool))}
 
 
-kto.columns, kto.data = COLUMNS, "mismatched"
-kto.prepare = _baseline
-
-
+@objective(rows="labelled", columns=COLUMNS)
 def apo_zero(forward, params, batch, key, *, beta: float = 0.1, desirable: float = 1.0, undesirable: float = 1.0):
     """APO-zero by single answers:  L = w_d (1 - s(beta s_i)) for a desirable one, w_u s(beta s_i) for an undesirable one.
 
@@ -89,9 +88,6 @@ def apo_zero(forward, params, batch, key, *, beta: float = 0.1, desirable: float
     return _judged(forward, params, batch, beta, loss)
 
 
-apo_zero.columns, apo_zero.data = COLUMNS, "labelled"
-
-
 def _shift(forward, params, batch, key):
     """Halfway between the mean log-ratios of the desirable and of the undesirable, in the whole batch."""
     ratios, _, labels, _ = _ratios(forward, params, batch, batch["mask"] & (batch["labels"] >= 0))
@@ -99,6 +95,7 @@ def _shift(forward, params, batch, key):
     return {"shift": (means[0] + means[1]) / 2}
 
 
+@objective(rows="labelled", columns=COLUMNS, prepare=_shift)
 def bco(forward, params, batch, key, *, beta: float = 0.1):
     """BCO:  L = -log s(beta s_i - d) for a desirable answer, -log s(d - beta s_i) for an undesirable one.
 
@@ -113,7 +110,3 @@ def bco(forward, params, batch, key, *, beta: float = 0.1):
         return jax.nn.softplus(jnp.where(good, -margin, margin))
 
     return _judged(forward, params, batch, beta, loss)
-
-
-bco.columns, bco.data = COLUMNS, "labelled"
-bco.prepare = _shift
