@@ -197,7 +197,7 @@ def test_a_base_that_is_gone_or_another_is_named(whole, tmp_path):
 def test_a_stage_of_the_same_run_is_named_from_the_workdir_on(whole, tmp_path):
     """Full SFT, then an adapter: the workdir may move, and a third stage keeps what the second learned beside the adapter."""
     chosen = settings(whole, stages=("sft", "tuned", "last"), save_every=0)
-    del chosen["reinforce"]
+    del chosen["reinforce"], chosen["rollouts"]["group"]  # which nothing would read
     chosen["optimizer"] = {"lr": 1e-3, "warmup": 0}
     chosen |= {"sft": {"steps": 1}, "tuned": {"steps": 1, "adapter": {"name": "lora"}, "trainable": "kernel/b$|norm/scale$"}}
     train.run(recipe.make(**chosen, last={"steps": 1}), tmp_path / "w")

@@ -144,6 +144,7 @@ def test_a_beta_at_the_ends_names_the_function_that_is_meant():
         distill.jensen_shannon(None, None, None, None, beta=0.0)
 
 
+@pytest.mark.slow
 def test_a_student_learns_the_whole_distribution_of_a_teacher_in_a_folder(tmp_path):
     """Of another width and with tied embeddings: its states are annotated, its head is read from its own files."""
     mesh, rows = sharding.make_mesh(), [{"prompt": "q" * (1 + i % 3), "completion": chr(97 + i % 9) * 4} for i in range(40)]

@@ -296,6 +296,7 @@ def test_yarn_and_longrope_have_their_ramp_and_their_two_lengths():
     np.testing.assert_allclose(within / beyond, np.array(long.long) / np.array(long.short), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_longrope_goes_by_the_document_and_not_by_the_row():
     arch = families.architecture(cases.config("phi3/short"))
     model = Transformer(
