@@ -125,6 +125,7 @@ DEFAULTS = {
     "topology": "",  # the machine that the recipe was made for, e.g. v5e:2x4: what jaxpost.fit compiles for
     # When to write, evaluate and save (in steps; 0 is only at the end), and what to keep.
     "log_every": 10,
+    "term_norms": False,  # log the norm of each term's gradient as well (grad_norm/TERM), at a backward pass a term
     "eval_every": 0,
     "save_every": 0,
     "keep": 2,

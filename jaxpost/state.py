@@ -29,10 +29,11 @@ def shapes(transformer, mesh, tx, trainable: str, *, adapter=None, leaves=None, 
     return sharding.placed(whole, sharding.stored(mesh, whole))
 
 
-def program(transformer, objective: Callable, tx, state: TrainState, mesh, *, microbatches: int, ema: float) -> Callable:
+def program(transformer, objective: Callable, tx, state: TrainState, mesh, s) -> Callable:
     """The train step, jitted: it takes the state's memory for the next state and leaves every leaf where it was.
 
-    state: arrays or shapes; ema: the running mean's decay, 0 for none.
+    state: arrays or shapes; s: a stage's settings, of which microbatches, ema and term_norms are read.
     """
-    step = make_step(transformer.forward, objective, tx, microbatches=microbatches, ema=ema or None)
+    options = {"microbatches": s.microbatches, "ema": s.ema or None, "term_norms": s.term_norms}
+    step = make_step(transformer.forward, objective, tx, **options)
     return jax.jit(step, out_shardings=(sharding.stored(mesh, state), sharding.replicated(mesh)), donate_argnums=0)

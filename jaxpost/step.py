@@ -65,11 +65,14 @@ def with_prepared(objective: Callable, forward: Callable, params, batch: Batch, 
     return {**batch, **jax.lax.stop_gradient(columns)}
 
 
-def gradients(forward: Callable, objective: Callable, train, frozen, batch: Batch, key, microbatches: int = 1):
+def gradients(
+    forward: Callable, objective: Callable, train, frozen, batch: Batch, key, microbatches: int = 1, term_norms: bool = False
+):
     """(loss, gradients of `train`, metrics) of a global batch, computed in so many microbatches.
 
     The result does not depend on the number: rows are dealt out in turn (row i to microbatch i % M, which keeps every device
-    busy), sums add and weights are global. The batch's rows must be a multiple of it.
+    busy), sums add and weights are global. The batch's rows must be a multiple of it. term_norms: whether the metrics have the
+    norm of each term's gradient, grad_norm/TERM, where there are several; each then takes a backward pass and its memory.
     """
     batch = with_prepared(objective, forward, combine(train, frozen), _numbered(batch), key)
     # Only the weights are used, and they depend on masks alone: the compiler drops the forward pass from this evaluation.
@@ -81,10 +84,10 @@ def gradients(forward: Callable, objective: Callable, train, frozen, batch: Batc
         own = contributions(terms, weights)
         return sum(own.values(), jnp.float32(0.0)), (own, metrics)
 
-    value_and_grad = jax.value_and_grad(part, has_aux=True)
+    differentiate = _by_term(part) if term_norms and len(terms) > 1 else _together(part)
     if microbatches == 1:
-        (loss, (own, metrics)), grads = value_and_grad(train, batch)
-        return loss, grads, {**_term_metrics(own), **metrics}
+        (loss, (own, metrics)), grads = differentiate(train, batch)
+        return loss, _summed(grads), {**_term_metrics(own), **_norms(grads), **metrics}
 
     def deal(x):
         return x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1)
@@ -93,12 +96,50 @@ def gradients(forward: Callable, objective: Callable, train, frozen, batch: Batc
     scalars = {k: x for k, x in batch.items() if not x.ndim}
 
     def body(carry, rows):
-        (loss, (own, metrics)), grads = value_and_grad(train, {**rows, **scalars})
+        (loss, (own, metrics)), grads = differentiate(train, {**rows, **scalars})
         return jax.tree.map(jnp.add, carry, (loss, own, grads)), metrics
 
-    zero = (jnp.float32(0.0), {k: jnp.float32(0.0) for k in terms}, jax.tree.map(jnp.zeros_like, train))
+    names = terms if term_norms and len(terms) > 1 else [""]
+    zeros = {name: jax.tree.map(jnp.zeros_like, train) for name in names}
+    zero = (jnp.float32(0.0), {k: jnp.float32(0.0) for k in terms}, zeros)
     (loss, own, grads), metrics = jax.lax.scan(body, zero, rows)
-    return loss, grads, {**_term_metrics(own), **merge(metrics)}
+    return loss, _summed(grads), {**_term_metrics(own), **_norms(grads), **merge(metrics)}
+
+
+def _together(part: Callable) -> Callable:
+    """part's value, and {"": its gradient}."""
+    value_and_grad = jax.value_and_grad(part, has_aux=True)
+
+    def differentiate(train, rows):
+        value, grads = value_and_grad(train, rows)
+        return value, {"": grads}
+
+    return differentiate
+
+
+def _by_term(part: Callable) -> Callable:
+    """part's value, and {term: the gradient of its share of the loss}."""
+
+    def differentiate(train, rows):
+        def shares(train):
+            loss, (own, metrics) = part(train, rows)
+            return own, (loss, metrics)
+
+        own, back, (loss, metrics) = jax.vjp(shares, train, has_aux=True)
+        grads = {k: back({other: jnp.float32(other == k) for other in own})[0] for k in own}
+        return (loss, (own, metrics)), grads
+
+    return differentiate
+
+
+def _summed(grads: dict):
+    """The gradient of the loss, of its terms' gradients."""
+    return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *grads.values())
+
+
+def _norms(grads: dict) -> dict:
+    """The norm of each term's gradient, where each was taken by itself."""
+    return {f"grad_norm/{k}": optax.tree.norm(x) for k, x in grads.items() if k}
 
 
 def _numbered(batch: Batch) -> Batch:
@@ -110,17 +151,19 @@ def _term_metrics(own: dict) -> dict:
     return {f"loss/{k}": v for k, v in own.items()} if len(own) > 1 else {}
 
 
-def make_step(forward: Callable, objective: Callable, tx, *, microbatches: int = 1, ema: float | None = None) -> Callable:
+def make_step(
+    forward: Callable, objective: Callable, tx, *, microbatches: int = 1, ema: float | None = None, term_norms: bool = False
+) -> Callable:
     """step(state, batch) -> (state, metrics), to be jitted with a donated state.
 
-    tx: an optax transformation over the trainable leaves. ema: decay of the running mean of the weights. An update whose loss
-    or gradient is not finite is left out and counted: parameters, moments and mean stay as they were. Metrics include loss,
-    grad_norm (before clipping) and skipped.
+    tx: an optax transformation over the trainable leaves. ema: decay of the running mean of the weights. term_norms: as in
+    `gradients`. An update whose loss or gradient is not finite is left out and counted: parameters, moments and mean stay as
+    they were. Metrics include loss, grad_norm (before clipping) and skipped.
     """
 
     def step(state: TrainState, batch: Batch):
         key = jax.random.fold_in(state.key, state.step)
-        loss, grads, metrics = gradients(forward, objective, state.train, state.frozen, batch, key, microbatches)
+        loss, grads, metrics = gradients(forward, objective, state.train, state.frozen, batch, key, microbatches, term_norms)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 

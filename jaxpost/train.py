@@ -170,7 +170,7 @@ def _steps(plan: Plan, before: list[Plan], workdir, mesh, stop: StopRequest, sav
     else:
         state, kept = _restore(plan, saved, latest, tx, mesh), {k: meta.get(k) for k in KEPT}
     plan = _with_reference(plan, names, workdir, mesh, state, fresh=latest is None)
-    step = program(plan.found.transformer, plan.objective, tx, state, mesh, microbatches=s.microbatches, ema=s.ema)
+    step = program(plan.found.transformer, plan.objective, tx, state, mesh, s)
     plan.source.position = meta["position"]
     log = Log(plan, workdir, names, meta, int(state.step), _seconds_of(s.time_of, workdir))
     profile = Profile(s.profile, workdir / "profile" / plan.name, int(state.step))

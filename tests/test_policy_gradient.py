@@ -258,3 +258,16 @@ def test_what_a_method_reads_and_wants_follows_from_its_parts():
     assert list(of("ppo", "current")) == ["values"] and of("grpo", "current") == {}
     more = {"sft": 0.5, "kl_k2": {"coefficient": 0.1}}
     assert of("variant", "columns", of="policy_gradient.dapo", added_terms=more).keys() == {"demonstrations", "ref_logps"}
+
+
+def test_the_policy_term_has_a_coefficient_of_its_own():
+    batch = {**given.packed(cases.batch(1)), "demonstrations": jnp.zeros_like(given.packed(cases.batch(1))["mask"])}
+    params = {k: batch[k] for k in given.GIVEN}
+    entry = {"name": "policy_gradient.variant", "of": "policy_gradient.reinforce", "added_terms": {"entropy": 0.5}}
+    with given.scores():
+        whole, half = (
+            evaluated(resolve({**entry, **more}, "objectives"), given.forward, params, batch, None)[0]
+            for more in ({}, {"coefficient": 0.25})
+        )
+    assert half["policy"] == whole["policy"]._replace(coefficient=0.25) and half["entropy"] == whole["entropy"]
+    assert whole["policy"].coefficient == 1.0

@@ -285,6 +285,25 @@ def test_noise_by_row_does_not_depend_on_the_split():
         np.testing.assert_allclose(loss, whole, rtol=1e-5)
 
 
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_each_terms_gradient_has_its_norm_where_asked_for(microbatches):
+    def two(forward, params, batch, key):
+        slopes, rows = jnp.sum(batch["slope"]), jnp.float32(len(batch["slope"]))
+        terms = {"up": Term(params["a"] * slopes, rows), "down": Term(-3 * params["b"] * slopes, rows, 0.5)}
+        return terms, {}
+
+    params, batch = {"a": jnp.float32(1.0), "b": jnp.float32(1.0)}, _batch(*[1.0, 3.0, 1.0, 3.0])
+    arguments = (None, two, params, {"a": None, "b": None}, batch, None, microbatches)
+    (loss, grads, plain), (again, same, found) = gradients(*arguments), gradients(*arguments, term_norms=True)
+    # The mean slope is 2: the terms' gradients are (2, 0) and (0, -3).
+    assert (float(found["grad_norm/up"]), float(found["grad_norm/down"])) == (2.0, 3.0)
+    assert again == loss and same == grads == {"a": 2.0, "b": -3.0}
+    assert plain == {k: v for k, v in found.items() if not k.startswith("grad_norm")}
+    state = _state(optax.sgd(1.0))
+    _, _, one = gradients(None, _linear, state.train, state.frozen, batch, None, microbatches, term_norms=True)
+    assert not [k for k in one if k.startswith("grad_norm")]  # a single term's is the loss's
+
+
 def test_a_column_that_prepare_asks_for_in_vain_is_named():
     @objective(prepare=lambda forward, params, batch, key: {"baseline": batch["ref_logps"].mean()})
     def asks(forward, params, batch, key):

@@ -81,7 +81,7 @@ def prepared(s, mesh) -> Prepared:
     held = state.shapes(found.transformer, mesh, tx, trainable, adapter=found.adapter, leaves=found.leaves, ema=s.ema > 0)
     columns = plan.columns(s, objective)
     batch = sharding.batch_shapes(columns, mesh)
-    step = state.program(found.transformer, objective, tx, held, mesh, microbatches=s.microbatches, ema=s.ema)
+    step = state.program(found.transformer, objective, tx, held, mesh, s)
     kinds = {"weights": held.train, "optimizer": held.opt_state, "ema": held.ema, "frozen": held.frozen}
     if s.source == "rollouts" and "ref_logps" in declared(objective, "columns"):
         kinds["reference"] = held.train  # a copy of what trains, as it was at the start

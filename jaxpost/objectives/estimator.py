@@ -46,6 +46,7 @@ class Parts(NamedTuple):
     terms: tuple[Callable, ...] = ()  # Rollouts -> [B,S] or Term
     weightings: tuple[Callable, ...] = ()  # Rollouts -> [B,S]
     reads: Mapping = {}  # columns that only the advantages or the metrics read
+    coefficient: float = 1.0  # of the policy term; the others have their own
 
     def used(self) -> "Parts":
         """Without the terms whose coefficient is 0."""
@@ -178,7 +179,7 @@ def estimator(method: Callable) -> Callable:
         seen = _look(forward, params, batch, chosen)
         found = chosen.surrogate(seen)
         loss = functools.reduce(lambda x, w: x * jax.lax.stop_gradient(w(seen)), chosen.weightings, found.loss)
-        terms = {"policy": chosen.aggregation(loss, batch)}
+        terms = {"policy": chosen.aggregation(loss, batch)._replace(coefficient=chosen.coefficient)}
         for term in chosen.terms:
             made = term(seen)
             made = made if isinstance(made, Term) else chosen.aggregation(made, batch)

@@ -235,8 +235,10 @@ def variant(
     aggregation: Mapping | str | None = None,
     weightings: Mapping | None = None,
     added_terms: Mapping | None = None,
+    coefficient: float | None = None,
 ):
-    """Another method with parts exchanged (surrogate, aggregation) or added (weightings, added_terms).
+    """Another method with parts exchanged (surrogate, aggregation, the policy term's coefficient) or added (weightings,
+    added_terms).
 
     of: the method, as a config entry. A part is a name of its table, or {"name": ..., settings}; parts to add are {name:
     settings}, a term's settings also the number that is its coefficient: added_terms={"entropy": 0.01}. So LUSPO is gspo with
@@ -248,6 +250,8 @@ def variant(
         for kind, entry in (("surrogate", surrogate), ("aggregation", aggregation))
         if entry is not None
     }
+    if coefficient is not None:
+        chosen["coefficient"] = coefficient
     return method._replace(
         **chosen,
         weightings=(*method.weightings, *added(TABLES["weighting"], weightings or {}, "weighting")),
