@@ -10,6 +10,7 @@ import time
 
 import jax
 from absl import app, flags
+from ml_collections import ConfigDict
 
 from jaxpost import optim, recipe, sharding, state
 from jaxpost.data import source
@@ -29,7 +30,7 @@ def measured(arch: Architecture, rows: int, length: int, remat: str) -> tuple[fl
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     transformer, tx = Transformer(arch, remat=remat), optim.make(recipe.DEFAULTS["optimizer"], 100)
     held = state.shapes(transformer, mesh, tx, ".*")
-    step = state.program(transformer, sft.nll, tx, held, mesh, microbatches=1, ema=0.0)
+    step = state.program(transformer, sft.nll, tx, held, mesh, ConfigDict(recipe.DEFAULTS))
     lowered = step.lower(held, sharding.batch_shapes(source.columns(rows, length), mesh))
     start = time.perf_counter()
     compiled = lowered.compile()

@@ -7,6 +7,7 @@ import pytest
 from test_pairs import plan
 
 from jaxpost import metrics
+from jaxpost.declare import declared
 from jaxpost.objectives import reward_model
 from jaxpost.resolve import resolve
 from jaxpost.step import gradients
@@ -112,11 +113,12 @@ def test_a_fresh_head_gives_no_reward_and_log_two():
     # Half of the difference of the last hidden states, per pair.
     apart = sum(hidden[LAST[i]] - hidden[LAST[i + 1]] for i in (0, 2))
     np.testing.assert_allclose(grads["reward_head"]["kernel"][:, 0], -0.25 * apart, rtol=1e-5)
-    (path,) = reward_model.bradley_terry.leaves
+    leaves = declared(reward_model.bradley_terry, "leaves")
+    (path,) = leaves
     node = params
     for part in path.split("/"):
         node = node[part]
-    assert node.ndim == len(reward_model.bradley_terry.leaves[path][0])
+    assert node.ndim == len(leaves[path][0])
 
 
 ANSWERS = [{"prompt": "q", "completion": "a" * (1 + i % 3), "label": i % 2 > 0, "score": 2.5 + i % 2} for i in range(24)]
