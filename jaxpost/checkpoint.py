@@ -316,15 +316,15 @@ def _check_shapes(folder: epath.Path, flat: dict[str, Any], *, whole: bool) -> N
     stored = ocp.PyTreeCheckpointHandler().metadata(folder / "params").tree
     stored = {k: tuple(x.shape) for k, x in (_flat(stored) if whole else stored).items() if hasattr(x, "shape")}
     wanted = {k: tuple(x.shape) for k, x in flat.items() if whole or k in stored}
-    names = sorted(stored.keys() | wanted.keys())
-    for name in (name for name in names if stored.get(name) != wanted.get(name)):
+    if differing := sorted(k for k in stored.keys() | wanted.keys() if stored.get(k) != wanted.get(k)):
+        name = differing[0]
         raise UserError(
-            f"{folder}: holds {name} {_told(stored, name)}, and the model as its config.json describes it has it "
-            f"{_told(wanted, name)}; bring back the config.json that the run wrote (model/ in its workdir)."
+            f"{folder}: holds {name} {_shape_of(name, stored)}, and the model as its config.json describes it has it "
+            f"{_shape_of(name, wanted)}; bring back the config.json that the run wrote (model/ in its workdir)."
         )
 
 
-def _told(shapes: dict[str, tuple], name: str) -> str:
+def _shape_of(name: str, shapes: dict[str, tuple]) -> str:
     return f"as {shapes[name]}" if name in shapes else "nowhere"
 
 

@@ -235,9 +235,9 @@ def annotated(plan: Plan, mesh) -> Plan:
     Raises UserError where they are of other data, and for a column that the objective reads and nothing gives.
     """
     if plan.settings.source == "rollouts":  # which ask whoever makes them, batch by batch
-        made = {REFERENCE, "returns", "margins", *declared(plan.objective, "current")}
-        made |= {"teacher_hidden"} if loading.others(plan.found) else set()
-        if lacking := [name for name in plan.reads if name not in made]:
+        columns = {REFERENCE, "returns", "margins", *declared(plan.objective, "current")}
+        columns |= {"teacher_hidden"} if loading.others(plan.found) else set()
+        if lacking := [name for name in plan.reads if name not in columns]:
             raise UserError(f"config.objective: it reads the column {lacking[0]}, which rollouts do not have.")
         return plan
     if plan.settings.source == "samples":  # there is no data yet to have columns

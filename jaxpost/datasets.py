@@ -38,10 +38,10 @@ class Set(NamedTuple):
 
 def shape(objective: Callable) -> str:
     """What the objective learns from: one of source.SHAPES. Raises UserError for rows that are none of them."""
-    found = declared(objective, "rows")
-    if found not in source.SHAPES:
-        raise UserError(f"config.objective: its `rows` are {found!r}; it must be one of {', '.join(source.SHAPES)}.")
-    return found
+    rows = declared(objective, "rows")
+    if rows not in source.SHAPES:
+        raise UserError(f"config.objective: its `rows` are {rows!r}; it must be one of {', '.join(source.SHAPES)}.")
+    return rows
 
 
 def template(found, s) -> str:

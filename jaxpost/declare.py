@@ -98,9 +98,9 @@ def declared(function: Callable, name: str) -> Any:
     own, keywords = getattr(function, "func", function), getattr(function, "keywords", {})
     fields = getattr(own, "declaration", {})
     if old := [attribute for attribute in _ATTRIBUTES if attribute in getattr(own, "__dict__", {})]:
-        said = ", ".join(f"{'rows' if attribute == 'data' else attribute}=..." for attribute in old)
+        entries = ", ".join(f"{'rows' if attribute == 'data' else attribute}=..." for attribute in old)
         raise UserError(
-            f"objective {own.__name__}: its attribute `{old[0]}` is not read any more; put @objective({said}) above the "
+            f"objective {own.__name__}: its attribute `{old[0]}` is not read any more; put @objective({entries}) above the "
             "function (from jaxpost.declare import objective)."
         )
     if name not in fields:

@@ -255,18 +255,18 @@ def _headline(metrics, stages):
 
 def _measured_cells(metrics, name):
     """(stage, cell) of each of a figure's cells in each stage, in order; bounds are none."""
-    found = [(row["stage"], key) for row in metrics for key in row if key.startswith(f"{name}/")]
-    return list(dict.fromkeys((stage, key.removeprefix(f"{name}/")) for stage, key in found if not key.endswith(_BOUNDS)))
+    keys = [(row["stage"], key) for row in metrics for key in row if key.startswith(f"{name}/")]
+    return list(dict.fromkeys((stage, key.removeprefix(f"{name}/")) for stage, key in keys if not key.endswith(_BOUNDS)))
 
 
 def _cells(metrics, stages):
     """One row a cell, two columns a stage: its first and its last evaluation, sampled with greedy beside it."""
     names = _graded(metrics)
-    found = _measured_cells(metrics, names[0])
-    if not found:
+    measured_cells = _measured_cells(metrics, names[0])
+    if not measured_cells:
         return ""
-    cells = dict.fromkeys(cell for _, cell in found)
-    measured = [stage for stage in stages if any(stage == holder for holder, _ in found)]
+    cells = dict.fromkeys(cell for _, cell in measured_cells)
+    measured = [stage for stage in stages if any(stage == holder for holder, _ in measured_cells)]
     head = "<tr><th></th>" + "".join(f'<th colspan="2" class="stage">{_escape(stage)}</th>' for stage in measured)
     head += "</tr><tr><th>cell</th>" + '<th class="open">before</th><th>after</th>' * len(measured) + "</tr>"
     rows = []

@@ -132,14 +132,14 @@ def _described(folder, transformers):
     if special:  # a token that the vocabulary lacks would be added to it
         words = Tokenizer.from_file(str(folder / "tokenizer.json"))
         special = {k: token for k, token in special.items() if token and words.token_to_id(token) is not None}
-    found = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, **special)
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, **special)
     flags = [fields.get(f"add_{end}_token") for end in ("bos", "eos")]
     if named in _FLAGGED and any(flag is not None for flag in flags):
         flags = [default if flag is None else bool(flag) for flag, default in zip(flags, _FLAGGED[named], strict=True)]
-        ends = [found.bos_token_id] * flags[0] + [found.eos_token_id] * flags[1]
-        if None not in ends and found("")["input_ids"] != ends:
-            found.add_bos_token, found.add_eos_token = flags
-    return found
+        ends = [tokenizer.bos_token_id] * flags[0] + [tokenizer.eos_token_id] * flags[1]
+        if None not in ends and tokenizer("")["input_ids"] != ends:
+            tokenizer.add_bos_token, tokenizer.add_eos_token = flags
+    return tokenizer
 
 
 def characters(alphabet):
@@ -230,11 +230,11 @@ def carrying(tokenizer, template):
     """A copy of the tokenizer with a chat template of its own, for rows with tools and without; further ones that it has under
     other names stay.
     """
-    made = copy.deepcopy(tokenizer)
+    carrier = copy.deepcopy(tokenizer)
     own = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     further = {name: jinja for name, jinja in own.items() if name not in ("default", "tool_use")}
-    made.chat_template = {"default": template, **further} if further else template
-    return made
+    carrier.chat_template = {"default": template, **further} if further else template
+    return carrier
 
 
 def save(tokenizer, folder):

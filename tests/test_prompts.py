@@ -203,7 +203,9 @@ def test_every_setting_is_read_by_a_source_or_refused(tmp_path, source):
 
 
 def test_settings_that_were_written_to_json_are_the_same():
-    recipe.stages(recipe.make(**json.loads(recipe.make(data="a.jsonl").to_json())))
+    written = recipe.make(data="a.jsonl")
+    ((_, read),) = recipe.stages(recipe.make(**json.loads(written.to_json())))
+    assert json.loads(read.to_json())["data"] == "a.jsonl"
 
 
 def test_settings_around_stages_are_read_by_one_of_them():

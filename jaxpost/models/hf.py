@@ -134,19 +134,19 @@ def _apart(slices: dict, arch: Architecture, names: dict[str, Tensor]) -> dict[s
     if not arch.experts or not any(_STACKED.fullmatch(name) for name in slices):
         return slices
     hub = {part: names[f"layers/mlp/{part}/kernel"].name for part in ("router", "experts/gate", "experts/up", "experts/down")}
-    found = {}
+    apart = {}
     for name, whole in slices.items():
         stacked, router, shape = _STACKED.fullmatch(name), _ROUTER.fullmatch(name), whole.get_shape()
         if router:
-            found[hub["router"].format(router[1])] = whole
+            apart[hub["router"].format(router[1])] = whole
         elif stacked and len(shape) == 3 and shape[0] == arch.experts:
             parts = ("experts/gate", "experts/up") if stacked[2] == "gate_up" else ("experts/down",)
             rows = shape[1] // len(parts)
             for (number, part), expert in itertools.product(enumerate(parts), range(arch.experts)):
-                found[hub[part].format(stacked[1], expert)] = lazy.Row(whole, expert, number * rows, (number + 1) * rows)
+                apart[hub[part].format(stacked[1], expert)] = lazy.Row(whole, expert, number * rows, (number + 1) * rows)
         else:
-            found[name] = whole
-    return found
+            apart[name] = whole
+    return apart
 
 
 def load(
