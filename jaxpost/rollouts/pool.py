@@ -300,9 +300,8 @@ class Pool:
         self.workers.remove(worker)
         self.selector.unregister(worker.link)
         worker.kill()
-        if worker.asked and not worker.asked[0].name and len(worker.loaded) > 1:
-            pass  # an earlier reward may have left something there; a worker that had none decides
-        elif worker.asked:
+        # Where it was loading a payload, an earlier reward may have left something there: a worker that had none decides.
+        if worker.asked and (worker.asked[0].name or len(worker.loaded) == 1):
             job = worker.asked.popleft()
             self._failed(job, error)
             if not job.name:  # it would end the next worker as well
