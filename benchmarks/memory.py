@@ -12,11 +12,12 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from jaxpost import optim, recipe, sharding, state
+from jaxpost import optim, recipe, sharding
 from jaxpost.data import source
 from jaxpost.models.families import Architecture
 from jaxpost.models.transformer import Transformer
 from jaxpost.objectives import sft
+from jaxpost.stages import state
 
 BASE = Architecture(
     vocab=8192, width=256, mlp_width=704, layers=4, heads=4, kv_heads=2, head_width=64, max_positions=65536, qk_norm="head"

@@ -54,7 +54,7 @@ def check_inputs(plans) -> None:
 
 def inputs(plan) -> dict[str, str]:
     """A digest of each kind of input that a stage read."""
-    spec, problems = plan.found, plan.problems or {}
+    spec, problems = plan.spec, plan.problems or {}
     prompt = getattr(getattr(plan.source, "making", plan.source), "prompt", None)
     teachers = [loading.describe(name, text=False).folder for name in sorted(set(loading.others(spec).values()))]
     words, rewards = spec.tokenizer, [reward for reward, _ in problems.get("rewards", {}).values()]

@@ -18,12 +18,12 @@ import json
 import jax
 from absl import flags
 
-from jaxpost import cli, cloud, columns, programs, recipe, sharding
+from jaxpost import cli, cloud, columns, compile_cache, recipe, sharding
 from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.naming import named
-from jaxpost.plan import plan_stage, starting
 from jaxpost.resolve import entry_of, nearest
+from jaxpost.stages.plan import plan_stage, starting
 
 
 def annotate(config, what, *, workdir="", out="", stage="", **changes) -> list[str]:
@@ -33,7 +33,7 @@ def annotate(config, what, *, workdir="", out="", stage="", **changes) -> list[s
     function itself; out: a folder, else the workdir's own; stage: which one, where the recipe has several. Raises UserError for
     whatever the recipe gets wrong, and for a stage without a data set.
     """
-    programs.keep()
+    compile_cache.keep()
     stages = dict(recipe.stages(recipe.opened(config, **changes)))
     names = list(stages)
     if not stage and len(names) > 1:
@@ -49,12 +49,12 @@ def annotate(config, what, *, workdir="", out="", stage="", **changes) -> list[s
         plan = plan_stage(stage, settings, mesh)
         if not plan.sets:
             raise UserError(f"--stage={stage}: its data are completions, made only when it runs; name another.")
-        found = starting(plan.found, settings, names[: names.index(stage)], cloud.path(workdir)) if workdir else plan.found
+        spec = starting(plan.spec, settings, names[: names.index(stage)], cloud.path(workdir)) if workdir else plan.spec
         # All that the folder has, whatever the stage's own objective makes of it: a reward model's head too.
-        found = dataclasses.replace(found, leaves=loading.carried(found.folder, "leaves"))
-        weights = functools.partial(loading.weights, found, mesh, settings.seed)
+        spec = dataclasses.replace(spec, leaves=loading.carried(spec.folder, "leaves"))
+        weights = functools.partial(loading.weights, spec, mesh, settings.seed)
         where = cloud.path(out) if out else cloud.path(workdir) / "columns"
-        return [str(folder) for folder in columns.make(what, plan, found, weights, where, mesh)]
+        return [str(folder) for folder in columns.make(what, plan, spec, weights, where, mesh)]
 
 
 def main(_) -> None:

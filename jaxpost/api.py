@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpost import programs, sharding
+from jaxpost import compile_cache, sharding
 from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.models.heads import logits
@@ -135,7 +135,7 @@ def load(where: str | Mapping, *, mesh=None, dtype: str = "float32", adapter: Ma
     {"name": "lora", "rank": 16}; a workdir's own comes without asking. Raises UserError if `where` is none of these, or broken,
     or not supported.
     """
-    programs.keep()
+    compile_cache.keep()
     mesh = sharding.make_mesh() if mesh is None else mesh
-    found, params = loading.open_model(where if isinstance(where, Mapping) else str(where), mesh, dtype, adapter)
-    return Model(found.transformer, params, found.tokenizer, found.config, mesh, found.ends)
+    spec, params = loading.open_model(where if isinstance(where, Mapping) else str(where), mesh, dtype, adapter)
+    return Model(spec.transformer, params, spec.tokenizer, spec.config, mesh, spec.ends)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from jaxpost import host, programs, recipe, startup
+from jaxpost import compile_cache, host, recipe, startup
 from jaxpost.errors import UserError
 from jaxpost.naming import NOUNS
 from jaxpost.recipe import DEFAULTS
@@ -52,7 +52,7 @@ def run(
         logging.set_verbosity(logging.WARNING)  # Orbax narrates every file it renames
         if argv[1:]:
             _fail(f"unexpected argument {argv[1]!r}; settings are given as --name=value. See --help.")
-        programs.keep()
+        compile_cache.keep()
         for name in flags.FLAGS.trust if model else ():
             trust(name)
         try:

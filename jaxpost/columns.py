@@ -30,15 +30,16 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from jaxpost import cloud, datasets, digests, fingerprint, sharding, writers
+from jaxpost import cloud, digests, fingerprint, sharding, writers
 from jaxpost.data import source
 from jaxpost.declare import declared
 from jaxpost.errors import UserError, first_line
 from jaxpost.host import read_arrays, read_object
 from jaxpost.models import loading
 from jaxpost.naming import digest_of
-from jaxpost.plan import Plan
 from jaxpost.resolve import resolve
+from jaxpost.stages import datasets
+from jaxpost.stages.plan import Plan
 from jaxpost.types import Params
 
 REFERENCE = "ref_logps"  # the column that a stage makes itself, and the annotator that does
@@ -46,17 +47,17 @@ REFERENCE = "ref_logps"  # the column that a stage makes itself, and the annotat
 SECONDS, BYTES = 20.0, 2**26
 
 
-def identity(found: loading.Description, seed: int) -> dict[str, Any]:
+def identity(spec: loading.ModelSpec, seed: int) -> dict[str, Any]:
     """What tells a stage's first weights from any others: a digest of their files, or what fresh ones are drawn from."""
-    drawn = {"config": dict(found.config), "seed": seed} if found.folder is None else {}
-    files = "" if found.folder is None else fingerprint.digest(found.folder)
-    return {"files": files, **drawn, "adapter": loading.recorded(found.adapter)}
+    drawn = {"config": dict(spec.config), "seed": seed} if spec.folder is None else {}
+    files = "" if spec.folder is None else fingerprint.digest(spec.folder)
+    return {"files": files, **drawn, "adapter": loading.recorded(spec.adapter)}
 
 
-def make(what: Mapping | str, plan: Plan, found: loading.Description, params: Callable[[], Params], out, mesh) -> list:
+def make(what: Mapping | str, plan: Plan, spec: loading.ModelSpec, params: Callable[[], Params], out, mesh) -> list:
     """The folders under `out` of an annotator's columns for each of a stage's data sets; whatever is not there yet is made.
 
-    what: the annotator's entry, a bare name being one of annotators/scores.py; found: the model, which says what `params`
+    what: the annotator's entry, a bare name being one of annotators/scores.py; spec: the model, which says what `params`
     gives: its weights in their place on the mesh, which are asked for only if needed. Raises UserError for an unknown
     annotator, and for one that gives no columns.
     """
@@ -66,9 +67,9 @@ def make(what: Mapping | str, plan: Plan, found: loading.Description, params: Ca
     annotator, s = resolve(what, "annotators"), plan.settings
     # The annotator's source too: one of the user's own may change under its name.
     recorded = {**what, "does": digest_of(annotator)}
-    told = {"what": recorded, "weights": identity(found, s.seed)}
+    told = {"what": recorded, "weights": identity(spec, s.seed)}
     told |= {k: s[k] for k in ("window", "packing", "seed", "batch_size", "dtype")}
-    program, folders = _program(annotator, found.transformer.forward), []
+    program, folders = _program(annotator, spec.transformer.forward), []
     weights = None
     for one in plan.sets:
         meta = {"data": one.encoded.digest, **told}
@@ -236,7 +237,7 @@ def annotated(plan: Plan, mesh) -> Plan:
     """
     if plan.settings.source == "rollouts":  # which ask whoever makes them, batch by batch
         columns = {REFERENCE, "returns", "margins", *declared(plan.objective, "current")}
-        columns |= {"teacher_hidden"} if loading.others(plan.found) else set()
+        columns |= {"teacher_hidden"} if loading.others(plan.spec) else set()
         if lacking := [name for name in plan.reads if name not in columns]:
             raise UserError(f"config.objective: it reads the column {lacking[0]}, which rollouts do not have.")
         return plan
@@ -281,7 +282,7 @@ def annotated(plan: Plan, mesh) -> Plan:
 
 def _check_teacher(plan: Plan, meta: dict, found: Mapping) -> None:
     """Raises UserError where states are another model's than the head that will read them."""
-    for name in loading.others(plan.found).values() if "teacher_hidden" in found else ():
+    for name in loading.others(plan.spec).values() if "teacher_hidden" in found else ():
         if meta["weights"]["files"] != fingerprint.digest(loading.describe(name, text=False).folder):
             raise UserError(
                 f"config.objective.teacher: {name} is not the model that wrote teacher_hidden in config.annotations, or has "
@@ -295,13 +296,13 @@ def _metas(folder: epath.Path) -> list[epath.Path]:
     return list(folder.glob("*/meta.json"))
 
 
-def referenced(plan: Plan, found: loading.Description, params: Callable[[], Params], out, mesh) -> Plan:
+def referenced(plan: Plan, spec: loading.ModelSpec, params: Callable[[], Params], out, mesh) -> Plan:
     """The plan with the reference's column in its batches, where its objective reads one that nothing else gave; see `make`."""
     if REFERENCE not in plan.reads or (plan.made and all(REFERENCE in of for of in plan.made.values())):
         return plan
     if jax.process_index() == 0:
         print(f"{plan.name}: the reference is the model as it starts; its column {REFERENCE} is made once", file=sys.stderr)
-    folders = make(REFERENCE, plan, found, params, out, mesh)
+    folders = make(REFERENCE, plan, spec, params, out, mesh)
     columns = {one.encoded.digest: read(folder) for one, folder in zip(plan.sets, folders, strict=True)}
     return _joined(plan, {key: {**plan.made.get(key, {}), **own} for key, own in columns.items()}, mesh)
 

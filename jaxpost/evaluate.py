@@ -31,16 +31,18 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from jaxpost import api, cli, metrics, selfmade, sharding, table
+from jaxpost import api, cli, metrics, sharding, table
 from jaxpost.data import chat, mixture, source
 from jaxpost.data.chat import TRAIN_ON
 from jaxpost.errors import UserError
-from jaxpost.evals import repeated
+from jaxpost.evals import pass_at_k
 from jaxpost.models import loading
 from jaxpost.objectives import sft
 from jaxpost.resolve import entry_of
-from jaxpost.rollouts import scoring, verdicts
+from jaxpost.rollouts import scoring
+from jaxpost.rollouts.scores import everywhere
 from jaxpost.sampling.decode import answers, complete, ready
+from jaxpost.stages import tasks
 from jaxpost.step import make_evaluation
 from jaxpost.tokenizer import check_ids
 from jaxpost.types import Params
@@ -96,7 +98,7 @@ def graded(
         sampling["temperature"] = temperature
         texts, stopped = _answered(model, params, tokenizer, prompts, mesh, rows, sampling)
         asked = [{**record, "stopped": ended} for record, ended in zip(records, stopped, strict=True)]
-        found = verdicts.everywhere(rewards, asked, texts, **judging)
+        found = everywhere(rewards, asked, texts, **judging)
         scores = np.array([_applied(score.each[verifier]) if verifier else score.total for score in found])
         weights = [r.get("weight", 1.0) for r in records]
         yield from _interval(name, scores, weights, verifier)
@@ -232,7 +234,7 @@ def solves(
     ks: Sequence[int] = (1,),
 ) -> Iterator[tuple[str, float]]:
     """(accuracy or reward, the same _greedy, and of each cell) of a task's test problems, see `graded`; or, of several
-    `samples` of each problem, pass@k and maj@k for each k of ks, see evals/repeated.py. First comes how many problems there
+    `samples` of each problem, pass@k and maj@k for each k of ks, see evals/pass_at_k.py. First comes how many problems there
     are, last ("samples", rows) as there.
 
     name: of the task, or a dict with its keys; reward: a function in place of the task's own; new: the most tokens of an
@@ -240,12 +242,12 @@ def solves(
     """
     model.need_tokenizer()
     entry = dict(name) if isinstance(name, Mapping) else {"name": name}
-    task, name = selfmade.opened(entry), entry["name"]
+    task, name = tasks.opened(entry), entry["name"]
     if not callable(getattr(task, "test_records", None)):
         raise UserError(f"--task={name}: has no function test_records; CONTRIBUTING.md lists what a task has.")
     if not (reward or callable(getattr(task, "reward", None))):
         raise UserError(f"--task={name}: has no reward of its own; name one, as --reward=FILE.py:reward.")
-    judges = selfmade.rewards(task, name, reward)
+    judges = tasks.rewards(task, name, reward)
     if not (records := task.test_records(per_cell)):
         raise UserError(f"--task={name}: has no test problems.")
     for i, record in enumerate(records):
@@ -257,7 +259,7 @@ def solves(
     options["stop"] = chat.stop_ids(model.tokenizer, template, model.ends)
     asked, rows = (model.transformer, model.params, model.tokenizer, records), min(rows, len(records))
     if samples:
-        found = repeated.sampled(
+        found = pass_at_k.sampled(
             *asked, functools.partial(_verdicts, judges), model.mesh, n=samples, rows=rows, options=options, ks=ks,
             extract=getattr(task, "extract", None), name="pass" if _verifier(judges) else "best",
         )  # fmt: skip
@@ -279,7 +281,7 @@ def _gives_bool(reward: Callable) -> bool:
 def _verdicts(rewards: Mapping, records: list[dict], texts: list[str]) -> list[float]:
     """What a verifier says of each completion, if there is one among the rewards, else their sum."""
     name = _verifier(rewards)
-    scores = verdicts.everywhere(rewards, records, texts)
+    scores = everywhere(rewards, records, texts)
     return [_applied(score.each[name]) if name else score.total for score in scores]
 
 

@@ -37,23 +37,23 @@ def export(checkpoint: str, out: str, *, mesh, dtype: str | None = None, adapter
         raise UserError(
             f"--out={out}: is not empty (it holds {held[0]}); nothing is overwritten, give a folder that is new or empty."
         )
-    found, params = loading.open_model(checkpoint, mesh)
-    if found.leaves:
+    spec, params = loading.open_model(checkpoint, mesh)
+    if spec.leaves:
         raise UserError(
-            f"--checkpoint={checkpoint}: it has {', '.join(found.leaves)} besides the model's weights, for which a language "
+            f"--checkpoint={checkpoint}: it has {', '.join(spec.leaves)} besides the model's weights, for which a language "
             "model of Hugging Face has no place; jaxpost.annotate --what=reward uses a reward model as it is."
         )
     if adapter:
-        base = loading.base_name(found)
-        return peft.save(folder, params, found.transformer.arch, found.adapter, base, loading.beside(found))
-    special = {} if found.tokenizer is None else _special_ids(found.tokenizer)
+        base = loading.base_name(spec)
+        return peft.save(folder, params, spec.transformer.arch, spec.adapter, base, loading.beside(spec))
+    special = {} if spec.tokenizer is None else _special_ids(spec.tokenizer)
     # What config.json already says of these ids stays: it does not change the forward, and others may rely on it.
-    hf.save(folder, params, found.transformer.arch, {**special, **found.config}, dtype)
-    if found.tokenizer is not None:
-        tokenizer.save(found.tokenizer, folder)
-    ends = found.ends if found.tokenizer is None else stop_ids(found.tokenizer, ends=found.ends)
+    hf.save(folder, params, spec.transformer.arch, {**special, **spec.config}, dtype)
+    if spec.tokenizer is not None:
+        tokenizer.save(spec.tokenizer, folder)
+    ends = spec.ends if spec.tokenizer is None else stop_ids(spec.tokenizer, ends=spec.ends)
     ends = {"eos_token_id": list(ends) if len(ends) > 1 else ends[0]} if ends else {}
-    if fields := special | found.generation | ends:
+    if fields := special | spec.generation | ends:
         (folder / "generation_config.json").write_text(json.dumps(fields, indent=2) + "\n")
     return sorted(p.name for p in folder.iterdir())
 

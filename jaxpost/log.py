@@ -92,7 +92,7 @@ class Log:
             self.mark = None
 
     def _count(self, values: dict, took: float, wait: float) -> None:
-        arch = self.plan.found.transformer.arch
+        arch = self.plan.spec.transformer.arch
         work = (values["num_tokens"], values.pop("num_trained"), values.pop("num_pairs"))
         flops = model_flops(arch, *work, frozen=max(0.0, 1 - self.plan.trained / arch.parameters()))
         self.since.update({"seconds": took, "wait": wait, "steps": 1, "tokens": work[0], "flops": flops})

@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 from jaxpost.errors import UserError
 from jaxpost.naming import named
 from jaxpost.resolve import find, nearest, value_of
-from jaxpost.sources import GSM8K as GSM8K  # for recipes, which import nothing else
-from jaxpost.sources import adapted, check_around
+from jaxpost.unread import GSM8K as GSM8K  # for recipes, which import nothing else
+from jaxpost.unread import adapted, check_around
 
 DEFAULTS = {
     "seed": 0,  # of fresh weights, of the data's order and of all sampling; evaluation has noise of its own, always the same

@@ -44,7 +44,7 @@ PARTS = {
     "a": lambda i, o: i + "r",
     "b": lambda i, o: "r" + o,
     "magnitude": lambda i, o: o,
-    "turned": lambda i, o: o + i,
+    "transposed": lambda i, o: o + i,
 }
 
 STORED = {"E": "fsdp", "D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}

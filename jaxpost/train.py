@@ -10,8 +10,8 @@ From Python it is the same loop, with functions where a recipe has names:
 
     jaxpost.train("configs/sft.py", "runs/mine", model="FOLDER", data="FILE.jsonl", objective=my_loss)
 
-This file reads from top to bottom: the run, then a stage, whose evaluations are in `judge.py`. `plan.py` checks everything that
-can go wrong before anything is compiled.
+This file reads from top to bottom: the run, then a stage, whose evaluations are in `stages/judge.py`.
+`stages/plan.py` checks everything that can go wrong before anything is compiled.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from jaxpost import checkpoint, cli, cloud, columns, datasets, judge, lock, optim, programs, recipe, report, sharding, writers
+from jaxpost import checkpoint, cli, cloud, columns, compile_cache, lock, optim, recipe, report, sharding, writers
 from jaxpost.agreement import check_inputs, check_settings
 from jaxpost.annotators import scores
 from jaxpost.data import chat
@@ -37,10 +37,11 @@ from jaxpost.host import CONTINUES, check_writable, disk_errors, read_object
 from jaxpost.log import Log
 from jaxpost.models import loading
 from jaxpost.naming import digest_of
-from jaxpost.plan import Plan, plan_stage, starting
 from jaxpost.profile import Profile
-from jaxpost.rollouts import samples, shelf
-from jaxpost.state import program, shapes
+from jaxpost.rollouts import resume, samples
+from jaxpost.stages import datasets, judge
+from jaxpost.stages.plan import Plan, plan_stage, starting
+from jaxpost.stages.state import program, shapes
 from jaxpost.step import combine
 from jaxpost.stopping import StopRequest, leave
 from jaxpost.types import TrainState
@@ -59,7 +60,7 @@ def run(config, workdir, **changes) -> dict[str, float]:
     Raises UserError, before anything is compiled, for whatever the recipe gets wrong, and SystemExit after saving when
     the process is asked to stop (0 for SIGTERM, 130 for Ctrl-C).
     """
-    programs.keep()
+    compile_cache.keep()
     config = recipe.opened(config, **changes)
     stages = recipe.stages(config)
     mesh = sharding.make_mesh(**config.mesh)
@@ -118,9 +119,9 @@ def _introduce(plans: list[Plan], workdir: epath.Path) -> None:
     if jax.process_index() != 0:
         return
     result = next((p for p in plans if p.name == p.settings.result), plans[-1])
-    loading.keep_description(result.found, workdir, datasets.template(result.found, result.settings))
+    loading.keep_description(result.spec, workdir, datasets.template(result.spec, result.settings))
     plan = plans[0]
-    arch = plan.found.transformer.arch
+    arch = plan.spec.transformer.arch
     learned = "" if plan.trained == arch.parameters() else f", {plan.trained:,} learned"
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     print(f"model: {arch.parameters():,} parameters{learned}, {devices}", file=sys.stderr)
@@ -134,7 +135,7 @@ def _show(plan: Plan) -> None:
     """One example of what a stage learns from, with its mask."""
     if plan.example and jax.process_index() == 0:
         colour = sys.stderr.isatty()
-        shown = [chat.show(document["tokens"], document["mask"], plan.found.tokenizer, colour) for document in plan.example]
+        shown = [chat.show(document["tokens"], document["mask"], plan.spec.tokenizer, colour) for document in plan.example]
         print("one example (what is learned stands out):", *shown, sep="\n", file=sys.stderr, flush=True)
 
 
@@ -170,7 +171,7 @@ def _steps(plan: Plan, before: list[Plan], workdir, mesh, stop: StopRequest, sav
     else:
         state, kept = _restore(plan, saved, latest, tx, mesh), {k: meta.get(k) for k in KEPT}
     plan = _with_reference(plan, names, workdir, mesh, state, fresh=latest is None)
-    step = program(plan.found.transformer, plan.objective, tx, state, mesh, s)
+    step = program(plan.spec.transformer, plan.objective, tx, state, mesh, s)
     plan.source.position = meta["position"]
     log = Log(plan, workdir, names, meta, int(state.step), _seconds_of(s.time_of, workdir))
     profile = Profile(s.profile, workdir / "profile" / plan.name, int(state.step))
@@ -220,7 +221,7 @@ def _with_data(plan: Plan, names: list[str], workdir: epath.Path, mesh, meta: di
     """
     s = plan.settings
     if s.source == "samples":
-        origin = starting(plan.found, s, names[:-1], workdir)
+        origin = starting(plan.spec, s, names[:-1], workdir)
         about = {"stage": plan.name, "weights": columns.identity(origin, s.seed), "shape": plan.source.shape}
         judges = [reward for reward, _ in plan.source.rewards.values()]
         about |= {"template": datasets.template(origin, s), "judge": digest_of(judges)}
@@ -247,7 +248,7 @@ def _start(plan: Plan, names: list[str], workdir: epath.Path, tx, mesh) -> tuple
     """A fresh state: the weights of the stage that this one starts from, or the model's own; and what its checkpoints say of
     the weights that they do not hold.
     """
-    s, found = plan.settings, starting(plan.found, plan.settings, names[:-1], workdir)
+    s, found = plan.settings, starting(plan.spec, plan.settings, names[:-1], workdir)
     train, frozen = optim.partition(loading.weights(found, mesh, s.seed), plan.trainable)
     elsewhere = loading.others(found)  # another model's, which are read from there again
     own = {path: leaf for path, leaf in found.leaves.items() if path not in elsewhere}
@@ -270,11 +271,11 @@ def _restore(plan: Plan, saved: checkpoint.Checkpoints, step: int, tx, mesh) -> 
         print(f"{plan.name}: continuing from step {step}.", file=sys.stderr)
     s, meta = plan.settings, saved.meta(step)
     inside, base = meta.get("adapter") or {}, meta.get("base")
-    state = shapes(plan.found.transformer, mesh, tx, plan.trainable, adapter=inside, leaves=plan.found.leaves, ema=s.ema > 0)
+    state = shapes(plan.spec.transformer, mesh, tx, plan.trainable, adapter=inside, leaves=plan.spec.leaves, ema=s.ema > 0)
     if not base:
-        return saved.restore(step, state, loading.heads(plan.found, mesh))
+        return saved.restore(step, state, loading.heads(plan.spec, mesh))
     folder = loading.base_of(saved.folder / str(step), base)
-    below = loading.weights(dataclasses.replace(plan.found, folder=folder, adapter=inside), mesh, s.seed)
+    below = loading.weights(dataclasses.replace(plan.spec, folder=folder, adapter=inside), mesh, s.seed)
     return saved.restore(step, state, below)
 
 
@@ -283,7 +284,7 @@ def _with_reference(plan: Plan, names: list[str], workdir: epath.Path, mesh, sta
     a restored one they are read again, should the column be gone. Rollouts ask the reference anew for each of their batches, so
     what of it trains is kept beside the weights.
     """
-    origin = starting(plan.found, plan.settings, names[:-1], workdir)
+    origin = starting(plan.spec, plan.settings, names[:-1], workdir)
 
     def weights():
         return combine(state.train, state.frozen) if fresh else loading.weights(origin, mesh, plan.settings.seed)
@@ -292,13 +293,13 @@ def _with_reference(plan: Plan, names: list[str], workdir: epath.Path, mesh, sta
         return columns.referenced(plan, origin, weights, workdir / "columns", mesh)
     plan.source.folder = workdir / "rollouts" / plan.name
     if fresh and jax.process_index() == 0:
-        shelf.clear(plan.source.folder)
+        resume.clear(plan.source.folder)
     if columns.REFERENCE in plan.reads:
         first, _ = optim.partition(weights(), plan.trainable)
         first = jax.tree.map(jnp.copy, first) if fresh else first
-        program = jax.jit(functools.partial(scores.ref_logps, plan.found.transformer.forward))
+        program = jax.jit(functools.partial(scores.ref_logps, plan.spec.transformer.forward))
         plan.source.frozen += (lambda state, batch: program(combine(first, state.frozen), batch),)
-    for folder in dict.fromkeys(loading.others(plan.found).values()):
+    for folder in dict.fromkeys(loading.others(plan.spec).values()):
         teacher = loading.describe(folder, "", plan.settings.dtype, text=False)
         known = loading.weights(teacher, mesh, plan.settings.seed)
         says = jax.jit(functools.partial(scores.hidden, teacher.transformer.forward))

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 
 from jaxpost import checkpoint, optim, recipe, sharding, train
-from jaxpost.plan import plan_stage
+from jaxpost.stages.plan import plan_stage
 
 ROOT = Path(__file__).parent.parent
 TIMES = {"time", "step_time", "wait_time", "tokens_per_second", "mfu"}

@@ -72,7 +72,7 @@ def lessons(**changes) -> Lessons:
 
 
 def rollouts(monkeypatch, stream=None, **changes) -> source.Rollouts:
-    """The source over the script. changes: of source.Making, or of its lessons."""
+    """The source over the script. changes: of source.RolloutConfig, or of its lessons."""
     monkeypatch.setattr(source, "stream", stream or sampler())
     monkeypatch.setattr(source, "ready", lambda model, params, mesh: float(params))
     own = {k: changes.pop(k) for k in list(changes) if k in Lessons._fields}
@@ -95,7 +95,7 @@ def rollouts(monkeypatch, stream=None, **changes) -> source.Rollouts:
         "judging": {},
         "sampling": {"prompt_window": PROMPT_WINDOW, "new": NEW, "temperature": 0.5},
     }
-    OPEN.append(source.Rollouts(source.Making(**{**default, **changes})))
+    OPEN.append(source.Rollouts(source.RolloutConfig(**{**default, **changes})))
     return OPEN[-1]
 
 

@@ -17,7 +17,7 @@ from jaxpost.errors import UserError
 from jaxpost.log import Log
 from jaxpost.models import families, hf, loading
 from jaxpost.models.transformer import Transformer
-from jaxpost.plan import plan_stage
+from jaxpost.stages.plan import plan_stage
 from jaxpost.step import combine
 from jaxpost.tasks import arithmetic
 from jaxpost.tokenizer import save
@@ -280,11 +280,11 @@ def test_what_the_digest_covers(tmp_path):
 
 def test_a_base_that_may_be_deleted_is_refused(tmp_path, monkeypatch):
     (tmp_path / "3" / "params").mkdir(parents=True)
-    found = loading.Description(None, None, {}, tmp_path / "3")
+    spec = loading.ModelSpec(None, None, {}, tmp_path / "3")
     monkeypatch.setattr(checkpoint, "read_meta", lambda folder: {"done": False})
     with pytest.raises(UserError, match="config.model: .*3 is a checkpoint of a run that is not over"):
-        loading.base_in(found, tmp_path / "w", {"norm": {"scale": jnp.ones(2)}})
-    assert loading.base_in(found, tmp_path / "w", {"norm": {"scale": None}}) is None
+        loading.base_in(spec, tmp_path / "w", {"norm": {"scale": jnp.ones(2)}})
+    assert loading.base_in(spec, tmp_path / "w", {"norm": {"scale": None}}) is None
 
 
 def test_what_was_learned_beside_an_adapter_is_no_part_of_its_file(tmp_path):

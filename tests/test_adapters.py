@@ -179,8 +179,8 @@ def test_int8_is_within_half_a_step():
 
 
 def test_only_what_the_adapter_adds_gets_gradients_and_moments():
-    found = loading.describe(CONFIG, adapter=KINDS["dora nf4"])
-    shapes = loading.abstract(found.transformer, one_device(), found.adapter)
+    spec = loading.describe(CONFIG, adapter=KINDS["dora nf4"])
+    shapes = loading.abstract(spec.transformer, one_device(), spec.adapter)
     train, frozen = optim.partition(shapes, optim.ADDED)
     names = {sharding.path_name(path).rpartition("/")[2] for path, _ in jax.tree_util.tree_leaves_with_path(train)}
     assert names == {"a", "b", "magnitude"}
@@ -197,15 +197,15 @@ def gradients_on(mesh, adapter, rows=small.ROWS):
     """Gradients of SFT on the small model with an adapter that has learned something."""
     model = small.MODEL
     with sharding.use(mesh):
-        found = loading.Description(model, None, {}, None, adapter=adapter)
-        params = loading.weights(found, mesh)
+        spec = loading.ModelSpec(model, None, {}, None, adapter=adapter)
+        params = loading.weights(spec, mesh)
         params = jax.device_put(jax.device_get(learned(params)), sharding.stored(mesh, params))
         train, frozen = optim.partition(params, optim.ADDED)
         batch = sharding.distribute(small.batch(), mesh, rows)
         places = sharding.stored(mesh, train)
         run = jax.jit(lambda t, f, b: gradients(model.forward, sft.nll, t, f, b, KEY, 2)[:2], out_shardings=(None, places))
-        loss, found = run(train, frozen, batch)
-        return float(loss), found
+        loss, spec = run(train, frozen, batch)
+        return float(loss), spec
 
 
 @pytest.mark.slow
@@ -254,13 +254,13 @@ def test_a_wrong_adapter_is_refused(kind):
 
 
 def test_experts_are_refused_and_their_attention_is_not():
-    found = loading.describe(family_cases.config("mixtral/plain"))
-    shapes = loading.abstract(found.transformer, one_device(), {"name": "lora"})
+    spec = loading.describe(family_cases.config("mixtral/plain"))
+    shapes = loading.abstract(spec.transformer, one_device(), {"name": "lora"})
     assert hasattr(shapes["layers"]["attention"]["q"]["kernel"], "project")
     assert not hasattr(shapes["layers"]["mlp"]["router"]["kernel"], "project")
     for path in ("mlp/experts/up/kernel", "mlp/router/kernel"):
         with pytest.raises(UserError, match=f"matches layers/{path}, which cannot be adapted"):
-            loading.abstract(found.transformer, one_device(), {"name": "lora", "targets": path})
+            loading.abstract(spec.transformer, one_device(), {"name": "lora", "targets": path})
 
 
 # ----------------------------------------------------------------------------------------------------------- peft's files

@@ -14,7 +14,7 @@ from etils import epath
 from jaxpost import agreement, recipe, sharding
 from jaxpost.data import templates
 from jaxpost.errors import UserError
-from jaxpost.plan import plan_stage
+from jaxpost.stages.plan import plan_stage
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_each_kind_of_input_is_compared(plans, monkeypatch, tmp_path, kind):
     if kind == "task":
         other = other._replace(problems=other.problems | {"records": [{"prompt": "1"}]})
     if kind == "tokenizer":
-        other.found.tokenizer.chat_template = templates.TEMPLATES["chatml"]
+        other.spec.tokenizer.chat_template = templates.TEMPLATES["chatml"]
     if kind == "weights":
         folders = [tmp_path / f"model-{number}" for number in range(2)]
         for folder in folders:
@@ -64,7 +64,7 @@ def test_each_kind_of_input_is_compared(plans, monkeypatch, tmp_path, kind):
         content = (folders[1] / "model.safetensors").read_bytes()
         (folders[1] / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         pairs = zip((one, other), folders, strict=True)
-        one, other = (p._replace(found=dataclasses.replace(p.found, folder=epath.Path(folder))) for p, folder in pairs)
+        one, other = (p._replace(spec=dataclasses.replace(p.spec, folder=epath.Path(folder))) for p, folder in pairs)
     if kind == "functions":
         other = other._replace(objective=lambda forward, params, batch, key: ({}, {}))
     message = disagreed(monkeypatch, one, other)

@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 from test_pairs import MODEL, PLAIN, compared, pair, plan
 
-from jaxpost import annotate, columns, datasets, export, optim, recipe, sharding, train, writers
+from jaxpost import annotate, columns, export, optim, recipe, sharding, train, writers
 from jaxpost.annotators import scores
 from jaxpost.declare import objective
 from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.objectives.logprobs import token_scores
-from jaxpost.plan import columns as batch_columns
+from jaxpost.stages import datasets
+from jaxpost.stages.plan import columns as batch_columns
 from jaxpost.types import Head, Output
 
 ROWS = [pair("q" * (1 + i % 3), chr(97 + i % 26) * (1 + i % 4), "B" * (1 + i % 2)) for i in range(60)]
@@ -40,9 +41,9 @@ def table(params, batch):
 
 def with_table(made):
     """A plan's model with the table for a transformer, and its weights."""
-    arch = made.found.transformer.arch
+    arch = made.spec.transformer.arch
     weights = {"table": jax.random.normal(jax.random.PRNGKey(0), (arch.vocab, arch.vocab))}
-    return dataclasses.replace(made.found, transformer=types.SimpleNamespace(arch=arch, forward=table)), weights
+    return dataclasses.replace(made.spec, transformer=types.SimpleNamespace(arch=arch, forward=table)), weights
 
 
 def test_stored_columns_are_those_made_on_the_spot(tmp_path):
@@ -50,9 +51,9 @@ def test_stored_columns_are_those_made_on_the_spot(tmp_path):
     for shared in (False, True):
         made, s = plan(tmp_path, ROWS, held_out=8, shared_prefix=shared, epochs=2)
         with sharding.use(mesh):
-            params = loading.weights(made.found, mesh)
-            joined = columns.referenced(made, made.found, lambda params=params: params, tmp_path / "columns", mesh)
-            here = jax.jit(lambda p, b, f=made.found: scores.ref_logps(f.transformer.forward, p, b))
+            params = loading.weights(made.spec, mesh)
+            joined = columns.referenced(made, made.spec, lambda params=params: params, tmp_path / "columns", mesh)
+            here = jax.jit(lambda p, b, f=made.spec: scores.ref_logps(f.transformer.forward, p, b))
             batches = [joined.source(None) for _ in range(len(joined.source))] + joined.held_out
             for batch in batches:
                 expected = jax.device_get(here(params, sharding.distribute(batch, mesh, s.batch_size))["ref_logps"])
@@ -60,7 +61,7 @@ def test_stored_columns_are_those_made_on_the_spot(tmp_path):
                 assert (batch["ref_logps"] != 0).sum() == batch["mask"].sum()
             # At another shape sums may come in another order.
             row = {k: jnp.asarray(v[:1]) for k, v in batches[0].items()}
-            alone = token_scores(made.found.transformer.forward(params, row), row)["logps"]
+            alone = token_scores(made.spec.transformer.forward(params, row), row)["logps"]
             np.testing.assert_allclose(batches[0]["ref_logps"][:1], alone, atol=1e-5)
 
 
@@ -332,14 +333,14 @@ def scored(forward, params, batch, key):
 def test_an_objectives_leaf_is_there_from_the_start_and_trains_beside_an_adapter(tmp_path):
     made, _ = plan(tmp_path, ROWS, scored, adapter={"name": "lora", "rank": 2})
     mesh = sharding.make_mesh()
-    params = loading.weights(made.found, mesh)
+    params = loading.weights(made.spec, mesh)
     assert np.array_equal(params["reward_head"]["kernel"], np.full((16, 1), 0.5))
-    shapes = loading.abstract(made.found.transformer, mesh, made.found.adapter, made.found.leaves)
+    shapes = loading.abstract(made.spec.transformer, mesh, made.spec.adapter, made.spec.leaves)
     assert jax.tree.map(lambda x: x.shape, shapes) == jax.tree.map(lambda x: x.shape, params)
     train, frozen = optim.partition(params, made.trainable)
     assert train["reward_head"]["kernel"] is not None and frozen["embed"]["weight"] is not None
     alone, _ = plan(tmp_path, ROWS, adapter={"name": "lora", "rank": 2})
-    assert made.trained == alone.trained + 16 and "reward_head" not in loading.weights(alone.found, mesh)
+    assert made.trained == alone.trained + 16 and "reward_head" not in loading.weights(alone.spec, mesh)
 
 
 @pytest.mark.slow
@@ -366,6 +367,6 @@ def test_a_reward_model_goes_on_scores_and_is_no_language_model(tmp_path):
     assert rewards.std() > 0
     mesh = sharding.make_mesh()
     made, _ = plan(tmp_path, ROWS, model=str(folder), tokenizer="")
-    assert "reward_head" not in loading.weights(made.found, mesh), "another objective has no use for it"
+    assert "reward_head" not in loading.weights(made.spec, mesh), "another objective has no use for it"
     with pytest.raises(UserError, match="reward_head/kernel besides the model's weights"):
         export.export(str(folder), str(tmp_path / "out"), mesh=mesh)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxpost.errors import UserError
-from jaxpost.evals import repeated
+from jaxpost.evals import pass_at_k
 from jaxpost.rewards import answers, formulas, math
 from jaxpost.tasks import gsm8k
 
@@ -137,7 +137,7 @@ def test_the_time_is_at_most_linear_in_the_length(piece):
 
 def test_the_majority_is_of_values_not_of_spellings():
     texts = ["#### 18", "#### 18.00", "The answer is $18.0", "#### 20", "#### 20"]
-    assert repeated.majority([[1, 1, 1, 0, 0]], [[gsm8k.extract(text) for text in texts]], 5).tolist() == [1.0]
+    assert pass_at_k.majority([[1, 1, 1, 0, 0]], [[gsm8k.extract(text) for text in texts]], 5).tolist() == [1.0]
     texts = ["\\boxed{12\\pi}", "\\boxed{12}", "", "\\boxed{24/2}", "\\boxed{0.5}", "\\boxed{\\frac12}"]
     assert [gsm8k.extract(text) for text in texts] == ["12\\pi", "12", None, "12", "0.5", "0.5"]
 

@@ -24,8 +24,8 @@ from jaxpost import api, naming, recipe, sharding, train
 from jaxpost.errors import UserError
 from jaxpost.models.heads import logits
 from jaxpost.objectives import sft
-from jaxpost.plan import plan_stage
 from jaxpost.resolve import find, resolve
+from jaxpost.stages.plan import plan_stage
 from jaxpost.step import evaluated
 from jaxpost.tasks import arithmetic
 

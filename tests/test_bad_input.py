@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from jaxpost import cli, recipe, sharding, tokenizer, train
 from jaxpost.errors import UserError
 from jaxpost.models import families
-from jaxpost.plan import plan_stage
+from jaxpost.stages.plan import plan_stage
 from jaxpost.tasks import arithmetic
 
 CHAT = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]

@@ -122,8 +122,8 @@ def test_all_get_the_pairs_that_our_loader_makes(side_by_side, tmp_path, argumen
 
 def test_all_get_the_rows_that_our_loader_makes(side_by_side, tmp_path):
     side_by_side.model.make(tmp_path / "model", "tiny")
-    found = loading.describe(str(tmp_path / "model"))
-    assert found.tokenizer("w17 w3 w511 <eos>")["input_ids"] == [17, 3, 511, 2]
+    spec = loading.describe(str(tmp_path / "model"))
+    assert spec.tokenizer("w17 w3 w511 <eos>")["input_ids"] == [17, 3, 511, 2]
     prepare = side_by_side.competitor.load(FOLDER / "sft" / "ours.py").prepare
     rows = np.load(prepare({"model": str(tmp_path / "model"), "steps": 3}, tmp_path)["rows"])
     assert rows.shape == (3, 8, 128) and (rows[..., -1] == 2).all() and (rows[..., :-1] >= 3).all()

@@ -27,7 +27,7 @@ from jaxpost import checkpoint, cloud, digests, export, fingerprint, recipe, rep
 from jaxpost.adapters import peft
 from jaxpost.data import readers
 from jaxpost.errors import UserError
-from jaxpost.models import hf, lazy, loading
+from jaxpost.models import hf, loading, safetensors_io
 from jaxpost.resolve import resolve
 
 pytest.importorskip("gcp_storage_emulator")
@@ -197,7 +197,10 @@ def test_tensors_are_read_in_part_as_from_a_disk(bucket, tmp_path):
     save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
     content = (tmp_path / "x.safetensors").read_bytes()
     (bucket / "x.safetensors").write_bytes(content)
-    local, remote = lazy.tensors(epath.Path(tmp_path / "x.safetensors")), lazy.tensors(bucket / "x.safetensors")
+    local, remote = (
+        safetensors_io.tensors(epath.Path(tmp_path / "x.safetensors")),
+        safetensors_io.tensors(bucket / "x.safetensors"),
+    )
     assert local.keys() == remote.keys() == tensors.keys()
     everything, some = slice(None), slice(2, 3)
     for name, tensor in tensors.items():
@@ -210,29 +213,29 @@ def test_tensors_are_read_in_part_as_from_a_disk(bucket, tmp_path):
     for broken in (content[:5], content[:100], content[:-1], content + b"x", b"\xff" * 100):
         (bucket / "broken.safetensors").write_bytes(broken)
         with pytest.raises(UserError, match="gs://.*broken.safetensors: not a whole safetensors file"):
-            lazy.tensors(bucket / "broken.safetensors")
+            safetensors_io.tensors(bucket / "broken.safetensors")
 
 
 def test_weights_in_several_files_go_out_and_come_back(bucket, tmp_path, monkeypatch):
     monkeypatch.setattr(hf, "SHARD_BYTES", 40000)
     config = runs.MODEL | {"num_hidden_layers": 1}
-    found = loading.describe(config)
-    params = found.transformer.init(jax.random.PRNGKey(1))
-    names = hf.save(bucket / "shards", params, found.transformer.arch, config)
+    spec = loading.describe(config)
+    params = spec.transformer.init(jax.random.PRNGKey(1))
+    names = hf.save(bucket / "shards", params, spec.transformer.arch, config)
     assert len(names) > 1
     assert {p.name for p in (bucket / "shards").iterdir()} == {*names, "config.json", "model.safetensors.index.json"}
-    hf.save(tmp_path, params, found.transformer.arch, config)
+    hf.save(tmp_path, params, spec.transformer.arch, config)
     assert fingerprint.digest(bucket / "shards") == fingerprint.digest(tmp_path)
-    shapes = loading.abstract(found.transformer, sharding.make_mesh(fsdp=2, tensor=2))
-    jax.tree.map(np.testing.assert_array_equal, hf.load(bucket / "shards", found.transformer.arch, shapes), params)
+    shapes = loading.abstract(spec.transformer, sharding.make_mesh(fsdp=2, tensor=2))
+    jax.tree.map(np.testing.assert_array_equal, hf.load(bucket / "shards", spec.transformer.arch, shapes), params)
 
 
 def test_an_adapter_goes_out_and_comes_back(bucket):
     config, entry = runs.MODEL | {"num_hidden_layers": 1}, {"name": "lora.lora", "rank": 2, "alpha": 4.0}
-    found = loading.describe(config)
-    params = found.transformer.init(jax.random.PRNGKey(1))
+    spec = loading.describe(config)
+    params = spec.transformer.init(jax.random.PRNGKey(1))
     adapted = resolve(entry, "adapters")(params, jax.random.PRNGKey(2))
-    arch = found.transformer.arch
+    arch = spec.transformer.arch
     assert peft.save(bucket / "adapter", adapted, arch, entry, "a/b") == ["adapter_config.json", "adapter_model.safetensors"]
     again = peft.peft(params, jax.random.PRNGKey(3), folder=str(bucket / "adapter"))
     jax.tree.map(np.testing.assert_array_equal, again, adapted)

@@ -6,10 +6,12 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxpost import annotate, datasets, recipe, resolve, selfmade, sharding, train
+from jaxpost import annotate, recipe, resolve, sharding, train
 from jaxpost.models import families, hf
 from jaxpost.models.transformer import Transformer
-from jaxpost.plan import plan_stage
+from jaxpost.stages import datasets
+from jaxpost.stages import rollouts as stages_rollouts
+from jaxpost.stages.plan import plan_stage
 from jaxpost.tasks import arithmetic
 from jaxpost.tokenizer import save
 
@@ -98,7 +100,7 @@ def test_every_preset_can_be_planned(argument, tmp_path):
 def test_advantages_of_ones_own_keep_the_objectives_beta():
     """An objective asks for the reference because of its beta; other advantages that take one get it."""
     own = {"name": "leave_one_out", "beta": 0.05}
-    assert selfmade._advantages("", own).keywords == {"beta": 0.05}
-    assert selfmade._advantages("reinforce_pp_baseline", own).keywords == {"beta": 0.05}
-    assert selfmade._advantages('{"name": "reinforce_pp", "beta": 0.2}', own).keywords == {"beta": 0.2}
-    assert selfmade._advantages("centred", own).keywords == {}
+    assert stages_rollouts._advantages("", own).keywords == {"beta": 0.05}
+    assert stages_rollouts._advantages("reinforce_pp_baseline", own).keywords == {"beta": 0.05}
+    assert stages_rollouts._advantages('{"name": "reinforce_pp", "beta": 0.2}', own).keywords == {"beta": 0.2}
+    assert stages_rollouts._advantages("centred", own).keywords == {}

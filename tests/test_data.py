@@ -13,10 +13,10 @@ import pytest
 import transformers
 from toy_tokenizers import characters, conversation, learned
 
-from jaxpost import datasets
 from jaxpost.data import chat, mixture, pack, readers, source
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
+from jaxpost.stages import datasets
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 STORIES = SHARED / "models" / "stories260k"

@@ -68,8 +68,8 @@ NAMES = [QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in dict.fromkeys
 @pytest.mark.parametrize("name", NAMES)
 def test_every_family_records_what_its_training_forward_says(name, tmp_path):
     family_cases.write(tmp_path, name)
-    found, params = loading.open_model(str(tmp_path), cases.mesh(1, 1, 1))
-    about = {"model": found.transformer, "params": params}
+    spec, params = loading.open_model(str(tmp_path), cases.mesh(1, 1, 1))
+    about = {"model": spec.transformer, "params": params}
     drawn = {temperature: sampled(temperature=temperature, **WAYS["refilled"], **about) for temperature in (0.5, 1.0)}
     for temperature, completions in drawn.items():
         assert_recorded(completions, temperature, **about)

@@ -15,8 +15,8 @@ from jaxpost.errors import UserError
 from jaxpost.models import hf, loading
 from jaxpost.models.heads import logits
 from jaxpost.objectives import distill, logprobs
-from jaxpost.plan import plan_stage
 from jaxpost.resolve import resolve
+from jaxpost.stages.plan import plan_stage
 from jaxpost.step import gradients
 from jaxpost.types import Head, Output
 
@@ -151,10 +151,10 @@ def test_a_student_learns_the_whole_distribution_of_a_teacher_in_a_folder(tmp_pa
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     models, described = {}, None
     for name, more in (("student", {}), ("teacher", {"hidden_size": 24, "tie_word_embeddings": True})):
-        found = loading.describe({**MODEL, **more}, "test_pairs.characters")
-        params = loading.weights(found, mesh, seed=len(name))
-        hf.save(tmp_path / name, params, found.transformer.arch, found.config)
-        models[name], described = (found.transformer.forward, params), described or (found.transformer.arch, found.config)
+        spec = loading.describe({**MODEL, **more}, "test_pairs.characters")
+        params = loading.weights(spec, mesh, seed=len(name))
+        hf.save(tmp_path / name, params, spec.transformer.arch, spec.config)
+        models[name], described = (spec.transformer.forward, params), described or (spec.transformer.arch, spec.config)
     given = {"tokenizer": "test_pairs.characters", "template": PLAIN, "data": str(tmp_path / "d.jsonl"), "window": 16}
     given |= {"batch_size": 8, "steps": 2, "save_every": 1, "keep": 3, "best": ""}
     annotate.annotate(None, "hidden", out=str(tmp_path / "states"), model=str(tmp_path / "teacher"), **given)

@@ -49,12 +49,12 @@ def one_device():
 def workdir(tmp_path_factory):
     """What a run with two stages leaves behind: seed 1's weights at step 3 of `first`, 3's at step 5 of `last`, 2's at 10."""
     folder = tmp_path_factory.mktemp("run")
-    found = loading.describe(MODEL, "tasks.arithmetic.tokenizer")
-    loading.keep_description(found, folder, templates.jinja(found.tokenizer))
+    spec = loading.describe(MODEL, "tasks.arithmetic.tokenizer")
+    loading.keep_description(spec, folder, templates.jinja(spec.tokenizer))
     (folder / "config.json").write_text(json.dumps({"stages": ["first", "last"]}))
     for stage, step, seed in (("first", 3, 1), ("last", 5, 3), ("last", 10, 2)):
         saved = checkpoint.Checkpoints(folder / "checkpoints" / stage)
-        params = loading.weights(found, one_device(), seed)
+        params = loading.weights(spec, one_device(), seed)
         count = jnp.asarray(step)
         frozen = jax.tree.map(lambda _: None, params)
         rest = {"opt_state": (), "ema": None, "key": jax.random.PRNGKey(0), "skipped": count, "streak": count}
@@ -172,18 +172,16 @@ def test_the_template_of_the_run_travels_with_the_workdir(tmp_path):
     """A recipe's template may not be the tokenizer's; whoever opens the workdir must get the one that was trained with."""
     text = toy_tokenizers.byte_pairs()
     tokenizer.save(text, tmp_path / "tokenizer")
-    found = loading.describe({**MODEL, "vocab_size": 300}, str(tmp_path / "tokenizer"))
-    loading.keep_description(found, tmp_path, templates.jinja(found.tokenizer, "chatml"))
+    spec = loading.describe({**MODEL, "vocab_size": 300}, str(tmp_path / "tokenizer"))
+    loading.keep_description(spec, tmp_path, templates.jinja(spec.tokenizer, "chatml"))
     assert tokenizer.load(tmp_path / "model").chat_template == templates.TEMPLATES["chatml"]
-    assert found.tokenizer.chat_template is None
+    assert spec.tokenizer.chat_template is None
 
 
 def test_export_of_a_template_with_its_own_stop_token_names_both(tmp_path):
-    found = loading.describe({**MODEL, "vocab_size": 300})
+    spec = loading.describe({**MODEL, "vocab_size": 300})
     folder = tmp_path / "in"
-    hf.save(
-        folder, loading.weights(found, one_device()), found.transformer.arch, {**MODEL, "vocab_size": 300, "eos_token_id": 7}
-    )
+    hf.save(folder, loading.weights(spec, one_device()), spec.transformer.arch, {**MODEL, "vocab_size": 300, "eos_token_id": 7})
     tokenizer.save(toy_tokenizers.byte_pairs(templates.TEMPLATES["chatml"]), folder)
     export.export(str(folder), str(tmp_path / "out"), mesh=one_device())
     text = tokenizer.load(folder)

@@ -14,11 +14,12 @@ import pytest
 import runs
 
 import jaxpost
-from jaxpost import api, evaluate, judge, recipe, sharding
+from jaxpost import api, evaluate, recipe, sharding
 from jaxpost.errors import UserError
 from jaxpost.metrics import Mean
 from jaxpost.models import hf
 from jaxpost.sampling.decode import Completions
+from jaxpost.stages import judge
 from jaxpost.tasks import arithmetic
 from jaxpost.tokenizer import save
 
@@ -119,7 +120,7 @@ def test_the_previous_stages_figure_is_reused_where_the_same_is_asked(monkeypatc
         found = types.SimpleNamespace(transformer=types.SimpleNamespace(forward=None))
         problems = {"records": RECORDS, "rewards": {"right": (arithmetic.reward, 1.0)}, "tokenizer": object()}
         problems["options"] = {"template": "a", **(options or {})}
-        plan = types.SimpleNamespace(name=name, found=found, objective=None, problems=problems, settings=recipe.make(**changes))
+        plan = types.SimpleNamespace(name=name, spec=found, objective=None, problems=problems, settings=recipe.make(**changes))
         return judge.Judge(plan, None, known, origin)._graded("weights", step)
 
     known = {}

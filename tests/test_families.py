@@ -212,8 +212,8 @@ def test_the_language_part_of_a_model_that_sees_opens(tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "gemma3", "text_config": cases.config(name), "vision_config": {}})
     )
-    found, params = loading.open_model(str(tmp_path), sharding.make_mesh(devices=jax.devices()[:1]))
-    assert found.transformer.arch == families.architecture(cases.config(name))
+    spec, params = loading.open_model(str(tmp_path), sharding.make_mesh(devices=jax.devices()[:1]))
+    assert spec.transformer.arch == families.architecture(cases.config(name))
     np.testing.assert_array_equal(params["embed"]["weight"], held["model.embed_tokens.weight"])
 
 

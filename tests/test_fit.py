@@ -24,16 +24,17 @@ from absl import flags
 from ml_collections import FrozenConfigDict, config_flags
 from packaging.requirements import Requirement
 
-from jaxpost import fit, plan, recipe, resolve, sharding
+from jaxpost import fit, recipe, resolve, sharding
 from jaxpost.compiled import hlo, program, roofline, search, topology
 from jaxpost.compiled.hlo import Collective
 from jaxpost.data import pack, source
 from jaxpost.declare import objective
 from jaxpost.errors import UserError
-from jaxpost.models import families, known
+from jaxpost.models import families, hub_configs
 from jaxpost.rollouts import layout
 from jaxpost.rollouts import source as rollouts
 from jaxpost.sampling import decode
+from jaxpost.stages import plan
 
 TINY = {
     "model_type": "llama",
@@ -253,7 +254,7 @@ def test_fsdp_lies_on_two_axes_of_a_torus_and_data_across_slices():
 
 
 def test_known_models_have_the_sizes_they_are_called_by():
-    counts = {n: families.architecture(known.fields(n)).parameters() for n in known.names()}
+    counts = {n: families.architecture(hub_configs.fields(n)).parameters() for n in hub_configs.names()}
     assert counts == {
         "meta-llama/Llama-3.1-8B": 8030261248,
         "meta-llama/Llama-3.1-70B": 70553706496,
@@ -263,9 +264,9 @@ def test_known_models_have_the_sizes_they_are_called_by():
         "Qwen/Qwen3-30B-A3B": 30532122624,
         "google/gemma-3-12b-pt": 11766034176,
     }
-    assert known.fields("google/gemma-3-12b-it") == known.fields("google/gemma-3-12b-pt")
-    assert known.fields("Qwen/Qwen3-8B-Base") == known.fields("Qwen/Qwen3-8B") | {"max_position_embeddings": 32768}
-    assert known.fields("x/y") is None
+    assert hub_configs.fields("google/gemma-3-12b-it") == hub_configs.fields("google/gemma-3-12b-pt")
+    assert hub_configs.fields("Qwen/Qwen3-8B-Base") == hub_configs.fields("Qwen/Qwen3-8B") | {"max_position_embeddings": 32768}
+    assert hub_configs.fields("x/y") is None
 
 
 def test_the_columns_of_a_batch_are_those_that_a_source_makes():

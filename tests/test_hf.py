@@ -315,8 +315,8 @@ def test_pickles_are_never_read(tmp_path, name):
 
 def test_a_folder_without_a_tokenizer_opens(tmp_path):
     llama_cases.write(tmp_path, "tied")
-    found, params = loading.open_model(str(tmp_path), sharding.make_mesh(devices=jax.devices()[:1]))
-    assert found.tokenizer is None and found.folder == tmp_path
+    spec, params = loading.open_model(str(tmp_path), sharding.make_mesh(devices=jax.devices()[:1]))
+    assert spec.tokenizer is None and spec.folder == tmp_path
     np.testing.assert_array_equal(params["norm"]["scale"], llama_cases.weights("tied")["model.norm.weight"])
 
 

@@ -13,7 +13,7 @@ import runs
 
 from jaxpost import checkpoint, compare, host, recipe, report, train, writers
 from jaxpost.errors import UserError
-from jaxpost.rollouts import shelf
+from jaxpost.rollouts import resume
 
 
 @pytest.mark.parametrize("code", sorted(host._REMEDIES))
@@ -153,15 +153,15 @@ def test_a_line_of_figures_that_is_none_is_named(tmp_path, line):
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "other"])
 def test_damaged_partial_completions_are_made_again_and_damaged_batches_named(tmp_path, damage):
-    shelf._store(tmp_path / shelf.PARTIAL, {"key": np.array([1]), "places": np.array([0]), "found\tlengths": np.array([3])})
-    path = tmp_path / shelf.PARTIAL
+    resume._store(tmp_path / resume.PARTIAL, {"key": np.array([1]), "places": np.array([0]), "found\tlengths": np.array([3])})
+    path = tmp_path / resume.PARTIAL
     content = path.read_bytes()
     half = len(content) // 2
     flipped = content.replace(b"\x03\x00", b"\xff\xff")
     path.write_bytes({"empty": b"", "cut": content[:half], "flipped": flipped, "other": content}[damage])
-    assert shelf.read_partial(tmp_path, (1,)) == {}
+    assert resume.read_partial(tmp_path, (1,)) == {}
     with pytest.raises(UserError, match="partial.npz: gone or damaged"):
-        shelf.read(path)
+        resume.read(path)
 
 
 def test_an_archive_with_a_flipped_bit_is_whole_or_none(tmp_path):

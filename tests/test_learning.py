@@ -5,8 +5,8 @@ import pytest
 
 from jaxpost.rollouts import advantages, layout, learning
 from jaxpost.rollouts.learning import Lessons
+from jaxpost.rollouts.scores import gathered
 from jaxpost.rollouts.scoring import Scorer
-from jaxpost.rollouts.verdicts import gathered
 from jaxpost.sampling.decode import Completions
 
 PROMPTS = [np.array([11, 12, 13]), np.array([21])]  # the second of a single token
@@ -87,7 +87,7 @@ def lessons(**changes) -> Lessons:
 
 
 def judged(rewards: dict, count: int):
-    """Verdicts of {name: (what it says of each completion, weight)}, by the scorer itself."""
+    """Scores of {name: (what it says of each completion, weight)}, by the scorer itself."""
     asked = {k: (lambda record, text, says=says: says[record["at"]], weight) for k, (says, weight) in rewards.items()}
     scorer = Scorer(asked)
     for i in range(count):

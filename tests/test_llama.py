@@ -35,9 +35,9 @@ def model_folders(tmp_path_factory):
 
 def opened(folder):
     """(Transformer, parameters) of a folder, on one device."""
-    found = loading.describe(str(folder))
-    shapes = jax.eval_shape(found.transformer.init, jax.random.PRNGKey(0))
-    return found.transformer, hf.load(folder, found.transformer.arch, shapes)
+    spec = loading.describe(str(folder))
+    shapes = jax.eval_shape(spec.transformer.init, jax.random.PRNGKey(0))
+    return spec.transformer, hf.load(folder, spec.transformer.arch, shapes)
 
 
 def batch_of(rows, length):

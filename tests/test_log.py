@@ -45,7 +45,7 @@ def test_speed_is_over_all_steps_since_the_last_row(tmp_path, clock):
     settings = recipe.make(log_every=3, model=FIELDS, steps=9)
     found = types.SimpleNamespace(transformer=types.SimpleNamespace(arch=architecture(FIELDS)))
     trained = found.transformer.arch.parameters()
-    plan = types.SimpleNamespace(name="train", settings=settings, steps=9, found=found, source=None, trained=trained)
+    plan = types.SimpleNamespace(name="train", settings=settings, steps=9, spec=found, source=None, trained=trained)
     counts = {"num_tokens": 0, "seconds": 0.0}
     written = log.Log(plan, tmp_path, ["train"], counts, 0, float("inf"))
     for at in range(1, 7):
@@ -76,7 +76,7 @@ def test_all_completions_are_kept_every_so_many_steps(tmp_path, clock):
     found = types.SimpleNamespace(transformer=types.SimpleNamespace(arch=architecture(FIELDS)))
     rows = [{"prompt": "1+1", "completion": "2", "reward": 1.0, "advantage": 0.5}]
     source = types.SimpleNamespace(table=lambda: rows, samples=rows)
-    plan = types.SimpleNamespace(name="rl", settings=settings, steps=4, found=found, source=source, trained=1)
+    plan = types.SimpleNamespace(name="rl", settings=settings, steps=4, spec=found, source=source, trained=1)
     written = log.Log(plan, tmp_path, ["rl"], {"num_tokens": 0, "seconds": 0.0}, 0, float("inf"))
     quiet = {"skipped": 0, "skipped_in_a_row": 0, "loss": 1.0, "grad_norm": 1.0, "num_trained": 1, "num_pairs": 1}
     for at in range(1, 5):

@@ -15,7 +15,7 @@ from jaxpost import recipe, sharding
 from jaxpost.data import chat, mixture, source, templates
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
-from jaxpost.plan import plan_stage
+from jaxpost.stages.plan import plan_stage
 
 
 def sources(*lengths):
@@ -205,7 +205,7 @@ def test_a_stage_mixes_its_sources(tmp_path, capsys):
     data = {digits(tmp_path, "a.jsonl", "1", 64): 3, digits(tmp_path, "b.jsonl", "2", 8): 1}
     made = plan(tmp_path, data=data)
     assert len(made.source) == made.steps == -(-42 // 16), "32 rows of a.jsonl, and one of b.jsonl after each three"
-    shares = [letters(made.source(), made.found.tokenizer).count("1") for _ in range(2)]
+    shares = [letters(made.source(), made.spec.tokenizer).count("1") for _ in range(2)]
     assert shares == [12, 12]
     said = capsys.readouterr().err
     assert "data " + str(tmp_path / "b.jsonl") in said and "an epoch of the mixture has 4" in said
@@ -221,7 +221,7 @@ def test_a_stage_mixes_its_sources(tmp_path, capsys):
 def test_held_out_rows_come_from_all_sources_and_are_trained_on_by_none(tmp_path):
     a, b = digits(tmp_path, "a.jsonl", "1", 40), digits(tmp_path, "b.jsonl", "2", 40)
     made = plan(tmp_path, data={a: 1, b: 1}, held_out=0.5, packing=False)
-    held = [letter for batch in made.held_out for letter in letters(batch, made.found.tokenizer)]
+    held = [letter for batch in made.held_out for letter in letters(batch, made.spec.tokenizer)]
     count = {letter: held.count(letter) for letter in "12"}
     assert sum(count.values()) == 40 and min(count.values()) > 10
     assert len(made.source) * 16 >= 2 * (40 - min(count.values())), "the rest of the smaller share is gone through as well"
@@ -265,10 +265,10 @@ def test_columns_and_template_options_from_the_command_line_or_a_recipe(tmp_path
     base = {"data": str(tmp_path / "a.jsonl"), "template": template}
     for columns in ("question=ask,answer=reply", {"question": "ask", "answer": "reply"}):
         made = plan(tmp_path, **base, columns=columns)
-        assert made.found.tokenizer.decode(made.example[0]["tokens"].tolist()) == "1+12<|end|>"
+        assert made.spec.tokenizer.decode(made.example[0]["tokens"].tolist()) == "1+12<|end|>"
     for options in ("x=true", {"x": True}):
         made = plan(tmp_path, **base, columns="question=ask,answer=reply", template_options=options)
-        assert made.found.tokenizer.decode(made.example[0]["tokens"].tolist()) == "-1+12<|end|>"
+        assert made.spec.tokenizer.decode(made.example[0]["tokens"].tolist()) == "-1+12<|end|>"
     with pytest.raises(UserError, match=r"a.jsonl, line 1: columns not recognised: ask, reply; .*config.columns="):
         plan(tmp_path, **base)
     with pytest.raises(UserError, match="config.template_options: the chat template reads no variable 'y'"):

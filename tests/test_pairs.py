@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from toy_tokenizers import byte_pairs, characters, conversation, learned
 
-from jaxpost import datasets, recipe, sharding
+from jaxpost import recipe, sharding
 from jaxpost.data import formats, mixture, pack, pairs, readers, source
 from jaxpost.data.readers import Record
 from jaxpost.declare import objective
 from jaxpost.errors import UserError
-from jaxpost.plan import columns, plan_stage
+from jaxpost.stages import datasets
+from jaxpost.stages.plan import columns, plan_stage
 from jaxpost.tokenizer import load
 
 PLAIN = "{% for m in messages %}{{ m['content'] }}{{ eos_token if m['role'] == 'assistant' }}{% endfor %}"

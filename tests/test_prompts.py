@@ -7,10 +7,11 @@ import pytest
 import runs
 from ml_collections import ConfigDict
 
-from jaxpost import columns, recipe, selfmade, sharding
+from jaxpost import columns, recipe, sharding
 from jaxpost.errors import UserError
-from jaxpost.plan import plan_stage
 from jaxpost.rollouts.scoring import judged
+from jaxpost.stages import tasks
+from jaxpost.stages.plan import plan_stage
 from jaxpost.tasks import arithmetic, prompts
 
 ROWS = [{"prompt": f"{i}+1", "answer": str(i + 1)} for i in range(40)]
@@ -102,11 +103,11 @@ def test_data_around_several_stages_are_those_of_the_stage_that_reads_them():
 @pytest.mark.parametrize("answer", ["12 pi", "5xy", "May 5", "(2, 5)", "3 to 5", None])
 def test_a_gold_that_numeric_cannot_judge_by_is_named_by_file_row_and_value(tmp_path, answer):
     task = prompts.make(data=written(tmp_path, [*ROWS, {"prompt": "?", "answer": answer}]))
-    judges = selfmade.rewards(task, "prompts", {"right": {"name": "math.numeric", "weight": 0.5}})
+    judges = tasks.rewards(task, "prompts", {"right": {"name": "math.numeric", "weight": 0.5}})
     with pytest.raises(UserError, match=f"prompts.jsonl, line 41: reward right: .*{re.escape(answer or 'no answer')}"):
-        selfmade._check_records(task, judges)
-    selfmade._check_records(task, selfmade.rewards(task, "prompts", "math.exact" if answer else "text.length"))
-    selfmade._check_records(prompts.make(data=written(tmp_path, ROWS)), judges)
+        tasks._check_records(task, judges)
+    tasks._check_records(task, tasks.rewards(task, "prompts", "math.exact" if answer else "text.length"))
+    tasks._check_records(prompts.make(data=written(tmp_path, ROWS)), judges)
 
 
 TRL = """
@@ -125,15 +126,15 @@ def wrong(completions):
 
 def test_rewards_of_trls_signature_are_rewards(tmp_path):
     (tmp_path / "mine.py").write_text(TRL)
-    rewards = selfmade.rewards(None, "", {name: f"{tmp_path / 'mine.py'}:{name}" for name in ("longest",)})
+    rewards = tasks.rewards(None, "", {name: f"{tmp_path / 'mine.py'}:{name}" for name in ("longest",)})
     assert [s.total for s in judged(rewards, [{"prompt": "?", "answer": "ab"}] * 2, ["ab", "abc"])] == [3.0, 3.0]
     message = "reward longest reads the column 'answer', .* theirs are prompt, id. .*--config.columns=answer=NAME takes another"
     with pytest.raises(UserError, match=message):
         judged(rewards, [{"prompt": "?", "id": 1}], ["ab"])
-    rewards = selfmade.rewards(None, "", f"{tmp_path / 'mine.py'}:asked")
+    rewards = tasks.rewards(None, "", f"{tmp_path / 'mine.py'}:asked")
     turns = [{"role": "user", "content": "hello"}]
     assert judged(rewards, [{"prompt": turns, "answer": ""}], ["abc"])[0].total == 8.0
-    rewards = selfmade.rewards(None, "", f"{tmp_path / 'mine.py'}:wrong")
+    rewards = tasks.rewards(None, "", f"{tmp_path / 'mine.py'}:wrong")
     assert "gave no list of one score" in judged(rewards, [{"prompt": "?"}], ["a"])[0].failures[0]
 
 

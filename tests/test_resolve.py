@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import pytest
 import runs
 
-from jaxpost import recipe, selfmade
+from jaxpost import recipe
 from jaxpost.declare import declared, objective
 from jaxpost.errors import UserError
 from jaxpost.objectives import sft
 from jaxpost.resolve import bind, entry_of, find, known, module, nearest, resolve
+from jaxpost.stages import tasks
 from jaxpost.tasks import arithmetic
 
 OWN = """
@@ -157,7 +158,7 @@ def test_an_entry_of_the_command_line_is_a_name_or_whole_json():
     with pytest.raises(UserError, match=r"--task: .* is broken JSON \(.+\); quote names, and all of it in single quotes"):
         entry_of("{name: gsm8k}", "--task")
     with pytest.raises(UserError, match="config.reward: .* is broken JSON"):
-        selfmade.rewards(None, "t", '{"a": {"name": "mine.py:g"')
+        tasks.rewards(None, "t", '{"a": {"name": "mine.py:g"')
 
 
 def test_nearest_names_one_or_all():

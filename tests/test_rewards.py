@@ -105,7 +105,7 @@ def test_every_reward_is_total_deterministic_and_bounded_in_time(name):
 
 def test_the_discovery_finds_all_of_them():
     assert {"math.exact", "format.tags", "gym.score", "text.length", "instructions.words"} < set(REWARDS)
-    assert not any(name.startswith("isolated") for name in REWARDS)
+    assert not any(name.startswith("sandbox") for name in REWARDS)
 
 
 @pytest.mark.parametrize(
@@ -362,8 +362,8 @@ def scorer(monkeypatch):
 
     def open_model(folder, mesh):
         opened.append(folder)
-        found = loading.Description(small.MODEL, None if folder == "mute" else arithmetic.tokenizer(), {}, None)
-        return found, {k: v for k, v in params.items() if folder != "plain" or k != "reward_head"}
+        spec = loading.ModelSpec(small.MODEL, None if folder == "mute" else arithmetic.tokenizer(), {}, None)
+        return spec, {k: v for k, v in params.items() if folder != "plain" or k != "reward_head"}
 
     monkeypatch.setattr(loading, "open_model", open_model)
     monkeypatch.setattr(model, "ROWS", 1)  # eight at a time on eight devices

@@ -11,8 +11,8 @@ from jaxpost import optim, recipe, sharding, train
 from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.objectives import logprobs
-from jaxpost.plan import plan_stage
 from jaxpost.rollouts import advantages
+from jaxpost.stages.plan import plan_stage
 from jaxpost.step import combine
 from jaxpost.types import TrainState
 
@@ -39,7 +39,7 @@ def moved(state: TrainState, by: float = 0.02) -> TrainState:
 def scored(plan, state, batch: dict, mesh, temperature: bool = True) -> np.ndarray:
     """The log-probabilities of a batch's tokens by the training's forward."""
     given = {k: v for k, v in batch.items() if temperature or k != "temperature"}
-    program = jax.jit(lambda params, b: logprobs.token_scores(plan.found.transformer.forward(params, b), b)["logps"])
+    program = jax.jit(lambda params, b: logprobs.token_scores(plan.spec.transformer.forward(params, b), b)["logps"])
     with sharding.use(mesh):
         return np.asarray(program(combine(state.train, state.frozen), sharding.distribute(given, mesh, len(batch["mask"]))))
 
@@ -102,7 +102,7 @@ def test_ppo_has_the_critics_values_and_the_returns_of_its_tokens(tmp_path, mesh
         state = moved(state, 0.5)
         batch = train._with_reference(plan, ["train"], tmp_path, mesh, state, fresh=True).source(state)
         params = combine(state.train, state.frozen)
-        hidden = jax.jit(plan.found.transformer.forward)(params, sharding.distribute(batch, mesh, 16)).hidden
+        hidden = jax.jit(plan.spec.transformer.forward)(params, sharding.distribute(batch, mesh, 16)).hidden
         wanted = np.asarray(hidden)[:, :-1] @ np.asarray(params["value_head"]["kernel"])[:, 0]
     inside = batch["mask"][:, 1:]
     np.testing.assert_allclose(batch["values"][:, 1:][inside], wanted[inside], atol=1e-5)

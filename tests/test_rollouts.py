@@ -13,7 +13,7 @@ from scripted import GROUP, NEW, ROWS, STOP, TOKENIZER, rollouts, sampler, says,
 
 from jaxpost import sharding
 from jaxpost.errors import UserError
-from jaxpost.rollouts import shelf, source
+from jaxpost.rollouts import resume, source
 
 PROMPTS = ROWS // GROUP
 
@@ -330,10 +330,10 @@ def test_only_what_cannot_be_made_again_is_in_files(monkeypatch, tmp_path):
         made.keep(step, [s for s in (step - 1, step - 2) if s > 0])
         names[step] = sorted(path.name for path in tmp_path.iterdir())
     # Of an odd step half a batch is left; a file goes when its checkpoint has gone.
-    assert names[3] == [shelf.held(1), shelf.held(3)] and names[5] == [shelf.held(3), shelf.held(5)] == names[6 - 1]
+    assert names[3] == [resume.held(1), resume.held(3)] and names[5] == [resume.held(3), resume.held(5)] == names[6 - 1]
     made = left(rollouts(monkeypatch, lag=1), tmp_path / "other")
     made(state())
-    batch, waiting, _ = shelf.read(tmp_path / "other" / made.keep(1, [])["held"])
+    batch, waiting, _ = resume.read(tmp_path / "other" / made.keep(1, [])["held"])
     assert batch == {} and len(waiting) == 1  # what is used up is not kept beside what waits
 
 
@@ -345,7 +345,7 @@ def test_a_file_stays_until_its_checkpoint_is_gone(monkeypatch, tmp_path):
     made(state())
     made(state())
     made.keep(9, [5])
-    assert shelf.held(7) in [path.name for path in tmp_path.iterdir()]
+    assert resume.held(7) in [path.name for path in tmp_path.iterdir()]
 
 
 def test_what_had_ended_when_a_run_was_killed_is_found_again(monkeypatch, tmp_path):
@@ -370,5 +370,5 @@ def test_what_had_ended_when_a_run_was_killed_is_found_again(monkeypatch, tmp_pa
     other.position = {**kept, "calls": 2}
     other(state(weights=1, step=1))
     assert asked[1:] == [(2, frozenset())]
-    shelf.clear(tmp_path)
+    resume.clear(tmp_path)
     assert not list(tmp_path.iterdir())

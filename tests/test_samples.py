@@ -13,9 +13,9 @@ from etils import epath
 import jaxpost
 from jaxpost import recipe, sharding, train
 from jaxpost.errors import UserError
-from jaxpost.plan import plan_stage
 from jaxpost.rollouts import samples
 from jaxpost.sampling.decode import Completions
+from jaxpost.stages.plan import plan_stage
 from jaxpost.tasks import arithmetic
 
 TOKENIZER = arithmetic.tokenizer()

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from jaxpost import datasets, recipe, resolve, selfmade
+from jaxpost import recipe, resolve
 from jaxpost import tokenizer as tokenizers
 from jaxpost.data import chat
 from jaxpost.errors import UserError
 from jaxpost.rewards import math
+from jaxpost.stages import datasets, tasks
 from jaxpost.tasks import countdown, gsm8k, stories
 
 ROWS = [
@@ -111,11 +112,11 @@ def test_a_task_takes_its_keys_from_the_config(tmp_path):
 
 def test_a_task_that_was_made_of_its_keys_gives_demonstrations(tmp_path):
     settings = recipe.make(task={"name": "gsm8k", "data": written(tmp_path, ROWS), "examples": 4}, split_seed=3)
-    task = selfmade.task(settings)
+    task = tasks.task(settings)
     (part,) = datasets._sources(task, settings)
     assert [record.row for record in part.records] == [task.conversation(i, seed=3) for i in range(4)]
     settings = recipe.make(task={"name": "arithmetic", "corrupt": 0.0, "examples": 50})
-    (part,) = datasets._sources(selfmade.task(settings), settings)
+    (part,) = datasets._sources(tasks.task(settings), settings)
     assert not any(record.row["corrupted"] for record in part.records)
 
 

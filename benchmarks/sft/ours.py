@@ -16,8 +16,8 @@ import numpy as np
 import jaxpost
 from jaxpost import checkpoint, recipe, sharding, writers
 from jaxpost.models import loading
-from jaxpost.plan import plan_stage
 from jaxpost.progress import model_flops
+from jaxpost.stages.plan import plan_stage
 
 ROWS, LENGTH = 8, 128
 

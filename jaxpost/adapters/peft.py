@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxpost import cloud
 from jaxpost.adapters.lora import Dora, Lora, dora, lora
 from jaxpost.errors import UserError
-from jaxpost.models import hf, lazy
+from jaxpost.models import hf, safetensors_io
 from jaxpost.models.families import STEMS, Architecture, tensor_names
 from jaxpost.types import Params
 
@@ -97,7 +97,7 @@ def _tensors(folder: epath.Path) -> dict[str, np.ndarray]:
     path = folder / "adapter_model.safetensors"
     if not path.exists():
         raise UserError(f"{folder}: has no adapter_model.safetensors. Save it from peft with safe_serialization (the default).")
-    return {name.removeprefix(_PREFIX): tensor for name, tensor in lazy.tensors(path).items()}
+    return {name.removeprefix(_PREFIX): tensor for name, tensor in safetensors_io.tensors(path).items()}
 
 
 def _stacked(folder: str, read: Mapping, stem: str, part: str, shape: tuple[int, ...]) -> jax.Array:

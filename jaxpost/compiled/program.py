@@ -17,15 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxpost import datasets, optim, plan, sharding, state
+from jaxpost import optim, sharding
 from jaxpost.annotators import scores
 from jaxpost.compiled import hlo, roofline
 from jaxpost.compiled.topology import Topology
 from jaxpost.declare import declared
 from jaxpost.errors import first_line
-from jaxpost.models import known, loading
+from jaxpost.models import hub_configs, loading
 from jaxpost.models.attention import cache_axes
 from jaxpost.sampling import decode, processors
+from jaxpost.stages import datasets, plan, state
 from jaxpost.startup import heard
 from jaxpost.step import combine
 
@@ -52,20 +53,20 @@ class Traced(NamedTuple):
     tokens: int = 0  # that it works on, all devices together
 
 
-def outline(s, mesh) -> tuple[loading.Description, Callable, str, int]:
+def outline(s, mesh) -> tuple[loading.ModelSpec, Callable, str, int]:
     """(model, objective, pattern of what trains, parameters that train) of a stage's settings, checked, without a tokenizer."""
-    named = (known.fields(s.model) or s.model) if isinstance(s.model, str) else s.model.to_dict()
+    named = (hub_configs.fields(s.model) or s.model) if isinstance(s.model, str) else s.model.to_dict()
     adapter = s.adapter.to_dict()
-    found = loading.describe(
+    spec = loading.describe(
         named, "", s.dtype, s.remat, adapter, attention=s.attention, device=mesh.devices.flat[0], text=False
     )
-    return plan.learned(found, s, mesh)
+    return plan.learned(spec, s, mesh)
 
 
 class Prepared(NamedTuple):
     """A stage before it is compiled: its model, how many parameters train, and its programs."""
 
-    model: loading.Description
+    model: loading.ModelSpec
     trained: int
     programs: list[Traced]
 

@@ -23,7 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxpost import cloud, sharding
 from jaxpost.errors import UserError
 from jaxpost.host import check_regular, read_object
-from jaxpost.models import lazy
+from jaxpost.models import safetensors_io
 from jaxpost.models.einsum import dense
 from jaxpost.models.families import Architecture, Tensor, tensor_names
 from jaxpost.types import Params
@@ -116,7 +116,7 @@ def _open(folder: epath.Path) -> dict[str, Any]:
     """Tensor name -> lazy slice, over all files. Raises UserError for a file that is cut off or broken."""
     found = {}
     for path in files(folder):
-        found |= lazy.tensors(path)
+        found |= safetensors_io.tensors(path)
     if any(name.startswith(_VISION) for name in found):
         found = {_language(name): s for name, s in found.items() if not name.startswith(_VISION)}
     return found
@@ -143,7 +143,9 @@ def _apart(slices: dict, arch: Architecture, names: dict[str, Tensor]) -> dict[s
             parts = ("experts/gate", "experts/up") if stacked[2] == "gate_up" else ("experts/down",)
             rows = shape[1] // len(parts)
             for (number, part), expert in itertools.product(enumerate(parts), range(arch.experts)):
-                apart[hub[part].format(stacked[1], expert)] = lazy.Row(whole, expert, number * rows, (number + 1) * rows)
+                apart[hub[part].format(stacked[1], expert)] = safetensors_io.Row(
+                    whole, expert, number * rows, (number + 1) * rows
+                )
         else:
             apart[name] = whole
     return apart

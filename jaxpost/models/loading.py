@@ -35,7 +35,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
-class Description:
+class ModelSpec:
     """A model without its weights: transformer, tokenizer (None if the folder has none), config.json's fields, and the folder
     of the weights (of safetensors, or a checkpoint of ours), None for fresh ones.
     """
@@ -61,7 +61,7 @@ def describe(
     attention: str = "auto",
     device: Any = None,
     text: bool = True,
-) -> Description:
+) -> ModelSpec:
     """The model that a recipe's `model`, `tokenizer` and `adapter` name.
 
     attention: the kernel over whole rows, "auto" for the platform's fast one. device: one of those that will compute, if not
@@ -88,8 +88,8 @@ def describe(
     device = device or jax.devices()[0]
     transformer = Transformer(arch, _computable(dtype, device), remat, _kernel(attention, device))
     generation, ends = hf.read_generation(described, config, arch.vocab, own=not tokenizer_name)
-    found = Description(transformer, words, config, folder, name, generation=generation, ends=ends)
-    return dataclasses.replace(found, adapter=_chosen(adapter, carried(folder)), leaves=carried(folder, "leaves"))
+    spec = ModelSpec(transformer, words, config, folder, name, generation=generation, ends=ends)
+    return dataclasses.replace(spec, adapter=_chosen(adapter, carried(folder)), leaves=carried(folder, "leaves"))
 
 
 def _computable(dtype: str, device):
@@ -135,21 +135,21 @@ def _tokenizer(where: str | epath.Path | None):
     return find(name.removeprefix("tasks."), "tasks")()
 
 
-def check(found: Description) -> None:
+def check(spec: ModelSpec) -> None:
     """Holds a folder's files against the architecture, without reading weights. Raises UserError for what does not belong."""
-    if found.hub:
-        hub.fetch(found.hub, weights=True)
-    if found.folder is not None and not (found.folder / "params").exists():
-        hf.check(found.folder, found.transformer.arch)
-    if found.folder is None:
-        _check_memory(found.transformer.arch)
-    for name in others(found).values():
+    if spec.hub:
+        hub.fetch(spec.hub, weights=True)
+    if spec.folder is not None and not (spec.folder / "params").exists():
+        hf.check(spec.folder, spec.transformer.arch)
+    if spec.folder is None:
+        _check_memory(spec.transformer.arch)
+    for name in others(spec).values():
         check(_other(name))
 
 
-def others(found: Description) -> dict[str, str]:
+def others(spec: ModelSpec) -> dict[str, str]:
     """{path: model} of the leaves that are another model's head."""
-    return {path: first for path, (_, first) in found.leaves.items() if isinstance(first, str)}
+    return {path: first for path, (_, first) in spec.leaves.items() if isinstance(first, str)}
 
 
 def abstract(model: Transformer, mesh, adapter: Mapping | None = None, leaves: Mapping | None = None) -> Params:
@@ -174,34 +174,34 @@ def abstract(model: Transformer, mesh, adapter: Mapping | None = None, leaves: M
     return sharding.placed(shapes, sharding.stored(mesh, shapes))
 
 
-def weights(found: Description, mesh, seed: int = 0) -> Params:
+def weights(spec: ModelSpec, mesh, seed: int = 0) -> Params:
     """The folder's weights, or fresh ones drawn from the seed; float32, in their place on the mesh, with the adapter around and
     the leaves beside them: those that the folder has, and new ones.
     """
-    own = flatten_dict(abstract(found.transformer, mesh, None, found.leaves), sep="/")
-    mine = {path: leaf for path, leaf in found.leaves.items() if path not in others(found)}
-    params = _weights(dataclasses.replace(found, leaves=mine), mesh, seed)
-    held, flat = flatten_dict(params, sep="/"), flatten_dict(heads(found, mesh), sep="/")
+    own = flatten_dict(abstract(spec.transformer, mesh, None, spec.leaves), sep="/")
+    mine = {path: leaf for path, leaf in spec.leaves.items() if path not in others(spec)}
+    params = _weights(dataclasses.replace(spec, leaves=mine), mesh, seed)
+    held, flat = flatten_dict(params, sep="/"), flatten_dict(heads(spec, mesh), sep="/")
     for path, (_, first) in mine.items():
         flat[path] = held.get(path, jax.device_put(np.full(own[path].shape, first, np.float32), own[path].sharding))
-    gone = carried(found.folder, "leaves").keys() - found.leaves.keys()
+    gone = carried(spec.folder, "leaves").keys() - spec.leaves.keys()
     return unflatten_dict({path: x for path, x in held.items() if path not in gone} | flat, sep="/") if flat or gone else params
 
 
-def _other(name: str) -> Description:
+def _other(name: str) -> ModelSpec:
     """A model of which a head is wanted. Raises UserError for a folder of another kind than Hugging Face's."""
-    found = describe(name, text=False)
-    if (found.folder / "params").exists():
+    spec = describe(name, text=False)
+    if (spec.folder / "params").exists():
         raise UserError(f"{name}: a teacher is read from Hugging Face's files; make them with python -m jaxpost.export.")
-    if found.transformer.arch.logit_cap is not None:
+    if spec.transformer.arch.logit_cap is not None:
         raise UserError(f"{name}: a teacher that caps its logits is more than its head; take distill.top_k.")
-    return found
+    return spec
 
 
-def heads(found: Description, mesh) -> Params:
+def heads(spec: ModelSpec, mesh) -> Params:
     """The leaves that are other models' heads, which are read alone."""
-    shapes, flat = flatten_dict(abstract(found.transformer, mesh, None, found.leaves), sep="/"), {}
-    for leaf, name in others(found).items():
+    shapes, flat = flatten_dict(abstract(spec.transformer, mesh, None, spec.leaves), sep="/"), {}
+    for leaf, name in others(spec).items():
         of = _other(name)
         path = "embed/weight" if of.transformer.arch.tied else "head/weight"
         read = hf.load(of.folder, of.transformer.arch, unflatten_dict({path: shapes[leaf]}, sep="/"))
@@ -209,21 +209,21 @@ def heads(found: Description, mesh) -> Params:
     return unflatten_dict(flat, sep="/")
 
 
-def _weights(found: Description, mesh, seed: int) -> Params:
+def _weights(spec: ModelSpec, mesh, seed: int) -> Params:
     """The same without leaves that the folder has not, and with all that it has."""
-    shapes, around = abstract(found.transformer, mesh), _around(found, mesh, seed)
-    if found.folder is not None and not (found.folder / "params").exists():
-        return hf.load(found.folder, found.transformer.arch, shapes, then=around)
-    if found.folder is None:
+    shapes, around = abstract(spec.transformer, mesh), _around(spec, mesh, seed)
+    if spec.folder is not None and not (spec.folder / "params").exists():
+        return hf.load(spec.folder, spec.transformer.arch, shapes, then=around)
+    if spec.folder is None:
         places = jax.tree.map(lambda x: x.sharding, shapes)
-        params = jax.jit(found.transformer.init, out_shardings=places)(jax.random.PRNGKey(seed))
+        params = jax.jit(spec.transformer.init, out_shardings=places)(jax.random.PRNGKey(seed))
     else:
-        meta, inside = checkpoint.read_meta(found.folder), carried(found.folder)
-        base, within = meta.get("base"), dataclasses.replace(found, adapter=inside)
-        below = base and weights(dataclasses.replace(within, folder=base_of(found.folder, base)), mesh, seed)
-        leaves = carried(found.folder, "leaves")
-        params = checkpoint.load_params(found.folder, abstract(found.transformer, mesh, inside, leaves), below)
-        _check_finite(params, found.folder)
+        meta, inside = checkpoint.read_meta(spec.folder), carried(spec.folder)
+        base, within = meta.get("base"), dataclasses.replace(spec, adapter=inside)
+        below = base and weights(dataclasses.replace(within, folder=base_of(spec.folder, base)), mesh, seed)
+        leaves = carried(spec.folder, "leaves")
+        params = checkpoint.load_params(spec.folder, abstract(spec.transformer, mesh, inside, leaves), below)
+        _check_finite(params, spec.folder)
         if inside:
             return params
     flat = flatten_dict(params, sep="/")
@@ -255,13 +255,13 @@ def _check_memory(arch: families.Architecture) -> None:
         )
 
 
-def _around(found: Description, mesh, seed: int) -> Callable[[str, Any], Any]:
+def _around(spec: ModelSpec, mesh, seed: int) -> Callable[[str, Any], Any]:
     """(path, weight) -> the leaf that the description's adapter makes of it: one at a time, so that no more is held twice."""
-    if not found.adapter:
+    if not spec.adapter:
         return lambda path, weight: weight
-    make, key = resolve(found.adapter, "adapters"), jax.random.PRNGKey(seed)
-    leaves = carried(found.folder, "leaves")
-    whole = flatten_dict(abstract(found.transformer, mesh, found.adapter, leaves), sep="/")
+    make, key = resolve(spec.adapter, "adapters"), jax.random.PRNGKey(seed)
+    leaves = carried(spec.folder, "leaves")
+    whole = flatten_dict(abstract(spec.transformer, mesh, spec.adapter, leaves), sep="/")
 
     def leaf(path, weight):
         if isinstance(whole[path], jax.ShapeDtypeStruct):
@@ -307,20 +307,20 @@ def _chosen(asked: str | Mapping | None, inside: dict) -> dict:
     return inside or ({"name": asked} if isinstance(asked, str) and asked else dict(asked or {}))
 
 
-def base_in(found: Description, workdir, frozen: Params) -> dict | None:
+def base_in(spec: ModelSpec, workdir, frozen: Params) -> dict | None:
     """How a checkpoint in `workdir` names the folder that the frozen weights are in: a path (from the workdir on, if inside it)
     or a name on the hub, its digest, and the frozen leaves that are to be kept beside it. None where it is in no folder, being
     fresh, or where nothing is frozen: then all of it is kept.
     """
     names = [sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(frozen)]
-    names = [name for name in names if name not in others(found)]
-    if found.folder is None or not names:
+    names = [name for name in names if name not in others(spec)]
+    if spec.folder is None or not names:
         return None
-    base, held = checkpoint.read_meta(found.folder).get("base"), set()
-    folder, workdir = checkpoint.absolute(found.folder), checkpoint.absolute(workdir)
-    name = found.hub and f"{found.hub.partition('@')[0]}@{folder.name}"
+    base, held = checkpoint.read_meta(spec.folder).get("base"), set()
+    folder, workdir = checkpoint.absolute(spec.folder), checkpoint.absolute(workdir)
+    name = spec.hub and f"{spec.hub.partition('@')[0]}@{folder.name}"
     if base:
-        held, folder = set(checkpoint.paths(found.folder)), checkpoint.absolute(base_of(found.folder, base, verify=False))
+        held, folder = set(checkpoint.paths(spec.folder)), checkpoint.absolute(base_of(spec.folder, base, verify=False))
         name = base["reference"] if hub.is_spelled(base["reference"]) else ""
     elif (folder / "params").exists() and not checkpoint.read_meta(folder).get("done"):
         raise UserError(
@@ -333,21 +333,21 @@ def base_in(found: Description, workdir, frozen: Params) -> dict | None:
     return {"reference": name, "hash": base["hash"] if base else fingerprint.digest(folder), "beside": sorted(beside)}
 
 
-def beside(found: Description) -> list[str]:
+def beside(spec: ModelSpec) -> list[str]:
     """The weights that a checkpoint around a base holds and that are no part of its adapter: what was learned besides."""
-    if found.folder is None or not checkpoint.read_meta(found.folder).get("base"):
+    if spec.folder is None or not checkpoint.read_meta(spec.folder).get("base"):
         return []
-    return [name for name in checkpoint.paths(found.folder) if not re.search(optim.ADDED, name.replace(".", "/"))]
+    return [name for name in checkpoint.paths(spec.folder) if not re.search(optim.ADDED, name.replace(".", "/"))]
 
 
-def base_name(found: Description) -> str | None:
+def base_name(spec: ModelSpec) -> str | None:
     """The Hugging Face model that a description's weights are around: a name on the hub or a folder; None if there is none."""
-    base = found.folder is not None and checkpoint.read_meta(found.folder).get("base")
+    base = spec.folder is not None and checkpoint.read_meta(spec.folder).get("base")
     if not base:
-        return found.hub or (None if found.folder is None or (found.folder / "params").exists() else str(found.folder))
+        return spec.hub or (None if spec.folder is None or (spec.folder / "params").exists() else str(spec.folder))
     if hub.is_spelled(base["reference"]):
         return base["reference"].partition("@")[0]
-    folder = base_of(found.folder, base, verify=False)
+    folder = base_of(spec.folder, base, verify=False)
     return None if (folder / "params").exists() else str(folder)
 
 
@@ -376,7 +376,7 @@ def base_of(step, base: dict, verify: bool = True) -> epath.Path:
     return folder
 
 
-def keep_description(found: Description, workdir, template: str) -> None:
+def keep_description(spec: ModelSpec, workdir, template: str) -> None:
     """Writes config.json, generation_config.json and the tokenizer under workdir/model, so that a workdir is all that generate
     and export need.
 
@@ -384,16 +384,16 @@ def keep_description(found: Description, workdir, template: str) -> None:
     """
     folder = epath.Path(workdir) / "model"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, fields in (("config", found.config), ("generation_config", found.generation)):
+    for name, fields in (("config", spec.config), ("generation_config", spec.generation)):
         (folder / f"{name}.json").write_text(json.dumps(fields, indent=2) + "\n")
-    if found.tokenizer is not None:
-        tokenizer.save(tokenizer.carrying(found.tokenizer, template), folder)
+    if spec.tokenizer is not None:
+        tokenizer.save(tokenizer.carrying(spec.tokenizer, template), folder)
 
 
-def open_model(where: str, mesh, dtype: str = "float32", adapter: Mapping | None = None) -> tuple[Description, Params]:
-    """Description and weights of a Hugging Face folder, a workdir, or one checkpoint in a workdir (its newest, where it has
+def open_model(where: str, mesh, dtype: str = "float32", adapter: Mapping | None = None) -> tuple[ModelSpec, Params]:
+    """ModelSpec and weights of a Hugging Face folder, a workdir, or one checkpoint in a workdir (its newest, where it has
     several), with the adapter that the checkpoint has inside, or that is asked for. Raises UserError for another `where`.
     """
-    found = describe(where, dtype=dtype, adapter=adapter)
-    check(found)
-    return found, weights(found, mesh)
+    spec = describe(where, dtype=dtype, adapter=adapter)
+    check(spec)
+    return spec, weights(spec, mesh)

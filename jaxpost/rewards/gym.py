@@ -9,7 +9,7 @@
 Which problems are for training and which for testing, about one in ten, a hash of the problem decides, so that no choice of
 seeds leaks one into the other.
 
-Data sets are made and asked in a process of its own (isolated.py). Some judge by evaluating what the model wrote, or search for
+Data sets are made and asked in a process of its own (sandbox.py). Some judge by evaluating what the model wrote, or search for
 long: that process is killed in time. And some depend on the order of Python's sets, which is the same in every such process. A
 record holds a problem's number, from which it is made again to be judged, since what is noted about one may be more than JSON.
 
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from jaxpost.errors import UserError, first_line
 from jaxpost.resolve import nearest
-from jaxpost.rewards import isolated
+from jaxpost.rewards import sandbox
 
 SPLITS = ("train", "test")
 _DRAWS = 1000  # in search of a problem of a split, before there is taken to be none
@@ -66,7 +66,7 @@ def score(record: dict, completion: str, *, seconds: float = 5.0) -> float:
 
 
 score.in_process = True  # it has a process of its own
-score.ready = lambda **_: isolated.warm(module="jaxpost.rewards.gym", package="reasoning_gym")
+score.ready = lambda **_: sandbox.warm(module="jaxpost.rewards.gym", package="reasoning_gym")
 
 
 def _answer(completion: str) -> str:
@@ -81,7 +81,7 @@ def _hash(*parts: Any) -> int:
 
 def _asked(function: str, *args: Any, seconds: float = _MAKING) -> Any:
     """What a function of this file gives in the child."""
-    return isolated.call(f"jaxpost.rewards.gym:{function}", args=list(args), seconds=seconds, package="reasoning_gym")
+    return sandbox.call(f"jaxpost.rewards.gym:{function}", args=list(args), seconds=seconds, package="reasoning_gym")
 
 
 def _record(name: str, config: str, index: int, *, split: str = "train", seed: int = 0) -> dict:

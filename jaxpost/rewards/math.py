@@ -14,7 +14,7 @@ import re
 import unicodedata
 
 from jaxpost.errors import UserError
-from jaxpost.rewards import answers, formulas, isolated
+from jaxpost.rewards import answers, formulas, sandbox
 
 
 def exact(record: dict, completion: str) -> bool:
@@ -57,11 +57,11 @@ def verify(record: dict, completion: str, *, seconds: float = 5.0) -> bool:
     and RuntimeError for an answer of the record's that it cannot read.
     """
     texts = [_answer(record), completion]
-    return isolated.call("jaxpost.rewards.math:_same", args=texts, seconds=seconds, package="math_verify")
+    return sandbox.call("jaxpost.rewards.math:_same", args=texts, seconds=seconds, package="math_verify")
 
 
 verify.in_process = True  # it has a process of its own
-verify.ready = lambda **_: isolated.warm(module="jaxpost.rewards.math", package="math_verify")
+verify.ready = lambda **_: sandbox.warm(module="jaxpost.rewards.math", package="math_verify")
 
 
 def extract(text: str) -> str | None:

@@ -70,12 +70,12 @@ def _opened(folder: str) -> tuple:
     """(transformer, weights, tokenizer, mesh) of a reward model, which stays in memory. Raises UserError for another model."""
     # Each process judges its own completions: a mesh over all of them would have to be asked by all at once.
     mesh = sharding.make_mesh(devices=jax.local_devices())
-    found, params = loading.open_model(folder, mesh)
+    spec, params = loading.open_model(folder, mesh)
     if "reward_head" not in params:
         raise UserError(f"rewards.model.score: {folder} has no reward head; give the workdir of a reward model.")
-    if found.tokenizer is None:
+    if spec.tokenizer is None:
         raise UserError(f"rewards.model.score: {folder} has no tokenizer, so it cannot read text.")
-    return found.transformer, params, found.tokenizer, mesh
+    return spec.transformer, params, spec.tokenizer, mesh
 
 
 def _encoded(record: dict, completion: str, tokenizer: Any, folder: str) -> dict[str, np.ndarray]:

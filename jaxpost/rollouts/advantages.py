@@ -14,7 +14,7 @@ rounding noise divided by next to nothing.
 import numpy as np
 
 from jaxpost.errors import UserError
-from jaxpost.rollouts.verdicts import LEVEL, differing
+from jaxpost.rollouts.scores import LEVEL, differing
 
 
 def _rewards(rewards) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxpost.rollouts.layout import Layout
-from jaxpost.rollouts.verdicts import LEVEL, Verdicts, differing
+from jaxpost.rollouts.scores import LEVEL, Scores, differing
 from jaxpost.sampling.decode import Completions
 
 CORRECTIONS = ("", "truncate", "mask")
@@ -47,12 +47,12 @@ class Lessons(NamedTuple):
         """Rows of the batch that one prompt gives."""
         return 1 if self.pairs or self.shared else self.group
 
-    def shaped(self, found: Completions, verdicts: Verdicts) -> np.ndarray:
+    def shaped(self, found: Completions, verdicts: Scores) -> np.ndarray:
         """[B] rewards as they are learned from, nan where none applies."""
         return verdicts.totals + punished(found.lengths, self.new, self.overlong) + self.truncated * ~found.stopped
 
     def learned(
-        self, where: Layout, found: Completions, verdicts: Verdicts, columns: dict, tasks: Sequence[str] = ()
+        self, where: Layout, found: Completions, verdicts: Scores, columns: dict, tasks: Sequence[str] = ()
     ) -> tuple[dict[str, np.ndarray], dict[str, float], np.ndarray]:
         """(the columns that the objective reads, figures of the batch, each completion's mean advantage [B]). tasks: of each
         prompt the cell of its task.
@@ -72,7 +72,7 @@ class Lessons(NamedTuple):
         own = np.where(where.real, np.broadcast_to(made["advantages"], where.real.shape), 0.0).sum(1)
         return columns, self._figures(groups, found, verdicts, kept), own / np.maximum(found.lengths, 1)
 
-    def paired(self, found: Completions, verdicts: Verdicts) -> tuple[Completions, Verdicts, dict[str, float]]:
+    def paired(self, found: Completions, verdicts: Scores) -> tuple[Completions, Scores, dict[str, float]]:
         """(each prompt's best completion and its worst, one after the other, what was said of them, figures of all)."""
         groups = self.shaped(found, verdicts).reshape(-1, self.group)
         there = np.isfinite(groups)
@@ -84,7 +84,7 @@ class Lessons(NamedTuple):
         return Completions(*(None if x is None else x[chosen] for x in found)), verdicts.of(chosen), figures
 
     def compared(
-        self, where: Layout, found: Completions, verdicts: Verdicts, columns: dict, tasks: Sequence[str] = ()
+        self, where: Layout, found: Completions, verdicts: Scores, columns: dict, tasks: Sequence[str] = ()
     ) -> tuple[dict[str, np.ndarray], dict[str, float], np.ndarray]:
         """As `learned`, of pairs: how much better the best is stands in `margins`; where it is not, nothing is learned."""
         rewards = np.nan_to_num(self.shaped(found, verdicts)).reshape(-1, 2)
@@ -103,7 +103,7 @@ class Lessons(NamedTuple):
         apart = where.collect(columns["old_logps"]) - where.collect(columns["sampler_logps"])
         return columns, corrected(apart, self.correction, self.cap)
 
-    def _figures(self, groups, found: Completions, verdicts: Verdicts, kept) -> dict[str, float]:
+    def _figures(self, groups, found: Completions, verdicts: Scores, kept) -> dict[str, float]:
         there = np.isfinite(groups)
         spread = [own[some].std(ddof=1) if some.sum() > 1 else 0.0 for own, some in zip(groups, there, strict=True)]
         figures = {

@@ -26,10 +26,10 @@ from etils import epath
 
 from jaxpost import sharding
 from jaxpost.errors import UserError
-from jaxpost.rollouts import layout, shelf
+from jaxpost.rollouts import layout, resume
 from jaxpost.rollouts.learning import Lessons
+from jaxpost.rollouts.scores import Scores, differing, gathered
 from jaxpost.rollouts.scoring import Scorer
-from jaxpost.rollouts.verdicts import Verdicts, differing, gathered
 from jaxpost.sampling.decode import Completions, Finished, ready, stream, together
 from jaxpost.step import combine
 
@@ -49,7 +49,7 @@ def columns(s, pairs: bool) -> dict[str, jax.ShapeDtypeStruct]:
     return found | {k: jax.ShapeDtypeStruct((), dtype) for k, dtype in scalars.items()}
 
 
-class Making(NamedTuple):
+class RolloutConfig(NamedTuple):
     """How rollouts are made; all of it is settings.
 
     prompt: i -> (record, token ids) of the i-th prompt of an endless sequence, or None for one to be left out; rewards: {name:
@@ -85,7 +85,7 @@ class Made(NamedTuple):
     numbers: np.ndarray
     found: Completions
     columns: dict[str, np.ndarray]
-    judged: Scorer | Verdicts
+    judged: Scorer | Scores
     figures: dict[str, float] = {}
 
 
@@ -97,7 +97,7 @@ class Rollouts:
     Both are set before the first call.
     """
 
-    def __init__(self, making: Making):
+    def __init__(self, making: RolloutConfig):
         self.making, self.frozen, self.folder = making, (), None
         ways = (making.batch_size, making.minibatches, making.lessons.rows_a_prompt)
         self.prompts = ways[0] * ways[1] // ways[2]  # of a rollout batch
@@ -158,7 +158,7 @@ class Rollouts:
         m, first, count = self.making, self.drawn, self.prompts * self.making.group
         problems = self._next()
         drawn, scorer = list(problems.values()), Scorer(m.rewards, **m.judging)
-        before = {} if self.folder is None else shelf.read_partial(self.folder, (step, self.calls, first))
+        before = {} if self.folder is None else resume.read_partial(self.folder, (step, self.calls, first))
         whole, mark = dict(before), time.monotonic()
 
         def judge(one: Finished) -> None:
@@ -175,7 +175,7 @@ class Rollouts:
                     whole[one.index] = one
                     judge(one)
                 if self.folder and time.monotonic() - mark > SECONDS and jax.process_index() == 0:
-                    shelf.write_partial(self.folder, (step, self.calls, first), whole, m.sampling["new"])
+                    resume.write_partial(self.folder, (step, self.calls, first), whole, m.sampling["new"])
                     mark = time.monotonic()
         except BaseException:
             scorer.close()
@@ -224,15 +224,15 @@ class Rollouts:
         figures = {"prompts_sampled": float(len(kept) + len(level)), "prompts_level": float(len(level))}
         found = Completions(*(None if x[0] is None else np.concatenate(x) for x in zip(*(g[1] for g in chosen), strict=True)))
         numbers = np.concatenate([g[0] for g in chosen])
-        return Made(numbers, found, {}, Verdicts.together([g[2] for g in chosen])._replace(failures=failures), figures)
+        return Made(numbers, found, {}, Scores.together([g[2] for g in chosen])._replace(failures=failures), figures)
 
-    def _group(self, made: Made, verdicts: Verdicts, i: int) -> tuple:
+    def _group(self, made: Made, verdicts: Scores, i: int) -> tuple:
         own = slice(i * self.making.group, (i + 1) * self.making.group)
         found = Completions(*(None if x is None else x[own] for x in made.found))
         return made.numbers[i : i + 1], found, verdicts.of(own)
 
-    def _verdicts(self, made: Made) -> Verdicts:
-        if isinstance(made.judged, Verdicts):
+    def _verdicts(self, made: Made) -> Scores:
+        if isinstance(made.judged, Scores):
             return made.judged
         return gathered(made.judged, len(made.found.lengths))
 
@@ -263,17 +263,15 @@ class Rollouts:
         here = {int(i) for other in (made, *self.waiting) for i in other.numbers}
         self.known = {i: self._problem(i) for i in here}
         tasks = [self.known[int(i)][0].get("cell", "") for i in made.numbers]
-        found, figures, advantages = learned(self._layout(made), made.found, verdicts, made.columns, tasks)
+        columns, figures, advantages = learned(self._layout(made), made.found, verdicts, made.columns, tasks)
         self.metrics, each = {**made.figures, **figures}, len(made.found.lengths) // len(made.numbers)
         if self.left_out:
             self.metrics["problems_left_out"] = float(self.left_out)
         self.table = functools.partial(self._told, made, verdicts, advantages, each)
         self.samples = self.table(2)
-        return found
+        return columns
 
-    def _told(
-        self, made: Made, verdicts: Verdicts, advantages: np.ndarray, each: int, prompts: int | None = None
-    ) -> list[dict]:
+    def _told(self, made: Made, verdicts: Scores, advantages: np.ndarray, each: int, prompts: int | None = None) -> list[dict]:
         """The completions of the first so many prompts, or of all, as rows of jaxpost/table.py."""
         rows, m, several = [], self.making, len(verdicts.each) > 1
         for i, number in enumerate(made.numbers[:prompts]):
@@ -300,11 +298,11 @@ class Rollouts:
         self.drawn, self.left_out, self.calls, self.due = (value[k] for k in ("prompts", "left_out", "calls", "due"))
         self.batch, self.waiting = None, collections.deque()
         if value["held"]:
-            batch, waiting, told = shelf.read(epath.Path(self.folder) / value["held"])
+            batch, waiting, told = resume.read(epath.Path(self.folder) / value["held"])
             self.batch, self.metrics, self.samples = batch or None, told["metrics"], told["samples"]
             for made in waiting:
                 figures = {k: float(x) for k, x in made.get("figures", {}).items()}
-                found, judged = Completions(**made["found"]), Verdicts(**made["judged"])
+                found, judged = Completions(**made["found"]), Scores(**made["judged"])
                 self.waiting.append(Made(made["numbers"], found, made["columns"], judged, figures))
 
     def keep(self, step: int, others: Sequence[int]) -> dict[str, Any]:
@@ -313,14 +311,14 @@ class Rollouts:
         """
         used_up = self.batch is None or self.due == self.steps
         if jax.process_index() == 0:
-            shelf.sweep(self.folder, others)
+            resume.sweep(self.folder, others)
         if used_up and not self.waiting:
             return self.position
         self.waiting = collections.deque(made._replace(judged=self._verdicts(made)) for made in self.waiting)
-        name = shelf.held(step)
+        name = resume.held(step)
         if jax.process_index() == 0:
             told = {"metrics": self.metrics, "samples": self.samples}
-            shelf.write(epath.Path(self.folder) / name, {} if used_up else self.batch, list(self.waiting), told)
+            resume.write(epath.Path(self.folder) / name, {} if used_up else self.batch, list(self.waiting), told)
         return {**self.position, "held": name}
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from jaxpost import sharding
 from jaxpost.models.attention import cache_axes
-from jaxpost.models.einsum import turned
+from jaxpost.models.einsum import transposed
 from jaxpost.models.heads import logits
 from jaxpost.models.transformer import Transformer, unstack
 from jaxpost.sampling import processors
@@ -104,7 +104,7 @@ def _uniform(key: jax.Array, numbers: jax.Array, places: jax.Array) -> jax.Array
 @functools.partial(jax.jit, static_argnames=("model",))
 def prepare(model: Transformer, params: Params) -> Params:
     """The weights as decoding reads them: whole along fsdp, of the computation's numbers, a tree a layer."""
-    return turned(sharding.gather(unstack(params, model.arch.layers), model.dtype))
+    return transposed(sharding.gather(unstack(params, model.arch.layers), model.dtype))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "room"))

@@ -13,7 +13,7 @@ from jaxpost.rollouts.scoring import Score, Scorer, judged
 LEVEL = 1e-8  # rewards of a group that differ by less are equal: rounding is no difference
 
 
-class Verdicts(NamedTuple):
+class Scores(NamedTuple):
     """totals [B] float64: the weighted sums, nan where no reward that has a weight applies; each: by a reward's name what it
     said [B], nan where it does not apply; failures: how often one failed.
     """
@@ -22,15 +22,15 @@ class Verdicts(NamedTuple):
     each: dict[str, np.ndarray]
     failures: int
 
-    def of(self, own: Any) -> "Verdicts":
+    def of(self, own: Any) -> "Scores":
         """Those of some completions, by an index; failures are not counted again."""
-        return Verdicts(self.totals[own], {k: x[own] for k, x in self.each.items()}, 0)
+        return Scores(self.totals[own], {k: x[own] for k, x in self.each.items()}, 0)
 
     @staticmethod
-    def together(parts: Sequence["Verdicts"]) -> "Verdicts":
+    def together(parts: Sequence["Scores"]) -> "Scores":
         """One after the other."""
         each = {k: np.concatenate([p.each[k] for p in parts]) for k in parts[0].each}
-        return Verdicts(np.concatenate([p.totals for p in parts]), each, sum(p.failures for p in parts))
+        return Scores(np.concatenate([p.totals for p in parts]), each, sum(p.failures for p in parts))
 
 
 def everywhere(rewards: Mapping, records: Sequence[dict], completions: Sequence[str], **options) -> list[Score]:
@@ -53,7 +53,7 @@ def _agree(error: UserError | None) -> None:
         raise error or UserError("another process's rewards failed; its message says why.")
 
 
-def gathered(scorer: Scorer, count: int) -> Verdicts:
+def gathered(scorer: Scorer, count: int) -> Scores:
     """The verdicts on `count` completions, of which this process's scorer has some: on every process all of them.
 
     Raises UserError on every process where the scorer of any does.
@@ -76,7 +76,7 @@ def gathered(scorer: Scorer, count: int) -> Verdicts:
         found = sharding.everywhere(found[None].view(np.uint32)).view(np.float64).sum(0)
     assert (found[0] == 1).all(), "each completion is judged by one process"
     each = {name: np.where(found[3 + 2 * n] > 0, found[4 + 2 * n], np.nan) for n, name in enumerate(names)}
-    return Verdicts(found[1], each, int(found[2].sum()))
+    return Scores(found[1], each, int(found[2].sum()))
 
 
 def differing(groups: np.ndarray) -> np.ndarray:

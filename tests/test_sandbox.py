@@ -12,50 +12,50 @@ import threading
 import pytest
 
 from jaxpost.errors import UserError
-from jaxpost.rewards import gym, isolated
+from jaxpost.rewards import gym, sandbox
 
 
 def test_a_package_that_is_missing_is_named_before_anything_runs():
     with pytest.raises(UserError, match=r"package not_there .* pip install 'jaxpost\[rewards\]'"):
-        isolated.call("operator:add", args=[1, 2], seconds=1.0, package="not_there")
+        sandbox.call("operator:add", args=[1, 2], seconds=1.0, package="not_there")
     with pytest.raises(UserError, match="package not_there"):
-        isolated.warm(module="operator", package="not_there")
+        sandbox.warm(module="operator", package="not_there")
 
 
 @pytest.fixture
 def alone():
     """No child that another test left."""
-    isolated.close()
+    sandbox.close()
     yield
-    isolated.close()
+    sandbox.close()
 
 
 def test_a_child_is_kept_until_it_fails(alone):
-    assert isolated.call("operator:add", args=[1, 2], seconds=5.0) == 3
-    (child,) = isolated._idle
-    assert isolated.call("operator:mul", args=["é\ud800\n", 70_000], seconds=5.0) == "é\ud800\n" * 70_000
+    assert sandbox.call("operator:add", args=[1, 2], seconds=5.0) == 3
+    (child,) = sandbox._idle
+    assert sandbox.call("operator:mul", args=["é\ud800\n", 70_000], seconds=5.0) == "é\ud800\n" * 70_000
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-        isolated.call("operator:truediv", args=[1, 0], seconds=5.0)
+        sandbox.call("operator:truediv", args=[1, 0], seconds=5.0)
     with pytest.raises(RuntimeError, match="TypeError.*JSON"):
-        isolated.call("builtins:object", args=[], seconds=5.0)
-    assert isolated._idle == [child] and isolated.call("builtins:print", args=["{}"], seconds=5.0) is None
-    isolated.close()
-    assert child.process.poll() is not None and not isolated._idle
+        sandbox.call("builtins:object", args=[], seconds=5.0)
+    assert sandbox._idle == [child] and sandbox.call("builtins:print", args=["{}"], seconds=5.0) is None
+    sandbox.close()
+    assert child.process.poll() is not None and not sandbox._idle
 
 
 # Asleep, and in a product in C that hears nothing: the clock ends both.
 @pytest.mark.parametrize(("function", "args"), [("time:sleep", [60]), ("builtins:pow", [3, 10**9])])
 def test_a_function_that_hangs_dies_with_its_process(alone, function, args):
-    isolated.warm(module="operator")
-    (child,) = isolated._idle
+    sandbox.warm(module="operator")
+    (child,) = sandbox._idle
     with pytest.raises(TimeoutError, match="more than 0.2 s"):
-        isolated.call(function, args=args, seconds=0.2)
-    assert child.process.poll() is not None and not isolated._idle
-    assert isolated.call("operator:add", args=[1, 2], seconds=5.0) == 3
+        sandbox.call(function, args=args, seconds=0.2)
+    assert child.process.poll() is not None and not sandbox._idle
+    assert sandbox.call("operator:add", args=[1, 2], seconds=5.0) == 3
 
 
 def test_a_child_whose_parent_is_gone_ends_by_itself(alone):
-    child = isolated._Child()
+    child = sandbox._Child()
     child.load("time")
     child.process.stdin.write(b'["time:sleep", [60], 0.1]\n')
     assert child.process.wait(timeout=30) == -14  # its own alarm
@@ -80,8 +80,8 @@ def test_a_child_whose_parent_is_gone_ends_by_itself(alone):
 def test_a_child_dies_or_refuses_and_says_so(function, args, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RuntimeError, match=message):
-        isolated.call(function, args=args, seconds=5.0)
-    assert not list(tmp_path.iterdir()) and isolated.call("operator:add", args=[1, 2], seconds=5.0) == 3
+        sandbox.call(function, args=args, seconds=5.0)
+    assert not list(tmp_path.iterdir()) and sandbox.call("operator:add", args=[1, 2], seconds=5.0) == 3
 
 
 def test_a_child_leaves_no_files_and_finds_what_its_parent_finds(alone, tmp_path, monkeypatch):
@@ -91,31 +91,31 @@ def test_a_child_leaves_no_files_and_finds_what_its_parent_finds(alone, tmp_path
     monkeypatch.setattr(sys, "path", ["", *(entry for entry in sys.path if entry)])
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    assert isolated.call("only_here:f", args=[], seconds=5.0) == 7
-    assert isolated.call("tempfile:gettempdir", args=[], seconds=5.0) == str(tmp_path)
+    assert sandbox.call("only_here:f", args=[], seconds=5.0) == 7
+    assert sandbox.call("tempfile:gettempdir", args=[], seconds=5.0) == str(tmp_path)
     for refused, args in (("tempfile:mkstemp", []), ("os:open", ["written", os.O_CREAT | os.O_WRONLY])):
         with pytest.raises(RuntimeError, match="PermissionError"):
-            isolated.call(refused, args=args, seconds=5.0)
+            sandbox.call(refused, args=args, seconds=5.0)
     assert [path.name for path in tmp_path.rglob("*")] == ["there", "only_here.py"]
 
 
 def test_a_child_that_does_not_read_keeps_nobody_waiting(alone):
-    isolated.warm(module="operator")
-    (child,) = isolated._idle
+    sandbox.warm(module="operator")
+    (child,) = sandbox._idle
     os.kill(child.process.pid, signal.SIGSTOP)
     with pytest.raises(TimeoutError, match="more than 0.2 s"):
-        isolated.call("operator:add", args=["a" * 2**20, "b"], seconds=0.2)  # more than a pipe holds
+        sandbox.call("operator:add", args=["a" * 2**20, "b"], seconds=0.2)  # more than a pipe holds
     assert child.process.poll() is not None
 
 
 def test_threads_have_a_child_each(alone):
-    waiting = threading.Thread(target=isolated.call, args=("time:sleep",), kwargs={"args": [1.0], "seconds": 30.0})
+    waiting = threading.Thread(target=sandbox.call, args=("time:sleep",), kwargs={"args": [1.0], "seconds": 30.0})
     waiting.start()
-    while not isolated._idle and waiting.is_alive():  # the other call ends while the first still sleeps
-        assert isolated.call("operator:add", args=[1, 2], seconds=30.0) == 3
-    assert waiting.is_alive() and len(isolated._idle) == 1
+    while not sandbox._idle and waiting.is_alive():  # the other call ends while the first still sleeps
+        assert sandbox.call("operator:add", args=[1, 2], seconds=30.0) == 3
+    assert waiting.is_alive() and len(sandbox._idle) == 1
     waiting.join()
-    assert len(isolated._idle) == 2
+    assert len(sandbox._idle) == 2
 
 
 class Fake:
@@ -163,15 +163,15 @@ def fake_gym(alone, tmp_path, monkeypatch):
         "from reasoning_gym.factory import DATASETS\n\ndef create_dataset(name, **kw):\n    return DATASETS[name][0](**kw)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    isolated._need.cache_clear()
+    sandbox._need.cache_clear()
     yield
-    isolated._need.cache_clear()
+    sandbox._need.cache_clear()
 
 
 def test_a_gym_task_has_what_a_task_has(fake_gym):
     task = gym.task("fake_sums", most=50)
     records = [task.record(i) for i in range(200)]
-    isolated.close()  # another process makes the same
+    sandbox.close()  # another process makes the same
     assert records == [task.record(i) for i in range(200)] != [task.record(i, seed=1) for i in range(200)]
     tests = task.test_records(30)
     assert len({r["prompt"] for r in tests}) == len(tests) == 30 and task.test_records(10) == tests[:10]
@@ -227,12 +227,12 @@ def test_a_real_gym(name, wrong):
 def test_a_folder_for_matplotlib_that_the_user_names_is_kept(own, kept, tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path / own) if own else "")
-    environment = os.environ | isolated._environment()
+    environment = os.environ | sandbox._environment()
     assert environment["MPLCONFIGDIR"] == str(tmp_path / "mine" if kept else tempfile.gettempdir())
 
 
 def test_a_child_has_a_place_for_matplotlibs_cache(monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setenv("HOME", "/nowhere")
-    isolated.close()  # a new child, which has imported nothing yet
-    isolated.warm(module="matplotlib")
+    sandbox.close()  # a new child, which has imported nothing yet
+    sandbox.warm(module="matplotlib")

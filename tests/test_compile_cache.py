@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxpost import programs, train
+from jaxpost import compile_cache, train
 from jaxpost.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +54,7 @@ def test_a_second_process_compiles_nothing_of_ours_again(tmp_path):
 def test_entry_points_keep_programs(tmp_path, monkeypatch):
     assert process(FLAGS, tmp_path).stdout.strip() == str(tmp_path / "programs")
     asked = []
-    monkeypatch.setattr(programs, "keep", lambda: asked.append(True))
+    monkeypatch.setattr(compile_cache, "keep", lambda: asked.append(True))
     with pytest.raises(UserError, match=r"config\.model"):
         train.run({}, tmp_path / "run")
     assert asked
@@ -73,18 +73,18 @@ class Config:
 
 def changes(monkeypatch, folder=None) -> dict:
     config = Config(folder)
-    monkeypatch.setattr(programs, "jax", types.SimpleNamespace(config=config))
-    programs.keep()
+    monkeypatch.setattr(compile_cache, "jax", types.SimpleNamespace(config=config))
+    compile_cache.keep()
     return config.changed
 
 
 def test_settings_of_ones_own_stay(monkeypatch, tmp_path):
     before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
-    programs.keep()  # the tests' environment has both
+    compile_cache.keep()  # the tests' environment has both
     assert before == (jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs)
     monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
     monkeypatch.setenv("JAXPOST_CACHE", str(tmp_path))
-    assert changes(monkeypatch, "mine") == {"jax_persistent_cache_min_compile_time_secs": programs.SECONDS}
+    assert changes(monkeypatch, "mine") == {"jax_persistent_cache_min_compile_time_secs": compile_cache.SECONDS}
     assert not list(tmp_path.iterdir())
 
 
@@ -96,7 +96,7 @@ def test_a_home_that_cannot_be_written_to_is_no_error(monkeypatch, tmp_path):
 
 def test_what_was_not_used_for_longest_goes_first(monkeypatch, tmp_path):
     monkeypatch.setenv("JAXPOST_CACHE", str(tmp_path))
-    monkeypatch.setattr(programs, "MOST", 250)
+    monkeypatch.setattr(compile_cache, "MOST", 250)
     (tmp_path / "programs").mkdir()
     for name, used in (("b", 2), ("a", 3), ("c", 1), ("d", 4)):
         path = tmp_path / "programs" / name

@@ -30,7 +30,7 @@ from jaxpost.errors import UserError
 
 START = 120.0  # seconds that the imports may take, on a busy machine
 MEMORY = 4 * 2**30  # bytes of address space
-_CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from jaxpost.rewards.isolated import _serve; _serve()"
+_CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from jaxpost.rewards.sandbox import _serve; _serve()"
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # What Python tells of itself before it does it; the child's audit hook refuses these.
 _REFUSED = ("socket.connect", "socket.bind", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.kill")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxpost.errors import UserError
-from jaxpost.evals import repeated
+from jaxpost.evals import pass_at_k
 from jaxpost.sampling.decode import Completions
 from jaxpost.tasks import arithmetic
 
@@ -32,21 +32,21 @@ def voted(verdicts, given):
 @pytest.mark.parametrize(("n", "c", "k", "expected"), [(10, 3, 1, 0.3), (10, 3, 5, 11 / 12), (10, 0, 4, 0.0), (10, 8, 3, 1.0)])
 def test_pass_at_k_in_closed_form(n, c, k, expected):
     verdicts = np.arange(n)[None] < c
-    assert repeated.best(verdicts, k) == pytest.approx([expected], abs=1e-15)
+    assert pass_at_k.best(verdicts, k) == pytest.approx([expected], abs=1e-15)
 
 
 def test_pass_at_k_stays_exact_where_the_binomials_are_beyond_a_float():
     n, c = 2000, 7
     for k in (1, 64, 1000, 1990, 2000):
         exact = 1 - Fraction(math.comb(n - c, k), math.comb(n, k))
-        assert repeated.best(np.arange(n)[None] < c, k)[0] == pytest.approx(float(exact), rel=1e-12)
+        assert pass_at_k.best(np.arange(n)[None] < c, k)[0] == pytest.approx(float(exact), rel=1e-12)
 
 
 @pytest.mark.parametrize("k", [1, 2, 4, 6])
 def test_the_best_of_k_is_the_mean_over_all_subsets(k):
     values = np.random.RandomState(0).normal(size=(5, 6))
     expected = [np.mean([row[list(chosen)].max() for chosen in subsets(6, k)]) for row in values]
-    assert repeated.best(values, k) == pytest.approx(expected, abs=1e-14)
+    assert pass_at_k.best(values, k) == pytest.approx(expected, abs=1e-14)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 7])
@@ -57,21 +57,21 @@ def test_the_majority_of_k_is_the_mean_over_all_subsets_and_ties(k):
     worth = {"a": 1.0, "b": 0.0, "c": 0.25, "d": 0.0}  # c: a reward that is no verdict
     verdicts = np.array([[worth.get(a, 0.0) for a in row] for row in given])
     expected = [np.mean([voted(worth, [row[i] for i in chosen]) for chosen in subsets(7, k)]) for row in given]
-    assert repeated.majority(verdicts, given, k) == pytest.approx(expected, abs=1e-14)
+    assert pass_at_k.majority(verdicts, given, k) == pytest.approx(expected, abs=1e-14)
 
 
 def test_one_answer_that_is_judged_both_ways_counts_as_its_mean():
-    assert repeated.majority([[1, 0, 0]], [["a", "a", "b"]], 3) == pytest.approx([0.5])
+    assert pass_at_k.majority([[1, 0, 0]], [["a", "a", "b"]], 3) == pytest.approx([0.5])
 
 
 def test_a_silent_sample_has_no_vote_even_where_it_was_judged_right():
-    assert repeated.majority([[1, 1, 0]], [[None, None, "b"]], 3).tolist() == [0.0]
+    assert pass_at_k.majority([[1, 1, 0]], [[None, None, "b"]], 3).tolist() == [0.0]
 
 
 def test_figures_have_the_interval_over_problems():
     verdicts = np.array([[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
     given = [["a", "a", "b", "c"], ["a", "b", "b", "c"], ["b", "b", "c", "c"]]
-    found = dict(repeated.figures(verdicts, given, ks=(1, 4)))
+    found = dict(pass_at_k.figures(verdicts, given, ks=(1, 4)))
     each = {
         "mean@4": [0.5, 0.25, 0],
         "pass@1": [0.5, 0.25, 0],
@@ -87,10 +87,10 @@ def test_figures_have_the_interval_over_problems():
 
 
 def test_weights_weigh_problems_and_a_problem_twice_is_not_two():
-    found = dict(repeated.figures([[1.0], [0.0], [0.0]], weights=[2, 1, 1], name="best"))
+    found = dict(pass_at_k.figures([[1.0], [0.0], [0.0]], weights=[2, 1, 1], name="best"))
     # By hand: deviations .5, -.5, -.5 times 2, 1, 1; the root of 3/2 * (1 + 1/4 + 1/4), over 4.
     assert found["best@1"] == 0.5 and found["best@1_high"] == pytest.approx(0.5 + 1.96 * 1.5 / 4, abs=1e-14)
-    assert dict(repeated.figures([[1.0, 0.0]])) == {"mean@2": 0.5, "pass@1": 0.5}
+    assert dict(pass_at_k.figures([[1.0, 0.0]])) == {"mean@2": 0.5, "pass@1": 0.5}
 
 
 def answering(calls):
@@ -116,15 +116,15 @@ RECORDS = [{"prompt": "1+1", "answer": "2", "weight": 3.0}, {"prompt": "1+2", "a
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_samples_are_judged_each_by_its_own_record(monkeypatch, rows):
     calls = []
-    monkeypatch.setattr(repeated, "complete", answering(calls))
-    monkeypatch.setattr(repeated, "ready", lambda model, params, mesh: params)
+    monkeypatch.setattr(pass_at_k, "complete", answering(calls))
+    monkeypatch.setattr(pass_at_k, "ready", lambda model, params, mesh: params)
     options = {"prompt_window": 6, "new": 2, "template": None}
 
     def judge(records, completions):
         return [c == r["answer"] and r["stopped"] for r, c in zip(records, completions, strict=True)]
 
     run = {"n": 6, "rows": rows, "options": options, "ks": (1, 3), "seed": 5, "step": 2}
-    found = dict(repeated.sampled(None, None, TEXT, RECORDS, judge, None, **run, extract=str.strip))
+    found = dict(pass_at_k.sampled(None, None, TEXT, RECORDS, judge, None, **run, extract=str.strip))
     table = found.pop("samples")
     assert [row["completion"] for row in table] == [str(i % 4) for i in range(18)]
     assert [row["stopped"] for row in table] == [bool(i % 3) for i in range(18)]
@@ -139,25 +139,25 @@ def test_samples_are_judged_each_by_its_own_record(monkeypatch, rows):
     assert [call[:3] for call in calls] == [(size, size, 6 * first) for first in range(0, 3, size)]
     assert {call[3:] for call in calls} == {((("seed", 5), ("step", 2), ("temperature", 1.0)), (3,))}
     run["options"] = {**options, "stop": (7, 9)}
-    plain = dict(repeated.sampled(None, None, TEXT, RECORDS, judge, None, **run, name="best"))
+    plain = dict(pass_at_k.sampled(None, None, TEXT, RECORDS, judge, None, **run, name="best"))
     assert calls[-1][-1] == (7, 9) and "extracted" not in plain["samples"][0]
     assert plain["best@3"] == found["pass@3"] and not {"pass@3", "maj@3"} & plain.keys()
 
 
 @pytest.mark.parametrize("k", [0, 7])
 def test_a_k_that_cannot_be_taken_is_refused_before_anything_is_sampled(monkeypatch, k):
-    monkeypatch.setattr(repeated, "complete", None)
+    monkeypatch.setattr(pass_at_k, "complete", None)
     with pytest.raises(UserError, match=f"--k={k}: of 6 samples"):
-        next(repeated.sampled(None, None, TEXT, RECORDS, max, None, n=6, rows=4, options={}, ks=(1, k)))
+        next(pass_at_k.sampled(None, None, TEXT, RECORDS, max, None, n=6, rows=4, options={}, ks=(1, k)))
     with pytest.raises(UserError, match=f"--k={k}"):
-        repeated.best(np.zeros((1, 6)), k)
+        pass_at_k.best(np.zeros((1, 6)), k)
     with pytest.raises(UserError, match=f"--k={k}"):
-        repeated.majority(np.zeros((1, 6)), [["a"] * 6], k)
+        pass_at_k.majority(np.zeros((1, 6)), [["a"] * 6], k)
 
 
 def test_a_problem_with_a_sample_that_no_reward_applies_to_is_in_no_figure():
     rewards = np.array([[1.0, 0.0], [np.nan, 1.0]])
-    values = dict(repeated._of_judged(rewards, [["a", "b"], ["a", "a"]], [1.0, 5.0], (1,), "pass"))
+    values = dict(pass_at_k._of_judged(rewards, [["a", "b"], ["a", "a"]], [1.0, 5.0], (1,), "pass"))
     assert values["mean@2"] == 0.5 and values["left_out"] == 1
     with pytest.raises(UserError, match="None for some sample of every problem"):
-        dict(repeated._of_judged(rewards[1:], None, [1.0], (1,), "pass"))
+        dict(pass_at_k._of_judged(rewards[1:], None, [1.0], (1,), "pass"))

@@ -44,17 +44,17 @@ def shape(objective: Callable) -> str:
     return rows
 
 
-def template(found, s) -> str:
+def template(spec, s) -> str:
     """The Jinja of the chat template that a stage's settings choose, with its options."""
-    return templates.jinja(found.tokenizer, s.template or None, mixture.pairs(plain(s.template_options), "template_options"))
+    return templates.jinja(spec.tokenizer, s.template or None, mixture.pairs(plain(s.template_options), "template_options"))
 
 
-def read(task, found, s, objective: Callable) -> list[Set]:
-    """The data sets of a stage, those that are held out last. task: a module, or None; found: loading.Description."""
+def read(task, spec, s, objective: Callable) -> list[Set]:
+    """The data sets of a stage, those that are held out last. task: a module, or None; spec: loading.ModelSpec."""
     parts = _sources(task, s)
     # On the command line every share is a float, a number of examples too.
     wanted = 0 if s.eval_data else int(s.held_out) if s.held_out == int(s.held_out) > 0 else float(s.held_out)
-    options = _options(found, s, objective)
+    options = _options(spec, s, objective)
     _, others = source.split(sum(len(part.records) for part in parts), wanted, s.split_seed)
     kept, rest = mixture.divide(parts, others)
     if s.eval_data:
@@ -65,7 +65,7 @@ def read(task, found, s, objective: Callable) -> list[Set]:
     def encoded(part: mixture.Part, held_out: bool) -> Set:
         what = f"{'eval data' if held_out else 'data'} {part.name}"
         try:
-            made = source.encode_all(part.records, found.tokenizer, template(found, s), s.train_on, **options)
+            made = source.encode_all(part.records, spec.tokenizer, template(spec, s), s.train_on, **options)
         except source.NothingToLearn as error:
             none = "; config.held_out=0 keeps none out" if held_out and not s.eval_data else ""
             raise UserError(f"{what}: {error}{none}") from error
@@ -73,24 +73,24 @@ def read(task, found, s, objective: Callable) -> list[Set]:
             rows = len(source.bins(made.lengths, s.window, packing=s.packing, seed=s.seed))
             named = None if held_out else [*options["columns"].values()]
             mixture.tell(what, part, made, rows, s.window, options["longest"], named)
-        check_ids(made.highest, found.transformer.arch.vocab, found.tokenizer, what)
+        check_ids(made.highest, spec.transformer.arch.vocab, spec.tokenizer, what)
         return Set(part.name, part.weight, made, held_out)
 
     return [encoded(part, False) for part in rest] + [encoded(part, True) for part in kept]
 
 
-def _options(found, s, objective: Callable) -> dict:
+def _options(spec, s, objective: Callable) -> dict:
     """What `source.encode_all` is told of a stage's data."""
     options = {"window": s.window, "too_long": s.too_long, "bad_rows": s.bad_rows, "shape": shape(objective)}
     options["columns"] = mixture.pairs(plain(s.columns), "columns")
-    options |= {"shared": s.shared_prefix, "longest": found.transformer.arch.max_positions}
+    options |= {"shared": s.shared_prefix, "longest": spec.transformer.arch.max_positions}
     return options | {"margins": "margins" in declared(objective, "columns")}
 
 
-def check(rows: Sequence[dict], found, s, objective: Callable) -> None:
+def check(rows: Sequence[dict], spec, s, objective: Callable) -> None:
     """Raises UserError where a stage's settings could not learn from rows such as these."""
     records = [Record(row, f"a sample of config.task, {i}") for i, row in enumerate(rows)]
-    source.encode_all(records, found.tokenizer, template(found, s), s.train_on, **_options(found, s, objective))
+    source.encode_all(records, spec.tokenizer, template(spec, s), s.train_on, **_options(spec, s, objective))
 
 
 def _sources(task, s) -> list[mixture.Part]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxpost import checkpoint, cloud, datasets, optim, selfmade
+from jaxpost import checkpoint, cloud, optim
 from jaxpost.data import source
 from jaxpost.declare import declared
 from jaxpost.errors import UserError
@@ -22,6 +22,8 @@ from jaxpost.recipe import plain
 from jaxpost.resolve import resolve
 from jaxpost.rollouts import source as rollouts
 from jaxpost.rollouts.samples import ROWS
+from jaxpost.stages import datasets, generate, tasks
+from jaxpost.stages import rollouts as drawn
 
 
 class Plan(NamedTuple):
@@ -29,7 +31,7 @@ class Plan(NamedTuple):
 
     name: str
     settings: Any
-    found: loading.Description
+    spec: loading.ModelSpec
     objective: Callable
     sets: list[datasets.Set]  # what is learned from; none for rollouts, nor for samples that are still to be drawn
     source: Any  # state -> batch, with a position; or the samples.Samples that its data will be
@@ -48,10 +50,10 @@ def plan_stage(name: str, s, mesh) -> Plan:
     """Reads, resolves and checks everything that a stage's settings name."""
     device = mesh.devices.flat[0]
     options = {"attention": s.attention, "device": device}
-    found = loading.describe(plain(s.model), s.tokenizer, s.dtype, s.remat, plain(s.adapter), **options)
-    found, objective, trainable, trained = learned(found, s, mesh)
-    loading.check(found)
-    if found.tokenizer is None:
+    spec = loading.describe(plain(s.model), s.tokenizer, s.dtype, s.remat, plain(s.adapter), **options)
+    spec, objective, trainable, trained = learned(spec, s, mesh)
+    loading.check(spec)
+    if spec.tokenizer is None:
         raise UserError(
             "config.tokenizer: the model comes without one; name a folder that has one, or a function that makes one."
         )
@@ -60,34 +62,34 @@ def plan_stage(name: str, s, mesh) -> Plan:
             "config.reward: source='data' without a config.task makes no completions that it could judge. To learn from "
             "completions of a file of prompts take configs/grpo.py; else leave it out."
         )
-    task = selfmade.task(s) if s.task else None
-    rewards = None if task is None else selfmade.rewards(task, s.task["name"], plain(s.reward))
-    problems = None if task is None else selfmade.problems(task, rewards, found, s)
+    task = tasks.task(s) if s.task else None
+    rewards = None if task is None else tasks.rewards(task, s.task["name"], plain(s.reward))
+    problems = None if task is None else tasks.problems(task, rewards, spec, s)
     if s.source in ("rollouts", "samples"):
         sets, held_out, example, data, steps = [], [], [], "", s.steps
         if task is None:
             raise UserError(f"config.task: {s.source} need a task, for prompts and a reward.")
-        make = selfmade.rollouts if s.source == "rollouts" else selfmade.samples
-        batches = make(name, task, rewards, found, s, objective, mesh)
+        make = drawn.source if s.source == "rollouts" else generate.samples
+        batches = make(name, task, rewards, spec, s, objective, mesh)
         if not steps:
             raise UserError(f"config.steps: {s.source} have no epochs that could be told now; say how many steps to take.")
     elif s.source == "data":
-        sets = datasets.read(task, found, s, objective)
+        sets = datasets.read(task, spec, s, objective)
         (batches, held_out), example, data = datasets.batches(sets, s, mesh), datasets.shown(sets), datasets.digest(sets)
         steps = s.steps or len(batches)
     else:
         raise UserError(f"config.source: {s.source!r} is neither 'data' nor 'rollouts' nor 'samples'.")
-    most = found.transformer.arch.max_positions
+    most = spec.transformer.arch.max_positions
     if task is not None and (longest := s.rollouts.prompt_window + s.rollouts.new) > most:
         raise UserError(f"config.rollouts: prompt_window + new = {longest} tokens, but the model takes {most}.")
     if s.profile and steps < (needed := s.profile + SKIPPED):
         raise UserError(f"config.profile: tracing {s.profile} steps takes {needed}, and there are {steps}; ask for fewer.")
     optim.make(s.optimizer, steps)
     reads = tuple(name for name in declared(objective, "columns") if name not in _own_columns(s, objective))
-    return Plan(name, s, found, objective, sets, batches, steps, held_out, data, problems, example, trainable, trained, reads)
+    return Plan(name, s, spec, objective, sets, batches, steps, held_out, data, problems, example, trainable, trained, reads)
 
 
-def learned(found: loading.Description, s, mesh) -> tuple[loading.Description, Callable, str, int]:
+def learned(spec: loading.ModelSpec, s, mesh) -> tuple[loading.ModelSpec, Callable, str, int]:
     """(the model with the leaves that the objective asks for, objective, pattern of the paths that train, how many parameters
     that is) of a stage, its sizes checked: what needs neither a tokenizer, nor data, nor weights.
 
@@ -95,20 +97,20 @@ def learned(found: loading.Description, s, mesh) -> tuple[loading.Description, C
     for those that are another model's (loading.abstract).
     """
     objective = resolve(plain(s.objective), "objectives")
-    found = dataclasses.replace(found, leaves=declared(objective, "leaves"))
-    trainable, others = s.trainable, loading.others(found)
-    if found.adapter and trainable == ".*":
-        trainable = "|".join([optim.ADDED, *(f"^{path}$" for path in found.leaves if path not in others)])
+    spec = dataclasses.replace(spec, leaves=declared(objective, "leaves"))
+    trainable, others = s.trainable, loading.others(spec)
+    if spec.adapter and trainable == ".*":
+        trainable = "|".join([optim.ADDED, *(f"^{path}$" for path in spec.leaves if path not in others)])
     if others:
         trainable = f"^(?!({'|'.join(others)})$)(?=.*({trainable}))"
-    train, _ = optim.partition(loading.abstract(found.transformer, mesh, found.adapter, found.leaves), trainable)
+    train, _ = optim.partition(loading.abstract(spec.transformer, mesh, spec.adapter, spec.leaves), trainable)
     _check_shape(s, datasets.shape(objective))
     # Of pairs several documents are one example; each by itself is held to the model's positions where it is encoded.
-    rolled, most = s.source == "rollouts", found.transformer.arch.max_positions
+    rolled, most = s.source == "rollouts", spec.transformer.arch.max_positions
     if not rolled and datasets.shape(objective) == "demonstrations" and s.window > most:
         raise UserError(f"config.window: {s.window} tokens, but the model takes {most}; give that at most.")
     longest = s.rollouts.prompt_window + s.rollouts.new if rolled else s.window
-    short = min((k.rope.original for k in found.transformer.arch.kinds if k.rope.kind == "longrope"), default=longest)
+    short = min((k.rope.original for k in spec.transformer.arch.kinds if k.rope.kind == "longrope"), default=longest)
     if s.shared_prefix and longest > short:
         raise UserError(
             f"config.shared_prefix: beyond {short} tokens a document's length decides how this model's tokens turn "
@@ -118,7 +120,7 @@ def learned(found: loading.Description, s, mesh) -> tuple[loading.Description, C
         raise UserError(
             f"config.batch_size: {s.batch_size} rows do not divide over microbatches x data x fsdp = {rows}; use a multiple."
         )
-    return found, objective, trainable, sum(x.size for x in jax.tree.leaves(train))
+    return spec, objective, trainable, sum(x.size for x in jax.tree.leaves(train))
 
 
 def _check_shape(s, shape: str) -> None:
@@ -162,8 +164,8 @@ def _own_columns(s, objective: Callable) -> dict[str, jax.ShapeDtypeStruct]:
     return source.columns(s.batch_size, s.window, datasets.shape(objective), s.shared_prefix, margins)
 
 
-def starting(found: loading.Description, s, before: list[str], workdir) -> loading.Description:
+def starting(spec: loading.ModelSpec, s, before: list[str], workdir) -> loading.ModelSpec:
     """The model that a stage starts from: the result of the one that its settings name or of the one before, or its own."""
     if origin := s.start or (before[-1] if before else ""):
-        return dataclasses.replace(found, folder=checkpoint.find_step(workdir / "checkpoints" / origin), hub="")
-    return found
+        return dataclasses.replace(spec, folder=checkpoint.find_step(workdir / "checkpoints" / origin), hub="")
+    return spec

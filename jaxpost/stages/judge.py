@@ -7,8 +7,8 @@ from jaxpost.errors import UserError
 from jaxpost.log import Log
 from jaxpost.models import loading
 from jaxpost.naming import digest_of
-from jaxpost.plan import Plan, columns
 from jaxpost.resolve import nearest
+from jaxpost.stages.plan import Plan, columns
 from jaxpost.step import combine, make_evaluation
 from jaxpost.types import TrainState
 
@@ -27,7 +27,7 @@ def check_best(plan: Plan, mesh) -> None:
     if best in ("", recipe.DEFAULTS["best"], *names):
         return
     if held_out:
-        found = plan.found
+        found = plan.spec
         params = loading.abstract(found.transformer, mesh, found.adapter, found.leaves)
         batch, key = columns(s, plan.objective), jax.eval_shape(lambda: jax.random.PRNGKey(0))
         names |= {
@@ -52,7 +52,7 @@ class Judge:
 
     def __init__(self, plan: Plan, mesh, graded: dict, origin: str):
         self.plan, self.mesh, self.graded, self.origin = plan, mesh, graded, origin
-        self.evaluate = jax.jit(make_evaluation(plan.found.transformer.forward, plan.objective))
+        self.evaluate = jax.jit(make_evaluation(plan.spec.transformer.forward, plan.objective))
 
     def __call__(self, state: TrainState, log: Log, step: int) -> dict[str, float]:
         """The figures of the state at a step, written to the log."""
@@ -73,7 +73,7 @@ class Judge:
         identity = _asked(self.plan)
         before, *same = self.graded.get(self.origin, (None,))
         if step or before != identity:
-            figures = dict(evaluate.graded(self.plan.found.transformer, params, mesh=self.mesh, **self.plan.problems))
+            figures = dict(evaluate.graded(self.plan.spec.transformer, params, mesh=self.mesh, **self.plan.problems))
             same = [figures, figures.pop("samples")]
         self.graded[self.plan.name] = (identity, *same)
         return same[0], same[1]

@@ -1,0 +1,202 @@
+"""A stage's task and rewards: its prompts, its test problems, and what judges completions.
+
+Everything that can be wrong with them is found here, before anything is compiled.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+
+from jaxpost.data import chat
+from jaxpost.errors import UserError
+from jaxpost.recipe import plain
+from jaxpost.resolve import bind, entry_of, module, resolve
+from jaxpost.rewards import trl
+from jaxpost.rollouts.scoring import Scorer, check_record
+from jaxpost.stages import datasets
+from jaxpost.tokenizer import check_ids
+
+Rewards = Mapping[str, tuple[Callable, float]]
+LOOK = 256  # how many of a task's problems are looked at before anything is compiled
+
+
+def opened(entry: Mapping):
+    """The task of an entry: a module by its `name`, or what the module's `make` gives for the other keys."""
+    if not (name := entry.get("name", "")):
+        remedy = "give its name too, as config.task.name=arithmetic, or leave it out"
+        raise UserError(f"config.task: {dict(entry)} names no task; {remedy}.")
+    keys = {k: v for k, v in entry.items() if k not in ("name", "examples")}
+    found = module(name, "tasks")
+    return bind(found.make, keys, f"task {name}")() if callable(getattr(found, "make", None)) else found
+
+
+def task(s):
+    """The task that the settings name, with all that this stage will ask of it."""
+    found = opened(plain(s.task))
+    needed = (
+        ["record", "test_records"]
+        + ([] if s.reward else ["reward"])
+        + (["conversation"] if s.source == "data" and not s.data else [])
+    )
+    if missing := [name for name in needed if not callable(getattr(found, name, None))]:
+        raise UserError(f"config.task: {s.task['name']} has no function {missing[0]}; CONTRIBUTING.md lists what a task has.")
+    return found
+
+
+def rewards(found, name: str, asked: Mapping | str = "") -> Rewards:
+    """{name: (function, weight)} of what judges a task's completions: its own reward, the one that an entry names in its place,
+    or several: {name: entry with a weight}, where an entry called "task" is the task's own, and "task.NAME" another of its
+    functions. A weight of 0 makes a reward a figure to be logged.
+    """
+    asked = given(asked, "config.reward")
+    if not asked:
+        return {name.rpartition("/")[2].removesuffix(".py"): (_of_one(found.reward), 1.0)}
+    if isinstance(asked, str) or "name" in asked:
+        asked = {(asked if isinstance(asked, str) else str(asked["name"])).rpartition(":")[2].rpartition(".")[2]: asked}
+    return {key: _reward(found, key, entry) for key, entry in asked.items()}
+
+
+def given(entry, place: str):
+    """An entry as the command line may give it, JSON for a dict."""
+    return entry_of(entry, place) if isinstance(entry, str) else entry
+
+
+def _reward(found, key: str, entry: Mapping | str) -> tuple[Callable, float]:
+    options = {"name": entry} if isinstance(entry, str) else dict(entry)
+    weight, called = options.pop("weight", 1.0), options.get("name", "")
+    if not isinstance(weight, (int, float)) or isinstance(weight, bool):
+        raise UserError(f"config.reward.{key}.weight: {weight!r} is no number.")
+    if called == "task" or called.startswith("task."):
+        own = called.partition(".")[2] or "reward"
+        if not callable(getattr(found, own, None)):
+            raise UserError(f"config.reward.{key}: the task has no function {own}.")
+        return _of_one(getattr(found, own)), float(weight)
+    return _of_one(resolve(options, "rewards")), float(weight)
+
+
+def _of_one(reward: Callable) -> Callable:
+    """A reward as a function of one record and one completion."""
+    return functools.partial(trl.judge, reward=reward) if trl.is_trl(reward) else reward
+
+
+def problems(found, judges: Rewards, model, s) -> dict:
+    """What `evaluate.graded` takes, of a task's test problems; nothing for a task without any. Raises UserError for one that
+    cannot be asked and is not to be left out.
+    """
+    options = {"prompt_window": s.rollouts.prompt_window, "new": s.rollouts.new, "template": datasets.template(model, s)}
+    options["stop"], options["strings"] = stops(model, s, options["template"])
+    records, every = [], found.test_records(s.eval_per_cell)
+    if s.bad_rows != "skip":
+        _check_records(found, judges)
+    for i, record in enumerate(every):
+        place = f"task {s.task['name']}, test problem {i}"
+        try:
+            _encoded(record, place, model, s, options["template"])
+        except _TooLong:
+            if s.too_long != "drop":
+                raise
+            continue
+        try:
+            check_record(judges, record, place)
+        except UserError:
+            if s.bad_rows != "skip":
+                raise
+            continue
+        records.append(record)
+    if every and not records:
+        raise UserError(
+            f"task {s.task['name']}: no test problem has a prompt of at most config.rollouts.prompt_window="
+            f"{s.rollouts.prompt_window} tokens and an answer to judge by; make that longer, or mend the answers."
+        )
+    if len(records) < len(every) and jax.process_index() == 0:
+        told = f"{len(every) - len(records)} of {len(every)} test problems are too long, or have no answer to judge by"
+        print(f"task {s.task['name']}: {told}", file=sys.stderr)
+    asked = {"records": records, "rewards": judges, "tokenizer": model.tokenizer, "rows": s.eval_rows, "options": options}
+    return {**asked, "judging": judging(s)} if records else {}
+
+
+def _check_records(found, judges: Rewards) -> None:
+    """Raises UserError, with file and row, for the first record of a task with files by which a reward can judge nothing."""
+    for record, place in found.placed_records() if callable(getattr(found, "placed_records", None)) else ():
+        check_record(judges, record, place)
+
+
+def stops(model, s, jinja: str) -> tuple[list[int], tuple[str, ...]]:
+    """(ids, texts) that end a completion: the tokenizer's, model's and template's ids, or those that the settings give."""
+    given = s.rollouts.stop
+    ids = [int(x) for x in given if not isinstance(x, str)]
+    check_ids(np.array(ids, int), model.transformer.arch.vocab, model.tokenizer, "config.rollouts.stop")
+    return ids or list(chat.stop_ids(model.tokenizer, jinja, model.ends)), tuple(x for x in given if isinstance(x, str))
+
+
+class _TooLong(UserError):
+    """A prompt is longer than the window, and nothing else is wrong with it."""
+
+
+def _encoded(record: Mapping, place: str, model, s, jinja: str) -> np.ndarray:
+    """The token ids of a problem's prompt. Raises UserError for a problem without one, and for one that cannot be asked."""
+    if not isinstance(record.get("prompt"), str | list):
+        raise UserError(f"{place}: has no text or messages under `prompt`; its keys are {', '.join(record)}.")
+    try:
+        ids = chat.encode_prompt(record["prompt"], model.tokenizer, jinja)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
+    check_ids(ids, model.transformer.arch.vocab, model.tokenizer, place)
+    if not len(ids):
+        raise UserError(f"{place}: its prompt has no token.")
+    if len(ids) > s.rollouts.prompt_window:
+        raise _TooLong(
+            f"{place}: its prompt has {len(ids)} tokens; config.rollouts.prompt_window takes {s.rollouts.prompt_window}. Make "
+            'that longer, or have such problems left out and counted: config.too_long="drop".'
+        )
+    return ids
+
+
+def prompts(found, judges: Rewards, model, s, leave_out: bool) -> Callable:
+    """i -> (record, token ids) of the i-th training problem, or None for one that the settings leave out (too_long="drop",
+    bad_rows="skip") where that is possible; some are looked at now.
+    """
+    jinja = datasets.template(model, s)
+
+    def prompt(i):
+        record, place = found.record(i, seed=s.seed), f"task {s.task['name']}, problem {i}"
+        try:
+            check_record(judges, record, place)
+            return record, _encoded(record, place, model, s, jinja)
+        except UserError as error:
+            lenient = s.too_long == "drop" if isinstance(error, _TooLong) else s.bad_rows == "skip"
+            if not (lenient and leave_out):
+                raise
+            return None
+
+    lacking = [i for i in range(LOOK) if prompt(i) is None]
+    if lacking and jax.process_index() == 0:
+        print(
+            f"task {s.task['name']}: {len(lacking)} of the first {LOOK} problems are left out, first {lacking[0]}",
+            file=sys.stderr,
+        )
+    return prompt
+
+
+def judging(s) -> dict:
+    """What `scoring.Scorer` takes besides the rewards."""
+    r = s.rollouts
+    limits = {"seconds": r.reward_seconds, "workers": r.reward_workers, "memory": r.reward_memory}
+    return {**limits, "failed": r.failed, "limit": r.failures}
+
+
+def check_rewards(s, judges: Rewards, learned: bool) -> None:
+    """learned: whether what they say is learned from. Raises UserError for settings of theirs that cannot be."""
+    r = s.rollouts
+    if learned and not any(weight for _, weight in judges.values()):
+        raise UserError("config.reward: every weight is 0, which leaves figures and nothing to learn; give one another weight.")
+    if not r.reward_seconds:
+        raise UserError("config.rollouts.reward_seconds: 0 leaves no reward the time to answer; give seconds.")
+    if r.failures > 1:
+        raise UserError(f"config.rollouts.failures: {r.failures} is no share of the verdicts; give 0 to 1.")
+    if not np.isfinite(r.failed):
+        raise UserError(f"config.rollouts.failed: {r.failed} is no finite number.")
+    Scorer(judges, **judging(s)).close()  # what a reward needs and has not, it says now
