@@ -28,7 +28,7 @@ def get_config(arg: str = ""):
     often = {"eval_every": 50, "log_every": 5}
     gentle = {"schedule": "linear", "warmup": 10, "b2": 0.98, "end": 0.1}
     return recipe.make(
-        stages=("sft", "dpo", "grpo", "control"),
+        stages=("sft", "drawn", "dpo", "grpo", "control"),
         result="grpo",
         model=MODEL,
         tokenizer="tasks.arithmetic.tokenizer",
@@ -41,9 +41,9 @@ def get_config(arg: str = ""):
         eval_rows=209,
         eval_per_cell=100,
         sft={**sft, "steps": 1700, "optimizer": {"lr": 1e-3, "warmup": 50, "b2": 0.98, "end": 0.05}},
+        drawn={"do": "generate", "rows": "pairs", "task": {"name": "arithmetic", "examples": 4000}},
         dpo={
-            "source": "samples",
-            "task": {"name": "arithmetic", "examples": 4000},
+            "data": "@drawn",
             "objective": {"name": "preference.sigmoid", "beta": 0.3},
             "batch_size": 32,
             "steps": 100,
@@ -60,7 +60,7 @@ def get_config(arg: str = ""):
             **often,
         },
         control={
-            **{**sft, "start": "sft", "time_of": "dpo,grpo", "steps": 100000},
+            **{**sft, "model": "@sft", "time_of": "drawn,dpo,grpo", "steps": 100000},
             "optimizer": {"lr": 2e-4, "schedule": "constant", "warmup": 10, "b2": 0.98},
         },
     )

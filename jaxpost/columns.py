@@ -241,9 +241,9 @@ def annotated(plan: Plan, mesh) -> Plan:
         if lacking := [name for name in plan.reads if name not in columns]:
             raise UserError(f"config.objective: it reads the column {lacking[0]}, which rollouts do not have.")
         return plan
-    if plan.settings.source == "samples":  # there is no data yet to have columns
+    if plan.source is None:  # there is no data yet to have columns
         if lacking := [name for name in plan.reads if name != REFERENCE]:
-            raise UserError(f"config.objective: it reads the column {lacking[0]}, which samples cannot have; name a data set.")
+            raise UserError(f"config.objective: it reads the column {lacking[0]}, which rows of a stage cannot have.")
         return plan
     folders = [cloud.path(part.strip()) for part in plan.settings.annotations.split(",") if part.strip()]
     used = [plan.data]

@@ -3,8 +3,10 @@
 A recipe is a file with `get_config(arg) -> ConfigDict` that calls `make` with what it changes. Where a key holds a dict with a
 `name`, the name is a function's and the other keys are its keyword arguments; nothing of a method is described here.
 
-A recipe may run several stages, each starting from the last one's weights: `stages` names them in order, and a key of each name
-holds what differs from the settings around it.
+A recipe may run several stages: `stages` names them in order, and a key of each name holds what differs from the settings
+around it. A stage makes one artefact of earlier ones, which it names with an @: weights (train, merge), rows (generate,
+select), columns (annotate) or figures (evaluate). A stage whose settings name no `model` starts from the last weights before
+it.
 """
 
 import copy
@@ -16,6 +18,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from jaxpost.errors import UserError
+from jaxpost.links import linked
 from jaxpost.naming import named
 from jaxpost.resolve import find, nearest, value_of
 from jaxpost.unread import GSM8K as GSM8K  # for recipes, which import nothing else
@@ -25,8 +28,14 @@ DEFAULTS = {
     "seed": 0,  # of fresh weights, of the data's order and of all sampling; evaluation has noise of its own, always the same
     "stages": (),  # names, in order; () is one stage called "train" with the settings as they stand
     "result": "",  # the stage whose weights generate and export take from the workdir; "" is the last
-    "start": "",  # the stage whose weights to start from; "" is the one before (the model itself for the first)
-    # The model: a folder with config.json and safetensors, or the fields of a config.json to start from scratch.
+    "do": "train",  # what a stage does: train, generate, annotate, select, merge or evaluate (stages/)
+    "with": "",  # the function that annotate, select and merge apply, by name or as a dict with one
+    "of": (),  # merge: the models, each like `model`
+    "rows": "demonstrations",  # generate: the row type of the rows that a prompt's completions give (stages/generate.py)
+    # Where artefacts go, shared with other runs: what another run has made there is taken. "" is the workdir.
+    "artefacts": "",
+    # The model: a folder with config.json and safetensors, a workdir, a name on the hub, the fields of a config.json to start
+    # from scratch, "@NAME" of an earlier stage, or "recipe:PATH[:ARG]", a recipe that is run on first use and kept.
     "model": "",
     "tokenizer": "",  # a folder, or a function's name (tasks.arithmetic.tokenizer); "" is the model folder's own
     # Of the computation: float32 or bfloat16; parameters and optimizer are float32. Products of float32 are as exact as jax's
@@ -46,11 +55,10 @@ DEFAULTS = {
     # holds them. With an adapter ".*" means what it adds.
     "trainable": ".*",
     "objective": {"name": "sft.nll"},
-    # Where batches come from: "data" (files, or the task's demonstrations), "rollouts" (completions of the current weights), or
-    # "samples" (completions of the weights that the stage starts from, made once; rollouts/samples.py).
+    # Where batches come from: "data" (files, or the task's demonstrations) or "rollouts" (completions of the current weights).
     "source": "data",
-    # Files, folders, patterns, tfds:NAME/SPLIT or hf:NAME (data/readers.py), with commas between several, and =WEIGHT after
-    # each for a mixture (data/mixture.py); "" is the task's demonstrations.
+    # Files, folders, patterns, tfds:NAME/SPLIT, hf:NAME (data/readers.py) or "@NAME" of an earlier stage, with commas between
+    # several, and =WEIGHT after each for a mixture (data/mixture.py); "" is the task's demonstrations.
     "data": "",
     "eval_data": "",  # the same, held out for evaluation; "" takes `held_out` from data
     "columns": "",  # the data's own names for columns of a shape: "prompt=problem,completion=solution", or a dict
@@ -63,7 +71,7 @@ DEFAULTS = {
     "window": 512,  # tokens a row
     "packing": True,  # several documents a row, by a plan
     "shared_prefix": False,  # pairs: the prompt once, with both answers as branches behind it
-    "annotations": "",  # folders of jaxpost.annotate whose columns the objective reads, with commas between several
+    "annotations": "",  # folders of columns, or "@NAME" of an earlier stage, that the objective reads; commas between several
     "too_long": "error",  # an example longer than the window: error, truncate, split (into pieces), drop; a prompt is never cut
     "task": {},  # dict(name="arithmetic", ...): problems, demonstrations and a reward from one module
     # What judges completions in place of the task's own reward: a function (record, completion) -> float or None, by name or as
@@ -135,7 +143,7 @@ DEFAULTS = {
     "profile": 0,  # steps of each stage to trace, once it is under way (profile.py)
     "best": "eval/loss",  # the metric whose best checkpoint stays as well
     "highest": False,  # whether more of it is better
-    "eval_rows": 64,  # completions at a time, of evaluation and of samples
+    "eval_rows": 64,  # completions at a time, of evaluation and of generate
     "eval_per_cell": 50,  # test problems of each of the task's cells
 }
 
@@ -291,22 +299,16 @@ def stages(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
         raise UserError(f"config.result: no stage {whole['result']!r}.{nearest(whole['result'], names)}")
     each = {name: _merge(shared, whole.get(name, {}), (), f"config.{name}") for name in (*names, *idle) if names}
     check_around(shared, each, defaults)
-    found = []
+    done: dict[str, ConfigDict] = {}
     for name in names or ("train",):
         changes = given.get(name, {}) if names else {}
         settings = _merge(shared, changes, (), f"config.{name}" if names else "config")
-        for key in ("start", "time_of"):
-            settings[key] = settings[key].replace(" ", "")
-            for other in filter(None, settings[key].split(",") if key == "time_of" else [settings[key]]):
-                if other not in [n for n, _ in found]:
-                    raise UserError(f"config.{name}.{key}: no stage {other!r} comes before {name!r}.")
-        before = dict(found).get(settings["start"] or (found[-1][0] if found else ""))
         own = {**shared, **changes} if not names else changes
         place = f"config.{name}" if names else "config"
         settings = adapted(settings, [path for path in defaults if has(own, path)], defaults, place)
-        settings["adapter"] = _adapter(name, settings["adapter"], before)
-        found.append((name, ConfigDict(settings)))
-    return found
+        done[name] = ConfigDict(linked(settings, "model" in own, done, place))
+        done[name].adapter = _adapter(name, settings["adapter"], done.get(done[name].start))
+    return list(done.items())
 
 
 def _check_reach(given: Mapping, whole: Mapping, names: tuple[str, ...]) -> None:
@@ -349,7 +351,7 @@ def _merge(base: Mapping, changes: Mapping, extra: tuple, place: str, defaults: 
             _merge(DEFAULTS, value, (), f"{place}.{key}")
             merged[key] = {k: _stored(k, v) for k, v in value.items()}
         elif key not in base:
-            raise UserError(f"{place}: unknown key {key!r}.{hint(key, base)}")
+            raise UserError(f"{place}: unknown key {key!r}.{_moved(key, value) or hint(key, base)}")
         elif isinstance(base[key], Mapping) and base[key] and not _replaces(key, value):
             merged[key] = _merge(base[key], value, (), f"{place}.{key}", defaults.get(key, {}))
         else:
@@ -357,6 +359,11 @@ def _merge(base: Mapping, changes: Mapping, extra: tuple, place: str, defaults: 
                 _check(key, defaults[key], value, place)
             merged[key] = _stored(key, value)
     return merged
+
+
+def _moved(key: str, value) -> str:
+    """What took the place of a key of older recipes; "" for any other."""
+    return f' It is now model="@{value}": a stage names the one whose weights it starts from.' if key == "start" else ""
 
 
 def _replaces(key: str, value) -> bool:
@@ -368,22 +375,27 @@ def _stored(key: str, value):
     """The value as a ConfigDict takes it: no key with a dot, such as a file's name."""
     if isinstance(value, Mapping):
         return tuple(value.items()) if key in ("data", "eval_data") else dict(value)
-    return value
+    return {"name": value} if key == "task" and value and isinstance(value, str) else value
 
 
-_WHOLE = ("columns", "template_options")  # dicts of the user's own names: a change replaces them
+_WHOLE = ("columns", "template_options", "with")  # dicts of the user's own names: a change replaces them
 _KINDS = {bool: (bool,), int: (int,), float: (float, int), str: (str,), tuple: (tuple, list), dict: (Mapping,)}
 
 
 def _check(key: str, default, value, place: str) -> None:
     """Raises UserError for a value that is not of its default's kind, and for a number out of range."""
-    whole = ("model", "objective", "reward", "adapter", "advantages", *_WHOLE)
+    whole = ("model", "objective", "reward", "adapter", "advantages", "task", *_WHOLE)
     kinds = (str, Mapping) if key in whole else _KINDS[type(default)]
     if key in ("data", "eval_data") and default == "":
         kinds = (str, Mapping, tuple, list)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join("dict" if k is Mapping else k.__name__ for k in kinds)
         raise UserError(f"{place}.{key}: {value!r} is no {wanted}.")
+    if key == "source" and value == "samples":
+        raise UserError(
+            f"{place}.source: 'samples' is now a stage of its own: drawn={{'do': 'generate', 'rows': 'pairs', ...}} before "
+            "this one, in config.stages too, and data='@drawn' here."
+        )
     signed = key in ("data", "fsdp", "tensor", "truncated", "failed")  # a mesh axis of -1 takes what the others leave
     least = int(key in COUNTS)
     if isinstance(value, (int, float)) and not signed and not value >= least:

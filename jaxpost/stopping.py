@@ -4,9 +4,11 @@ Within the loop the step under way is finished and saved first. Outside of it (r
 stages) there is nothing to save, and the run ends at once; what was being written appears whole or not at all.
 """
 
+import contextlib
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 
 import jax
 
@@ -30,6 +32,15 @@ class StopRequest:
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def saving(self, where: str) -> Iterator[None]:
+        """Surrounds work that looks at `asked` and saves by itself; ends the process after it where it was asked to stop."""
+        self.in_loop = True
+        yield
+        self.in_loop = False
+        if self.asked:
+            leave(where, self)
 
     def _ask(self, number, _):
         if self.asked and number == signal.SIGINT:

@@ -1,4 +1,4 @@
-"""What each source reads of a stage's settings: one that would be ignored is refused, and data for rollouts are prompts."""
+"""What a stage reads of its settings: one that would be ignored is refused. Data of rollouts and of generate are prompts."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -15,7 +15,6 @@ def _of_rollouts(*names: str) -> tuple[str, ...]:
 
 # Every setting that some source does not read is in one of these groups; all sources read the others.
 _FILES = ("data", "eval_data", "columns", "annotations", "train_on", "held_out", "split_seed")  # rows of files
-_OTHERS = ("data", "columns", "annotations")  # of these, what says nothing of rows that a stage makes itself
 _PACKED = ("window", "packing")
 _PASSES = ("epochs",)
 _ASKED = (  # a task's problems, by evaluations too
@@ -37,49 +36,66 @@ _UNREAD: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
         (_PACKED, "whose rows are as long as rollouts.prompt_window and rollouts.new make them"),
         (_PASSES, "which has no passes over data to count (rollouts.epochs is how often a batch is learned from)"),
     ),
-    "samples": (
-        (_OTHERS, "which makes its rows itself"),
-        (_PASSES, "which runs for config.steps"),
-        (_LEARNED, "which draws its completions once, before the first step"),
-    ),
 }
+# What stages that do not train read; of their own settings others are refused.
+_MODEL = ("model", "tokenizer", "adapter", "dtype", "attention", "mesh", "seed", "template", "template_options", "artefacts")
+_ROWS = ("data", "columns", "bad_rows")
+_ENCODED = (*_ROWS, *_PACKED, "eval_data", "held_out", "split_seed", "train_on", "too_long", "shared_prefix", "objective")
+_READ = {
+    "generate": (*_MODEL, *_ROWS, "rows", "task", "reward", "too_long", *_ASKED, *_DRAWN),
+    "annotate": (*_MODEL, *_ENCODED, "task", "with", "batch_size"),
+    "select": ("artefacts", "seed", *_ROWS, "annotations", "with"),
+    "merge": ("with", "of", "tokenizer", "dtype", "template", "template_options"),
+    "evaluate": (*_MODEL, "evals", "eval_rows"),
+}
+_OTHER_STAGES = ("with", "of", "rows")  # what only stages that do not train read
 _WITHOUT_TASK = (_ASKED, "where no config.task has problems to ask")
 
 
 def adapted(settings: dict, own: Iterable[str], defaults: Mapping, place: str) -> dict:
-    """A stage's settings, with the task `prompts` for rollouts or samples of the prompts that `data` names.
+    """A stage's settings, with the task `prompts` where `data` names prompts.
 
     own: paths of what was given for this stage, which may be all; what stands around several stages another one may read.
-    defaults: {path: value}. place: as "config.sft". Raises UserError for what the stage's source would not read.
+    defaults: {path: value}. place: as "config.sft". Raises UserError for what the stage would not read.
     """
     given = {path for path in own if path in defaults and _differs(settings, path, defaults[path])}
-    if settings["source"] in ("rollouts", "samples") and "data" in given:
+    asks = settings["do"] == "generate" or (settings["do"] == "train" and settings["source"] == "rollouts")
+    if asks and "data" in given:
         settings = _of_prompts(settings, place)
         given -= {"data", "eval_data", "columns", "held_out"}
-    for path, why in _unread(settings):
+    for path, why in _unread(settings, defaults):
         if path in given:
-            reader = f"source={settings['source']!r}, {why}"
-            raise _ignored(f"{place}.{path}", _value_at(settings, path), reader, defaults[path])
-    # Samples become files of the stage, which what stands around it of other files must not touch.
-    return settings | {key: defaults[key] for key in _OTHERS if settings["source"] == "samples"}
+            raise _ignored(f"{place}.{path}", _value_at(settings, path), f"{_called(settings)}, {why}", defaults[path])
+    return settings
+
+
+def _called(settings: Mapping) -> str:
+    """How a message names a stage: by its source, or by what it does."""
+    return f"source={settings['source']!r}" if settings["do"] == "train" else f"do={settings['do']!r}"
 
 
 def check_around(shared: Mapping, stages: Mapping[str, dict], defaults: Mapping) -> None:
     """Raises UserError for a setting around several stages that no stage reads. stages: {name: its settings}, of those too that
     a command leaves out: the setting may be theirs.
     """
-    passed = {name: dict(_unread(settings)) for name, settings in stages.items()}
+    passed = {name: dict(_unread(settings, defaults)) for name, settings in stages.items()}
     for path, default in defaults.items() if stages else ():
         if _differs(shared, path, default) and all(path in each for each in passed.values()):
             name, why = next((name, each[path]) for name, each in passed.items())
-            reader = f"any of {', '.join(stages)} ({name} has source={stages[name]['source']!r}, {why})"
+            reader = f"any of {', '.join(stages)} ({name} has {_called(stages[name])}, {why})"
             raise _ignored(f"config.{path}", _value_at(shared, path), reader, default)
 
 
-def _unread(settings: Mapping) -> Iterator[tuple[str, str]]:
-    """(path, why) of each setting that a stage with these settings does not read, for its source."""
+def _unread(settings: Mapping, defaults: Mapping) -> Iterator[tuple[str, str]]:
+    """(path, why) of each setting that a stage with these settings does not read, for what it does or for its source."""
+    if (read := _READ.get(settings["do"])) is not None:
+        known = {*read, "do"}
+        others = (path for path in defaults if not known & {path, path.partition(".")[0]})
+        yield from ((path, "which does not train") for path in others)
+        return
     without_task = [] if settings["task"] or settings["source"] != "data" else [_WITHOUT_TASK]
-    for paths, why in (*_UNREAD.get(settings["source"], ()), *without_task):
+    alone = (_OTHER_STAGES, "which trains")
+    for paths, why in (*_UNREAD.get(settings["source"], ()), *without_task, alone):
         yield from ((path, why) for path in paths)
 
 
@@ -105,7 +121,7 @@ def _of_prompts(settings: dict, place: str) -> dict:
     data: Any = settings["data"]
     if settings["task"] not in ({}, GSM8K):
         raise UserError(
-            f"{place}.data: {data!r}; the prompts of source={settings['source']!r} are those of {place}.task, "
+            f"{place}.data: {data!r}; the prompts of {_called(settings)} are those of {place}.task, "
             f"{settings['task'].get('name')}. Leave data out, or give task=dict(name='prompts', data=...)."
         )
     if not settings["reward"]:

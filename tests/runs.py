@@ -14,7 +14,8 @@ from pathlib import Path
 
 import jax
 
-from jaxpost import checkpoint, optim, recipe, sharding, train
+from jaxpost import checkpoint, optim, recipe, sharding
+from jaxpost.stages import train
 from jaxpost.stages.plan import plan_stage
 
 ROOT = Path(__file__).parent.parent
@@ -83,7 +84,7 @@ def stages(folder: Path) -> dict:
             "highest": True,
         },
         control={
-            "start": "sft",
+            "model": "@sft",
             "time_of": "reinforce",
             "steps": 100000,
             "save_every": 0,

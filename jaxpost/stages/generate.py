@@ -1,37 +1,191 @@
-"""The data set that a stage has the weights it starts from make: a task's completions, judged."""
+"""A stage that generates: completions of a task's prompts, judged, as rows that a later stage learns from like any file.
 
+    drawn={"do": "generate", "model": "@sft", "task": {"name": "countdown", "examples": 4000}, "rows": "pairs"}
+
+`rollouts.group` completions of each of `task.examples` prompts are drawn once, and `rows` says which rows they give
+(rollouts/rows.py). A completion that no stop token ended gives none, since the row would end it with a token that the model
+did not say. Rows are text: a tokenizer may write a text in other tokens than the model drew it in. Rows of one prompt follow
+each other, so what a later stage holds out may be of prompts that it trains on.
+"""
+
+import functools
+import json
+import sys
+import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+import tqdm
+
+from jaxpost import columns, sharding
 from jaxpost.errors import UserError
-from jaxpost.rollouts.samples import Samples, rows
-from jaxpost.stages import datasets
+from jaxpost.models import loading
+from jaxpost.models.transformer import Transformer
+from jaxpost.naming import digest_of
+from jaxpost.recipe import plain
+from jaxpost.resolve import nearest
+from jaxpost.rollouts.rows import ROWS, rows
+from jaxpost.rollouts.scoring import judged
+from jaxpost.sampling.decode import answers, complete, ready
+from jaxpost.stages import datasets, tasks
+from jaxpost.stages.artefacts import Artefact, Output
 from jaxpost.stages.rollouts import sampling
-from jaxpost.stages.tasks import Rewards, check_rewards, judging, prompts
+from jaxpost.stages.run import Run
+from jaxpost.types import Params
+
+SECONDS = 20.0  # between parts: what a kill costs
+# The settings that decide what the rows are.
+_DECIDING = ("task", "tokenizer", "reward", "rollouts", "seed", "dtype", "too_long", "bad_rows")
 
 
-def samples(name: str, found, judges: Rewards, model, s, objective: Callable, mesh) -> Samples:
-    """The data set that a stage has its start weights make. Raises UserError for settings with which it could not be learned
-    from.
+class Samples(NamedTuple):
+    """What is drawn: `group` completions of each of `count` prompts.
+
+    prompt: i -> (record, token ids); rewards: {name: (function, weight)}; rows: the row type; batch: how many completions are
+    drawn at a time, which changes nothing; seed, step: of the noise; judging: what `scoring.judged` takes; options: what
+    `complete` takes.
     """
-    if s.rollouts.group < 2:
+
+    model: Transformer
+    tokenizer: Any
+    prompt: Callable
+    rewards: Mapping[str, tuple[Callable, float]]
+    rows: str
+    count: int
+    group: int
+    batch: int
+    seed: int
+    step: int
+    judging: dict
+    options: dict
+
+
+class Plan(NamedTuple):
+    """A stage that generates, checked: nothing is compiled yet, and no weights are read."""
+
+    name: str
+    settings: Any
+    spec: loading.ModelSpec
+    samples: Samples
+    trial: tuple[dict, ...]
+
+
+def planned(name: str, s, run: Run) -> Plan:
+    """Reads, resolves and checks what the settings name. Raises UserError for those that could give no rows."""
+    spec = run.described(s)
+    if s.rows not in ROWS:
+        raise UserError(f"config.{name}.rows: {s.rows!r}.{nearest(s.rows, ROWS)}")
+    if s.rollouts.group < 2 and s.rows in ("pairs", "demonstrations"):
         raise UserError(f"config.rollouts.group: {s.rollouts.group} leaves nothing to compare; take 2 at least.")
-    check_rewards(s, judges, learned=True)
-    prompt, shape = prompts(found, judges, model, s, leave_out=False), datasets.shape(objective)
-    trial = [row for i in range(8) for row in rows(shape, prompt(i)[0]["prompt"], "12", (1, 0))]
-    datasets.check(trial, model, s, objective)
-    step = zlib.crc32(name.encode()) >> 1  # that each stage draws others
-    return Samples(
-        model=model.transformer,
-        tokenizer=model.tokenizer,
+    if not s.task:
+        raise UserError("config.task: generate needs a task, or config.data with prompts and config.reward.")
+    task = tasks.task(s)
+    rewards = tasks.rewards(task, s.task["name"], plain(s.reward))
+    tasks.check_rewards(s, rewards, learned=True)
+    prompt = tasks.prompts(task, rewards, spec, s, leave_out=False)
+    samples = Samples(
+        model=spec.transformer,
+        tokenizer=spec.tokenizer,
         prompt=prompt,
-        rewards=judges,
-        shape=shape,
+        rewards=rewards,
+        rows=s.rows,
         count=s.task.get("examples", datasets.EXAMPLES),
         group=s.rollouts.group,
-        rows=s.eval_rows,
+        batch=s.eval_rows,
         seed=s.seed,
-        step=step,
-        judging=judging(s),
-        options=sampling(model, s),
+        step=zlib.crc32(name.encode()) >> 1,  # so that two stages draw different completions
+        judging=tasks.judging(s),
+        options=sampling(spec, s),
     )
+    trial = [row for i in range(8) for row in rows(s.rows, prompt(i)[0]["prompt"], ["1", "2"], [1, 0])]
+    return Plan(name, s, spec, samples, tuple(trial))
+
+
+def output(plan: Plan) -> Output:
+    """What later stages are told before there are rows."""
+    return Output(pending=True, trial=plan.trial)
+
+
+def make(plan: Plan, run: Run) -> Output:
+    """Draws what is not there yet, and gives the files."""
+    origin = run.starting(plan.spec, plan.settings)
+    s = plan.settings
+    about = {"weights": columns.identity(origin, s.seed), "rows": s.rows, "step": plan.samples.step}
+    about |= {"template": datasets.template(origin, s)}
+    about |= {"judge": digest_of([reward for reward, _ in plan.samples.rewards.values()])}
+    about |= {k: plain(s[k]) for k in _DECIDING}
+    artefact = Artefact(run.root, "rows", about)
+    weights = functools.partial(loading.weights, origin, run.mesh, s.seed)
+    with run.stop.saving(f"{plan.name}, while it drew completions"):
+        progress = draw(plan.samples, artefact, weights, run.mesh, lambda: run.stop.asked)
+    return Output(rows=str(artefact.folder / "part-*.jsonl"), seconds=progress["seconds"])
+
+
+def draw(
+    samples: Samples, artefact: Artefact, params: Callable[[], Params], mesh, stopped: Callable[[], bool] = lambda: False
+) -> dict[str, float]:
+    """Draws what is not there yet, until it is all there or `stopped`; how far it is then. params: gives the weights, if they
+    are needed.
+
+    All processes call it. Raises UserError where all completions together give no row.
+    """
+    progress, done = artefact.resume(prompts=0, rows=0, seconds=0.0)
+    if not done:
+        progress = _draw(samples, artefact, progress, params(), mesh, stopped)
+    if progress["prompts"] < samples.count:
+        return progress
+    if not progress["rows"]:
+        raise UserError(
+            f"{samples.count:,} prompts, and in none do completions differ in their reward, so there is nothing to learn; give "
+            "more prompts (config.task.examples), a larger group, or a model that is right now and then."
+        )
+    if jax.process_index() == 0:
+        drawn = f"{progress['rows']:,} rows of {samples.group} completions to each of {samples.count:,} prompts"
+        print(f"samples: {drawn}, drawn in {progress['seconds']:.0f}s; {artefact.folder}", file=sys.stderr)
+    return progress
+
+
+def _draw(samples: Samples, artefact: Artefact, progress: dict, params: Params, mesh, stopped) -> dict:
+    """Draws the rest; the first process judges and writes. The progress at the end."""
+    params = ready(samples.model, params, mesh)
+    prompts_at_once, pending, mark = max(1, samples.batch // samples.group), [], time.monotonic()
+    for first in tqdm.tqdm(
+        range(progress["prompts"], samples.count, prompts_at_once), desc="sampling", unit="batch", disable=None
+    ):
+        problems = [samples.prompt(i) for i in range(first, min(first + prompts_at_once, samples.count))]
+        prompts = [ids for _, ids in problems]
+        prompts += [prompts[0]] * (prompts_at_once - len(prompts))  # one shape, whatever is left
+        noise = {"seed": samples.seed, "step": samples.step, "number": first * samples.group, "group": samples.group}
+        completions = complete(
+            samples.model, params, prompts, mesh=mesh, tokenizer=samples.tokenizer, **noise, **samples.options
+        )
+        at = first + len(problems)
+        ends = at == samples.count or stopped()
+        if jax.process_index() == 0:
+            pending += _rows(samples, problems, completions)
+            if ends or time.monotonic() - mark >= SECONDS:
+                count, seconds = progress["rows"] + len(pending), progress["seconds"] + time.monotonic() - mark
+                progress = {"prompts": at, "rows": count, "seconds": seconds}
+                lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in pending)
+                artefact.add(".jsonl", lines.encode(), **progress)
+                pending, mark = [], time.monotonic()
+        if ends:
+            break
+    if jax.process_index() == 0 and progress["prompts"] == samples.count and progress["rows"]:
+        artefact.finish(rows=progress["rows"])
+    return {name: type(value)(sharding.agree(float(value))) for name, value in progress.items()}
+
+
+def _rows(samples: Samples, problems: Sequence[tuple], completions) -> list[dict]:
+    texts, lines = answers(completions, samples.tokenizer), []
+    ended = [j for j in range(len(problems) * samples.group) if completions.stopped[j]]
+    records = [problems[j // samples.group][0] | {"stopped": True} for j in ended]
+    scores = judged(samples.rewards, records, [texts[j].strip() for j in ended], **samples.judging)
+    for i, (record, _) in enumerate(problems):
+        own = [(texts[j].strip(), score.total) for j, score in zip(ended, scores, strict=True) if j // samples.group == i]
+        own = [(text, total) for text, total in own if np.isfinite(total)]  # a completion that no reward applies to is no row
+        lines += rows(samples.rows, record["prompt"], [text for text, _ in own], [total for _, total in own])
+    return lines

@@ -6,13 +6,13 @@ gives is ready to run, and no weights have been read yet.
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxpost import checkpoint, cloud, optim
+from jaxpost import cloud, optim
 from jaxpost.data import source
 from jaxpost.declare import declared
 from jaxpost.errors import UserError
@@ -21,9 +21,9 @@ from jaxpost.profile import SKIPPED
 from jaxpost.recipe import plain
 from jaxpost.resolve import resolve
 from jaxpost.rollouts import source as rollouts
-from jaxpost.rollouts.samples import ROWS
-from jaxpost.stages import datasets, generate, tasks
+from jaxpost.stages import datasets, tasks
 from jaxpost.stages import rollouts as drawn
+from jaxpost.stages.run import described
 
 
 class Plan(NamedTuple):
@@ -33,8 +33,8 @@ class Plan(NamedTuple):
     settings: Any
     spec: loading.ModelSpec
     objective: Callable
-    sets: list[datasets.Set]  # what is learned from; none for rollouts, nor for samples that are still to be drawn
-    source: Any  # state -> batch, with a position; or the samples.Samples that its data will be
+    sets: list[datasets.Set]  # what is learned from; none for rollouts, nor while an earlier stage is still to make it
+    source: Any  # state -> batch, with a position; None while an earlier stage is still to make its data
     steps: int
     held_out: list  # this process's batches for evaluation
     data: str  # a digest of what is learned from; "" where sets are none
@@ -46,11 +46,11 @@ class Plan(NamedTuple):
     made: dict = {}  # of each data set, by its digest, the columns that frozen models made (columns.py)
 
 
-def plan_stage(name: str, s, mesh) -> Plan:
-    """Reads, resolves and checks everything that a stage's settings name."""
-    device = mesh.devices.flat[0]
-    options = {"attention": s.attention, "device": device}
-    spec = loading.describe(plain(s.model), s.tokenizer, s.dtype, s.remat, plain(s.adapter), **options)
+def plan_stage(name: str, s, mesh, trial: Sequence[dict] = ()) -> Plan:
+    """Reads, resolves and checks everything that a stage's settings name. trial: rows such as the data will have, where an
+    earlier stage is still to make it.
+    """
+    spec = described(s, mesh)
     spec, objective, trainable, trained = learned(spec, s, mesh)
     loading.check(spec)
     if spec.tokenizer is None:
@@ -65,26 +65,27 @@ def plan_stage(name: str, s, mesh) -> Plan:
     task = tasks.task(s) if s.task else None
     rewards = None if task is None else tasks.rewards(task, s.task["name"], plain(s.reward))
     problems = None if task is None else tasks.problems(task, rewards, spec, s)
-    if s.source in ("rollouts", "samples"):
-        sets, held_out, example, data, steps = [], [], [], "", s.steps
+    batches, sets, held_out, example, data, steps = None, [], [], [], "", s.steps
+    if trial:
+        datasets.check(trial, spec, s, objective)
+    elif s.source == "rollouts":
         if task is None:
-            raise UserError(f"config.task: {s.source} need a task, for prompts and a reward.")
-        make = drawn.source if s.source == "rollouts" else generate.samples
-        batches = make(name, task, rewards, spec, s, objective, mesh)
+            raise UserError("config.task: rollouts need a task, for prompts and a reward.")
+        batches = drawn.source(name, task, rewards, spec, s, objective, mesh)
         if not steps:
-            raise UserError(f"config.steps: {s.source} have no epochs that could be told now; say how many steps to take.")
+            raise UserError("config.steps: rollouts have no epochs that could be told now; say how many steps to take.")
     elif s.source == "data":
         sets = datasets.read(task, spec, s, objective)
         (batches, held_out), example, data = datasets.batches(sets, s, mesh), datasets.shown(sets), datasets.digest(sets)
         steps = s.steps or len(batches)
     else:
-        raise UserError(f"config.source: {s.source!r} is neither 'data' nor 'rollouts' nor 'samples'.")
+        raise UserError(f"config.source: {s.source!r} is neither 'data' nor 'rollouts'.")
     most = spec.transformer.arch.max_positions
     if task is not None and (longest := s.rollouts.prompt_window + s.rollouts.new) > most:
         raise UserError(f"config.rollouts: prompt_window + new = {longest} tokens, but the model takes {most}.")
-    if s.profile and steps < (needed := s.profile + SKIPPED):
+    if s.profile and steps and steps < (needed := s.profile + SKIPPED):
         raise UserError(f"config.profile: tracing {s.profile} steps takes {needed}, and there are {steps}; ask for fewer.")
-    optim.make(s.optimizer, steps)
+    optim.make(s.optimizer, steps or 1000)
     reads = tuple(name for name in declared(objective, "columns") if name not in _own_columns(s, objective))
     return Plan(name, s, spec, objective, sets, batches, steps, held_out, data, problems, example, trainable, trained, reads)
 
@@ -125,7 +126,7 @@ def learned(spec: loading.ModelSpec, s, mesh) -> tuple[loading.ModelSpec, Callab
 
 def _check_shape(s, shape: str) -> None:
     """Raises UserError for settings that have no meaning for what the objective learns from."""
-    possible = {"rollouts": ("demonstrations", "pairs"), "samples": ROWS}
+    possible = {"rollouts": ("demonstrations", "pairs")}
     if shape not in possible.get(s.source, (shape,)):
         raise UserError(f"config.source: the objective learns from {shape} of a data set, and {s.source} are none.")
     if s.shared_prefix and shape not in ("pairs", "mismatched") and s.source != "rollouts":
@@ -162,10 +163,3 @@ def _own_columns(s, objective: Callable) -> dict[str, jax.ShapeDtypeStruct]:
         return rollouts.columns(s, datasets.shape(objective) == "pairs")
     margins = "margins" in declared(objective, "columns")
     return source.columns(s.batch_size, s.window, datasets.shape(objective), s.shared_prefix, margins)
-
-
-def starting(spec: loading.ModelSpec, s, before: list[str], workdir) -> loading.ModelSpec:
-    """The model that a stage starts from: the result of the one that its settings name or of the one before, or its own."""
-    if origin := s.start or (before[-1] if before else ""):
-        return dataclasses.replace(spec, folder=checkpoint.find_step(workdir / "checkpoints" / origin), hub="")
-    return spec

@@ -39,7 +39,7 @@ def task(s):
     needed = (
         ["record", "test_records"]
         + ([] if s.reward else ["reward"])
-        + (["conversation"] if s.source == "data" and not s.data else [])
+        + (["conversation"] if (s.do, s.source) == ("train", "data") and not s.data else [])
     )
     if missing := [name for name in needed if not callable(getattr(found, name, None))]:
         raise UserError(f"config.task: {s.task['name']} has no function {missing[0]}; CONTRIBUTING.md lists what a task has.")

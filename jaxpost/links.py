@@ -1,0 +1,86 @@
+"""From a stage to the earlier ones whose artefacts it takes: `@NAME` in its settings, checked before anything is made.
+
+A stage's settings get one key more than a recipe has, `start`: the stage whose weights it starts from, "" for its own model.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from jaxpost.errors import UserError
+from jaxpost.resolve import nearest
+
+# What a stage that does this makes.
+MAKES = {
+    "train": "weights",
+    "merge": "weights",
+    "generate": "rows",
+    "select": "rows",
+    "annotate": "columns",
+    "evaluate": "figures",
+}
+# The settings that may name an earlier stage, and what it must make.
+_INPUTS = {"model": "weights", "of": "weights", "data": "rows", "eval_data": "rows", "annotations": "columns"}
+
+
+def linked(settings: dict, own_model: bool, before: Mapping[str, Mapping], place: str) -> dict:
+    """A stage's settings with `start`, and with the model that its weights are of.
+
+    own_model: whether the stage names a model itself; before: {name: settings} of the stages before it. Raises UserError for a
+    name that is no such stage, and for one that makes something else.
+    """
+    if settings["do"] not in MAKES:
+        raise UserError(f"{place}.do: {settings['do']!r}.{nearest(settings['do'], MAKES)}")
+    for key, kind in _INPUTS.items():
+        for name in references(settings[key]):
+            _check(name, kind, before, f"{place}.{key}")
+    for name in filter(None, (part.strip() for part in settings["time_of"].split(","))):
+        _check(name, "weights", before, f"{place}.time_of")
+    model, last = settings["model"], [name for name, s in before.items() if MAKES[s["do"]] == "weights"][-1:]
+    start = next(references(model), "") if own_model else "".join(last)
+    origin = settings["of"][0] if settings["do"] == "merge" and settings["of"] else f"@{start}" if start else model
+    start = next(references(origin), "")
+    return {**settings, "start": start, "model": before[start]["model"] if start else origin}
+
+
+def references(value: Any) -> Iterator[str]:
+    """The stages that a setting names: in a text with commas, in a list or in the keys of a dict."""
+    if isinstance(value, str):
+        entries: Any = value.split(",")
+    elif isinstance(value, Mapping):
+        entries = value
+    else:
+        entries = value if isinstance(value, (list, tuple)) else ()
+    for entry in entries:
+        name = entry[0] if isinstance(entry, (list, tuple)) and entry else entry
+        if isinstance(name, str) and name.strip().startswith("@"):
+            yield name.strip().removeprefix("@").partition("=")[0].strip()
+
+
+def filled(value: Any, files: Callable[[str], str]) -> Any:
+    """A setting with what `files` gives for a stage's name in place of each @NAME; a text with one becomes a list."""
+    if not any(references(value)):
+        return value
+    if isinstance(value, str):
+        entries: Any = [_weighed(part.strip()) for part in value.split(",") if part.strip()]
+    else:
+        entries = list(value.items()) if isinstance(value, Mapping) else list(value)
+    pairs = [(entry, None) if isinstance(entry, str) else tuple(entry) for entry in entries]
+    paths = [(files(path[1:]) if path.startswith("@") else path, weight) for path, weight in pairs]
+    return [path if weight is None else (path, weight) for path, weight in paths]
+
+
+def _weighed(part: str) -> Any:
+    path, equals, weight = part.rpartition("=")
+    try:
+        return (path, float(weight)) if equals else part
+    except ValueError:
+        return part
+
+
+def _check(name: str, kind: str, before: Mapping[str, Mapping], place: str) -> None:
+    if name not in before:
+        raise UserError(f"{place}: no stage {name!r} comes before.{nearest(name, before) if before else ''}")
+    if MAKES[before[name]["do"]] != kind:
+        raise UserError(
+            f"{place}: the stage {name!r} makes {MAKES[before[name]['do']]} (do={before[name]['do']!r}), and {kind} are needed."
+        )

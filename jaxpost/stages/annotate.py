@@ -1,0 +1,56 @@
+"""A stage that annotates: columns of a data set, made by a model that does not train.
+
+    scored={"do": "annotate", "model": "@sft", "data": "mine.jsonl", "with": "perplexity"}
+
+The data is read, tokenised and packed as by a stage that trains on it, whose `annotations="@scored"` brings the columns into
+its batches. The objective says which row type it has.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from jaxpost import columns
+from jaxpost.errors import UserError
+from jaxpost.models import loading
+from jaxpost.naming import named
+from jaxpost.recipe import plain
+from jaxpost.stages import train
+from jaxpost.stages.artefacts import Output
+from jaxpost.stages.plan import Plan
+from jaxpost.stages.run import Run
+
+
+class Annotation(NamedTuple):
+    """The data sets of a stage that annotates, as those of one that trains, and the annotator's entry."""
+
+    name: str
+    settings: Any
+    data: Plan
+    entry: Mapping | str
+
+
+def planned(name: str, s, run: Run) -> Annotation:
+    """Reads and checks the data and the annotator. Raises UserError for either."""
+    if not s["with"]:
+        raise UserError(f"config.{name}.with: name the annotator, as 'perplexity'.")
+    entry = named({"annotator": plain(s["with"])}, ())["annotator"]
+    return Annotation(name, s, train.planned(name, s, run), entry)
+
+
+def output(plan: Annotation) -> Output:
+    """What later stages are told before there are columns."""
+    return Output(pending=True)
+
+
+def make(plan: Annotation, run: Run) -> Output:
+    """Makes the columns that are not there yet."""
+    s = plan.settings
+    data = train.planned(plan.name, s, run) if plan.data.source is None else plan.data
+    spec = run.starting(data.spec, s)
+    # All that the folder has, whatever the stage's objective makes of it: a reward model's head too.
+    spec = dataclasses.replace(spec, leaves=loading.carried(spec.folder, "leaves"))
+    weights = functools.partial(loading.weights, spec, run.mesh, s.seed)
+    folders = columns.make(plan.entry, data, spec, weights, run.root / "columns", run.mesh)
+    return Output(columns=",".join(map(str, folders)))

@@ -1,0 +1,139 @@
+"""Artefacts: what stages make besides checkpoints, each in a folder that is named for what makes it.
+
+    ROOT/<kind>/<key>/meta.json        what made it, its files with their CRC-32C, how far it is, whether it is done
+                      part-....jsonl   a part; more follow
+
+The key is a digest of all that decides the content: settings, inputs, the sources of functions. So two stages that would make
+the same share one folder, and a folder is never continued with anything else. Parts are written whole, and meta.json after
+each, so a killed run continues after the last part. A damaged file, and what was made after it, is made again by the stage that makes
+it; a reader refuses it by name. Checkpoints are not artefacts: Orbax has them.
+
+kinds: columns, rows, figures.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+
+from jaxpost import cloud, digests, sharding, writers
+from jaxpost.errors import UserError, first_line
+from jaxpost.host import read_object
+
+
+class Output(NamedTuple):
+    """What a stage hands on to later ones: its rows (a pattern of files), the folder of its columns, its figures, the seconds
+    that it took. Weights are found by the stage's name. Until the stage has run `pending` is true, and `trial` has rows such as
+    it will give.
+    """
+
+    rows: str = ""
+    columns: str = ""
+    figures: Mapping[str, float] = {}
+    seconds: float = 0.0
+    pending: bool = False
+    trial: tuple[dict, ...] = ()
+
+
+def key(about: Any) -> str:
+    """The name of a folder: a digest of what decides its content, JSON or what prints as itself."""
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+class Artefact:
+    """The folder of one artefact, for the stage that makes it. All processes call `resume`; the first one writes."""
+
+    def __init__(self, root, kind: str, about: Mapping[str, Any]):
+        self.folder = epath.Path(root) / kind / key(about)
+        self.about = dict(about)
+        self.parts: list[dict] = []  # {file, crc32c, progress} of each
+
+    def resume(self, **start: float) -> tuple[dict[str, float], bool]:
+        """(the progress of the last whole part, or `start`; whether all is done), the same on every process."""
+        meta = self._whole() if jax.process_index() == 0 else {}
+        self.parts = meta.get("parts", [])
+        progress = {**start, **(self.parts[-1]["progress"] if self.parts else {}), **meta.get("progress", {})}
+        done = bool(sharding.agree(float(meta.get("done", False))))
+        return {name: type(value)(sharding.agree(float(progress[name]))) for name, value in start.items()}, done
+
+    def _whole(self) -> dict:
+        """The meta, cut back to what is whole; files that it does not name are deleted."""
+        meta, damage = {}, ""
+        if (self.folder / "meta.json").exists():
+            try:
+                meta = read_meta(self.folder)
+            except UserError as error:
+                damage = str(error)
+        files = [*meta.get("parts", []), *meta.get("files", [])]
+        whole = next((i for i, file in enumerate(files) if (damage := _damage(self.folder, file))), len(files))
+        if damage:
+            print(f"{damage} It is made again, with what was made after it.", file=sys.stderr)
+        if whole < len(files):
+            meta = {"parts": meta["parts"][:whole]}
+        named = {"meta.json", *(file["file"] for file in files[:whole])}
+        for path in self.folder.iterdir() if self.folder.exists() else ():
+            if path.name not in named and not path.is_dir():
+                path.unlink()
+        return meta
+
+    def add(self, suffix: str, content: bytes, **progress: float) -> None:
+        """Writes a part, and how far the artefact is with it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = f"part-{len(self.parts):08d}{suffix}"
+        writers.replace(self.folder / name, content)
+        self.parts.append({"file": name, "crc32c": _checksum(self.folder / name), "progress": progress})
+        self._write({"parts": self.parts})
+
+    def finish(self, files: Iterable[str] = (), **facts: Any) -> None:
+        """Says that all is there. files: names of files that take the parts' place; facts: what readers are told."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        named = [{"file": name, "crc32c": _checksum(self.folder / name)} for name in files]
+        last = self.parts[-1]["progress"] if self.parts else {}
+        self._write({"parts": [] if named else self.parts, "files": named, "progress": last, "facts": facts, "done": True})
+        for part in self.parts if named else ():
+            (self.folder / part["file"]).unlink()
+
+    def _write(self, state: Mapping) -> None:
+        content = json.dumps({"about": self.about, **state}, indent=2, default=str) + "\n"
+        writers.replace(self.folder / "meta.json", content.encode())
+
+
+def read_meta(folder) -> dict:
+    """The meta of an artefact's folder, whose files are not read. Raises UserError where it is damaged."""
+    path = epath.Path(folder) / "meta.json"
+    meta = read_object(path)
+    lists = [meta.get("parts", []), meta.get("files", [])]
+    entries = [entry for each in lists if isinstance(each, list) for entry in each]
+    good = all(isinstance(e, dict) and isinstance(e.get("file"), str) and "/" not in e["file"] for e in entries)
+    if not (good and all(isinstance(each, list) for each in lists) and isinstance(meta.get("about"), dict)):
+        raise UserError(f"{path}: is no record of an artefact; delete {folder}, and what made it makes it again.")
+    return meta
+
+
+def check(folder) -> dict:
+    """The meta of a finished artefact, whose files are compared with it. Raises UserError for one that is not whole."""
+    meta = read_meta(folder)
+    if not meta.get("done"):
+        raise UserError(f"{folder}: is not finished; run the command that makes it again.")
+    for file in (*meta["parts"], *meta["files"]):
+        if damage := _damage(epath.Path(folder), file):
+            raise UserError(f"{damage} Delete {folder}, and have it made again.")
+    return meta
+
+
+def _damage(folder: epath.Path, file: Mapping) -> str:
+    path = folder / file["file"]
+    try:
+        damaged = _checksum(path) != file.get("crc32c")
+    except OSError as error:
+        return f"{path}: damaged ({first_line(error)})."
+    return f"{path}: damaged (its bytes are not those that were written)." if damaged else ""
+
+
+def _checksum(path: epath.Path) -> int:
+    with cloud.local_copy(path) as copy:
+        return digests.checksum(epath.Path(copy))

@@ -1,0 +1,117 @@
+"""What a workdir records of its stages, and what may change of them: nothing that is done.
+
+    WORKDIR/stages/<name>.json    the settings that the stage was begun with
+
+A stage that has begun is continued with the settings that it has. A workdir may get further stages, and a stage more steps,
+where those that are taken stay what they are.
+"""
+
+import itertools
+import json
+
+import jax
+import numpy as np
+from etils import epath
+
+from jaxpost import checkpoint, cli, optim, recipe, writers
+from jaxpost.errors import UserError
+from jaxpost.host import read_object
+
+LENGTHS = ("steps", "epochs")  # settings that may grow
+
+
+def _path(workdir: epath.Path, name: str) -> epath.Path:
+    return workdir / "stages" / f"{name}.json"
+
+
+def _taken(workdir: epath.Path, name: str) -> int | None:
+    """The latest step of a stage that has checkpoints; None for one that has none."""
+    return max(checkpoint.steps(workdir / "checkpoints" / name), default=None)
+
+
+def check(workdir: epath.Path, stages: list[tuple]) -> None:
+    """Raises UserError for a workdir whose stages were begun with other settings, by an older jaxpost, or that is a model's."""
+    config = read_object(workdir / "config.json") if (workdir / "config.json").exists() else {}
+    if "model_type" in config:
+        raise UserError(f"--workdir={workdir} is a model's folder, whose config.json a run would replace; give another.")
+    begun = {name: taken for name, _ in stages if (taken := _taken(workdir, name)) is not None}
+    for name, settings in stages:
+        record = _path(workdir, name)
+        if not record.exists():
+            if name in begun:
+                raise _of_older(workdir)
+            continue
+        if name not in begun:  # nothing of it is there yet
+            continue
+        changes = recipe.difference(read_object(record)["settings"], settings.to_dict(), free=(*recipe.FREE, *_NOT_ITS_OWN))
+        if longer := [line for line in changes if line.split(":")[0] in LENGTHS]:
+            _check_unused(workdir, name, stages, begun, longer)
+        if others := [line for line in changes if line not in longer]:
+            raise _of_others(workdir, name, others)
+
+
+_NOT_ITS_OWN = ("stages", "artefacts")
+
+
+def begin(workdir: epath.Path, name: str, settings, plan) -> None:
+    """Records the settings of a stage that begins or goes on. Raises UserError where it has grown and its learning rate at
+    steps that are taken would have been another.
+    """
+    path, steps = _path(workdir, name), getattr(plan, "steps", 0)
+    if path.exists() and steps and (taken := _taken(workdir, name)) is not None:
+        before = read_object(path)["steps"]
+        if before and before != steps:
+            _check_rates(workdir, name, settings, taken, before, steps)
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"settings": json.loads(settings.to_json()), "steps": steps}
+        writers.replace(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _check_rates(workdir, name: str, settings, taken: int, before: int, steps: int) -> None:
+    old, new = (optim.schedule(settings.optimizer, n)(np.arange(taken)) for n in (before, steps))
+    if steps < taken or not np.array_equal(np.broadcast_to(old, taken), np.broadcast_to(new, taken)):
+        kind = settings.optimizer.schedule
+        raise UserError(
+            f"{workdir}: {name} has taken {taken:,} of {before:,} steps, and with {steps:,} their learning rates would have "
+            f"been others (schedule={kind!r}). More steps are possible where they are not, as with schedule='constant'. "
+            f"{_new_run(workdir)}"
+        )
+
+
+def _check_unused(workdir, name: str, stages: list[tuple], begun: dict, longer: list[str]) -> None:
+    """Raises UserError for more steps of a stage that another one, which has begun, started from."""
+    users = [other for other, s in stages if other in begun and name in (s.start, *s.time_of.replace(" ", "").split(","))]
+    if users:
+        raise UserError(
+            f"{workdir}: {name} has other settings ({'; '.join(longer)}), and {users[0]} has begun from what it was. "
+            f"{_new_run(workdir)}"
+        )
+
+
+def _of_others(workdir, name: str, changes: list[str]) -> UserError:
+    prefix = "" if name == "train" else f"{name}."
+    lines = "\n  ".join(prefix + line for line in changes)
+    return UserError(
+        f"{workdir} holds a run with other settings:\n  {lines}\nThe same settings continue it. {_new_run(workdir)}"
+    )
+
+
+def _of_older(workdir) -> UserError:
+    about = workdir / "environment.json"
+    version = read_object(about).get("jaxpost", "of an unknown version") if about.exists() else "of an unknown version"
+    return UserError(
+        f"{workdir}: its stages were begun by jaxpost {version}, whose runs this one does not continue. Continue them with "
+        f"that version. {_new_run(workdir)}"
+    )
+
+
+def _new_run(workdir) -> str:
+    """How a new run begins from a workdir's weights."""
+    other = next(new for i in itertools.count(2) if not (new := workdir.parent / f"{workdir.name}-{i}").exists())
+    command = cli.command({"workdir": str(other), "config.model": str(workdir)})
+    how = f":\n  {command}\n" if command else f", with another workdir and model={str(workdir)!r}. "
+    return (
+        f"Other settings begin a new run from its weights{how}Its weights go on (their running mean, where it has one); the "
+        "optimizer, the schedule and the position in the data begin anew."
+    )

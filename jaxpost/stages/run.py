@@ -1,0 +1,60 @@
+"""What the stages of a run share: where it writes, its mesh, and what earlier stages have made."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from jaxpost import checkpoint, links
+from jaxpost.models import loading
+from jaxpost.recipe import plain
+from jaxpost.stages.artefacts import Output
+
+
+class Run(NamedTuple):
+    """workdir: of checkpoints and figures; root: the folder of artefacts; stop: a StopRequest; outputs: {stage: what it hands
+    on}, pending before it has run; evaluated: the latest evaluation of each stage in this process.
+    """
+
+    workdir: epath.Path
+    root: epath.Path
+    mesh: Any
+    stop: Any
+    outputs: dict[str, Output]
+    evaluated: dict
+
+    def described(self, s) -> loading.ModelSpec:
+        """The model that a stage's settings name, with a tokenizer. Raises UserError where it is missing or broken."""
+        return described(s, self.mesh)
+
+    def starting(self, spec: loading.ModelSpec, s) -> loading.ModelSpec:
+        """The model that a stage starts from: the result of the stage that its settings name, or its own."""
+        return starting(spec, s, self.workdir)
+
+    def filled(self, value: Any) -> Any:
+        """A setting with the files of earlier stages in place of their @names."""
+        return links.filled(value, lambda name: self.outputs[name].rows)
+
+    def filled_folders(self, value: str) -> list[str]:
+        """The folders of columns that a setting names, with commas between several; an @NAME stands for an earlier stage's."""
+        parts = [part.strip() for part in value.split(",") if part.strip()]
+        return [
+            folder for part in parts for folder in (self.outputs[part[1:]].columns.split(",") if part[0] == "@" else [part])
+        ]
+
+    def pending(self, value: Any) -> list[Output]:
+        """The outputs of stages that a setting names and that have not run."""
+        return [self.outputs[name] for name in links.references(value) if self.outputs[name].pending]
+
+
+def described(s, mesh) -> loading.ModelSpec:
+    """As Run.described, without a run around it."""
+    options = {"attention": s.attention, "device": mesh.devices.flat[0]}
+    return loading.describe(plain(s.model), s.tokenizer, s.dtype, s.remat, plain(s.adapter), **options)
+
+
+def starting(spec: loading.ModelSpec, s, workdir) -> loading.ModelSpec:
+    """As Run.starting, without a run around it."""
+    if not s.start:
+        return spec
+    return dataclasses.replace(spec, folder=checkpoint.find_step(epath.Path(workdir) / "checkpoints" / s.start), hub="")

@@ -1,0 +1,83 @@
+"""A stage that selects: rows of earlier ones or of files, by a transform (data/transforms/).
+
+    chosen={"do": "select", "data": "@drawn", "with": {"name": "select.top", "by": "score", "keep": 0.5}}
+
+A transform gives indices, weights or rows. What it chooses is written as files of rows, which a later stage names with an @.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxpost import sharding
+from jaxpost.data import mixture
+from jaxpost.data.transforms import chosen
+from jaxpost.errors import UserError
+from jaxpost.naming import digest_of
+from jaxpost.recipe import plain
+from jaxpost.resolve import resolve
+from jaxpost.stages import annotations
+from jaxpost.stages.artefacts import Artefact, Output
+from jaxpost.stages.run import Run
+
+
+class Selection(NamedTuple):
+    """A stage that selects, checked; rows: those of files, None while an earlier stage is still to make some."""
+
+    name: str
+    settings: Any
+    function: Callable
+    rows: list[dict] | None
+    trial: tuple[dict, ...]
+
+
+def planned(name: str, s, run: Run) -> Selection:
+    """Reads the rows and resolves the transform. Raises UserError for either."""
+    if not s.data:
+        raise UserError(f"config.{name}.data: give files or an earlier stage's rows, as @NAME, to select from.")
+    function = resolve(plain(s["with"]), "transforms")
+    pending = run.pending(s.data)
+    rows = None if pending else _rows(s, run)
+    trial = [row for output in pending for row in output.trial] if pending else rows[:8]
+    return Selection(name, s, function, rows, tuple(trial))
+
+
+def output(plan: Selection) -> Output:
+    """What later stages are told before there are rows."""
+    return Output(pending=True, trial=plan.trial)
+
+
+def make(plan: Selection, run: Run) -> Output:
+    """Applies the transform, unless that was done before."""
+    s = plan.settings
+    rows = _rows(s, run) if plan.rows is None else plan.rows
+    lines = [_line(row) for row in rows]
+    columns = annotations.per_row(run.filled_folders(s.annotations), len(rows))
+    about = {"rows": hashlib.sha256("\n".join(lines).encode()).hexdigest(), "with": digest_of(plan.function), "seed": s.seed}
+    about |= {"columns": {k: hashlib.sha256(np.ascontiguousarray(v)).hexdigest() for k, v in columns.items()}}
+    artefact = Artefact(run.root, "rows", about)
+    _, done = artefact.resume()
+    if not done and jax.process_index() == 0:
+        selected = chosen(plan.function, rows, columns, np.asarray(jax.random.PRNGKey(s.seed)))
+        if not selected:
+            raise UserError(f"config.{plan.name}.with: it selects none of {len(rows):,} rows; change its settings.")
+        artefact.add(".jsonl", "".join(_line(row) + "\n" for row in selected).encode())
+        artefact.finish(rows=len(selected), of=len(rows))
+    sharding.agree(0.0)  # nobody reads before all is written
+    return Output(rows=str(artefact.folder / "part-*.jsonl"))
+
+
+def _rows(s, run: Run) -> list[dict]:
+    parts = mixture.read(run.filled(plain(s.data)), "data", s.bad_rows == "skip")
+    return [dict(record.row) for part in parts for record in part.records]
+
+
+def _line(row: dict) -> str:
+    try:
+        return json.dumps(row, ensure_ascii=False)
+    except TypeError as error:
+        raise UserError(f"config.data: a row has a value that JSON cannot hold ({error}); leave that column out.") from error

@@ -1,0 +1,220 @@
+"""A stage that trains: batches from a source, steps of an objective's gradient, and now and then a look at where it is.
+
+It reads from top to bottom: the stage, its loop, then what the loop begins with. `plan.py` checks everything that can go wrong
+before anything is compiled; `judge.py` has the evaluations.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import sys
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from jaxpost import checkpoint, columns, optim, sharding
+from jaxpost.annotators import scores
+from jaxpost.data import chat
+from jaxpost.errors import UserError
+from jaxpost.log import Log
+from jaxpost.models import loading
+from jaxpost.profile import Profile
+from jaxpost.recipe import plain
+from jaxpost.rollouts import resume
+from jaxpost.stages import judge
+from jaxpost.stages.artefacts import Output
+from jaxpost.stages.plan import Plan, plan_stage
+from jaxpost.stages.run import Run
+from jaxpost.stages.state import program, shapes
+from jaxpost.step import combine
+from jaxpost.stopping import leave
+from jaxpost.types import TrainState
+
+KEPT = ("adapter", "leaves", "base", "elsewhere")  # what checkpoints record of the weights that they do not hold
+
+
+def planned(name: str, s, run: Run) -> Plan:
+    """The stage, checked. Where an earlier stage is still to make its data, it is checked by rows such as that will give."""
+    if pending := run.pending(s.data):
+        trial = [row for output in pending for row in output.trial]
+        return columns.annotated(plan_stage(name, s, run.mesh, trial), run.mesh)
+    files = {key: run.filled(plain(s[key])) for key in ("data", "eval_data")}
+    folders = ",".join(run.filled_folders(s.annotations))
+    return columns.annotated(plan_stage(name, ConfigDict({**plain(s), **files, "annotations": folders}), run.mesh), run.mesh)
+
+
+def output(plan: Plan) -> Output:
+    """What later stages are told before the stage has run."""
+    return Output(pending=True)
+
+
+def make(plan: Plan, run: Run) -> Output:
+    """The stage from its start, or from where it was left, to its end."""
+    s = plan.settings
+    if plan.source is None:
+        plan = planned(plan.name, s, run)
+        show(plan)
+    saved = checkpoint.Checkpoints(run.workdir / "checkpoints" / plan.name, keep=s.keep, best=s.best, highest=s.highest)
+    # Closed whatever happens: in a notebook the next attempt would meet the threads of this one, still writing.
+    with contextlib.closing(saved), contextlib.closing(plan.source) if s.source == "rollouts" else contextlib.nullcontext():
+        figures, seconds, left = _steps(plan, run, saved)
+    run.stop.in_loop = False  # all is written
+    if left is not None:
+        leave(f"at {plan.name} step {left}", run.stop)
+    return Output(figures=figures, seconds=seconds)
+
+
+def show(plan: Plan) -> None:
+    """Prints one example of what a stage learns from, with its mask."""
+    if plan.example and jax.process_index() == 0:
+        colour = sys.stderr.isatty()
+        shown = [chat.show(document["tokens"], document["mask"], plan.spec.tokenizer, colour) for document in plan.example]
+        print("one example (what is learned stands out):", *shown, sep="\n", file=sys.stderr, flush=True)
+
+
+def _steps(plan: Plan, run: Run, saved: checkpoint.Checkpoints) -> tuple[dict, float, int | None]:
+    """(the last figures, the seconds that the stage took, None at its end or else the step that it was asked to stop at)."""
+    s, mesh, stop, names = plan.settings, run.mesh, run.stop, [*run.outputs]
+    latest, meta = _left(saved)
+    if meta["done"] and (s.time_of or latest >= plan.steps):
+        print(f"{plan.name}: finished before, at step {latest}.", file=sys.stderr)
+        return meta["results"], meta["seconds"], None
+    _check_data(plan, meta, saved)
+
+    # Set up: the state, where it was left or where it starts, and the step; the files taken back to there.
+    tx = optim.make(s.optimizer, plan.steps)
+    if latest is None:
+        state, kept = _start(plan, run, tx)
+    else:
+        state, kept = _restore(plan, saved, latest, tx, mesh), {k: meta.get(k) for k in KEPT}
+    plan = _with_reference(plan, run, state, fresh=latest is None)
+    step = program(plan.spec.transformer, plan.objective, tx, state, mesh, s)
+    plan.source.position = meta["position"]
+    log = Log(plan, run.workdir, names[: names.index(plan.name) + 1], meta, int(state.step), _seconds_of(s.time_of, run))
+    profile = Profile(s.profile, run.workdir / "profile" / plan.name, int(state.step))
+    evaluated = judge.Judge(plan, mesh, run.evaluated, s.start)
+
+    def save(done: bool) -> None:
+        log.flush()
+        counted = {"num_tokens": log.num_tokens, "seconds": log.seconds, "done": done, "results": results}
+        counted |= {"position": _position(plan, saved, at), "data": plan.data}
+        saved.save(state, counted | kept, results if judged == at else None)
+
+    # Loop: a batch, a step, and now and then a look at where we are.
+    judged, results = -1, evaluated(state, log, 0) if latest is None else meta.get("results", {})
+    stop.in_loop = True
+    # The last step is saved as the stage's end and never before it: a stage that is not done has a step to take.
+    for at in itertools.count(int(state.step) + 1):
+        with profile.step(at, state):
+            log.clock()
+            batch = plan.source(state)
+            log.waited()
+            state, measured = step(state, sharding.distribute(batch, mesh, s.batch_size))
+        log.step(at, batch, {**measured, **getattr(plan.source, "metrics", {})})
+        done = at == plan.steps or log.out_of_time()
+        if done or (s.eval_every and at % s.eval_every == 0):
+            results, judged = evaluated(state, log, at), at
+        asked = stop.asked or (jax.process_count() > 1 and saved.reached_preemption(at))
+        if done or asked or (s.save_every and at % s.save_every == 0):
+            save(done)
+        if done or asked:
+            break
+    profile.close(state)
+    log.close()
+    return results, log.seconds, None if done else at
+
+
+def _left(saved: checkpoint.Checkpoints) -> tuple[int | None, dict]:
+    """(step, meta) of where the stage was left; None and a fresh meta if it has not begun."""
+    latest = saved.latest()
+    if latest is None:
+        return None, {"position": 0, "num_tokens": 0, "seconds": 0.0, "done": False}
+    return latest, saved.meta(latest)
+
+
+def _check_data(plan: Plan, meta: dict, saved: checkpoint.Checkpoints) -> None:
+    """Raises UserError for other data than the stage was begun with."""
+    if meta.get("data", plan.data) != plan.data:
+        raise UserError(
+            f"config.data: {saved.folder} was begun with other data than this, or another tokenizer. Bring them back as they "
+            "were, or use another --workdir."
+        )
+
+
+def _start(plan: Plan, run: Run, tx) -> tuple[TrainState, dict]:
+    """A fresh state: the weights of the stage that this one starts from, or the model's own; and what its checkpoints say of
+    the weights that they do not hold.
+    """
+    s, mesh = plan.settings, run.mesh
+    spec = run.starting(plan.spec, s)
+    train, frozen = optim.partition(loading.weights(spec, mesh, s.seed), plan.trainable)
+    elsewhere = loading.others(spec)  # another model's, which are read from there again
+    own = {path: leaf for path, leaf in spec.leaves.items() if path not in elsewhere}
+    kept = {"adapter": loading.recorded(spec.adapter), "leaves": own, "elsewhere": sorted(elsewhere)}
+    kept["base"] = loading.base_in(spec, run.workdir, frozen)
+
+    def rest(train):
+        count = jnp.zeros((), jnp.int32)
+        mean = jax.tree.map(jnp.copy, train) if s.ema else None
+        return {"opt_state": tx.init(train), "ema": mean, "step": count, "skipped": count, "streak": count}
+
+    places = sharding.stored(mesh, jax.eval_shape(rest, train))
+    key = jax.device_put(jax.random.PRNGKey(s.seed), sharding.replicated(mesh))
+    return TrainState(train=train, frozen=frozen, key=key, **jax.jit(rest, out_shardings=places)(train)), kept
+
+
+def _restore(plan: Plan, saved: checkpoint.Checkpoints, step: int, tx, mesh) -> TrainState:
+    """The state of a checkpoint; the mesh may be another than the one it was written on."""
+    if jax.process_index() == 0:
+        print(f"{plan.name}: continuing from step {step}.", file=sys.stderr)
+    s, meta = plan.settings, saved.meta(step)
+    inside, base = meta.get("adapter") or {}, meta.get("base")
+    state = shapes(plan.spec.transformer, mesh, tx, plan.trainable, adapter=inside, leaves=plan.spec.leaves, ema=s.ema > 0)
+    if not base:
+        return saved.restore(step, state, loading.heads(plan.spec, mesh))
+    folder = loading.base_of(saved.folder / str(step), base)
+    below = loading.weights(dataclasses.replace(plan.spec, folder=folder, adapter=inside), mesh, s.seed)
+    return saved.restore(step, state, below)
+
+
+def _with_reference(plan: Plan, run: Run, state: TrainState, *, fresh: bool) -> Plan:
+    """The plan with its frozen reference as a column: the weights that the stage starts from. A fresh state has them still; for
+    a restored one they are read again, should the column be gone. Rollouts ask the reference anew for each of their batches, so
+    what of it trains is kept beside the weights.
+    """
+    mesh, workdir, origin = run.mesh, run.workdir, run.starting(plan.spec, plan.settings)
+
+    def weights():
+        return combine(state.train, state.frozen) if fresh else loading.weights(origin, mesh, plan.settings.seed)
+
+    if plan.settings.source != "rollouts":
+        return columns.referenced(plan, origin, weights, workdir / "columns", mesh)
+    plan.source.folder = workdir / "rollouts" / plan.name
+    if fresh and jax.process_index() == 0:
+        resume.clear(plan.source.folder)
+    if columns.REFERENCE in plan.reads:
+        first, _ = optim.partition(weights(), plan.trainable)
+        first = jax.tree.map(jnp.copy, first) if fresh else first
+        program = jax.jit(functools.partial(scores.ref_logps, plan.spec.transformer.forward))
+        plan.source.frozen += (lambda state, batch: program(combine(first, state.frozen), batch),)
+    for folder in dict.fromkeys(loading.others(plan.spec).values()):
+        teacher = loading.describe(folder, "", plan.settings.dtype, text=False)
+        known = loading.weights(teacher, mesh, plan.settings.seed)
+        says = jax.jit(functools.partial(scores.hidden, teacher.transformer.forward))
+        plan.source.frozen += (lambda state, batch, says=says, known=known: says(known, batch),)
+    return plan
+
+
+def _position(plan: Plan, saved: checkpoint.Checkpoints, step: int):
+    """Where the source is, for the checkpoint of a step; what of it no checkpoint could make again is in files by then."""
+    if plan.settings.source != "rollouts":
+        return plan.source.position
+    return plan.source.keep(step, saved.steps())
+
+
+def _seconds_of(stages: str, run: Run) -> float:
+    """The seconds that earlier stages took together, evaluation left out; without end for none."""
+    names = [name.strip() for name in stages.split(",") if name.strip()]
+    return sum(run.outputs[name].seconds for name in names) if names else float("inf")
