@@ -11,19 +11,18 @@ to a stage by `config.annotations`. The same command goes on after an interrupti
 params, batch) -> {column: [B,S,...]}, or a JSON object with its name and keywords: '{"name": "topk", "k": 32}'.
 """
 
-import dataclasses
-import functools
 import json
 
 import jax
 from absl import flags
+from ml_collections import ConfigDict
 
-from jaxpost import cli, cloud, columns, compile_cache, recipe, sharding
+from jaxpost import cli, cloud, columns, compile_cache, links, recipe, sharding
 from jaxpost.errors import UserError
-from jaxpost.models import loading
 from jaxpost.naming import named
 from jaxpost.resolve import entry_of, nearest
-from jaxpost.stages.plan import plan_stage, starting
+from jaxpost.stages import annotate as annotating
+from jaxpost.stages.run import Run
 
 
 def annotate(config, what, *, workdir="", out="", stage="", **changes) -> list[str]:
@@ -43,18 +42,15 @@ def annotate(config, what, *, workdir="", out="", stage="", **changes) -> list[s
     if not (workdir or out):
         raise UserError("--out=... is required where there is no --workdir: the folder for the columns.")
     stage = stage or names[0]
-    settings, what = stages[stage], named({"annotator": what}, ())["annotator"]
-    mesh = sharding.make_mesh(**settings.mesh)
+    settings = {**recipe.plain(stages[stage]), "with": named({"annotator": what}, ())["annotator"]}
+    if settings["source"] == "rollouts" or any(links.references(settings["data"])):
+        raise UserError(f"--stage={stage}: its data are made only when it runs; name another.")
+    settings["start"] = settings["start"] if workdir else ""
+    mesh = sharding.make_mesh(**settings["mesh"])
+    run = Run(cloud.path(workdir or out), cloud.path(out or workdir), mesh, None, {}, {})
     with sharding.use(mesh):
-        plan = plan_stage(stage, settings, mesh)
-        if not plan.sets:
-            raise UserError(f"--stage={stage}: its data are completions, made only when it runs; name another.")
-        spec = starting(plan.spec, settings, names[: names.index(stage)], cloud.path(workdir)) if workdir else plan.spec
-        # All that the folder has, whatever the stage's own objective makes of it: a reward model's head too.
-        spec = dataclasses.replace(spec, leaves=loading.carried(spec.folder, "leaves"))
-        weights = functools.partial(loading.weights, spec, mesh, settings.seed)
-        where = cloud.path(out) if out else cloud.path(workdir) / "columns"
-        return [str(folder) for folder in columns.make(what, plan, spec, weights, where, mesh)]
+        plan = annotating.planned(stage, ConfigDict(settings), run)
+        return annotating.columns_of(plan, run, run.root if out else run.root / "columns")
 
 
 def main(_) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from jaxpost.errors import UserError
+from jaxpost.links import references
 
 # The task of recipes for reinforcement, where nobody names another: `data` gives the prompts in its place.
 GSM8K = {"name": "gsm8k", "data": "tfds:gsm8k/train", "test": ""}  # "" tests on a tenth of data
@@ -66,7 +67,9 @@ def adapted(settings: dict, own: Iterable[str], defaults: Mapping, place: str) -
     for path, why in _unread(settings, defaults):
         if path in given:
             raise _ignored(f"{place}.{path}", _value_at(settings, path), f"{_called(settings)}, {why}", defaults[path])
-    return settings
+    # Rows of earlier stages have the names that rows have, whatever the settings around say of other files.
+    of_stages = "columns" not in own and any(references(settings["data"]))
+    return settings | ({"columns": defaults["columns"]} if of_stages else {})
 
 
 def _called(settings: Mapping) -> str:

@@ -46,11 +46,15 @@ def output(plan: Annotation) -> Output:
 
 def make(plan: Annotation, run: Run) -> Output:
     """Makes the columns that are not there yet."""
+    return Output(columns=",".join(columns_of(plan, run, run.root / "columns")))
+
+
+def columns_of(plan: Annotation, run: Run, out) -> list[str]:
+    """The folders under `out` of the columns, one a data set; those that are not there yet are made."""
     s = plan.settings
     data = train.planned(plan.name, s, run) if plan.data.source is None else plan.data
     spec = run.starting(data.spec, s)
     # All that the folder has, whatever the stage's objective makes of it: a reward model's head too.
     spec = dataclasses.replace(spec, leaves=loading.carried(spec.folder, "leaves"))
     weights = functools.partial(loading.weights, spec, run.mesh, s.seed)
-    folders = columns.make(plan.entry, data, spec, weights, run.root / "columns", run.mesh)
-    return Output(columns=",".join(map(str, folders)))
+    return [str(folder) for folder in columns.make(plan.entry, data, spec, weights, out, run.mesh)]

@@ -5,8 +5,8 @@
 
 The key is a digest of all that decides the content: settings, inputs, the sources of functions. So two stages that would make
 the same share one folder, and a folder is never continued with anything else. Parts are written whole, and meta.json after
-each, so a killed run continues after the last part. A damaged file, and what was made after it, is made again by the stage that makes
-it; a reader refuses it by name. Checkpoints are not artefacts: Orbax has them.
+each, so a killed run continues after the last part. A damaged file, and what was made after it, is made again by the stage that
+makes it; a reader refuses it by name. Checkpoints are not artefacts: Orbax has them.
 
 kinds: columns, rows, figures.
 """

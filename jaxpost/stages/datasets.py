@@ -89,7 +89,7 @@ def _options(spec, s, objective: Callable) -> dict:
 
 def check(rows: Sequence[dict], spec, s, objective: Callable) -> None:
     """Raises UserError where a stage's settings could not learn from rows such as these."""
-    records = [Record(row, f"a sample of config.task, {i}") for i, row in enumerate(rows)]
+    records = [Record(row, f"a row of an earlier stage, {i}") for i, row in enumerate(rows)]
     source.encode_all(records, spec.tokenizer, template(spec, s), s.train_on, **_options(spec, s, objective))
 
 

@@ -1,0 +1,202 @@
+"""Stages: what they take from earlier ones, what a workdir records of them, and what may be added to a finished one."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import runs
+from etils import epath
+from ml_collections import ConfigDict
+
+import jaxpost
+from jaxpost import links, recipe
+from jaxpost.errors import UserError
+from jaxpost.stages import artefacts, records
+
+MODEL = {"model_type": "llama"}
+
+
+def settings_of(**changes) -> dict:
+    return dict(recipe.stages(recipe.make(model=MODEL, task={"name": "arithmetic"}, **changes)))
+
+
+def test_a_stage_starts_from_the_last_weights_or_from_those_that_it_names():
+    s = settings_of(
+        stages=("a", "drawn", "b", "c", "d", "soup", "e"),
+        a={},
+        drawn={"do": "generate"},
+        b={"data": "@drawn"},
+        c={"model": "@a"},
+        d={"model": "FOLDER"},
+        soup={"do": "merge", "with": "arithmetic.soup", "of": ("@b", "@c")},
+        e={},
+    )
+    assert [x.start for x in s.values()] == ["", "a", "a", "a", "", "b", "soup"]
+    models = [recipe.plain(x.model) for x in s.values()]
+    assert models == [MODEL, MODEL, MODEL, MODEL, "FOLDER", MODEL, MODEL]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"a": {"model": "@b"}}, "config.a.model: no stage 'b' comes before"),
+        ({"b": {"data": "@a"}}, "config.b.data: the stage 'a' makes weights .do='train'., and rows are needed"),
+        ({"b": {"annotations": "x,@a"}}, "config.b.annotations: the stage 'a' makes weights"),
+        ({"b": {"data": {"@rows": 1, "mine.jsonl": 2}}}, "config.b.data: no stage 'rows' comes before"),
+        ({"b": {"do": "tran"}}, "config.b.do: 'tran'. Did you mean 'train'"),
+        ({"b": {"time_of": "a, c"}}, "config.b.time_of: no stage 'c' comes before"),
+        ({"b": {"with": "arithmetic.soup"}}, "config.b.with: .* is not read by source='data', which trains"),
+        (
+            {"b": {"do": "merge", "of": ("@a",), "steps": 3}},
+            "config.b.steps: 3 is not read by do=.merge.",
+        ),
+    ],
+)
+def test_what_a_stage_cannot_take_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        settings_of(stages=("a", "b"), **{"a": {}, "b": {}, **changes})
+
+
+def test_names_of_stages_become_their_files():
+    def files(name):
+        return f"/x/{name}/part-*.jsonl"
+
+    assert links.filled("a.jsonl,b.jsonl=2", files) == "a.jsonl,b.jsonl=2"
+    assert links.filled("@r", files) == ["/x/r/part-*.jsonl"]
+    assert links.filled("@r=3, c=d.jsonl=1", files) == [("/x/r/part-*.jsonl", 3.0), ("c=d.jsonl", 1.0)]
+    assert links.filled((("@r", 1), ("f,g", 2)), files) == [("/x/r/part-*.jsonl", 1), ("f,g", 2)]
+    assert list(links.references({"@a": 1, "b": 2})) == ["a"] and list(links.references("b,@c=2")) == ["c"]
+
+
+# ---------------------------------------------------------------------------------------------------------- Artefacts
+
+
+def test_an_artefact_is_named_for_what_makes_it_and_told_whole(tmp_path):
+    artefact = artefacts.Artefact(tmp_path, "rows", {"a": 1, "b": [2]})
+    assert artefact.folder == artefacts.Artefact(tmp_path, "rows", {"b": [2], "a": 1}).folder
+    assert artefact.folder != artefacts.Artefact(tmp_path, "rows", {"a": 1, "b": [3]}).folder
+    assert artefact.resume(n=0, seconds=0.0) == ({"n": 0, "seconds": 0.0}, False)
+    artefact.add(".txt", b"one", n=1, seconds=0.5)
+    artefact.add(".txt", b"two", n=2, seconds=1.5)
+    (artefact.folder / "part-00000009.txt").write_bytes(b"half of a part that was being written")
+    again = artefacts.Artefact(tmp_path, "rows", {"a": 1, "b": [2]})
+    assert again.resume(n=0, seconds=0.0) == ({"n": 2, "seconds": 1.5}, False) and len(list(again.folder.iterdir())) == 3
+    with pytest.raises(UserError, match="is not finished"):
+        artefacts.check(again.folder)
+    (again.folder / "whole.txt").write_bytes(b"onetwo")
+    again.finish(["whole.txt"], sum=3)
+    assert sorted(p.name for p in again.folder.iterdir()) == ["meta.json", "whole.txt"]
+    assert again.resume(n=0, seconds=0.0) == ({"n": 2, "seconds": 1.5}, True)
+    assert artefacts.check(again.folder)["facts"] == {"sum": 3}
+    (again.folder / "whole.txt").write_bytes(b"onetwp")
+    with pytest.raises(UserError, match="whole.txt: damaged .* Delete "):
+        artefacts.check(again.folder)
+    assert again.resume(n=0) == ({"n": 0}, False) and not (again.folder / "whole.txt").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"parts": 3}', '{"about": {}, "files": [{"file": "../x"}]}'])
+def test_a_damaged_record_of_an_artefact_is_named(tmp_path, content, capsys):
+    artefact = artefacts.Artefact(tmp_path, "rows", {})
+    artefact.folder.mkdir(parents=True)
+    (artefact.folder / "meta.json").write_text(content)
+    with pytest.raises(UserError, match="meta.json"):
+        artefacts.check(artefact.folder)
+    assert artefact.resume() == ({}, False) and "meta.json" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------ Records
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """A workdir whose stages `a` and `b` have taken steps: what `check` and `begin` say of other settings."""
+    taken = {"a": 10, "b": 5}
+    monkeypatch.setattr(records, "_taken", lambda workdir, name: taken.get(name))
+    workdir = epath.Path(tmp_path)
+    optimizer = {"schedule": "constant", "warmup": 2}
+    first = {"stages": ("a", "b"), "a": {"steps": 10}, "b": {"model": "@a", "steps": 5}, "optimizer": optimizer}
+
+    def go(changes, steps=None):
+        config = {**first, **changes}
+        stages = list(settings_of(**config).items())
+        records.check(workdir, stages)
+        for name, settings in stages:
+            records.begin(workdir, name, settings, ConfigDict({"steps": (steps or {}).get(name, settings.steps)}))
+
+    for name, settings in settings_of(**first).items():
+        records.begin(workdir, name, settings, ConfigDict({"steps": settings.steps}))
+    return go
+
+
+def test_a_workdir_takes_further_stages_and_steps(begun):
+    begun({})
+    begun({"stages": ("a", "b", "c"), "c": {"steps": 7}})
+    begun({"stages": ("a", "c", "b"), "c": {"steps": 7, "model": "@a"}})
+    begun({"log_every": 3})
+    begun({"b": {"model": "@a", "steps": 9}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"a": {"steps": 12}}, r"a has other settings \(steps: 10 -> 12\), and b has begun from what it was"),
+        ({"b": {"model": "@a", "steps": 4}}, "b has taken 5 of 5 steps, and with 4"),
+        ({"b": {"model": "@a", "steps": 5, "seed": 1}}, "holds a run with other settings:\n  b.seed: 0 -> 1\nThe same"),
+        ({"b": {"model": "FOLDER", "steps": 5}}, "b.model: '.absent.' -> 'FOLDER'"),
+    ],
+)
+def test_nothing_that_is_done_changes(begun, changes, message):
+    with pytest.raises(UserError, match=message):
+        begun(changes)
+
+
+def test_more_steps_must_leave_the_learning_rates_that_were_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "_taken", lambda workdir, name: 10)
+    for schedule, ok in (("constant", True), ("cosine", False), ("wsd", False)):
+        s = settings_of(optimizer={"schedule": schedule, "warmup": 2})["train"]
+        records.begin(epath.Path(tmp_path / schedule), "train", s, ConfigDict({"steps": 10}))
+        if ok:
+            records.begin(epath.Path(tmp_path / schedule), "train", s, ConfigDict({"steps": 20}))
+            continue
+        with pytest.raises(UserError, match=f"train has taken 10 of 10 steps, and with 20 .* .schedule='{schedule}'."):
+            records.begin(epath.Path(tmp_path / schedule), "train", s, ConfigDict({"steps": 20}))
+
+
+def test_an_older_workdir_is_refused_by_its_version(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "_taken", lambda workdir, name: 10)
+    (tmp_path / "environment.json").write_text(json.dumps({"jaxpost": "0.1.0"}))
+    with pytest.raises(UserError, match=r"begun by jaxpost 0\.1\.0, whose runs this one does not continue.*another workdir"):
+        records.check(epath.Path(tmp_path), list(settings_of().items()))
+
+
+# ------------------------------------------------------------------------------------------------------------ Whole runs
+
+
+@pytest.mark.slow
+def test_a_finished_run_takes_a_merge_and_more_steps_and_shares_its_start(tmp_path):
+    start = {"steps": 2, "best": "", "optimizer": {"lr": 1e-2, "warmup": 0, "schedule": "constant"}}
+    path = runs.write(tmp_path, runs.settings(tmp_path, **start))
+    (tmp_path / "arms").mkdir()
+    arms = {
+        "model": f"recipe:{path}",
+        "artefacts": str(tmp_path / "shared"),
+        "stages": ("one", "two"),
+        "one": {"seed": 1},
+        "two": {"seed": 2, "model": f"recipe:{path}"},
+    }
+    settings = runs.settings(tmp_path / "arms", **{**start, **arms})
+    jaxpost.train(recipe.make(**settings), tmp_path / "w")
+    (shared,) = (tmp_path / "shared" / "recipes").iterdir()
+    before = {p: p.stat().st_mtime_ns for p in (shared / "checkpoints").rglob("*")}
+    first = runs.saved(tmp_path / "w", "one")[2][0]
+    settings["stages"] = ("one", "two", "soup")
+    settings["soup"] = {"do": "merge", "with": "arithmetic.soup", "of": ("@one", "@two")}
+    settings["two"] |= {"steps": 3}
+    jaxpost.train(recipe.make(**settings), tmp_path / "w")
+    assert {p: p.stat().st_mtime_ns for p in (shared / "checkpoints").rglob("*")} == before  # made once
+    after = runs.saved(tmp_path / "w", "one")[2][0]
+    assert all(np.array_equal(first[k], after[k]) for k in first)
+    assert sorted(runs.saved(tmp_path / "w", "two")) == [2, 3]
+    merged, one, two = (jaxpost.load(str(tmp_path / "w" / "checkpoints" / name)).params for name in ("soup", "one", "two"))
+    jax.tree.map(lambda m, a, b: np.testing.assert_allclose(m, (a + b) / 2, rtol=1e-6, atol=1e-8), merged, one, two)
