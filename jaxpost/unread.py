@@ -18,8 +18,9 @@ def _of_rollouts(*names: str) -> tuple[str, ...]:
 _FILES = ("data", "eval_data", "columns", "annotations", "train_on", "held_out", "split_seed")  # rows of files
 _PACKED = ("window", "packing")
 _PASSES = ("epochs",)
-_ASKED = (  # a task's problems, by evaluations too
-    *("eval_rows", "eval_per_cell"),
+_TESTED = ("eval_per_cell",)  # a task's test problems
+_ASKED = (  # its problems
+    "eval_rows",
     *_of_rollouts("prompt_window", "new", "stop", "reward_workers", "reward_seconds", "reward_memory", "failed", "failures"),
 )
 _DRAWN = _of_rollouts("group", "temperature", "top_k", "top_p", "min_p", "processors", "slots", "segment")
@@ -39,18 +40,30 @@ _UNREAD: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
     ),
 }
 # What stages that do not train read; of their own settings others are refused.
-_MODEL = ("model", "tokenizer", "adapter", "dtype", "attention", "mesh", "seed", "template", "template_options", "artefacts")
+_MODEL = (
+    "model",
+    "tokenizer",
+    "adapter",
+    "dtype",
+    "remat",
+    "attention",
+    "mesh",
+    "seed",
+    "template",
+    "template_options",
+    "artefacts",
+)
 _ROWS = ("data", "columns", "bad_rows")
 _ENCODED = (*_ROWS, *_PACKED, "eval_data", "held_out", "split_seed", "train_on", "too_long", "shared_prefix", "objective")
 _READ = {
-    "generate": (*_MODEL, *_ROWS, "rows", "task", "reward", "too_long", *_ASKED, *_DRAWN),
+    "generate": (*_MODEL, "data", "bad_rows", "rows", "task", "reward", "too_long", *_ASKED, *_DRAWN),
     "annotate": (*_MODEL, *_ENCODED, "task", "with", "batch_size"),
     "select": ("artefacts", "seed", *_ROWS, "annotations", "with"),
     "merge": ("with", "of", "tokenizer", "dtype", "template", "template_options"),
     "evaluate": (*_MODEL, "evals", "eval_rows"),
 }
 _OTHER_STAGES = ("with", "of", "rows")  # what only stages that do not train read
-_WITHOUT_TASK = (_ASKED, "where no config.task has problems to ask")
+_WITHOUT_TASK = (_TESTED + _ASKED, "where no config.task has problems to ask")
 
 
 def adapted(settings: dict, own: Iterable[str], defaults: Mapping, place: str) -> dict:

@@ -49,17 +49,18 @@ def get_config(arg=""):
 def settings(folder: Path, **changes) -> dict:
     """What `recipe.make` takes for a model of two layers and the task in `folder`."""
     (folder / "task.py").write_text(TASK)
-    source = changes.get("source", "data") if "stages" not in changes else "samples"  # of several stages, all is read by one
-    files = {"window": 32, "held_out": 0.05} if source != "rollouts" else {}
+    # Of several stages, all is read by one.
+    source = "any" if "stages" in changes else changes.get("do", changes.get("source", "data"))
+    files = {"window": 32, "held_out": 0.05} if source in ("any", "data") else {}
+    trained = {"batch_size": 16, "optimizer": {"lr": 1e-3, "warmup": 0.07}, "log_every": 1}  # two of thirty steps
     rollouts = {"prompt_window": 12, "new": 6} | ({"group": 4} if source != "data" else {})
-    asked = {"eval_per_cell": 1, "eval_rows": 16, "rollouts": rollouts} if source != "data" or changes.get("task", True) else {}
+    tested = {} if source == "generate" else {"eval_per_cell": 1}
+    asked = {**tested, "eval_rows": 16, "rollouts": rollouts} if source != "data" or changes.get("task", True) else {}
     return {
         "model": MODEL,
         "tokenizer": "tasks.arithmetic.tokenizer",
         "task": {"name": str(folder / "task.py"), "examples": 300},
-        "batch_size": 16,
-        "optimizer": {"lr": 1e-3, "warmup": 0.07},  # two of thirty steps
-        "log_every": 1,
+        **({} if source == "generate" else trained),
         **files,
         **asked,
         **changes,

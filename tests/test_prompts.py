@@ -5,13 +5,13 @@ import re
 
 import pytest
 import runs
-from ml_collections import ConfigDict
 
 from jaxpost import columns, recipe, sharding
 from jaxpost.errors import UserError
 from jaxpost.rollouts.scoring import judged
-from jaxpost.stages import tasks
+from jaxpost.stages import generate, tasks
 from jaxpost.stages.plan import plan_stage
+from jaxpost.stages.run import Run
 from jaxpost.tasks import arithmetic, prompts
 
 ROWS = [{"prompt": f"{i}+1", "answer": str(i + 1)} for i in range(40)]
@@ -142,7 +142,7 @@ def test_rewards_of_trls_signature_are_rewards(tmp_path):
 
 # Settings that the loop reads, or the whole run, whatever the source of a stage's batches.
 LOOP = {
-    *("seed", "stages", "result", "start", "time_of", "ema", "max_skipped", "topology", "best", "highest", "profile"),
+    *("do", "artefacts", "seed", "stages", "result", "time_of", "ema", "max_skipped", "topology", "best", "highest", "profile"),
     *("log_every", "term_norms", "eval_every", "save_every", "keep", "mesh.data", "mesh.fsdp", "mesh.tensor"),
 }
 
@@ -166,30 +166,35 @@ class Reads:
 def reads(folder, changes: dict, rows: str) -> set[str]:
     """What planning a stage of these settings reads, and reading its data; nothing is compiled. rows: a file."""
     ((name, s),) = recipe.stages(recipe.make(**runs.settings(folder, **changes)))
-    # Of rollouts besides what log.py reads of batches that have a table, and what a prompt that is at fault makes them read.
-    seen = {"completions", "bad_rows", "too_long"} if s.source == "rollouts" else set()
-    made = {**s.to_dict(), "source": "data", "data": rows}  # what becomes of samples once they are drawn
-    for settings in [s, ConfigDict(made)] if s.source == "samples" else [s]:
-        plan = plan_stage(name, Reads(settings, seen), sharding.make_mesh())
-        columns.annotated(plan, sharding.make_mesh())
-        seen -= {"data", "columns", "annotations"} if settings is not s else set()  # the samples' own
+    # What a prompt that is at fault makes a stage read; of rollouts besides what log.py reads of batches that have a table.
+    seen = {"bad_rows", "too_long"} if s.do == "generate" or s.source == "rollouts" else set()
+    seen |= {"completions"} if s.source == "rollouts" else set()
+    mesh = sharding.make_mesh()
+    if s.do == "generate":
+        generate.planned(name, Reads(s, seen), Run(folder, folder, mesh, None, {}, {}))
+        return seen
+    columns.annotated(plan_stage(name, Reads(s, seen), mesh), mesh)
     return seen
 
 
 def other(value):
-    """A value of the same kind that is not this one."""
-    return not value if isinstance(value, bool) else ("x",) if value == () else "x" if isinstance(value, str) else value + 1
+    """A value of the same kind that is not this one, and that the setting may have."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, float):
+        return value / 2 or 0.5
+    return ("x",) if value == () else "x" if isinstance(value, str) else value + 1
 
 
-@pytest.mark.parametrize("source", ["data", "data without a task", "rollouts", "samples"])
+@pytest.mark.parametrize("source", ["data", "data without a task", "rollouts", "generate"])
 def test_every_setting_is_read_by_a_source_or_refused(tmp_path, source):
     rows = written(tmp_path, [arithmetic.conversation(i) for i in range(30)])
-    reinforce = {"source": source, "objective": {"name": "policy_gradient.reinforce"}, "steps": 2}
+    reinforce = {"source": "rollouts", "objective": {"name": "policy_gradient.reinforce"}, "steps": 2}
     changes = {
         "data": {},
         "data without a task": {"task": {}, "data": rows},
         "rollouts": {**reinforce, "rollouts": {"group": 4, "prompt_window": 12, "new": 6, "reward_workers": 0}},
-        "samples": {**reinforce, "objective": {"name": "sft.nll"}},
+        "generate": {"do": "generate"},
     }[source]
     seen, refused, paths = reads(tmp_path, changes, rows), set(), recipe.flat(recipe.DEFAULTS)
     for path in paths.keys() - LOOP - {"source"}:
@@ -219,8 +224,8 @@ def test_settings_around_stages_are_read_by_one_of_them():
         recipe.stages(recipe.make(stages=("a", "b"), **around))
     with pytest.raises(UserError, match="config.window: 64 is not read by any of a .*rollouts.prompt_window and .*default 512"):
         recipe.stages(recipe.make(stages=("a",), a=rl, **around))
-    samples = {"source": "samples", "objective": {"name": "preference.sigmoid"}}
-    ((_, dpo),) = recipe.stages(recipe.make(stages=("a",), a=samples, task={"name": "countdown"}, split_seed=2))
-    assert dpo.split_seed == 2
-    (_, _), (_, dpo) = recipe.stages(recipe.make(stages=("a", "b"), b=samples, data="a.jsonl", columns="prompt=q"))
-    assert (dpo.data, dpo.columns) == ("", "")  # which are of the other stage's file
+    drawn, dpo = {"do": "generate", "task": "countdown"}, {"data": "@drawn", "objective": "preference.sigmoid"}
+    around = {"data": "a.jsonl", "columns": "prompt=q", "split_seed": 2}
+    config = recipe.make(stages=("sft", "drawn", "dpo"), drawn=drawn, dpo=dpo, **around)
+    (_, sft), _, (_, dpo) = recipe.stages(config)
+    assert (sft.columns, dpo.columns, dpo.split_seed) == ("prompt=q", "", 2)  # the names are those of the file's columns

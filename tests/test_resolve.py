@@ -222,7 +222,7 @@ def test_a_stage_is_the_settings_around_it_with_its_own_on_top():
         optimizer={"lr": 1.0},
         objective={"name": "sft.dft"},
         one={"optimizer": {"clip": 0.5}, "steps": 3},
-        two={"objective": {"name": "policy_gradient.reinforce"}, "start": "one"},
+        two={"objective": {"name": "policy_gradient.reinforce"}, "model": "@one"},
     )
     (first, one), (second, two) = recipe.stages(made)
     assert (first, second) == ("one", "two")
@@ -230,12 +230,12 @@ def test_a_stage_is_the_settings_around_it_with_its_own_on_top():
     assert (two.steps, two.optimizer.clip, two.start) == (0, 1.0, "one")
     # A dict with a name is a call: it replaces the other, so no argument of another function's is left in it.
     assert one.objective.to_dict() == {"name": "sft.dft"} and two.objective.to_dict() == {"name": "policy_gradient.reinforce"}
-    assert set(one) == set(two) == set(recipe.DEFAULTS)
+    assert set(one) == set(two) == {*recipe.DEFAULTS, "start"}
 
 
 def test_without_stages_there_is_one_called_train():
     ((name, settings),) = recipe.stages(recipe.make(steps=7))
-    assert name == "train" and settings.to_dict() == recipe.DEFAULTS | {"steps": 7}
+    assert name == "train" and settings.to_dict() == recipe.DEFAULTS | {"steps": 7, "start": ""}
 
 
 def test_the_defaults_are_nobodys_to_change():
@@ -249,8 +249,8 @@ def test_the_defaults_are_nobodys_to_change():
         ({"stages": ("a", "a")}, "names a stage twice"),
         ({"stages": ("data",)}, "'data' is a setting's name"),
         ({"stages": "sft"}, "config.stages: 'sft' is no tuple or list"),
-        ({"stages": ("a", "b"), "a": {"start": "b"}}, "config.a.start: no stage 'b' comes before 'a'"),
-        ({"stages": ("a",), "a": {"time_of": "a"}}, "config.a.time_of: no stage 'a' comes before 'a'"),
+        ({"stages": ("a", "b"), "a": {"model": "@b"}}, "config.a.model: no stage 'b' comes before"),
+        ({"stages": ("a",), "a": {"time_of": "a"}}, "config.a.time_of: no stage 'a' comes before"),
     ],
 )
 def test_stages_that_do_not_add_up(changes, message):
