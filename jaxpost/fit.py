@@ -47,6 +47,9 @@ def report(
     mesh = sharding.make_mesh(**config.mesh, devices=machine.devices)
     found = {"topology": machine.name, "devices": len(machine.devices), "mesh": dict(mesh.shape), "stages": []}
     for name, settings in recipe.stages(config):
+        if settings.do not in ("train", "generate"):
+            progress(f"{name}: is not compiled (do={settings.do!r})")
+            continue
         prepared = program.prepared(settings, mesh)
         stage = {
             "stage": name,
@@ -75,7 +78,7 @@ def _named(where: str) -> str:
 def _stage(s, mesh, machine: topology.Topology, prepared: program.Prepared, progress: Callable) -> dict[str, Any]:
     """One stage's programs, compiled."""
     arch, trained = prepared.model.transformer.arch, prepared.trained
-    rows, length = prepared.programs[0].held["inputs"]["tokens"].shape
+    rows, length = prepared.shape
     work = model_flops(
         arch, rows * length, rows * length, rows * length * (length + 1) / 2, max(0.0, 1 - trained / arch.parameters())
     )

@@ -55,12 +55,15 @@ class Traced(NamedTuple):
 
 def outline(s, mesh) -> tuple[loading.ModelSpec, Callable, str, int]:
     """(model, objective, pattern of what trains, parameters that train) of a stage's settings, checked, without a tokenizer."""
+    return plan.learned(_described(s, mesh), s, mesh)
+
+
+def _described(s, mesh) -> loading.ModelSpec:
+    """The model of a stage's settings, without a tokenizer."""
     named = (hub_configs.fields(s.model) or s.model) if isinstance(s.model, str) else s.model.to_dict()
     adapter = s.adapter.to_dict()
-    spec = loading.describe(
-        named, "", s.dtype, s.remat, adapter, attention=s.attention, device=mesh.devices.flat[0], text=False
-    )
-    return plan.learned(spec, s, mesh)
+    device = mesh.devices.flat[0]
+    return loading.describe(named, "", s.dtype, s.remat, adapter, attention=s.attention, device=device, text=False)
 
 
 class Prepared(NamedTuple):
@@ -69,6 +72,7 @@ class Prepared(NamedTuple):
     model: loading.ModelSpec
     trained: int
     programs: list[Traced]
+    shape: tuple[int, int]  # rows and tokens a row of a batch
 
     def state_bytes(self) -> float:
         """Bytes a device of what is held between steps: what no remedy but another mesh makes smaller."""
@@ -76,7 +80,9 @@ class Prepared(NamedTuple):
 
 
 def prepared(s, mesh) -> Prepared:
-    """A stage with settings s on a mesh. Its programs are the step, and the sampler's where it makes its own data."""
+    """A stage with settings s on a mesh. Its programs are the step, and the sampler's where it draws completions."""
+    if s.do == "generate":
+        return _generating(s, mesh)
     found, objective, trainable, trained = outline(s, mesh)
     tx = optim.make(s.optimizer, s.steps or 1000)
     held = state.shapes(found.transformer, mesh, tx, trainable, adapter=found.adapter, leaves=found.leaves, ema=s.ema > 0)
@@ -88,19 +94,23 @@ def prepared(s, mesh) -> Prepared:
         kinds["reference"] = held.train  # a copy of what trains, as it was at the start
     inputs = {"inputs": batch}
     made = [Traced("step", step, (held, batch), {}, kinds | inputs, ("reference",), math.prod(batch["tokens"].shape))]
-    if s.source != "data":
+    if s.source == "rollouts":
         alone = s.shared_prefix or datasets.shape(objective) == "pairs"  # a prompt gives one row
-        prompts = max(1, s.eval_rows // s.rollouts.group)
-        if s.source == "rollouts":
-            prompts = s.batch_size * s.rollouts.minibatches // (1 if alone else s.rollouts.group)
-        else:
-            kinds = {k: x for k, x in kinds.items() if k not in ("optimizer", "ema")}  # samples come before these
+        prompts = s.batch_size * s.rollouts.minibatches // (1 if alone else s.rollouts.group)
         made += _sampler(s, mesh, found.transformer, combine(held.train, held.frozen), prompts, kinds)
     if "reference" in kinds:
         score = jax.jit(functools.partial(scores.ref_logps, found.transformer.forward))
         first, few = combine(kinds["reference"], held.frozen), sharding.batch_shapes(_microbatch(s, columns), mesh)
         made.append(Traced("reference", score, (first, few), {}, kinds | {"inputs": few}, ("weights", "optimizer", "ema")))
-    return Prepared(found, trained, made)
+    return Prepared(found, trained, made, batch["tokens"].shape)
+
+
+def _generating(s, mesh) -> Prepared:
+    """A stage that generates: the sampler's programs, and the weights alone."""
+    spec = _described(s, mesh)
+    params = loading.abstract(spec.transformer, mesh, spec.adapter, spec.leaves)  # shapes with their places
+    programs = _sampler(s, mesh, spec.transformer, params, max(1, s.eval_rows // s.rollouts.group), {"weights": params})
+    return Prepared(spec, 0, programs, (s.eval_rows, s.rollouts.prompt_window + s.rollouts.new))
 
 
 def _microbatch(s, columns: dict) -> dict:
