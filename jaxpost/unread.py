@@ -14,8 +14,10 @@ def _of_rollouts(*names: str) -> tuple[str, ...]:
 
 
 # Every setting that some source does not read is in one of these groups; all sources read the others.
-_FILES = ("data", "eval_data", "columns", "annotations", "train_on", "held_out", "split_seed")  # rows of files
-_OTHERS = ("data", "columns", "annotations")  # of these, what says nothing of rows that a stage makes itself
+_FILES = (  # rows of files
+    *("data", "eval_data", "columns", "row_columns", "order", "annotations", "train_on", "held_out", "split_seed"),
+)
+_OTHERS = ("data", "columns", "row_columns", "annotations")  # of these, what says nothing of rows that a stage makes itself
 _PACKED = ("window", "packing")
 _PASSES = ("epochs",)
 _ASKED = (  # a task's problems, by evaluations too

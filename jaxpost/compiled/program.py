@@ -89,7 +89,7 @@ def prepared(s, mesh) -> Prepared:
     inputs = {"inputs": batch}
     made = [Traced("step", step, (held, batch), {}, kinds | inputs, ("reference",), math.prod(batch["tokens"].shape))]
     if s.source != "data":
-        alone = s.shared_prefix or datasets.shape(objective) == "pairs"  # a prompt gives one row
+        alone = s.shared_prefix or datasets.row_type(objective).completions == 2  # a prompt gives one row
         prompts = max(1, s.eval_rows // s.rollouts.group)
         if s.source == "rollouts":
             prompts = s.batch_size * s.rollouts.minibatches // (1 if alone else s.rollouts.group)

@@ -3,13 +3,8 @@
     OUT/<key>/part-00000096.jsonl    rows that some of the prompts gave, the 96th the last of them
               meta.json              whose completions, how far they are and what they took; at the end, that all is there
 
-What a row is follows from what the stage's objective learns from:
-
-    pairs                  the best and the worst of a prompt's completions, the second best and the second worst, and so on,
-                           for as long as their rewards differ; how much they do is the margin
-    labelled, mismatched   every completion, with its reward (0 or 1) for the label
-    scored                 every completion, with its reward
-    demonstrations         the best one, where it is better than another: rejection sampling
+What a row is follows from the row type that the stage's objective learns from: its `rows_of` makes them of a prompt's
+completions and their rewards (data/row_types).
 
 A row of a prompt is there once, and the white space around a completion is left out. So is a completion that no stop token
 ended, since the row would give it one that the model did not say. Rows are text, as any data set's, and are tokenised as such:
@@ -23,7 +18,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +27,7 @@ import tqdm
 from etils import epath
 
 from jaxpost import sharding, writers
+from jaxpost.data.row_types import RowType
 from jaxpost.errors import UserError
 from jaxpost.host import read_object
 from jaxpost.models.transformer import Transformer
@@ -45,8 +41,8 @@ SECONDS = 20.0  # between parts: what a kill costs
 class Samples(NamedTuple):
     """A data set that is yet to be made: `group` completions of each of `count` prompts.
 
-    prompt: i -> (record, token ids); rewards: {name: (function, weight)}; shape: what the objective learns from; rows: how many
-    completions are made at a time, which changes nothing; seed, step: of the noise; judging: what `scoring.judged` takes;
+    prompt: i -> (record, token ids); rewards: {name: (function, weight)}; row_type: what the objective learns from; rows: how
+    many completions are made at a time, which changes nothing; seed, step: of the noise; judging: what `scoring.judged` takes;
     options: what `complete` takes.
     """
 
@@ -54,7 +50,7 @@ class Samples(NamedTuple):
     tokenizer: Any
     prompt: Callable
     rewards: Mapping[str, tuple[Callable, float]]
-    shape: str
+    row_type: RowType
     count: int
     group: int
     rows: int
@@ -149,7 +145,7 @@ def _judged_rows(samples: Samples, drawn: Sequence[tuple], found) -> list[dict]:
     for i, (record, _) in enumerate(drawn):
         own = [(texts[j].strip(), score.total) for j, score in zip(ended, scores, strict=True) if j // samples.group == i]
         own = [(text, total) for text, total in own if np.isfinite(total)]  # a completion that no reward applies to is no row
-        made += rows(samples.shape, record["prompt"], [text for text, _ in own], [total for _, total in own])
+        made += rows(samples.row_type, record["prompt"], [text for text, _ in own], [total for _, total in own])
     return made
 
 
@@ -162,46 +158,11 @@ def _write(folder: epath.Path, held: list[dict], meta: dict) -> None:
     writers.replace(folder / "meta.json", json.dumps(meta, default=str).encode())
 
 
-def rows(shape: str, prompt: str | list, texts: Sequence[str], rewards: Sequence[float]) -> list[dict]:
-    """The rows that a prompt's completions give, as a file of this shape has them; see the module's docstring.
+def rows(row_type: RowType, prompt: str | list, texts: Sequence[str], rewards: Sequence[float]) -> list[dict]:
+    """The rows that a prompt's completions give, as a file of this row type has them.
 
     Raises UserError for a reward that is no label where one is needed.
     """
-    found = ROWS[shape](texts, np.asarray(rewards, float))
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return [{"prompt": asked, **row} for row in {json.dumps(row): row for row in found}.values()]
-
-
-def _said(text: str) -> list[dict]:
-    return [{"role": "assistant", "content": text}]
-
-
-def _pairs(texts: Sequence[str], rewards: np.ndarray) -> Iterator[dict]:
-    order = np.argsort(-rewards, kind="stable")
-    for best, worst in zip(order, order[::-1], strict=True):
-        if rewards[best] <= rewards[worst]:
-            return
-        gap = float(rewards[best] - rewards[worst])
-        yield {"chosen": _said(texts[best]), "rejected": _said(texts[worst]), "margin": gap}
-
-
-def _best(texts: Sequence[str], rewards: np.ndarray) -> Iterator[dict]:
-    best = int(np.argmax(rewards)) if len(rewards) else 0
-    if len(rewards) and np.ptp(rewards) > 0 and texts[best]:  # nobody is taught to say nothing
-        yield {"completion": _said(texts[best])}
-
-
-def _scored(texts: Sequence[str], rewards: np.ndarray) -> Iterator[dict]:
-    for text, reward in zip(texts, rewards, strict=True):
-        yield {"completion": _said(text), "score": float(reward)}
-
-
-def _judged(texts: Sequence[str], rewards: np.ndarray) -> Iterator[dict]:
-    for text, reward in zip(texts, rewards, strict=True):
-        if reward not in (0.0, 1.0):
-            raise UserError(f"config.reward: {reward} of {text[:60]!r} is no label; the objective needs a reward of 0 or 1.")
-        yield {"completion": _said(text), "label": bool(reward)}
-
-
-# The shapes that completions can have.
-ROWS = {"pairs": _pairs, "demonstrations": _best, "labelled": _judged, "mismatched": _judged, "scored": _scored}
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    distinct = {json.dumps(row): row for row in row_type.rows_of(texts, np.asarray(rewards, float))}
+    return [{"prompt": messages, **row} for row in distinct.values()]

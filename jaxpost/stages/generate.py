@@ -17,8 +17,8 @@ def samples(name: str, found, judges: Rewards, model, s, objective: Callable, me
     if s.rollouts.group < 2:
         raise UserError(f"config.rollouts.group: {s.rollouts.group} leaves nothing to compare; take 2 at least.")
     check_rewards(s, judges, learned=True)
-    prompt, shape = prompts(found, judges, model, s, leave_out=False), datasets.shape(objective)
-    trial = [row for i in range(8) for row in rows(shape, prompt(i)[0]["prompt"], "12", (1, 0))]
+    prompt, row_type = prompts(found, judges, model, s, leave_out=False), datasets.row_type(objective)
+    trial = [row for i in range(8) for row in rows(row_type, prompt(i)[0]["prompt"], "12", (1, 0))]
     datasets.check(trial, model, s, objective)
     step = zlib.crc32(name.encode()) >> 1  # that each stage draws others
     return Samples(
@@ -26,7 +26,7 @@ def samples(name: str, found, judges: Rewards, model, s, objective: Callable, me
         tokenizer=model.tokenizer,
         prompt=prompt,
         rewards=judges,
-        shape=shape,
+        row_type=row_type,
         count=s.task.get("examples", datasets.EXAMPLES),
         group=s.rollouts.group,
         rows=s.eval_rows,

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxpost import checkpoint, cloud, optim
-from jaxpost.data import source
+from jaxpost.data.row_types import RowType
 from jaxpost.declare import declared
 from jaxpost.errors import UserError
 from jaxpost.models import loading
@@ -21,7 +21,6 @@ from jaxpost.profile import SKIPPED
 from jaxpost.recipe import plain
 from jaxpost.resolve import resolve
 from jaxpost.rollouts import source as rollouts
-from jaxpost.rollouts.samples import ROWS
 from jaxpost.stages import datasets, generate, tasks
 from jaxpost.stages import rollouts as drawn
 
@@ -85,7 +84,8 @@ def plan_stage(name: str, s, mesh) -> Plan:
     if s.profile and steps < (needed := s.profile + SKIPPED):
         raise UserError(f"config.profile: tracing {s.profile} steps takes {needed}, and there are {steps}; ask for fewer.")
     optim.make(s.optimizer, steps)
-    reads = tuple(name for name in declared(objective, "columns") if name not in _own_columns(s, objective))
+    own = {*_own_columns(s, objective), *(name for one in sets[:1] for name in one.encoded.row_columns)}
+    reads = tuple(name for name in declared(objective, "columns") if name not in own)
     return Plan(name, s, spec, objective, sets, batches, steps, held_out, data, problems, example, trainable, trained, reads)
 
 
@@ -104,10 +104,11 @@ def learned(spec: loading.ModelSpec, s, mesh) -> tuple[loading.ModelSpec, Callab
     if others:
         trainable = f"^(?!({'|'.join(others)})$)(?=.*({trainable}))"
     train, _ = optim.partition(loading.abstract(spec.transformer, mesh, spec.adapter, spec.leaves), trainable)
-    _check_shape(s, datasets.shape(objective))
-    # Of pairs several documents are one example; each by itself is held to the model's positions where it is encoded.
+    kind = datasets.row_type(objective)
+    _check_row_type(s, kind)
+    # Where several documents are one example, each is held to the model's positions where it is encoded.
     rolled, most = s.source == "rollouts", spec.transformer.arch.max_positions
-    if not rolled and datasets.shape(objective) == "demonstrations" and s.window > most:
+    if not rolled and kind.fills_window and s.window > most:
         raise UserError(f"config.window: {s.window} tokens, but the model takes {most}; give that at most.")
     longest = s.rollouts.prompt_window + s.rollouts.new if rolled else s.window
     short = min((k.rope.original for k in spec.transformer.arch.kinds if k.rope.kind == "longrope"), default=longest)
@@ -123,12 +124,11 @@ def learned(spec: loading.ModelSpec, s, mesh) -> tuple[loading.ModelSpec, Callab
     return spec, objective, trainable, sum(x.size for x in jax.tree.leaves(train))
 
 
-def _check_shape(s, shape: str) -> None:
+def _check_row_type(s, kind: RowType) -> None:
     """Raises UserError for settings that have no meaning for what the objective learns from."""
-    possible = {"rollouts": ("demonstrations", "pairs"), "samples": ROWS}
-    if shape not in possible.get(s.source, (shape,)):
-        raise UserError(f"config.source: the objective learns from {shape} of a data set, and {s.source} are none.")
-    if s.shared_prefix and shape not in ("pairs", "mismatched") and s.source != "rollouts":
+    if not {"rollouts": kind.completions, "samples": kind.rows_of}.get(s.source, True):
+        raise UserError(f"config.source: the objective learns from {kind.name} of a data set, and {s.source} are none.")
+    if s.shared_prefix and not kind.shareable and s.source != "rollouts":
         raise UserError("config.shared_prefix: only a prompt with two answers has a prefix to share; leave it out.")
 
 
@@ -159,9 +159,8 @@ def columns(s, objective: Callable) -> dict[str, jax.ShapeDtypeStruct]:
 def _own_columns(s, objective: Callable) -> dict[str, jax.ShapeDtypeStruct]:
     """The columns of a stage's source, as shapes."""
     if s.source == "rollouts":
-        return rollouts.columns(s, datasets.shape(objective) == "pairs")
-    margins = "margins" in declared(objective, "columns")
-    return source.columns(s.batch_size, s.window, datasets.shape(objective), s.shared_prefix, margins)
+        return rollouts.columns(s, datasets.row_type(objective).completions == 2)
+    return datasets.columns(s, objective)
 
 
 def starting(spec: loading.ModelSpec, s, before: list[str], workdir) -> loading.ModelSpec:
