@@ -156,7 +156,7 @@ def _check(columns: Any, shape: tuple[int, int]) -> None:
 def _gather(one: datasets.Set, s, folder: epath.Path, meta: dict) -> None:
     """Puts the parts' numbers, which lie in the order of the rows, into that of the examples, and says that all is there."""
     learned = one.encoded.learned
-    order = np.concatenate(source.bins(one.encoded.lengths, s.window, packing=s.packing, seed=s.seed))
+    order = np.concatenate(datasets.bins(one, s))
     begins = (np.cumsum(learned) - learned)[order]
     before = np.cumsum(learned[order]) - learned[order]
     places = np.repeat(begins - before, learned[order]) + np.arange(learned.sum())
@@ -270,8 +270,8 @@ def annotated(plan: Plan, mesh) -> Plan:
     if lacking or (plan.reads and not plan.sets):
         name = (lacking or plan.reads)[0]
         raise UserError(
-            f"config.objective: it reads the column {name}, which its batches do not have; have jaxpost.annotate make it of "
-            "the data, and name the folder in config.annotations."
+            f"config.objective: it reads the column {name}, which its batches do not have; write a number of that name in "
+            "every row, or have jaxpost.annotate make it of the data, and name the folder in config.annotations."
         )
     if not folders:
         return plan

@@ -32,7 +32,7 @@ import tqdm
 from absl import flags
 
 from jaxpost import api, cli, metrics, sharding, table
-from jaxpost.data import chat, mixture, source
+from jaxpost.data import chat, encoding, mixture, source
 from jaxpost.data.chat import TRAIN_ON
 from jaxpost.errors import UserError
 from jaxpost.evals import pass_at_k
@@ -201,7 +201,7 @@ def perplexity(
     # Cut by `slide`, not by the encoder, to which no example is too long.
     (part,) = mixture.read([path], "data", bad_rows == "skip")
     options = {"columns": mixture.pairs(columns, "columns"), "bad_rows": bad_rows}
-    encoded = source.encode_all(part.records, model.tokenizer, template, train_on, window=2**31 - 1, **options)
+    encoded = encoding.encode_all(part.records, model.tokenizer, template, train_on, window=2**31 - 1, **options)
     if (skipped := encoded.report["skipped"] + len(part.unread)) and jax.process_index() == 0:
         print(f"{path}: {skipped:,} skipped; the first: {(part.unread or [encoded.reason])[0]}", file=sys.stderr)
     check_ids(encoded.highest, model.transformer.arch.vocab, model.tokenizer, path)
@@ -358,7 +358,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("data", None, "File to give the perplexity of; its rows are recognised as in training.")
     flags.DEFINE_integer("window", None, f"Tokens read at a time (default: {WINDOW}, or what the model takes).", lower_bound=2)
     flags.DEFINE_string("columns", "", "Columns of other names, as in training: prompt=problem,completion=solution.")
-    flags.DEFINE_enum("bad_rows", "stop", source.BAD_ROWS, "What becomes of bad rows: stop, or skip and count.")
+    flags.DEFINE_enum("bad_rows", "stop", encoding.BAD_ROWS, "What becomes of bad rows: stop, or skip and count.")
     flags.DEFINE_enum("train_on", "assistant", TRAIN_ON, "Which tokens of a conversation count, as in training.")
     flags.DEFINE_string("template", "", "Chat template: a name, or Jinja; empty is the tokenizer's own.")
     flags.DEFINE_string("task", None, "Task to measure the accuracy on: a name, a file of your own, or JSON with its keys.")

@@ -31,7 +31,12 @@ NOUNS = {
     "adapter": ("params", "key"),
     "annotator": ("forward", "params", "batch"),
     "task": None,
+    "transform": ("rows", "columns", "key"),
 }
+# Where a noun's folder is not the key's plural itself.
+FOLDERS = {"row_types": "data.row_types", "transforms": "data.transforms"}
+# The nouns that a config's keys name; `order` is one of the transforms.
+_KEYS = {**{noun: f"{noun}s" for noun in NOUNS}, "order": "transforms"}
 _GIVEN: dict[str, Any] = {}
 
 
@@ -42,7 +47,7 @@ def name_of(thing: Any, noun: str) -> str:
     name = getattr(thing, "__name__", None) or getattr(getattr(thing, "func", thing), "__name__", type(thing).__name__)
     module = None if place == "__main__" else sys.modules.get(place)
     if module is thing or (module is not None and vars(module).get(name) is thing):
-        return (place if whole else f"{place}.{name}").removeprefix(f"jaxpost.{noun}.")
+        return (place if whole else f"{place}.{name}").removeprefix(f"jaxpost.{FOLDERS.get(noun, noun)}.")
     name = f"{name.rpartition('.')[2].strip('<>')}#{digest_of(thing)}"
     _GIVEN[name] = thing
     return name
@@ -65,15 +70,15 @@ def named(settings: Mapping, known: Container[str]) -> dict:
     """
     found = dict(settings)
     for key, value in settings.items():
-        if key not in NOUNS:
+        if key not in _KEYS:
             found[key] = named(value, known) if isinstance(value, Mapping) and key not in known else value
         elif key == "reward" and isinstance(value, Mapping) and value and "name" not in value:
             found[key] = {k: named({"reward": entry}, ())["reward"] for k, entry in value.items()}  # several
         elif isinstance(value, Mapping):
             called = value.get("name", "")
-            found[key] = dict(value) if isinstance(called, str) else {**value, "name": name_of(called, f"{key}s")}
+            found[key] = dict(value) if isinstance(called, str) else {**value, "name": name_of(called, _KEYS[key])}
         elif not isinstance(value, str):
-            found[key] = {"name": name_of(value, f"{key}s")}
+            found[key] = {"name": name_of(value, _KEYS[key])}
         elif key == "task" and value:
             found[key] = {"name": value}
     return found

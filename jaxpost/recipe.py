@@ -62,6 +62,9 @@ DEFAULTS = {
     "data": "",
     "eval_data": "",  # the same, held out for evaluation; "" takes `held_out` from data
     "columns": "",  # the data's own names for columns of a shape: "prompt=problem,completion=solution", or a dict
+    "row_columns": "",  # keys of the rows, with commas, whose numbers become columns; those that the objective reads do anyway
+    # In which order to learn from them, of data/transforms/order.py: dict(name="by", column="difficulty"); "" is shuffled.
+    "order": "",
     "bad_rows": "stop",  # of a row that cannot be learned from, or a problem asked: stop the run, or skip it (counted and told)
     "held_out": 0.0,  # how much of data to hold out: a share below 1, or a number of examples
     "split_seed": 0,  # decides which these are, and a task's demonstrations: the same for each `seed`, so that seeds compare
@@ -384,7 +387,7 @@ _KINDS = {bool: (bool,), int: (int,), float: (float, int), str: (str,), tuple: (
 
 def _check(key: str, default, value, place: str) -> None:
     """Raises UserError for a value that is not of its default's kind, and for a number out of range."""
-    whole = ("model", "objective", "reward", "adapter", "advantages", "task", *_WHOLE)
+    whole = ("model", "objective", "reward", "adapter", "advantages", "task", "order", *_WHOLE)
     kinds = (str, Mapping) if key in whole else _KINDS[type(default)]
     if key in ("data", "eval_data") and default == "":
         kinds = (str, Mapping, tuple, list)

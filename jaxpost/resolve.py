@@ -26,7 +26,7 @@ from types import ModuleType
 from typing import Any
 
 from jaxpost.errors import UserError
-from jaxpost.naming import NOUNS, given
+from jaxpost.naming import FOLDERS, NOUNS, given
 
 # By folder, the arguments that its noun's functions take by place; what else stands in it is a helper.
 ARGUMENTS = {f"{noun}s": arguments for noun, arguments in NOUNS.items() if arguments}
@@ -116,8 +116,8 @@ def find(name: str, noun: str) -> Callable:
     if ".py:" in name:
         path, _, attribute = name.rpartition(":")
         return _attribute(_file(path), attribute, name, noun)
-    module, _, attribute = name.rpartition(".")
-    for candidate in (f"jaxpost.{noun}.{module}", module) if module else (f"jaxpost.{noun}.{name}",):
+    (module, _, attribute), package = name.rpartition("."), _package(noun)
+    for candidate in (f"{package}.{module}", module) if module else (f"{package}.{name}",):
         if (found := _module(candidate)) is not None:
             return _attribute(found, attribute, name, noun)
     raise UserError(
@@ -131,11 +131,10 @@ def module(name: str, noun: str) -> ModuleType:
         return _given(name)
     if name.endswith(".py"):
         return _file(name)
-    for candidate in (f"jaxpost.{noun}.{name}", name):
+    for candidate in (f"{_package(noun)}.{name}", name):
         if candidate and (found := _module(candidate)) is not None:
             return found
-    folder = Path(__file__).parent / noun
-    have = [p.stem for p in folder.glob("*.py") if p.stem != "__init__"]
+    have = [p.stem for p in _folder(noun).glob("*.py") if p.stem != "__init__"]
     raise UserError(
         f"config: unknown module {name!r} for {noun}.{nearest(name, have)} Or give an importable module, or a file.py."
     )
@@ -144,10 +143,10 @@ def module(name: str, noun: str) -> ModuleType:
 def known(noun: str) -> list[str]:
     """Every function of the noun in its folder, as the short name a config would use; not the helpers beside them."""
     names = []
-    for path in sorted((Path(__file__).parent / noun).glob("*.py")):
+    for path in sorted(_folder(noun).glob("*.py")):
         if path.stem == "__init__":
             continue
-        found = importlib.import_module(f"jaxpost.{noun}.{path.stem}")
+        found = importlib.import_module(f"{_package(noun)}.{path.stem}")
         own = [k for k, v in vars(found).items() if inspect.isfunction(v) and v.__module__ == found.__name__]
         names += [f"{path.stem}.{k}" for k in own if not k.startswith("_") and fits(getattr(found, k), noun)]
     return names
@@ -160,6 +159,15 @@ def fits(function: Callable, noun: str) -> bool:
     wanted, takes = len(ARGUMENTS[noun]), inspect.signature(function).parameters.values()
     placed = [p for p in takes if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return sum(p.default is p.empty for p in placed) <= wanted <= len(placed) or any(p.kind is p.VAR_POSITIONAL for p in takes)
+
+
+def _package(noun: str) -> str:
+    """The package of a noun's functions."""
+    return f"jaxpost.{FOLDERS.get(noun, noun)}"
+
+
+def _folder(noun: str) -> Path:
+    return Path(__file__).parent.joinpath(*_package(noun).split(".")[1:])
 
 
 def _module(name: str) -> ModuleType | None:

@@ -15,7 +15,9 @@ def _of_rollouts(*names: str) -> tuple[str, ...]:
 
 
 # Every setting that some source does not read is in one of these groups; all sources read the others.
-_FILES = ("data", "eval_data", "columns", "annotations", "train_on", "held_out", "split_seed")  # rows of files
+_FILES = (  # rows of files
+    *("data", "eval_data", "columns", "row_columns", "order", "annotations", "train_on", "held_out", "split_seed"),
+)
 _PACKED = ("window", "packing")
 _PASSES = ("epochs",)
 _TESTED = ("eval_per_cell",)  # a task's test problems
@@ -54,7 +56,18 @@ _MODEL = (
     "artefacts",
 )
 _ROWS = ("data", "columns", "bad_rows")
-_ENCODED = (*_ROWS, *_PACKED, "eval_data", "held_out", "split_seed", "train_on", "too_long", "shared_prefix", "objective")
+_ENCODED = (
+    *_ROWS,
+    *_PACKED,
+    "row_columns",
+    "eval_data",
+    "held_out",
+    "split_seed",
+    "train_on",
+    "too_long",
+    "shared_prefix",
+    "objective",
+)
 _READ = {
     "generate": (*_MODEL, "data", "bad_rows", "rows", "task", "reward", "too_long", *_ASKED, *_DRAWN),
     "annotate": (*_MODEL, *_ENCODED, "task", "with", "batch_size"),
@@ -81,8 +94,8 @@ def adapted(settings: dict, own: Iterable[str], defaults: Mapping, place: str) -
         if path in given:
             raise _ignored(f"{place}.{path}", _value_at(settings, path), f"{_called(settings)}, {why}", defaults[path])
     # Rows of earlier stages have the names that rows have, whatever the settings around say of other files.
-    of_stages = "columns" not in own and any(references(settings["data"]))
-    return settings | ({"columns": defaults["columns"]} if of_stages else {})
+    of_stages = any(references(settings["data"]))
+    return settings | ({key: defaults[key] for key in ("columns", "row_columns") if key not in own} if of_stages else {})
 
 
 def _called(settings: Mapping) -> str:

@@ -59,7 +59,7 @@ def test_two_steps(path, tmp_path):
         if config.model:
             config.model = {**config.model.to_dict(), **TINY}
         else:
-            shape = datasets.shape(resolve.resolve(config.objective.to_dict(), "objectives"))
+            shape = datasets.row_type(resolve.resolve(config.objective.to_dict(), "objectives")).name
             config.model, config.data = model_folder(tmp_path / "model"), data_file(tmp_path / "data.jsonl", shape)
         if config.task and config.task.name == "gsm8k":  # whose files would be fetched
             config.task = {"name": "arithmetic"}

@@ -13,7 +13,7 @@ import pytest
 import transformers
 from toy_tokenizers import characters, conversation, learned
 
-from jaxpost.data import chat, mixture, pack, readers, source
+from jaxpost.data import chat, encoding, mixture, pack, readers, source
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
 from jaxpost.stages import datasets
@@ -107,11 +107,11 @@ def test_encode_all_reports_what_it_kept():
         Record({"prompt": "ab", "completion": "cdef"}, "b"),
         Record({"prompt": "abcdef", "completion": "g"}, "c"),
     ]
-    cut = source.encode_all(records, characters(), window=6, too_long="truncate")
+    cut = encoding.encode_all(records, characters(), window=6, too_long="truncate")
     assert cut.report == {"count": 2, "dropped": 1, "truncated": 1, "split": 0, "skipped": 0, "tokens": 11, "trained_tokens": 5}
     assert cut.lengths.tolist() == [5, 6]
     assert [learned(cut.examples[i], characters()) for i in range(2)] == ["<s>ab⟦c</s>⟧", "<s>ab⟦cde⟧"]
-    dropped = source.encode_all(records, characters(), window=6, too_long="drop")
+    dropped = encoding.encode_all(records, characters(), window=6, too_long="drop")
     assert dropped.report == {
         "count": 1,
         "dropped": 2,
@@ -121,7 +121,7 @@ def test_encode_all_reports_what_it_kept():
         "tokens": 5,
         "trained_tokens": 2,
     }
-    pieces = source.encode_all(records, characters(), window=6, too_long="split")
+    pieces = encoding.encode_all(records, characters(), window=6, too_long="split")
     assert pieces.report == {
         "count": 4,
         "dropped": 0,
@@ -132,13 +132,13 @@ def test_encode_all_reports_what_it_kept():
         "trained_tokens": 8,
     }
     with pytest.raises(UserError, match="b: the example has 8 tokens and the window 6"):
-        source.encode_all(records, characters(), window=6)
+        encoding.encode_all(records, characters(), window=6)
     with pytest.raises(UserError, match="none of the 3 examples has something to learn within a window of 2 .*needs 5"):
-        source.encode_all(records, characters(), window=2, too_long="drop")
+        encoding.encode_all(records, characters(), window=2, too_long="drop")
     with pytest.raises(UserError, match="too_long='cut' is not known; choose one of error, truncate, split, drop"):
-        source.encode_all(records, characters(), window=6, too_long="cut")
+        encoding.encode_all(records, characters(), window=6, too_long="cut")
     with pytest.raises(UserError, match="^train_on='lst' is not known; choose one of assistant, last, completion, all$"):
-        source.encode_all(records, characters(), None, "lst", window=6, bad_rows="skip")
+        encoding.encode_all(records, characters(), None, "lst", window=6, bad_rows="skip")
 
 
 def test_an_example_that_trains_nothing_is_refused():
@@ -146,12 +146,12 @@ def test_an_example_that_trains_nothing_is_refused():
     with pytest.raises(
         UserError, match="m.json, row 4, message 1: the chat template leaves out what the user says; use another"
     ):
-        source.encode_all([record], characters(), "{{ eos_token }}", "all", window=9)
+        encoding.encode_all([record], characters(), "{{ eos_token }}", "all", window=9)
     marked = Record({"messages": [m | {"weight": 0} for m in conversation("a", "b")]}, "m.json, row 5")
     with pytest.raises(
         UserError, match="m.json, row 5: no token of it is trained on; every answer of it is marked as not to be"
     ):
-        source.encode_all([marked], characters(), window=9)
+        encoding.encode_all([marked], characters(), window=9)
 
 
 def test_a_second_start_does_not_tokenise(monkeypatch):
@@ -159,9 +159,9 @@ def test_a_second_start_does_not_tokenise(monkeypatch):
     calls = []
     encode = chat.encode
     monkeypatch.setattr(chat, "encode", lambda *given: calls.append(given[0].place) or encode(*given))
-    first = source.encode_all(records, characters(), window=5, too_long="truncate")
+    first = encoding.encode_all(records, characters(), window=5, too_long="truncate")
     assert calls == ["t.jsonl, line 1", "t.jsonl, line 2", "t.jsonl, line 3"]
-    second = source.encode_all(records, characters(), window=5, too_long="truncate")
+    second = encoding.encode_all(records, characters(), window=5, too_long="truncate")
     assert len(calls) == 3
     assert second.lengths.tolist() == first.lengths.tolist() == [4, 5, 3] and second.report == first.report
     assert learned(second.examples[1], characters()) == "<s>⟦cdef⟧" and calls[3:] == []
@@ -185,22 +185,22 @@ def test_the_cache_is_missed_when_anything_that_matters_changes(tmp_path):
         {"bad_rows": "skip"},
     ]
     for number, change in enumerate(changes, start=1):
-        source.encode_all(**(base | change))
+        encoding.encode_all(**(base | change))
         assert files() == number, change
-    source.encode_all(**(base | {"records": [Record({"text": "ab"}, "elsewhere.json, row 5")]}))
+    encoding.encode_all(**(base | {"records": [Record({"text": "ab"}, "elsewhere.json, row 5")]}))
     assert files() == len(changes), "the place of a row is no part of its length"
 
 
 def test_a_broken_cache_file_or_folder_does_no_harm(tmp_path, monkeypatch):
-    lengths = source.encode_all(text_records("ab", "c"), characters(), window=9).lengths
+    lengths = encoding.encode_all(text_records("ab", "c"), characters(), window=9).lengths
     (file,) = (tmp_path / "cache").iterdir()
     other = io.BytesIO()
     np.save(other, np.ones((5, 3), np.int32))
     for content in (b"", b"rubbish", file.read_bytes()[:-4], other.getvalue()):
         file.write_bytes(content)
-        assert source.encode_all(text_records("ab", "c"), characters(), window=9).lengths.tolist() == lengths.tolist()
+        assert encoding.encode_all(text_records("ab", "c"), characters(), window=9).lengths.tolist() == lengths.tolist()
     monkeypatch.setenv("JAXPOST_CACHE", str(file / "below a file"))
-    assert source.encode_all(text_records("ab", "c"), characters(), window=9).lengths.tolist() == [4, 3]
+    assert encoding.encode_all(text_records("ab", "c"), characters(), window=9).lengths.tolist() == [4, 3]
 
 
 def test_split_is_disjoint_and_a_function_of_the_seed():
@@ -340,7 +340,7 @@ def test_a_file_becomes_the_same_batches_whether_or_not_lengths_are_cached(tmp_p
     records = readers.read(str(tmp_path / "d.jsonl"))
     runs = []
     for _ in range(2):
-        encoded = source.encode_all(records, characters(), window=16)
+        encoded = encoding.encode_all(records, characters(), window=16)
         batches = source.Batches(source.rows(encoded.examples, encoded.lengths, 16, seed=1), 4, seed=1, epochs=2)
         runs.append(drain(batches))
         assert sum(int(batch["mask"].sum()) for batch in runs[-1]) == 2 * encoded.report["trained_tokens"]
@@ -352,7 +352,7 @@ def test_a_file_becomes_the_same_batches_whether_or_not_lengths_are_cached(tmp_p
 def test_alpaca_with_the_stories_tokenizer():
     tokenizer = transformers.AutoTokenizer.from_pretrained(os.fspath(STORIES))
     records = readers.read(str(ALPACA))
-    encoded = source.encode_all(records, tokenizer, window=4096)
+    encoded = encoding.encode_all(records, tokenizer, window=4096)
     assert encoded.report["count"] == len(records) == 999
     second = encoded.examples[1]
     question = "<s> Transform the following sentence using a synonym: The car sped quickly.\n"
@@ -368,7 +368,7 @@ def test_alpaca_with_the_stories_tokenizer():
 @pytest.mark.parametrize("too_long, learned_window", [("truncate", 9), ("split", 9), ("truncate", 60)])
 def test_much_that_is_cut_off_for_its_length_is_warned_of_with_the_remedy(capsys, too_long, learned_window):
     records = text_records(*["ab"] * 7, *["c" * n for n in range(10, 52)])
-    encoded = source.encode_all(records, characters(), window=learned_window, too_long=too_long)
+    encoded = encoding.encode_all(records, characters(), window=learned_window, too_long=too_long)
     mixture.tell("data d.txt", mixture.Part("d.txt", None, [], []), encoded, 1, learned_window, 100)
     printed = capsys.readouterr().err
     assert ("warning" in printed) == ((too_long, learned_window) == ("truncate", 9))
@@ -382,7 +382,7 @@ def test_much_that_is_cut_off_for_its_length_is_warned_of_with_the_remedy(capsys
 
 def test_much_that_is_dropped_for_its_length_is_warned_of_with_the_remedy(capsys):
     records = text_records(*["ab"] * 7, *["c" * n for n in range(10, 52)])
-    encoded = source.encode_all(records, characters(), window=9, too_long="drop")
+    encoded = encoding.encode_all(records, characters(), window=9, too_long="drop")
     part = mixture.Part("d.txt", None, [], [])
     mixture.tell("data d.txt", part, encoded, 1, 9, 100)
     printed = capsys.readouterr().err
@@ -391,10 +391,10 @@ def test_much_that_is_dropped_for_its_length_is_warned_of_with_the_remedy(capsys
         in printed
     )
     assert "--config.too_long=truncate" in printed
-    assert source.encode_all(records, characters(), window=53, too_long="drop").report["dropped"] == 0
+    assert encoding.encode_all(records, characters(), window=53, too_long="drop").report["dropped"] == 0
     mixture.tell("data d.txt", part, encoded, 1, 9, 20)
     assert "the longest needs a window of 53, and the model takes documents of 20" in capsys.readouterr().err
-    few = source.encode_all(text_records(*["ab"] * 40, "c" * 10), characters(), window=9, too_long="drop")
+    few = encoding.encode_all(text_records(*["ab"] * 40, "c" * 10), characters(), window=9, too_long="drop")
     mixture.tell("data d.txt", part, few, 1, 9, 100)
     assert few.report["dropped"] == 1 and "warning" not in capsys.readouterr().err
 
@@ -403,8 +403,8 @@ def test_the_example_that_is_shown_has_a_tool_call_where_there_are_some():
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}
     rows = [conversation("a", "b"), [*conversation("a" * 99), call], [*conversation("c"), call]]
     records = [Record({"messages": row}, f"p{i}") for i, row in enumerate(rows)]
-    encoded = source.encode_all(records, characters(), window=99, too_long="drop")
-    plain = source.encode_all(records[:1], characters(), window=99)
+    encoded = encoding.encode_all(records, characters(), window=99, too_long="drop")
+    plain = encoding.encode_all(records[:1], characters(), window=99)
     sets = [datasets.Set(name, 1.0, one, False) for name, one in (("plain", plain), ("calls", encoded))]
     (document,) = datasets.shown(sets)
     assert learned(document, characters()) == '<s>c\n⟦<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call></s>⟧'

@@ -10,8 +10,8 @@ import runs
 
 import jaxpost
 from jaxpost import recipe, sharding
+from jaxpost.data import row_types
 from jaxpost.errors import UserError
-from jaxpost.rollouts.rows import rows
 from jaxpost.sampling.decode import Completions
 from jaxpost.stages import generate
 from jaxpost.stages.artefacts import Artefact
@@ -20,6 +20,10 @@ from jaxpost.tasks import arithmetic
 TOKENIZER = arithmetic.tokenizer()
 STOP = TOKENIZER.eos_token_id
 NEW = 2
+
+
+def rows(kind: str, *arguments) -> list[dict]:
+    return generate.rows(row_types.load(kind), *arguments)
 
 
 def said(row: dict) -> tuple:
@@ -72,7 +76,9 @@ def asked(batch: int = 8, count: int = 7, reward=lambda record, text: float(int(
     def prompt(i):
         return {"prompt": f"{i}+{i}"}, np.array(TOKENIZER.encode(f"{i}+{i}"), np.int32)
 
-    return generate.Samples(None, TOKENIZER, prompt, {"mine": (reward, 1.0)}, "pairs", count, 4, batch, 0, 0, {}, {})
+    return generate.Samples(
+        None, TOKENIZER, prompt, {"mine": (reward, 1.0)}, row_types.load("pairs"), count, 4, batch, 0, 0, {}, {}
+    )
 
 
 def made(folder, stopped=lambda: False, **changes) -> list[dict]:
@@ -184,7 +190,7 @@ def test_what_cannot_be_generated_or_learned_from_it_is_refused(tmp_path):
         ({"rollouts": {"group": 1}}, {}, "config.rollouts.group: 1 leaves nothing to compare"),
         ({"data": "x.jsonl"}, {}, "config.drawn.data: 'x.jsonl'; the prompts of do='generate' are those of config.drawn.task"),
         ({"annotations": "x"}, {}, "config.drawn.annotations: 'x' is not read by do='generate', which does not train"),
-        ({"rows": "pear"}, {}, "config.drawn.rows: 'pear'. Did you mean 'pairs'"),
+        ({"rows": "pear"}, {}, "unknown module 'pear' for row_types. Did you mean 'pairs'"),
         ({"rollouts": {"prompt_window": 2}}, {}, "its prompt has"),
         ({}, {"objective": {"name": "reward_model.process"}}, "the objective judges the steps of a solution"),
         ({}, {"train_on": "all"}, "config.train_on: 'all'"),

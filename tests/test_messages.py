@@ -9,7 +9,7 @@ import random
 import pytest
 from toy_tokenizers import characters, conversation
 
-from jaxpost.data import chat, formats, readers, source
+from jaxpost.data import chat, encoding, formats, readers
 from jaxpost.data.formats import Completion, Conversation, Preference, Rated
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
@@ -157,10 +157,10 @@ def test_columns_name_what_a_shape_takes():
 )
 def test_imitation_refuses_judgements_and_says_what_makes_demonstrations_of_them(row, hint):
     with pytest.raises(UserError, match="p: .* only a preference objective learns from") as error:
-        source.encode_all([Record(row, "p")], characters(), window=9)
+        encoding.encode_all([Record(row, "p")], characters(), window=9)
     assert hint in str(error.value)
     columns = dict(pair.split("=") for pair in hint.split('"')[1].split(","))
-    assert source.encode_all([Record(row, "p")], characters(), window=9, columns=columns).report["count"] == 1
+    assert encoding.encode_all([Record(row, "p")], characters(), window=9, columns=columns).report["count"] == 1
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_200_rows_gone_wrong_at_random_are_refused_with_place_and_remedy_or_lear
     file.write_text("\n".join(lines))
     unread = []
     records = readers.read(str(file), unread)
-    encoded = source.encode_all(records, tokenizer, window=9000, bad_rows="skip")
+    encoded = encoding.encode_all(records, tokenizer, window=9000, bad_rows="skip")
     blank = sum(not line.strip() for line in lines)
     assert encoded.report["count"] + encoded.report["skipped"] + len(unread) + blank == 200, "not one is lost without a word"
     masks = sum(bool(chat_mask(line, tokenizer)) for line in lines)

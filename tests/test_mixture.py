@@ -12,7 +12,7 @@ import runs
 from toy_tokenizers import characters
 
 from jaxpost import recipe, sharding
-from jaxpost.data import chat, mixture, source, templates
+from jaxpost.data import chat, encoding, mixture, source, templates
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
 from jaxpost.stages.plan import plan_stage
@@ -127,25 +127,25 @@ def test_bad_rows_are_skipped_and_counted_and_long_ones_are_another_matter():
     records = [Record({"text": text}, f"t, line {n}") for n, text in enumerate(texts, start=1)]
     options = {"window": 5, "bad_rows": "skip"}
     for _ in range(2):  # from the encoder, and from its cache
-        encoded = source.encode_all(records, characters(), too_long="drop", **options)
+        encoded = encoding.encode_all(records, characters(), too_long="drop", **options)
         assert encoded.report | {"tokens": 0, "trained_tokens": 0} == {
             "count": 2, "dropped": 1, "truncated": 0, "split": 0, "skipped": 2, "tokens": 0, "trained_tokens": 0,
         }  # fmt: skip
         assert encoded.reason.startswith("t, line 2: text is empty") and encoded.lengths.tolist() == [4, 3]
     with pytest.raises(UserError, match="t, line 3: the example has 8 tokens"):
-        source.encode_all(records, characters(), **options)
+        encoding.encode_all(records, characters(), **options)
     with pytest.raises(UserError, match="t, line 2: text is empty"):
-        source.encode_all(records, characters(), window=5, too_long="drop")
+        encoding.encode_all(records, characters(), window=5, too_long="drop")
     with pytest.raises(UserError, match="none of the 2 examples can be learned from; the first because: t, line 2"):
-        source.encode_all([records[1], records[3]], characters(), **options)
+        encoding.encode_all([records[1], records[3]], characters(), **options)
     with pytest.raises(UserError, match="bad_rows='drop' is not known; choose one of stop, skip"):
-        source.encode_all(records, characters(), window=5, bad_rows="drop")
+        encoding.encode_all(records, characters(), window=5, bad_rows="drop")
 
 
 def test_the_hint_stands_where_it_belongs(capsys):
     def told(longest=8, **counts):
         report = dict.fromkeys(("count", "dropped", "truncated", "split", "skipped", "tokens", "trained_tokens"), 0) | counts
-        encoded = source.Encoded([], np.zeros(0), np.zeros(0), report, "", "because", 0)
+        encoded = encoding.Encoded([], np.zeros(0), np.zeros(0), report, "", "because", 0)
         mixture.tell("data", mixture.Part("p", None, [], []), encoded, 3, 8, longest)
         return capsys.readouterr().err.partition("3 rows of 8")[2].strip()
 
@@ -302,7 +302,7 @@ KINDS |= {"llamafactory/kto_en_demo.json": "Rated"}
 def test_columns_that_are_not_learned_from_are_named(capsys):
     row = {"prompt": "a", "completion": "b", "thinking": "t", "note": None, "mine": 1, "tools": []}
     records = [Record(row | {f"c{i}": i for i in range(3)}, "p")]
-    encoded = source.encode_all(records, characters(), window=9)
+    encoded = encoding.encode_all(records, characters(), window=9)
     for columns, told in ((["mine"], "thinking, c0, c1, c2"), ([], "thinking, mine, c0, c1, c2")):
         mixture.tell("data d", mixture.Part("d", None, records, []), encoded, 1, 9, 9, columns)
         assert f"data d: columns that are not learned from: {told}\n" in capsys.readouterr().err
@@ -323,7 +323,7 @@ def test_all_real_files_are_recognised_and_learned_from(shared):
         kinds = {type(formats.recognise(record)).__name__ for record in records} if name in KINDS else set()
         assert kinds <= {KINDS.get(name)}, name
         few = records[:120]
-        encoded = source.encode_all(few, own, window=100_000, columns=columns, bad_rows="skip")
+        encoded = encoding.encode_all(few, own, window=100_000, columns=columns, bad_rows="skip")
         skipped[name] = encoded.report["skipped"]
         assert encoded.report["count"] + skipped[name] == len(few) and encoded.report["trained_tokens"] > 0
     assert {name: n for name, n in skipped.items() if n} == {"hh-rlhf/harmless_base.jsonl.gz": 1}, "an empty chosen answer"

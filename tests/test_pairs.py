@@ -12,7 +12,7 @@ import pytest
 from toy_tokenizers import byte_pairs, characters, conversation, learned
 
 from jaxpost import recipe, sharding
-from jaxpost.data import formats, mixture, pack, pairs, readers, source
+from jaxpost.data import encoding, formats, mixture, pack, pairs, readers, source
 from jaxpost.data.readers import Record
 from jaxpost.declare import objective
 from jaxpost.errors import UserError
@@ -38,7 +38,7 @@ def records(*rows):
 
 def encode(rows, shape="pairs", tokenizer=None, **options):
     options = {"window": 64, "template": PLAIN, **options}
-    return source.encode_all(records(*rows), tokenizer or characters(), shape=shape, **options)
+    return encoding.encode_all(records(*rows), tokenizer or characters(), shape=shape, **options)
 
 
 def texts(example, tokenizer):
@@ -384,8 +384,8 @@ def test_real_files(shared, file):
     found = readers.read(str(shared / "data" / file))[:100]
     tokenizer, shape = load(shared / "models" / "stories260k"), FILES[file]
     options = {"window": 10**6, "shape": shape, "bad_rows": "skip"}
-    apart = source.encode_all(found, tokenizer, **options)
-    once = source.encode_all(found, tokenizer, shared=True, **options)
+    apart = encoding.encode_all(found, tokenizer, **options)
+    once = encoding.encode_all(found, tokenizer, shared=True, **options)
     assert apart.report["count"] >= 90 and apart.report["count"] == once.report["count"]
     assert apart.learned.tolist() == once.learned.tolist() and (once.lengths < apart.lengths).all()
     for i in range(apart.report["count"]):

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from toy_tokenizers import byte_pairs, characters, conversation, learned
 
-from jaxpost.data import chat, clock, source, templates
+from jaxpost.data import chat, clock, encoding, templates
 from jaxpost.data.formats import Conversation
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
@@ -258,8 +258,8 @@ def test_a_template_that_raises_names_the_row_and_obeys_bad_rows(kind):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     records = [Record({"messages": turns * (1 if i == 1 else 2)}, f"x.jsonl, line {i + 1}") for i in range(3)]
     with pytest.raises(UserError, match="x.jsonl, line 2: the chat template refuses the messages: .+; change them"):
-        source.encode_all(records, tokenizer, template, "last", window=64)
-    encoded = source.encode_all(records, tokenizer, template, "last", window=64, bad_rows="skip")
+        encoding.encode_all(records, tokenizer, template, "last", window=64)
+    encoded = encoding.encode_all(records, tokenizer, template, "last", window=64, bad_rows="skip")
     assert encoded.report["count"] == 2 and encoded.report["skipped"] == 1 and "x.jsonl, line 2: " in encoded.reason
 
 
@@ -268,7 +268,7 @@ def test_a_template_that_is_no_jinja_is_at_fault_itself_and_of_a_file_its_text_i
     cases = (("{% for m in messages %}\n{{ m }", "line 2: unexpected '}'"), ("{{ 1|nope }}", "line 1: No filter"))
     for broken, reason in cases:
         with pytest.raises(templates.Unusable, match=f"^the chat template is no Jinja, by its {reason}"):
-            source.encode_all([record], byte_pairs(), broken, "last", window=64, bad_rows="skip")
+            encoding.encode_all([record], byte_pairs(), broken, "last", window=64, bad_rows="skip")
     (file := tmp_path / "mine.jinja").write_text(TURNS)
     with pytest.raises(UserError, match=r'give one of .+; of a file its text, --config.template="\$\(cat .+mine.jinja\)"'):
         templates.jinja(byte_pairs(), str(file))
@@ -288,7 +288,7 @@ def test_an_endless_template_is_stopped_in_any_thread_whatever_bad_rows_says(mon
 
     def encode():
         with pytest.raises(templates.Unusable, match="x.jsonl, line 1: the chat template took longer than 0.1 seconds"):
-            source.encode_all([record], byte_pairs(), template, "last", window=64, bad_rows="skip")
+            encoding.encode_all([record], byte_pairs(), template, "last", window=64, bad_rows="skip")
         return True
 
     with ThreadPoolExecutor() as pool:

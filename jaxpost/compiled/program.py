@@ -95,7 +95,7 @@ def prepared(s, mesh) -> Prepared:
     inputs = {"inputs": batch}
     made = [Traced("step", step, (held, batch), {}, kinds | inputs, ("reference",), math.prod(batch["tokens"].shape))]
     if s.source == "rollouts":
-        alone = s.shared_prefix or datasets.shape(objective) == "pairs"  # a prompt gives one row
+        alone = s.shared_prefix or datasets.row_type(objective).completions == 2  # a prompt gives one row
         prompts = s.batch_size * s.rollouts.minibatches // (1 if alone else s.rollouts.group)
         made += _sampler(s, mesh, found.transformer, combine(held.train, held.frozen), prompts, kinds)
     if "reference" in kinds:

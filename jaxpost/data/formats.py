@@ -22,7 +22,7 @@ plain ones, verdict or no.
 
 How much better the chosen answer is, where a row says so, becomes a Preference's margin: of `margin`, of `score_chosen` and
 `score_rejected`, or of the ratings. `pair` and `labelled` take only what can be compared or is judged, and say what is missing:
-what the columns hold besides, here a `score` and in `steps.py` the verdicts on a solution's steps, is no shape of its own.
+what the columns hold besides, here a `score` and in `row_types/steps.py` the verdicts on a solution's steps, is no shape.
 
 What is recognised is also checked here, once, so that nothing after this file has to wonder about roles, empty turns or types.
 """
@@ -304,10 +304,10 @@ def _text(row: dict[str, Any], place: str) -> Text:
 
 def _preference(row: dict[str, Any], place: str) -> Preference:
     column = next((c for c in ("messages", "conversations", "prompt") if c in row), None)
-    before = _turns_or(row[column], column, place, "user") if column else []
+    before = turns_or(row[column], column, place, "user") if column else []
     whole = []
     for side in ("chosen", "rejected"):
-        after = _turns_or(row[side], side, place, "assistant")
+        after = turns_or(row[side], side, place, "assistant")
         if not after:
             raise UserError(f"{place}: {side} has no turns; give an answer or remove the row")
         if not before and after[0]["role"] == "assistant":
@@ -368,8 +368,8 @@ def _rated(row: dict[str, Any], place: str) -> Rated:
         found = _with_system(turns(row[column], column, place), row, place)
         start = len(found) - 1
     else:
-        before = _with_system(_turns_or(row["prompt"], "prompt", place, "user"), row, place)
-        found = before + _turns_or(row["completion"], "completion", place, "assistant")
+        before = _with_system(turns_or(row["prompt"], "prompt", place, "user"), row, place)
+        found = before + turns_or(row["completion"], "completion", place, "assistant")
         start = len(before)
     check(found, place, empty=True)
     if start == len(found) or found[start]["role"] != "assistant":
@@ -382,7 +382,7 @@ def _verdict(row: dict[str, Any]) -> Any:
     return label if isinstance(label, bool) else tag
 
 
-def _turns_or(value: Any, column: str, place: str, role: str) -> list[Message]:
+def turns_or(value: Any, column: str, place: str, role: str) -> list[Message]:
     """The turns in a column, a plain string being one turn of the role."""
     if not isinstance(value, (str, list, dict)):
         raise UserError(f"{place}: {column} is {value!r}, neither text nor a list of messages; write it as one of these")

@@ -149,6 +149,11 @@ def has_calls(value: Any) -> bool:
     return written or any(value.get(key) for key in _CALLS) or any(map(has_calls, value.values()))
 
 
+def assistant(text: str) -> list[Message]:
+    """An answer: one turn of the assistant."""
+    return [{"role": "assistant", "content": text}]
+
+
 def unweighted(messages: list[Message]) -> list[Message]:
     """The messages without their weights."""
     return [{key: value for key, value in message.items() if key != "weight"} for message in messages]

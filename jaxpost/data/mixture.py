@@ -104,7 +104,7 @@ def digest(digests: Sequence[str], weights: Sequence[float]) -> str:
 def tell(
     what: str, part: Part, encoded: Any, rows: int, window: int, longest: int, columns: Sequence[str] | None = None
 ) -> None:
-    """Prints what became of a part's records (encoded: source.Encoded), and what was wrong with the first that was skipped.
+    """Prints what became of a part's records (encoded: encoding.Encoded), and what was wrong with the first that was skipped.
 
     longest: the tokens that the model takes; columns: those that the settings name; with None what is not read goes unsaid.
     """

@@ -3,7 +3,8 @@
 A streaming packer fills a row with whatever comes next and leaves the rest empty or cuts an example in two. Here the lengths
 of all examples are known (and cached), so the plan is made at once by best-fit decreasing: the longest examples first, each
 into the fullest row that still has room for it. That fills rows to about 0.98 and never splits an example, and since the plan
-is a list of rows, the n-th row can be built at random access, which is what makes the data's state one integer.
+is a list of rows, the n-th row can be built at random access, which is what makes the data's state one integer. Where the
+order of the examples is to be kept (a curriculum), rows are filled in that order, and are a little less full.
 
 A packed row keeps its documents apart by two columns: `segments` counts them from 1 (attention stays within one), `positions`
 starts over at 0 in each. Padding is zero in every column; what is learned is said by `mask` alone, never by a padding id. A
@@ -15,39 +16,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxpost.errors import UserError
-
 Row = dict[str, np.ndarray]
-
-
-def fit(example: Row, window: int, too_long: str, place: str) -> list[Row]:
-    """The example ({tokens, mask}: [n]) made to fit a window of so many tokens: itself, pieces of it, or [] if it is dropped.
-
-    `too_long` says what becomes of a longer one: "error"; "truncate" keeps its first tokens; "split" keeps all of them, in
-    pieces that know nothing of each other, as is usual for documents; "drop". A piece of which nothing is trained on is left
-    out, and a piece's first token never is. Raises UserError for "error", with place, length, window and remedy.
-    """
-    length = len(example["tokens"])
-    if length <= window:
-        return [example]
-    if too_long == "drop":
-        return []
-    if too_long in ("truncate", "split"):
-        starts = range(0, length, window) if too_long == "split" else [0]
-        learned = example["mask"] & (np.arange(length) % window > 0)
-        pieces = [{"tokens": example["tokens"][s : s + window], "mask": learned[s : s + window]} for s in starts]
-        return [piece for piece in pieces if piece["mask"].any()]
-    raise UserError(
-        f"{place}: the example has {length} tokens and the window {window}; make the window {length} or longer, or say"
-        ' too_long="truncate", "split" or "drop"'
-    )
 
 
 def plan(lengths: Sequence[int], window: int, seed: int) -> list[np.ndarray]:
     """Rows as arrays of example indices, the same for the same seed: every example once, no row longer than the window.
 
     Lengths and the window are in tokens. Examples of equal length are taken in an order drawn from `seed`.
-    Raises ValueError if a length is not in 1..window (see `fit`).
+    Raises ValueError if a length is not in 1..window (see the row types' `fit`).
     """
     lengths = np.asarray(lengths, np.int64)
     if len(lengths) and not (lengths.min() >= 1 and lengths.max() <= window):
@@ -75,6 +51,18 @@ def plan(lengths: Sequence[int], window: int, seed: int) -> list[np.ndarray]:
                 bisect.insort(rooms, left)
             bins_with.setdefault(left, []).append(chosen)
     return [np.array(members, np.int64) for members in bins]
+
+
+def consecutive(lengths: Sequence[int], window: int) -> list[np.ndarray]:
+    """Rows as `plan` gives them, of examples in their own order: each row takes the next ones, as many as fit."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    rows, start = [], 0
+    while start < len(ends):
+        stop = int(np.searchsorted(ends, window + (ends[start - 1] if start else 0), side="right"))
+        if stop == start:
+            raise ValueError(f"lengths must lie in 1..{window}, and one is {lengths[start]}")
+        rows.append(np.arange(start, start := stop))
+    return rows
 
 
 def pack(examples: Sequence[Row], window: int) -> Row:
@@ -106,12 +94,3 @@ def empty(window: int, like: Row | None = None) -> Row:
     row = {name: np.zeros(window, dtype) for name, dtype in own.items()}
     others = {name: column for name, column in (like or {}).items() if name not in own}
     return row | {name: np.zeros((window, *column.shape[1:]), column.dtype) for name, column in others.items()}
-
-
-def stored(examples: Sequence[Row]) -> Row:
-    """Examples as flat arrays: tokens [all] int32, mask [all] bool, and their sizes [N] int32."""
-    return {
-        "tokens": np.concatenate([np.zeros(0, np.int32), *(example["tokens"] for example in examples)]),
-        "mask": np.concatenate([np.zeros(0, np.bool_), *(example["mask"] for example in examples)]),
-        "sizes": np.array([len(example["tokens"]) for example in examples], np.int32),
-    }

@@ -1,12 +1,12 @@
-"""A stage's data sets: what its settings name, encoded in the shape that its objective learns from, and packed into batches.
+"""A stage's data sets: what its settings name, encoded as the row type that its objective learns from, and packed into batches.
 
-An objective declares its row type and what columns it reads besides those of every batch (declare.py), so a recipe names the
-objective alone.
+An objective declares its row type and the columns that it reads besides those of every batch (declare.py), so a recipe names
+the objective alone. A column that nothing else makes is a number of every row, where the rows have it.
 
-Columns that are no part of the data, but were made of it by a frozen model (columns.py), come along with their tokens wherever
-a plan puts them.
+Columns that a model made of the data (columns.py) come along with their tokens wherever a plan puts them.
 """
 
+import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,12 +16,13 @@ import jax
 import numpy as np
 
 from jaxpost import sharding
-from jaxpost.data import mixture, pairs, source, templates
+from jaxpost.data import encoding, examples, mixture, row_types, source, templates
 from jaxpost.data.readers import Record
+from jaxpost.data.transforms import apply
 from jaxpost.declare import declared
 from jaxpost.errors import UserError
 from jaxpost.recipe import plain
-from jaxpost.resolve import bind, module
+from jaxpost.resolve import bind, entry_of, module
 from jaxpost.tokenizer import check_ids
 
 EXAMPLES = 10000  # of a task, where its settings do not say
@@ -32,16 +33,19 @@ class Set(NamedTuple):
 
     name: str
     weight: float | None
-    encoded: source.Encoded
+    encoded: encoding.Encoded
     held_out: bool
 
 
-def shape(objective: Callable) -> str:
-    """What the objective learns from: one of source.SHAPES. Raises UserError for rows that are none of them."""
-    rows = declared(objective, "rows")
-    if rows not in source.SHAPES:
-        raise UserError(f"config.objective: its `rows` are {rows!r}; it must be one of {', '.join(source.SHAPES)}.")
-    return rows
+def row_type(objective: Callable) -> row_types.RowType:
+    """What the objective learns from. Raises UserError for rows that are no row type."""
+    return row_types.load(declared(objective, "rows"))
+
+
+def columns(s, objective: Callable) -> dict[str, jax.ShapeDtypeStruct]:
+    """The columns of a stage's batches as shapes, but for those that only its data or an annotator brings."""
+    rows, reads = declared(objective, "rows"), declared(objective, "columns")
+    return source.columns(s.batch_size, s.window, rows, s.shared_prefix, reads, _named(s.row_columns))
 
 
 def template(spec, s) -> str:
@@ -54,49 +58,75 @@ def read(task, spec, s, objective: Callable) -> list[Set]:
     parts = _sources(task, s)
     # On the command line every share is a float, a number of examples too.
     wanted = 0 if s.eval_data else int(s.held_out) if s.held_out == int(s.held_out) > 0 else float(s.held_out)
-    options = _options(spec, s, objective)
     _, others = source.split(sum(len(part.records) for part in parts), wanted, s.split_seed)
     kept, rest = mixture.divide(parts, others)
     if s.eval_data:
         kept = mixture.read(plain(s.eval_data), "eval_data", s.bad_rows == "skip")
         if kept[0].weight is not None:
             raise UserError("config.eval_data: evaluation takes every row once; leave the weights out.")
+    if s.order:
+        rest = [_ordered(rest, s)]
+    options = _options(spec, s, objective, [record for part in rest for record in part.records])
 
     def encoded(part: mixture.Part, held_out: bool) -> Set:
         what = f"{'eval data' if held_out else 'data'} {part.name}"
         try:
-            made = source.encode_all(part.records, spec.tokenizer, template(spec, s), s.train_on, **options)
-        except source.NothingToLearn as error:
+            encoded = encoding.encode_all(part.records, spec.tokenizer, template(spec, s), s.train_on, **options)
+        except encoding.NothingToLearn as error:
             none = "; config.held_out=0 keeps none out" if held_out and not s.eval_data else ""
             raise UserError(f"{what}: {error}{none}") from error
+        if s.order and not held_out:  # other rows than packing by length makes, of the same tokens
+            encoded = encoded._replace(digest=hashlib.sha256(f"{encoded.digest} in order".encode()).hexdigest()[:16])
+        data = Set(part.name, part.weight, encoded, held_out)
         if jax.process_index() == 0:
-            rows = len(source.bins(made.lengths, s.window, packing=s.packing, seed=s.seed))
-            named = None if held_out else [*options["columns"].values()]
-            mixture.tell(what, part, made, rows, s.window, options["longest"], named)
-        check_ids(made.highest, spec.transformer.arch.vocab, spec.tokenizer, what)
-        return Set(part.name, part.weight, made, held_out)
+            learned = None if held_out else [*options["columns"].values(), *options["row_columns"]]
+            mixture.tell(what, part, encoded, len(bins(data, s)), s.window, options["longest"], learned)
+        check_ids(encoded.highest, spec.transformer.arch.vocab, spec.tokenizer, what)
+        return data
 
     return [encoded(part, False) for part in rest] + [encoded(part, True) for part in kept]
 
 
-def _options(spec, s, objective: Callable) -> dict:
-    """What `source.encode_all` is told of a stage's data."""
-    options = {"window": s.window, "too_long": s.too_long, "bad_rows": s.bad_rows, "shape": shape(objective)}
-    options["columns"] = mixture.pairs(plain(s.columns), "columns")
-    options |= {"shared": s.shared_prefix, "longest": spec.transformer.arch.max_positions}
-    return options | {"margins": "margins" in declared(objective, "columns")}
+def _ordered(parts: Sequence[mixture.Part], s) -> mixture.Part:
+    """The only part with its records in the order that config.order names. Raises UserError for a mixture."""
+    if len(parts) > 1 or parts[0].weight is not None:
+        raise UserError(
+            "config.order: the rows of a mixture are drawn by weight, so they have no one order; leave the weights out (files "
+            "with commas between them are one data set), or learn from one after the other in stages."
+        )
+    entry = entry_of(s.order, "config.order") if isinstance(s.order, str) else plain(s.order)
+    return parts[0]._replace(records=apply.in_order(entry, parts[0].records, s.seed))
+
+
+def _options(spec, s, objective: Callable, records: Sequence[Record]) -> dict:
+    """The options of `encoding.encode_all` for a stage's data."""
+    rows, reads = declared(objective, "rows"), declared(objective, "columns")
+    options = {"window": s.window, "too_long": s.too_long, "bad_rows": s.bad_rows, "row_type": rows, "reads": reads}
+    options |= {"columns": mixture.pairs(plain(s.columns), "columns"), "shared": s.shared_prefix}
+    names = _named(s.row_columns)
+    if own := set(names) & (source.columns(1, 1, rows, s.shared_prefix, reads).keys() | {"rows"}):
+        raise UserError(f"config.row_columns: {min(own)} is a column of every batch here; give the rows' key another name.")
+    # A declared column of numbers that neither the row type nor an annotator makes may be one of the rows.
+    makes = {*names, *row_type(objective).columns(frozenset(reads))}
+    loose = [n for n, c in reads.items() if tuple(c[:2]) == ("BS", "float32") and not getattr(c, "by", "") and n not in makes]
+    names += [name for name in loose if any(record.row.get(name) is not None for record in records)]
+    return options | {"longest": spec.transformer.arch.max_positions, "row_columns": names}
+
+
+def _named(names: str) -> list[str]:
+    return list(dict.fromkeys(filter(None, (name.strip() for name in names.split(",")))))
 
 
 def check(rows: Sequence[dict], spec, s, objective: Callable) -> None:
     """Raises UserError where a stage's settings could not learn from rows such as these."""
     records = [Record(row, f"a row of an earlier stage, {i}") for i, row in enumerate(rows)]
-    source.encode_all(records, spec.tokenizer, template(spec, s), s.train_on, **_options(spec, s, objective))
+    encoding.encode_all(records, spec.tokenizer, template(spec, s), s.train_on, **_options(spec, s, objective, records))
 
 
 def _sources(task, s) -> list[mixture.Part]:
     """What the settings' data names, or else the task's demonstrations."""
-    if s.bad_rows not in source.BAD_ROWS:
-        raise UserError(f"config.bad_rows: {s.bad_rows!r} is neither {' nor '.join(map(repr, source.BAD_ROWS))}.")
+    if s.bad_rows not in encoding.BAD_ROWS:
+        raise UserError(f"config.bad_rows: {s.bad_rows!r} is neither {' nor '.join(map(repr, encoding.BAD_ROWS))}.")
     if s.data:
         return mixture.read(plain(s.data), "data", s.bad_rows == "skip")
     if task is None:
@@ -123,7 +153,8 @@ def batches(sets: Sequence[Set], s, mesh, made: Mapping[str, Mapping[str, Any]] 
     if len(train) > 1 and made is None and jax.process_index() == 0:
         print(f"data: an epoch of the mixture has {len(mixed)} rows", file=sys.stderr)
     epochs = None if s.steps else s.epochs
-    stream = source.Batches(mixed, s.batch_size, seed=s.seed, shuffle=len(train) == 1, epochs=epochs, local=local)
+    shuffle = len(train) == 1 and not s.order
+    stream = source.Batches(mixed, s.batch_size, seed=s.seed, shuffle=shuffle, epochs=epochs, local=local)
     held_out = []
     for p in (p for p, one in zip(packed, sets, strict=True) if one.held_out):
         once = source.Batches(p, s.batch_size, seed=s.seed, shuffle=False, epochs=1, local=local)
@@ -133,21 +164,30 @@ def batches(sets: Sequence[Set], s, mesh, made: Mapping[str, Mapping[str, Any]] 
 
 def rows(one: Set, s, made: Mapping[str, Any]) -> grain.MapDataset:
     """The packed rows of a data set; made: its further columns, as `batches` takes them."""
-    examples, learned = one.encoded.examples, one.encoded.learned
+    laid_out, learned = one.encoded.examples, one.encoded.learned
     if made:
         ends = np.cumsum(learned)
-        examples = grain.MapDataset.range(len(learned)).map(
+        laid_out = grain.MapDataset.range(len(learned)).map(
             lambda i: _joined(one.encoded.examples[i], made, ends[i] - learned[i], ends[i])
         )
-    return source.rows(examples, one.encoded.lengths, s.window, packing=s.packing, seed=s.seed)
+    return source.rows(laid_out, one.encoded.lengths, s.window, **_packing(one, s))
+
+
+def bins(one: Set, s) -> list[np.ndarray]:
+    """The examples of each packed row of a data set, by number."""
+    return source.bins(one.encoded.lengths, s.window, **_packing(one, s))
+
+
+def _packing(one: Set, s) -> dict:
+    return {"packing": s.packing, "seed": s.seed, "in_order": bool(s.order) and not one.held_out}
 
 
 def _joined(example: dict, made: Mapping[str, Any], start: int, stop: int) -> dict:
-    found = dict(example)
+    joined = dict(example)
     for name, values in made.items():
-        found[name] = np.zeros((len(example["tokens"]), *values.shape[1:]), values.dtype)
-        found[name][example["mask"]] = values[start:stop]
-    return found
+        joined[name] = np.zeros((len(example["tokens"]), *values.shape[1:]), values.dtype)
+        joined[name][example["mask"]] = values[start:stop]
+    return joined
 
 
 def digest(sets: Sequence[Set]) -> str:
@@ -160,4 +200,4 @@ def digest(sets: Sequence[Set]) -> str:
 def shown(sets: Sequence[Set]) -> list[dict]:
     """One example's documents, {tokens, mask} each: the first with a tool call, or else the first."""
     encoded = next((one.encoded for one in sets if one.encoded.with_call is not None), sets[0].encoded)
-    return pairs.documents(encoded.examples[encoded.with_call or 0])
+    return examples.documents(encoded.examples[encoded.with_call or 0])

@@ -2,8 +2,8 @@
 
     drawn={"do": "generate", "model": "@sft", "task": {"name": "countdown", "examples": 4000}, "rows": "pairs"}
 
-`rollouts.group` completions of each of `task.examples` prompts are drawn once, and `rows` says which rows they give
-(rollouts/rows.py). A completion that no stop token ended gives none, since the row would end it with a token that the model
+`rollouts.group` completions of each of `task.examples` prompts are drawn once, and `rows` is the row type of the
+rows that they give (`rows_of` in data/row_types/). A completion that no stop token ended gives none, since the row would end it with a token that the model
 did not say. Rows are text: a tokenizer may write a text in other tokens than the model drew it in. Rows of one prompt follow
 each other, so what a later stage holds out may be of prompts that it trains on.
 """
@@ -21,13 +21,13 @@ import numpy as np
 import tqdm
 
 from jaxpost import columns, sharding
+from jaxpost.data import row_types
+from jaxpost.data.row_types import RowType
 from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.models.transformer import Transformer
 from jaxpost.naming import digest_of
 from jaxpost.recipe import plain
-from jaxpost.resolve import nearest
-from jaxpost.rollouts.rows import ROWS, rows
 from jaxpost.rollouts.scoring import judged
 from jaxpost.sampling.decode import answers, complete, ready
 from jaxpost.stages import datasets, tasks
@@ -44,7 +44,7 @@ _DECIDING = ("task", "tokenizer", "reward", "rollouts", "seed", "dtype", "too_lo
 class Samples(NamedTuple):
     """What is drawn: `group` completions of each of `count` prompts.
 
-    prompt: i -> (record, token ids); rewards: {name: (function, weight)}; rows: the row type; batch: how many completions are
+    prompt: i -> (record, token ids); rewards: {name: (function, weight)}; row_type: of the rows that they give; batch: how many completions are
     drawn at a time, which changes nothing; seed, step: of the noise; judging: what `scoring.judged` takes; options: what
     `complete` takes.
     """
@@ -53,7 +53,7 @@ class Samples(NamedTuple):
     tokenizer: Any
     prompt: Callable
     rewards: Mapping[str, tuple[Callable, float]]
-    rows: str
+    row_type: RowType
     count: int
     group: int
     batch: int
@@ -76,9 +76,10 @@ class Plan(NamedTuple):
 def planned(name: str, s, run: Run) -> Plan:
     """Reads, resolves and checks what the settings name. Raises UserError for those that could give no rows."""
     spec = run.described(s)
-    if s.rows not in ROWS:
-        raise UserError(f"config.{name}.rows: {s.rows!r}.{nearest(s.rows, ROWS)}")
-    if s.rollouts.group < 2 and s.rows in ("pairs", "demonstrations"):
+    row_type = row_types.load(s.rows)
+    if row_type.rows_of is None:
+        raise UserError(f"config.{name}.rows: {s.rows!r} has no rows_of(texts, rewards), which makes rows of completions.")
+    if s.rollouts.group < 2 and not row_type.rows_of(["1"], np.ones(1)):
         raise UserError(f"config.rollouts.group: {s.rollouts.group} leaves nothing to compare; take 2 at least.")
     if not s.task:
         raise UserError("config.task: generate needs a task, or config.data with prompts and config.reward.")
@@ -91,7 +92,7 @@ def planned(name: str, s, run: Run) -> Plan:
         tokenizer=spec.tokenizer,
         prompt=prompt,
         rewards=rewards,
-        rows=s.rows,
+        row_type=row_type,
         count=s.task.get("examples", datasets.EXAMPLES),
         group=s.rollouts.group,
         batch=s.eval_rows,
@@ -100,7 +101,7 @@ def planned(name: str, s, run: Run) -> Plan:
         judging=tasks.judging(s),
         options=sampling(spec, s),
     )
-    trial = [row for i in range(8) for row in rows(s.rows, prompt(i)[0]["prompt"], ["1", "2"], [1, 0])]
+    trial = [row for i in range(8) for row in rows(row_type, prompt(i)[0]["prompt"], ["1", "2"], [1, 0])]
     return Plan(name, s, spec, samples, tuple(trial))
 
 
@@ -113,7 +114,11 @@ def make(plan: Plan, run: Run) -> Output:
     """Draws what is not there yet, and gives the files."""
     origin = run.starting(plan.spec, plan.settings)
     s = plan.settings
-    about = {"weights": columns.identity(origin, s.seed), "rows": s.rows, "step": plan.samples.step}
+    about = {
+        "weights": columns.identity(origin, s.seed),
+        "rows": [s.rows, plan.samples.row_type.digest],
+        "step": plan.samples.step,
+    }
     about |= {"template": datasets.template(origin, s)}
     about |= {"judge": digest_of([reward for reward, _ in plan.samples.rewards.values()])}
     about |= {k: plain(s[k]) for k in _DECIDING}
@@ -187,5 +192,15 @@ def _rows(samples: Samples, problems: Sequence[tuple], completions) -> list[dict
     for i, (record, _) in enumerate(problems):
         own = [(texts[j].strip(), score.total) for j, score in zip(ended, scores, strict=True) if j // samples.group == i]
         own = [(text, total) for text, total in own if np.isfinite(total)]  # a completion that no reward applies to is no row
-        lines += rows(samples.rows, record["prompt"], [text for text, _ in own], [total for _, total in own])
+        lines += rows(samples.row_type, record["prompt"], [text for text, _ in own], [total for _, total in own])
     return lines
+
+
+def rows(row_type: RowType, prompt: str | list, texts: Sequence[str], rewards: Sequence[float]) -> list[dict]:
+    """The rows that a prompt's completions give, as a file of this row type has them, each once.
+
+    Raises UserError for a reward that is no label where one is needed.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    distinct = {json.dumps(row): row for row in row_type.rows_of(texts, np.asarray(rewards, float))}
+    return [{"prompt": messages, **row} for row in distinct.values()]

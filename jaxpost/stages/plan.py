@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxpost import cloud, optim
-from jaxpost.data import source
+from jaxpost.data.row_types import RowType
 from jaxpost.declare import declared
 from jaxpost.errors import UserError
 from jaxpost.models import loading
@@ -86,7 +86,8 @@ def plan_stage(name: str, s, mesh, trial: Sequence[dict] = ()) -> Plan:
     if s.profile and steps and steps < (needed := s.profile + SKIPPED):
         raise UserError(f"config.profile: tracing {s.profile} steps takes {needed}, and there are {steps}; ask for fewer.")
     optim.make(s.optimizer, steps or 1000)
-    reads = tuple(name for name in declared(objective, "columns") if name not in _own_columns(s, objective))
+    own = {*_own_columns(s, objective), *(name for one in sets[:1] for name in one.encoded.row_columns)}
+    reads = tuple(name for name in declared(objective, "columns") if name not in own)
     return Plan(name, s, spec, objective, sets, batches, steps, held_out, data, problems, example, trainable, trained, reads)
 
 
@@ -105,10 +106,11 @@ def learned(spec: loading.ModelSpec, s, mesh) -> tuple[loading.ModelSpec, Callab
     if others:
         trainable = f"^(?!({'|'.join(others)})$)(?=.*({trainable}))"
     train, _ = optim.partition(loading.abstract(spec.transformer, mesh, spec.adapter, spec.leaves), trainable)
-    _check_shape(s, datasets.shape(objective))
-    # Of pairs several documents are one example; each by itself is held to the model's positions where it is encoded.
+    kind = datasets.row_type(objective)
+    _check_row_type(s, kind)
+    # Where several documents are one example, each is held to the model's positions where it is encoded.
     rolled, most = s.source == "rollouts", spec.transformer.arch.max_positions
-    if not rolled and datasets.shape(objective) == "demonstrations" and s.window > most:
+    if not rolled and kind.fills_window and s.window > most:
         raise UserError(f"config.window: {s.window} tokens, but the model takes {most}; give that at most.")
     longest = s.rollouts.prompt_window + s.rollouts.new if rolled else s.window
     short = min((k.rope.original for k in spec.transformer.arch.kinds if k.rope.kind == "longrope"), default=longest)
@@ -124,12 +126,11 @@ def learned(spec: loading.ModelSpec, s, mesh) -> tuple[loading.ModelSpec, Callab
     return spec, objective, trainable, sum(x.size for x in jax.tree.leaves(train))
 
 
-def _check_shape(s, shape: str) -> None:
+def _check_row_type(s, kind: RowType) -> None:
     """Raises UserError for settings that have no meaning for what the objective learns from."""
-    possible = {"rollouts": ("demonstrations", "pairs")}
-    if shape not in possible.get(s.source, (shape,)):
-        raise UserError(f"config.source: the objective learns from {shape} of a data set, and {s.source} are none.")
-    if s.shared_prefix and shape not in ("pairs", "mismatched") and s.source != "rollouts":
+    if not {"rollouts": kind.completions, "samples": kind.rows_of}.get(s.source, True):
+        raise UserError(f"config.source: the objective learns from {kind.name} of a data set, and {s.source} are none.")
+    if s.shared_prefix and not kind.shareable and s.source != "rollouts":
         raise UserError("config.shared_prefix: only a prompt with two answers has a prefix to share; leave it out.")
 
 
@@ -160,6 +161,12 @@ def columns(s, objective: Callable) -> dict[str, jax.ShapeDtypeStruct]:
 def _own_columns(s, objective: Callable) -> dict[str, jax.ShapeDtypeStruct]:
     """The columns of a stage's source, as shapes."""
     if s.source == "rollouts":
-        return rollouts.columns(s, datasets.shape(objective) == "pairs")
-    margins = "margins" in declared(objective, "columns")
-    return source.columns(s.batch_size, s.window, datasets.shape(objective), s.shared_prefix, margins)
+        return rollouts.columns(s, datasets.row_type(objective).completions == 2)
+    return datasets.columns(s, objective)
+
+
+def starting(spec: loading.ModelSpec, s, before: list[str], workdir) -> loading.ModelSpec:
+    """The model that a stage starts from: the result of the one that its settings name or of the one before, or its own."""
+    if origin := s.start or (before[-1] if before else ""):
+        return dataclasses.replace(spec, folder=checkpoint.find_step(workdir / "checkpoints" / origin), hub="")
+    return spec

@@ -64,7 +64,7 @@ def _lessons(s, objective: Callable) -> Lessons:
     r = s.rollouts
     return Lessons(
         advantages=_advantages(r.advantages, declared(objective, "advantages")),
-        pairs=datasets.shape(objective) == "pairs",
+        pairs=datasets.row_type(objective).completions == 2,
         group=r.group,
         shared=s.shared_prefix,
         new=r.new,
@@ -123,7 +123,7 @@ def _check_rollouts(s, objective: Callable, lessons: Lessons) -> None:
 
 def _compares(objective: Callable) -> bool:
     """Whether completions are weighed by how much better they did, as pairs are not, nor what a teacher judges."""
-    return datasets.shape(objective) != "pairs" and "teacher_hidden" not in declared(objective, "columns")
+    return datasets.row_type(objective).completions == 1 and "teacher_hidden" not in declared(objective, "columns")
 
 
 def _check_groups(s, objective: Callable, lessons: Lessons) -> None:

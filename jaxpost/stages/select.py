@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxpost import sharding
 from jaxpost.data import mixture
-from jaxpost.data.transforms import chosen
+from jaxpost.data.transforms import apply
 from jaxpost.errors import UserError
 from jaxpost.naming import digest_of
 from jaxpost.recipe import plain
@@ -62,7 +62,7 @@ def make(plan: Selection, run: Run) -> Output:
     artefact = Artefact(run.root, "rows", about)
     _, done = artefact.resume()
     if not done and jax.process_index() == 0:
-        selected = chosen(plan.function, rows, columns, np.asarray(jax.random.PRNGKey(s.seed)))
+        selected = apply.apply(plan.function, rows, columns, apply.key_of(s.seed))
         if not selected:
             raise UserError(f"config.{plan.name}.with: it selects none of {len(rows):,} rows; change its settings.")
         artefact.add(".jsonl", "".join(_line(row) + "\n" for row in selected).encode())

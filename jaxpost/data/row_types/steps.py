@@ -11,22 +11,26 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jaxpost.data import chat, formats
+from jaxpost.data import chat, examples, formats
+from jaxpost.data.examples import Example, Row, Settings
 from jaxpost.data.formats import Conversation, Rated
 from jaxpost.data.readers import Record
+from jaxpost.data.row_types import labelled
 from jaxpost.errors import UserError
 
+columns = labelled.columns
 
-def encode(record: Record, tokenizer, template: str | None, columns: Mapping[str, str] | None) -> tuple[dict, np.ndarray]:
-    """(the document {"tokens": [n] int32, "mask": [n] bool, "start"}, labels [k] float32): the mask has the tokens that end the
-    k steps of the answer, which begins at the token `start`; a label is 1 where the step is right, or 0.
+
+def encode(record: Record, settings: Settings) -> Example:
+    """The solution of a record: its mask has the tokens that end the steps; its values are a number a token of the document, a
+    step's label, 1 or 0, where the step ends.
 
     Raises UserError with the record's place for a row that is no such solution, where the template changes the answer, and
     where one token ends two steps.
     """
-    own, steps, labels = _read(record, columns)
+    own, steps, labels = _read(record, settings.columns)
     example = Conversation([*own.prompt, *own.completion], own.place, len(own.prompt), own.tools)
-    tokens, starts, ends, (begin, end), whole = chat.answer(example, tokenizer, template)
+    tokens, starts, ends, (begin, end), whole = chat.answer(example, settings.tokenizer, settings.template)
     first = whole.find("\n".join(steps), begin, end)
     if first < 0:
         raise UserError(f"{own.place}: the chat template changes the answer, so its steps are not found; use another template")
@@ -34,12 +38,27 @@ def encode(record: Record, tokenizer, template: str | None, columns: Mapping[str
     places = [int(np.flatnonzero((starts < stop) & (ends >= stop))[-1]) for stop in stops]
     if len(set(places)) < len(places):
         raise UserError(f"{own.place}: one token ends two steps; write these as one step, with one label")
-    mask = np.zeros(len(tokens), np.bool_)
-    mask[places] = True
-    return {"tokens": tokens, "mask": mask, "start": int(np.argmax(ends > begin))}, np.array(labels, np.float32)
+    mask, values = np.zeros(len(tokens), np.bool_), np.zeros(len(tokens), np.float32)
+    mask[places], values[places] = True, labels
+    return examples.of([{"tokens": tokens, "mask": mask, "start": int(np.argmax(ends > begin))}], values)
 
 
-def _read(record: Record, columns: Mapping[str, str] | None) -> tuple[Rated, list[str], list[bool]]:
+def fit(example: Example, settings: Settings, place: str) -> list[Example]:
+    """As `examples.fit`; a step that is cut off loses its label."""
+    fitted = examples.fit(example, settings, place)
+    if fitted and fitted[0] is not example:
+        (cut,) = fitted
+        fitted = [cut._replace(values=cut.values[: len(cut.prompt) + len(cut.answers[0])])]
+    return fitted
+
+
+def lay_out(example: Example, settings: Settings) -> Row:
+    """The columns of the document; labels are -1 where no step ends."""
+    row = examples.lay_out(example, settings)
+    return row | {"labels": np.where(row["mask"], example.values, np.float32(-1))}
+
+
+def _read(record: Record, columns: Mapping[str, str]) -> tuple[Rated, list[str], list[bool]]:
     """(the prompt and the whole answer, its steps, whether each is right)."""
     row, place = formats.renamed(record, columns), record.place
     if missing := [c for c in ("prompt", "completions", "labels") if row.get(c) is None]:

@@ -1,0 +1,19 @@
+"""In which order rows are learned from: (rows, columns, key, *, ...) -> indices [N] int, each row once.
+
+Without one of these (`config.order`) batches are drawn at random.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+
+def by(rows: Sequence[dict], columns: Mapping, key, *, column: str, descending: bool = False) -> np.ndarray:
+    """Ascending numbers of a column, equal ones as they stand: a curriculum from easy to hard, or with descending back."""
+    numbers = np.asarray(columns[column])
+    return np.argsort(-numbers if descending else numbers, kind="stable")
+
+
+def as_given(rows: Sequence[dict], columns: Mapping, key) -> np.ndarray:
+    """The order of the file."""
+    return np.arange(len(rows))

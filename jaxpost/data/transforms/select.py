@@ -1,0 +1,46 @@
+"""Which rows to keep: (rows, columns, key, *, ...) -> indices [K] int, in the order of the data."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jaxpost.errors import UserError
+
+
+def top(rows: Sequence[dict], columns: Mapping, key, *, column: str, keep: int | float, highest: bool = True) -> np.ndarray:
+    """The rows with the highest numbers in a column, or the lowest; of equal ones the first. keep: as `count` has it."""
+    numbers = np.asarray(columns[column])
+    order = np.argsort(-numbers if highest else numbers, kind="stable")
+    return np.sort(order[: count(keep, len(rows))])
+
+
+def threshold(
+    rows: Sequence[dict], columns: Mapping, key, *, column: str, least: float = -np.inf, most: float = np.inf
+) -> np.ndarray:
+    """The rows whose number in a column lies in [least, most]."""
+    numbers = np.asarray(columns[column])
+    return np.flatnonzero((numbers >= least) & (numbers <= most))
+
+
+def random(rows: Sequence[dict], columns: Mapping, key, *, keep: int | float) -> np.ndarray:
+    """Rows drawn without replacement: what any selection is compared with. keep: as `count` has it."""
+    return np.sort(np.random.default_rng(key).permutation(len(rows))[: count(keep, len(rows))])
+
+
+def unique(rows: Sequence[dict], columns: Mapping, key, *, field: str) -> np.ndarray:
+    """The first row of each value of a field, such as its prompt. Raises UserError for a field that no row has."""
+    if not any(field in row for row in rows):
+        raise UserError(f"transform select.unique: no row has {field!r}; name a field of the rows.")
+    first: dict[str, int] = {}
+    for i, row in enumerate(rows):
+        first.setdefault(repr(row.get(field)), i)
+    return np.array([*first.values()], np.int64)
+
+
+def count(keep: int | float, whole: int) -> int:
+    """How many of `whole` rows to keep: a share of them up to 1.0 (float), or a number (int). Raises UserError for others."""
+    if isinstance(keep, float) and 0 < keep <= 1:
+        return max(1, round(keep * whole))
+    if not (keep == int(keep) and 0 < keep <= whole):
+        raise UserError(f"transform: keep={keep} of {whole} rows; give a number of rows, or a share of them as 0.5.")
+    return int(keep)
