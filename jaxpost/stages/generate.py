@@ -2,10 +2,10 @@
 
     drawn={"do": "generate", "model": "@sft", "task": {"name": "countdown", "examples": 4000}, "rows": "pairs"}
 
-`rollouts.group` completions of each of `task.examples` prompts are drawn once, and `rows` is the row type of the
-rows that they give (`rows_of` in data/row_types/). A completion that no stop token ended gives none, since the row would end it with a token that the model
-did not say. Rows are text: a tokenizer may write a text in other tokens than the model drew it in. Rows of one prompt follow
-each other, so what a later stage holds out may be of prompts that it trains on.
+`rollouts.group` completions of each of `task.examples` prompts are drawn once. `rows` is the row type of the rows that they
+give (`rows_of` in data/row_types/). A completion that no stop token ended gives none, since the row would end it with a token
+that the model did not say. Rows are text: a tokenizer may write a text in other tokens than the model drew it in. Rows of one
+prompt follow each other, so what a later stage holds out may be of prompts that it trains on.
 """
 
 import functools
@@ -44,9 +44,9 @@ _DECIDING = ("task", "tokenizer", "reward", "rollouts", "seed", "dtype", "too_lo
 class Samples(NamedTuple):
     """What is drawn: `group` completions of each of `count` prompts.
 
-    prompt: i -> (record, token ids); rewards: {name: (function, weight)}; row_type: of the rows that they give; batch: how many completions are
-    drawn at a time, which changes nothing; seed, step: of the noise; judging: what `scoring.judged` takes; options: what
-    `complete` takes.
+    prompt: i -> (record, token ids); rewards: {name: (function, weight)}; row_type: of the rows that they give; batch: how
+    many completions are drawn at a time, which changes nothing; seed, step: of the noise; judging: what `scoring.judged` takes;
+    options: what `complete` takes.
     """
 
     model: Transformer
@@ -79,7 +79,7 @@ def planned(name: str, s, run: Run) -> Plan:
     row_type = row_types.load(s.rows)
     if row_type.rows_of is None:
         raise UserError(f"config.{name}.rows: {s.rows!r} has no rows_of(texts, rewards), which makes rows of completions.")
-    if s.rollouts.group < 2 and not row_type.rows_of(["1"], np.ones(1)):
+    if s.rollouts.group < 2 and not list(row_type.rows_of(["1"], np.ones(1))):
         raise UserError(f"config.rollouts.group: {s.rollouts.group} leaves nothing to compare; take 2 at least.")
     if not s.task:
         raise UserError("config.task: generate needs a task, or config.data with prompts and config.reward.")

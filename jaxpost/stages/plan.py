@@ -163,10 +163,3 @@ def _own_columns(s, objective: Callable) -> dict[str, jax.ShapeDtypeStruct]:
     if s.source == "rollouts":
         return rollouts.columns(s, datasets.row_type(objective).completions == 2)
     return datasets.columns(s, objective)
-
-
-def starting(spec: loading.ModelSpec, s, before: list[str], workdir) -> loading.ModelSpec:
-    """The model that a stage starts from: the result of the one that its settings name or of the one before, or its own."""
-    if origin := s.start or (before[-1] if before else ""):
-        return dataclasses.replace(spec, folder=checkpoint.find_step(workdir / "checkpoints" / origin), hub="")
-    return spec
