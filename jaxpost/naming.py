@@ -65,7 +65,9 @@ def named(settings: Mapping, known: Container[str]) -> dict:
     """
     found = dict(settings)
     for key, value in settings.items():
-        if key not in NOUNS:
+        if key == "annotations" and isinstance(value, Mapping):
+            found[key] = {k: named({"annotator": entry}, ())["annotator"] for k, entry in value.items()}
+        elif key not in NOUNS:
             found[key] = named(value, known) if isinstance(value, Mapping) and key not in known else value
         elif key == "reward" and isinstance(value, Mapping) and value and "name" not in value:
             found[key] = {k: named({"reward": entry}, ())["reward"] for k, entry in value.items()}  # several

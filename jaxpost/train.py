@@ -28,9 +28,8 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from jaxpost import checkpoint, cli, cloud, columns, compile_cache, lock, optim, recipe, report, sharding, writers
+from jaxpost import annotations, checkpoint, cli, cloud, columns, compile_cache, lock, optim, recipe, report, sharding, writers
 from jaxpost.agreement import check_inputs, check_settings
-from jaxpost.annotators import scores
 from jaxpost.data import chat
 from jaxpost.errors import UserError
 from jaxpost.host import CONTINUES, check_writable, disk_errors, read_object
@@ -42,7 +41,6 @@ from jaxpost.rollouts import resume, samples
 from jaxpost.stages import datasets, judge
 from jaxpost.stages.plan import Plan, plan_stage, starting
 from jaxpost.stages.state import program, shapes
-from jaxpost.step import combine
 from jaxpost.stopping import StopRequest, leave
 from jaxpost.types import TrainState
 
@@ -70,7 +68,7 @@ def run(config, workdir, **changes) -> dict[str, float]:
     _compare(workdir, config)
     with disk_errors(workdir, CONTINUES), lock.held(workdir), sharding.use(mesh), StopRequest() as stop:
         check_settings(config)
-        plans = [columns.annotated(plan_stage(name, settings, mesh), mesh) for name, settings in stages]
+        plans = [annotations.planned(plan_stage(name, settings, mesh), mesh) for name, settings in stages]
         check_inputs(plans)
         for plan in plans:
             judge.check_best(plan, mesh)
@@ -170,7 +168,7 @@ def _steps(plan: Plan, before: list[Plan], workdir, mesh, stop: StopRequest, sav
         state, kept = _start(plan, names, workdir, tx, mesh)
     else:
         state, kept = _restore(plan, saved, latest, tx, mesh), {k: meta.get(k) for k in KEPT}
-    plan = _with_reference(plan, names, workdir, mesh, state, fresh=latest is None)
+    plan = _annotated(plan, names, workdir, mesh, state, fresh=latest is None)
     step = program(plan.spec.transformer, plan.objective, tx, state, mesh, s)
     plan.source.position = meta["position"]
     log = Log(plan, workdir, names, meta, int(state.step), _seconds_of(s.time_of, workdir))
@@ -233,7 +231,7 @@ def _with_data(plan: Plan, names: list[str], workdir: epath.Path, mesh, meta: di
         if not files or stop.asked:
             leave(f"{plan.name}, while it drew samples", stop)
         settings = ConfigDict({**recipe.plain(s), "source": "data", "data": files})
-        plan = columns.annotated(plan_stage(plan.name, settings, mesh), mesh)
+        plan = annotations.planned(plan_stage(plan.name, settings, mesh), mesh)
         _show(plan)
         meta["seconds"] += 0.0 if "data" in meta else seconds
     if meta.get("data", plan.data) != plan.data:
@@ -279,32 +277,14 @@ def _restore(plan: Plan, saved: checkpoint.Checkpoints, step: int, tx, mesh) -> 
     return saved.restore(step, state, below)
 
 
-def _with_reference(plan: Plan, names: list[str], workdir: epath.Path, mesh, state: TrainState, *, fresh: bool) -> Plan:
-    """The plan with its frozen reference as a column: the weights that the stage starts from. A fresh state has them still; for
-    a restored one they are read again, should the column be gone. Rollouts ask the reference anew for each of their batches, so
-    what of it trains is kept beside the weights.
-    """
+def _annotated(plan: Plan, names: list[str], workdir: epath.Path, mesh, state: TrainState, *, fresh: bool) -> Plan:
+    """The plan whose batches have the columns that models make of them. fresh: whether the stage begins with this state."""
+    if plan.settings.source == "rollouts":
+        plan.source.folder = workdir / "rollouts" / plan.name
+        if fresh and jax.process_index() == 0:
+            resume.clear(plan.source.folder)
     origin = starting(plan.spec, plan.settings, names[:-1], workdir)
-
-    def weights():
-        return combine(state.train, state.frozen) if fresh else loading.weights(origin, mesh, plan.settings.seed)
-
-    if plan.settings.source != "rollouts":
-        return columns.referenced(plan, origin, weights, workdir / "columns", mesh)
-    plan.source.folder = workdir / "rollouts" / plan.name
-    if fresh and jax.process_index() == 0:
-        resume.clear(plan.source.folder)
-    if columns.REFERENCE in plan.reads:
-        first, _ = optim.partition(weights(), plan.trainable)
-        first = jax.tree.map(jnp.copy, first) if fresh else first
-        program = jax.jit(functools.partial(scores.ref_logps, plan.spec.transformer.forward))
-        plan.source.frozen += (lambda state, batch: program(combine(first, state.frozen), batch),)
-    for folder in dict.fromkeys(loading.others(plan.spec).values()):
-        teacher = loading.describe(folder, "", plan.settings.dtype, text=False)
-        known = loading.weights(teacher, mesh, plan.settings.seed)
-        says = jax.jit(functools.partial(scores.hidden, teacher.transformer.forward))
-        plan.source.frozen += (lambda state, batch, says=says, known=known: says(known, batch),)
-    return plan
+    return annotations.attached(plan, origin, state, workdir / "columns", mesh, fresh=fresh)
 
 
 def _position(plan: Plan, saved: checkpoint.Checkpoints, step: int):

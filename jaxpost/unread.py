@@ -78,9 +78,11 @@ def check_around(shared: Mapping, stages: Mapping[str, dict], defaults: Mapping)
 
 def _unread(settings: Mapping) -> Iterator[tuple[str, str]]:
     """(path, why) of each setting that a stage with these settings does not read, for its source."""
+    # A dict of annotators is asked of any batch; folders hold columns of rows in files.
+    asked = ("annotations",) if settings["source"] == "rollouts" and isinstance(settings["annotations"], Mapping) else ()
     without_task = [] if settings["task"] or settings["source"] != "data" else [_WITHOUT_TASK]
     for paths, why in (*_UNREAD.get(settings["source"], ()), *without_task):
-        yield from ((path, why) for path in paths)
+        yield from ((path, why) for path in paths if path not in asked)
 
 
 def _ignored(path: str, value: Any, reader: str, default: Any) -> UserError:

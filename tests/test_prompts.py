@@ -7,7 +7,7 @@ import pytest
 import runs
 from ml_collections import ConfigDict
 
-from jaxpost import columns, recipe, sharding
+from jaxpost import annotations, recipe, sharding
 from jaxpost.errors import UserError
 from jaxpost.rollouts.scoring import judged
 from jaxpost.stages import tasks
@@ -171,8 +171,9 @@ def reads(folder, changes: dict, rows: str) -> set[str]:
     made = {**s.to_dict(), "source": "data", "data": rows}  # what becomes of samples once they are drawn
     for settings in [s, ConfigDict(made)] if s.source == "samples" else [s]:
         plan = plan_stage(name, Reads(settings, seen), sharding.make_mesh())
-        columns.annotated(plan, sharding.make_mesh())
+        annotations.planned(plan, sharding.make_mesh())
         seen -= {"data", "columns", "annotations"} if settings is not s else set()  # the samples' own
+        seen -= {"annotations"} if s.source != "data" else set()  # a dict of annotators, where folders are refused
     return seen
 
 
