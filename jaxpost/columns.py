@@ -1,22 +1,21 @@
-"""A frozen model is a column: made once for a data set, kept on disk, and read back into its batches.
+"""Columns of a data set on disk: an annotator's numbers, made once, in the order of the data set's examples.
 
-A column has a number (or several) for each token that is learned, in the order of the data set's examples, so it does not
-depend on how they are packed. It lies in a folder of its own,
+A column has a value for each token that is learned, or for each document, so it does not depend on how examples are packed. The
+columns of one annotator lie in a folder of their own,
 
-    OUT/<key>/meta.json        whose data, which annotator, which weights; written last, and what says that all is there
-              <column>.npy     [T, ...]: T learned tokens
+    OUT/<key>/meta.json        the data, the annotator, the weights; written last, so where it is, all is there
+              <column>.npy     [T, ...]: T learned tokens; or [N, ...]: N documents, whose learned tokens are counted in
+              document_lengths.npy
 
 whose key is a digest of the tokens (which are all that a model sees of text, tokenizer and template), of the annotator with its
-options and source, of the weights, and of the batches' shape. Rows are scored packed as the training's are, in batches of the
-training's shape and by a program of their own, so that the numbers are bit for bit what that program gives on the training's
-batches. Until all of them are there they lie in parts, and a run that was killed goes on after the last part. What is damaged,
-by the CRC-32C of a column in meta.json or the one that a part has inside, is made again by whoever can, and else refused.
-
-A stage whose objective reads `ref_logps` makes that column itself, before its first step, with the weights that it starts
-from. For an adapter that is new these are the base's, since it adds nothing yet. Nothing else of the reference is kept.
+options and source, of the weights, and of the batches' shape. Rows are packed as the training's are, in batches of the
+training's shape, so that the numbers are bit for bit those of the same program on the training's batches. Until all of them are
+there they lie in parts, and a run that was killed goes on after the last part. Damage, found by the CRC-32C in meta.json or
+inside a part, is mended by whoever can compute the numbers again, and refused by anyone else.
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -36,13 +35,12 @@ from jaxpost.declare import declared
 from jaxpost.errors import UserError, first_line
 from jaxpost.host import read_arrays, read_object
 from jaxpost.models import loading
-from jaxpost.naming import digest_of
+from jaxpost.naming import digest_of, named
 from jaxpost.resolve import resolve
 from jaxpost.stages import datasets
-from jaxpost.stages.plan import Plan
 from jaxpost.types import Params
 
-REFERENCE = "ref_logps"  # the column that a stage makes itself, and the annotator that does
+LENGTHS = "document_lengths"  # beside columns of documents: how many tokens of each are learned
 # A part is written after so many seconds, or bytes: what a kill costs.
 SECONDS, BYTES = 20.0, 2**26
 
@@ -54,45 +52,50 @@ def identity(spec: loading.ModelSpec, seed: int) -> dict[str, Any]:
     return {"files": files, **drawn, "adapter": loading.recorded(spec.adapter)}
 
 
-def make(what: Mapping | str, plan: Plan, spec: loading.ModelSpec, params: Callable[[], Params], out, mesh) -> list:
-    """The folders under `out` of an annotator's columns for each of a stage's data sets; whatever is not there yet is made.
+def entry(annotator: Mapping | Callable | str) -> dict:
+    """An annotator's config entry as a dict with its whole name; a bare name is one of annotators/scores.py."""
+    called = named({"annotator": annotator}, ())["annotator"]
+    called = {"name": called} if isinstance(called, str) else dict(called)
+    if str(called.get("name", "")).isidentifier():
+        called["name"] = f"scores.{called['name']}"
+    return called
 
-    what: the annotator's entry, a bare name being one of annotators/scores.py; spec: the model, which says what `params`
-    gives: its weights in their place on the mesh, which are asked for only if needed. Raises UserError for an unknown
-    annotator, and for one that gives no columns.
+
+def make(what: Mapping | Callable | str, plan, spec: loading.ModelSpec, params: Callable[[], Params], out, mesh) -> list:
+    """The folders under `out` of an annotator's columns, one for each of a stage's data sets; those that are missing are made.
+
+    what: the annotator's entry; plan: the stage's stages.plan.Plan; spec: the model; params: gives its weights in their place
+    on the mesh, and is called only if they are needed. Raises UserError for an unknown annotator, and for one that returns no
+    columns.
     """
-    what = {"name": what} if isinstance(what, str) else dict(what)
-    if str(what.get("name", "")).isidentifier():
-        what["name"] = f"scores.{what['name']}"
-    annotator, s = resolve(what, "annotators"), plan.settings
-    # The annotator's source too: one of the user's own may change under its name.
-    recorded = {**what, "does": digest_of(annotator)}
-    told = {"what": recorded, "weights": identity(spec, s.seed)}
-    told |= {k: s[k] for k in ("window", "packing", "seed", "batch_size", "dtype")}
-    program, folders = _program(annotator, spec.transformer.forward), []
-    weights = None
+    what, s = entry(what), plan.settings
+    annotator, short = resolve(what, "annotators"), what["name"].rpartition(".")[2]
+    # The annotator's source too: a user's own may change under its name.
+    origin = {"what": {**what, "does": digest_of(annotator)}, "weights": identity(spec, s.seed)}
+    origin |= {k: s[k] for k in ("window", "packing", "seed", "batch_size", "dtype")}
+    program, folders, weights = jax.jit(functools.partial(annotator, spec.transformer.forward)), [], None
     for one in plan.sets:
-        meta = {"data": one.encoded.digest, **told}
+        meta = {"data": one.encoded.digest, **origin}
         folder = epath.Path(out) / hashlib.sha256(json.dumps(meta, sort_keys=True, default=str).encode()).hexdigest()[:16]
         folders.append(folder)
         if _there(folder):
-            _tell(f"{one.name}: {what['name'].rpartition('.')[2]} is in {folder} already; nothing to do")
+            _tell(f"{one.name}: {short} is in {folder} already; nothing to do")
             continue
         weights = params() if weights is None else weights
-        _score(one, program, weights, s, mesh, folder)
+        _score(one, program, weights, s, mesh, folder, declared(annotator, "per") == "document")
         if jax.process_index() == 0:
             _gather(one, s, folder, meta)
-        _tell(f"{one.name}: wrote {what['name'].rpartition('.')[2]} of {one.encoded.learned.sum():,} tokens to {folder}")
+        _tell(f"{one.name}: wrote {short} of {one.encoded.learned.sum():,} tokens to {folder}")
         sharding.agree(0.0)  # nobody reads before all is written
     return folders
 
 
 def _there(folder: epath.Path) -> bool:
-    """Whether a folder has all of its columns, the first process's view; it deletes the meta of damaged ones."""
+    """Whether a folder has all of its columns, as the first process sees it; deletes the meta of damaged ones."""
     there = (folder / "meta.json").exists()
     if there and jax.process_index() == 0:
         try:
-            _read(folder, _meta(folder))
+            _arrays(folder, _meta(folder))
         except (FileNotFoundError, ValueError) as e:
             _tell(f"{folder}: damaged columns ({first_line(e)}); they are made again")
             (folder / "meta.json").unlink()
@@ -105,12 +108,8 @@ def _tell(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def _program(annotator: Callable, forward: Callable) -> Callable:
-    return jax.jit(lambda params, batch: annotator(forward, params, batch))
-
-
-def _score(one: datasets.Set, program: Callable, params: Params, s, mesh, folder: epath.Path) -> None:
-    """Scores the batches that no part in the folder holds yet, part after part."""
+def _score(one: datasets.Set, program: Callable, params: Params, s, mesh, folder: epath.Path, documents: bool) -> None:
+    """Scores the batches that no part in the folder holds, part after part. documents: whether one value of each is kept."""
     local = sharding.local_rows(mesh, s.batch_size)
     batches = source.Batches(datasets.rows(one, s, {}), s.batch_size, seed=0, shuffle=False, epochs=1, local=local)
     first = int(sharding.agree(_scored(folder) if jax.process_index() == 0 else 0))
@@ -118,21 +117,34 @@ def _score(one: datasets.Set, program: Callable, params: Params, s, mesh, folder
     for at in tqdm.tqdm(range(first, len(batches)), desc=f"annotating {one.name}", unit="batch", disable=None):
         batch = sharding.distribute(batches(), mesh, s.batch_size)
         if at == first:
-            _check(jax.eval_shape(program, params, batch), batch["mask"].shape)
-        mask = sharding.everywhere(batch["mask"])
-        held.append({name: sharding.everywhere(x)[mask] for name, x in program(params, batch).items()})
+            check(jax.eval_shape(program, params, batch), batch["mask"].shape)
+        places = np.flatnonzero(mask := sharding.everywhere(batch["mask"]))
+        part = {}
+        if documents:
+            places, part[LENGTHS] = _last(mask, sharding.everywhere(batch["segments"]))
+        for name, x in program(params, batch).items():
+            part[name] = sharding.everywhere(x).reshape(-1, *x.shape[2:])[places]
+        held.append(part)
         full = time.monotonic() - since >= SECONDS or sum(x.nbytes for part in held for x in part.values()) >= BYTES
         if full or at + 1 == len(batches):
             if jax.process_index() == 0:
                 content = io.BytesIO()
-                np.savez(content, **{name: np.concatenate([part[name] for part in held]) for name in held[0]})
+                np.savez(content, **{name: np.concatenate([part[name] for part in held]) for name in part})
                 folder.mkdir(parents=True, exist_ok=True)
                 writers.replace(folder / f"part-{at + 1:08d}.npz", content.getvalue())
             held, since = [], time.monotonic()
 
 
+def _last(mask: np.ndarray, segments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(flat places of each document's last learned token, how many learned tokens it has) of a batch, in the rows' order."""
+    rows, columns = np.nonzero(mask)
+    numbers = rows * (segments.max() + 1) + segments[mask]
+    ends = np.flatnonzero(np.diff(numbers, append=-1))
+    return (rows * mask.shape[1] + columns)[ends], np.diff(ends, prepend=-1)
+
+
 def _scored(folder: epath.Path) -> int:
-    """After how many batches the last whole part in a folder ends; deletes a damaged one, and those after it."""
+    """The number of batches up to the end of the last whole part in a folder; deletes a damaged one, and those after it."""
     parts = _parts(folder)
     whole = next((i for i, part in enumerate(parts) if not read_arrays(part)), len(parts))
     for part in parts[whole:]:
@@ -145,7 +157,8 @@ def _parts(folder: epath.Path) -> list[epath.Path]:
     return sorted(folder.glob("part-*.npz"), key=lambda p: p.name) if folder.exists() else []
 
 
-def _check(columns: Any, shape: tuple[int, int]) -> None:
+def check(columns: Any, shape: tuple[int, int]) -> None:
+    """Raises UserError unless the shapes that an annotator gave are {column: [B,S,...]}."""
     good = isinstance(columns, dict) and all(getattr(x, "shape", ())[:2] == shape for x in columns.values())
     if not good or not columns:
         raise UserError(
@@ -154,15 +167,17 @@ def _check(columns: Any, shape: tuple[int, int]) -> None:
 
 
 def _gather(one: datasets.Set, s, folder: epath.Path, meta: dict) -> None:
-    """Puts the parts' numbers, which lie in the order of the rows, into that of the examples, and says that all is there."""
-    learned = one.encoded.learned
-    order = np.concatenate(datasets.bins(one, s))
-    begins = (np.cumsum(learned) - learned)[order]
-    before = np.cumsum(learned[order]) - learned[order]
-    places = np.repeat(begins - before, learned[order]) + np.arange(learned.sum())
+    """Puts the parts' values, which lie in the order of the rows, into that of the examples, and writes the meta."""
     parts = _parts(folder)
     with np.load(io.BytesIO(parts[0].read_bytes())) as part:
         kinds, sums = {name: (part[name].shape[1:], part[name].dtype) for name in part.files}, {}
+    counts = one.encoded.learned  # values of each example
+    if LENGTHS in kinds:
+        counts = np.full(len(counts), np.max(one.encoded.examples[0].get("segments", 1)))
+    order = np.concatenate(datasets.bins(one, s))
+    begins = (np.cumsum(counts) - counts)[order]
+    before = np.cumsum(counts[order]) - counts[order]
+    places = np.repeat(begins - before, counts[order]) + np.arange(counts.sum())
     for name, (shape, dtype) in kinds.items():
         with cloud.local_target(folder / f"{name}.npy") as target:
             whole = np.lib.format.open_memmap(target, "w+", dtype, (len(places), *shape))
@@ -180,19 +195,49 @@ def _gather(one: datasets.Set, s, folder: epath.Path, meta: dict) -> None:
         if done != len(places):
             raise UserError(f"{folder}: parts are missing ({done:,} of {len(places):,} numbers are there); delete this folder.")
     about = {k: {"shape": list(shape), "dtype": str(dtype), "crc32c": sums[k]} for k, (shape, dtype) in kinds.items()}
+    if LENGTHS in about:
+        meta = meta | {LENGTHS: about.pop(LENGTHS), "examples": len(counts)}
     writers.replace(folder / "meta.json", (json.dumps(meta | {"columns": about}, indent=2, default=str) + "\n").encode())
     for part in parts:
         part.unlink()
 
 
 def read(folder) -> dict[str, np.ndarray]:
-    """The columns in one of `make`'s folders, {name: [T, ...]}; on a disk of this machine they stay there until used.
-
-    Raises UserError where they are damaged.
+    """The columns in one of `make`'s folders, {name: [T, ...]} or, of documents, {name: [N, ...]}; on a disk of this machine
+    they stay there until used. Raises UserError where they are damaged.
     """
+    arrays, _ = whole(folder)
+    arrays.pop(LENGTHS, None)
+    return arrays
+
+
+def by_token(folder) -> tuple[dict[str, Any], dict]:
+    """(columns, meta) of a folder, with a value for each learned token [T, ...], as `datasets.batches` joins them: arrays, or
+    where values are documents' what gives them in slices. Raises UserError where they are damaged.
+    """
+    arrays, meta = whole(folder)
+    if (lengths := arrays.pop(LENGTHS, None)) is not None:
+        return {name: _Spread(values, np.cumsum(lengths)) for name, values in arrays.items()}, meta
+    return arrays, meta
+
+
+class _Spread:
+    """Documents' values [N, ...] as one for each of their learned tokens [T, ...], read in slices. ends: [N], running sums."""
+
+    def __init__(self, values: np.ndarray, ends: np.ndarray):
+        self.values, self.ends = values, ends
+        self.shape, self.dtype = (int(ends[-1]), *values.shape[1:]), values.dtype
+
+    def __getitem__(self, tokens: slice) -> np.ndarray:
+        return self.values[np.searchsorted(self.ends, np.arange(tokens.start, tokens.stop), side="right")]
+
+
+def whole(folder) -> tuple[dict[str, np.ndarray], dict]:
+    """(the arrays of a folder, its meta). Raises UserError where one is damaged."""
     folder = epath.Path(folder)
     with _refused(folder):
-        return _read(folder, _meta(folder))
+        meta = _meta(folder)
+        return _arrays(folder, meta), meta
 
 
 @contextlib.contextmanager
@@ -215,98 +260,32 @@ def _meta(folder: epath.Path) -> dict:
     return meta
 
 
-def _read(folder: epath.Path, meta: Mapping) -> dict[str, np.ndarray]:
-    """The columns that a meta names. Raises FileNotFoundError or ValueError where one is gone or damaged."""
-    columns = {}
-    for name, about in meta["columns"].items():
+def _arrays(folder: epath.Path, meta: Mapping) -> dict[str, np.ndarray]:
+    """The arrays that a meta names. Raises FileNotFoundError or ValueError where one is gone or damaged."""
+    arrays, lengths = {}, {LENGTHS: meta[LENGTHS]} if LENGTHS in meta else {}
+    for name, about in {**meta["columns"], **lengths}.items():
         file = folder / f"{name}.npy"
         with cloud.local_copy(file) as copy:
             if about.get("crc32c") not in (None, digests.checksum(epath.Path(copy))):  # None: an older jaxpost's
                 raise ValueError(f"{file} was changed")
             try:
-                columns[name] = np.load(copy, mmap_mode=None if cloud.is_remote(file) else "r")
+                arrays[name] = np.load(copy, mmap_mode=None if cloud.is_remote(file) else "r")
             except (EOFError, ValueError) as e:
                 raise ValueError(f"{file}: {first_line(e)}") from e
-    return columns
+    return arrays
 
 
-def annotated(plan: Plan, mesh) -> Plan:
-    """The plan with the columns that config.annotations names in its batches.
-
-    Raises UserError where they are of other data, and for a column that the objective reads and nothing gives.
-    """
-    if plan.settings.source == "rollouts":  # which ask whoever makes them, batch by batch
-        columns = {REFERENCE, "returns", "margins", *declared(plan.objective, "current")}
-        columns |= {"teacher_hidden"} if loading.others(plan.spec) else set()
-        if lacking := [name for name in plan.reads if name not in columns]:
-            raise UserError(f"config.objective: it reads the column {lacking[0]}, which rollouts do not have.")
-        return plan
-    if plan.source is None:  # there is no data yet to have columns
-        if lacking := [name for name in plan.reads if name != REFERENCE]:
-            raise UserError(f"config.objective: it reads the column {lacking[0]}, which rows of a stage cannot have.")
-        return plan
-    folders = [cloud.path(part.strip()) for part in plan.settings.annotations.split(",") if part.strip()]
-    used = [plan.data]
-    made = {one.encoded.digest: {} for one in plan.sets}
-    for file in [meta for folder in folders for meta in sorted(_metas(folder))]:
-        with _refused(file.parent):
-            meta = _meta(file.parent)
-        of = made.get(meta["data"])
-        if of is not None:
-            found = read(file.parent)
-            _check_teacher(plan, meta, found)
-            if twice := of.keys() & found.keys():
-                raise UserError(
-                    f"config.annotations: {', '.join(twice)} is there twice, in {file.parent} again; name one folder."
-                )
-            of |= found
-            used.append(file.parent.name)
-    if folders and not all(made.values()):
-        raise UserError(
-            f"config.annotations: {plan.settings.annotations} has no columns for this data, or not for all of it (held-out "
-            "rows too), with this tokenizer, template and window; run jaxpost.annotate with the same settings."
-        )
-    lacking = [name for name in plan.reads if name != REFERENCE and not all(name in of for of in made.values())]
-    if lacking or (plan.reads and not plan.sets):
-        name = (lacking or plan.reads)[0]
-        raise UserError(
-            f"config.objective: it reads the column {name}, which its batches do not have; write a number of that name in "
-            "every row, or have jaxpost.annotate make it of the data, and name the folder in config.annotations."
-        )
-    if not folders:
-        return plan
-    # A run is never continued with what another model said of the same data.
-    data = hashlib.sha256(" ".join(used).encode()).hexdigest()[:16]
-    return _joined(plan._replace(data=data), made, mesh)
+def folders(annotations: str) -> list[epath.Path]:
+    """The folders of columns that config.annotations names, with commas between. Raises UserError where there is none."""
+    every = []
+    for part in filter(None, (part.strip() for part in annotations.split(","))):
+        if not (folder := cloud.path(part)).exists():
+            raise UserError(f"config.annotations: no folder {folder}; give one that jaxpost.annotate wrote.")
+        every += [folder] if (folder / "meta.json").exists() else [m.parent for m in sorted(folder.glob("*/meta.json"))]
+    return every
 
 
-def _check_teacher(plan: Plan, meta: dict, found: Mapping) -> None:
-    """Raises UserError where states are another model's than the head that will read them."""
-    for name in loading.others(plan.spec).values() if "teacher_hidden" in found else ():
-        if meta["weights"]["files"] != fingerprint.digest(loading.describe(name, text=False).folder):
-            raise UserError(
-                f"config.objective.teacher: {name} is not the model that wrote teacher_hidden in config.annotations, or has "
-                "changed since; name that one, or have jaxpost.annotate write its states."
-            )
-
-
-def _metas(folder: epath.Path) -> list[epath.Path]:
-    if not folder.exists():
-        raise UserError(f"config.annotations: no folder {folder}; give one that jaxpost.annotate wrote.")
-    return list(folder.glob("*/meta.json"))
-
-
-def referenced(plan: Plan, spec: loading.ModelSpec, params: Callable[[], Params], out, mesh) -> Plan:
-    """The plan with the reference's column in its batches, where its objective reads one that nothing else gave; see `make`."""
-    if REFERENCE not in plan.reads or (plan.made and all(REFERENCE in of for of in plan.made.values())):
-        return plan
-    if jax.process_index() == 0:
-        print(f"{plan.name}: the reference is the model as it starts; its column {REFERENCE} is made once", file=sys.stderr)
-    folders = make(REFERENCE, plan, spec, params, out, mesh)
-    columns = {one.encoded.digest: read(folder) for one, folder in zip(plan.sets, folders, strict=True)}
-    return _joined(plan, {key: {**plan.made.get(key, {}), **own} for key, own in columns.items()}, mesh)
-
-
-def _joined(plan: Plan, made: dict, mesh) -> Plan:
-    stream, held_out = datasets.batches(plan.sets, plan.settings, mesh, made)
-    return plan._replace(source=stream, held_out=held_out, made=made)
+def meta_of(folder) -> dict:
+    """A folder's meta. Raises UserError where it is damaged."""
+    with _refused(epath.Path(folder)):
+        return _meta(epath.Path(folder))

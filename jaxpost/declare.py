@@ -1,17 +1,17 @@
-"""What an objective says of itself: `@objective(...)` says it, `declared` asks for it.
+"""What a function declares: an objective what it reads, an annotator what it stores. `declared` gives the declaration.
 
-    @objective(rows="pairs", columns={"ref_logps": ("BS", "float32")})
+    @objective(rows="pairs", columns={"ref_logps": Column("BS", "float32", by="ref_logps")})
     def mine(forward, params, batch, key, *, beta: float = 0.1): ...
 
-A function without the decorator learns from demonstrations and reads what every batch has (types.py). A value may depend on
-the objective's keywords; then a function of them stands in its place. An objective `of` another, by a keyword of that name,
-inherits whatever it does not say itself.
+An objective without the decorator learns from demonstrations and reads the columns of every batch (types.py). A value may
+depend on the objective's keywords: it is then a function of them. An objective `of` another, by a keyword of that name,
+inherits what it does not declare.
 """
 
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxpost.errors import UserError
 from jaxpost.resolve import fits, resolve
@@ -23,14 +23,28 @@ _DEFAULTS = {
     "masks": ("mask",),
     "prepare": None,
     "advantages": "leave_one_out",
-    "current": {},
     "off_policy": False,
     "sequence_level": False,
     "metrics": None,
     "differentiates_entropy": False,
+    "per": "token",
 }
 _FUNCTIONS = ("prepare", "metrics")  # their value is a function, which is bound to those of the keywords that it takes
 _ATTRIBUTES = ("prepare", "columns", "data", "leaves")  # what older versions read from the function itself
+
+
+class Column(NamedTuple):
+    """A column that an objective reads, and what makes it where neither the batches nor the settings give it.
+
+    axes: letters of types.py ("BS", "BSD"); by: an annotator's entry, that is a name ("ref_logps"), a dict with its keywords,
+    or a function; "" for a column of the data. weights: whose parameters the annotator takes: "start" (the stage's first),
+    "current" (those of the step; of rollouts those that sampled), or a model's folder, its name on the hub, or "@stage".
+    """
+
+    axes: str
+    dtype: str
+    by: str | Mapping | Callable = ""
+    weights: str = "start"
 
 
 def objective(
@@ -41,21 +55,19 @@ def objective(
     masks: tuple[str, ...] | Callable | None = None,
     prepare: Callable | None = None,
     advantages: Mapping | str | Callable | None = None,
-    current: Mapping | Callable | None = None,
     off_policy: bool | Callable | None = None,
     sequence_level: bool | Callable | None = None,
 ) -> Callable:
     """Declares an objective; what is left out is inherited, or as of a function without the decorator.
 
     rows: the row type that it learns from: demonstrations, pairs, labelled, mismatched, scored or steps.
-    columns: {name: (axis letters, dtype)} of what it reads besides tokens, segments, positions and mask.
+    columns: {name: Column, or (axis letters, dtype)} of what it reads besides tokens, segments, positions and mask.
     leaves: {path: (axis letters, first value)} of what it adds to the parameters; a value that is a name is another model's.
     masks: the columns [B,S] that say where it learns; where all are 0 no gradient may flow.
     prepare: (forward, params, batch, key) -> columns of the whole batch, without a gradient, before it is split.
 
-    Of rollouts alone: advantages, the config entry of those that a completion has unless the settings name others; current,
-    {column: (forward, params, batch) -> columns} that the weights which sampled are asked for; off_policy, whether several
-    steps a batch are made up for; sequence_level, whether a completion has one advantage and not one a token.
+    For rollouts alone: advantages, the config entry of a completion's advantages unless the settings name others; off_policy,
+    whether it corrects for several steps a batch; sequence_level, whether a completion has one advantage and not one a token.
     """
     return _declaring(locals())
 
@@ -67,16 +79,24 @@ def part(
     masks: tuple[str, ...] | None = None,
     prepare: Callable | None = None,
     metrics: Callable | None = None,
-    current: Mapping | None = None,
     differentiates_entropy: bool | None = None,
     off_policy: bool | None = None,
     sequence_level: bool | None = None,
 ) -> Callable:
-    """Declares a part of the policy-gradient estimator, whose objective inherits it: as `objective` does, and
+    """Declares a part of the policy-gradient estimator, which its objective inherits: as `objective` does, and
 
     prepare, metrics: (seen, *, the part's keywords) -> columns or metrics; differentiates_entropy: whether it needs the
     entropy's gradient, which costs more.
     """
+    return _declaring(locals())
+
+
+def annotator(*, per: str = "token") -> Callable:
+    """Declares an annotator. per: "token", or "document" where its columns [B,S,...] are constant over each document: then one
+    value a document is stored. Raises UserError for anything else.
+    """
+    if per not in ("token", "document"):
+        raise UserError(f"@annotator(per={per!r}): give 'token' or 'document'.")
     return _declaring(locals())
 
 
@@ -91,9 +111,9 @@ def _declaring(fields: Mapping[str, Any]) -> Callable:
 
 
 def declared(function: Callable, name: str) -> Any:
-    """What an objective or a part declares under a name, for the settings that `resolve` has bound; else what it inherits.
+    """What a function declares under a name, for the keywords that `resolve` has bound; else what it inherits.
 
-    Raises UserError for an objective that says it by an attribute, as older versions had it.
+    Under "columns" it is {name: Column}. Raises UserError for an objective that declares by attributes, as older ones did.
     """
     own, keywords = getattr(function, "func", function), getattr(function, "keywords", {})
     fields = getattr(own, "declaration", {})
@@ -111,7 +131,8 @@ def declared(function: Callable, name: str) -> Any:
         takes = inspect.signature(value).parameters
         open_ended = any(p.kind is p.VAR_KEYWORD for p in takes.values())
         return functools.partial(value, **{k: v for k, v in keywords.items() if open_ended or k in takes})
-    return value(**keywords) if callable(value) else value
+    value = value(**keywords) if callable(value) else value
+    return {column: Column(*x) for column, x in value.items()} if name == "columns" else value
 
 
 def _inner(own: Callable, keywords: Mapping) -> Callable | None:

@@ -70,7 +70,9 @@ def named(settings: Mapping, known: Container[str]) -> dict:
     """
     found = dict(settings)
     for key, value in settings.items():
-        if key not in _KEYS:
+        if key == "annotations" and isinstance(value, Mapping):
+            found[key] = {k: named({"annotator": entry}, ())["annotator"] for k, entry in value.items()}
+        elif key not in _KEYS:
             found[key] = named(value, known) if isinstance(value, Mapping) and key not in known else value
         elif key == "reward" and isinstance(value, Mapping) and value and "name" not in value:
             found[key] = {k: named({"reward": entry}, ())["reward"] for k, entry in value.items()}  # several

@@ -74,7 +74,10 @@ DEFAULTS = {
     "window": 512,  # tokens a row
     "packing": True,  # several documents a row, by a plan
     "shared_prefix": False,  # pairs: the prompt once, with both answers as branches behind it
-    "annotations": "",  # folders of columns, or "@NAME" of an earlier stage, that the objective reads; commas between several
+    # Columns that models make: folders, or "@NAME" of an earlier stage, with commas between several; or annotators with the
+    # weights that they take (start, current, or a model): {"harder": {"name": "perplexity", "weights": "FOLDER"}}
+    # (annotations.py).
+    "annotations": "",
     "too_long": "error",  # an example longer than the window: error, truncate, split (into pieces), drop; a prompt is never cut
     "task": {},  # dict(name="arithmetic", ...): problems, demonstrations and a reward from one module
     # What judges completions in place of the task's own reward: a function (record, completion) -> float or None, by name or as
@@ -381,7 +384,7 @@ def _stored(key: str, value):
     return {"name": value} if key == "task" and value and isinstance(value, str) else value
 
 
-_WHOLE = ("columns", "template_options", "with")  # dicts of the user's own names: a change replaces them
+_WHOLE = ("columns", "template_options", "annotations", "with")  # dicts of the user's own names: a change replaces them
 _KINDS = {bool: (bool,), int: (int,), float: (float, int), str: (str,), tuple: (tuple, list), dict: (Mapping,)}
 
 

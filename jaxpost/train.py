@@ -23,7 +23,7 @@ from jaxpost import cli, cloud, compile_cache, lock, recipe, report, sharding, w
 from jaxpost.agreement import check_inputs, check_settings
 from jaxpost.host import CONTINUES, check_writable, disk_errors
 from jaxpost.models import loading
-from jaxpost.stages import annotate, datasets, generate, judge, merge, records, train
+from jaxpost.stages import annotate, datasets, generate, judge, merge, records, select, train
 from jaxpost.stages.artefacts import key
 from jaxpost.stages.plan import Plan
 from jaxpost.stages.run import Run
@@ -34,6 +34,7 @@ DO = {
     "train": train,
     "generate": generate,
     "annotate": annotate,
+    "select": select,
     "merge": merge,
 }
 

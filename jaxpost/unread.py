@@ -124,8 +124,10 @@ def _unread(settings: Mapping, defaults: Mapping) -> Iterator[tuple[str, str]]:
         return
     without_task = [] if settings["task"] or settings["source"] != "data" else [_WITHOUT_TASK]
     alone = (_OTHER_STAGES, "which trains")
+    # A dict of annotators is asked of any batch; folders hold columns of rows in files.
+    asked = ("annotations",) if settings["source"] == "rollouts" and isinstance(settings["annotations"], Mapping) else ()
     for paths, why in (*_UNREAD.get(settings["source"], ()), *without_task, alone):
-        yield from ((path, why) for path in paths)
+        yield from ((path, why) for path in paths if path not in asked)
 
 
 def _ignored(path: str, value: Any, reader: str, default: Any) -> UserError:

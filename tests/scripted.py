@@ -83,7 +83,6 @@ def rollouts(monkeypatch, stream=None, **changes) -> source.Rollouts:
         "prompt": prompt,
         "rewards": {"even": (lambda record, text: float(int(text[-1]) % 2 == 0), 1.0)},
         "lessons": lessons(**own),
-        "now": (),
         "batch_size": ROWS,
         "microbatches": 1,
         "group": own.get("group", GROUP),

@@ -16,17 +16,22 @@ import numpy as np
 import pytest
 from test_pairs import MODEL, PLAIN, compared, pair, plan
 
-from jaxpost import annotate, columns, export, optim, recipe, sharding, train, writers
+from jaxpost import annotate, annotations, columns, export, optim, recipe, sharding, train, writers
 from jaxpost.annotators import scores
 from jaxpost.declare import objective
 from jaxpost.errors import UserError
 from jaxpost.models import loading
-from jaxpost.objectives.logprobs import token_scores
+from jaxpost.objectives.logprobs import REFERENCE, token_scores
 from jaxpost.stages import datasets
 from jaxpost.stages.plan import columns as batch_columns
 from jaxpost.types import Head, Output
 
 ROWS = [pair("q" * (1 + i % 3), chr(97 + i % 26) * (1 + i % 4), "B" * (1 + i % 2)) for i in range(60)]
+
+
+@objective(rows="pairs", columns=REFERENCE)
+def referring(forward, params, batch, key):
+    """An objective of pairs with a reference, never called here."""
 
 
 @pytest.fixture(autouse=True)
@@ -46,13 +51,20 @@ def with_table(made):
     return dataclasses.replace(made.spec, transformer=types.SimpleNamespace(arch=arch, forward=table)), weights
 
 
+def referenced(made, params, out, mesh):
+    """The plan with what its annotations make of weights that it starts from: these."""
+    state = types.SimpleNamespace(train=params, frozen=jax.tree.map(lambda _: None, params))
+    return annotations.attached(made, made.spec, state, out, mesh, fresh=True)
+
+
 def test_stored_columns_are_those_made_on_the_spot(tmp_path):
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     for shared in (False, True):
-        made, s = plan(tmp_path, ROWS, held_out=8, shared_prefix=shared, epochs=2)
+        made, s = plan(tmp_path, ROWS, referring, held_out=8, shared_prefix=shared, epochs=2)
         with sharding.use(mesh):
             params = loading.weights(made.spec, mesh)
-            joined = columns.referenced(made, made.spec, lambda params=params: params, tmp_path / "columns", mesh)
+            made = annotations.planned(made, mesh)
+            joined = referenced(made, params, tmp_path / "columns", mesh)
             here = jax.jit(lambda p, b, f=made.spec: scores.ref_logps(f.transformer.forward, p, b))
             batches = [joined.source(None) for _ in range(len(joined.source))] + joined.held_out
             for batch in batches:
@@ -133,7 +145,7 @@ def test_damaged_columns_are_made_again_where_they_can_be_and_else_named(tmp_pat
             path.write_bytes(bytes_of)
         file.unlink() if content is None else file.write_bytes(content)
         with pytest.raises(UserError, match=f"{folder}: damaged columns .*{file.name}.*Delete that folder"):
-            columns.annotated(made, options[-1])
+            annotations.planned(made, options[-1])
         if file == meta:
             assert not columns._there(folder) and not meta.exists()
     columns.make(*options)
@@ -194,18 +206,18 @@ def bad(forward, params, batch):
 
 
 def test_annotations_come_along_and_must_be_of_this_data(tmp_path):
-    @objective(rows="pairs", columns={"teacher_tokens": ("BSK", "int32"), "ref_logps": ("BS", "float32")})
+    @objective(rows="pairs", columns={"teacher_tokens": ("BSK", "int32"), **REFERENCE})
     def reads(forward, params, batch, key):
         """Reads what a teacher said."""
 
     made, _ = plan(tmp_path, ROWS, reads, held_out=8)
     mesh, (found, weights) = sharding.make_mesh(), with_table(made)
     with pytest.raises(UserError, match="reads the column teacher_tokens, which its batches do not have"):
-        columns.annotated(made, mesh)
+        annotations.planned(made, mesh)
     out = tmp_path / "teacher"
     folders = columns.make({"name": "topk", "k": 2}, made, found, lambda: weights, out, mesh)
     named, s = plan(tmp_path, ROWS, reads, held_out=8, annotations=str(out))
-    joined = columns.annotated(named, mesh)
+    joined = annotations.planned(named, mesh)
     batch = joined.source(None)
     best = jnp.argmax(weights["table"], axis=1)[np.roll(batch["tokens"], 1, axis=1)]
     assert np.array_equal(batch["teacher_tokens"][..., 0], np.where(batch["mask"], best, 0))
@@ -213,19 +225,19 @@ def test_annotations_come_along_and_must_be_of_this_data(tmp_path):
     (shape,) = (x for name, x in batch_columns(s, joined.objective).items() if name == "teacher_tokens")
     assert (shape.shape, shape.dtype) == ((8, 32, 2), np.int32)
     # The reference's column is still to be made, beside the teacher's; not where the folder has it already.
-    whole = columns.referenced(joined, found, lambda: weights, tmp_path / "columns", mesh)
+    whole = referenced(joined._replace(spec=found), weights, tmp_path / "columns", mesh)
     assert {"ref_logps", "teacher_tokens"} <= whole.source(None).keys()
     other, _ = plan(tmp_path, ROWS[1:], reads, annotations=str(out))
     with pytest.raises(UserError, match="has no columns for this data, or not for all of it"):
-        columns.annotated(other, mesh)
+        annotations.planned(other, mesh)
     columns.make({"name": "topk", "k": 3}, made, found, lambda: weights, out, mesh)
     with pytest.raises(UserError, match="is there twice, in "):
-        columns.annotated(named, mesh)
+        annotations.planned(named, mesh)
     (folders[0] / "meta.json").unlink()
     for where, message in ((tmp_path / "none", "no folder"), (folders[0], "has no columns for this data")):
         gone, _ = plan(tmp_path, ROWS, reads, held_out=8, annotations=str(where))
         with pytest.raises(UserError, match=message):
-            columns.annotated(gone, mesh)
+            annotations.planned(gone, mesh)
 
 
 def test_what_annotators_say_by_hand():

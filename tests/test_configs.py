@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from jaxpost import annotate, recipe, resolve, sharding, train
+from jaxpost.declare import declared
 from jaxpost.models import families, hf
 from jaxpost.models.transformer import Transformer
 from jaxpost.stages import datasets
@@ -94,7 +95,7 @@ def test_every_preset_can_be_planned(argument, tmp_path):
     ((name, s),) = recipe.stages(recipe.opened(grpo.get_config(argument), **settings))
     plan = plan_stage(name, s, sharding.make_mesh())
     assert plan.source.prompts * s.rollouts.group == s.batch_size * s.rollouts.minibatches
-    assert ("ref_logps" in plan.reads) == (argument in ("rloo", "grpo", "reinforce_pp", "tulu"))
+    assert ("ref_logps" in declared(plan.objective, "columns")) == (argument in ("rloo", "grpo", "reinforce_pp", "tulu"))
 
 
 def test_advantages_of_ones_own_keep_the_objectives_beta():

@@ -10,7 +10,7 @@ import pytest
 import runs
 from test_pairs import MODEL, PLAIN
 
-from jaxpost import annotate, columns, export, metrics, recipe, sharding, train
+from jaxpost import annotate, annotations, export, metrics, recipe, sharding, train
 from jaxpost.errors import UserError
 from jaxpost.models import hf, loading
 from jaxpost.models.heads import logits
@@ -165,7 +165,7 @@ def test_a_student_learns_the_whole_distribution_of_a_teacher_in_a_folder(tmp_pa
     train.run(None, str(work), **given)
     first = next(row for row in runs.rows(work / "metrics.jsonl") if row["step"] == 1)
     ((_, s),) = recipe.stages(recipe.opened(None, **given))
-    batch = columns.annotated(plan_stage("train", s, mesh), mesh).source(None)
+    batch = annotations.planned(plan_stage("train", s, mesh), mesh).source(None)
     logps = {}
     for name, (forward, params) in models.items():
         out = forward(params, {k: jnp.asarray(x) for k, x in batch.items()})

@@ -21,7 +21,7 @@ KNOWN_TO = {"annotators": ("annotators", "objectives"), "tasks": ("tasks", "rewa
 SERVICES = ("data", "sampling", "models")
 ENTRY_POINTS = ("train", "api", "annotate", "generate", "evaluate", "merge", "export", "fit", "report")
 # What runs or compiles whole stages.
-WHOLE_STAGES = ("columns", "compiled/program")
+WHOLE_STAGES = ("annotations", "columns", "compiled/program")
 # One page each of what is looked up there: a zoo and every key of the loop.
 LONG = {"models/families.py": 700, "recipe.py": 420}
 
@@ -75,7 +75,9 @@ def test_imports_point_down(name):
     if parts[0] in FAMILIES:
         known = [f"jaxpost.{f}" for f in KNOWN_TO.get(parts[0], parts[:1])]
         assert not [i for i in own if under(i, *[f for f in families if f not in known])]
-    elif parts[0] in SERVICES or (len(parts) == 1 and name.removesuffix(".py") not in (*ENTRY_POINTS, "columns")):
+    elif parts[0] in SERVICES or (
+        len(parts) == 1 and name.removesuffix(".py") not in (*ENTRY_POINTS, "annotations", "columns")
+    ):
         assert not [i for i in own if under(i, *families)]
     if name.removesuffix(".py") not in (*ENTRY_POINTS, *WHOLE_STAGES) and parts[0] != "stages":
         assert not [i for i in own if under(i, *above)]

@@ -255,7 +255,7 @@ def test_what_a_method_reads_and_wants_follows_from_its_parts():
     assert of("grpo", "off_policy") is True and of("reinforce", "off_policy") is False
     assert of("variant", "off_policy", surrogate="reinforce") is False
     assert of("ppo", "leaves") == {"value_head/kernel": ("D1", 0.0)} and of("grpo", "leaves") == {}
-    assert list(of("ppo", "current")) == ["values"] and of("grpo", "current") == {}
+    assert of("ppo", "columns")["values"].weights == "current" and of("ppo", "columns")["ref_logps"].weights == "start"
     more = {"sft": 0.5, "kl_k2": {"coefficient": 0.1}}
     assert of("variant", "columns", of="policy_gradient.dapo", added_terms=more).keys() == {"demonstrations", "ref_logps"}
 

@@ -6,7 +6,7 @@ import re
 import pytest
 import runs
 
-from jaxpost import columns, recipe, sharding
+from jaxpost import annotations, recipe, sharding
 from jaxpost.errors import UserError
 from jaxpost.rollouts.scoring import judged
 from jaxpost.stages import generate, tasks
@@ -173,7 +173,8 @@ def reads(folder, changes: dict, rows: str) -> set[str]:
     if s.do == "generate":
         generate.planned(name, Reads(s, seen), Run(folder, folder, mesh, None, {}, {}))
         return seen
-    columns.annotated(plan_stage(name, Reads(s, seen), mesh), mesh)
+    annotations.planned(plan_stage(name, Reads(s, seen), mesh), mesh)
+    seen -= {"annotations"} if s.source != "data" else set()  # a dict of annotators, where folders are refused
     return seen
 
 

@@ -57,7 +57,7 @@ def test_the_other_keys_are_keyword_arguments(own):
     assert resolve("sft.nll", "objectives").func is sft.nll and declared(resolve("sft.nll", "objectives"), "prepare") is None
 
 
-DECLARED = ("rows", "columns", "leaves", "masks", "current", "advantages", "off_policy", "sequence_level")
+DECLARED = ("rows", "columns", "leaves", "masks", "advantages", "off_policy", "sequence_level")
 
 
 def wrapping(forward, params, batch, key, *, of="sft.nll", scale=1.0):

@@ -7,7 +7,7 @@ import pytest
 import runs
 from test_configs import model_folder
 
-from jaxpost import optim, recipe, sharding, train
+from jaxpost import annotations, optim, recipe, sharding, train
 from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.objectives import logprobs
@@ -24,7 +24,7 @@ def planned(folder, mesh, objective: dict, **changes):
     rollouts = {**ROLLOUTS, **changes.pop("rollouts", {})}
     chosen = runs.settings(folder, source="rollouts", objective=objective, steps=4, rollouts=rollouts, **changes)
     ((name, s),) = recipe.stages(recipe.make(**chosen))
-    plan = plan_stage(name, s, mesh)
+    plan = annotations.planned(plan_stage(name, s, mesh), mesh)
     tx = optim.make(s.optimizer, plan.steps)
     state, _ = train._start(plan, [name], folder, tx, mesh)
     return plan, state
@@ -81,12 +81,12 @@ def test_the_reference_is_what_the_stage_started_from(tmp_path, mesh, adapter):
     with sharding.use(mesh):
         plan, state = planned(tmp_path, mesh, {"name": "policy_gradient.grpo"}, adapter=adapter)
         start = jax.tree.map(jnp.copy, state)
-        plan = train._with_reference(plan, ["train"], tmp_path, mesh, state, fresh=True)
+        plan = train._annotated(plan, ["train"], tmp_path, mesh, state, fresh=True)
         later = moved(state)
         jax.tree.map(lambda x: x.delete(), state.train)  # as the step does, to which the state is donated
         batch = plan.source(later)
         again, _ = planned(tmp_path, mesh, {"name": "policy_gradient.grpo"}, adapter=adapter)
-        again = train._with_reference(again, ["train"], tmp_path, mesh, later, fresh=False)
+        again = train._annotated(again, ["train"], tmp_path, mesh, later, fresh=False)
         restored = again.source(later)
     np.testing.assert_array_equal(restored["ref_logps"], batch["ref_logps"])
     np.testing.assert_allclose(scored(plan, start, batch, mesh), batch["ref_logps"], atol=1e-6)
@@ -100,7 +100,7 @@ def test_ppo_has_the_critics_values_and_the_returns_of_its_tokens(tmp_path, mesh
     with sharding.use(mesh):
         plan, state = planned(tmp_path, mesh, {"name": "policy_gradient.ppo", "beta": 0.0}, rollouts={"group": 1})
         state = moved(state, 0.5)
-        batch = train._with_reference(plan, ["train"], tmp_path, mesh, state, fresh=True).source(state)
+        batch = train._annotated(plan, ["train"], tmp_path, mesh, state, fresh=True).source(state)
         params = combine(state.train, state.frozen)
         hidden = jax.jit(plan.spec.transformer.forward)(params, sharding.distribute(batch, mesh, 16)).hidden
         wanted = np.asarray(hidden)[:, :-1] @ np.asarray(params["value_head"]["kernel"])[:, 0]
@@ -127,7 +127,7 @@ def test_a_teacher_says_its_hidden_states(tmp_path, mesh):
         model = {**runs.MODEL, "vocab_size": 32}
         objective = {"name": "distill.jensen_shannon", "teacher": teacher}
         plan, state = planned(tmp_path, mesh, objective, model=model)
-        batch = train._with_reference(plan, ["train"], tmp_path, mesh, state, fresh=True).source(state)
+        batch = train._annotated(plan, ["train"], tmp_path, mesh, state, fresh=True).source(state)
         known = loading.describe(teacher, "", "float32", text=False)
         weights = loading.weights(known, mesh, 0)
         hidden = jax.jit(known.transformer.forward)(weights, sharding.distribute(batch, mesh, 16)).hidden
@@ -139,6 +139,7 @@ def test_restricted_sampling_is_scored_by_the_trainer_as_well(tmp_path, mesh):
     with sharding.use(mesh):
         entry = {"name": "policy_gradient.reinforce"}
         plan, state = planned(tmp_path, mesh, entry, rollouts={"top_k": 4, "correction": "truncate", "correction_cap": 1.5})
+        plan = train._annotated(plan, ["train"], tmp_path, mesh, state, fresh=True)
         batch = plan.source(moved(state, 0.1))
         own = scored(plan, moved(state, 0.1), batch, mesh)
     mask = batch["mask"]

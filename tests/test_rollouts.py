@@ -84,8 +84,9 @@ def test_the_columns_are_those_that_are_told_beforehand(monkeypatch):
     for pairs, shared, correction in ((False, False, ""), (False, True, "mask"), (True, True, "")):
         own = {"group": 2, "prompt_window": 6, "new": NEW, "correction": correction}
         told = source.columns(ConfigDict({"rollouts": own, "shared_prefix": shared, "batch_size": ROWS}), pairs)
-        now = (lambda params, batch: {"scored_logps": batch["old_logps"]},) if correction else ()
-        batch = rollouts(monkeypatch, pairs=pairs, shared=shared, correction=correction, now=now)(state())
+        made = rollouts(monkeypatch, pairs=pairs, shared=shared, correction=correction)
+        made.annotators = (lambda state, batch: {"scored_logps": batch["old_logps"]},) if correction else ()
+        batch = made(state())
         assert {k: (x.shape, x.dtype) for k, x in told.items()} == {k: (np.shape(x), x.dtype) for k, x in batch.items()}
 
 
@@ -122,8 +123,11 @@ def test_with_a_lag_the_weights_of_the_call_before_sampled(monkeypatch):
 
 
 def test_what_the_weights_that_sampled_say_is_asked_of_them_and_of_no_others(monkeypatch):
-    made = rollouts(monkeypatch, lag=1, minibatches=2, now=(lambda params, b: {"values": 0 * b["old_logps"] + params},))
-    made.frozen = (lambda state, batch: {"ref_logps": batch["tokens"] * 1.0 + 0 * state.step},)
+    made = rollouts(monkeypatch, lag=1, minibatches=2)
+    made.annotators = (
+        lambda state, batch: {"values": 0 * batch["old_logps"] + state.train},
+        lambda state, batch: {"ref_logps": batch["tokens"] * 1.0 + 0 * state.step},
+    )
     seen = []
     for k in range(6):
         batch = made(state(weights=k, step=k))
@@ -136,7 +140,7 @@ def test_rows_are_scored_a_microbatch_at_a_time(monkeypatch):
     rows, alone = [], sharding.make_mesh(devices=jax.devices()[:1])
     for count in (1, 4):
         made = rollouts(monkeypatch, minibatches=2, microbatches=count, mesh=alone)
-        made.frozen = (lambda state, b: rows.append(len(b["tokens"])) or {"ref_logps": b["tokens"] * 1.0},)
+        made.annotators = (lambda state, b: rows.append(len(b["tokens"])) or {"ref_logps": b["tokens"] * 1.0},)
         batch = made(state())
         np.testing.assert_array_equal(batch["ref_logps"], batch["tokens"])
     assert rows == [ROWS, ROWS, *[ROWS // 4] * 8]
@@ -303,7 +307,7 @@ def same(one: list, other: list) -> None:
         {"minibatches": 2, "epochs": 2},
         {"lag": 1},
         {"lag": 2, "minibatches": 2, "rounds": 1},
-        {"lag": 1, "shared": True, "correction": "mask", "now": (lambda p, b: {"scored_logps": b["old_logps"] * 1.5},)},
+        {"lag": 1, "shared": True, "correction": "mask"},
         {"lag": 1, "pairs": True, "group": 4, "rounds": 1, "prompt": lambda i: None if i % 3 == 1 else scripted.prompt(i)},
     ],
     ids=["in the middle", "waiting", "both", "branches", "pairs"],
@@ -311,10 +315,16 @@ def same(one: list, other: list) -> None:
 def test_it_goes_on_exactly_where_it_was(monkeypatch, tmp_path, changes):
     several = {"failures": (lambda record, text: int(text[0]) / 3, 0.5), "sampled": (lambda record, text: None, 1.0)}
     changes = {**changes, "rewards": several}
+
+    def begun():
+        made = left(rollouts(monkeypatch, **changes), tmp_path)
+        made.annotators = (lambda state, batch: {"scored_logps": batch["old_logps"] * 1.5},) if "correction" in changes else ()
+        return made
+
     kept = {}
-    whole = run(left(rollouts(monkeypatch, **changes), tmp_path), range(9), kept)
+    whole = run(begun(), range(9), kept)
     for step in range(9):
-        again = left(rollouts(monkeypatch, **changes), tmp_path)
+        again = begun()
         again.position = kept[step] if step else 0
         same(whole[step:], run(again, range(step, 9)))
 

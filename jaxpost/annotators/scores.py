@@ -1,11 +1,11 @@
-"""What a frozen model says of a data set, token by token: functions (forward, params, batch) -> columns.
+"""What a frozen model computes of each token or document: functions (forward, params, batch) -> {column: [B,S,...]}.
 
     python -m jaxpost.annotate --config=RECIPE --workdir=W --what=ref_logps
     python -m jaxpost.annotate --config=RECIPE --out=FOLDER --what='{"name": "topk", "k": 64}' --config.model=TEACHER
 
-A column is [B,S] or [B,S,...], each place about the token there, and is kept where the batch's mask is: what is said of a
-document as a whole stands at every token of it that is learned. `jaxpost.annotate` writes columns once for a data set; a stage
-that names their folder (`annotations`) has them in its batches.
+Each place of a column is about the token there, and is kept where the batch's mask is set. A number that belongs to a document
+as a whole stands at all of its tokens; `@annotator(per="document")` stores it once. annotations.py says who asks an annotator,
+and of which weights.
 """
 
 import functools
@@ -13,23 +13,30 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxpost.declare import annotator
 from jaxpost.errors import UserError
 from jaxpost.objectives import documents, logprobs, reward_model
 
 
 def ref_logps(forward, params, batch):
-    """ref_logps [B,S] float32: each learned token's log-probability, nats. What DPO and its kin read of their reference, which
-    a stage makes of the weights that it starts from if nothing else gives it.
-    """
+    """ref_logps [B,S] float32: each learned token's log-probability, nats. DPO and its kin read it of their reference."""
     return {"ref_logps": logprobs.token_scores(forward(params, batch), batch)["logps"]}
 
 
+def scored_logps(forward, params, batch):
+    """scored_logps [B,S] float32, nats: the same under the name that `rollouts.correction` reads it by, of the weights that
+    sampled: the trainer's log-probabilities beside the sampler's.
+    """
+    return {"scored_logps": logprobs.token_scores(forward(params, batch), batch)["logps"]}
+
+
 def logps(forward, params, batch):
-    """logps and entropy [B,S] float32, nats: ref_logps under a name of its own, and how undecided the model was there."""
+    """logps and entropy [B,S] float32, nats: ref_logps under a name of its own, and the entropy of the model's prediction."""
     scores = logprobs.token_scores(forward(params, batch), batch)
     return {"logps": scores["logps"], "entropy": scores["entropy"]}
 
 
+@annotator(per="document")
 def perplexity(forward, params, batch):
     """perplexity [B,S] float32: exp of the mean negative log-probability of the document's learned tokens."""
     scores = logprobs.token_scores(forward(params, batch), batch)["logps"]
@@ -37,8 +44,9 @@ def perplexity(forward, params, batch):
     return {"perplexity": documents.over_tokens(jnp.exp(-mean), batch)}
 
 
+@annotator(per="document")
 def reward(forward, params, batch):
-    """reward [B,S] float32: what a reward model's scalar head makes of each document, at the end of its completion.
+    """reward [B,S] float32: a reward model's scalar head on each document, at the last token of its completion.
 
     Raises UserError for a model without such a head.
     """
@@ -48,21 +56,32 @@ def reward(forward, params, batch):
     return {"reward": documents.over_tokens(rewards, batch)}
 
 
+@annotator(per="document")
+def embedding(forward, params, batch):
+    """embedding [B,S,D] float32: the mean of the final hidden states at the document's learned tokens."""
+    hidden = forward(params, batch).hidden.astype(jnp.float32)
+    sums = jax.vmap(documents.sums, in_axes=(2, None), out_axes=2)(hidden, batch)
+    means = sums / jnp.maximum(documents.lengths(batch), 1.0)[..., None]
+    return {"embedding": jnp.take_along_axis(means, batch["segments"][..., None], axis=1)}
+
+
 def topk(forward, params, batch, *, k: int = 64, temperature: float = 1.0):
-    """teacher_tokens [B,S,k] int32 and teacher_logps [B,S,k] float32: the k tokens that the model finds likeliest at each
-    place, likeliest first, and their log-probabilities, in nats, over the whole vocabulary at the temperature.
+    """teacher_tokens [B,S,k] int32 and teacher_logps [B,S,k] float32: the k likeliest tokens at each place, likeliest first,
+    and their log-probabilities, in nats, over the whole vocabulary at the temperature.
+
+    Raises UserError for a k that the vocabulary does not have.
     """
     out = forward(params, batch)
     if not 0 < k <= out.head.weight.shape[0]:
         raise UserError(f"annotator topk: k={k}; give 1 to {out.head.weight.shape[0]}, the size of the vocabulary.")
     columns = {"temperature": jnp.full(batch["mask"].shape, temperature, jnp.float32)}
-    found = logprobs.at_tokens(_likeliest(k), out, columns=columns, mask=batch["mask"])
-    return {"teacher_tokens": found["tokens"].astype(jnp.int32), "teacher_logps": found["logps"]}
+    top = logprobs.at_tokens(_likeliest(k), out, columns=columns, mask=batch["mask"])
+    return {"teacher_tokens": top["tokens"].astype(jnp.int32), "teacher_logps": top["logps"]}
 
 
 @functools.cache
 def _likeliest(k: int):
-    """What `logprobs.over_head` takes for the k likeliest tokens; one object for each k, since it is known by identity."""
+    """The function of `logprobs.over_head` for the k likeliest tokens; one object for each k, since it is known by identity."""
 
     def fn(logits, columns):
         scores = logits / columns["temperature"][:, None]

@@ -5,7 +5,6 @@ the train step; and for rollouts the sampler's programs, while the train state w
 """
 
 import contextlib
-import functools
 import math
 import re
 import time
@@ -17,11 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxpost import optim, sharding
-from jaxpost.annotators import scores
+from jaxpost import annotations, optim, sharding
 from jaxpost.compiled import hlo, roofline
 from jaxpost.compiled.topology import Topology
-from jaxpost.declare import declared
 from jaxpost.errors import first_line
 from jaxpost.models import hub_configs, loading
 from jaxpost.models.attention import cache_axes
@@ -86,11 +83,13 @@ def prepared(s, mesh) -> Prepared:
     found, objective, trainable, trained = outline(s, mesh)
     tx = optim.make(s.optimizer, s.steps or 1000)
     held = state.shapes(found.transformer, mesh, tx, trainable, adapter=found.adapter, leaves=found.leaves, ema=s.ema > 0)
-    columns = plan.columns(s, objective)
+    columns = plan.columns(s, objective, found)
     batch = sharding.batch_shapes(columns, mesh)
     step = state.program(found.transformer, objective, tx, held, mesh, s)
     kinds = {"weights": held.train, "optimizer": held.opt_state, "ema": held.ema, "frozen": held.frozen}
-    if s.source == "rollouts" and "ref_logps" in declared(objective, "columns"):
+    asked = annotations.choose(s, objective, plan.own_columns(s, objective), (), found, annotations.models(s))[0]
+    references = [one for one in asked if s.source == "rollouts" and one.weights == "start"]
+    if references:
         kinds["reference"] = held.train  # a copy of what trains, as it was at the start
     inputs = {"inputs": batch}
     made = [Traced("step", step, (held, batch), {}, kinds | inputs, ("reference",), math.prod(batch["tokens"].shape))]
@@ -98,8 +97,8 @@ def prepared(s, mesh) -> Prepared:
         alone = s.shared_prefix or datasets.row_type(objective).completions == 2  # a prompt gives one row
         prompts = s.batch_size * s.rollouts.minibatches // (1 if alone else s.rollouts.group)
         made += _sampler(s, mesh, found.transformer, combine(held.train, held.frozen), prompts, kinds)
-    if "reference" in kinds:
-        score = jax.jit(functools.partial(scores.ref_logps, found.transformer.forward))
+    for one in references:
+        score = jax.jit(one.program(found.transformer.forward))
         first, few = combine(kinds["reference"], held.frozen), sharding.batch_shapes(_microbatch(s, columns), mesh)
         made.append(Traced("reference", score, (first, few), {}, kinds | {"inputs": few}, ("weights", "optimizer", "ema")))
     return Prepared(found, trained, made, batch["tokens"].shape)

@@ -3,11 +3,11 @@
 p is the teacher's distribution at a learned token's place and q the student's, both of logits divided by `temperature`. Losses
 are means over the mask's tokens of the global batch, in nats, and are not rescaled by the temperature squared.
 
-A teacher is frozen, so what it says is a column. Over the full vocabulary that is its last hidden states, `teacher_hidden`
-[B,S,Dt] float32, and its unembedding, a frozen leaf beside the parameters that these objectives declare (`leaves`) and that is
-read from the folder `teacher`; logits of both are made in chunks. Stored top-k needs no teacher at all: `teacher_tokens`
-[B,S,K] int32 and `teacher_logps` [B,S,K] float32. All are about the token at its own place: the state that predicts it, and
-what was likely there. `jaxpost.annotate` writes them.
+A teacher is frozen, so its predictions are columns. Over the full vocabulary these are its last hidden states, `teacher_hidden`
+[B,S,Dt] float32, and its unembedding, a frozen leaf beside the parameters that these objectives declare (`leaves`). Both come
+from the model that `teacher` names; logits of both models are computed in chunks. Stored top-k needs no teacher in training:
+`teacher_tokens` [B,S,K] int32 and `teacher_logps` [B,S,K] float32, which `jaxpost.annotate` writes. Each column is about the
+token at its own place: the state that predicts it, and the likeliest tokens there.
 """
 
 import functools
@@ -15,7 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxpost.declare import objective
+from jaxpost.declare import Column, objective
 from jaxpost.errors import UserError
 from jaxpost.metrics import masked_mean
 from jaxpost.models.heads import logits as logits_of
@@ -23,8 +23,7 @@ from jaxpost.objectives.logprobs import at_tokens
 from jaxpost.types import Head, Term
 
 HEAD = "teacher_head"
-HIDDEN = {"teacher_hidden": ("BSD", "float32")}
-STORED = {"teacher_tokens": ("BSK", "int32"), "teacher_logps": ("BSK", "float32")}
+STORED = {"teacher_tokens": Column("BSK", "int32"), "teacher_logps": Column("BSK", "float32")}
 
 
 def _kl(p: jax.Array, q: jax.Array) -> jax.Array:
@@ -46,7 +45,7 @@ def _jensen_shannon(p, q, beta):
     return beta[:, 0] * _kl(p, middle) + (1 - beta[:, 0]) * _kl(q, middle)
 
 
-def _said(loss: jax.Array, q: jax.Array, teacher_mode: jax.Array) -> dict:
+def _measured(loss: jax.Array, q: jax.Array, teacher_mode: jax.Array) -> dict:
     constant = jax.lax.stop_gradient(q)
     entropy = -jnp.sum(jnp.exp(constant) * constant, axis=-1)
     return {"loss": loss, "entropy": entropy, "agreement": jnp.argmax(constant, axis=-1) == teacher_mode}
@@ -55,7 +54,7 @@ def _said(loss: jax.Array, q: jax.Array, teacher_mode: jax.Array) -> dict:
 def _full(divergence, logits, columns, head) -> dict:
     teacher = logits_of(columns["teacher_hidden"], head) / columns["temperature"][:, None]
     p, q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(logits / columns["temperature"][:, None])
-    return _said(divergence(p, q, columns["beta"]), q, jnp.argmax(p, axis=-1))
+    return _measured(divergence(p, q, columns["beta"]), q, jnp.argmax(p, axis=-1))
 
 
 # over_head keys its compiled parts by function: one object for each, made once.
@@ -78,7 +77,7 @@ def _over_top(logits, columns) -> dict:
         rest = jax.nn.logsumexp(q.at[rows, tokens].set(-jnp.inf), axis=-1, keepdims=True)
         p, top = jnp.concatenate([stored, _tail(stored)], axis=-1), jnp.concatenate([top, rest], axis=-1)
     best = jnp.argmax(stored, axis=-1, keepdims=True)
-    return _said(_kl(p, top), q, jnp.take_along_axis(tokens, best, axis=-1)[:, 0])
+    return _measured(_kl(p, top), q, jnp.take_along_axis(tokens, best, axis=-1)[:, 0])
 
 
 def _distilled(output, batch, fn, columns: dict, constants: tuple = ()) -> tuple[dict, dict]:
@@ -95,6 +94,10 @@ def _taught(forward, params, batch, name: str, temperature: float, beta: float =
     return _distilled(forward(params, batch), batch, _OVER[name], columns, (head,))
 
 
+def _hidden(teacher: str = "", **_) -> dict:
+    return {"teacher_hidden": Column("BSD", "float32", by="hidden", weights=teacher)}
+
+
 def _leaves(teacher: str = "", **_):
     if not teacher:
         raise UserError(
@@ -104,18 +107,18 @@ def _leaves(teacher: str = "", **_):
     return {f"{HEAD}/weight": ("VT", teacher)}
 
 
-@objective(columns=HIDDEN, leaves=_leaves)
+@objective(columns=_hidden, leaves=_leaves)
 def forward_kl(forward, params, batch, key, *, teacher: str = "", temperature: float = 1.0):
     """L = KL(p || q) = sum_v p_v log(p_v / q_v).
 
-    The classic: the student covers all that the teacher might say. teacher: the model that wrote teacher_hidden. Reads mask
-    and teacher_hidden. Source: "Distilling the
-    Knowledge in a Neural Network", without its factor of the temperature squared.
+    The classic: the student covers all that the teacher might say. teacher: a folder of Hugging Face's files, or a name on the
+    hub. Reads mask and teacher_hidden. Source: "Distilling the Knowledge in a Neural Network", without its factor of the
+    temperature squared.
     """
     return _taught(forward, params, batch, "f", temperature)
 
 
-@objective(columns=HIDDEN, leaves=_leaves)
+@objective(columns=_hidden, leaves=_leaves)
 def reverse_kl(forward, params, batch, key, *, teacher: str = "", temperature: float = 1.0):
     """L = KL(q || p) = sum_v q_v log(q_v / p_v).
 
@@ -125,7 +128,7 @@ def reverse_kl(forward, params, batch, key, *, teacher: str = "", temperature: f
     return _taught(forward, params, batch, "r", temperature)
 
 
-@objective(columns=HIDDEN, leaves=_leaves)
+@objective(columns=_hidden, leaves=_leaves)
 def jensen_shannon(forward, params, batch, key, *, teacher: str = "", beta: float = 0.5, temperature: float = 1.0):
     """L = beta KL(p || m) + (1 - beta) KL(q || m),  m = beta p + (1 - beta) q,  0 < beta < 1.
 

@@ -201,7 +201,6 @@ def estimator(method: Callable) -> Callable:
         masks=lambda **settings: parts(**settings).masks(),
         prepare=prepare,
         advantages=lambda **settings: parts(**settings).advantages,
-        current=lambda **settings: parts(**settings).gather("current"),
         off_policy=lambda **settings: declared(parts(**settings).surrogate, "off_policy"),
         sequence_level=lambda **settings: declared(parts(**settings).surrogate, "sequence_level"),
     )

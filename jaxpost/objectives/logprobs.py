@@ -12,12 +12,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxpost import sharding
+from jaxpost.declare import Column
 from jaxpost.models.heads import logits
 from jaxpost.types import Batch, Head, Output
 
 # Logits held at a time, in elements a batch shard (16 MiB in float32), or a quarter of the head's size if that is more: every
 # chunk reads the head and adds to its gradient, so a wide model's chunks must be long, or that is all that they do.
 CHUNK = 2**22
+
+# What an objective with a frozen reference declares: the model as the stage starts.
+REFERENCE = {"ref_logps": Column("BS", "float32", by="ref_logps")}
 
 
 def over_head(fn: Callable, hidden: jax.Array, head: Head, columns: dict, mask: jax.Array, constants: tuple = ()) -> dict:

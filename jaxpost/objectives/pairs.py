@@ -25,11 +25,9 @@ from jaxpost import declare
 from jaxpost.errors import UserError
 from jaxpost.metrics import Mean, masked_mean
 from jaxpost.objectives import documents
-from jaxpost.objectives.logprobs import token_scores
+from jaxpost.objectives.logprobs import REFERENCE, token_scores
 from jaxpost.resolve import resolve
 from jaxpost.types import Batch, Output, Term
-
-REFERENCE = {"ref_logps": ("BS", "float32")}
 
 
 def _itself(x):

@@ -50,7 +50,7 @@ from jaxpost.objectives.estimator import (
     sequence_sum,
     token_mean,
 )
-from jaxpost.objectives.terms import REFERENCE
+from jaxpost.objectives.logprobs import REFERENCE
 
 
 @estimator

@@ -19,10 +19,11 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from jaxpost.declare import Column
 from jaxpost.errors import UserError
 from jaxpost.objectives import documents
-from jaxpost.objectives.logprobs import at_tokens, drawn
-from jaxpost.objectives.pairs import REFERENCE, Pairs, around, composed, inside, pairwise
+from jaxpost.objectives.logprobs import REFERENCE, at_tokens, drawn
+from jaxpost.objectives.pairs import Pairs, around, composed, inside, pairwise
 from jaxpost.types import Term
 
 MPO = {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}
@@ -78,7 +79,7 @@ def robust(pairs, *, beta: float = 0.1, smoothing: float = 0.1):
     return ((1 - smoothing) * _surprise(x) - smoothing * _surprise(-x)) / (1 - 2 * smoothing)
 
 
-@pairwise(columns=REFERENCE | {"margins": ("BS", "float32")})
+@pairwise(columns=REFERENCE | {"margins": Column("BS", "float32")})
 def offset(pairs, *, beta: float = 0.1):
     """DPO with an offset:  L = -log s(beta D - m),  m from the column `margins` [B,S], the same over a pair.
 

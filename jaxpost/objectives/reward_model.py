@@ -10,7 +10,7 @@ A trained one scores by `token_rewards`. Losses are means over pairs, documents 
 import jax
 import jax.numpy as jnp
 
-from jaxpost.declare import objective
+from jaxpost.declare import Column, objective
 from jaxpost.metrics import Max, Min, masked_mean
 from jaxpost.models import heads
 from jaxpost.objectives import documents
@@ -18,7 +18,7 @@ from jaxpost.types import Batch, Output, Params, Term
 
 # What the parameters need besides the model's: path -> (letters, the value to begin with). D is the model's width.
 LEAVES = {"reward_head/kernel": ("D1", 0.0)}
-LABELS, MARGINS = {"labels": ("BS", "float32")}, {"margins": ("BS", "float32")}
+LABELS, MARGINS = {"labels": Column("BS", "float32")}, {"margins": Column("BS", "float32")}
 
 
 def token_rewards(params: Params, output: Output) -> jax.Array:

@@ -22,17 +22,16 @@ token all four are the same. Means over tokens weigh completions by their length
 import jax
 import jax.numpy as jnp
 
-from jaxpost.declare import part
+from jaxpost.declare import Column, part
 from jaxpost.metrics import Explained, Mean, Std
 from jaxpost.models import heads
 from jaxpost.objectives import documents
+from jaxpost.objectives.logprobs import REFERENCE
 from jaxpost.objectives.surrogates import MOST, Rollouts
 from jaxpost.types import Term
 
-REFERENCE = {"ref_logps": ("BS", "float32")}
 # The critic: a scalar head on the hidden states, whose values are 0 at first.
 CRITIC = {"value_head/kernel": ("D1", 0.0)}
-RETURNS = {"values": ("BS", "float32"), "returns": ("BS", "float32")}
 
 
 # ------------------------------------------------------------------------------------------------- Nearness to a reference
@@ -136,7 +135,7 @@ def entropy_target(seen: Rollouts, *, target: float = 0.2, gain: float = 1.0, mo
     return entropy(seen, coefficient=1.0)._replace(coefficient=share)
 
 
-@part(columns={"demonstrations": ("BS", "bool")}, masks=("demonstrations",))
+@part(columns={"demonstrations": Column("BS", "bool")}, masks=("demonstrations",))
 def sft(seen: Rollouts, *, coefficient: float = 1.0) -> Term:
     """-log policy, a mean over the tokens of demonstrations, which the column `demonstrations` [B,S] bool marks.
 
@@ -165,7 +164,11 @@ def _of_the_critic(seen: Rollouts, **options) -> dict:
     return {"value/loss": Mean(loss.sum, loss.weight), "value/explained_variance": Explained(*sums)}
 
 
-@part(columns=RETURNS, leaves=CRITIC, current={"values": values}, metrics=_of_the_critic)
+# What the critic expected is asked of the weights that sampled; the returns come with the advantages.
+RETURNS = {"values": Column("BS", "float32", by=values, weights="current"), "returns": Column("BS", "float32")}
+
+
+@part(columns=RETURNS, leaves=CRITIC, metrics=_of_the_critic)
 def value(seen: Rollouts, *, coefficient: float = 0.1, clip: float = 0.2) -> Term:
     """1/2 max((V - G)^2, (V_old + clip(V - V_old, -clip, clip) - G)^2), a mean over tokens: the critic V learns the returns.
 

@@ -9,13 +9,13 @@ are means over the labelled documents of the global batch. Log-probabilities are
 import jax
 import jax.numpy as jnp
 
-from jaxpost.declare import objective
+from jaxpost.declare import Column, objective
 from jaxpost.metrics import Difference, masked_mean
 from jaxpost.objectives import documents
-from jaxpost.objectives.logprobs import token_scores
+from jaxpost.objectives.logprobs import REFERENCE, token_scores
 from jaxpost.types import Batch, Term
 
-COLUMNS = {"labels": ("BS", "float32"), "ref_logps": ("BS", "float32")}
+COLUMNS = {"labels": Column("BS", "float32"), **REFERENCE}
 
 
 def _ratios(forward, params, batch: Batch, learned: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, dict]:

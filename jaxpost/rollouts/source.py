@@ -53,9 +53,8 @@ class RolloutConfig(NamedTuple):
     """How rollouts are made; all of it is settings.
 
     prompt: i -> (record, token ids) of the i-th prompt of an endless sequence, or None for one to be left out; rewards: {name:
-    (function, weight)}; lessons: what becomes of verdicts; now: programs (params, batch) -> columns, asked of the weights that
-    sampled; sampling: what `stream` takes; batch_size: rows of a training batch, in so many microbatches; rounds: how often to
-    sample again for groups that teach nothing.
+    (function, weight)}; lessons: what becomes of verdicts; sampling: what `stream` takes; batch_size: rows of a
+    training batch, in so many microbatches; rounds: how often to sample again for groups that teach nothing.
     """
 
     model: Any
@@ -64,7 +63,6 @@ class RolloutConfig(NamedTuple):
     prompt: Callable
     rewards: Mapping[str, tuple[Callable, float]]
     lessons: Lessons
-    now: Sequence[Callable]
     batch_size: int
     microbatches: int
     group: int
@@ -93,12 +91,12 @@ class Rollouts:
     """The source. `samples` holds the latest batch's first groups, for the log, and `table()` gives all of it; `metrics` is
     what its rewards were like.
 
-    frozen: programs (state, batch) -> columns, of weights that do not change; folder: where what cannot be made again is kept.
-    Both are set before the first call.
+    annotators: programs (state, batch) -> columns, asked of each batch as it is made (annotations.py); folder: where what
+    cannot be made again is kept. Both are set before the first call.
     """
 
     def __init__(self, making: RolloutConfig):
-        self.making, self.frozen, self.folder = making, (), None
+        self.making, self.annotators, self.folder = making, (), None
         ways = (making.batch_size, making.minibatches, making.lessons.rows_a_prompt)
         self.prompts = ways[0] * ways[1] // ways[2]  # of a rollout batch
         self.steps = making.minibatches * making.epochs  # that it serves
@@ -148,9 +146,9 @@ class Rollouts:
         columns = where.columns | {"tokens": where.columns["tokens"] + where.spread(made.found.tokens)}
         if not m.lessons.pairs:
             columns |= {"old_logps": where.spread(made.found.logps), "temperature": np.float32(m.sampling["temperature"])}
-        now, whole = combine(state.train, state.frozen), dict(columns)
-        for program, weights in (*((p, now) for p in m.now), *((p, state) for p in self.frozen)):
-            columns |= self._asked(functools.partial(program, weights), whole)
+        whole = dict(columns)
+        for annotator in self.annotators:
+            columns |= self._asked(functools.partial(annotator, state), whole)
         return made._replace(columns=columns)
 
     def _sampled(self, params, step: int) -> Made:

@@ -26,14 +26,15 @@ from jaxpost.host import read_object
 
 
 class Output(NamedTuple):
-    """What a stage hands on to later ones: its rows (a pattern of files), the folder of its columns, its figures, the seconds
-    that it took. Weights are found by the stage's name. Until the stage has run `pending` is true, and `trial` has rows such as
-    it will give.
+    """What a stage hands on to later ones: its rows (a pattern of files), the folders of its columns with commas between, its
+    figures, the ModelSpec of its weights, the seconds that it took. Until the stage has run `pending` is true, and `trial` has
+    rows such as it will give.
     """
 
     rows: str = ""
     columns: str = ""
     figures: Mapping[str, float] = {}
+    spec: Any = None
     seconds: float = 0.0
     pending: bool = False
     trial: tuple[dict, ...] = ()

@@ -2,7 +2,7 @@
 
 import jax
 
-from jaxpost import evaluate, recipe
+from jaxpost import annotations, evaluate, recipe
 from jaxpost.errors import UserError
 from jaxpost.log import Log
 from jaxpost.models import loading
@@ -29,7 +29,7 @@ def check_best(plan: Plan, mesh) -> None:
     if held_out:
         found = plan.spec
         params = loading.abstract(found.transformer, mesh, found.adapter, found.leaves)
-        batch, key = columns(s, plan.objective), jax.eval_shape(lambda: jax.random.PRNGKey(0))
+        batch, key = columns(s, plan.objective, found), jax.eval_shape(lambda: jax.random.PRNGKey(0))
         names |= {
             f"eval/{k}" for k in jax.eval_shape(make_evaluation(found.transformer.forward, plan.objective), params, batch, key)
         }
@@ -52,7 +52,7 @@ class Judge:
 
     def __init__(self, plan: Plan, mesh, graded: dict, origin: str):
         self.plan, self.mesh, self.graded, self.origin = plan, mesh, graded, origin
-        self.evaluate = jax.jit(make_evaluation(plan.spec.transformer.forward, plan.objective))
+        self.evaluate = jax.jit(annotations.evaluation(plan))
 
     def __call__(self, state: TrainState, log: Log, step: int) -> dict[str, float]:
         """The figures of the state at a step, written to the log."""

@@ -5,7 +5,6 @@
 The first model says what the merged one is: config, tokenizer, template. The result is a checkpoint like a trained one.
 """
 
-import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -38,28 +37,28 @@ def planned(name: str, s, run: Run) -> Merge:
     """Resolves what is merged, and how. Raises UserError where one of the models is missing, or is an adapted one."""
     if not s.of:
         raise UserError(f"config.{name}.of: name the models to merge, as ('@sft', '@dpo').")
-    spec, function = run.described(s), resolve(plain(s["with"]), "merging")
+    spec, function, models = run.described(s), resolve(plain(s["with"]), "merging"), run.models(s)
     for entry in s.of:
-        if spec.adapter or (not entry.startswith("@") and _model(entry, spec, s, run).adapter):
+        if models(entry).adapter:
             raise UserError(f"config.{name}.of: {entry} has an adapter; merge it into its weights first (jaxpost.export).")
     return Merge(name, s, spec, function)
 
 
 def output(plan: Merge) -> Output:
     """What later stages are told before there are weights."""
-    return Output(pending=True)
+    return Output(pending=True, spec=plan.spec)
 
 
 def make(plan: Merge, run: Run) -> Output:
     """Merges the weights, unless that was done before from the same ones."""
     s, folder = plan.settings, run.workdir / "checkpoints" / plan.name
-    models = [_model(entry, plan.spec, s, run) for entry in s.of]
+    models = [run.models(s)(entry) for entry in s.of]
     origin = json.loads(json.dumps([columns.identity(model, s.seed) for model in models] + [digest_of(plan.function)]))
     saved = checkpoint.Checkpoints(folder, keep=1)
     try:
         if saved.latest() is not None and saved.meta(saved.latest()).get("merged") == origin:
             print(f"{plan.name}: merged before.", file=sys.stderr)
-            return Output()
+            return Output(spec=plan.spec)
         params = plan.function(*(loading.weights(model, run.mesh, s.seed) for model in models))
         whole = loading.abstract(plan.spec.transformer, run.mesh, None, plan.spec.leaves)
         if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, whole):
@@ -70,12 +69,4 @@ def make(plan: Merge, run: Run) -> Output:
         saved.save(state, {"done": True, "merged": origin, "leaves": dict(plan.spec.leaves), "seconds": 0.0})
     finally:
         saved.close()
-    return Output()
-
-
-def _model(entry: str, spec: loading.ModelSpec, s, run: Run) -> loading.ModelSpec:
-    """The model that an entry of `of` names; spec: the first one's, which those of stages have in common."""
-    if entry.startswith("@"):
-        folder = checkpoint.find_step(run.workdir / "checkpoints" / entry[1:])
-        return dataclasses.replace(spec, folder=folder, hub="")
-    return loading.describe(entry, s.tokenizer, s.dtype)
+    return Output(spec=plan.spec)

@@ -5,14 +5,13 @@ gives is ready to run, and no weights have been read yet.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxpost import cloud, optim
+from jaxpost import annotations, optim
 from jaxpost.data.row_types import RowType
 from jaxpost.declare import declared
 from jaxpost.errors import UserError
@@ -42,8 +41,9 @@ class Plan(NamedTuple):
     example: list[dict]  # the documents of one example, to be shown
     trainable: str  # pattern of the paths that train
     trained: int  # how many parameters that is
-    reads: tuple[str, ...] = ()  # the columns that its objective reads and that its batches do not have by themselves
-    made: dict = {}  # of each data set, by its digest, the columns that frozen models made (columns.py)
+    own: dict = {}  # the columns of its source, as shapes
+    annotations: tuple = ()  # what makes further columns (annotations.py)
+    made: dict = {}  # of each data set, by its digest, the columns that are stored
 
 
 def plan_stage(name: str, s, mesh, trial: Sequence[dict] = ()) -> Plan:
@@ -86,9 +86,10 @@ def plan_stage(name: str, s, mesh, trial: Sequence[dict] = ()) -> Plan:
     if s.profile and steps and steps < (needed := s.profile + SKIPPED):
         raise UserError(f"config.profile: tracing {s.profile} steps takes {needed}, and there are {steps}; ask for fewer.")
     optim.make(s.optimizer, steps or 1000)
-    own = {*_own_columns(s, objective), *(name for one in sets[:1] for name in one.encoded.row_columns)}
-    reads = tuple(name for name in declared(objective, "columns") if name not in own)
-    return Plan(name, s, spec, objective, sets, batches, steps, held_out, data, problems, example, trainable, trained, reads)
+    own = own_columns(s, objective)
+    numbers = sets[0].encoded.row_columns if sets else ()
+    own |= {key: jax.ShapeDtypeStruct((s.batch_size, s.window), np.float32) for key in numbers}
+    return Plan(name, s, spec, objective, sets, batches, steps, held_out, data, problems, example, trainable, trained, own)
 
 
 def learned(spec: loading.ModelSpec, s, mesh) -> tuple[loading.ModelSpec, Callable, str, int]:
@@ -134,31 +135,17 @@ def _check_row_type(s, kind: RowType) -> None:
         raise UserError("config.shared_prefix: only a prompt with two answers has a prefix to share; leave it out.")
 
 
-def columns(s, objective: Callable) -> dict[str, jax.ShapeDtypeStruct]:
-    """The columns of a stage's batches as shapes: those of its source, and those that the objective says it reads besides.
+def columns(s, objective: Callable, spec: loading.ModelSpec | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """The columns of a stage's batches as shapes: those of its source, and those that annotations add (annotations.shapes).
 
-    An objective declares what it reads: {name: (letters, dtype)}, e.g. {"ref_logps": ("BS", "float32")}. What
-    further letters stand for, the folder in config.annotations says. Raises UserError where it does not.
+    spec: the stage's model, else what its settings describe. Raises UserError where a column's width is not known.
     """
-    found, written = _own_columns(s, objective), {}
-    rows, length = found["tokens"].shape
-    for file in (
-        file for folder in s.annotations.split(",") if folder for file in cloud.path(folder.strip()).glob("*/meta.json")
-    ):
-        written |= json.loads(file.read_text())["columns"]
-    for name, (letters, dtype) in declared(objective, "columns").items():
-        shape = [{"B": rows, "S": length}[letter] for letter in letters[:2]]
-        if s.source == "rollouts" and name == "teacher_hidden":  # which the teacher says of each batch as it is made
-            (_, teacher), *_ = declared(objective, "leaves").values()
-            written[name] = {"shape": [loading.describe(teacher, text=False).transformer.arch.width]}
-        if letters[2:] and name not in written:
-            raise UserError(f"config.annotations: name the folder of the column {name}, which alone says how wide it is.")
-        shape += written[name]["shape"] if letters[2:] else []
-        found.setdefault(name, jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype)))
-    return found
+    own = own_columns(s, objective)
+    spec = spec or loading.describe(plain(s.model), "", s.dtype, text=False)
+    return own | annotations.shapes(s, objective, own, spec)
 
 
-def _own_columns(s, objective: Callable) -> dict[str, jax.ShapeDtypeStruct]:
+def own_columns(s, objective: Callable) -> dict[str, jax.ShapeDtypeStruct]:
     """The columns of a stage's source, as shapes."""
     if s.source == "rollouts":
         return rollouts.columns(s, datasets.row_type(objective).completions == 2)

@@ -1,15 +1,12 @@
 """A stage's rollouts: how completions are drawn, judged and learned from, checked before anything is compiled."""
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 
-import jax
 import numpy as np
 
 from jaxpost.declare import declared
 from jaxpost.errors import UserError
-from jaxpost.objectives import logprobs
 from jaxpost.recipe import plain
 from jaxpost.resolve import find, resolve
 from jaxpost.rollouts.learning import CORRECTIONS, Lessons
@@ -45,7 +42,6 @@ def source(name: str, found, judges: Rewards, model, s, objective: Callable, mes
         prompt=prompts(found, judges, model, s, leave_out=True),
         rewards=judges,
         lessons=lessons,
-        now=_now(objective, model, r.correction),
         batch_size=s.batch_size,
         microbatches=s.microbatches,
         group=r.group,
@@ -152,19 +148,3 @@ def _check_groups(s, objective: Callable, lessons: Lessons) -> None:
         raise UserError("config.rollouts.advantages: these are tokens' own, and the objective weighs whole completions.")
     if declared(objective, "sequence_level") and r.correction == "truncate":
         raise UserError("config.rollouts.correction: the objective weighs whole completions, not tokens; take 'mask'.")
-
-
-def _now(objective: Callable, model, correction: str) -> tuple[Callable, ...]:
-    """Programs (params, batch) -> columns of the weights that sampled: those that the objective names, and their own
-    log-probabilities where the sampler's are corrected.
-    """
-    forward, made = model.transformer.forward, []
-    for column in declared(objective, "current").values():
-        made.append(jax.jit(functools.partial(column, forward)))
-    if correction:
-
-        def scored(params, batch):
-            return {"scored_logps": logprobs.token_scores(forward(params, batch), batch)["logps"]}
-
-        made.append(jax.jit(scored))
-    return tuple(made)

@@ -1,11 +1,14 @@
 """What the stages of a run share: where it writes, its mesh, and what earlier stages have made."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from etils import epath
+from ml_collections import ConfigDict
 
 from jaxpost import checkpoint, links
+from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.recipe import plain
 from jaxpost.stages.artefacts import Output
@@ -31,16 +34,36 @@ class Run(NamedTuple):
         """The model that a stage starts from: the result of the stage that its settings name, or its own."""
         return starting(spec, s, self.workdir)
 
-    def filled(self, value: Any) -> Any:
-        """A setting with the files of earlier stages in place of their @names."""
-        return links.filled(value, lambda name: self.outputs[name].rows)
+    def filled(self, s) -> ConfigDict:
+        """A stage's settings with the files and folders of earlier stages in place of their @names."""
+        files = {key: links.filled(plain(s[key]), lambda name: self.outputs[name].rows) for key in ("data", "eval_data")}
+        folders = plain(s.annotations)
+        if isinstance(folders, str):
+            folders = ",".join(self.folders(folders))
+        return ConfigDict({**plain(s), **files, "annotations": folders})
 
-    def filled_folders(self, value: str) -> list[str]:
+    def folders(self, value: str) -> list[str]:
         """The folders of columns that a setting names, with commas between several; an @NAME stands for an earlier stage's."""
         parts = [part.strip() for part in value.split(",") if part.strip()]
         return [
             folder for part in parts for folder in (self.outputs[part[1:]].columns.split(",") if part[0] == "@" else [part])
         ]
+
+    def models(self, s) -> Callable[[str], loading.ModelSpec]:
+        """name -> ModelSpec, of the models that a stage's settings name besides its own: an earlier stage's as @NAME."""
+
+        def described(name: str) -> loading.ModelSpec:
+            if not name.startswith("@"):
+                return loading.describe(name, "", s.dtype, text=False)
+            output = self.outputs.get(name[1:])
+            if output is None or output.spec is None:
+                raise UserError(f"config: {name} is no earlier stage that makes weights.")
+            if output.pending:
+                return output.spec
+            folder = checkpoint.find_step(self.workdir / "checkpoints" / name[1:])
+            return dataclasses.replace(output.spec, folder=folder, hub="")
+
+        return described
 
     def pending(self, value: Any) -> list[Output]:
         """The outputs of stages that a setting names and that have not run."""

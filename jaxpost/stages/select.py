@@ -20,7 +20,6 @@ from jaxpost.errors import UserError
 from jaxpost.naming import digest_of
 from jaxpost.recipe import plain
 from jaxpost.resolve import resolve
-from jaxpost.stages import annotations
 from jaxpost.stages.artefacts import Artefact, Output
 from jaxpost.stages.run import Run
 
@@ -56,7 +55,7 @@ def make(plan: Selection, run: Run) -> Output:
     s = plan.settings
     rows = _rows(s, run) if plan.rows is None else plan.rows
     lines = [_line(row) for row in rows]
-    columns = annotations.per_row(run.filled_folders(s.annotations), len(rows))
+    columns = _columns(plain(run.filled(s).annotations), len(rows))
     about = {"rows": hashlib.sha256("\n".join(lines).encode()).hexdigest(), "with": digest_of(plan.function), "seed": s.seed}
     about |= {"columns": {k: hashlib.sha256(np.ascontiguousarray(v)).hexdigest() for k, v in columns.items()}}
     artefact = Artefact(run.root, "rows", about)
@@ -72,7 +71,7 @@ def make(plan: Selection, run: Run) -> Output:
 
 
 def _rows(s, run: Run) -> list[dict]:
-    parts = mixture.read(run.filled(plain(s.data)), "data", s.bad_rows == "skip")
+    parts = mixture.read(plain(run.filled(s).data), "data", s.bad_rows == "skip")
     return [dict(record.row) for part in parts for record in part.records]
 
 

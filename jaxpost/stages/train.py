@@ -6,29 +6,24 @@ before anything is compiled; `judge.py` has the evaluations.
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import sys
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
-from jaxpost import checkpoint, columns, optim, sharding
-from jaxpost.annotators import scores
+from jaxpost import annotations, checkpoint, optim, sharding
 from jaxpost.data import chat
 from jaxpost.errors import UserError
 from jaxpost.log import Log
 from jaxpost.models import loading
 from jaxpost.profile import Profile
-from jaxpost.recipe import plain
 from jaxpost.rollouts import resume
 from jaxpost.stages import judge
 from jaxpost.stages.artefacts import Output
 from jaxpost.stages.plan import Plan, plan_stage
 from jaxpost.stages.run import Run
 from jaxpost.stages.state import program, shapes
-from jaxpost.step import combine
 from jaxpost.stopping import leave
 from jaxpost.types import TrainState
 
@@ -37,17 +32,14 @@ KEPT = ("adapter", "leaves", "base", "elsewhere")  # what checkpoints record of 
 
 def planned(name: str, s, run: Run) -> Plan:
     """The stage, checked. Where an earlier stage is still to make its data, it is checked by rows such as that will give."""
-    if pending := run.pending(s.data):
-        trial = [row for output in pending for row in output.trial]
-        return columns.annotated(plan_stage(name, s, run.mesh, trial), run.mesh)
-    files = {key: run.filled(plain(s[key])) for key in ("data", "eval_data")}
-    folders = ",".join(run.filled_folders(s.annotations))
-    return columns.annotated(plan_stage(name, ConfigDict({**plain(s), **files, "annotations": folders}), run.mesh), run.mesh)
+    trial = [row for output in run.pending(s.data) for row in output.trial]
+    plan = plan_stage(name, s if trial else run.filled(s), run.mesh, trial)
+    return annotations.planned(plan, run.mesh, run.models(s))
 
 
 def output(plan: Plan) -> Output:
     """What later stages are told before the stage has run."""
-    return Output(pending=True)
+    return Output(pending=True, spec=plan.spec)
 
 
 def make(plan: Plan, run: Run) -> Output:
@@ -63,7 +55,7 @@ def make(plan: Plan, run: Run) -> Output:
     run.stop.in_loop = False  # all is written
     if left is not None:
         leave(f"at {plan.name} step {left}", run.stop)
-    return Output(figures=figures, seconds=seconds)
+    return Output(figures=figures, seconds=seconds, spec=plan.spec)
 
 
 def show(plan: Plan) -> None:
@@ -89,7 +81,7 @@ def _steps(plan: Plan, run: Run, saved: checkpoint.Checkpoints) -> tuple[dict, f
         state, kept = _start(plan, run, tx)
     else:
         state, kept = _restore(plan, saved, latest, tx, mesh), {k: meta.get(k) for k in KEPT}
-    plan = _with_reference(plan, run, state, fresh=latest is None)
+    plan = _annotated(plan, run, state, fresh=latest is None)
     step = program(plan.spec.transformer, plan.objective, tx, state, mesh, s)
     plan.source.position = meta["position"]
     log = Log(plan, run.workdir, names[: names.index(plan.name) + 1], meta, int(state.step), _seconds_of(s.time_of, run))
@@ -179,32 +171,14 @@ def _restore(plan: Plan, saved: checkpoint.Checkpoints, step: int, tx, mesh) -> 
     return saved.restore(step, state, below)
 
 
-def _with_reference(plan: Plan, run: Run, state: TrainState, *, fresh: bool) -> Plan:
-    """The plan with its frozen reference as a column: the weights that the stage starts from. A fresh state has them still; for
-    a restored one they are read again, should the column be gone. Rollouts ask the reference anew for each of their batches, so
-    what of it trains is kept beside the weights.
-    """
-    mesh, workdir, origin = run.mesh, run.workdir, run.starting(plan.spec, plan.settings)
-
-    def weights():
-        return combine(state.train, state.frozen) if fresh else loading.weights(origin, mesh, plan.settings.seed)
-
-    if plan.settings.source != "rollouts":
-        return columns.referenced(plan, origin, weights, workdir / "columns", mesh)
-    plan.source.folder = workdir / "rollouts" / plan.name
-    if fresh and jax.process_index() == 0:
-        resume.clear(plan.source.folder)
-    if columns.REFERENCE in plan.reads:
-        first, _ = optim.partition(weights(), plan.trainable)
-        first = jax.tree.map(jnp.copy, first) if fresh else first
-        program = jax.jit(functools.partial(scores.ref_logps, plan.spec.transformer.forward))
-        plan.source.frozen += (lambda state, batch: program(combine(first, state.frozen), batch),)
-    for folder in dict.fromkeys(loading.others(plan.spec).values()):
-        teacher = loading.describe(folder, "", plan.settings.dtype, text=False)
-        known = loading.weights(teacher, mesh, plan.settings.seed)
-        says = jax.jit(functools.partial(scores.hidden, teacher.transformer.forward))
-        plan.source.frozen += (lambda state, batch, says=says, known=known: says(known, batch),)
-    return plan
+def _annotated(plan: Plan, run: Run, state: TrainState, *, fresh: bool) -> Plan:
+    """The plan whose batches have the columns that models make of them. fresh: whether the stage begins with this state."""
+    if plan.settings.source == "rollouts":
+        plan.source.folder = run.workdir / "rollouts" / plan.name
+        if fresh and jax.process_index() == 0:
+            resume.clear(plan.source.folder)
+    origin, folder = run.starting(plan.spec, plan.settings), run.root / "columns"
+    return annotations.attached(plan, origin, state, folder, run.mesh, fresh=fresh, weights_of=run.models(plan.settings))
 
 
 def _position(plan: Plan, saved: checkpoint.Checkpoints, step: int):
