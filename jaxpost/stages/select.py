@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxpost import sharding
+from jaxpost import annotations, columns, sharding
 from jaxpost.data import mixture
 from jaxpost.data.transforms import apply
 from jaxpost.errors import UserError
@@ -55,19 +55,33 @@ def make(plan: Selection, run: Run) -> Output:
     s = plan.settings
     rows = _rows(s, run) if plan.rows is None else plan.rows
     lines = [_line(row) for row in rows]
-    columns = _columns(plain(run.filled(s).annotations), len(rows))
+    made = _columns(plain(run.filled(s).annotations), len(rows))
     about = {"rows": hashlib.sha256("\n".join(lines).encode()).hexdigest(), "with": digest_of(plan.function), "seed": s.seed}
-    about |= {"columns": {k: hashlib.sha256(np.ascontiguousarray(v)).hexdigest() for k, v in columns.items()}}
+    about |= {"columns": {k: hashlib.sha256(np.ascontiguousarray(v)).hexdigest() for k, v in made.items()}}
     artefact = Artefact(run.root, "rows", about)
     _, done = artefact.resume()
     if not done and jax.process_index() == 0:
-        selected = apply.apply(plan.function, rows, columns, apply.key_of(s.seed))
+        selected = apply.apply(plan.function, rows, made, apply.key_of(s.seed))
         if not selected:
             raise UserError(f"config.{plan.name}.with: it selects none of {len(rows):,} rows; change its settings.")
         artefact.add(".jsonl", "".join(_line(row) + "\n" for row in selected).encode())
         artefact.finish(rows=len(selected), of=len(rows))
     sharding.agree(0.0)  # nobody reads before all is written
     return Output(rows=str(artefact.folder / "part-*.jsonl"))
+
+
+def _columns(folders: str, count: int) -> dict[str, np.ndarray]:
+    """The columns in folders, a value (or several) a row. Raises UserError where they are not of so many rows."""
+    made = {}
+    for folder in columns.folders(folders):
+        made |= annotations.per_example(folder)
+    for name, values in made.items():
+        if len(values) != count:
+            raise UserError(
+                f"config.annotations: {name} has values of {len(values):,} examples, and there are {count:,} rows. Annotate all "
+                "rows: too_long='truncate', held_out=0 and bad_rows='stop' leave none out."
+            )
+    return made
 
 
 def _rows(s, run: Run) -> list[dict]:
