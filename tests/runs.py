@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from jaxpost import checkpoint, optim, recipe, sharding
+from jaxpost import checkpoint, links, optim, recipe, sharding
 from jaxpost.stages import train
 from jaxpost.stages.plan import plan_stage
 
@@ -125,7 +125,10 @@ def saved(workdir: Path, name: str) -> dict[int, tuple[dict, dict]]:
     config = recipe.make(**json.loads((workdir / "config.json").read_text()))
     mesh = sharding.make_mesh(fsdp=2, tensor=2)  # not the one it was written on
     with sharding.use(mesh):
-        plan = plan_stage(name, dict(recipe.stages(config))[name], mesh)
+        settings = dict(recipe.stages(config))[name]
+        if any(links.references(settings.data)):
+            settings.data = ",".join(str(p) for p in (workdir / "rows").glob("*/part-*.jsonl"))
+        plan = plan_stage(name, settings, mesh)
         kept = checkpoint.Checkpoints(workdir / "checkpoints" / name)
         found = {}
         for step in sorted(int(p.name) for p in (workdir / "checkpoints" / name).iterdir()):

@@ -186,6 +186,7 @@ def test_a_finished_run_takes_a_merge_and_more_steps_and_shares_its_start(tmp_pa
         "two": {"seed": 2, "model": f"recipe:{path}"},
     }
     settings = runs.settings(tmp_path / "arms", **{**start, **arms})
+    settings["rollouts"].pop("group")
     jaxpost.train(recipe.make(**settings), tmp_path / "w")
     (shared,) = (tmp_path / "shared" / "recipes").iterdir()
     before = {p: p.stat().st_mtime_ns for p in (shared / "checkpoints").rglob("*")}
@@ -200,3 +201,33 @@ def test_a_finished_run_takes_a_merge_and_more_steps_and_shares_its_start(tmp_pa
     assert sorted(runs.saved(tmp_path / "w", "two")) == [2, 3]
     merged, one, two = (jaxpost.load(str(tmp_path / "w" / "checkpoints" / name)).params for name in ("soup", "one", "two"))
     jax.tree.map(lambda m, a, b: np.testing.assert_allclose(m, (a + b) / 2, rtol=1e-6, atol=1e-8), merged, one, two)
+
+
+@pytest.mark.slow
+def test_two_rounds_of_self_training_in_one_recipe(tmp_path):
+    """Train, generate, filter, train, annotate, select, train by a curriculum: each stage takes what earlier ones made."""
+    (tmp_path / "mine.py").write_text("def longest(rows, columns, key):\n    return [max(rows, key=lambda r: len(str(r)))]\n")
+    names = ("sft", "drawn", "kept", "again", "scored", "hard", "last", "one")
+    settings = runs.settings(tmp_path, stages=names, held_out=0.0, best="", sft={"steps": 2})
+    settings |= {
+        "drawn": {"do": "generate", "rows": "scored", "task": {"name": str(tmp_path / "task.py"), "examples": 40}},
+        "kept": {"do": "select", "data": "@drawn", "with": {"name": "select.threshold", "column": "score", "least": 0.25}},
+        "again": {"data": "@kept", "steps": 1},
+        "scored": {"do": "annotate", "model": "@again", "data": "@kept", "with": "perplexity"},
+        "hard": {"do": "select", "data": "@kept", "annotations": "@scored"},
+        "last": {"data": "@hard", "steps": 1, "order": {"name": "by", "column": "score"}},
+        "one": {"do": "select", "data": "@hard", "with": f"{tmp_path / 'mine.py'}:longest"},
+    }
+    settings["hard"]["with"] = {"name": "select.top", "column": "perplexity", "keep": 0.5}
+    jaxpost.train(recipe.make(**settings), tmp_path / "w")
+    facts = {}
+    for meta in (tmp_path / "w" / "rows").glob("*/meta.json"):
+        content = artefacts.check(meta.parent)
+        facts[content["facts"].get("of", "drawn")] = content["facts"]["rows"]
+    drawn = facts.pop("drawn")
+    kept = facts.pop(drawn)
+    assert 0 < kept <= drawn and facts == {kept: kept // 2, kept // 2: 1} or kept % 2
+    folders = [tmp_path / "w" / name for name in ("rows", "columns", "checkpoints")]
+    made = {p: p.stat().st_mtime_ns for folder in folders for p in folder.rglob("*")}
+    jaxpost.train(recipe.make(**settings), tmp_path / "w")
+    assert {p: p.stat().st_mtime_ns for p in made} == made  # nothing is made twice

@@ -78,8 +78,8 @@ def _columns(folders: str, count: int) -> dict[str, np.ndarray]:
     for name, values in made.items():
         if len(values) != count:
             raise UserError(
-                f"config.annotations: {name} has values of {len(values):,} examples, and there are {count:,} rows. Annotate all "
-                "rows: too_long='truncate', held_out=0 and bad_rows='stop' leave none out."
+                f"config.annotations: {name} has values of {len(values):,} examples, and there are {count:,} rows. Annotate "
+                "all: too_long='truncate', held_out=0, bad_rows='stop'."
             )
     return made
 
