@@ -10,7 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 import jaxpost
-from jaxpost import links, recipe
+from jaxpost import checkpoint, links, recipe
 from jaxpost.errors import UserError
 from jaxpost.stages import artefacts, records
 
@@ -190,16 +190,16 @@ def test_a_finished_run_takes_a_merge_and_more_steps_and_shares_its_start(tmp_pa
     jaxpost.train(recipe.make(**settings), tmp_path / "w")
     (shared,) = (tmp_path / "shared" / "recipes").iterdir()
     before = {p: p.stat().st_mtime_ns for p in (shared / "checkpoints").rglob("*")}
-    first = runs.saved(tmp_path / "w", "one")[2][0]
+    folders = {name: tmp_path / "w" / "checkpoints" / name for name in ("soup", "one", "two")}
+    first = jaxpost.load(str(folders["one"])).params
     settings["stages"] = ("one", "two", "soup")
     settings["soup"] = {"do": "merge", "with": "arithmetic.soup", "of": ("@one", "@two")}
     settings["two"] |= {"steps": 3}
     jaxpost.train(recipe.make(**settings), tmp_path / "w")
     assert {p: p.stat().st_mtime_ns for p in (shared / "checkpoints").rglob("*")} == before  # made once
-    after = runs.saved(tmp_path / "w", "one")[2][0]
-    assert all(np.array_equal(first[k], after[k]) for k in first)
-    assert sorted(runs.saved(tmp_path / "w", "two")) == [2, 3]
-    merged, one, two = (jaxpost.load(str(tmp_path / "w" / "checkpoints" / name)).params for name in ("soup", "one", "two"))
+    assert checkpoint.steps(epath.Path(folders["two"])) == [2, 3]
+    merged, one, two = (jaxpost.load(str(folder)).params for folder in folders.values())
+    jax.tree.map(np.testing.assert_array_equal, one, first)
     jax.tree.map(lambda m, a, b: np.testing.assert_allclose(m, (a + b) / 2, rtol=1e-6, atol=1e-8), merged, one, two)
 
 
