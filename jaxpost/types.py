@@ -14,6 +14,8 @@ A batch is a dict of arrays. A column describes the token at its own place, neve
     advantages [B,S] float32  (rollouts) how much better than expected the completion, or the token, turned out
     temperature []   float32  (rollouts) the temperature the tokens were drawn at
     fresh      []    bool     (rollouts) whether the weights that learn are still those that sampled
+    step       []    int32    the steps that the stage has taken
+    progress   []    float32  the same as a share of its steps, below 1
 
 The step adds `rows` [B] int32, each row's number in the global batch: an objective that draws noise folds it into its key, so
 that the noise does not depend on how the batch is split. A column without a batch axis is a scalar, the same for every row.

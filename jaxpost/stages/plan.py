@@ -145,8 +145,14 @@ def columns(s, objective: Callable, spec: loading.ModelSpec | None = None) -> di
     return own | annotations.shapes(s, objective, own, spec)
 
 
+def scalars(step: int, steps: int) -> dict[str, np.generic]:
+    """The columns that say how far a stage is, once `step` of its `steps` are taken: what anneals reads them."""
+    return {"step": np.int32(step), "progress": np.float32(step / steps)}
+
+
 def own_columns(s, objective: Callable) -> dict[str, jax.ShapeDtypeStruct]:
-    """The columns of a stage's source, as shapes."""
+    """The columns of a stage's batches that no annotation makes, as shapes."""
+    progress = {name: jax.ShapeDtypeStruct((), x.dtype) for name, x in scalars(0, 1).items()}
     if s.source == "rollouts":
-        return rollouts.columns(s, datasets.row_type(objective).completions == 2)
-    return datasets.columns(s, objective)
+        return progress | rollouts.columns(s, datasets.row_type(objective).completions == 2)
+    return progress | datasets.columns(s, objective)

@@ -21,7 +21,7 @@ from jaxpost.profile import Profile
 from jaxpost.rollouts import resume
 from jaxpost.stages import judge
 from jaxpost.stages.artefacts import Output
-from jaxpost.stages.plan import Plan, plan_stage
+from jaxpost.stages.plan import Plan, plan_stage, scalars
 from jaxpost.stages.run import Run
 from jaxpost.stages.state import program, shapes
 from jaxpost.stopping import leave
@@ -101,7 +101,7 @@ def _steps(plan: Plan, run: Run, saved: checkpoint.Checkpoints) -> tuple[dict, f
     for at in itertools.count(int(state.step) + 1):
         with profile.step(at, state):
             log.clock()
-            batch = plan.source(state)
+            batch = plan.source(state) | scalars(at - 1, plan.steps)
             log.waited()
             state, measured = step(state, sharding.distribute(batch, mesh, s.batch_size))
         log.step(at, batch, {**measured, **getattr(plan.source, "metrics", {})})
