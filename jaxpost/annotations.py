@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpost import columns, fingerprint, optim, sharding
+from jaxpost import artefacts, columns, fingerprint, optim, sharding
 from jaxpost.declare import Column, declared
 from jaxpost.errors import UserError
 from jaxpost.models import loading
@@ -158,7 +158,7 @@ def shapes(s, objective: Callable, own: Mapping, spec=None, weights_of: Models |
     weights_of = weights_of or models(s)
     stored = {}
     for folder in columns.folders(s.annotations) if isinstance(s.annotations, str) else ():
-        stored |= columns.meta_of(folder)["columns"]
+        stored |= artefacts.read_meta(folder)["facts"]["columns"]
     chosen, _ = choose(s, objective, own, stored, spec, weights_of)
     added = {name: x for one in chosen for name, x in one.columns.items() if name != SCORED}
     rows, length = own["tokens"].shape
@@ -190,13 +190,13 @@ def _with_stored(plan, weights_of: Models) -> tuple[Any, list[str]]:
     made, used = {one.encoded.digest: {} for one in plan.sets}, []
     wanted = declared(plan.objective, "columns")
     for folder in columns.folders(plan.settings.annotations):
-        of = made.get(columns.meta_of(folder)["data"])
+        of = made.get(artefacts.read_meta(folder)["about"].get("data"))
         if of is None:
             continue
         stored, meta = columns.by_token(folder)
         for name in stored.keys() & wanted.keys():
             model = wanted[name].weights
-            if model not in OWN and meta["weights"]["files"] != fingerprint.digest(weights_of(model).folder):
+            if model not in OWN and meta["about"]["weights"]["files"] != fingerprint.digest(weights_of(model).folder):
                 raise UserError(
                     f"config.objective: {model} is not the model that wrote {name} in {folder}, or has changed since; name "
                     "that one, or leave the folder out of config.annotations, and the column is made."
@@ -347,5 +347,5 @@ def per_example(folder) -> dict[str, np.ndarray]:
             f"{folder}: {', '.join(arrays)} has a value for each token; take an annotator with one for each document, as "
             "perplexity, reward and embedding have."
         )
-    each = {name: x.reshape(meta["examples"], -1, *x.shape[1:]) for name, x in arrays.items()}
+    each = {name: x.reshape(meta["facts"]["examples"], -1, *x.shape[1:]) for name, x in arrays.items()}
     return {name: x[:, 0] if x.shape[1] == 1 else x for name, x in each.items()}

@@ -1,27 +1,21 @@
 """Columns of a data set on disk: an annotator's numbers, made once, in the order of the data set's examples.
 
 A column has a value for each token that is learned, or for each document, so it does not depend on how examples are packed. The
-columns of one annotator lie in a folder of their own,
+columns of one annotator are an artefact (artefacts.py):
 
-    OUT/<key>/meta.json        the data, the annotator, the weights; written last, so where it is, all is there
-              <column>.npy     [T, ...]: T learned tokens; or [N, ...]: N documents, whose learned tokens are counted in
-              document_lengths.npy
+    OUT/<key>/<column>.npy             [T, ...]: T learned tokens; or [N, ...]: N documents
+              document_lengths.npy     [N], of documents: how many learned tokens each has
 
 whose key is a digest of the tokens (which are all that a model sees of text, tokenizer and template), of the annotator with its
 options and source, of the weights, and of the batches' shape. Rows are packed as the training's are, in batches of the
-training's shape, so that the numbers are bit for bit those of the same program on the training's batches. Until all of them are
-there they lie in parts, and a run that was killed goes on after the last part. Damage, found by the CRC-32C in meta.json or
-inside a part, is mended by whoever can compute the numbers again, and refused by anyone else.
+training's shape, so that the numbers are bit for bit those of the same program on the training's batches.
 """
 
-import contextlib
 import functools
-import hashlib
 import io
-import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -29,11 +23,11 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from jaxpost import cloud, digests, fingerprint, sharding, writers
+from jaxpost import artefacts, cloud, fingerprint, sharding
+from jaxpost.artefacts import Artefact
 from jaxpost.data import source
 from jaxpost.declare import declared
-from jaxpost.errors import UserError, first_line
-from jaxpost.host import read_arrays, read_object
+from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.naming import digest_of, named
 from jaxpost.resolve import resolve
@@ -75,32 +69,19 @@ def make(what: Mapping | Callable | str, plan, spec: loading.ModelSpec, params: 
     origin |= {k: s[k] for k in ("window", "packing", "seed", "batch_size", "dtype")}
     program, folders, weights = jax.jit(functools.partial(annotator, spec.transformer.forward)), [], None
     for one in plan.sets:
-        meta = {"data": one.encoded.digest, **origin}
-        folder = epath.Path(out) / hashlib.sha256(json.dumps(meta, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        folders.append(folder)
-        if _there(folder):
-            _tell(f"{one.name}: {short} is in {folder} already; nothing to do")
+        artefact = Artefact(out, "", {"data": one.encoded.digest, **origin})
+        folders.append(artefact.folder)
+        progress, done = artefact.resume(batches=0)
+        if done:
+            _tell(f"{one.name}: {short} is in {artefact.folder} already; nothing to do")
             continue
         weights = params() if weights is None else weights
-        _score(one, program, weights, s, mesh, folder, declared(annotator, "per") == "document")
+        _score(one, program, weights, s, mesh, artefact, progress["batches"], declared(annotator, "per") == "document")
         if jax.process_index() == 0:
-            _gather(one, s, folder, meta)
-        _tell(f"{one.name}: wrote {short} of {one.encoded.learned.sum():,} tokens to {folder}")
+            _gather(one, s, artefact)
+        _tell(f"{one.name}: wrote {short} of {one.encoded.learned.sum():,} tokens to {artefact.folder}")
         sharding.agree(0.0)  # nobody reads before all is written
     return folders
-
-
-def _there(folder: epath.Path) -> bool:
-    """Whether a folder has all of its columns, as the first process sees it; deletes the meta of damaged ones."""
-    there = (folder / "meta.json").exists()
-    if there and jax.process_index() == 0:
-        try:
-            _arrays(folder, _meta(folder))
-        except (FileNotFoundError, ValueError) as e:
-            _tell(f"{folder}: damaged columns ({first_line(e)}); they are made again")
-            (folder / "meta.json").unlink()
-            there = False
-    return bool(sharding.agree(float(there)))
 
 
 def _tell(text: str) -> None:
@@ -108,11 +89,12 @@ def _tell(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def _score(one: datasets.Set, program: Callable, params: Params, s, mesh, folder: epath.Path, documents: bool) -> None:
-    """Scores the batches that no part in the folder holds, part after part. documents: whether one value of each is kept."""
+def _score(
+    one: datasets.Set, program: Callable, params: Params, s, mesh, artefact: Artefact, first: int, documents: bool
+) -> None:
+    """Scores the batches from `first` on, part after part. documents: whether one value of each is kept."""
     local = sharding.local_rows(mesh, s.batch_size)
     batches = source.Batches(datasets.rows(one, s, {}), s.batch_size, seed=0, shuffle=False, epochs=1, local=local)
-    first = int(sharding.agree(_scored(folder) if jax.process_index() == 0 else 0))
     batches.position, held, since = first, [], time.monotonic()
     for at in tqdm.tqdm(range(first, len(batches)), desc=f"annotating {one.name}", unit="batch", disable=None):
         batch = sharding.distribute(batches(), mesh, s.batch_size)
@@ -130,8 +112,7 @@ def _score(one: datasets.Set, program: Callable, params: Params, s, mesh, folder
             if jax.process_index() == 0:
                 content = io.BytesIO()
                 np.savez(content, **{name: np.concatenate([part[name] for part in held]) for name in part})
-                folder.mkdir(parents=True, exist_ok=True)
-                writers.replace(folder / f"part-{at + 1:08d}.npz", content.getvalue())
+                artefact.add(".npz", content.getvalue(), batches=at + 1)
             held, since = [], time.monotonic()
 
 
@@ -143,20 +124,6 @@ def _last(mask: np.ndarray, segments: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return (rows * mask.shape[1] + columns)[ends], np.diff(ends, prepend=-1)
 
 
-def _scored(folder: epath.Path) -> int:
-    """The number of batches up to the end of the last whole part in a folder; deletes a damaged one, and those after it."""
-    parts = _parts(folder)
-    whole = next((i for i, part in enumerate(parts) if not read_arrays(part)), len(parts))
-    for part in parts[whole:]:
-        _tell(f"{part}: it or a part before it is damaged; it is made again")
-        part.unlink()
-    return int(parts[whole - 1].name[5:13]) if whole else 0
-
-
-def _parts(folder: epath.Path) -> list[epath.Path]:
-    return sorted(folder.glob("part-*.npz"), key=lambda p: p.name) if folder.exists() else []
-
-
 def check(columns: Any, shape: tuple[int, int]) -> None:
     """Raises UserError unless the shapes that an annotator gave are {column: [B,S,...]}."""
     good = isinstance(columns, dict) and all(getattr(x, "shape", ())[:2] == shape for x in columns.values())
@@ -166,11 +133,11 @@ def check(columns: Any, shape: tuple[int, int]) -> None:
         )
 
 
-def _gather(one: datasets.Set, s, folder: epath.Path, meta: dict) -> None:
-    """Puts the parts' values, which lie in the order of the rows, into that of the examples, and writes the meta."""
-    parts = _parts(folder)
+def _gather(one: datasets.Set, s, artefact: Artefact) -> None:
+    """Puts the parts' values, which lie in the order of the rows, into that of the examples."""
+    parts = [artefact.folder / part["file"] for part in artefact.parts]
     with np.load(io.BytesIO(parts[0].read_bytes())) as part:
-        kinds, sums = {name: (part[name].shape[1:], part[name].dtype) for name in part.files}, {}
+        kinds = {name: (part[name].shape[1:], part[name].dtype) for name in part.files}
     counts = one.encoded.learned  # values of each example
     if LENGTHS in kinds:
         counts = np.full(len(counts), np.max(one.encoded.examples[0].get("segments", 1)))
@@ -179,27 +146,19 @@ def _gather(one: datasets.Set, s, folder: epath.Path, meta: dict) -> None:
     before = np.cumsum(counts[order]) - counts[order]
     places = np.repeat(begins - before, counts[order]) + np.arange(counts.sum())
     for name, (shape, dtype) in kinds.items():
-        with cloud.local_target(folder / f"{name}.npy") as target:
+        with cloud.local_target(artefact.folder / f"{name}.npy") as target:
             whole = np.lib.format.open_memmap(target, "w+", dtype, (len(places), *shape))
             done = 0
             for part in parts:
                 with np.load(io.BytesIO(part.read_bytes())) as stored:
-                    if set(stored.files) != kinds.keys():
-                        raise UserError(f"{part}: it has other columns than {parts[0].name}; delete this folder.")
                     values = stored[name]
                 whole[places[done : done + len(values)]] = values
                 done += len(values)
+            assert done == len(places), "the parts have all batches"
             whole.flush()
             del whole
-            sums[name] = digests.checksum(epath.Path(target))
-        if done != len(places):
-            raise UserError(f"{folder}: parts are missing ({done:,} of {len(places):,} numbers are there); delete this folder.")
-    about = {k: {"shape": list(shape), "dtype": str(dtype), "crc32c": sums[k]} for k, (shape, dtype) in kinds.items()}
-    if LENGTHS in about:
-        meta = meta | {LENGTHS: about.pop(LENGTHS), "examples": len(counts)}
-    writers.replace(folder / "meta.json", (json.dumps(meta | {"columns": about}, indent=2, default=str) + "\n").encode())
-    for part in parts:
-        part.unlink()
+    about = {k: {"shape": list(shape), "dtype": str(dtype)} for k, (shape, dtype) in kinds.items() if k != LENGTHS}
+    artefact.finish([f"{name}.npy" for name in kinds], columns=about, examples=len(counts))
 
 
 def read(folder) -> dict[str, np.ndarray]:
@@ -234,45 +193,12 @@ class _Spread:
 
 def whole(folder) -> tuple[dict[str, np.ndarray], dict]:
     """(the arrays of a folder, its meta). Raises UserError where one is damaged."""
-    folder = epath.Path(folder)
-    with _refused(folder):
-        meta = _meta(folder)
-        return _arrays(folder, meta), meta
-
-
-@contextlib.contextmanager
-def _refused(folder: epath.Path) -> Iterator[None]:
-    """Turns what damage raises inside the block into a UserError."""
-    try:
-        yield
-    except (FileNotFoundError, ValueError) as e:
-        raise UserError(
-            f"{folder}: damaged columns ({first_line(e)}). Delete that folder, and have jaxpost.annotate make them again."
-        ) from e
-
-
-def _meta(folder: epath.Path) -> dict:
-    """The meta of a folder of columns. Raises ValueError where it is damaged."""
-    meta = read_object(folder / "meta.json")
-    for field, kind in (("data", str), ("weights", dict), ("columns", dict)):
-        if not isinstance(meta.get(field), kind):
-            raise ValueError(f"{folder / 'meta.json'} has no {field}")
-    return meta
-
-
-def _arrays(folder: epath.Path, meta: Mapping) -> dict[str, np.ndarray]:
-    """The arrays that a meta names. Raises FileNotFoundError or ValueError where one is gone or damaged."""
-    arrays, lengths = {}, {LENGTHS: meta[LENGTHS]} if LENGTHS in meta else {}
-    for name, about in {**meta["columns"], **lengths}.items():
-        file = folder / f"{name}.npy"
-        with cloud.local_copy(file) as copy:
-            if about.get("crc32c") not in (None, digests.checksum(epath.Path(copy))):  # None: an older jaxpost's
-                raise ValueError(f"{file} was changed")
-            try:
-                arrays[name] = np.load(copy, mmap_mode=None if cloud.is_remote(file) else "r")
-            except (EOFError, ValueError) as e:
-                raise ValueError(f"{file}: {first_line(e)}") from e
-    return arrays
+    meta, arrays = artefacts.check(folder), {}
+    for file in meta["files"]:
+        path = epath.Path(folder) / file["file"]
+        with cloud.local_copy(path) as copy:
+            arrays[path.stem] = np.load(copy, mmap_mode=None if cloud.is_remote(path) else "r")
+    return arrays, meta
 
 
 def folders(annotations: str) -> list[epath.Path]:
@@ -283,9 +209,3 @@ def folders(annotations: str) -> list[epath.Path]:
             raise UserError(f"config.annotations: no folder {folder}; give one that jaxpost.annotate wrote.")
         every += [folder] if (folder / "meta.json").exists() else [m.parent for m in sorted(folder.glob("*/meta.json"))]
     return every
-
-
-def meta_of(folder) -> dict:
-    """A folder's meta. Raises UserError where it is damaged."""
-    with _refused(epath.Path(folder)):
-        return _meta(epath.Path(folder))

@@ -21,10 +21,10 @@ from etils import epath
 
 from jaxpost import cli, cloud, compile_cache, lock, recipe, report, sharding, writers
 from jaxpost.agreement import check_inputs, check_settings
+from jaxpost.artefacts import key
 from jaxpost.host import CONTINUES, check_writable, disk_errors
 from jaxpost.models import loading
 from jaxpost.stages import annotate, datasets, generate, judge, merge, records, select, train
-from jaxpost.stages.artefacts import key
 from jaxpost.stages.plan import Plan
 from jaxpost.stages.run import Run
 from jaxpost.stopping import StopRequest, leave

@@ -10,9 +10,9 @@ from etils import epath
 from ml_collections import ConfigDict
 
 import jaxpost
-from jaxpost import checkpoint, links, recipe
+from jaxpost import artefacts, checkpoint, links, recipe
 from jaxpost.errors import UserError
-from jaxpost.stages import artefacts, records
+from jaxpost.stages import records
 
 MODEL = {"model_type": "llama"}
 

@@ -17,9 +17,8 @@ from jaxpost.models import loading
 from jaxpost.naming import named
 from jaxpost.recipe import plain
 from jaxpost.stages import train
-from jaxpost.stages.artefacts import Output
 from jaxpost.stages.plan import Plan
-from jaxpost.stages.run import Run
+from jaxpost.stages.run import Output, Run
 
 
 class Annotation(NamedTuple):

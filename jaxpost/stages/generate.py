@@ -21,6 +21,7 @@ import numpy as np
 import tqdm
 
 from jaxpost import columns, sharding
+from jaxpost.artefacts import Artefact
 from jaxpost.data import row_types
 from jaxpost.data.row_types import RowType
 from jaxpost.errors import UserError
@@ -31,9 +32,8 @@ from jaxpost.recipe import plain
 from jaxpost.rollouts.scoring import judged
 from jaxpost.sampling.decode import answers, complete, ready
 from jaxpost.stages import datasets, tasks
-from jaxpost.stages.artefacts import Artefact, Output
 from jaxpost.stages.rollouts import sampling
-from jaxpost.stages.run import Run
+from jaxpost.stages.run import Output, Run
 from jaxpost.types import Params
 
 SECONDS = 20.0  # between parts: what a kill costs

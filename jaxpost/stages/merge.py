@@ -19,8 +19,7 @@ from jaxpost.models import loading
 from jaxpost.naming import digest_of
 from jaxpost.recipe import plain
 from jaxpost.resolve import resolve
-from jaxpost.stages.artefacts import Output
-from jaxpost.stages.run import Run
+from jaxpost.stages.run import Output, Run
 from jaxpost.types import TrainState
 
 

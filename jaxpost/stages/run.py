@@ -1,7 +1,7 @@
 """What the stages of a run share: where it writes, its mesh, and what earlier stages have made."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -11,7 +11,21 @@ from jaxpost import checkpoint, links
 from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.recipe import plain
-from jaxpost.stages.artefacts import Output
+
+
+class Output(NamedTuple):
+    """What a stage hands on to later ones: its rows (a pattern of files), the folders of its columns with commas between, its
+    figures, the ModelSpec of its weights, the seconds that it took. Until the stage has run `pending` is true, and `trial` has
+    rows such as it will give.
+    """
+
+    rows: str = ""
+    columns: str = ""
+    figures: Mapping[str, float] = {}
+    spec: Any = None
+    seconds: float = 0.0
+    pending: bool = False
+    trial: tuple[dict, ...] = ()
 
 
 class Run(NamedTuple):

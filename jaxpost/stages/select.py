@@ -14,14 +14,14 @@ import jax
 import numpy as np
 
 from jaxpost import annotations, columns, sharding
+from jaxpost.artefacts import Artefact
 from jaxpost.data import mixture
 from jaxpost.data.transforms import apply
 from jaxpost.errors import UserError
 from jaxpost.naming import digest_of
 from jaxpost.recipe import plain
 from jaxpost.resolve import resolve
-from jaxpost.stages.artefacts import Artefact, Output
-from jaxpost.stages.run import Run
+from jaxpost.stages.run import Output, Run
 
 
 class Selection(NamedTuple):

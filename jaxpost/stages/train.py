@@ -20,9 +20,8 @@ from jaxpost.models import loading
 from jaxpost.profile import Profile
 from jaxpost.rollouts import resume
 from jaxpost.stages import judge
-from jaxpost.stages.artefacts import Output
 from jaxpost.stages.plan import Plan, plan_stage, scalars
-from jaxpost.stages.run import Run
+from jaxpost.stages.run import Output, Run
 from jaxpost.stages.state import program, shapes
 from jaxpost.stopping import leave
 from jaxpost.types import TrainState

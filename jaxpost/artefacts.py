@@ -1,4 +1,4 @@
-"""Artefacts: what stages make besides checkpoints, each in a folder that is named for what makes it.
+"""Artefacts: what is made besides checkpoints, each in a folder that is named for what makes it.
 
     ROOT/<kind>/<key>/meta.json        what made it, its files with their CRC-32C, how far it is, whether it is done
                       part-....jsonl   a part; more follow
@@ -8,14 +8,14 @@ the same share one folder, and a folder is never continued with anything else. P
 each, so a killed run continues after the last part. A damaged file, and what was made after it, is made again by the stage that
 makes it; a reader refuses it by name. Checkpoints are not artefacts: Orbax has them.
 
-kinds: columns, rows, figures.
+kinds: rows, columns, figures.
 """
 
 import hashlib
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from etils import epath
@@ -23,21 +23,6 @@ from etils import epath
 from jaxpost import cloud, digests, sharding, writers
 from jaxpost.errors import UserError, first_line
 from jaxpost.host import read_object
-
-
-class Output(NamedTuple):
-    """What a stage hands on to later ones: its rows (a pattern of files), the folders of its columns with commas between, its
-    figures, the ModelSpec of its weights, the seconds that it took. Until the stage has run `pending` is true, and `trial` has
-    rows such as it will give.
-    """
-
-    rows: str = ""
-    columns: str = ""
-    figures: Mapping[str, float] = {}
-    spec: Any = None
-    seconds: float = 0.0
-    pending: bool = False
-    trial: tuple[dict, ...] = ()
 
 
 def key(about: Any) -> str:
