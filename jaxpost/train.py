@@ -222,7 +222,7 @@ def _with_data(plan: Plan, names: list[str], workdir: epath.Path, mesh, meta: di
     s = plan.settings
     if s.source == "samples":
         origin = starting(plan.spec, s, names[:-1], workdir)
-        about = {"stage": plan.name, "weights": columns.identity(origin, s.seed), "shape": plan.source.shape}
+        about = {"stage": plan.name, "weights": columns.identity(origin, s.seed), "shape": plan.source.row_type.name}
         judges = [reward for reward, _ in plan.source.rewards.values()]
         about |= {"template": datasets.template(origin, s), "judge": digest_of(judges)}
         about |= {k: recipe.plain(s[k]) for k in SAMPLED}

@@ -12,6 +12,7 @@ from etils import epath
 
 import jaxpost
 from jaxpost import recipe, sharding, train
+from jaxpost.data import row_types
 from jaxpost.errors import UserError
 from jaxpost.rollouts import samples
 from jaxpost.sampling.decode import Completions
@@ -27,25 +28,29 @@ def said(row: dict) -> tuple:
     return tuple(row[k][0]["content"] for k in ("prompt", "chosen", "rejected") if k in row)
 
 
+def rows(row_type, *completions):
+    return samples.rows(row_types.load(row_type), *completions)
+
+
 def test_the_rows_that_completions_give_by_hand():
     texts, rewards = ["1", "2", "3", "4", "1"], [0.5, 0.0, 1.0, 0.5, 0.5]
-    found = samples.rows("pairs", "q", texts, rewards)
+    found = rows("pairs", "q", texts, rewards)
     assert [said(row) + (row["margin"],) for row in found] == [("q", "3", "2", 1.0)]  # the second best is level
-    found = samples.rows("pairs", "q", ["7", "8", "7", "8"], [1, 0, 1, 0])
+    found = rows("pairs", "q", ["7", "8", "7", "8"], [1, 0, 1, 0])
     assert [said(row) for row in found] == [("q", "7", "8")]  # two such pairs, one row
-    found = samples.rows("pairs", "q", list("abcdef"), [3, 1, 2, 0, 5, 4])
+    found = rows("pairs", "q", list("abcdef"), [3, 1, 2, 0, 5, 4])
     assert [said(row)[1:] + (row["margin"],) for row in found] == [("e", "d", 5.0), ("f", "b", 3.0), ("a", "c", 1.0)]
-    assert samples.rows("pairs", "q", ["a", "b"], [1, 1]) == samples.rows("pairs", "q", [], []) == []
+    assert rows("pairs", "q", ["a", "b"], [1, 1]) == rows("pairs", "q", [], []) == []
     user, best = [{"role": "user", "content": "q"}], [{"role": "assistant", "content": "3"}]
-    assert samples.rows("demonstrations", "q", texts, rewards) == [{"prompt": user, "completion": best}]
-    assert samples.rows("demonstrations", "q", texts, [1] * 5) == samples.rows("demonstrations", "q", [], []) == []
-    assert samples.rows("demonstrations", "q", ["", "2"], [1, 0]) == []
-    found = samples.rows("scored", "q", ["1", "2", "1"], [0.5, 0, 0.5])
+    assert rows("demonstrations", "q", texts, rewards) == [{"prompt": user, "completion": best}]
+    assert rows("demonstrations", "q", texts, [1] * 5) == rows("demonstrations", "q", [], []) == []
+    assert rows("demonstrations", "q", ["", "2"], [1, 0]) == []
+    found = rows("scored", "q", ["1", "2", "1"], [0.5, 0, 0.5])
     assert [(row["completion"][0]["content"], row["score"]) for row in found] == [("1", 0.5), ("2", 0.0)]
-    found = samples.rows("mismatched", "q", ["1", "2", "1"], [1, 0, 1])
+    found = rows("mismatched", "q", ["1", "2", "1"], [1, 0, 1])
     assert [(row["completion"][0]["content"], row["label"]) for row in found] == [("1", True), ("2", False)]
     with pytest.raises(UserError, match="config.reward: 0.5 of 'a' is no label"):
-        samples.rows("labelled", "q", ["a"], [0.5])
+        rows("labelled", "q", ["a"], [0.5])
 
 
 def drawn(model, params, prompts, *, mesh, seed, step, number, group, killed=lambda number: None, **options) -> Completions:
@@ -73,7 +78,8 @@ def asked(rows: int = 8, count: int = 7, reward=lambda record, text: float(int(t
     def prompt(i):
         return {"prompt": f"{i}+{i}"}, np.array(TOKENIZER.encode(f"{i}+{i}"), np.int32)
 
-    return samples.Samples(None, TOKENIZER, prompt, {"mine": (reward, 1.0)}, "pairs", count, 4, rows, 0, 0, {}, {})
+    of = row_types.load("pairs")
+    return samples.Samples(None, TOKENIZER, prompt, {"mine": (reward, 1.0)}, of, count, 4, rows, 0, 0, {}, {})
 
 
 def made(folder, **changes) -> list[dict]:

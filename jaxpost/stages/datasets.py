@@ -95,7 +95,7 @@ def _ordered(parts: Sequence[mixture.Part], s) -> mixture.Part:
             "with commas between them are one data set), or learn from one after the other in stages."
         )
     entry = entry_of(s.order, "config.order") if isinstance(s.order, str) else plain(s.order)
-    return parts[0]._replace(records=apply.in_order(entry, parts[0].records, s.seed))
+    return parts[0]._replace(records=apply.in_order(entry, parts[0].records, seed=s.seed))
 
 
 def _options(spec, s, objective: Callable, records: Sequence[Record]) -> dict:
