@@ -17,7 +17,7 @@ def _of_rollouts(*names: str) -> tuple[str, ...]:
 _FILES = (  # rows of files
     *("data", "eval_data", "columns", "row_columns", "order", "annotations", "train_on", "held_out", "split_seed"),
 )
-_OTHERS = ("data", "columns", "row_columns", "annotations")  # of these, what says nothing of rows that a stage makes itself
+_OTHERS = ("data", "columns", "annotations")  # of these, what says nothing of rows that a stage makes itself
 _PACKED = ("window", "packing")
 _PASSES = ("epochs",)
 _ASKED = (  # a task's problems, by evaluations too
