@@ -94,8 +94,8 @@ def adapted(settings: dict, own: Iterable[str], defaults: Mapping, place: str) -
         if path in given:
             raise _ignored(f"{place}.{path}", _value_at(settings, path), f"{_called(settings)}, {why}", defaults[path])
     # Rows of earlier stages have the names that rows have, whatever the settings around say of other files.
-    of_stages = any(references(settings["data"]))
-    return settings | ({key: defaults[key] for key in ("columns", "row_columns") if key not in own} if of_stages else {})
+    of_stages = "columns" not in own and any(references(settings["data"]))
+    return settings | ({"columns": defaults["columns"]} if of_stages else {})
 
 
 def _called(settings: Mapping) -> str:

@@ -14,7 +14,9 @@ import transformers
 from toy_tokenizers import characters, conversation, learned
 
 from jaxpost.data import chat, encoding, mixture, pack, readers, source
+from jaxpost.data.examples import Example, Settings
 from jaxpost.data.readers import Record
+from jaxpost.data.row_types import demonstrations
 from jaxpost.errors import UserError
 from jaxpost.stages import datasets
 
@@ -78,18 +80,25 @@ def test_packed_row_keeps_documents_apart():
         pack.pack([item(7, 8, 9), item(5, 6)], 4)
 
 
+def fit(row, window, too_long):
+    """What `demonstrations.fit` makes of a row, as rows."""
+    settings = Settings(None, None, "assistant", window, window, too_long, {}, False, frozenset())
+    example = Example(np.zeros(0, np.int32), (row["tokens"],), (row["mask"],))
+    return [demonstrations.lay_out(piece, settings) for piece in demonstrations.fit(example, settings, "p")]
+
+
 def test_fit_refuses_cuts_or_drops_what_is_too_long():
     long = item(1, 2, 3, 4, mask=[False, False, True, True])
-    (same,) = pack.fit(long, 4, "error", "p")
-    assert same is long
+    (same,) = fit(long, 4, "error")
+    assert same["tokens"] is long["tokens"] and same["mask"] is long["mask"]
     with pytest.raises(UserError, match=r'p: the example has 4 tokens and the window 3; make the window 4 or lon.*"truncate"'):
-        pack.fit(long, 3, "error", "p")
-    (cut,) = pack.fit(long, 3, "truncate", "p")
+        fit(long, 3, "error")
+    (cut,) = fit(long, 3, "truncate")
     assert cut["tokens"].tolist() == [1, 2, 3] and cut["mask"].tolist() == [False, False, True]
-    assert pack.fit(long, 2, "truncate", "p") == [], "an example cut down to its prompt trains nothing"
-    assert pack.fit(long, 3, "drop", "p") == []
+    assert fit(long, 2, "truncate") == [], "an example cut down to its prompt trains nothing"
+    assert fit(long, 3, "drop") == []
     tokens = np.arange(8)
-    pieces = pack.fit({"tokens": tokens, "mask": np.array([0, 1, 1, 0, 0, 0, 1, 1], bool)}, 3, "split", "p")
+    pieces = fit({"tokens": tokens, "mask": np.array([0, 1, 1, 0, 0, 0, 1, 1], bool)}, 3, "split")
     assert [p["tokens"].tolist() for p in pieces] == [[0, 1, 2], [6, 7]], "the piece 3, 4, 5 trains nothing"
     assert [p["mask"].tolist() for p in pieces] == [[False, True, True], [False, True]]
 

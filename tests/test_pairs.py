@@ -12,7 +12,8 @@ import pytest
 from toy_tokenizers import byte_pairs, characters, conversation, learned
 
 from jaxpost import recipe, sharding
-from jaxpost.data import encoding, formats, mixture, pack, pairs, readers, source
+from jaxpost.data import encoding, examples, formats, mixture, pack, readers, row_types, source
+from jaxpost.data.examples import Example
 from jaxpost.data.readers import Record
 from jaxpost.declare import objective
 from jaxpost.errors import UserError
@@ -36,13 +37,13 @@ def records(*rows):
     return [Record(row, f"d.jsonl, line {i}") for i, row in enumerate(rows, start=1)]
 
 
-def encode(rows, shape="pairs", tokenizer=None, **options):
+def encode(rows, row_type="pairs", tokenizer=None, **options):
     options = {"window": 64, "template": PLAIN, **options}
-    return encoding.encode_all(records(*rows), tokenizer or characters(), shape=shape, **options)
+    return encoding.encode_all(records(*rows), tokenizer or characters(), row_type=row_type, **options)
 
 
 def texts(example, tokenizer):
-    return [learned(document, tokenizer) for document in pairs.documents(example)]
+    return [learned(document, tokenizer) for document in examples.documents(example)]
 
 
 def listed(row):
@@ -51,11 +52,16 @@ def listed(row):
 
 # ---- layouts
 
-UNIT = pairs.Unit(np.array([5, 6, 7], np.int32), (np.array([8, 9]), np.array([4])), (np.ones(2, bool), np.ones(1, bool)), 1.0)
+PAIR = Example(np.array([5, 6, 7], np.int32), (np.array([8, 9]), np.array([4])), (np.ones(2, bool), np.ones(1, bool)), [1.0])
+
+
+def lay_out(example, name, shared=False, reads=()):
+    settings = examples.Settings(None, None, "assistant", 64, 64, "error", {}, shared, frozenset(reads))
+    return row_types.load(name).lay_out(example._replace(values=np.float32(example.values)), settings)
 
 
 def test_documents_of_a_pair_follow_each_other():
-    assert listed(pairs.layout(UNIT, "pairs", False, margins=True)) == {
+    assert listed(lay_out(PAIR, "pairs", reads=["margins"])) == {
         "tokens": [5, 6, 7, 8, 9, 5, 6, 7, 4],
         "mask": [False, False, False, True, True, False, False, False, True],
         "segments": [1, 1, 1, 1, 1, 2, 2, 2, 2],
@@ -65,7 +71,7 @@ def test_documents_of_a_pair_follow_each_other():
 
 
 def test_a_shared_prefix_is_there_once_but_for_its_last_token():
-    row = pairs.layout(UNIT, "mismatched", True)
+    row = lay_out(PAIR, "mismatched", True)
     assert listed(row) == {
         "tokens": [5, 6, 7, 8, 9, 7, 4],
         "mask": [False, False, False, True, True, False, True],
@@ -74,23 +80,22 @@ def test_a_shared_prefix_is_there_once_but_for_its_last_token():
         "branches": [0, 0, 1, 1, 1, 2, 2],
         "labels": [1.0, 1.0, 1.0, 1.0, 1.0, -1.0, -1.0],
     }
-    apart = pairs.layout(UNIT, "pairs", False)
-    for one, other in zip(pairs.documents(row), pairs.documents(apart), strict=True):
+    apart = lay_out(PAIR, "pairs")
+    for one, other in zip(examples.documents(row), examples.documents(apart), strict=True):
         assert listed(one) == listed(other), "the same documents either way"
-    short = UNIT._replace(prompt=np.zeros(0, np.int32))
-    assert listed(pairs.layout(short, "pairs", True))["branches"] == [1, 1, 2]
+    short = PAIR._replace(prompt=np.zeros(0, np.int32))
+    assert listed(lay_out(short, "pairs", True))["branches"] == [1, 1, 2]
 
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("size", [0, 1, 3])
 def test_lengths_are_those_of_the_layout(shared, size):
-    unit = UNIT._replace(prompt=UNIT.prompt[:size])
-    flat = pairs.stored([unit, UNIT])
-    expected = [len(pairs.layout(each, "pairs", shared)["tokens"]) for each in (unit, UNIT)]
-    assert pairs.lengths(flat, "pairs", shared).tolist() == expected
-    assert pairs.length(size, [2, 1], shared) == expected[0]
-    again = pairs.unit_at(flat, int(flat["sizes"][0]), 1, "pairs")
-    assert listed(pairs.layout(again, "pairs", shared)) == listed(pairs.layout(UNIT, "pairs", shared))
+    example = PAIR._replace(prompt=PAIR.prompt[:size])
+    flat = examples.stored([example, PAIR])
+    expected = [len(lay_out(each, "pairs", shared)["tokens"]) for each in (example, PAIR)]
+    assert examples.lengths(flat, shared).tolist() == expected
+    assert examples.length(size, [2, 1], shared) == expected[0]
+    assert listed(lay_out(examples.reader(flat)(1), "pairs", shared)) == listed(lay_out(PAIR, "pairs", shared))
 
 
 def test_pairs_pack_into_one_row_and_count_on():
@@ -112,7 +117,7 @@ def test_what_an_answer_merges_with_the_prompt_is_the_answers():
     tokenizer = byte_pairs(PLAIN)
     (example,) = [encode([pair("ab", "cx", "dx")], tokenizer=tokenizer, template=None).examples[0]]
     assert texts(example, tokenizer) == ["a⟦bcx<|endoftext|>⟧", "a⟦bdx<|endoftext|>⟧"]
-    ids = [document["tokens"].tolist() for document in pairs.documents(example)]
+    ids = [document["tokens"].tolist() for document in examples.documents(example)]
     assert ids[0] == tokenizer("abcx<|endoftext|>")["input_ids"] and ids[1] == tokenizer("abdx<|endoftext|>")["input_ids"]
     shared = encode([pair("xab", "cx", "dx")], tokenizer=tokenizer, template=None, shared=True).examples[0]
     assert shared["branches"].tolist() == [0, 1, 1, 1, 1, 2, 2, 2, 2, 2]
@@ -164,7 +169,7 @@ def test_ratings_make_the_best_and_the_worst_a_pair():
     assert (found.chosen_messages[0]["content"], found.rejected_messages[0]["content"], found.margin) == ("b", "a", 4.5)
     assert formats.pair(Record(pair("q", "a", "b", score_chosen=3, score_rejected=1), "p")).margin == 2
     assert formats.pair(Record(pair("q", "a", "b", margin="large"), "p")).margin is None
-    assert encode([row], margins=True).examples[0]["margins"].tolist() == [4.5] * 6
+    assert encode([row], reads=["margins"]).examples[0]["margins"].tolist() == [4.5] * 6
     wrong = (([1, 1, 1], "the ratings tell no answer"), ([1, 2], "of the same length"), ([1, 2, "3"], "no number"))
     for ratings, message in wrong:
         with pytest.raises(UserError, match=f"line 1: .*{message}"):
@@ -231,12 +236,12 @@ BAD = {
 
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_rows_stop_with_their_place_or_are_counted(kind):
-    row, shape, message = BAD[kind]
+    row, row_type, message = BAD[kind]
     judged = {"prompt": "q", "completion": "a", "label": True, "score": 1}
-    good = [{"pairs": pair("q", "a", "b"), "steps": STEPS}.get(shape, judged)]
+    good = [{"pairs": pair("q", "a", "b"), "steps": STEPS}.get(row_type, judged)]
     with pytest.raises(UserError, match=f"d.jsonl, line 2: .*{message}"):
-        encode([*good, row], shape)
-    encoded = encode([*good, row], shape, bad_rows="skip")
+        encode([*good, row], row_type)
+    encoded = encode([*good, row], row_type, bad_rows="skip")
     assert encoded.report["count"] == encoded.report["skipped"] == 1 and message in encoded.reason
 
 
@@ -253,7 +258,7 @@ def test_settings_that_mean_nothing_for_pairs_are_refused():
     for options, message in (
         ({"train_on": "all"}, "config.train_on: 'all' of a prompt with judged answers"),
         ({"too_long": "split"}, "pieces of a judged answer cannot be judged"),
-        ({"margins": True}, "line 1: the objective reads margins, and there is no number under margin"),
+        ({"reads": ["margins"]}, "line 1: the objective reads margins, and there is no number under margin"),
     ):
         with pytest.raises(UserError, match=message):
             encode(rows, **options)
@@ -349,7 +354,7 @@ def test_a_stage_refuses_what_does_not_go_with_its_shape(tmp_path):
 
     @objective(rows="pair")
     def wrong(forward, params, batch, key):
-        """Names a shape that is none."""
+        """Names a row type that is none."""
 
     @objective(rows="steps")
     def steps(forward, params, batch, key):
@@ -362,7 +367,7 @@ def test_a_stage_refuses_what_does_not_go_with_its_shape(tmp_path):
         (ROWS, {"objective": "sft.nll", "window": 16}, "a pair of answers, chosen and rejected, which only"),
         ([pair("q" * 20, "a", "b")] * 8, {"window": 64}, "line 1: a document of 22 tokens, and the model takes 16"),
         (ROWS, {"model": long, "shared_prefix": True}, "beyond 4 tokens a document's length decides"),
-        (ROWS, {"objective": wrong}, "its `rows` are 'pair'; it must be one of demonstrations, pairs"),
+        (ROWS, {"objective": wrong}, "config: unknown module 'pair' for row_types. Did you mean 'pairs'"),
         (
             ROWS,
             {"source": "rollouts", "data": "", "window": 512, "objective": steps},
@@ -382,18 +387,18 @@ FILES |= {"llamafactory/kto_en_demo.json": "mismatched"}
 @pytest.mark.parametrize("file", FILES)
 def test_real_files(shared, file):
     found = readers.read(str(shared / "data" / file))[:100]
-    tokenizer, shape = load(shared / "models" / "stories260k"), FILES[file]
-    options = {"window": 10**6, "shape": shape, "bad_rows": "skip"}
+    tokenizer, row_type = load(shared / "models" / "stories260k"), FILES[file]
+    options = {"window": 10**6, "row_type": row_type, "bad_rows": "skip"}
     apart = encoding.encode_all(found, tokenizer, **options)
     once = encoding.encode_all(found, tokenizer, shared=True, **options)
     assert apart.report["count"] >= 90 and apart.report["count"] == once.report["count"]
     assert apart.learned.tolist() == once.learned.tolist() and (once.lengths < apart.lengths).all()
     for i in range(apart.report["count"]):
-        one, other = pairs.documents(apart.examples[i])
+        one, other = examples.documents(apart.examples[i])
         starts = [int(np.argmax(document["mask"])) for document in (one, other)]
         assert starts[0] == starts[1] and np.array_equal(one["tokens"][: starts[0]], other["tokens"][: starts[0]])
         assert one["tokens"][-1] == other["tokens"][-1] == tokenizer.eos_token_id and one["mask"][-1] and other["mask"][-1]
-        for document, same in zip((one, other), pairs.documents(once.examples[i]), strict=True):
+        for document, same in zip((one, other), examples.documents(once.examples[i]), strict=True):
             assert listed(document) == listed(same)
 
 

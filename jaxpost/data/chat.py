@@ -70,13 +70,13 @@ def stop_ids(tokenizer: Any, template: str | None = None, ends: Sequence[int] = 
     """The ids that end an assistant's turn: eos, the model's own `ends`, and the special token the template puts after the
     turn's content; may be empty.
     """
-    found = [*([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]), *ends]
+    ids = [*([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]), *ends]
     probe = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
     tail = render(probe, tokenizer, template, False, "the template").rpartition(_PROBE)[2].lstrip()
     ends = [token for token in specials(tokenizer) if tail.startswith(token)]
     if ends:
-        found.append(specials(tokenizer)[max(ends, key=len)])
-    return tuple(dict.fromkeys(found))
+        ids.append(specials(tokenizer)[max(ends, key=len)])
+    return tuple(dict.fromkeys(ids))
 
 
 def show(tokens: np.ndarray, mask: np.ndarray, tokenizer: Any, colour: bool = True) -> str:
@@ -219,7 +219,7 @@ def _end_of_earlier(whole: str, through: str, before: str, bare: str, specials: 
 
     through: the text up to and including the turn. before, bare: the text up to it, with and without the generation prompt.
     """
-    body, asked = _body(through, len(before), specials), _body(bare, 0, specials)
+    body, bare_body = _body(through, len(before), specials), _body(bare, 0, specials)
     if whole[:body] != through[:body]:
         return None
     here, alone = _marks(whole, body, specials), _marks(through, body, specials)
@@ -227,7 +227,7 @@ def _end_of_earlier(whole: str, through: str, before: str, bare: str, specials: 
     while common < min(len(here), len(alone)) and here[common][0] == alone[common][0]:
         common += 1
     # What ends the user's turn ends the assistant's as well, if it stands there.
-    users = _marks(before, asked, specials)
+    users = _marks(before, bare_body, specials)
     if users and bare.startswith(before[: users[0][1]]) and [mark for mark, _ in here[common : common + 1]] == [users[0][0]]:
         common += 1
     return here[common - 1][1] if common else None

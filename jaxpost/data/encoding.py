@@ -117,11 +117,13 @@ def _opened(stored: dict, kind: RowType, c: Settings, row_columns: tuple[str, ..
     report |= {"split": cut if is_split else 0, "skipped": skipped}
     report |= {"equal": int(stored["equal"])} if stored["equal"] else {}
     report |= {"tokens": len(stored["tokens"]), "trained_tokens": int(stored["mask"].sum())}
-    read = examples.reader(stored)
+    read, numbers = examples.reader(stored), stored["numbers"]
 
     def example(i: int) -> pack.Row:
         row = kind.lay_out(read(i), c)
-        return row | {name: np.full(len(row["tokens"]), x) for name, x in zip(row_columns, stored["numbers"][i], strict=True)}
+        for name, number in zip(row_columns, numbers[i], strict=True):
+            row[name] = np.full(len(row["tokens"]), number)
+        return row
 
     _check_columns(example(0), kind, c, row_columns)
     lengths = examples.lengths(stored, c.shared)

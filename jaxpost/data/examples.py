@@ -220,22 +220,29 @@ def stored(examples: Sequence[Example]) -> Row:
 
 def reader(flat: Row) -> Callable[[int], Example]:
     """i -> the i-th example of `stored`'s arrays."""
-    ends, value_ends = (np.cumsum(flat[name], dtype=np.int64) for name in ("sizes", "widths"))
-    part_ends = np.cumsum(np.maximum(flat["counts"], 2), dtype=np.int64)
+    tokens, mask, parts, counts = (flat[name] for name in ("tokens", "mask", "parts", "counts"))
+    starts, value_starts = (_starts(flat[name]) for name in ("sizes", "widths"))
+    part_starts = _starts(np.maximum(counts, 2))
 
     def example(i: int) -> Example:
-        count, start = flat["counts"][i], ends[i] - flat["sizes"][i]
-        lengths = flat["parts"][part_ends[i] - max(count, 2) : part_ends[i]]
-        cuts = [*(start + np.cumsum(lengths[: max(count, 1)])), ends[i]]
-        answers, masks = (tuple(flat[name][a:b] for a, b in zip(cuts, cuts[1:], strict=False)) for name in ("tokens", "mask"))
-        values = flat["values"][value_ends[i] - flat["widths"][i] : value_ends[i]]
-        return Example(flat["tokens"][start : cuts[0]], answers, masks, values)
+        start, first, ends = int(starts[i]), part_starts[i], []
+        for n in parts[first : first + counts[i]].tolist():  # of the prompt and of all answers but the last
+            ends.append((ends[-1] if ends else start) + n)
+        ends.append(int(starts[i + 1]))
+        places = [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+        values = flat["values"][value_starts[i] : value_starts[i + 1]]
+        return Example(tokens[start : ends[0]], tuple([tokens[x] for x in places]), tuple([mask[x] for x in places]), values)
 
     return example
 
 
+def _starts(sizes: np.ndarray) -> np.ndarray:
+    """[N+1]: where each of consecutive parts of these sizes starts, and where the last one ends."""
+    return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+
+
 def lengths(flat: Row, shared: bool) -> np.ndarray:
     """[N] int32: the tokens of each stored example in its row."""
-    prompt = flat["parts"][np.cumsum(np.maximum(flat["counts"], 2)) - np.maximum(flat["counts"], 2)]
+    prompt = flat["parts"][_starts(np.maximum(flat["counts"], 2))[:-1]]
     copies = np.where(prompt > 0, flat["counts"] - 1, 0) if shared else (flat["counts"] - 1) * prompt
     return (flat["sizes"] + copies).astype(np.int32)

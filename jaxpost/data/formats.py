@@ -127,32 +127,31 @@ def recognise(record: Record, columns: Mapping[str, str] | None = None) -> Examp
     Raises UserError with the record's place if its columns are no known shape or its content breaks the rules of the shape.
     """
     row, place = renamed(record, columns), record.place
-    make = _shape(row)
-    if make:
+    if make := _shape(row):
         return make({column: value for column, value in row.items() if value is not None}, place)
-    found = ", ".join(f"{column} (null)" if value is None else str(column) for column, value in row.items()) or "none"
+    shown = ", ".join(f"{column} (null)" if value is None else str(column) for column, value in row.items()) or "none"
     remedy = f"or name them: --config.columns={suggested(row)}"
-    raise UserError(f"{place}: columns not recognised: {found}; rename them to one of: {SHAPES}; {remedy}")
+    raise UserError(f"{place}: columns not recognised: {shown}; rename them to one of: {SHAPES}; {remedy}")
 
 
 def demonstration(record: Record, columns: Mapping[str, str] | None = None) -> Example:
     """As `recognise`, for learning by imitation: refuses judged answers with the columns that make demonstrations of them."""
-    found = recognise(record, columns)
-    if isinstance(found, Preference):
+    example = recognise(record, columns)
+    if isinstance(example, Preference):
         way = next((f"prompt={c},completion=chosen" for c in ("prompt", "conversations") if c in record.row), "messages=chosen")
         remedy = f'to imitate the chosen one say config.columns="{way}"'
         if "chosen" not in record.row:
             remedy = "to imitate the best answer write it under completion"
         raise UserError(
-            f"{found.place}: a pair of answers, chosen and rejected, which only a preference objective learns from; {remedy}"
+            f"{example.place}: a pair of answers, chosen and rejected, which only a preference objective learns from; {remedy}"
         )
-    if isinstance(found, Rated):
+    if isinstance(example, Rated):
         kept = [c for c in ("messages", "conversations", "prompt", "completion") if c in record.row]
         raise UserError(
-            f"{found.place}: an answer with a verdict (label or kto_tag), which only a preference objective learns from; to "
+            f"{example.place}: an answer with a verdict (label or kto_tag), which only a preference objective learns from; to "
             f'imitate every one, the bad ones too, say config.columns="{",".join(f"{c}={c}" for c in kept)}"'
         )
-    return found
+    return example
 
 
 def pair(record: Record, columns: Mapping[str, str] | None = None) -> Preference:
@@ -167,11 +166,11 @@ def pair(record: Record, columns: Mapping[str, str] | None = None) -> Preference
             "to compare; give chosen and rejected (README.md lists the forms), name them in config.columns, or use an "
             "objective that learns from such rows"
         )
-    found = recognise(record, columns)
-    if unweighted(found.chosen_messages) == unweighted(found.rejected_messages):
-        raise UserError(f"{found.place}: chosen and rejected are the same answer, so neither is better; remove the row")
-    _asked(found.prompt_messages, found.place)
-    return found
+    preference = recognise(record, columns)
+    if unweighted(preference.chosen_messages) == unweighted(preference.rejected_messages):
+        raise UserError(f"{preference.place}: chosen and rejected are the same answer, so neither is better; remove the row")
+    _check_prompt(preference.prompt_messages, preference.place)
+    return preference
 
 
 def labelled(record: Record, columns: Mapping[str, str] | None = None, scored: bool = False) -> Rated:
@@ -193,12 +192,12 @@ def labelled(record: Record, columns: Mapping[str, str] | None = None, scored: b
             f"{place}: no answer to judge in the columns {', '.join(map(str, row))}; name them, as in "
             f'config.columns="prompt=question,completion=answer,{names[0]}={names[0]}"'
         )
-    found = _rated(row, place)._replace(label=float(label) if scored else label)
-    _asked(found.prompt, place)
-    return found
+    rated = _rated(row, place)._replace(label=float(label) if scored else label)
+    _check_prompt(rated.prompt, place)
+    return rated
 
 
-def _asked(prompt: list[Message], place: str) -> None:
+def _check_prompt(prompt: list[Message], place: str) -> None:
     if prompt[-1]["role"] == "user" and not prompt[-1]["content"].strip():
         raise UserError(f"{place}: the prompt is empty, so there is nothing to answer; fill it in or remove the row")
 
@@ -242,18 +241,18 @@ def _answered(row: dict[str, Any]) -> bool:
 
 def _conversation(row: dict[str, Any], place: str) -> Conversation:
     column = "messages" if "messages" in row else "conversations"
-    found = turns(row[column], column, place)
-    return _checked(_with_system(found, row, place), place, row.get("tools"))
+    return _checked(_with_system(turns(row[column], column, place), row, place), place, row.get("tools"))
 
 
-def _with_system(found: list[Message], row: dict[str, Any], place: str) -> list[Message]:
+def _with_system(messages: list[Message], row: dict[str, Any], place: str) -> list[Message]:
     """The turns after the row's own column of what the system says, if it has one and they have none."""
     system = string(row.get("system") or "", "system", place)
-    return [{"role": "system", "content": system}, *found] if system and found and found[0]["role"] != "system" else found
+    before = [{"role": "system", "content": system}] if system and messages and messages[0]["role"] != "system" else []
+    return before + messages
 
 
-def _checked(found: list[Message], place: str, tools: Any = None, prompt: int | None = None) -> Conversation:
-    return conversation(check(found, place), place, prompt, definitions(tools, place))
+def _checked(messages: list[Message], place: str, tools: Any = None, prompt: int | None = None) -> Conversation:
+    return conversation(check(messages, place), place, prompt, definitions(tools, place))
 
 
 def conversation(messages: list[Message], place: str, prompt: int | None, tools: list | None) -> Conversation:
@@ -266,10 +265,10 @@ def _prompted(row: dict[str, Any], place: str) -> Example:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, (list, dict)) and isinstance(completion, (list, dict)):
         before, after = _with_system(turns(prompt, "prompt", place), row, place), turns(completion, "completion", place)
-        found = _checked(before + after, place, row.get("tools"), prompt=len(before))
+        example = _checked(before + after, place, row.get("tools"), prompt=len(before))
         if not any(message["role"] == "assistant" for message in after):
             raise UserError(f"{place}: the completion has no assistant turn, so there is nothing to learn; add one")
-        return found
+        return example
     if isinstance(prompt, (list, dict)) or isinstance(completion, (list, dict)):
         raise UserError(f"{place}: prompt and completion must both be strings or both lists of messages; write both alike")
     if definitions(row.get("tools"), place):
@@ -284,14 +283,14 @@ def _alpaca(row: dict[str, Any], place: str) -> Conversation:
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise UserError(f"{place}: history must be a list of [instruction, output] pairs; write it so, or leave it out")
-    earlier = [m for asked, told in history for m in _pair(filled(asked, "history", place), filled(told, "history", place))]
-    found = earlier + _pair("\n".join(part for part in parts if part), filled(row["output"], "output", place))
-    return _checked(_with_system(found, row, place), place, row.get("tools"))
+    earlier = [turn for pair in history for turn in _pair(*(filled(text, "history", place) for text in pair))]
+    messages = earlier + _pair("\n".join(part for part in parts if part), filled(row["output"], "output", place))
+    return _checked(_with_system(messages, row, place), place, row.get("tools"))
 
 
 def _question(row: dict[str, Any], place: str) -> Conversation:
-    pair = _pair(filled(row["question"], "question", place), filled(row["answer"], "answer", place))
-    return _checked(pair, place, row.get("tools"))
+    question, answer = (filled(row[column], column, place) for column in ("question", "answer"))
+    return _checked(_pair(question, answer), place, row.get("tools"))
 
 
 def _pair(user: str, assistant: str) -> list[Message]:
@@ -365,16 +364,16 @@ def _parting(chosen: list[Message], rejected: list[Message]) -> int:
 def _rated(row: dict[str, Any], place: str) -> Rated:
     if "messages" in row or "conversations" in row:
         column = "messages" if "messages" in row else "conversations"
-        found = _with_system(turns(row[column], column, place), row, place)
-        start = len(found) - 1
+        messages = _with_system(turns(row[column], column, place), row, place)
+        start = len(messages) - 1
     else:
         before = _with_system(turns_or(row["prompt"], "prompt", place, "user"), row, place)
-        found = before + turns_or(row["completion"], "completion", place, "assistant")
+        messages = before + turns_or(row["completion"], "completion", place, "assistant")
         start = len(before)
-    check(found, place, empty=True)
-    if start == len(found) or found[start]["role"] != "assistant":
+    check(messages, place, empty=True)
+    if start == len(messages) or messages[start]["role"] != "assistant":
         raise UserError(f"{place}: the answer that is judged must be an assistant's turn at the end; end the row with it")
-    return Rated(unweighted(found[:start]), found[start:], _verdict(row), place, definitions(row.get("tools"), place))
+    return Rated(unweighted(messages[:start]), messages[start:], _verdict(row), place, definitions(row.get("tools"), place))
 
 
 def _verdict(row: dict[str, Any]) -> Any:
@@ -386,8 +385,9 @@ def turns_or(value: Any, column: str, place: str, role: str) -> list[Message]:
     """The turns in a column, a plain string being one turn of the role."""
     if not isinstance(value, (str, list, dict)):
         raise UserError(f"{place}: {column} is {value!r}, neither text nor a list of messages; write it as one of these")
-    found = turns(value, column, place) if not isinstance(value, str) or value.startswith("\n\nHuman:") else None
-    return [{"role": role, "content": value}] if found is None else found
+    if isinstance(value, str) and not value.startswith("\n\nHuman:"):
+        return [{"role": role, "content": value}]
+    return turns(value, column, place)
 
 
 _MAKERS = {

@@ -169,12 +169,12 @@ def definitions(value: Any, place: str) -> list[dict[str, Any]] | None:
     if value is None or value == "" or value == []:
         return None
     listed = value if isinstance(value, list) else [None]
-    found = [isinstance(tool, dict) and (tool.get("function") or tool) for tool in listed]
-    if not all(isinstance(tool, dict) and isinstance(tool.get("name"), str) for tool in found):
+    functions = [isinstance(tool, dict) and (tool.get("function") or tool) for tool in listed]
+    if not all(isinstance(tool, dict) and isinstance(tool.get("name"), str) for tool in functions):
         raise UserError(
             f"{place}: tools must be a list of functions, each an object with a name; write it so, or as [] if none"
         )
-    return [{"type": "function", "function": tool} for tool in found]
+    return [{"type": "function", "function": tool} for tool in functions]
 
 
 def string(value: Any, column: str, place: str) -> str:
@@ -182,8 +182,8 @@ def string(value: Any, column: str, place: str) -> str:
     if isinstance(value, bytes):
         raise UserError(f"{place}: {column} is bytes that are no UTF-8; only text can be learned, so store it as UTF-8")
     if not isinstance(value, str):
-        found = "missing or null" if value is None else f"of type {type(value).__name__}"
-        raise UserError(f"{place}: {column} must be a string, and is {found}; write it as one")
+        kind = "missing or null" if value is None else f"of type {type(value).__name__}"
+        raise UserError(f"{place}: {column} must be a string, and is {kind}; write it as one")
     return value
 
 
@@ -196,14 +196,14 @@ def filled(value: Any, column: str, place: str) -> str:
 
 def _transcript(text: str) -> list[Message]:
     parts = _SPEECH.split(text)[1:]
-    found: list[Message] = []
-    for speaker, said in zip(parts[::2], parts[1::2], strict=True):
+    messages: list[Message] = []
+    for speaker, content in zip(parts[::2], parts[1::2], strict=True):
         role = "user" if speaker == "Human" else "assistant"
-        if found and found[-1]["role"] == role:
-            found[-1]["content"] += "\n\n" + said.strip()
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += "\n\n" + content.strip()
         else:
-            found.append({"role": role, "content": said.strip()})
-    return found
+            messages.append({"role": role, "content": content.strip()})
+    return messages
 
 
 def _turn(turn: dict[str, Any], where: str) -> Message:
@@ -293,11 +293,11 @@ def _content(value: Any, calls: bool, where: str) -> tuple[str, str, list]:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if kind not in ("text", "reasoning", "thinking", "tool_call"):
             raise UserError(f"{where}: a part of type {kind!r}; content is text alone, so remove the part or the row")
-        said = string(next((part[key] for key in ("text", "value", kind) if part.get(key) is not None), None), kind, where)
+        text = string(next((part[key] for key in ("text", "value", kind) if part.get(key) is not None), None), kind, where)
         if kind == "tool_call":
-            called.append(_json(said, "a tool_call", where))
+            called.append(_json(text, "a tool_call", where))
         else:
-            (texts if kind == "text" else thoughts).append(said)
+            (texts if kind == "text" else thoughts).append(text)
     return "".join(texts), "".join(thoughts), _calls(called, where)
 
 

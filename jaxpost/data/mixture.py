@@ -125,11 +125,11 @@ def tell(
         is_cut = bool(report["truncated"] or report.get("equal"))
         lengths = encoded.widest, window, longest
         print(f"warning: {what}: {_too_long(report['dropped'], whole, *lengths, is_cut)}", file=sys.stderr)
-    asked = encoded.lost + report["trained_tokens"]
-    if encoded.lost >= max(1, MUCH * asked):
+    learnable = encoded.lost + report["trained_tokens"]
+    if encoded.lost >= max(1, MUCH * learnable):
         fitting = _fitting(encoded.widest, longest)
-        cut = f"{encoded.lost:,} of {asked:,} tokens to be learned are cut off, being beyond a window of {window:,}; {fitting}"
-        print(f"warning: {what}: {cut}, and --config.too_long=split makes pieces of plain text", file=sys.stderr)
+        cut = f"{encoded.lost:,} of {learnable:,} tokens to be learned are cut off, being beyond a window of {window:,}"
+        print(f"warning: {what}: {cut}; {fitting}, and --config.too_long=split makes pieces of plain text", file=sys.stderr)
 
 
 def _unread(records: Sequence[readers.Record], columns: Sequence[str], most: int = 8) -> str:
@@ -160,13 +160,13 @@ def pairs(value: str | Mapping[str, Any], key: str) -> dict[str, Any]:
     """
     if isinstance(value, Mapping):
         return dict(value)
-    found = {}
+    values = {}
     for pair in filter(None, (part.strip() for part in value.split(","))):
         name, equals, text = (part.strip() for part in pair.partition("="))
         if not (name and equals and text):
             raise UserError(f"config.{key}: {pair!r} is no pair; write name=value, with commas between pairs")
-        found[name] = value_of(text)
-    return found
+        values[name] = value_of(text)
+    return values
 
 
 def _entries(data: Any, key: str):

@@ -60,13 +60,13 @@ def read(path: str | Sequence[str], bad: list[str] | None = None) -> list[Record
     for file in files:
         name = file.shown if names.count(file.shown) == 1 else file.whole
         before = len(records) + len(failed)
-        for found in file.read(name):
-            if isinstance(found, Record):
-                records.append(found)
+        for record in file.read(name):
+            if isinstance(record, Record):
+                records.append(record)
             elif bad is None:
-                raise found
+                raise record
             else:
-                failed.append(str(found))
+                failed.append(str(record))
         if len(records) + len(failed) == before:
             raise UserError(f"{name if len(files) > 1 else path}: no rows in it; give a file with at least one example")
     if not records:
@@ -99,10 +99,10 @@ def _files(path: str) -> list[_File]:
 
 
 def _several(folder: epath.Path, pattern: str, nothing: str) -> list[_File]:
-    found = sorted((f for f in folder.glob(pattern) if _kind(f) and not f.is_dir()), key=str)
-    if not found:
+    files = sorted((f for f in folder.glob(pattern) if _kind(f) and not f.is_dir()), key=str)
+    if not files:
         raise UserError(f"{nothing}; name a {_KNOWN}")
-    return [_file(file, str(file.relative_to(folder))) for file in found]
+    return [_file(file, str(file.relative_to(folder))) for file in files]
 
 
 def _file(file: epath.Path, shown: str) -> _File:
@@ -260,8 +260,8 @@ def _tfds(path: str, name: str) -> Iterator[Record | UserError]:
     base = dataset.partition("/")[0].partition(":")[0]
     folder = Path(library.__file__).parent
     if base.isidentifier() and base not in library.list_builders(with_community_datasets=False):
-        for found in sorted({*folder.glob(f"*/{base}"), *folder.glob(f"*/{base}.py")}):
-            importlib.import_module(f"{library.__name__}.{found.parent.name}.{base}")
+        for place in sorted({*folder.glob(f"*/{base}"), *folder.glob(f"*/{base}.py")}):
+            importlib.import_module(f"{library.__name__}.{place.parent.name}.{base}")
     try:
         with network.tfds():
             rows = library.data_source(dataset, split=split, builder_kwargs={"file_format": "array_record"})

@@ -90,9 +90,9 @@ def _parts(message: Message, text: str) -> list[Part]:
     if _CLOSE not in content or _squashed(content) in text:
         parts.append(("the content", content))
     else:
-        *thoughts, said = content.split(_CLOSE)
+        *thoughts, answer = content.split(_CLOSE)
         parts += [("the thought", thought.replace(_OPEN, "", 1)) for thought in thoughts]
-        parts += [(f"{_CLOSE} after the thought", _CLOSE), ("the content", said)]
+        parts += [(f"{_CLOSE} after the thought", _CLOSE), ("the content", answer)]
     for call in message.get("tool_calls", ()):
         name, arguments = call["function"]["name"], call["function"]["arguments"]
         written = [(f"the arguments of the call of {name!r}", json.dumps(arguments, ensure_ascii=False))]

@@ -81,28 +81,28 @@ def jinja(tokenizer: Any, template: str | None = None, options: Mapping[str, Any
     """
     own = tokenizer.chat_template if isinstance(tokenizer.chat_template, Mapping) else {}
     if template is None:
-        found = _of_several(own) if own else tokenizer.chat_template or TEMPLATES["plain"]
+        text = _of_several(own) if own else tokenizer.chat_template or TEMPLATES["plain"]
     elif template in own or template in TEMPLATES:
-        found = own.get(template) or TEMPLATES[template]
+        text = own.get(template) or TEMPLATES[template]
     elif "{" in template:
-        found = template
+        text = template
     else:
         known = ", ".join([*own, *TEMPLATES])
         of_file = f'; of a file its text, --config.template="$(cat {template})"' if os.path.isfile(template) else ""
         raise UserError(f"chat template {template!r} is not known; give one of {known}, or a Jinja string{of_file}")
     # A saved template begins with the options that its run had; new values take their place.
     top = ""
-    if options and (held := re.match(r"((?:\{% set \w+ = .*? %\})+)\{\{ '' \}\}", found, re.DOTALL)):
-        found = found[held.end() :]
+    if options and (held := re.match(r"((?:\{% set \w+ = .*? %\})+)\{\{ '' \}\}", text, re.DOTALL)):
+        text = text[held.end() :]
         top = "".join(m[0] for m in re.finditer(r"\{% set (\w+) = .*? %\}", held[1], re.DOTALL) if m[1] not in options)
     for name, value in (options or {}).items():
-        if not (name.isidentifier() and re.search(rf"\b{name}\b", found)):
+        if not (name.isidentifier() and re.search(rf"\b{name}\b", text)):
             raise UserError(f"config.template_options: the chat template reads no variable {name!r}; leave it out")
         if not isinstance(value, (bool, int, float, str)):
             raise UserError(f"config.template_options.{name}: {value!r}; give true or false, a number or a string")
         top += f"{{% set {name} = {json.dumps(value)} %}}"
     # A line break after a statement is swallowed, and the template's own first one must not be.
-    return top + ("{{ '' }}" if top else "") + found
+    return top + ("{{ '' }}" if top else "") + text
 
 
 def _of_several(own: Mapping[str, str]) -> str:
@@ -182,8 +182,8 @@ def _introduced(messages: list[Message], tools: list, system: bool) -> list[Mess
 def _thinking(message: Message) -> Message:
     if "reasoning_content" not in message:
         return message
-    said = {key: value for key, value in message.items() if key != "reasoning_content"}
-    return said | {"content": f"<think>\n{message['reasoning_content']}\n</think>\n\n{message['content']}"}
+    others = {key: value for key, value in message.items() if key != "reasoning_content"}
+    return others | {"content": f"<think>\n{message['reasoning_content']}\n</think>\n\n{message['content']}"}
 
 
 def _without_tools(message: Message) -> Message:
@@ -198,9 +198,9 @@ def _without_tools(message: Message) -> Message:
 
 
 def _knows_tools(tokenizer: Any, template: str, tools: bool) -> bool:
-    asked = {"role": "user", "content": "-"}
+    question = {"role": "user", "content": "-"}
     turns = [
-        asked,
+        question,
         {"role": "assistant", "content": "", "tool_calls": [_CALL]},
         {"role": "tool", "name": "probe_call", "tool_call_id": _ID, "content": "probe_result"},
         {"role": "assistant", "content": "-"},
@@ -210,9 +210,9 @@ def _knows_tools(tokenizer: Any, template: str, tools: bool) -> bool:
 
 
 def _knows_reasoning(tokenizer: Any, template: str, tools: bool) -> bool:
-    asked = {"role": "user", "content": "-"}
+    question = {"role": "user", "content": "-"}
     answer = {"role": "assistant", "content": "-", "reasoning_content": "probe_thought"}
-    return _shows(tokenizer, template, [asked, answer], ("probe_thought",), tools)
+    return _shows(tokenizer, template, [question, answer], ("probe_thought",), tools)
 
 
 def _knows_system(tokenizer: Any, template: str) -> bool:

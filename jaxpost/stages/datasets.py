@@ -68,7 +68,7 @@ def read(task, spec, s, objective: Callable) -> list[Set]:
         rest = [_ordered(rest, s)]
     options = _options(spec, s, objective, [record for part in rest for record in part.records])
 
-    def encoded(part: mixture.Part, held_out: bool) -> Set:
+    def data_set(part: mixture.Part, held_out: bool) -> Set:
         what = f"{'eval data' if held_out else 'data'} {part.name}"
         try:
             encoded = encoding.encode_all(part.records, spec.tokenizer, template(spec, s), s.train_on, **options)
@@ -77,14 +77,14 @@ def read(task, spec, s, objective: Callable) -> list[Set]:
             raise UserError(f"{what}: {error}{none}") from error
         if s.order and not held_out:  # other rows than packing by length makes, of the same tokens
             encoded = encoded._replace(digest=hashlib.sha256(f"{encoded.digest} in order".encode()).hexdigest()[:16])
-        data = Set(part.name, part.weight, encoded, held_out)
+        one = Set(part.name, part.weight, encoded, held_out)
         if jax.process_index() == 0:
             learned = None if held_out else [*options["columns"].values(), *options["row_columns"]]
-            mixture.tell(what, part, encoded, len(bins(data, s)), s.window, options["longest"], learned)
+            mixture.tell(what, part, encoded, len(bins(one, s)), s.window, options["longest"], learned)
         check_ids(encoded.highest, spec.transformer.arch.vocab, spec.tokenizer, what)
-        return data
+        return one
 
-    return [encoded(part, False) for part in rest] + [encoded(part, True) for part in kept]
+    return [data_set(part, False) for part in rest] + [data_set(part, True) for part in kept]
 
 
 def _ordered(parts: Sequence[mixture.Part], s) -> mixture.Part:
@@ -95,7 +95,7 @@ def _ordered(parts: Sequence[mixture.Part], s) -> mixture.Part:
             "with commas between them are one data set), or learn from one after the other in stages."
         )
     entry = entry_of(s.order, "config.order") if isinstance(s.order, str) else plain(s.order)
-    return parts[0]._replace(records=apply.in_order(entry, parts[0].records, s.seed))
+    return parts[0]._replace(records=apply.in_order(entry, parts[0].records, seed=s.seed))
 
 
 def _options(spec, s, objective: Callable, records: Sequence[Record]) -> dict:
@@ -103,14 +103,22 @@ def _options(spec, s, objective: Callable, records: Sequence[Record]) -> dict:
     rows, reads = declared(objective, "rows"), declared(objective, "columns")
     options = {"window": s.window, "too_long": s.too_long, "bad_rows": s.bad_rows, "row_type": rows, "reads": reads}
     options |= {"columns": mixture.pairs(plain(s.columns), "columns"), "shared": s.shared_prefix}
-    names = _named(s.row_columns)
-    if own := set(names) & (source.columns(1, 1, rows, s.shared_prefix, reads).keys() | {"rows"}):
-        raise UserError(f"config.row_columns: {min(own)} is a column of every batch here; give the rows' key another name.")
-    # A declared column of numbers that neither the row type nor an annotator makes may be one of the rows.
-    makes = {*names, *row_type(objective).columns(frozenset(reads))}
-    loose = [n for n, c in reads.items() if tuple(c[:2]) == ("BS", "float32") and not getattr(c, "by", "") and n not in makes]
-    names += [name for name in loose if any(record.row.get(name) is not None for record in records)]
-    return options | {"longest": spec.transformer.arch.max_positions, "row_columns": names}
+    return options | {"longest": spec.transformer.arch.max_positions, "row_columns": _row_columns(s, objective, records)}
+
+
+def _row_columns(s, objective: Callable, records: Sequence[Record]) -> list[str]:
+    """The keys of the rows whose numbers become columns: those of the settings, and those that the objective declares as [B,S]
+    float32, which neither the row type nor an annotator makes, and which a row has.
+    """
+    names, reads = _named(s.row_columns), declared(objective, "columns")
+    own = source.columns(1, 1, declared(objective, "rows"), s.shared_prefix, reads)
+    if taken := set(names) & (own.keys() | {"rows"}):
+        raise UserError(f"config.row_columns: {min(taken)} is a column of every batch here; give the rows' key another name.")
+    for name, column in reads.items():
+        is_number = tuple(column[:2]) == ("BS", "float32") and not getattr(column, "by", "")
+        if is_number and name not in {*own, *names} and any(record.row.get(name) is not None for record in records):
+            names.append(name)
+    return names
 
 
 def _named(names: str) -> list[str]:
@@ -131,26 +139,28 @@ def _sources(task, s) -> list[mixture.Part]:
         return mixture.read(plain(s.data), "data", s.bad_rows == "skip")
     if task is None:
         raise UserError("config.data: give a file (README.md lists the kinds), or a config.task with demonstrations.")
-    made = hasattr(module(s.task["name"], "tasks"), "make")  # a task that was made of the keys has them already
-    options = {} if made else {k: v for k, v in plain(s.task).items() if k not in ("name", "examples")}
+    has_make = hasattr(module(s.task["name"], "tasks"), "make")  # such a task has taken the keys already
+    options = {} if has_make else {k: v for k, v in plain(s.task).items() if k not in ("name", "examples")}
     make = bind(task.conversation, {"seed": s.split_seed, **options}, f"task {s.task['name']}")
     name = f"task {s.task['name']}"
     records = [Record(make(i), f"{name}, example {i}") for i in range(s.task.get("examples", EXAMPLES))]
     return [mixture.Part(name, None, records, [])]
 
 
-def batches(sets: Sequence[Set], s, mesh, made: Mapping[str, Mapping[str, Any]] | None = None) -> tuple[source.Batches, list]:
+def batches(
+    sets: Sequence[Set], s, mesh, annotations: Mapping[str, Mapping[str, Any]] | None = None
+) -> tuple[source.Batches, list]:
     """(batches, held-out batches) of a stage's data sets, this process's rows of each.
 
-    made: for each data set, by its digest, further columns {name: [T, ...]}, a value for each token that is learned in the
-    order of the examples; they are zero at the other tokens.
+    annotations: for each data set, by its digest, further columns {name: [T, ...]}, a value for each token that is learned in
+    the order of the examples; they are zero at the other tokens.
     """
     local = sharding.local_rows(mesh, s.batch_size)
-    packed = [rows(one, s, (made or {}).get(one.encoded.digest, {})) for one in sets]
+    packed = [rows(one, s, (annotations or {}).get(one.encoded.digest, {})) for one in sets]
     train = [p for p, one in zip(packed, sets, strict=True) if not one.held_out]
     weights = [one.weight for one in sets if not one.held_out]
     mixed = mixture.mix(train, weights, s.seed) if len(train) > 1 else train[0]
-    if len(train) > 1 and made is None and jax.process_index() == 0:
+    if len(train) > 1 and annotations is None and jax.process_index() == 0:
         print(f"data: an epoch of the mixture has {len(mixed)} rows", file=sys.stderr)
     epochs = None if s.steps else s.epochs
     shuffle = len(train) == 1 and not s.order
@@ -162,13 +172,13 @@ def batches(sets: Sequence[Set], s, mesh, made: Mapping[str, Mapping[str, Any]] 
     return stream, held_out
 
 
-def rows(one: Set, s, made: Mapping[str, Any]) -> grain.MapDataset:
-    """The packed rows of a data set; made: its further columns, as `batches` takes them."""
+def rows(one: Set, s, annotations: Mapping[str, Any]) -> grain.MapDataset:
+    """The packed rows of a data set; annotations: its further columns, as `batches` takes them."""
     laid_out, learned = one.encoded.examples, one.encoded.learned
-    if made:
+    if annotations:
         ends = np.cumsum(learned)
         laid_out = grain.MapDataset.range(len(learned)).map(
-            lambda i: _joined(one.encoded.examples[i], made, ends[i] - learned[i], ends[i])
+            lambda i: _joined(one.encoded.examples[i], annotations, ends[i] - learned[i], ends[i])
         )
     return source.rows(laid_out, one.encoded.lengths, s.window, **_packing(one, s))
 
@@ -182,9 +192,9 @@ def _packing(one: Set, s) -> dict:
     return {"packing": s.packing, "seed": s.seed, "in_order": bool(s.order) and not one.held_out}
 
 
-def _joined(example: dict, made: Mapping[str, Any], start: int, stop: int) -> dict:
+def _joined(example: dict, annotations: Mapping[str, Any], start: int, stop: int) -> dict:
     joined = dict(example)
-    for name, values in made.items():
+    for name, values in annotations.items():
         joined[name] = np.zeros((len(example["tokens"]), *values.shape[1:]), values.dtype)
         joined[name][example["mask"]] = values[start:stop]
     return joined

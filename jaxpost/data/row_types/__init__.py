@@ -73,7 +73,7 @@ def load(name: str | ModuleType) -> RowType:
     Raises UserError for a name that is none of these, and for a module that encodes nothing.
     """
     module = resolve.module(name, "row_types") if isinstance(name, str) else name
-    name = name if isinstance(name, str) else module.__name__
+    name = Path(name).name if isinstance(name, str) else module.__name__  # not where a file lies, which is part of no digest
     if not (hasattr(module, "encode") or hasattr(module, "encoder")):
         raise UserError(
             f"config.objective: its rows={name!r} has no function encode(record, settings); give it one, as "

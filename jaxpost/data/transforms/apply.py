@@ -59,7 +59,7 @@ def apply(
     return [rows[i] for i in _checked(numbers, len(rows))]
 
 
-def in_order(entry: Mapping | str, records: Sequence[Record], seed: int) -> list[Record]:
+def in_order(entry: Mapping | str, records: Sequence[Record], *, seed: int) -> list[Record]:
     """The records in the order of a transform's entry, a bare name being one of order.py.
 
     Raises UserError for a transform that does not give each of them once.
