@@ -86,9 +86,9 @@ def planned(plan, mesh, weights_of: Models | None = None):
         stored = set.intersection(*(set(columns) for columns in plan.made.values()))
     chosen, lacking = choose(s, plan.objective, plan.own, stored, plan.spec, weights_of)
     if lacking:
-        raise UserError(
-            f"config.objective: it reads the column {lacking[0]}, which {_LACKING.get(s.source, _LACKING['data'])}."
-        )
+        why = _LACKING.get(s.source, _LACKING["data"])
+        by = f', or declare it as Column(..., by="{lacking[0]}")' if f"scores.{lacking[0]}" in known("annotators") else ""
+        raise UserError(f"config.objective: it reads the column {lacking[0]}, which {why}{by}.")
     for name in dict.fromkeys(a.weights for a in chosen if a.weights not in OWN):
         spec = weights_of(name)
         loading.check(spec)
