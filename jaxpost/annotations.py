@@ -33,7 +33,7 @@ from jaxpost.declare import Column, declared
 from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.recipe import plain
-from jaxpost.resolve import resolve
+from jaxpost.resolve import known, resolve
 from jaxpost.stages import datasets
 from jaxpost.step import combine, make_evaluation
 from jaxpost.types import Batch, TrainState

@@ -456,7 +456,7 @@ def test_annotations_that_cannot_be_are_refused_before_anything_is_compiled(tmp_
         ({"name": "reward"}, referring, "annotator reward: the model has no reward head"),
         ({"name": "test_annotate.masked"}, referring, "config.annotations.mine: the column mask is there already"),
         ({"name": "logps", "weights": str(tmp_path / "small")}, referring, "small has a vocabulary of 50, the tokenizer "),
-        ({"name": "perplexity"}, mistaken, r"scores.logps is to make its column reward, but makes \['entropy', 'logps'\]"),
+        ({"name": "perplexity"}, mistaken, "its column reward is by scores.logps, which makes entropy, logps"),
         ({"name": "perplexity"}, compared, 'reads the column ref_logps, .*or declare it as Column.*, by="ref_logps"'),
         ({"name": "perplexity"}, needy, "reads the column rated, which its batches do not have; have jaxpost.annotate make it"),
     ):
