@@ -33,7 +33,7 @@ from jaxpost.declare import Column, declared
 from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.recipe import plain
-from jaxpost.resolve import resolve
+from jaxpost.resolve import known, resolve
 from jaxpost.stages import datasets
 from jaxpost.step import combine, make_evaluation
 from jaxpost.types import Batch, TrainState
@@ -89,15 +89,15 @@ def planned(plan, mesh, weights_of: Models | None = None):
         wanted = declared(plan.objective, "columns")
         lacking = [name for name in lacking if wanted[name][:2] != ("BS", "float32")]
     if lacking:
-        raise UserError(
-            f"config.objective: it reads the column {lacking[0]}, which {_LACKING.get(s.source, _LACKING['data'])}."
-        )
-    for name in dict.fromkeys(a.weights for a in chosen if a.weights not in OWN):
+        why = _LACKING.get(s.source, _LACKING["data"])
+        by = f', or declare it as Column(..., by="{lacking[0]}")' if f"scores.{lacking[0]}" in known("annotators") else ""
+        raise UserError(f"config.objective: it reads the column {lacking[0]}, which {why}{by}.")
+    for name in dict.fromkeys(one.weights for one in chosen if one.weights not in OWN):
         spec = weights_of(name)
         loading.check(spec)
         if (words := plan.spec.tokenizer.vocab_size) > (rows := spec.transformer.arch.vocab):
             raise UserError(f"config.annotations: {name} has a vocabulary of {rows}, the tokenizer {words}: they are no pair.")
-        used += [] if spec.folder is None else [fingerprint.digest(spec.folder)]
+        used += [] if name.startswith("@") else [fingerprint.digest(spec.folder)]
     if plan.sets and used:  # a run is never continued with another model's columns of the same data
         plan = plan._replace(data=hashlib.sha256(" ".join([plan.data, *used]).encode()).hexdigest()[:16])
     plan = plan._replace(annotations=tuple(chosen))
@@ -245,8 +245,8 @@ def programs(
 ) -> list[Callable]:
     """[(state, batch) -> columns] of annotations, for batches that are made as the stage goes on.
 
-    start: gives the stage's first weights; fresh: whether those are the state's, whose memory the step takes: then what trains
-    of them is copied. All else of them is in every state. Another model's weights are loaded once.
+    start: gives the stage's first weights; fresh: whether `state` has them. Of these what trains is kept, copied where the
+    state has them, since the step takes its memory; the rest is in every state. Another model's weights are loaded once.
     """
     asked, forward = [], plan.spec.transformer.forward
     weights = {"current": lambda state: combine(state.train, state.frozen)}
@@ -286,7 +286,7 @@ def stored(annotations: Sequence[Annotation], plan, origin: loading.ModelSpec, s
 class Live:
     """A stage's data as a Source whose batches have, besides, the columns of annotators that are asked with the state.
 
-    asked: [(state, batch) -> columns]. As many rows at a time are asked about as a microbatch has. All else is the data's.
+    asked: [(state, batch) -> columns], each called with as many rows at a time as a microbatch has. All else is the data's.
     """
 
     def __init__(self, plan, asked: Sequence[Callable], mesh, weights_of: Models | None = None):

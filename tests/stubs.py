@@ -12,18 +12,20 @@ A row is a list of units, and a unit the documents that stay together: one, or t
 """
 
 import itertools
+import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxpost import sharding
-from jaxpost.declare import objective
+from jaxpost.declare import Column, objective
 from jaxpost.metrics import Max, Std, masked_mean
 from jaxpost.objectives.logprobs import token_scores
 from jaxpost.types import Head, Output, Term
 
 VOCAB, WIDTH, INNER, ROWS, LENGTH, TEACHER, TOP = 32, 8, 16, 16, 16, 6, 4
+SIZES = {"D": WIDTH, "V": VOCAB, "K": TOP}  # of the axes of columns
 
 # Lengths of the documents of each row; the sums leave padding, and rows left out are padding altogether.
 PLAN = (
@@ -92,9 +94,12 @@ def _router(x, segments):
     return {"probs": jnp.sum(jax.nn.softmax(logits) * real, axis=2), "picks": jnp.sum(picks * real, axis=2)}
 
 
-def documents(seed: int = 0, plan=PLAN, together: int = 1) -> list[list[list[dict]]]:
+def documents(seed: int = 0, plan=PLAN, together: int = 1, columns: dict | None = None) -> list[list[list[dict]]]:
     """Rows of units of so many documents: each a dict of equally long columns, with a prompt that is not learned, and the
-    columns of rollouts, references, labels and teachers too.
+    columns of rollouts.
+
+    columns: {name: Column} that an objective declares; each document has these too, and no others: those of references, labels
+    and teachers as `_frozen` draws them, any other at random. None: all that `_frozen` draws.
     """
     rng = np.random.default_rng(seed)
     rows, number = [], 0
@@ -104,7 +109,7 @@ def documents(seed: int = 0, plan=PLAN, together: int = 1) -> list[list[list[dic
             mask = np.arange(n) >= rng.integers(1, n)
             if n > 4:
                 mask[n // 2] = False
-            columns = {
+            document = {
                 "tokens": rng.integers(0, VOCAB, n).astype(np.int32),
                 "positions": np.arange(n, dtype=np.int32),
                 "mask": mask,
@@ -112,9 +117,11 @@ def documents(seed: int = 0, plan=PLAN, together: int = 1) -> list[list[list[dic
                 "old_logps": np.where(mask, rng.normal(-4.0, 0.5, n), 0.0).astype(np.float32),
                 "advantages": np.where(mask, rng.normal(), 0.0).astype(np.float32),
                 "pairs": np.full(n, number // 2 + 1, np.int32),
-                **_frozen(rng, mask),
             }
-            row[-1].append(columns) if i % together else row.append([columns])
+            frozen = _frozen(rng, mask)
+            if columns is not None:
+                frozen = {k: frozen.get(k, _drawn(k, c, mask, (seed, number))) for k, c in columns.items()}
+            row[-1].append(document | frozen) if i % together else row.append([document | frozen])
             number += 1
         rows.append(row)
     return rows
@@ -135,6 +142,18 @@ def _frozen(rng, mask: np.ndarray) -> dict:
         "teacher_tokens": np.argsort(rng.random((n, VOCAB)))[:, :TOP].astype(np.int32),
         "teacher_logps": np.log(likely).astype(np.float32),
     }
+
+
+def _drawn(name: str, column: Column, mask: np.ndarray, seed: tuple[int, int]) -> np.ndarray:
+    """A declared column of a document with this mask, of its dtype and axes: [n, ...], zero where the mask is. What is bool may
+    be set anywhere but at the first token, which nothing predicts: it may be a mask itself.
+    """
+    rng = np.random.default_rng((*seed, zlib.crc32(name.encode())))
+    kind, shape = np.dtype(column.dtype), (len(mask), *(SIZES.get(axis, 3) for axis in column.axes[2:]))
+    if kind.kind == "b":
+        return (rng.random(shape) < 0.5) & (np.arange(len(mask)) > 0).reshape(-1, *[1] * (len(shape) - 1))
+    values = rng.normal(size=shape) if kind.kind == "f" else rng.integers(0, VOCAB, shape)
+    return np.where(mask.reshape(-1, *[1] * (len(shape) - 1)), values, 0).astype(kind)
 
 
 def pack(rows: list[list], shape=(ROWS, LENGTH)) -> dict[str, np.ndarray]:

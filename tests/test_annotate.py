@@ -5,6 +5,7 @@ can be worked out by hand.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import types
@@ -14,17 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import stubs
 from test_pairs import MODEL, PLAIN, compared, pair, plan
 
-from jaxpost import annotate, annotations, columns, export, optim, recipe, sharding, train, writers
+from jaxpost import annotate, annotations, columns, export, metrics, optim, recipe, sharding, train, writers
 from jaxpost.annotators import scores
-from jaxpost.declare import objective
+from jaxpost.data import pairs
+from jaxpost.declare import Column, annotator, declared, objective
 from jaxpost.errors import UserError
-from jaxpost.models import loading
+from jaxpost.models import hf, loading
 from jaxpost.objectives.logprobs import REFERENCE, token_scores
+from jaxpost.resolve import known, resolve
 from jaxpost.stages import datasets
 from jaxpost.stages.plan import columns as batch_columns
-from jaxpost.types import Head, Output
+from jaxpost.types import Head, Output, Term
 
 ROWS = [pair("q" * (1 + i % 3), chr(97 + i % 26) * (1 + i % 4), "B" * (1 + i % 2)) for i in range(60)]
 
@@ -53,8 +57,7 @@ def with_table(made):
 
 def referenced(made, params, out, mesh):
     """The plan with what its annotations make of weights that it starts from: these."""
-    state = types.SimpleNamespace(train=params, frozen=jax.tree.map(lambda _: None, params))
-    return annotations.attached(made, made.spec, state, out, mesh, fresh=True)
+    return annotations.attached(made, made.spec, state_of(params), out, mesh, fresh=True)
 
 
 def test_stored_columns_are_those_made_on_the_spot(tmp_path):
@@ -250,6 +253,230 @@ def test_what_annotators_say_by_hand():
     assert np.array_equal(state[0, 1:], logits[batch["tokens"][0, :-1]])
     with pytest.raises(UserError, match="the model has no reward head"):
         scores.reward(table, {"table": logits}, batch)
+
+
+# ---------------------------------------------------------------------------------------------------- Every annotator
+
+ANNOTATORS = known("annotators")
+NEEDED = {"scores.topk": {"k": 4}}  # keywords that suit the stub
+
+
+def contracted(name: str, rows, shape=(stubs.ROWS, stubs.LENGTH)) -> tuple[dict, dict]:
+    """(an annotator's columns of a batch of these rows, the batch)."""
+    batch = stubs.pack(rows, shape)
+    program = functools.partial(resolve({"name": name, **NEEDED.get(name, {})}, "annotators"), stubs.forward)
+    return jax.device_get(jax.jit(program)(stubs.init(), batch)), batch
+
+
+def by_document(column: np.ndarray, batch: dict) -> dict[bytes, np.ndarray]:
+    """The learned places of a column, for each document by its tokens."""
+    spans = [(i, batch["segments"][i] == n) for i in range(len(column)) for n in range(1, int(batch["segments"][i].max()) + 1)]
+    return {batch["tokens"][i, own].tobytes(): column[i, own & batch["mask"][i]] for i, own in spans}
+
+
+@pytest.mark.parametrize("name", ANNOTATORS)
+def test_every_annotator_is_deterministic_and_unchanged_by_padding_and_packing(name):
+    rows = stubs.documents(2, columns={})
+    made, batch = contracted(name, rows)
+    again, _ = contracted(name, rows)
+    # The same documents one a row, in another order, with padding at the end of rows and of the batch.
+    apart = [[unit] for row in reversed(rows) for unit in row]
+    other, spread = contracted(name, apart, (len(apart) + 2, stubs.LENGTH + 3))
+    whole = declared(resolve(name, "annotators"), "per") == "document"
+    assert made.keys() == other.keys() and made
+    for column, values in made.items():
+        assert values.shape[:2] == batch["mask"].shape and np.array_equal(values, again[column])
+        each, moved = by_document(values, batch), by_document(other[column], spread)
+        assert each.keys() == moved.keys() and len(each) == len(apart)
+        for document, numbers in each.items():
+            # Sums over a document or a vocabulary may come in another order.
+            np.testing.assert_allclose(numbers, moved[document], rtol=1e-5, atol=1e-6)
+            assert not whole or (numbers == numbers[0]).all()
+
+
+def test_an_annotator_is_per_token_or_per_document_and_nothing_else():
+    assert {n for n in ANNOTATORS if declared(resolve(n, "annotators"), "per") == "document"} == {
+        "scores.perplexity",
+        "scores.reward",
+        "scores.embedding",
+    }
+    with pytest.raises(UserError, match="@annotator.per='row'.: give 'token' or 'document'"):
+        annotator(per="row")
+
+
+def per_token(forward, params, batch):
+    """Perplexity as an annotator of tokens: what was stored before documents had one value."""
+    return {"perplexity": scores.perplexity(forward, params, batch)["perplexity"]}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_documents_value_is_stored_once_and_joined_as_if_each_token_had_it(tmp_path, shared):
+    made, s = plan(tmp_path, ROWS, shared_prefix=shared, batch_size=8)
+    mesh, (found, weights) = sharding.make_mesh(), with_table(made)
+    (once,), (often,) = (
+        columns.make(what, made, found, lambda: weights, tmp_path / "c", mesh) for what in ("perplexity", per_token)
+    )
+    stored, learned = columns.read(once)["perplexity"], made.sets[0].encoded.learned
+    assert stored.shape == (2 * len(ROWS),) and columns.read(often)["perplexity"].shape == (learned.sum(),)
+    batches = [
+        datasets.batches(made.sets, s, mesh, {made.sets[0].encoded.digest: columns.by_token(folder)[0]})[0](None)
+        for folder in (once, often)
+    ]
+    assert batches[0]["perplexity"].dtype == np.float32 and np.array_equal(*(b["perplexity"] for b in batches))
+    # In the order of the data's examples, the chosen before the rejected: each by itself.
+    each = annotations.per_example(once)["perplexity"]
+    assert each.shape == (len(ROWS), 2)
+    for i in (0, 7, 31):
+        documents = pairs.documents(made.sets[0].encoded.examples[i])
+        for value, document in zip(each[i], documents, strict=True):
+            alone = {k: jnp.asarray(x)[None] for k, x in document.items()} | {
+                "segments": jnp.ones((1, len(document["mask"])), int)
+            }
+            np.testing.assert_allclose(value, scores.perplexity(table, weights, alone)["perplexity"][0, 0], rtol=1e-5)
+    with pytest.raises(
+        UserError, match=f"{often}: perplexity has a value for each token; take an annotator with one for each doc"
+    ):
+        annotations.per_example(often)
+
+
+def test_an_embedding_is_the_mean_hidden_state_of_the_learned_tokens_one_an_example():
+    hidden = jnp.arange(10.0).reshape(1, 5, 2)
+    batch = {"segments": jnp.array([[1, 1, 1, 2, 2]]), "mask": jnp.array([[False, True, True, False, True]])}
+    made = scores.embedding(lambda params, batch: Output(hidden, None), None, batch)["embedding"]
+    assert made.tolist() == [[[3, 4]] * 3 + [[8, 9]] * 2]
+
+
+# ------------------------------------------------------------------------------------------- Which annotation, of which weights
+
+
+def surprise(forward, params, batch, *, scale: float = 1.0):
+    """surprise [B,S]: less the log-probability, and how many times that."""
+    return {"surprise": -scale * token_scores(forward(params, batch), batch)["logps"]}
+
+
+@objective(rows="pairs", columns={"surprise": Column("BS", "float32", by={"name": surprise, "scale": 2.0}, weights="current")})
+def surprised(forward, params, batch, key):
+    """The mean of the column that the weights of the step are asked for."""
+    total = jnp.sum(jnp.where(batch["mask"], batch["surprise"], 0.0))
+    return {"surprise": Term(total, jnp.sum(batch["mask"].astype(jnp.float32)))}, {}
+
+
+def state_of(params):
+    """A train state of these weights, all of which train."""
+    return types.SimpleNamespace(train=params, frozen=jax.tree.map(lambda _: None, params))
+
+
+def test_current_weights_are_asked_of_each_batch_and_of_held_out_ones(tmp_path):
+    made, _ = plan(tmp_path, ROWS, {"name": surprised}, held_out=8, microbatches=2, batch_size=16)
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    made = annotations.planned(made, mesh)
+    (one,) = made.annotations
+    assert one.weights == "current" and one.columns["surprise"].shape == (16, 32)
+    params, plain = loading.weights(made.spec, mesh), made.source(None)
+    made.source.position = 0
+    live = annotations.attached(made, made.spec, state_of(params), tmp_path / "columns", mesh, fresh=True)
+    assert not (tmp_path / "columns").exists() and live.source.columns["surprise"].shape == (16, 32)
+    program = jax.jit(one.program(made.spec.transformer.forward))
+    for scale in (1.0, 0.5):
+        weights = jax.tree.map(lambda x, scale=scale: scale * x, params)
+        live.source.position = 0
+        batch = live.source(state_of(weights))
+        assert live.source.position == 1 and batch.keys() == {*plain, "surprise"}
+        assert all(np.array_equal(batch[k], plain[k]) for k in plain)
+        np.testing.assert_allclose(batch["surprise"], program(weights, plain)["surprise"], rtol=1e-5, atol=1e-6)
+    # A held-out batch comes without the column, and its loss is of the weights that are evaluated.
+    (batch,) = made.held_out
+    value = metrics.values(annotations.evaluation(made)(weights, batch, jax.random.PRNGKey(0)))["loss"]
+    wanted = np.asarray(program(weights, batch)["surprise"])[batch["mask"]]
+    assert "surprise" not in batch and value == pytest.approx(wanted.mean(), rel=1e-5)
+
+
+def test_a_recipe_names_annotators_and_the_weights_that_they_take(tmp_path):
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    plain, _ = plan(tmp_path, ROWS)
+    start, other = (loading.weights(plain.spec, mesh, seed=seed) for seed in (0, 1))
+    hf.save(tmp_path / "other", other, plain.spec.transformer.arch, plain.spec.config)
+    asked = {
+        "harder": {"name": "perplexity"},
+        "their": {"name": surprise, "scale": 3.0, "weights": str(tmp_path / "other")},
+        "ref": {"name": "ref_logps", "weights": str(tmp_path / "other")},
+    }
+    made, s = plan(tmp_path, ROWS, referring, annotations=asked)
+    assert s.annotations.their.name == "test_annotate.surprise"
+    made = annotations.planned(made, mesh)
+    assert [a.weights for a in made.annotations] == ["start", *[str(tmp_path / "other")] * 2], "of the reference, once"
+    assert made.data != plain.data, "what the other model is decides whether a run is continued"
+    shapes = batch_columns(s, made.objective, made.spec)
+    joined = annotations.attached(made, made.spec, state_of(start), tmp_path / "columns", mesh, fresh=True)
+    batch = joined.source(None)
+    assert {k: (x.shape, x.dtype) for k, x in batch.items()} == {k: (x.shape, x.dtype) for k, x in shapes.items()}
+    forward, mask = made.spec.transformer.forward, batch["mask"]
+    theirs = token_scores(forward(other, batch), batch)["logps"]
+    wanted = {
+        "surprise": -3 * theirs,
+        "ref_logps": theirs,
+        "perplexity": scores.perplexity(forward, start, batch)["perplexity"],
+    }
+    for name, values in wanted.items():
+        np.testing.assert_allclose(batch[name][mask], np.asarray(values)[mask], rtol=1e-4, err_msg=name)
+        assert not batch[name][~mask].any()
+
+
+def test_annotations_that_cannot_be_are_refused_before_anything_is_compiled(tmp_path):
+    mesh = sharding.make_mesh()
+
+    @objective(rows="pairs", columns={"reward": Column("BS", "float32", by="logps")})
+    def mistaken(forward, params, batch, key):
+        """Declares an annotator of other columns."""
+
+    hf.save(tmp_path / "small", *small_model(mesh))
+    for entry, loss, message in (
+        ("perplexities", referring, "has no 'perplexities'.* Did you mean 'perplexity'"),
+        ({"name": "perplexity", "weights": ""}, referring, "config.annotations.mine.weights: ''; give start, current"),
+        ({"name": "perplexity", "weights": "@sft"}, referring, "weights='@sft' names no earlier stage of this recipe"),
+        ({"name": "test_annotate.bad"}, referring, r"an annotator returns .* with \[B,S\] = \[8, 32\]"),
+        ({"name": "reward"}, referring, "annotator reward: the model has no reward head"),
+        ({"name": "test_annotate.masked"}, referring, "config.annotations.mine: the column mask is there already"),
+        ({"name": "logps", "weights": str(tmp_path / "small")}, referring, "small has a vocabulary of 50, the tokenizer "),
+        ({"name": "perplexity"}, mistaken, "its column reward is by scores.logps, which makes entropy, logps"),
+        ({"name": "perplexity"}, compared, 'reads the column ref_logps, .*or declare it as Column.*, by="ref_logps"'),
+        ({"name": "perplexity"}, needy, "reads the column rated, which its batches do not have; have jaxpost.annotate make it"),
+    ):
+        made, _ = plan(tmp_path, ROWS, loss, annotations={"mine": entry})
+        with pytest.raises(UserError, match=message):
+            annotations.planned(made, mesh)
+
+
+def small_model(mesh):
+    """(weights, architecture, config) of a model with half of the vocabulary."""
+    spec = loading.describe({**MODEL, "vocab_size": 50}, text=False)
+    return loading.weights(spec, mesh), spec.transformer.arch, spec.config
+
+
+def masked(forward, params, batch):
+    """A column that every batch has."""
+    return {"mask": batch["mask"]}
+
+
+@objective(rows="pairs", columns={"rated": Column("BS", "float32")})
+def needy(forward, params, batch, key):
+    """Reads a column that nothing makes."""
+
+
+def test_a_start_is_kept_as_it_was_and_current_weights_are_those_of_the_state():
+    batch = {"tokens": jnp.array([[0, 1, 1]]), "mask": jnp.array([[False, True, True]])}
+    spec = types.SimpleNamespace(transformer=types.SimpleNamespace(forward=table))
+    made = types.SimpleNamespace(spec=spec, trainable=".*", settings=types.SimpleNamespace(seed=0))
+    first = state_of({"table": jnp.eye(2)})
+    of = [annotations.Annotation({}, columns.entry(surprise), weights) for weights in ("start", "current", "start")]
+    options = {"fresh": True, "weights_of": None}
+    asked = annotations.programs(of, made, first, lambda: first.train, None, **options)
+    before = [program(first, batch)["surprise"] for program in asked]
+    first.train["table"].delete()  # as the step does, to which the state is donated
+    later = state_of({"table": 3 * jnp.eye(2)})
+    start, current, again = (program(later, batch)["surprise"] for program in asked)
+    assert np.array_equal(start, before[0]) and np.array_equal(again, start) and np.array_equal(before[1], start)
+    np.testing.assert_allclose(current[0, 2], math.log(1 + math.exp(-3)), rtol=1e-6)
 
 
 def test_chunks_of_places_change_nothing(monkeypatch):

@@ -16,7 +16,7 @@ import pytest
 import stubs
 
 from jaxpost import metrics, resolve, sharding
-from jaxpost.declare import declared
+from jaxpost.declare import Column, declared
 from jaxpost.step import gradients, make_step
 from jaxpost.types import Head, Output, TrainState
 
@@ -41,7 +41,6 @@ every_objective = pytest.mark.parametrize(
     "name", [n if n in REPRESENTATIVES else pytest.param(n, marks=pytest.mark.slow) for n in OBJECTIVES]
 )
 every_representative = pytest.mark.parametrize("name", sorted(REPRESENTATIVES))
-PAIRED = ("preference.", "reward_model.bradley_terry", "reward_model.offset")
 
 
 @functools.cache
@@ -82,9 +81,10 @@ def _three_steps(name, batches, microbatches=1, mesh="one"):
 
 
 def _batches(name, arrange=lambda rows: rows, shape=(stubs.ROWS, stubs.LENGTH)):
-    """Two batches as the objective wants them: documents, or pairs of them."""
-    layout = (stubs.PAIRS, 2) if name.startswith(PAIRED) else (stubs.PLAN, 1)
-    return [stubs.pack(arrange(stubs.documents(seed, *layout)), shape) for seed in (1, 2)]
+    """Two batches as the objective declares them: documents, or pairs of them, with the columns that it reads and no others."""
+    layout = (stubs.PAIRS, 2) if declared(OBJECTIVES[name], "rows") == "pairs" else (stubs.PLAN, 1)
+    columns = declared(OBJECTIVES[name], "columns")
+    return [stubs.pack(arrange(stubs.documents(seed, *layout, columns)), shape) for seed in (1, 2)]
 
 
 @functools.cache
@@ -132,6 +132,24 @@ def _other_rows(rows):
 def test_discovery_finds_objectives_and_nothing_else():
     assert {"sft.dft", *REPRESENTATIVES} <= OBJECTIVES.keys()
     assert not [n for n in OBJECTIVES if n.startswith(("logprobs.", "pairs.", "documents."))]
+
+
+def test_batches_have_what_an_objective_declares_and_what_it_does_not_know_stays_as_it_was():
+    def first(**columns):
+        return stubs.documents(1, columns={k: Column(*c) for k, c in columns.items()})[0][0][0]
+
+    more = {"difficulty": ("BS", "float32"), "shown": ("BS", "bool"), "vector": ("BSD", "float32"), "guess": ("BSK", "int32")}
+    document, again = first(**more, ref_logps=("BS", "float32")), first(guess=more["guess"])
+    assert {k: (document[k].shape[1:], document[k].dtype) for k in more} == {
+        "difficulty": ((), np.float32),
+        "shown": ((), np.bool_),
+        "vector": ((stubs.WIDTH,), np.float32),
+        "guess": ((stubs.TOP,), np.int32),
+    }
+    assert np.ptp(document["difficulty"][document["mask"]]) > 0 and np.array_equal(document["guess"], again["guess"])
+    whole = stubs.documents(1)[0][0][0]  # whose values goldens hold
+    assert "labels" in whole and "labels" not in document
+    assert all(np.array_equal(document[k], whole[k]) for k in document.keys() & whole.keys())
 
 
 @every_objective

@@ -87,8 +87,10 @@ def prepared(s, mesh) -> Prepared:
     batch = sharding.batch_shapes(columns, mesh)
     step = state.program(found.transformer, objective, tx, held, mesh, s)
     kinds = {"weights": held.train, "optimizer": held.opt_state, "ema": held.ema, "frozen": held.frozen}
-    asked = annotations.choose(s, objective, plan.own_columns(s, objective), (), found, annotations.models(s))[0]
-    references = [one for one in asked if s.source == "rollouts" and one.weights == "start"]
+    references = []
+    if s.source == "rollouts":
+        chosen, _ = annotations.choose(s, objective, plan.own_columns(s, objective), (), found, annotations.models(s))
+        references = [one for one in chosen if one.weights == "start"]
     if references:
         kinds["reference"] = held.train  # a copy of what trains, as it was at the start
     inputs = {"inputs": batch}
