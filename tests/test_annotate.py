@@ -20,7 +20,7 @@ from test_pairs import MODEL, PLAIN, compared, pair, plan
 
 from jaxpost import annotate, annotations, columns, export, metrics, optim, recipe, sharding, train, writers
 from jaxpost.annotators import scores
-from jaxpost.data import pairs
+from jaxpost.data import examples
 from jaxpost.declare import Column, annotator, declared, objective
 from jaxpost.errors import UserError
 from jaxpost.models import hf, loading
@@ -28,6 +28,7 @@ from jaxpost.objectives.logprobs import REFERENCE, token_scores
 from jaxpost.resolve import known, resolve
 from jaxpost.stages import datasets
 from jaxpost.stages.plan import columns as batch_columns
+from jaxpost.stages.plan import scalars
 from jaxpost.types import Head, Output, Term
 
 ROWS = [pair("q" * (1 + i % 3), chr(97 + i % 26) * (1 + i % 4), "B" * (1 + i % 2)) for i in range(60)]
@@ -327,7 +328,7 @@ def test_a_documents_value_is_stored_once_and_joined_as_if_each_token_had_it(tmp
     each = annotations.per_example(once)["perplexity"]
     assert each.shape == (len(ROWS), 2)
     for i in (0, 7, 31):
-        documents = pairs.documents(made.sets[0].encoded.examples[i])
+        documents = examples.documents(made.sets[0].encoded.examples[i])
         for value, document in zip(each[i], documents, strict=True):
             alone = {k: jnp.asarray(x)[None] for k, x in document.items()} | {
                 "segments": jnp.ones((1, len(document["mask"])), int)
@@ -409,7 +410,8 @@ def test_a_recipe_names_annotators_and_the_weights_that_they_take(tmp_path):
     shapes = batch_columns(s, made.objective, made.spec)
     joined = annotations.attached(made, made.spec, state_of(start), tmp_path / "columns", mesh, fresh=True)
     batch = joined.source(None)
-    assert {k: (x.shape, x.dtype) for k, x in batch.items()} == {k: (x.shape, x.dtype) for k, x in shapes.items()}
+    columns_of_all = batch | scalars(0, 1)
+    assert {k: (x.shape, x.dtype) for k, x in columns_of_all.items()} == {k: (x.shape, x.dtype) for k, x in shapes.items()}
     forward, mask = made.spec.transformer.forward, batch["mask"]
     theirs = token_scores(forward(other, batch), batch)["logps"]
     wanted = {
@@ -440,7 +442,7 @@ def test_annotations_that_cannot_be_are_refused_before_anything_is_compiled(tmp_
         ({"name": "logps", "weights": str(tmp_path / "small")}, referring, "small has a vocabulary of 50, the tokenizer "),
         ({"name": "perplexity"}, mistaken, "its column reward is by scores.logps, which makes entropy, logps"),
         ({"name": "perplexity"}, compared, 'reads the column ref_logps, .*or declare it as Column.*, by="ref_logps"'),
-        ({"name": "perplexity"}, needy, "reads the column rated, which its batches do not have; have jaxpost.annotate make it"),
+        ({"name": "perplexity"}, needy, "reads the column rated, which its batches do not have; write a number of that name .* have jaxpost.annotate make it"),
     ):
         made, _ = plan(tmp_path, ROWS, loss, annotations={"mine": entry})
         with pytest.raises(UserError, match=message):

@@ -18,7 +18,7 @@ from jaxpost.data.readers import Record
 from jaxpost.declare import objective
 from jaxpost.errors import UserError
 from jaxpost.stages import datasets
-from jaxpost.stages.plan import columns, plan_stage
+from jaxpost.stages.plan import columns, plan_stage, scalars
 from jaxpost.tokenizer import load
 
 PLAIN = "{% for m in messages %}{{ m['content'] }}{{ eos_token if m['role'] == 'assistant' }}{% endfor %}"
@@ -329,7 +329,7 @@ def test_a_stage_learns_from_the_shape_that_its_objective_says(tmp_path):
         ({"name": told_apart, "margins": False}, {}, set()),
     ):
         made, s = plan(tmp_path, ROWS, loss, held_out=8, **changes)
-        batch = made.source(None)
+        batch = made.source(None) | scalars(0, 1)
         assert batch.keys() == {"tokens", "mask", "segments", "positions", *more}
         shapes = {k: (x.shape, x.dtype) for k, x in columns(s, made.objective).items()}
         assert {k: v for k, v in shapes.items() if k != "ref_logps"} == {k: (x.shape, x.dtype) for k, x in batch.items()}
