@@ -41,6 +41,7 @@ from jaxpost.resolve import resolve
 from jaxpost.stages import datasets
 from jaxpost.stages.plan import Plan
 from jaxpost.types import Params
+from jaxpost.unread import shares
 
 REFERENCE = "ref_logps"  # the column that a stage makes itself, and the annotator that does
 # A part is written after so many seconds, or bytes: what a kill costs.
@@ -235,7 +236,7 @@ def annotated(plan: Plan, mesh) -> Plan:
 
     Raises UserError where they are of other data, and for a column that the objective reads and nothing gives.
     """
-    if plan.settings.source == "rollouts":  # which ask whoever makes them, batch by batch
+    if "rollouts" in shares(plan.settings.source):  # which ask whoever makes them, batch by batch
         columns = {REFERENCE, "returns", "margins", *declared(plan.objective, "current")}
         columns |= {"teacher_hidden"} if loading.others(plan.spec) else set()
         if lacking := [name for name in plan.reads if name not in columns]:

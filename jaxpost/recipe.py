@@ -47,7 +47,8 @@ DEFAULTS = {
     "trainable": ".*",
     "objective": {"name": "sft.nll"},
     # Where batches come from: "data" (files, or the task's demonstrations), "rollouts" (completions of the current weights), or
-    # "samples" (completions of the weights that the stage starts from, made once; rollouts/samples.py).
+    # "samples" (completions of the weights that the stage starts from, made once; rollouts/samples.py); or both of the first
+    # two in each batch, by their shares: {"rollouts": 0.75, "data": 0.25} (sources.py).
     "source": "data",
     # Files, folders, patterns, tfds:NAME/SPLIT or hf:NAME (data/readers.py), with commas between several, and =WEIGHT after
     # each for a mixture (data/mixture.py); "" is the task's demonstrations.
@@ -86,6 +87,10 @@ DEFAULTS = {
         "epochs": 1,  # how often each is learned from
         "lag": 0,  # by how many batches of rollouts learning is behind, so that rewards may take their time
         "advantages": "",  # of rollouts/advantages.py, by name or as a dict with one; "" is the objective's own
+        # What happens between drawing and learning, functions of rollouts/steps.py or of one's own file, as names or dicts with
+        # one: ("resample", "mine.py:drop_easy", "annotate", "advantages"); "" is what the settings below ask for.
+        "steps": "",
+        "given": "",  # the first tokens of completions, as a function of rollouts/given.py, by name or as a dict; "" is none
         "resample": 0,  # how often at most to sample more prompts, in place of groups whose rewards (but for length) are equal
         "drop_level": False,  # do not learn from groups whose rewards are all equal, nor count them
         "overlong": 0,  # the last tokens of `new` over which a punishment for length grows to -1
@@ -371,16 +376,16 @@ def _stored(key: str, value):
     return value
 
 
-_WHOLE = ("columns", "template_options")  # dicts of the user's own names: a change replaces them
+_WHOLE = ("columns", "template_options", "source")  # dicts of the user's own names: a change replaces them
 _KINDS = {bool: (bool,), int: (int,), float: (float, int), str: (str,), tuple: (tuple, list), dict: (Mapping,)}
 
 
 def _check(key: str, default, value, place: str) -> None:
     """Raises UserError for a value that is not of its default's kind, and for a number out of range."""
-    whole = ("model", "objective", "reward", "adapter", "advantages", *_WHOLE)
+    whole = ("model", "objective", "reward", "adapter", "advantages", "given", *_WHOLE)
     kinds = (str, Mapping) if key in whole else _KINDS[type(default)]
-    if key in ("data", "eval_data") and default == "":
-        kinds = (str, Mapping, tuple, list)
+    if key in ("data", "eval_data", "steps") and default == "":
+        kinds = (str, tuple, list) if key == "steps" else (str, Mapping, tuple, list)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join("dict" if k is Mapping else k.__name__ for k in kinds)
         raise UserError(f"{place}.{key}: {value!r} is no {wanted}.")

@@ -28,7 +28,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from jaxpost import checkpoint, cli, cloud, columns, compile_cache, lock, optim, recipe, report, sharding, writers
+from jaxpost import checkpoint, cli, cloud, columns, compile_cache, lock, optim, recipe, report, sharding, sources, writers
 from jaxpost.agreement import check_inputs, check_settings
 from jaxpost.annotators import scores
 from jaxpost.data import chat
@@ -147,7 +147,7 @@ def _stage(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: Stop
     s = plan.settings
     saved = checkpoint.Checkpoints(workdir / "checkpoints" / plan.name, keep=s.keep, best=s.best, highest=s.highest)
     # Closed whatever happens: in a notebook the next attempt would meet the threads of this one, still writing.
-    with contextlib.closing(saved), contextlib.closing(plan.source) if s.source == "rollouts" else contextlib.nullcontext():
+    with contextlib.closing(saved), contextlib.closing(plan.source):
         results, left = _steps(plan, before, workdir, mesh, stop, saved, graded)
     stop.in_loop = False  # all is written
     if left is not None:
@@ -180,7 +180,7 @@ def _steps(plan: Plan, before: list[Plan], workdir, mesh, stop: StopRequest, sav
     def save(done: bool) -> None:
         log.flush()
         counted = {"num_tokens": log.num_tokens, "seconds": log.seconds, "done": done, "results": results}
-        counted |= {"position": _position(plan, saved, at), "data": plan.data}
+        counted |= {"position": plan.source.keep(at, saved.steps()), "data": plan.data}
         saved.save(state, counted | kept, results if judged == at else None)
 
     # Loop: a batch, a step, and now and then a look at where we are.
@@ -193,10 +193,11 @@ def _steps(plan: Plan, before: list[Plan], workdir, mesh, stop: StopRequest, sav
             batch = plan.source(state)
             log.waited()
             state, measured = step(state, sharding.distribute(batch, mesh, s.batch_size))
-        log.step(at, batch, {**measured, **getattr(plan.source, "metrics", {})})
+        log.step(at, batch, {**measured, **plan.source.metrics})
         done = at == plan.steps or log.out_of_time()
         if done or (s.eval_every and at % s.eval_every == 0):
             results, judged = evaluated(state, log, at), at
+            plan.source.evaluated(at, results)
         asked = stop.asked or (jax.process_count() > 1 and saved.reached_preemption(at))
         if done or asked or (s.save_every and at % s.save_every == 0):
             save(done)
@@ -289,29 +290,26 @@ def _with_reference(plan: Plan, names: list[str], workdir: epath.Path, mesh, sta
     def weights():
         return combine(state.train, state.frozen) if fresh else loading.weights(origin, mesh, plan.settings.seed)
 
-    if plan.settings.source != "rollouts":
+    asking = [source for source in sources.parts(plan.source) if hasattr(source, "annotators")]
+    if not asking:
         return columns.referenced(plan, origin, weights, workdir / "columns", mesh)
     plan.source.folder = workdir / "rollouts" / plan.name
     if fresh and jax.process_index() == 0:
         resume.clear(plan.source.folder)
+    annotators: tuple = ()
     if columns.REFERENCE in plan.reads:
         first, _ = optim.partition(weights(), plan.trainable)
         first = jax.tree.map(jnp.copy, first) if fresh else first
         program = jax.jit(functools.partial(scores.ref_logps, plan.spec.transformer.forward))
-        plan.source.frozen += (lambda state, batch: program(combine(first, state.frozen), batch),)
+        annotators += (lambda state, batch: program(combine(first, state.frozen), batch),)
     for folder in dict.fromkeys(loading.others(plan.spec).values()):
         teacher = loading.describe(folder, "", plan.settings.dtype, text=False)
         known = loading.weights(teacher, mesh, plan.settings.seed)
         says = jax.jit(functools.partial(scores.hidden, teacher.transformer.forward))
-        plan.source.frozen += (lambda state, batch, says=says, known=known: says(known, batch),)
+        annotators += (lambda state, batch, says=says, known=known: says(known, batch),)
+    for source in asking:
+        source.annotators += annotators
     return plan
-
-
-def _position(plan: Plan, saved: checkpoint.Checkpoints, step: int):
-    """Where the source is, for the checkpoint of a step; what of it no checkpoint could make again is in files by then."""
-    if plan.settings.source != "rollouts":
-        return plan.source.position
-    return plan.source.keep(step, saved.steps())
 
 
 def _seconds_of(stages: str, workdir: epath.Path) -> float:

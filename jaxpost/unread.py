@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from jaxpost.errors import UserError
+from jaxpost.resolve import entry_of
 
 # The task of recipes for reinforcement, where nobody names another: `data` gives the prompts in its place.
 GSM8K = {"name": "gsm8k", "data": "tfds:gsm8k/train", "test": ""}  # "" tests on a tenth of data
@@ -25,7 +26,9 @@ _ASKED = (  # a task's problems, by evaluations too
 _DRAWN = _of_rollouts("group", "temperature", "top_k", "top_p", "min_p", "processors", "slots", "segment")
 _LEARNED = (  # completions that are learned from while they are made
     "completions",
-    *_of_rollouts("minibatches", "epochs", "lag", "advantages", "resample", "drop_level", "overlong", "truncated"),
+    *_of_rollouts(
+        "minibatches", "epochs", "lag", "steps", "given", "advantages", "resample", "drop_level", "overlong", "truncated"
+    ),
     *_of_rollouts("mask_truncated", "correction", "correction_cap"),
 )
 
@@ -43,7 +46,24 @@ _UNREAD: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
         (_LEARNED, "which draws its completions once, before the first step"),
     ),
 }
+_MIXED = ("rollouts", "data")
 _WITHOUT_TASK = (_ASKED, "where no config.task has problems to ask")
+
+
+def shares(source: Mapping | str) -> dict[str, float]:
+    """{name: share of a batch's rows} of a setting `source`: a name, or a dict of shares that add up to 1 (JSON on the command
+    line). Raises UserError for shares that do not, and for sources that cannot be mixed.
+    """
+    source = source.to_dict() if hasattr(source, "to_dict") else source
+    source = entry_of(source, "config.source") if isinstance(source, str) else source
+    if isinstance(source, str):
+        return {source: 1.0}
+    amounts = {name: share for name, share in source.items() if isinstance(share, int | float)}
+    if amounts.keys() != set(_MIXED) & source.keys() or len(source) < 2 or len(amounts) < len(source):
+        raise UserError(f"config.source: {dict(source)}; shares are numbers, of {' and '.join(_MIXED)}.")
+    if min(amounts.values()) <= 0 or abs(sum(amounts.values()) - 1) > 1e-6:
+        raise UserError(f"config.source: {amounts}; shares are above 0 and add up to 1.")
+    return amounts
 
 
 def adapted(settings: dict, own: Iterable[str], defaults: Mapping, place: str) -> dict:
@@ -53,7 +73,8 @@ def adapted(settings: dict, own: Iterable[str], defaults: Mapping, place: str) -
     defaults: {path: value}. place: as "config.sft". Raises UserError for what the stage's source would not read.
     """
     given = {path for path in own if path in defaults and _differs(settings, path, defaults[path])}
-    if settings["source"] in ("rollouts", "samples") and "data" in given:
+    names = shares(settings["source"]).keys()
+    if names <= {"rollouts", "samples"} and "data" in given:
         settings = _of_prompts(settings, place)
         given -= {"data", "eval_data", "columns", "held_out"}
     for path, why in _unread(settings):
@@ -78,9 +99,12 @@ def check_around(shared: Mapping, stages: Mapping[str, dict], defaults: Mapping)
 
 def _unread(settings: Mapping) -> Iterator[tuple[str, str]]:
     """(path, why) of each setting that a stage with these settings does not read, for its source."""
-    without_task = [] if settings["task"] or settings["source"] != "data" else [_WITHOUT_TASK]
-    for paths, why in (*_UNREAD.get(settings["source"], ()), *without_task):
-        yield from ((path, why) for path in paths)
+    names = shares(settings["source"])
+    without_task = [] if settings["task"] or "data" not in names or len(names) > 1 else [_WITHOUT_TASK]
+    each = [{path: why for paths, why in _UNREAD.get(name, ()) for path in paths} for name in names]
+    for path in (path for path in each[0] if all(path in other for other in each)):
+        yield path, each[0][path]
+    yield from ((path, why) for paths, why in without_task for path in paths)
 
 
 def _ignored(path: str, value: Any, reader: str, default: Any) -> UserError:

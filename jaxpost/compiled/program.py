@@ -29,6 +29,7 @@ from jaxpost.sampling import decode, processors
 from jaxpost.stages import datasets, plan, state
 from jaxpost.startup import heard
 from jaxpost.step import combine
+from jaxpost.unread import shares
 
 GIVEN_UP = re.compile(
     r"Involuntary full rematerialization\. The compiler cannot go from (.*?) efficiently for HLO operation (.*?)\. As"
@@ -84,15 +85,16 @@ def prepared(s, mesh) -> Prepared:
     batch = sharding.batch_shapes(columns, mesh)
     step = state.program(found.transformer, objective, tx, held, mesh, s)
     kinds = {"weights": held.train, "optimizer": held.opt_state, "ema": held.ema, "frozen": held.frozen}
-    if s.source == "rollouts" and "ref_logps" in declared(objective, "columns"):
+    named = shares(s.source)
+    if "rollouts" in named and "ref_logps" in declared(objective, "columns"):
         kinds["reference"] = held.train  # a copy of what trains, as it was at the start
     inputs = {"inputs": batch}
     made = [Traced("step", step, (held, batch), {}, kinds | inputs, ("reference",), math.prod(batch["tokens"].shape))]
     if s.source != "data":
         alone = s.shared_prefix or datasets.shape(objective) == "pairs"  # a prompt gives one row
         prompts = max(1, s.eval_rows // s.rollouts.group)
-        if s.source == "rollouts":
-            prompts = s.batch_size * s.rollouts.minibatches // (1 if alone else s.rollouts.group)
+        if "rollouts" in named:
+            prompts = round(s.batch_size * named["rollouts"]) * s.rollouts.minibatches // (1 if alone else s.rollouts.group)
         else:
             kinds = {k: x for k, x in kinds.items() if k not in ("optimizer", "ema")}  # samples come before these
         made += _sampler(s, mesh, found.transformer, combine(held.train, held.frozen), prompts, kinds)

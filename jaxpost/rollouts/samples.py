@@ -63,6 +63,9 @@ class Samples(NamedTuple):
     judging: dict
     options: dict
 
+    def close(self) -> None:
+        """Nothing to end, as for data."""
+
 
 def make(
     samples: Samples, about: dict, params: Callable[[], Params], out, mesh, stopped: Callable[[], bool] = lambda: False

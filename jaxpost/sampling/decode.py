@@ -24,7 +24,8 @@ SEGMENT = 32  # turns between two looks of the host, if nothing else is asked fo
 
 class Completions(NamedTuple):
     """tokens [B,N] int32: each completion alone, zeros after; lengths [B]; logps [B,N] float32, of the distribution drawn from;
-    stopped [B] bool: whether a stop token or string ended it; text_lengths [B]: its length without the stop token.
+    stopped [B] bool: whether a stop token or string ended it; text_lengths [B]: its length without the stop token; given [B,N]
+    bool: the tokens that were given, not drawn, None where there are none. Their logps are the model's own, unrestricted.
     """
 
     tokens: np.ndarray
@@ -32,16 +33,20 @@ class Completions(NamedTuple):
     logps: np.ndarray
     stopped: np.ndarray
     text_lengths: np.ndarray
+    given: np.ndarray | None = None
 
 
 class Finished(NamedTuple):
-    """One completion: its place in the batch, and its row of Completions without the zeros."""
+    """One completion: its place in the batch, its row of Completions without the zeros, and how many of its first tokens were
+    given.
+    """
 
     index: int
     tokens: np.ndarray
     logps: np.ndarray
     stopped: bool
     text_length: int
+    given: int = 0
 
 
 def ready(model: Transformer, params: Params, mesh) -> Params:
@@ -71,6 +76,7 @@ def stream(
     tokenizer: Any = None,
     chain: tuple[Callable, ...] = (),
     have: frozenset[int] = frozenset(),
+    given: Sequence[np.ndarray] = (),
     **amounts: float,
 ) -> Iterator[list[Finished]]:
     """Completions of every prompt, `group` of each, as they end: completion i is of prompt i // group. All processes call it
@@ -78,10 +84,13 @@ def stream(
 
     params: the model's, or what `ready` made of them. slots: how many are under way at a time, 0 for all of them; number: the
     first one's, for its noise; turns: of a segment; strings: texts that end a completion, which keeps them (the tokenizer says
-    what a text is); have: completions that are there already and are left out; amounts and chain: see `processors`. Raises UserError for a prompt that is empty or longer than the window.
+    what a text is); have: completions that are there already and are left out; given: of each completion the ids that it begins
+    with, maybe none; amounts and chain: see `processors`. Raises UserError for a prompt that is empty or longer than the
+    window.
     """
     ways, turns = mesh.shape["data"] * mesh.shape["fsdp"], min(turns, new)
     columns, places = _laid_out(prompts, prompt_window, group, number, ways, have)
+    columns |= _given(given, places, len(prompts) * group, new)
     jobs, left, halted, begun, seen = len(places), int((places >= 0).sum()), np.zeros(len(places), bool), 0, None
     slots = min(slots + -slots % ways, jobs) or jobs
     sizes = {"slots": slots, "room": prompt_window + new, "new": new}
@@ -97,17 +106,17 @@ def stream(
             begun += turns
         # The device has the next segment while the host looks at the one before.
         if before is not None:
-            ended = _ended(jax.device_get(before), places, halted, strings, tokenizer)
+            ended = _ended(jax.device_get(before), places, halted, strings, tokenizer, given)
             left -= len(ended)
             yield ended
 
 
 def _begun(model, params: Params, columns: dict, halted: np.ndarray, sizes: dict, mesh) -> tuple:
     """What decoding begins with: (state, weights, bank of prompts, queue)."""
-    given = {k: _put(x, mesh) for k, x in columns.items()}
+    placed = {k: _put(x, mesh) for k, x in columns.items()}
     with sharding.use(mesh):
-        bank = prefill(model, params, given.pop("tokens"), given.pop("lengths"), room=sizes["room"])
-        return begin(model, _put(halted, mesh), **sizes), params, bank, Queue(**given)
+        bank = prefill(model, params, placed.pop("tokens"), placed.pop("lengths"), room=sizes["room"])
+        return begin(model, _put(halted, mesh), **sizes), params, bank, Queue(**placed)
 
 
 def _put(x: np.ndarray, mesh) -> jax.Array:
@@ -144,7 +153,24 @@ def _laid_out(prompts, window: int, group: int, number: int, ways: int, have: fr
     return {"tokens": tokens.reshape(-1, window), "lengths": lengths.reshape(-1), **queue}, places.reshape(-1)
 
 
-def _ended(seen: dict, places: np.ndarray, halted: np.ndarray, strings, tokenizer) -> list[Finished]:
+def _given(given: Sequence[np.ndarray], places: np.ndarray, count: int, new: int) -> dict[str, np.ndarray]:
+    """The queue's columns of the tokens that completions begin with, if there are any. places [J]: see `_laid_out`."""
+    if not len(given):
+        return {}
+    if len(given) != count or max(map(len, given)) > new:
+        longest = max(map(len, given))
+        raise UserError(
+            f"given: {len(given)} beginnings of at most {longest} tokens for {count} completions of {new}; give one for each "
+            "completion, maybe empty, and none longer than a completion may be."
+        )
+    tokens, lengths = np.zeros((len(places), new), np.int32), np.zeros(len(places), np.int32)
+    for j in np.flatnonzero(places >= 0):
+        lengths[j] = len(ids := given[places[j]])
+        tokens[j, : len(ids)] = ids
+    return {"given": tokens, "given_lengths": lengths}
+
+
+def _ended(seen: dict, places: np.ndarray, halted: np.ndarray, strings, tokenizer, given) -> list[Finished]:
     """What has ended since the host looked last; `halted` [J] is told of it, and of what a stop string ends."""
     ended = []
     for j in np.flatnonzero((places >= 0) & ~halted):
@@ -157,7 +183,8 @@ def _ended(seen: dict, places: np.ndarray, halted: np.ndarray, strings, tokenize
         if cut is not None:
             length, text_length, stopped = cut, cut, True
         tokens, logps = (seen[k][j, :length] for k in ("tokens", "logps"))
-        ended.append(Finished(int(places[j]), tokens, logps, stopped, text_length))
+        begun = min(len(given[places[j]]), length) if len(given) else 0
+        ended.append(Finished(int(places[j]), tokens, logps, stopped, text_length, begun))
     return ended
 
 
@@ -221,6 +248,7 @@ def together(ended: Sequence[Finished], new: int) -> Completions:
         logps=padded("logps", np.float32),
         stopped=np.array([one.stopped for one in ended], bool),
         text_lengths=np.array([one.text_length for one in ended], np.int32),
+        given=np.arange(new) < np.array([one.given for one in ended], int).reshape(-1, 1),
     )
 
 

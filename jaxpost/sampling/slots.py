@@ -6,6 +6,9 @@
     segment    turns: every slot's next token. A slot whose completion has ended takes the next one of its queue at once, so
                that a long completion holds up nobody; its prompt is copied out of the bank
 
+A completion may begin with tokens that are given (a hint): they are decoded like others, one a turn, so that the prompt's keys
+and values are still shared, and only the draw is put aside.
+
 The noise of a draw is a function of (seed, step, number of the completion, place in it), and shapes come from the settings
 alone. So a completion can be made again from those and the weights: at one compiled shape bit for bit, whichever slot it is in
 and whatever else is, since no operation reads across rows. Its first token always comes of the bank's logits and all others of
@@ -42,12 +45,15 @@ class Bank(NamedTuple):
 
 class Queue(NamedTuple):
     """What is to be completed, [J] each: the prompt's place in its device's bank, the completion's number for its noise; and
-    [W], how many of each device's J / W places are in use.
+    [W], how many of each device's J / W places are in use. Where completions begin with tokens that are given: these [J,N],
+    zeros after, and how many of them there are [J].
     """
 
     prompts: jax.Array
     numbers: jax.Array
     counts: jax.Array
+    given: jax.Array | None = None
+    given_lengths: jax.Array | None = None
 
 
 class State(NamedTuple):
@@ -242,15 +248,28 @@ def _refill(s: State, bank: Bank, queue: Queue, record: Callable) -> State:
     return record(s, _rows(bank.scores, prompt), fresh)
 
 
+def _forced(s: State, queue: Queue, scores: jax.Array, token: jax.Array, logp: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The slots' tokens and their log-probabilities, [n] each: where a completion's next one is given, that one and the model's
+    own log-probability of it, whatever restricts what is drawn. scores [n,V]: the model's logits at the temperature.
+    """
+    rows, place = _rows(queue.given, s.job), jnp.minimum(s.count, queue.given.shape[1] - 1)
+    theirs = jnp.take_along_axis(rows, place[:, None], axis=1)
+    own = jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), theirs, axis=-1)[:, 0]
+    forced = s.count < _rows(queue.given_lengths, s.job)
+    return jnp.where(forced, theirs[:, 0], token), jnp.where(forced, own, logp)
+
+
 def _record(s: State, scores: jax.Array, who: jax.Array, *, queue, key, stop, amounts, chain) -> State:
     """Draws and writes down the next token of the slots `who` [n] from the model's logits [n,V]."""
-    numbers, found = _rows(queue.numbers, s.job), scores
+    numbers, processed = _rows(queue.numbers, s.job), scores
     context = {"tokens": _rows(s.tokens, s.job), "counts": s.count, "numbers": numbers} if chain else {}
     for processor in chain:
-        found = processor(found, context)
+        processed = processor(processed, context)
     sampled = amounts["temperature"] > 0
-    found = processors.restricted(found / jnp.where(sampled, amounts["temperature"], 1.0), amounts)
-    token, logp = draw(found, _uniform(key, numbers, s.count), sampled)
+    temperature = jnp.where(sampled, amounts["temperature"], 1.0)
+    token, logp = draw(processors.restricted(processed / temperature, amounts), _uniform(key, numbers, s.count), sampled)
+    if queue.given is not None:
+        token, logp = _forced(s, queue, scores / temperature, token, logp)
     count = s.count + who
     stopped = who & jnp.isin(token, stop)
     ended = stopped | (who & (count == s.tokens.shape[1]))

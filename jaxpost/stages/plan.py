@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
-from jaxpost import checkpoint, cloud, optim
+from jaxpost import checkpoint, cloud, optim, sources
 from jaxpost.data import source
 from jaxpost.declare import declared
 from jaxpost.errors import UserError
@@ -20,10 +21,10 @@ from jaxpost.models import loading
 from jaxpost.profile import SKIPPED
 from jaxpost.recipe import plain
 from jaxpost.resolve import resolve
-from jaxpost.rollouts import source as rollouts
 from jaxpost.rollouts.samples import ROWS
 from jaxpost.stages import datasets, generate, tasks
 from jaxpost.stages import rollouts as drawn
+from jaxpost.unread import shares
 
 
 class Plan(NamedTuple):
@@ -65,20 +66,26 @@ def plan_stage(name: str, s, mesh) -> Plan:
     task = tasks.task(s) if s.task else None
     rewards = None if task is None else tasks.rewards(task, s.task["name"], plain(s.reward))
     problems = None if task is None else tasks.problems(task, rewards, spec, s)
-    if s.source in ("rollouts", "samples"):
-        sets, held_out, example, data, steps = [], [], [], "", s.steps
-        if task is None:
-            raise UserError(f"config.task: {s.source} need a task, for prompts and a reward.")
-        make = drawn.source if s.source == "rollouts" else generate.samples
-        batches = make(name, task, rewards, spec, s, objective, mesh)
-        if not steps:
-            raise UserError(f"config.steps: {s.source} have no epochs that could be told now; say how many steps to take.")
-    elif s.source == "data":
+    named = shares(s.source)
+    for kind in named:
+        if kind not in ("data", "rollouts", "samples"):
+            raise UserError(f"config.source: {kind!r} is neither 'data' nor 'rollouts' nor 'samples'.")
+        if kind != "data" and task is None:
+            raise UserError(f"config.task: {kind} need a task, for prompts and a reward.")
+        if kind != "data" and not s.steps:
+            raise UserError(f"config.steps: {kind} have no epochs that could be told now; say how many steps to take.")
+    sets, held_out, example, data, steps = [], [], [], "", s.steps
+    if "data" in named:
         sets = datasets.read(task, spec, s, objective)
-        (batches, held_out), example, data = datasets.batches(sets, s, mesh), datasets.shown(sets), datasets.digest(sets)
+        example, data = datasets.shown(sets), datasets.digest(sets)
+    if len(named) > 1:
+        batches = _mixed(name, task, rewards, spec, s, objective, mesh, sets)
+    elif s.source == "data":
+        batches, held_out = datasets.batches(sets, s, mesh)
         steps = s.steps or len(batches)
     else:
-        raise UserError(f"config.source: {s.source!r} is neither 'data' nor 'rollouts' nor 'samples'.")
+        make = drawn.source if s.source == "rollouts" else generate.samples
+        batches = make(name, task, rewards, spec, s, objective, mesh)
     most = spec.transformer.arch.max_positions
     if task is not None and (longest := s.rollouts.prompt_window + s.rollouts.new) > most:
         raise UserError(f"config.rollouts: prompt_window + new = {longest} tokens, but the model takes {most}.")
@@ -87,6 +94,25 @@ def plan_stage(name: str, s, mesh) -> Plan:
     optim.make(s.optimizer, steps)
     reads = tuple(name for name in declared(objective, "columns") if name not in _own_columns(s, objective))
     return Plan(name, s, spec, objective, sets, batches, steps, held_out, data, problems, example, trainable, trained, reads)
+
+
+def _mixed(name: str, task, rewards, spec, s, objective: Callable, mesh, sets: list[datasets.Set]) -> sources.Mixed:
+    """The source of batches that hold both rollouts and data. Raises UserError for settings that only one of them alone has."""
+    for key in ("held_out", "eval_data", "annotations"):
+        if s[key]:
+            raise UserError(
+                f"config.{key}: {s[key]!r}; rows of files beside rollouts have none. Leave it out: the "
+                "task's test problems evaluate."
+            )
+    ways = s.microbatches * mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = sources.counts(shares(s.source), s.batch_size, ways)
+    part = ConfigDict({**plain(s), "batch_size": rows["data"], "steps": s.steps})
+    data, _ = datasets.batches(sets, part, mesh)
+    if "demonstrations" in declared(objective, "masks"):
+        data = sources.Demonstrations(data)
+    rollouts = drawn.source(name, task, rewards, spec, s, objective, mesh)
+    each = {"rollouts": rollouts, "data": data}
+    return sources.mixed({key: (each[key], share) for key, share in shares(s.source).items()}, s.batch_size)
 
 
 def learned(spec: loading.ModelSpec, s, mesh) -> tuple[loading.ModelSpec, Callable, str, int]:
@@ -106,10 +132,11 @@ def learned(spec: loading.ModelSpec, s, mesh) -> tuple[loading.ModelSpec, Callab
     train, _ = optim.partition(loading.abstract(spec.transformer, mesh, spec.adapter, spec.leaves), trainable)
     _check_shape(s, datasets.shape(objective))
     # Of pairs several documents are one example; each by itself is held to the model's positions where it is encoded.
-    rolled, most = s.source == "rollouts", spec.transformer.arch.max_positions
-    if not rolled and datasets.shape(objective) == "demonstrations" and s.window > most:
+    rolled, most = "rollouts" in shares(s.source), spec.transformer.arch.max_positions
+    if "data" in shares(s.source) and datasets.shape(objective) == "demonstrations" and s.window > most:
         raise UserError(f"config.window: {s.window} tokens, but the model takes {most}; give that at most.")
-    longest = s.rollouts.prompt_window + s.rollouts.new if rolled else s.window
+    longest = s.rollouts.prompt_window + s.rollouts.new if rolled else 0
+    longest = max(longest, 0 if s.source == "rollouts" else s.window)
     short = min((k.rope.original for k in spec.transformer.arch.kinds if k.rope.kind == "longrope"), default=longest)
     if s.shared_prefix and longest > short:
         raise UserError(
@@ -126,9 +153,12 @@ def learned(spec: loading.ModelSpec, s, mesh) -> tuple[loading.ModelSpec, Callab
 def _check_shape(s, shape: str) -> None:
     """Raises UserError for settings that have no meaning for what the objective learns from."""
     possible = {"rollouts": ("demonstrations", "pairs"), "samples": ROWS}
-    if shape not in possible.get(s.source, (shape,)):
-        raise UserError(f"config.source: the objective learns from {shape} of a data set, and {s.source} are none.")
-    if s.shared_prefix and shape not in ("pairs", "mismatched") and s.source != "rollouts":
+    for kind in shares(s.source):
+        if shape not in possible.get(kind, (shape,)):
+            raise UserError(f"config.source: the objective learns from {shape} of a data set, and {kind} are none.")
+    if len(shares(s.source)) > 1 and shape != "demonstrations":
+        raise UserError(f"config.source: the objective learns from {shape}, which rollouts and data do not share a batch for.")
+    if s.shared_prefix and shape not in ("pairs", "mismatched") and "rollouts" not in shares(s.source):
         raise UserError("config.shared_prefix: only a prompt with two answers has a prefix to share; leave it out.")
 
 
@@ -146,7 +176,7 @@ def columns(s, objective: Callable) -> dict[str, jax.ShapeDtypeStruct]:
         written |= json.loads(file.read_text())["columns"]
     for name, (letters, dtype) in declared(objective, "columns").items():
         shape = [{"B": rows, "S": length}[letter] for letter in letters[:2]]
-        if s.source == "rollouts" and name == "teacher_hidden":  # which the teacher says of each batch as it is made
+        if "rollouts" in shares(s.source) and name == "teacher_hidden":  # which the teacher says of each batch as it is made
             (_, teacher), *_ = declared(objective, "leaves").values()
             written[name] = {"shape": [loading.describe(teacher, text=False).transformer.arch.width]}
         if letters[2:] and name not in written:
@@ -158,10 +188,13 @@ def columns(s, objective: Callable) -> dict[str, jax.ShapeDtypeStruct]:
 
 def _own_columns(s, objective: Callable) -> dict[str, jax.ShapeDtypeStruct]:
     """The columns of a stage's source, as shapes."""
+    named, margins = shares(s.source), "margins" in declared(objective, "columns")
     if s.source == "rollouts":
-        return rollouts.columns(s, datasets.shape(objective) == "pairs")
-    margins = "margins" in declared(objective, "columns")
-    return source.columns(s.batch_size, s.window, datasets.shape(objective), s.shared_prefix, margins)
+        return drawn.rows(s, objective).columns()
+    shared = s.shared_prefix and len(named) == 1
+    rows = round(s.batch_size * named.get("data", 1.0))
+    of_data = source.columns(rows, s.window, datasets.shape(objective), shared, margins)
+    return of_data if len(named) == 1 else sources.joined([drawn.rows(s, objective).columns(), of_data])
 
 
 def starting(spec: loading.ModelSpec, s, before: list[str], workdir) -> loading.ModelSpec:
