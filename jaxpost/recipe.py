@@ -47,8 +47,8 @@ DEFAULTS = {
     "trainable": ".*",
     "objective": {"name": "sft.nll"},
     # Where batches come from: "data" (files, or the task's demonstrations), "rollouts" (completions of the current weights), or
-    # "samples" (completions of the weights that the stage starts from, made once; rollouts/samples.py); or both of the first
-    # two in each batch, by their shares: {"rollouts": 0.75, "data": 0.25} (sources.py).
+    # "samples" (those of the weights that the stage starts from, made once); or two in each batch, {"rollouts": 0.75, "data":
+    # 0.25} (sources.py).
     "source": "data",
     # Files, folders, patterns, tfds:NAME/SPLIT or hf:NAME (data/readers.py), with commas between several, and =WEIGHT after
     # each for a mixture (data/mixture.py); "" is the task's demonstrations.
@@ -87,10 +87,8 @@ DEFAULTS = {
         "epochs": 1,  # how often each is learned from
         "lag": 0,  # by how many batches of rollouts learning is behind, so that rewards may take their time
         "advantages": "",  # of rollouts/advantages.py, by name or as a dict with one; "" is the objective's own
-        # What happens between drawing and learning, functions of rollouts/steps.py or of one's own file, as names or dicts with
-        # one: ("resample", "mine.py:drop_easy", "annotate", "advantages"); "" is what the settings below ask for.
-        "steps": "",
-        "given": "",  # the first tokens of completions, as a function of rollouts/given.py, by name or as a dict; "" is none
+        "steps": "",  # functions of rollouts/steps.py or one's own, ("annotate", "mine.py:f"); "" is what the keys below ask
+        "given": "",  # the first tokens of completions: a function of rollouts/given.py, by name or as a dict with one
         "resample": 0,  # how often at most to sample more prompts, in place of groups whose rewards (but for length) are equal
         "drop_level": False,  # do not learn from groups whose rewards are all equal, nor count them
         "overlong": 0,  # the last tokens of `new` over which a punishment for length grows to -1

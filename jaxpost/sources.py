@@ -15,7 +15,7 @@ The loop asks no source which kind it is; `data.source.Batches`, `rollouts.sourc
     folder              where it may keep files; set before the first call
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -42,6 +42,35 @@ class Source(Protocol):
     def close(self) -> None: ...
 
     def evaluated(self, step: int, figures: Mapping[str, float]) -> None: ...
+
+
+class Silent:
+    """A source that has nothing to say but its batches, and whose position is all that a checkpoint needs of it.
+
+    like: () -> (the rows of a batch, one of them as arrays), of which `columns` are made when they are asked for.
+    """
+
+    like: Callable[[], tuple[int, Mapping[str, np.ndarray]]]
+    metrics: dict[str, float] = {}
+    rows: list[dict] = []
+    samples: list[dict] = []
+    folder: epath.Path | None = None
+
+    @property
+    def columns(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The columns of a whole batch as shapes."""
+        count, row = self.like()
+        return {k: jax.ShapeDtypeStruct((count, *x.shape), x.dtype) for k, x in row.items()}
+
+    def keep(self, step: int, steps: Sequence[int]) -> Any:
+        """The position."""
+        return self.position
+
+    def evaluated(self, step: int, figures: Mapping[str, float]) -> None:
+        """Evaluations change nothing."""
+
+    def close(self) -> None:
+        """There is nothing to end."""
 
 
 def parts(source: Source) -> list[Source]:

@@ -197,7 +197,6 @@ def _steps(plan: Plan, before: list[Plan], workdir, mesh, stop: StopRequest, sav
         done = at == plan.steps or log.out_of_time()
         if done or (s.eval_every and at % s.eval_every == 0):
             results, judged = evaluated(state, log, at), at
-            plan.source.evaluated(at, results)
         asked = stop.asked or (jax.process_count() > 1 and saved.reached_preemption(at))
         if done or asked or (s.save_every and at % s.save_every == 0):
             save(done)

@@ -33,6 +33,7 @@ from jaxpost.data import chat, formats, messages, pack, pairs, rendered, steps, 
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
 from jaxpost.host import read_arrays
+from jaxpost.sources import Silent
 
 TOO_LONG = ("error", "truncate", "split", "drop")
 BAD_ROWS = ("stop", "skip")
@@ -286,8 +287,8 @@ def columns(
     return {k: jax.ShapeDtypeStruct((batch_size, *x.shape), x.dtype) for k, x in row.items()}
 
 
-class Batches:
-    """Batch n of the data, for n = 0, 1, ...: a Source, called without regard to the train state.
+class Batches(Silent):
+    """Batch n of the data, for n = 0, 1, ...: a source (jaxpost/sources.py), called without regard to the train state.
 
     Each epoch is a permutation of all rows drawn from (seed, epoch), and batches of B = batch_size rows run on over the end of
     an epoch. Rows past the very last are all zeros, so every batch has one shape. `local=(start, stop)` are the rows of every
@@ -315,7 +316,7 @@ class Batches:
         if shuffle:
             # Grain seeds epoch e with seed + e: unhashed, the second epoch of seed 0 would be the first of seed 1.
             rows = rows.shuffle(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-        self._batch_size, self._row = batch_size, rows[0]
+        self.like = lambda: (batch_size, rows[0])
         batches = _LocalBatches(rows.repeat(epochs), batch_size, start, stop)
         self._length = None if epochs is None else len(batches)
         self._iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
@@ -341,27 +342,6 @@ class Batches:
             has = "no end" if self._length is None else f"{self._length} batches"
             raise UserError(f"cannot go on after batch {value} of data with {has}; resume with the data of the run")
         self._iterator.set_state({"next_index": int(value)})
-
-    # What else the loop asks of a source (jaxpost/sources.py).
-    metrics: dict[str, float] = {}
-    rows: list[dict] = []
-    samples: list[dict] = []
-    folder = None
-
-    @property
-    def columns(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The columns of a whole batch as shapes."""
-        return {k: jax.ShapeDtypeStruct((self._batch_size, *x.shape), x.dtype) for k, x in self._row.items()}
-
-    def keep(self, step: int, steps: Sequence[int]) -> int:
-        """The position, which is all that a checkpoint needs."""
-        return self.position
-
-    def evaluated(self, step: int, figures: Mapping[str, float]) -> None:
-        """The order is fixed: nothing follows evaluations."""
-
-    def close(self) -> None:
-        """Nothing to end: Grain's threads end with the iterator."""
 
 
 class _LocalBatches(grain.MapDataset):

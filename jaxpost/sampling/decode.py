@@ -85,15 +85,12 @@ def stream(
     params: the model's, or what `ready` made of them. slots: how many are under way at a time, 0 for all of them; number: the
     first one's, for its noise; turns: of a segment; strings: texts that end a completion, which keeps them (the tokenizer says
     what a text is); have: completions that are there already and are left out; given: of each completion the ids that it begins
-    with, maybe none; amounts and chain: see `processors`. Raises UserError for a prompt that is empty or longer than the
-    window.
+    with; amounts and chain: see `processors`. Raises UserError for a prompt that is empty or longer than the window.
     """
     ways, turns = mesh.shape["data"] * mesh.shape["fsdp"], min(turns, new)
-    columns, places = _laid_out(prompts, prompt_window, group, number, ways, have)
-    columns |= _given(given, places, len(prompts) * group, new)
+    columns, places = _laid_out(prompts, prompt_window, group, number, ways, have, new, given)
     jobs, left, halted, begun, seen = len(places), int((places >= 0).sum()), np.zeros(len(places), bool), 0, None
-    slots = min(slots + -slots % ways, jobs) or jobs
-    sizes = {"slots": slots, "room": prompt_window + new, "new": new}
+    sizes = {"slots": (slots := min(slots + -slots % ways, jobs) or jobs), "room": prompt_window + new, "new": new}
     noise, stop, amounts = np.array([seed, step], np.int32), np.array(stop, np.int32), processors.controls(**amounts)
     if left:
         state, *held = _begun(model, ready(model, params, mesh), columns, halted, sizes, mesh)
@@ -101,8 +98,8 @@ def stream(
         before, more = seen, slots < jobs or begun < new
         if more:  # without a queue it is known which segment is the last
             with sharding.use(mesh):  # not while the caller works
-                rest = (noise, stop, amounts, _put(halted, mesh))
-                state, seen = segment(model, *held, state, *rest, turns=turns, chain=chain)
+                work = (*held, state, noise, stop, amounts, _put(halted, mesh))
+                state, seen = segment(model, *work, turns=turns, chain=chain)
             begun += turns
         # The device has the next segment while the host looks at the one before.
         if before is not None:
@@ -131,7 +128,9 @@ def spread(prompts: int, group: int, ways: int) -> tuple[int, int]:
     return max(min(i + own - 1, last) // group - i // group + 1 for i in range(0, last + 1, own)), own
 
 
-def _laid_out(prompts, window: int, group: int, number: int, ways: int, have: frozenset[int]) -> tuple[dict, np.ndarray]:
+def _laid_out(
+    prompts, window: int, group: int, number: int, ways: int, have: frozenset[int], new: int, given: Sequence[np.ndarray]
+) -> tuple[dict, np.ndarray]:
     """The prompts and the queue as columns, each device's part after the other's; [J]: the completion of each place of the
     queue, -1 for none. Devices get as many completions each; a prompt of which several have some is in the bank of each.
     """
@@ -150,6 +149,7 @@ def _laid_out(prompts, window: int, group: int, number: int, ways: int, have: fr
         places[way, : len(due)], which[way, : len(due)], counts[way] = due, due // group - first, len(due)
     numbers = number + np.maximum(places, 0)
     queue = {k: x.reshape(-1).astype(np.int32) for k, x in (("prompts", which), ("numbers", numbers), ("counts", counts))}
+    queue |= _given(given, places.reshape(-1), count, new)
     return {"tokens": tokens.reshape(-1, window), "lengths": lengths.reshape(-1), **queue}, places.reshape(-1)
 
 

@@ -67,6 +67,7 @@ class Judge:
             figures, samples = self._graded(params, step)
             values |= figures
         log.evaluated(step, values, samples)
+        self.plan.source.evaluated(step, values)
         return values
 
     def _graded(self, params, step: int) -> tuple[dict[str, float], list[dict]]:
