@@ -14,6 +14,8 @@ A batch is a dict of arrays. A column describes the token at its own place, neve
     advantages [B,S] float32  (rollouts) how much better than expected the completion, or the token, turned out
     temperature []   float32  (rollouts) the temperature the tokens were drawn at
     fresh      []    bool     (rollouts) whether the weights that learn are still those that sampled
+    sampled    [B,S] bool     (where tokens are given) the policy's own tokens, whether or not the mask keeps them
+    demonstrations [B,S] bool (where tokens are given) tokens that it did not draw and that are to be imitated
 
 The step adds `rows` [B] int32, each row's number in the global batch: an objective that draws noise folds it into its key, so
 that the noise does not depend on how the batch is split. A column without a batch axis is a scalar, the same for every row.
@@ -42,13 +44,12 @@ class Term(NamedTuple):
 
 
 class Head(flax.struct.PyTreeNode):
-    """An unembedding as data: logits = cap * tanh(scale * hidden @ weight.T / cap), or without the cap if it is None.
+    """An unembedding as data: logits = cap * tanh(hidden @ weight.T / cap), or without the cap if it is None.
 
     weight: [V,D].
     """
 
     weight: jax.Array
-    scale: float = flax.struct.field(pytree_node=False, default=1.0)
     soft_cap: float | None = flax.struct.field(pytree_node=False, default=None)
 
 

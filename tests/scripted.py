@@ -26,6 +26,11 @@ def prompt(i: int) -> tuple[dict, np.ndarray]:
     return {"prompt": f"{i}+", "number": i}, np.array(TOKENIZER.encode(f"{i}+"), np.int32)
 
 
+def demonstration(i: int) -> np.ndarray:
+    """The answer to a problem: two sevens."""
+    return np.array([*TOKENIZER.encode("77")[-2:], STOP], np.int32)
+
+
 def says(batch: int, i: int) -> str:
     """One digit, or for every fifth two and then nothing that stops."""
     return str((7 * batch + 3 * i) % 10) * (1 if i % 5 else 2)
@@ -41,7 +46,7 @@ def sampler(says=says, asked=None, killed=lambda batch, ended: None):
     have ended) may raise.
     """
 
-    def stream(model, params, prompts, *, mesh, seed, step, group, have=frozenset(), **_):
+    def stream(model, params, prompts, *, mesh, seed, step, group, have=frozenset(), given=(), **_):
         if asked is not None:
             asked.append((step, have))
         left, ended = [i for i in range(len(prompts) * group) if i not in have], len(have)
@@ -51,8 +56,10 @@ def sampler(says=says, asked=None, killed=lambda batch, ended: None):
                 text = says(step, i)
                 ids = [TOKENIZER.encode(letter)[-1] for letter in text]
                 stopped = len(text) == 1
-                tokens = np.array([*ids, STOP] if stopped else ids, np.int32)
-                found.append(Finished(i, tokens, logp(params, step, i, len(tokens)), stopped, len(ids)))
+                begun = [int(x) for x in given[i]] if len(given) else []
+                tokens = np.array([*begun, *ids, *[STOP] * stopped], np.int32)[:NEW]
+                whole = logp(params, step, i, len(tokens))
+                found.append(Finished(i, tokens, whole, stopped, len(tokens) - stopped, len(begun)))
             ended += len(found)
             killed(step, ended)
             yield found

@@ -3,6 +3,7 @@
 The sampler is a script (scripted.py); tests/test_rollout_runs.py has the real one.
 """
 
+import functools
 import threading
 
 import jax
@@ -13,7 +14,7 @@ from scripted import GROUP, ROWS, STOP, TOKENIZER, rollouts, sampler, says, stat
 
 from jaxpost import sharding
 from jaxpost.errors import UserError
-from jaxpost.rollouts import resume, source
+from jaxpost.rollouts import advantages, resume, source, steps
 
 PROMPTS = ROWS // GROUP
 
@@ -297,6 +298,19 @@ def same(one: list, other: list) -> None:
             np.testing.assert_array_equal(found[name], x, err_msg=name)
 
 
+def hinted(record, ids, *, progress, key):
+    """A beginning that depends on all that it may depend on."""
+    return ids[: (record["number"] + int(10 * progress) + int(key[0])) % 2]
+
+
+EXCHANGED = [
+    functools.partial(steps.exchange, rule=functools.partial(steps.failed, bar=0.4)),
+    steps.annotate,
+    functools.partial(steps.advantages, of=advantages.centred),
+]
+GIVEN = {"gives": True, "given": hinted, "demonstration": scripted.demonstration, "steps": EXCHANGED}
+
+
 def scored(state, batch: dict) -> dict:
     """What stands for the trainer's own log-probabilities."""
     return {"scored_logps": batch["old_logps"] * 1.5}
@@ -310,8 +324,16 @@ def scored(state, batch: dict) -> dict:
         {"lag": 2, "minibatches": 2, "resample": 1},
         {"lag": 1, "shared": True, "correction": "mask", "annotators": (scored,)},
         {"lag": 1, "pairs": True, "group": 4, "resample": 1, "prompt": lambda i: None if i % 3 == 1 else scripted.prompt(i)},
+        {
+            "lag": 1,
+            "minibatches": 2,
+            "gives": True,
+            "given": hinted,
+            "demonstration": scripted.demonstration,
+            "steps": EXCHANGED,
+        },
     ],
-    ids=["in the middle", "waiting", "both", "branches", "pairs"],
+    ids=["in the middle", "waiting", "both", "branches", "pairs", "given"],
 )
 def test_it_goes_on_exactly_where_it_was(monkeypatch, tmp_path, changes):
     several = {"failures": (lambda record, text: int(text[0]) / 3, 0.5), "sampled": (lambda record, text: None, 1.0)}

@@ -86,21 +86,19 @@ def exchange(batch: RolloutBatch, *, rule: Callable = failed) -> RolloutBatch:
         "completions/demonstration_ratio": float(replaced.mean()),
         "completions/dropped_ratio": float((verdicts == "drop").mean()),
     }
-    completions, rewards, scores = batch.completions, batch.rewards.copy(), batch.scores
-    tokens, logps, lengths, stopped, text = (np.array(x) for x in completions[:5])
-    given = batch.given.copy()
+    scores, own = batch.scores, {name: np.array(x) for name, x in batch.completions._asdict().items() if x is not None}
+    own["given"] = batch.given.copy()
     for row in np.flatnonzero(replaced):
         ids = batch.source.demonstration(int(batch.numbers[row // batch.group]))
-        tokens[row], logps[row], rewards[row] = 0, 0.0, np.nan
-        tokens[row, : len(ids)], given[row] = ids, np.arange(tokens.shape[1]) < len(ids)
-        lengths[row], stopped[row] = len(ids), True
-        text[row] = len(ids) - int(ids[-1] in batch.source.stop)
+        own["tokens"][row], own["logps"][row] = 0, 0.0
+        own["tokens"][row, : len(ids)], own["given"][row] = ids, np.arange(own["tokens"].shape[1]) < len(ids)
+        own["lengths"][row], own["stopped"][row] = len(ids), True
+        own["text_lengths"][row] = len(ids) - int(ids[-1] in batch.source.stop)
     each = {k: np.where(replaced, np.nan, x) for k, x in scores.each.items()}
-    judged = scores._replace(totals=np.where(replaced, np.nan, scores.totals), each=each)
     return batch.replace(
-        completions=type(completions)(tokens, lengths, logps, stopped, text, given),
-        judged=judged,
-        rewards=rewards,
+        completions=batch.completions._replace(**own),
+        judged=scores._replace(totals=np.where(replaced, np.nan, scores.totals), each=each),
+        rewards=np.where(replaced, np.nan, batch.rewards),
         counted=batch.counted & (verdicts != "drop").reshape(-1),
         figures={**batch.figures, **measured},
     )

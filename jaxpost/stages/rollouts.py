@@ -229,15 +229,14 @@ def _check_steps(config: RolloutConfig, s, objective: Callable) -> None:
             raise UserError(f"config.rollouts.{key}: a group of 1 is always level; take config.rollouts.group=2 at least.")
     if config.rows.pairs and r.group == 1:
         raise UserError("config.rollouts.group: 1 is no pair; take 2 at least.")
-    batch = _trial(config, {"ref_logps", "values"} & {*declared(objective, "columns")})
+    settled, batch = None, _trial(config, {"ref_logps", "values"} & {*declared(objective, "columns")})
     for step in config.steps:
         before, batch = batch, _tried(step, batch)
-        if _named(step) == "annotate":
-            settled = batch.completions
+        settled = batch.completions if settled is None and _named(step) == "annotate" else settled
+        if settled is not None and batch.completions is not settled:
+            raise UserError("config.rollouts.steps: a step after annotate changed which completions there are; put it before.")
         if _named(step) == "advantages" and _compares(objective):
             _check_advantages(built.estimated(before, step.keywords["of"]), s, objective)
-    if batch.completions is not settled:
-        raise UserError("config.rollouts.steps: a step after annotate changed which completions there are; put it before.")
     if _compares(objective) and "advantages" not in batch.columns:
         raise UserError("config.rollouts.steps: the objective reads advantages, and no step makes them; add `advantages`.")
 
