@@ -13,6 +13,7 @@ from jaxpost import fingerprint, recipe, sharding
 from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.naming import digest_of
+from jaxpost.sources import parts
 
 LOOK = 64  # how many of a task's problems are compared
 _REMEDIES = {
@@ -55,7 +56,7 @@ def check_inputs(plans) -> None:
 def inputs(plan) -> dict[str, str]:
     """A digest of each kind of input that a stage read."""
     spec, problems = plan.spec, plan.problems or {}
-    prompt = getattr(getattr(plan.source, "making", plan.source), "prompt", None)
+    prompt = next((x for x in (getattr(getattr(s, "config", s), "prompt", None) for s in parts(plan.source)) if x), None)
     teachers = [loading.describe(name, text=False).folder for name in sorted(set(loading.others(spec).values()))]
     words, rewards = spec.tokenizer, [reward for reward, _ in problems.get("rewards", {}).values()]
     read = {

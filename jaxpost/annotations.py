@@ -28,15 +28,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpost import artefacts, columns, fingerprint, optim, sharding
+from jaxpost import artefacts, columns, fingerprint, optim, sharding, sources
 from jaxpost.declare import Column, declared
 from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.recipe import plain
 from jaxpost.resolve import known, resolve
-from jaxpost.stages import datasets
+from jaxpost.stages import datasets, rollouts
 from jaxpost.step import combine, make_evaluation
 from jaxpost.types import Batch, TrainState
+from jaxpost.unread import shares
 
 OWN = ("start", "current")  # weights of the stage itself; all others are another model's
 RETURNS = "returns"  # a column of rollouts that their advantages bring along
@@ -89,7 +90,7 @@ def planned(plan, mesh, weights_of: Models | None = None):
         wanted = declared(plan.objective, "columns")
         lacking = [name for name in lacking if wanted[name][:2] != ("BS", "float32")]
     if lacking:
-        why = _LACKING.get(s.source, _LACKING["data"])
+        why = _LACKING["rollouts" if "rollouts" in shares(s.source) else "data"]
         by = f', or declare it as Column(..., by="{lacking[0]}")' if f"scores.{lacking[0]}" in known("annotators") else ""
         raise UserError(f"config.objective: it reads the column {lacking[0]}, which {why}{by}.")
     for name in dict.fromkeys(one.weights for one in chosen if one.weights not in OWN):
@@ -131,10 +132,11 @@ def choose(s, objective: Callable, own: Mapping, stored: Collection, spec, weigh
         taken |= one.columns.keys()
         chosen.append(one)
     wanted = declared(objective, "columns")
-    if s.source == "rollouts" and s.rollouts.correction:
+    drawn = "rollouts" in shares(s.source)
+    if drawn and rollouts.rows(s, objective).corrected:
         wanted = {**wanted, SCORED: Column("BS", "float32", by=SCORED, weights="current")}
     for name, column in wanted.items():
-        if name in taken or (s.source == "rollouts" and name == RETURNS):
+        if name in taken or (drawn and name == RETURNS):
             continue
         if not column.by:
             lacking.append(name)
@@ -231,10 +233,12 @@ def attached(plan, origin: loading.ModelSpec, state: TrainState, out, mesh, *, f
     def start():
         return combine(state.train, state.frozen) if fresh else loading.weights(origin, mesh, plan.settings.seed)
 
-    live = [a for a in plan.annotations if a.weights == "current" or plan.settings.source == "rollouts"]
+    asking = [source for source in sources.parts(plan.source) if hasattr(source, "annotators")]
+    live = [a for a in plan.annotations if a.weights == "current" or asking]
     asked = programs(live, plan, state, start, mesh, fresh=fresh, weights_of=weights_of)
-    if plan.settings.source == "rollouts":
-        plan.source.annotators = asked
+    for source in asking:
+        source.annotators = asked
+    if asking:
         return plan
     plan = stored([a for a in plan.annotations if a not in live], plan, origin, start, out, mesh, weights_of)
     return plan._replace(source=Live(plan, asked, mesh, weights_of)) if asked else plan

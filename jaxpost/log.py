@@ -58,7 +58,7 @@ class Log:
         self.settle(keep_mark=True)
         self.pending = (at, batch, measured, self.wait)
         every = self.plan.settings.completions
-        rows = self.plan.source.table() if every and at % every == 0 and hasattr(self.plan.source, "table") else []
+        rows = self.plan.source.rows if every and at % every == 0 else []
         if rows and self.writer:
             self.writer.completions(self.plan.name, at, rows)
             if sys.stderr.isatty():
@@ -132,7 +132,7 @@ class Log:
         if self.writer and values:
             self.writer.write(self.plan.name, step, values)
         if self.writer and samples:
-            self.writer.samples(self.plan.name, step, samples + getattr(self.plan.source, "samples", []))
+            self.writer.samples(self.plan.name, step, samples + self.plan.source.samples)
         self.progress.show(step, values, self.seconds)
 
     def flush(self) -> None:

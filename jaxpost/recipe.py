@@ -55,7 +55,8 @@ DEFAULTS = {
     # holds them. With an adapter ".*" means what it adds.
     "trainable": ".*",
     "objective": {"name": "sft.nll"},
-    # Where batches come from: "data" (files, or the task's demonstrations) or "rollouts" (completions of the current weights).
+    # Where batches come from: "data" (files, or the task's demonstrations), "rollouts" (completions of the current weights), or
+    # both in each batch, by shares of its rows: {"rollouts": 0.75, "data": 0.25} (sources.py).
     "source": "data",
     # Files, folders, patterns, tfds:NAME/SPLIT, hf:NAME (data/readers.py) or "@NAME" of an earlier stage, with commas between
     # several, and =WEIGHT after each for a mixture (data/mixture.py); "" is the task's demonstrations.
@@ -100,6 +101,8 @@ DEFAULTS = {
         "epochs": 1,  # how often each is learned from
         "lag": 0,  # by how many batches of rollouts learning is behind, so that rewards may take their time
         "advantages": "",  # of rollouts/advantages.py, by name or as a dict with one; "" is the objective's own
+        "steps": "",  # functions of rollouts/steps.py or one's own, ("annotate", "mine.py:f"); "" is what the keys below ask
+        "given": "",  # the first tokens of completions: a function of rollouts/given.py, by name or as a dict with one
         "resample": 0,  # how often at most to sample more prompts, in place of groups whose rewards (but for length) are equal
         "drop_level": False,  # do not learn from groups whose rewards are all equal, nor count them
         "overlong": 0,  # the last tokens of `new` over which a punishment for length grows to -1
@@ -384,16 +387,16 @@ def _stored(key: str, value):
     return {"name": value} if key == "task" and value and isinstance(value, str) else value
 
 
-_WHOLE = ("columns", "template_options", "annotations", "with")  # dicts of the user's own names: a change replaces them
+_WHOLE = ("columns", "template_options", "annotations", "source", "with")  # dicts of names: a change replaces them
 _KINDS = {bool: (bool,), int: (int,), float: (float, int), str: (str,), tuple: (tuple, list), dict: (Mapping,)}
 
 
 def _check(key: str, default, value, place: str) -> None:
     """Raises UserError for a value that is not of its default's kind, and for a number out of range."""
-    whole = ("model", "objective", "reward", "adapter", "advantages", "task", "order", *_WHOLE)
+    whole = ("model", "objective", "reward", "adapter", "advantages", "given", "task", "order", *_WHOLE)
     kinds = (str, Mapping) if key in whole else _KINDS[type(default)]
-    if key in ("data", "eval_data") and default == "":
-        kinds = (str, Mapping, tuple, list)
+    if key in ("data", "eval_data", "steps") and default == "":
+        kinds = (str, tuple, list) if key == "steps" else (str, Mapping, tuple, list)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join("dict" if k is Mapping else k.__name__ for k in kinds)
         raise UserError(f"{place}.{key}: {value!r} is no {wanted}.")

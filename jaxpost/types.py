@@ -16,6 +16,8 @@ A batch is a dict of arrays. A column describes the token at its own place, neve
     fresh      []    bool     (rollouts) whether the weights that learn are still those that sampled
     step       []    int32    the steps that the stage has taken
     progress   []    float32  the same as a share of its steps, below 1
+    sampled    [B,S] bool     (where tokens are given) the policy's own tokens, whether or not the mask keeps them
+    demonstrations [B,S] bool (where tokens are given) tokens that it did not draw and that are to be imitated
 
 The step adds `rows` [B] int32, each row's number in the global batch: an objective that draws noise folds it into its key, so
 that the noise does not depend on how the batch is split. A column without a batch axis is a scalar, the same for every row.
@@ -44,13 +46,12 @@ class Term(NamedTuple):
 
 
 class Head(flax.struct.PyTreeNode):
-    """An unembedding as data: logits = cap * tanh(scale * hidden @ weight.T / cap), or without the cap if it is None.
+    """An unembedding as data: logits = cap * tanh(hidden @ weight.T / cap), or without the cap if it is None.
 
     weight: [V,D].
     """
 
     weight: jax.Array
-    scale: float = flax.struct.field(pytree_node=False, default=1.0)
     soft_cap: float | None = flax.struct.field(pytree_node=False, default=None)
 
 

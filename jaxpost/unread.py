@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxpost.errors import UserError
 from jaxpost.links import references
+from jaxpost.resolve import entry_of
 
 # The task of recipes for reinforcement, where nobody names another: `data` gives the prompts in its place.
 GSM8K = {"name": "gsm8k", "data": "tfds:gsm8k/train", "test": ""}  # "" tests on a tenth of data
@@ -28,7 +29,9 @@ _ASKED = (  # its problems
 _DRAWN = _of_rollouts("group", "temperature", "top_k", "top_p", "min_p", "processors", "slots", "segment")
 _LEARNED = (  # completions that are learned from while they are made
     "completions",
-    *_of_rollouts("minibatches", "epochs", "lag", "advantages", "resample", "drop_level", "overlong", "truncated"),
+    *_of_rollouts(
+        "minibatches", "epochs", "lag", "steps", "given", "advantages", "resample", "drop_level", "overlong", "truncated"
+    ),
     *_of_rollouts("mask_truncated", "correction", "correction_cap"),
 )
 
@@ -43,29 +46,12 @@ _UNREAD: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
 }
 # What stages that do not train read; of their own settings others are refused.
 _MODEL = (
-    "model",
-    "tokenizer",
-    "adapter",
-    "dtype",
-    "remat",
-    "attention",
-    "mesh",
-    "seed",
-    "template",
-    "template_options",
+    *("model", "tokenizer", "adapter", "dtype", "remat", "attention", "mesh", "seed", "template", "template_options"),
     "artefacts",
 )
 _ROWS = ("data", "columns", "bad_rows")
 _ENCODED = (
-    *_ROWS,
-    *_PACKED,
-    "row_columns",
-    "eval_data",
-    "held_out",
-    "split_seed",
-    "train_on",
-    "too_long",
-    "shared_prefix",
+    *(*_ROWS, *_PACKED, "row_columns", "eval_data", "held_out", "split_seed", "train_on", "too_long", "shared_prefix"),
     "objective",
 )
 _READ = {
@@ -77,6 +63,23 @@ _READ = {
 }
 _OTHER_STAGES = ("with", "of", "rows")  # what only stages that do not train read
 _WITHOUT_TASK = (_TESTED + _ASKED, "where no config.task has problems to ask")
+_MIXED = ("rollouts", "data")
+
+
+def shares(source: Mapping | str) -> dict[str, float]:
+    """{name: share of a batch's rows} of a setting `source`: a name, or a dict of shares that add up to 1 (JSON on the command
+    line). Raises UserError for shares that do not, and for sources that cannot be mixed.
+    """
+    source = source.to_dict() if hasattr(source, "to_dict") else source
+    source = entry_of(source, "config.source") if isinstance(source, str) else source
+    if isinstance(source, str):
+        return {source: 1.0}
+    amounts = {name: share for name, share in source.items() if isinstance(share, int | float)}
+    if amounts.keys() != set(_MIXED) & source.keys() or len(source) < 2 or len(amounts) < len(source):
+        raise UserError(f"config.source: {dict(source)}; shares are numbers, of {' and '.join(_MIXED)}.")
+    if min(amounts.values()) <= 0 or abs(sum(amounts.values()) - 1) > 1e-6:
+        raise UserError(f"config.source: {amounts}; shares are above 0 and add up to 1.")
+    return amounts
 
 
 def adapted(settings: dict, own: Iterable[str], defaults: Mapping, place: str) -> dict:
@@ -86,8 +89,7 @@ def adapted(settings: dict, own: Iterable[str], defaults: Mapping, place: str) -
     defaults: {path: value}. place: as "config.sft". Raises UserError for what the stage would not read.
     """
     given = {path for path in own if path in defaults and _differs(settings, path, defaults[path])}
-    asks = settings["do"] == "generate" or (settings["do"] == "train" and settings["source"] == "rollouts")
-    if asks and "data" in given:
+    if (settings["do"] == "generate" or shares(settings["source"]).keys() == {"rollouts"}) and "data" in given:
         settings = _of_prompts(settings, place)
         given -= {"data", "eval_data", "columns", "held_out"}
     for path, why in _unread(settings, defaults):
@@ -122,12 +124,15 @@ def _unread(settings: Mapping, defaults: Mapping) -> Iterator[tuple[str, str]]:
         others = (path for path in defaults if not known & {path, path.partition(".")[0]})
         yield from ((path, "which does not train") for path in others)
         return
-    without_task = [] if settings["task"] or settings["source"] != "data" else [_WITHOUT_TASK]
-    alone = (_OTHER_STAGES, "which trains")
+    names = shares(settings["source"])
     # A dict of annotators is asked of any batch; folders hold columns of rows in files.
-    asked = ("annotations",) if settings["source"] == "rollouts" and isinstance(settings["annotations"], Mapping) else ()
-    for paths, why in (*_UNREAD.get(settings["source"], ()), *without_task, alone):
-        yield from ((path, why) for path in paths if path not in asked)
+    asked = ("annotations",) if isinstance(settings["annotations"], Mapping) else ()
+    each = [{path: why for paths, why in _UNREAD.get(name, ()) for path in paths} for name in names]
+    for path in (path for path in each[0] if path not in asked and all(path in other for other in each)):
+        yield path, each[0][path]
+    without_task = [] if settings["task"] or names.keys() != {"data"} else [_WITHOUT_TASK]
+    for paths, why in (*without_task, (_OTHER_STAGES, "which trains")):
+        yield from ((path, why) for path in paths)
 
 
 def _ignored(path: str, value: Any, reader: str, default: Any) -> UserError:

@@ -11,7 +11,7 @@ import signal
 import sys
 
 from jaxpost import log
-from jaxpost.rollouts import source
+from jaxpost.rollouts import scores, source
 
 
 def kill() -> None:
@@ -33,13 +33,13 @@ def arm(moment: str, number: int) -> None:
 
         source.stream = looked
     if moment == "scoring":
-        gathered, calls = source.gathered, []
+        gathered, calls = scores.gathered, []
 
         def asked(scorer, count):
             calls.append(count)
             return kill() if len(calls) > number else gathered(scorer, count)
 
-        source.gathered = asked
+        scores.gathered = asked
     if moment == "update":
         took = log.Log.step
 

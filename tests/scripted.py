@@ -4,14 +4,15 @@ Completion i of the batch number n says what `says(n, i)` gives, its tokens' log
 in another order than it was asked for.
 """
 
+import functools
 from types import SimpleNamespace
 
 import numpy as np
 
 from jaxpost import sharding
-from jaxpost.rollouts import advantages, source
-from jaxpost.rollouts.learning import Lessons
+from jaxpost.rollouts import advantages, source, steps
 from jaxpost.sampling.decode import Finished
+from jaxpost.stages import rollouts as drawn
 from jaxpost.tasks import arithmetic
 
 TOKENIZER = arithmetic.tokenizer()
@@ -23,6 +24,11 @@ OPEN: list[source.Rollouts] = []  # those that were made and are to be closed
 def prompt(i: int) -> tuple[dict, np.ndarray]:
     """A problem whose number is in its text and its record."""
     return {"prompt": f"{i}+", "number": i}, np.array(TOKENIZER.encode(f"{i}+"), np.int32)
+
+
+def demonstration(i: int) -> np.ndarray:
+    """The answer to a problem: two sevens."""
+    return np.array([*TOKENIZER.encode("77")[-2:], STOP], np.int32)
 
 
 def says(batch: int, i: int) -> str:
@@ -40,7 +46,7 @@ def sampler(says=says, asked=None, killed=lambda batch, ended: None):
     have ended) may raise.
     """
 
-    def stream(model, params, prompts, *, mesh, seed, step, group, have=frozenset(), **_):
+    def stream(model, params, prompts, *, mesh, seed, step, group, have=frozenset(), given=(), **_):
         if asked is not None:
             asked.append((step, have))
         left, ended = [i for i in range(len(prompts) * group) if i not in have], len(have)
@@ -50,8 +56,10 @@ def sampler(says=says, asked=None, killed=lambda batch, ended: None):
                 text = says(step, i)
                 ids = [TOKENIZER.encode(letter)[-1] for letter in text]
                 stopped = len(text) == 1
-                tokens = np.array([*ids, STOP] if stopped else ids, np.int32)
-                found.append(Finished(i, tokens, logp(params, step, i, len(tokens)), stopped, len(ids)))
+                begun = [int(x) for x in given[i]] if len(given) else []
+                tokens = np.array([*begun, *ids, *[STOP] * stopped], np.int32)[:NEW]
+                whole = logp(params, step, i, len(tokens))
+                found.append(Finished(i, tokens, whole, stopped, len(tokens) - stopped, len(begun)))
             ended += len(found)
             killed(step, ended)
             yield found
@@ -64,37 +72,46 @@ def state(weights: float = 0.0, step: int = 0) -> SimpleNamespace:
     return SimpleNamespace(train=np.float32(weights), frozen=None, step=step)
 
 
-def lessons(**changes) -> Lessons:
-    """Of groups of GROUP, each completion behind its prompt."""
-    default = {"advantages": advantages.centred, "pairs": False, "group": GROUP, "shared": False, "new": NEW, "overlong": 0}
-    default |= {"truncated": 0.0, "mask_truncated": False, "drop_level": False, "correction": "", "cap": 2.0}
-    return Lessons(**{**default, **changes})
+SETTINGS = {"overlong": 0, "truncated": 0.0, "mask_truncated": False, "drop_level": False, "correction": ""}
 
 
-def rollouts(monkeypatch, stream=None, **changes) -> source.Rollouts:
-    """The source over the script. changes: of source.RolloutConfig, or of its lessons."""
+def listed(pairs: bool = False, advantages=advantages.centred, resample: int = 0, cap: float = 2.0, **settings) -> list:
+    """The steps that these settings ask for, as functions."""
+    r = {**SETTINGS, **settings, "resample": resample, "correction_cap": cap}
+    options = {name: {k: r[key] for k, key in keys.items() if k} for name, keys in drawn._SETTINGS.items()}
+    options["advantages"] = {"of": advantages}
+    return [functools.partial(getattr(steps, name), **options.get(name, {})) for name in drawn.default(r, pairs)]
+
+
+def rollouts(monkeypatch, stream=None, annotators=(), **changes) -> source.Rollouts:
+    """The source over the script. changes: of source.RolloutConfig, of its rows, or of its steps' settings."""
     monkeypatch.setattr(source, "stream", stream or sampler())
     monkeypatch.setattr(source, "ready", lambda model, params, mesh: float(params))
-    own = {k: changes.pop(k) for k in list(changes) if k in Lessons._fields}
+    settings = {k: changes.pop(k) for k in [*SETTINGS, "resample", "cap", "advantages"] if k in changes}
+    pairs, corrected = changes.get("pairs", False), bool(settings.get("correction"))
+    shape = {"batch_size": ROWS, "group": GROUP, "prompt_window": PROMPT_WINDOW, "new": NEW, "corrected": corrected}
+    shape |= {k: changes.pop(k) for k in source.Rows._fields if k in changes}
     default = {
         "model": None,
         "tokenizer": TOKENIZER,
         "mesh": sharding.make_mesh(),
         "prompt": prompt,
+        "demonstration": None,
+        "given": None,
         "rewards": {"even": (lambda record, text: float(int(text[-1]) % 2 == 0), 1.0)},
-        "lessons": lessons(**own),
-        "batch_size": ROWS,
+        "steps": listed(pairs, **settings),
+        "rows": source.Rows(**shape),
         "microbatches": 1,
-        "group": own.get("group", GROUP),
         "seed": 0,
         "minibatches": 1,
         "epochs": 1,
         "lag": 0,
-        "rounds": 0,
+        "length": 10,
         "judging": {},
-        "sampling": {"prompt_window": PROMPT_WINDOW, "new": NEW, "temperature": 0.5},
+        "sampling": {"prompt_window": PROMPT_WINDOW, "new": NEW, "temperature": 0.5, "stop": (STOP,)},
     }
     OPEN.append(source.Rollouts(source.RolloutConfig(**{**default, **changes})))
+    OPEN[-1].annotators = annotators
     return OPEN[-1]
 
 

@@ -442,7 +442,11 @@ def test_annotations_that_cannot_be_are_refused_before_anything_is_compiled(tmp_
         ({"name": "logps", "weights": str(tmp_path / "small")}, referring, "small has a vocabulary of 50, the tokenizer "),
         ({"name": "perplexity"}, mistaken, "its column reward is by scores.logps, which makes entropy, logps"),
         ({"name": "perplexity"}, compared, 'reads the column ref_logps, .*or declare it as Column.*, by="ref_logps"'),
-        ({"name": "perplexity"}, needy, "reads the column rated, which its batches do not have; write a number of that name .* have jaxpost.annotate make it"),
+        (
+            {"name": "perplexity"},
+            needy,
+            "the column rated, which its batches do not have; write a number of that name .* have jaxpost.annotate make",
+        ),
     ):
         made, _ = plan(tmp_path, ROWS, loss, annotations={"mine": entry})
         with pytest.raises(UserError, match=message):

@@ -265,13 +265,17 @@ def test_a_token_that_the_model_has_no_row_for(tmp_path, compiled):
 KEYS = {
     "unknown": ({"windwo": 1}, "config: unknown key 'windwo'. Did you mean 'window'?"),
     "of an inner level": ({"lr": 1e-4}, "config: unknown key 'lr'. Did you mean 'optimizer.lr'?"),
-    "of an outer level": ({"optimizer": {"steps": 9}}, "config.optimizer: unknown key 'steps'. Did you mean 'steps'?"),
+    "of an outer level": ({"optimizer": {"window": 9}}, "config.optimizer: unknown key 'window'. Did you mean 'window'?"),
+    "of two levels": ({"optimizer": {"steps": 9}}, "config.optimizer: unknown key 'steps'. Did you mean 'rollouts.steps' or "),
     "of a stage's inner level": (
         {"stages": ("a",), "a": {"lr": 1e-4}},
         "config.a: unknown key 'lr'. Did you mean 'optimizer.lr'?",
     ),
     "unknown inside": ({"optimizer": {"rl": 1}}, "config.optimizer: unknown key 'rl'. "),
-    "unknown in a stage": ({"stages": ("a",), "a": {"stesp": 1}}, "config.a: unknown key 'stesp'. Did you mean 'steps'?"),
+    "unknown in a stage": (
+        {"stages": ("a",), "a": {"stesp": 1}},
+        "config.a: unknown key 'stesp'. Did you mean 'steps'?",
+    ),
     "text for a number": ({"batch_size": "8"}, "config.batch_size: '8' is no int."),
     "a share for a count": ({"batch_size": 0.5}, "config.batch_size: 0.5 is no int."),
     "a number for text": ({"data": 7}, "config.data: 7 is no str or dict or tuple or list."),
@@ -477,7 +481,7 @@ def odd(folder, begin: int, **changes):
     (folder / "odd.py").write_text(ODD.format(begin=begin))
     chosen = runs.settings(folder, steps=2, **{**rolled(), "task": {"name": str(folder / "odd.py")}, **changes})
     ((name, s),) = recipe.stages(recipe.make(**chosen))
-    return plan_stage(name, s, sharding.make_mesh()).source.making.prompt
+    return plan_stage(name, s, sharding.make_mesh()).source.config.prompt
 
 
 def test_a_problem_that_cannot_be_asked_stops_before_anything_is_compiled(tmp_path, compiled, capsys):

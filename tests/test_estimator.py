@@ -255,6 +255,20 @@ def test_what_cannot_be_is_said(entry, says):
         estimator.inside(entry)
 
 
+def test_completions_are_those_in_which_the_policy_drew_something():
+    """A row of a completion, a truncated one that the mask leaves out, and a demonstration; and a row of data."""
+    segments = np.array([[1, 1, 1, 2, 2, 3, 3], [1, 1, 1, 1, 2, 2, 0]])
+    sampled = np.array([[0, 1, 1, 0, 1, 0, 0], [0] * 7], bool)
+    mask = np.array([[0, 1, 1, 0, 0, 0, 0], [0] * 7], bool)
+    numbers, batch = np.where(mask, 3.0, 0.0), {"segments": segments, "mask": mask, "sampled": sampled}
+    weights = {name: estimator.AGGREGATIONS[name](numbers, batch).weight for name in ("sequence_mean", "sequence_sum")}
+    assert weights == {"sequence_mean": 2, "sequence_sum": 2}
+    assert estimator.constant(numbers, batch, longest=10).weight == 20
+    assert estimator.token_mean(numbers, batch) == (6.0, 2.0, 1.0)
+    assert estimator.sequence_mean(numbers, batch, empty=False).weight == 1
+    assert estimator.sequence_sum(numbers, {"segments": segments, "mask": mask}).weight == 5  # where nobody says
+
+
 def test_a_method_of_ones_own_takes_the_parts_of_the_page():
     @estimator.estimator
     def mine(*, scale=2.0):

@@ -281,12 +281,11 @@ def test_the_columns_of_a_batch_are_those_that_a_source_makes():
     assert told(source.columns(16, 32)) == shapes(batch) == {k: ((16, 32), x.dtype) for k, x in pack.empty(32).items()}
 
     for shared, together in ((False, 1), (True, 8)):
-        s = SimpleNamespace(batch_size=16, shared_prefix=shared, rollouts=SAMPLING)
         where = layout.laid_out([np.arange(4)] * 2 * together, np.full(16 * together, 3), together, 8, 24, shared)
         numbers = where.spread(np.zeros((16 * together, 24), np.float32))
         wanted = {**where.columns, "old_logps": numbers, "advantages": numbers}
         wanted |= {"temperature": np.float32(1.0), "fresh": np.bool_(True)}
-        assert told(rollouts.columns(s, pairs=False)) == shapes(wanted)
+        assert told(rollouts.Rows(16, SAMPLING.group, 8, 24, shared=shared).columns()) == shapes(wanted)
 
 
 def test_the_sampler_is_described_as_it_runs(monkeypatch):
@@ -311,7 +310,7 @@ def test_the_sampler_is_described_as_it_runs(monkeypatch):
     noted("prefill", lambda _: segment.arguments[2])
     noted("begin", lambda _: segment.arguments[4])
     monkeypatch.setattr(decode, "ready", lambda *_: prefill.arguments[1])
-    ended = {"tokens": np.zeros((16, 24), np.int32), "logps": np.zeros((16, 24)), "policy_logps": None}
+    ended = {"tokens": np.zeros((16, 24), np.int32), "logps": np.zeros((16, 24))}
     ended |= {"lengths": np.ones(16, int), "stopped": np.ones(16, bool), "done": np.ones(16, bool)}
     noted("segment", lambda arguments: (arguments[3], ended))
     prompts = [np.arange(1, 4)] * (16 // SAMPLING.group)

@@ -1,10 +1,10 @@
-"""From judged completions to columns, by hand: where tokens lie, what rewards become, who is learned from."""
+"""From judged completions to columns, by hand: where tokens lie, what each step makes of a batch, who is learned from."""
 
 import numpy as np
 import pytest
 
-from jaxpost.rollouts import advantages, layout, learning
-from jaxpost.rollouts.learning import Lessons
+from jaxpost.rollouts import advantages, layout, steps
+from jaxpost.rollouts.batch import RolloutBatch, figures, rows
 from jaxpost.rollouts.scores import gathered
 from jaxpost.rollouts.scoring import Scorer
 from jaxpost.sampling.decode import Completions
@@ -70,9 +70,11 @@ def test_what_is_spread_is_collected_again(together, shared):
     np.testing.assert_array_equal(where.collect(column), np.where(real, values, 0))
     np.testing.assert_array_equal(column != 0, where.columns["mask"])
     np.testing.assert_array_equal(where.collect(where.spread(values[:, :1])), np.where(real, values[:, :1], 0))
+    states = np.stack([values, -values], axis=-1)
+    np.testing.assert_array_equal(where.collect(where.spread(states)), np.where(real[..., None], states, 0))
 
 
-# ------------------------------------------------------------------------------------------------------------- Lessons
+# --------------------------------------------------------------------------------------------------------------- Steps
 
 
 def completions(lengths, stopped, new: int = 3) -> Completions:
@@ -80,64 +82,76 @@ def completions(lengths, stopped, new: int = 3) -> Completions:
     return Completions(zeros.astype(np.int32), np.array(lengths), zeros, np.array(stopped), np.array(lengths))
 
 
-def lessons(**changes) -> Lessons:
-    default = {"advantages": advantages.centred, "pairs": False, "group": 2, "shared": False, "new": 3, "overlong": 0}
-    default |= {"truncated": 0.0, "mask_truncated": False, "drop_level": False, "correction": "", "cap": 2.0}
-    return Lessons(**{**default, **changes})
-
-
 def judged(rewards: dict, count: int):
-    """Scores of {name: (what it says of each completion, weight)}, by the scorer itself."""
-    asked = {k: (lambda record, text, says=says: says[record["at"]], weight) for k, (says, weight) in rewards.items()}
+    """Scores of {name: (what it gives each completion, weight)}, by the scorer itself."""
+    asked = {k: (lambda record, text, values=values: values[record["at"]], weight) for k, (values, weight) in rewards.items()}
     scorer = Scorer(asked)
     for i in range(count):
         scorer.submit(i, {"at": i}, "")
     return gathered(scorer, count)
 
 
+def drawn(scores, completed=None, columns=None) -> RolloutBatch:
+    """A batch of two prompts' completions."""
+    completed = completions(LENGTHS, [True] * 4) if completed is None else completed
+    kept = np.ones(len(completed.lengths), bool)
+    return RolloutBatch(PROMPTS, [{}, {}], np.arange(2), completed, scores, kept, kept, columns or {})
+
+
+def centred(batch: RolloutBatch) -> RolloutBatch:
+    return steps.advantages(batch, of=advantages.centred)
+
+
+def learned(batch: RolloutBatch, where: layout.Layout, pairs: bool = False) -> dict:
+    return rows(batch, where, pairs=pairs, gives=False)
+
+
 def test_the_punishment_for_length_is_in_tokens():
-    assert learning.punished(np.array([0, 80, 90, 100]), 100, 20).tolist() == [0, 0, -0.5, -1]
-    assert learning.punished(np.array([80, 100]), 100, 0).tolist() == [0, 0]
+    assert steps.punished(np.array([0, 80, 90, 100]), 100, 20).tolist() == [0, 0, -0.5, -1]
+    assert steps.punished(np.array([80, 100]), 100, 0).tolist() == [0, 0]
 
 
 def test_rewards_as_they_are_learned_from():
-    found = completions([1, 2, 3, 3], [True, True, True, False])
-    said = judged({"right": ([1, 0, 1, 1], 2.0)}, 4)
-    assert lessons(overlong=2, truncated=-0.25).shaped(found, said).tolist() == [2, -0.5, 1, 0.75]
+    batch = drawn(judged({"right": ([1, 0, 1, 1], 2.0)}, 4), completions([1, 2, 3, 3], [True, True, True, False]))
+    shaped = steps.truncated(steps.overlong(batch, soft=2), reward=-0.25)
+    assert shaped.rewards.tolist() == [2, -0.5, 1, 0.75] and shaped.scores.totals.tolist() == [2, 0, 2, 2]
+    assert shaped.replace(rewards=-shaped.rewards).rewards.tolist() == [-2, 0.5, -1, -0.75]  # a step of one's own
 
 
 def test_rewards_are_weighed_and_each_is_a_figure():
     rewards = {"right": ([1, 0, None, None], 2.0), "form": ([0.5, None, None, 1], 0.5), "long": ([3, 4, 5, 6], 0.0)}
-    said, where = judged(rewards, 4), laid_out(1, False)
-    np.testing.assert_array_equal(said.totals, [2.25, 0, np.nan, 0.5])
-    _, figures, own = lessons().learned(where, completions(LENGTHS, [True] * 4), said, columns(where))
-    assert figures["reward"] == pytest.approx(2.75 / 3) and figures["completions/judged_ratio"] == 0.75
-    assert figures["rewards/right/mean"] == 0.5 and figures["rewards/right/std"] == 0.5
-    assert figures["rewards/form/mean"] == 0.75 and figures["rewards/long/mean"] == 4.5
-    assert figures["reward_std"] == pytest.approx(2.25 / np.sqrt(2) / 2)  # the second group has one reward
-    assert figures["frac_reward_zero_std"] == 0.5
-    assert own.tolist() == [1.125, -1.125, 0, 0]
+    scores, where = judged(rewards, 4), laid_out(1, False)
+    np.testing.assert_array_equal(scores.totals, [2.25, 0, np.nan, 0.5])
+    batch = centred(drawn(scores))
+    measured, own = figures(batch), where.collect(learned(batch, where)["advantages"])
+    assert measured["reward"] == pytest.approx(2.75 / 3) and measured["completions/judged_ratio"] == 0.75
+    assert measured["rewards/right/mean"] == 0.5 and measured["rewards/right/std"] == 0.5
+    assert measured["rewards/form/mean"] == 0.75 and measured["rewards/long/mean"] == 4.5
+    assert measured["reward_std"] == pytest.approx(2.25 / np.sqrt(2) / 2)  # the second group has one reward
+    assert measured["frac_reward_zero_std"] == 0.5
+    np.testing.assert_array_equal(own, np.where(where.real, [[1.125], [-1.125], [0], [0]], 0))
 
 
 def test_a_reward_that_says_nothing_to_anybody_is_no_figure():
-    said, where = judged({"a": ([1, 0, 1, 0], 1.0), "b": ([None] * 4, 1.0)}, 4), laid_out(1, False)
-    _, figures, _ = lessons().learned(where, completions(LENGTHS, [True] * 4), said, columns(where))
-    assert "rewards/a/mean" in figures and "rewards/b/mean" not in figures
+    measured = figures(drawn(judged({"a": ([1, 0, 1, 0], 1.0), "b": ([None] * 4, 1.0)}, 4)))
+    assert "rewards/a/mean" in measured and "rewards/b/mean" not in measured
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_level_groups_are_dropped_and_truncated_completions_masked(shared):
-    where, found = laid_out(2 if shared else 1, shared), completions(LENGTHS, [True, False, True, True])
-    said = judged({"right": ([1, 0, 1, 1], 1.0)}, 4)
-    plain, *_ = lessons(shared=shared).learned(where, found, said, columns(where))
+    where = laid_out(2 if shared else 1, shared)
+    batch = centred(drawn(judged({"right": ([1, 0, 1, 1], 1.0)}, 4), completions(LENGTHS, [True, False, True, True])))
+    plain = learned(batch, where)
     np.testing.assert_array_equal(plain["mask"], where.columns["mask"])
-    masked, figures, _ = lessons(shared=shared, mask_truncated=True).learned(where, found, said, columns(where))
+    cut = steps.mask_truncated(batch)
+    masked = learned(cut, where)
     assert where.collect(masked["mask"]).any(1).tolist() == [True, False, False, True]
-    assert figures["completions/learned_ratio"] == 0.75 and figures["completions/clipped_ratio"] == 0.25
+    assert cut.figures["completions/learned_ratio"] == 0.75 and figures(cut)["completions/clipped_ratio"] == 0.25
     np.testing.assert_array_equal(masked["segments"], plain["segments"])
-    dropped, figures, _ = lessons(shared=shared, drop_level=True).learned(where, found, said, columns(where))
+    level = steps.drop_level(batch)
+    dropped = learned(level, where)
     assert where.collect(dropped["mask"]).any(1).tolist() == [True, True, False, False]
-    assert figures["completions/learned_ratio"] == 0.5 == figures["frac_reward_zero_std"]
+    assert level.figures["completions/learned_ratio"] == 0.5 == figures(level)["frac_reward_zero_std"]
     # A group that is dropped is padding: no denominator counts it, that of the number of completions neither.
     kept = len(plain["segments"]) // 2
     np.testing.assert_array_equal(dropped["segments"][:kept], plain["segments"][:kept])
@@ -152,12 +166,11 @@ def test_advantages_of_tokens_lie_where_their_tokens_do():
         return {"advantages": tokens["old_logps"] * 10, "returns": tokens["values"] + 1}
 
     old = np.where(where.real, np.arange(12).reshape(4, 3) + 1.0, 0)
-    given = columns(where) | {"old_logps": where.spread(old), "values": where.spread(old * 2)}
-    said = judged({"right": ([1, 0, 1, 1], 1.0)}, 4)
-    found, _, own = lessons(advantages=told, shared=True).learned(where, completions(LENGTHS, [True] * 4), said, given)
-    np.testing.assert_array_equal(where.collect(found["advantages"]), 10 * old)
-    np.testing.assert_array_equal(where.collect(found["returns"]), np.where(where.real, 2 * old + 1, 0))
-    assert own.tolist() == [15, 40, 0, 110]
+    completed = completions(LENGTHS, [True] * 4)._replace(logps=old)
+    batch = drawn(judged({"right": ([1, 0, 1, 1], 1.0)}, 4), completed, {"values": old * 2})
+    columns = learned(steps.advantages(batch, of=told), where)
+    np.testing.assert_array_equal(where.collect(columns["advantages"]), 10 * old)
+    np.testing.assert_array_equal(where.collect(columns["returns"]), np.where(where.real, 2 * old + 1, 0))
 
 
 # --------------------------------------------------------------------------------------------------- The sampler's own
@@ -165,47 +178,45 @@ def test_advantages_of_tokens_lie_where_their_tokens_do():
 
 def test_a_samplers_probabilities_are_made_up_for():
     apart = np.log(np.array([[2, 3, 1], [0.5, 2, 1], [1.0, 1, 1]]))
-    np.testing.assert_allclose(learning.corrected(apart, "truncate", 2.5), [[2, 2.5, 1], [0.5, 2, 1], [1, 1, 1]], rtol=1e-6)
+    np.testing.assert_allclose(steps.corrected(apart, "truncate", 2.5), [[2, 2.5, 1], [0.5, 2, 1], [1, 1, 1]], rtol=1e-6)
     # The ratios of whole completions are 6, which is above the cap, 1 and 1.
-    np.testing.assert_allclose(learning.corrected(apart, "mask", 2.5), [[0] * 3, [1] * 3, [1] * 3], rtol=1e-6)
-    np.testing.assert_allclose(learning.corrected(apart, "mask", 7.0), [[6] * 3, [1] * 3, [1] * 3], rtol=1e-6)
-    for how, most in (("truncate", 2.0), ("mask", 0.0)):
+    np.testing.assert_allclose(steps.corrected(apart, "mask", 2.5), [[0] * 3, [1] * 3, [1] * 3], rtol=1e-6)
+    np.testing.assert_allclose(steps.corrected(apart, "mask", 7.0), [[6] * 3, [1] * 3, [1] * 3], rtol=1e-6)
+    for way, most in (("truncate", 2.0), ("mask", 0.0)):
         with np.errstate(over="raise"):
-            found = learning.corrected(np.array([[900.0, 900.0]], np.float32), how, 2.0)
-        np.testing.assert_allclose(found, [[most] * 2], rtol=1e-6)
+            weights = steps.corrected(np.array([[900.0, 900.0]], np.float32), way, 2.0)
+        np.testing.assert_allclose(weights, [[most] * 2], rtol=1e-6)
 
 
 def test_with_a_correction_the_trainers_own_are_the_old_ones():
     where = laid_out(1, False)
     old, scored = np.where(where.real, -1.0, 0.0), np.where(where.real, -1.0 + np.log(1.5), 0.0)
-    given = columns(where) | {"old_logps": where.spread(old), "scored_logps": where.spread(scored)}
-    said = judged({"right": ([1, 0, 1, 0], 1.0)}, 4)
-    found, *_ = lessons(correction="truncate").learned(where, completions(LENGTHS, [True] * 4), said, given)
-    np.testing.assert_array_equal(where.collect(found["old_logps"]), scored)
-    np.testing.assert_array_equal(where.collect(found["sampler_logps"]), old)
-    assert "scored_logps" not in found
+    completed = completions(LENGTHS, [True] * 4)._replace(logps=old)
+    batch = drawn(judged({"right": ([1, 0, 1, 0], 1.0)}, 4), completed, {"scored_logps": scored})
+    columns = learned(centred(steps.correction(batch, way="truncate")), where)
+    np.testing.assert_array_equal(where.collect(columns["old_logps"]), scored)
+    np.testing.assert_array_equal(where.collect(columns["sampler_logps"]), old)
+    assert "scored_logps" not in columns
     wanted = np.where(where.real, np.array([[0.5], [-0.5], [0.5], [-0.5]]) * 1.5, 0)
-    np.testing.assert_allclose(where.collect(found["advantages"]), wanted, rtol=1e-6)
+    np.testing.assert_allclose(where.collect(columns["advantages"]), wanted, rtol=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------------------- Pairs
 
 
 def test_the_best_and_the_worst_of_a_group_are_a_pair():
-    chooses = lessons(pairs=True, group=4)
-    found = completions([1, 2, 3, 0, 3, 3, 2, 1], [True] * 5 + [False] + [True] * 2)._replace(
+    completed = completions([1, 2, 3, 0, 3, 3, 2, 1], [True] * 5 + [False] + [True] * 2)._replace(
         tokens=np.arange(8)[:, None] + np.zeros((8, 3), np.int32)
     )
-    said = judged({"r": ([0.25, None, 1, 0.5, 2, 2, 2, 2], 1.0)}, 8)
-    picked, own, figures = chooses.paired(found, said)
-    assert picked.tokens[:, 0].tolist()[:2] == [2, 0] and own.totals[:2].tolist() == [1, 0.25]
-    assert figures["frac_reward_zero_std"] == 0.5 and figures["reward"] == pytest.approx(9.75 / 7)
-    where = layout.laid_out(PROMPTS, picked.lengths, 2, 4, 3, True)
-    learned, figures, advantages = chooses.compared(where, picked, own, where.columns)
-    assert set(np.unique(learned["margins"][0])) == {0.0, 0.75} and not learned["margins"][1].any()
-    np.testing.assert_array_equal(learned["mask"][0], where.columns["mask"][0])
-    assert not learned["mask"][1].any() and where.columns["mask"][1].any()  # a level pair teaches nothing
-    assert figures["completions/learned_ratio"] == 0.5 and advantages.tolist() == [0.375, -0.375, 0, 0]
-    cut = picked._replace(stopped=np.array([True, False, True, True]))
-    learned, *_ = chooses._replace(mask_truncated=True).compared(where, cut, own, where.columns)
-    assert not learned["mask"].any()
+    batch = steps.pairs(drawn(judged({"r": ([0.25, None, 1, 0.5, 2, 2, 2, 2], 1.0)}, 8), completed))
+    assert batch.completions.tokens[:, 0].tolist()[:2] == [2, 0] and batch.scores.totals[:2].tolist() == [1, 0.25]
+    assert batch.figures["frac_reward_zero_std"] == 0.5 and batch.figures["reward"] == pytest.approx(9.75 / 7)
+    where = layout.laid_out(PROMPTS, batch.completions.lengths, 2, 4, 3, True)
+    columns = learned(batch, where, pairs=True)
+    assert set(np.unique(columns["margins"][0])) == {0.0, 0.75} and not columns["margins"][1].any()
+    np.testing.assert_array_equal(columns["mask"][0], where.columns["mask"][0])
+    assert not columns["mask"][1].any() and where.columns["mask"][1].any()  # a level pair teaches nothing
+    assert batch.figures["completions/learned_ratio"] == 0.5
+    assert batch.group == 2 and "advantages" not in columns
+    cut = batch.replace(completions=batch.completions._replace(stopped=np.array([True, False, True, True])))
+    assert not learned(steps.mask_truncated(cut), where, pairs=True)["mask"].any()

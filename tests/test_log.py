@@ -75,7 +75,7 @@ def test_all_completions_are_kept_every_so_many_steps(tmp_path, clock):
     settings = recipe.make(completions=2, model=FIELDS, steps=4)
     found = types.SimpleNamespace(transformer=types.SimpleNamespace(arch=architecture(FIELDS)))
     rows = [{"prompt": "1+1", "completion": "2", "reward": 1.0, "advantage": 0.5}]
-    source = types.SimpleNamespace(table=lambda: rows, samples=rows)
+    source = types.SimpleNamespace(rows=rows, samples=rows)
     plan = types.SimpleNamespace(name="rl", settings=settings, steps=4, spec=found, source=source, trained=1)
     written = log.Log(plan, tmp_path, ["rl"], {"num_tokens": 0, "seconds": 0.0}, 0, float("inf"))
     quiet = {"skipped": 0, "skipped_in_a_row": 0, "loss": 1.0, "grad_norm": 1.0, "num_trained": 1, "num_pairs": 1}

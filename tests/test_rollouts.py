@@ -3,17 +3,18 @@
 The sampler is a script (scripted.py); tests/test_rollout_runs.py has the real one.
 """
 
+import functools
 import threading
 
 import jax
 import numpy as np
 import pytest
 import scripted
-from scripted import GROUP, NEW, ROWS, STOP, TOKENIZER, rollouts, sampler, says, state
+from scripted import GROUP, ROWS, STOP, TOKENIZER, rollouts, sampler, says, state
 
 from jaxpost import sharding
 from jaxpost.errors import UserError
-from jaxpost.rollouts import resume, source
+from jaxpost.rollouts import advantages, resume, source, steps
 
 PROMPTS = ROWS // GROUP
 
@@ -51,7 +52,7 @@ def test_a_batch_says_what_happened(monkeypatch):
         assert batch["temperature"] == np.float32(0.5) and batch["temperature"].dtype == np.float32
         lengths = np.array([2] * ROWS)
         groups = rewards.reshape(-1, GROUP)
-        table = made.table()
+        table = made.rows
         assert [row["completion"] for row in table] == [says(n, i) for i in range(ROWS)] and made.samples == table[: 2 * GROUP]
         assert [row["prompt"] for row in table[::GROUP]] == [f"{n * PROMPTS + i}+" for i in range(PROMPTS)]
         np.testing.assert_allclose([row["reward"] for row in table], rewards)
@@ -79,15 +80,11 @@ def test_a_batch_says_what_happened(monkeypatch):
 
 
 def test_the_columns_are_those_that_are_told_beforehand(monkeypatch):
-    from ml_collections import ConfigDict
-
     for pairs, shared, correction in ((False, False, ""), (False, True, "mask"), (True, True, "")):
-        own = {"group": 2, "prompt_window": 6, "new": NEW, "correction": correction}
-        told = source.columns(ConfigDict({"rollouts": own, "shared_prefix": shared, "batch_size": ROWS}), pairs)
-        made = rollouts(monkeypatch, pairs=pairs, shared=shared, correction=correction)
-        made.annotators = (lambda state, batch: {"scored_logps": batch["old_logps"]},) if correction else ()
-        batch = made(state())
-        assert {k: (x.shape, x.dtype) for k, x in told.items()} == {k: (np.shape(x), x.dtype) for k, x in batch.items()}
+        annotators = (lambda state, batch: {"scored_logps": batch["old_logps"]},) if correction else ()
+        made = rollouts(monkeypatch, pairs=pairs, shared=shared, correction=correction, annotators=annotators)
+        columns, batch = made.columns, made(state())
+        assert {k: (x.shape, x.dtype) for k, x in columns.items()} == {k: (np.shape(x), x.dtype) for k, x in batch.items()}
 
 
 # ------------------------------------------------------------------------------------------------- Which weights, which rows
@@ -131,8 +128,8 @@ def test_what_the_weights_that_sampled_say_is_asked_of_them_and_of_no_others(mon
     seen = []
     for k in range(6):
         batch = made(state(weights=k, step=k))
-        seen.append(np.unique(batch["values"]).tolist())
-        np.testing.assert_array_equal(batch["ref_logps"], batch["tokens"])
+        seen.append(np.unique(batch["values"][batch["mask"]]).tolist())
+        np.testing.assert_array_equal(batch["ref_logps"], batch["tokens"] * batch["mask"])
     assert seen == [[0.0], [0.0], [0.0], [0.0], [2.0], [2.0]]
 
 
@@ -142,7 +139,7 @@ def test_rows_are_scored_a_microbatch_at_a_time(monkeypatch):
         made = rollouts(monkeypatch, minibatches=2, microbatches=count, mesh=alone)
         made.annotators = (lambda state, b: rows.append(len(b["tokens"])) or {"ref_logps": b["tokens"] * 1.0},)
         batch = made(state())
-        np.testing.assert_array_equal(batch["ref_logps"], batch["tokens"])
+        np.testing.assert_array_equal(batch["ref_logps"], batch["tokens"] * batch["mask"])
     assert rows == [ROWS, ROWS, *[ROWS // 4] * 8]
 
 
@@ -157,7 +154,7 @@ def level(numbers):
 @pytest.mark.parametrize(("cap", "calls", "teaching"), [(3, 3, 4), (1, 2, 3), (2, 3, 4)])
 def test_groups_that_teach_nothing_are_sampled_anew(monkeypatch, cap, calls, teaching):
     asked, dull = [], {0, 1, 3, 4, 6, 7, 9}  # of 12 prompts, 2 teaches in the first batch, 5 in the second, then 8, 10 and 11
-    made = rollouts(monkeypatch, sampler(level(dull - {7}), asked), rounds=cap)
+    made = rollouts(monkeypatch, sampler(level(dull - {7}), asked), resample=cap)
     batch = made(state())
     assert [n for n, _ in asked] == list(range(calls))
     informative = [n for n in range(calls * PROMPTS) if n not in dull - {7}]
@@ -175,7 +172,7 @@ def test_groups_that_teach_nothing_are_sampled_anew(monkeypatch, cap, calls, tea
 
 def test_enough_is_enough(monkeypatch):
     asked = []
-    made = rollouts(monkeypatch, sampler(level(()), asked), rounds=3)
+    made = rollouts(monkeypatch, sampler(level(()), asked), resample=3)
     made(state())
     assert len(asked) == 1 and made.metrics["prompts_sampled"] == PROMPTS and made.metrics["prompts_level"] == 0
 
@@ -187,7 +184,7 @@ def test_failures_of_groups_that_are_gone_are_counted(monkeypatch):
         return float(text == "2")
 
     judging = {"limit": 1.0}
-    made = rollouts(monkeypatch, sampler(level({0, 4})), rounds=1, judging=judging, rewards={"r": (fails, 1.0)})
+    made = rollouts(monkeypatch, sampler(level({0, 4})), resample=1, judging=judging, rewards={"r": (fails, 1.0)})
     made(state())
     assert made.metrics["rewards/failures"] == 4 and made.metrics["prompts_level"] == 2
 
@@ -222,7 +219,7 @@ def test_a_problem_is_asked_for_once_and_its_cell_is_its_task(monkeypatch):
     assert asked == list(range(4 * PROMPTS)) and seen == [["a", "b"] * (PROMPTS // 2)] * 3
     first = TOKENIZER.encode(f"{1}+")
     np.testing.assert_array_equal(batches[0]["tokens"][0][: len(first)], first)
-    assert set(made.known) == set(range(2 * PROMPTS, 4 * PROMPTS))
+    assert [batch.numbers.tolist() for batch in made.waiting] == [list(range(3 * PROMPTS, 4 * PROMPTS))]
 
 
 def test_rewards_that_fail_are_contained_and_past_the_limit_stop_the_run(monkeypatch, capsys):
@@ -301,30 +298,50 @@ def same(one: list, other: list) -> None:
             np.testing.assert_array_equal(found[name], x, err_msg=name)
 
 
+def hinted(record, ids, *, progress, key):
+    """A beginning that depends on all that it may depend on."""
+    return ids[: (record["number"] + int(10 * progress) + int(key[0])) % 2]
+
+
+EXCHANGED = [
+    functools.partial(steps.exchange, rule=functools.partial(steps.failed, bar=0.4)),
+    steps.annotate,
+    functools.partial(steps.advantages, of=advantages.centred),
+]
+GIVEN = {"gives": True, "given": hinted, "demonstration": scripted.demonstration, "steps": EXCHANGED}
+
+
+def scored(state, batch: dict) -> dict:
+    """What stands for the trainer's own log-probabilities."""
+    return {"scored_logps": batch["old_logps"] * 1.5}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"minibatches": 2, "epochs": 2},
         {"lag": 1},
-        {"lag": 2, "minibatches": 2, "rounds": 1},
-        {"lag": 1, "shared": True, "correction": "mask"},
-        {"lag": 1, "pairs": True, "group": 4, "rounds": 1, "prompt": lambda i: None if i % 3 == 1 else scripted.prompt(i)},
+        {"lag": 2, "minibatches": 2, "resample": 1},
+        {"lag": 1, "shared": True, "correction": "mask", "annotators": (scored,)},
+        {"lag": 1, "pairs": True, "group": 4, "resample": 1, "prompt": lambda i: None if i % 3 == 1 else scripted.prompt(i)},
+        {
+            "lag": 1,
+            "minibatches": 2,
+            "gives": True,
+            "given": hinted,
+            "demonstration": scripted.demonstration,
+            "steps": EXCHANGED,
+        },
     ],
-    ids=["in the middle", "waiting", "both", "branches", "pairs"],
+    ids=["in the middle", "waiting", "both", "branches", "pairs", "given"],
 )
 def test_it_goes_on_exactly_where_it_was(monkeypatch, tmp_path, changes):
     several = {"failures": (lambda record, text: int(text[0]) / 3, 0.5), "sampled": (lambda record, text: None, 1.0)}
     changes = {**changes, "rewards": several}
-
-    def begun():
-        made = left(rollouts(monkeypatch, **changes), tmp_path)
-        made.annotators = (lambda state, batch: {"scored_logps": batch["old_logps"] * 1.5},) if "correction" in changes else ()
-        return made
-
     kept = {}
-    whole = run(begun(), range(9), kept)
+    whole = run(left(rollouts(monkeypatch, **changes), tmp_path), range(9), kept)
     for step in range(9):
-        again = begun()
+        again = left(rollouts(monkeypatch, **changes), tmp_path)
         again.position = kept[step] if step else 0
         same(whole[step:], run(again, range(step, 9)))
 

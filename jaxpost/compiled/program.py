@@ -26,6 +26,7 @@ from jaxpost.sampling import decode, processors
 from jaxpost.stages import datasets, plan, state
 from jaxpost.startup import heard
 from jaxpost.step import combine
+from jaxpost.unread import shares
 
 GIVEN_UP = re.compile(
     r"Involuntary full rematerialization\. The compiler cannot go from (.*?) efficiently for HLO operation (.*?)\. As"
@@ -87,17 +88,17 @@ def prepared(s, mesh) -> Prepared:
     batch = sharding.batch_shapes(columns, mesh)
     step = state.program(found.transformer, objective, tx, held, mesh, s)
     kinds = {"weights": held.train, "optimizer": held.opt_state, "ema": held.ema, "frozen": held.frozen}
-    references = []
-    if s.source == "rollouts":
+    named, references = shares(s.source), []
+    if "rollouts" in named:
         chosen, _ = annotations.choose(s, objective, plan.own_columns(s, objective), (), found, annotations.models(s))
         references = [one for one in chosen if one.weights == "start"]
     if references:
         kinds["reference"] = held.train  # a copy of what trains, as it was at the start
     inputs = {"inputs": batch}
     made = [Traced("step", step, (held, batch), {}, kinds | inputs, ("reference",), math.prod(batch["tokens"].shape))]
-    if s.source == "rollouts":
+    if "rollouts" in named:
         alone = s.shared_prefix or datasets.row_type(objective).completions == 2  # a prompt gives one row
-        prompts = s.batch_size * s.rollouts.minibatches // (1 if alone else s.rollouts.group)
+        prompts = round(s.batch_size * named["rollouts"]) * s.rollouts.minibatches // (1 if alone else s.rollouts.group)
         made += _sampler(s, mesh, found.transformer, combine(held.train, held.frozen), prompts, kinds)
     for one in references:
         score = jax.jit(one.program(found.transformer.forward))
@@ -145,7 +146,7 @@ def _sampler(s, mesh, transformer, params, prompts: int, kinds: dict) -> list[Tr
     weights = made(decode.prepare, params)
     bank = made(decode.prefill, weights, *asked, room=room)
     queue, halted = decode.Queue(rows(jobs), rows(jobs), rows(ways)), rows(jobs, dtype=bool)
-    begun = made(decode.begin, halted, slots=slots, room=room, new=options.new, policy=False)
+    begun = made(decode.begin, halted, slots=slots, room=room, new=options.new)
     noise = stop = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=whole)
     amounts = {k: jax.ShapeDtypeStruct((), x.dtype, sharding=whole) for k, x in processors.controls().items()}
     weighed = {**kinds, "sampler's weights": weights}

@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxpost.data import pack, row_types
 from jaxpost.errors import UserError
+from jaxpost.sources import Silent
 
 
 def split(count: int, held_out: int | float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -62,8 +63,8 @@ def columns(
     return {k: jax.ShapeDtypeStruct((batch_size, *x.shape), x.dtype) for k, x in row.items()}
 
 
-class Batches:
-    """Batch n of the data, for n = 0, 1, ...: a Source, called without regard to the train state.
+class Batches(Silent):
+    """Batch n of the data, for n = 0, 1, ...: a source (jaxpost/sources.py), called without regard to the train state.
 
     Each epoch is a permutation of all rows drawn from (seed, epoch), and batches of B = batch_size rows run on over the end of
     an epoch. Rows past the very last are all zeros, so every batch has one shape. `local=(start, stop)` are the rows of every
@@ -91,6 +92,7 @@ class Batches:
         if shuffle:
             # Grain seeds epoch e with seed + e: unhashed, the second epoch of seed 0 would be the first of seed 1.
             rows = rows.shuffle(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+        self.like = lambda: (batch_size, rows[0])
         batches = _LocalBatches(rows.repeat(epochs), batch_size, start, stop)
         self._length = None if epochs is None else len(batches)
         self._iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))

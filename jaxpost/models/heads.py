@@ -11,8 +11,6 @@ def logits(hidden: jax.Array, head: Head) -> jax.Array:
     flat = hidden.reshape(-1, hidden.shape[-1])
     out = _product(flat, head.weight)
     out = out.reshape(*hidden.shape[:-1], -1)
-    if head.scale != 1.0:
-        out = out * head.scale
     if head.soft_cap is not None:
         out = head.soft_cap * jnp.tanh(out / head.soft_cap)
     return out

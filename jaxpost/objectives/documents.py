@@ -26,6 +26,11 @@ def lengths(batch: Batch) -> jax.Array:
     return sums(jnp.ones(batch["mask"].shape, jnp.float32), batch)
 
 
+def counts(column: jax.Array, batch: Batch) -> jax.Array:
+    """[B,N] float32: at how many of each document's tokens a column [B,S] bool is set, whatever the mask keeps."""
+    return _reduced(jax.ops.segment_sum, column.astype(jnp.float32), batch["segments"])
+
+
 def constants(column: jax.Array, batch: Batch) -> jax.Array:
     """A column [B,S] that is constant over each document's completion -> [B,N], exactly; 0 where there is none."""
     largest = _reduced(jax.ops.segment_max, jnp.where(batch["mask"], column, -jnp.inf), batch["segments"])

@@ -78,8 +78,17 @@ def options(part: Callable) -> dict:
 
 
 def _completions(batch: Batch, empty: bool) -> jax.Array:
-    """How many completions there are; empty: those of which the mask keeps nothing (a truncated one, say) count too."""
-    held = jnp.max(batch["segments"], axis=1) if empty else jnp.sum(documents.lengths(batch) > 0, axis=1)
+    """How many completions there are; empty: those of which the mask keeps nothing (a truncated one, say) count too.
+
+    Where the column `sampled` says which tokens the policy drew, a completion is a document that has one: demonstrations and
+    rows of data are none.
+    """
+    if not empty:
+        held = jnp.sum(documents.lengths(batch) > 0, axis=1)
+    elif "sampled" in batch:
+        held = jnp.sum(documents.counts(batch["sampled"], batch) > 0, axis=1)
+    else:
+        held = jnp.max(batch["segments"], axis=1)
     return jnp.sum(held.astype(jnp.float32))
 
 

@@ -139,7 +139,8 @@ def entropy_target(seen: Rollouts, *, target: float = 0.2, gain: float = 1.0, mo
 def sft(seen: Rollouts, *, coefficient: float = 1.0) -> Term:
     """-log policy, a mean over the tokens of demonstrations, which the column `demonstrations` [B,S] bool marks.
 
-    They are tokens of other documents than those that were sampled, and the mask leaves them out.
+    The policy did not draw them, so the mask leaves them out: rows of data beside rollouts (sources.py), a demonstration in a
+    completion's place, or a hint at its beginning (rollouts/steps.py, rollouts/given.py). They are scored at the temperature.
     """
     shown = seen.batch["demonstrations"]
     return Term(-jnp.sum(jnp.where(shown, seen.logps, 0.0)), jnp.sum(shown.astype(jnp.float32)))

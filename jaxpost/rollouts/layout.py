@@ -31,17 +31,17 @@ class Layout(NamedTuple):
     columns: dict[str, np.ndarray]
 
     def spread(self, values: np.ndarray) -> np.ndarray:
-        """[B,N] (or [B,1]) values as a column [R,S], zero where no completion is."""
-        values = np.broadcast_to(values, self.real.shape)
-        column = np.zeros(self.columns["tokens"].shape, values.dtype)
+        """[B,N,...] (or [B,1]) values as a column [R,S,...], zero where no completion is."""
+        values = np.broadcast_to(values, (*self.real.shape, *values.shape[2:]))
+        column = np.zeros((*self.columns["tokens"].shape, *values.shape[2:]), values.dtype)
         column[self.row[self.real], self.place[self.real]] = values[self.real]
         return column
 
     def collect(self, column: np.ndarray) -> np.ndarray:
-        """A column [R,S] as the completions' values [B,N], zero after their ends."""
-        found = np.zeros(self.real.shape, column.dtype)
-        found[self.real] = column[self.row[self.real], self.place[self.real]]
-        return found
+        """A column [R,S,...] as the completions' values [B,N,...], zero after their ends."""
+        values = np.zeros((*self.real.shape, *column.shape[2:]), column.dtype)
+        values[self.real] = column[self.row[self.real], self.place[self.real]]
+        return values
 
 
 def length(prompt_window: int, new: int, together: int, shared: bool) -> int:
@@ -76,6 +76,6 @@ def laid_out(
     place = begins[:, None] + np.arange(new)
     real = np.arange(new) < np.asarray(lengths)[:, None]
     row = np.broadcast_to(np.arange(len(lengths))[:, None] // together, place.shape)
-    found = Layout(row, place, real, columns)
-    columns["mask"] = found.spread(real)
-    return found
+    where = Layout(row, place, real, columns)
+    columns["mask"] = where.spread(real)
+    return where

@@ -1,6 +1,6 @@
 """What of rollouts is put aside in files: batches that a checkpoint cannot make again, and completions that a kill would lose.
 
-    held-00000040.npz    beside the checkpoint of step 40: the batch in use, what was told of it, and those that wait
+    held-00000040.npz    beside the checkpoint of step 40: the batch in use, its figures and samples, and those that wait
     partial.npz          completions that had ended when the run was killed, and of which batch they are
 
 Plain arrays by path, written whole or not at all.
@@ -35,15 +35,15 @@ def sweep(folder, steps: Sequence[int]) -> None:
 
 
 def clear(folder) -> None:
-    """Removes all that a run left which began anew, of which nobody knows whether its settings were these."""
+    """Deletes a previous run's files; their settings are unknown."""
     for path in epath.Path(folder).glob("*.npz"):
         path.unlink()
 
 
-def write(path: epath.Path, batch: Mapping, waiting: Sequence[Any], told: Mapping) -> None:
-    """A batch's columns, what waits (NamedTuples of arrays, numbers and such), and anything else that is JSON."""
-    arrays = {**_flat("batch", batch), **_flat("waiting", {str(i): made for i, made in enumerate(waiting)})}
-    _store(path, {**arrays, "told": np.array(json.dumps(told))})
+def write(path: epath.Path, batch: Mapping, waiting: Sequence[Mapping], about: Mapping) -> None:
+    """A batch's columns, what waits (dicts of arrays, numbers and NamedTuples of such), and anything else that is JSON."""
+    arrays = {**_flat("batch", batch), **_flat("waiting", {str(i): one for i, one in enumerate(waiting)})}
+    _store(path, {**arrays, "about": np.array(json.dumps(about))})
 
 
 def read(path: epath.Path) -> tuple[dict, list[dict], dict]:
@@ -52,12 +52,12 @@ def read(path: epath.Path) -> tuple[dict, list[dict], dict]:
     Raises UserError where the file is gone or damaged: no other has what it held.
     """
     stored = read_arrays(path)
-    if stored is None or "told" not in stored:
+    if stored is None or "about" not in stored:
         raise UserError(
             f"{path}: gone or damaged, and the checkpoint beside it cannot continue without it. Bring it back, or delete that "
             "checkpoint's folder to continue from the one before."
         )
-    told = json.loads(str(stored.pop("told")))
+    about = json.loads(str(stored.pop("about")))
     tree: dict = {"batch": {}, "waiting": {}}
     for name, value in stored.items():
         *inner, last = name.split("\t")
@@ -65,7 +65,7 @@ def read(path: epath.Path) -> tuple[dict, list[dict], dict]:
         for part in inner:
             place = place.setdefault(part, {})
         place[last] = value
-    return tree["batch"], [tree["waiting"][str(i)] for i in range(len(tree["waiting"]))], told
+    return tree["batch"], [tree["waiting"][str(i)] for i in range(len(tree["waiting"]))], about
 
 
 def _flat(path: str, value: Any) -> dict[str, np.ndarray]:
@@ -86,8 +86,9 @@ def _store(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
 def write_partial(folder, key: tuple[int, ...], ended: Mapping[int, Finished], new: int) -> None:
     """Completions of the batch that `key` tells from all others, by their place in it."""
     places = sorted(ended)
-    found = together([ended[i] for i in places], new)
-    _store(epath.Path(folder) / PARTIAL, {"key": np.array(key), "places": np.array(places), **_flat("found", found)})
+    completions = together([ended[i] for i in places], new)
+    arrays = {"key": np.array(key), "places": np.array(places), **_flat("completions", completions)}
+    _store(epath.Path(folder) / PARTIAL, arrays)
 
 
 def read_partial(folder, key: tuple[int, ...]) -> dict[int, Finished]:
@@ -103,11 +104,12 @@ def read_partial(folder, key: tuple[int, ...]) -> dict[int, Finished]:
 
 
 def _ended(stored: Mapping[str, np.ndarray]) -> dict[int, Finished]:
-    found = {name.partition("\t")[2]: x for name, x in stored.items() if "\t" in name}
+    columns = {name.partition("\t")[2]: x for name, x in stored.items() if "\t" in name}
     ended = {}
     for row, place in enumerate(stored["places"]):
-        length = int(found["lengths"][row])
-        logps = {k: found[k][row, :length] if k in found else None for k in ("logps", "policy_logps")}
-        said = {"stopped": bool(found["stopped"][row]), "said": int(found["said"][row])}
-        ended[int(place)] = Finished(int(place), found["tokens"][row, :length], **logps, **said)
+        length = int(columns["lengths"][row])
+        own = {name: columns[name][row, :length] for name in ("tokens", "logps")}
+        rest = {"stopped": bool(columns["stopped"][row]), "text_length": int(columns["text_lengths"][row])}
+        rest["given"] = int(columns["given"][row].sum())
+        ended[int(place)] = Finished(int(place), **own, **rest)
     return ended

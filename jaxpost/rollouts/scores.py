@@ -1,4 +1,4 @@
-"""What rewards said of a batch of completions, put together from the processes that asked them."""
+"""Scores of a batch of completions, put together from the processes that had rewards judge them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,8 +14,8 @@ LEVEL = 1e-8  # rewards of a group that differ by less are equal: rounding is no
 
 
 class Scores(NamedTuple):
-    """totals [B] float64: the weighted sums, nan where no reward that has a weight applies; each: by a reward's name what it
-    said [B], nan where it does not apply; failures: how often one failed.
+    """totals [B] float64: the weighted sums, nan where no reward that has a weight applies; each: by a reward's name its
+    values [B], nan where it does not apply; failures: how often one failed.
     """
 
     totals: np.ndarray
@@ -33,15 +33,32 @@ class Scores(NamedTuple):
         return Scores(np.concatenate([p.totals for p in parts]), each, sum(p.failures for p in parts))
 
 
+class Pending:
+    """Scores of `count` completions that rewards still judge: a scorer of this process's share of them, asked once."""
+
+    def __init__(self, scorer: Scorer, count: int):
+        self._scorer, self._count, self._scores = scorer, count, None
+
+    def get(self) -> Scores:
+        """The scores, once all are there. All processes call it together. Raises UserError as `gathered` does."""
+        if self._scores is None:
+            self._scores = gathered(self._scorer, self._count)
+        return self._scores
+
+    def close(self) -> None:
+        """Ends the rewards' threads; what has not been asked for is dropped."""
+        self._scorer.close()
+
+
 def everywhere(rewards: Mapping, records: Sequence[dict], completions: Sequence[str], **options) -> list[Score]:
     """What `scoring.judged` gives, which every process asks for by itself. Raises UserError on all where it does on any."""
-    error, found = None, []
+    error, scores = None, []
     try:
-        found = judged(rewards, records, completions, **options)
+        scores = judged(rewards, records, completions, **options)
     except UserError as e:
         error = e
     _agree(error)
-    return found
+    return scores
 
 
 def _agree(error: UserError | None) -> None:
@@ -59,13 +76,13 @@ def gathered(scorer: Scorer, count: int) -> Scores:
     Raises UserError on every process where the scorer of any does.
     """
     names, error = list(scorer.rewards), None
-    found = np.zeros((3 + 2 * len(names), count))  # judged, total, failures; of each reward: applies, value
+    table = np.zeros((3 + 2 * len(names), count))  # judged, total, failures; of each reward: applies, value
     try:
         for i, score in scorer.results().items():
-            found[:3, i] = 1, score.total, len(score.failures)
+            table[:3, i] = 1, score.total, len(score.failures)
             for n, name in enumerate(names):
                 value = score.each[name]
-                found[3 + 2 * n : 5 + 2 * n, i] = value is not None, value or 0.0
+                table[3 + 2 * n : 5 + 2 * n, i] = value is not None, value or 0.0
     except UserError as e:
         error = e
     finally:
@@ -73,10 +90,10 @@ def gathered(scorer: Scorer, count: int) -> Scores:
     _agree(error)
     if jax.process_count() > 1:
         # As they are in memory: numbers of 64 bits would come back as 32.
-        found = sharding.everywhere(found[None].view(np.uint32)).view(np.float64).sum(0)
-    assert (found[0] == 1).all(), "each completion is judged by one process"
-    each = {name: np.where(found[3 + 2 * n] > 0, found[4 + 2 * n], np.nan) for n, name in enumerate(names)}
-    return Scores(found[1], each, int(found[2].sum()))
+        table = sharding.everywhere(table[None].view(np.uint32)).view(np.float64).sum(0)
+    assert (table[0] == 1).all(), "each completion is judged by one process"
+    each = {name: np.where(table[3 + 2 * n] > 0, table[4 + 2 * n], np.nan) for n, name in enumerate(names)}
+    return Scores(table[1], each, int(table[2].sum()))
 
 
 def differing(groups: np.ndarray) -> np.ndarray:

@@ -5,7 +5,8 @@ strings, hands what has ended to whoever asked, and tells the device of those th
 are those of the distribution drawn from. The stop token is part of the completion.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,31 +24,33 @@ SEGMENT = 32  # turns between two looks of the host, if nothing else is asked fo
 
 class Completions(NamedTuple):
     """tokens [B,N] int32: each completion alone, zeros after; lengths [B]; logps [B,N] float32, of the distribution drawn from;
-    stopped [B] bool: whether a stop token or string ended it; said [B]: its length without the stop token; policy_logps [B,N]:
-    of the model's own distribution, at temperature 1 and unrestricted, where asked for.
+    stopped [B] bool: whether a stop token or string ended it; text_lengths [B]: its length without the stop token; given [B,N]
+    bool: the tokens that were given, not drawn, None where there are none. Their logps are the model's own, unrestricted.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     logps: np.ndarray
     stopped: np.ndarray
-    said: np.ndarray
-    policy_logps: np.ndarray | None = None
+    text_lengths: np.ndarray
+    given: np.ndarray | None = None
 
 
 class Finished(NamedTuple):
-    """One completion: its place in the batch, and what Completions says of it."""
+    """One completion: its place in the batch, its row of Completions without the zeros, and how many of its first tokens were
+    given.
+    """
 
     index: int
     tokens: np.ndarray
     logps: np.ndarray
     stopped: bool
-    said: int
-    policy_logps: np.ndarray | None = None
+    text_length: int
+    given: int = 0
 
 
 def ready(model: Transformer, params: Params, mesh) -> Params:
-    """What `prepare` makes of the weights, and of its own result nothing new: for several calls with the same ones."""
+    """What `prepare` makes of the weights, for several calls with the same ones. Idempotent."""
     if isinstance(params["layers"], tuple):
         return params
     with sharding.use(mesh):
@@ -71,9 +74,9 @@ def stream(
     turns: int = SEGMENT,
     strings: Sequence[str] = (),
     tokenizer: Any = None,
-    policy: bool = False,
     chain: tuple[Callable, ...] = (),
     have: frozenset[int] = frozenset(),
+    given: Sequence[np.ndarray] = (),
     **amounts: float,
 ) -> Iterator[list[Finished]]:
     """Completions of every prompt, `group` of each, as they end: completion i is of prompt i // group. All processes call it
@@ -81,14 +84,13 @@ def stream(
 
     params: the model's, or what `ready` made of them. slots: how many are under way at a time, 0 for all of them; number: the
     first one's, for its noise; turns: of a segment; strings: texts that end a completion, which keeps them (the tokenizer says
-    what a text is); policy: whether policy_logps are asked for; have: completions that are there already and are left out;
-    amounts and chain: see `processors`. Raises UserError for a prompt that is empty or longer than the window.
+    what a text is); have: completions that are there already and are left out; given: of each completion the ids that it begins
+    with; amounts and chain: see `processors`. Raises UserError for a prompt that is empty or longer than the window.
     """
     ways, turns = mesh.shape["data"] * mesh.shape["fsdp"], min(turns, new)
-    columns, places = _laid_out(prompts, prompt_window, group, number, ways, have)
+    columns, places = _laid_out(prompts, prompt_window, group, number, ways, have, new, given)
     jobs, left, halted, begun, seen = len(places), int((places >= 0).sum()), np.zeros(len(places), bool), 0, None
-    slots = min(slots + -slots % ways, jobs) or jobs
-    sizes = {"slots": slots, "room": prompt_window + new, "new": new, "policy": policy}
+    sizes = {"slots": (slots := min(slots + -slots % ways, jobs) or jobs), "room": prompt_window + new, "new": new}
     noise, stop, amounts = np.array([seed, step], np.int32), np.array(stop, np.int32), processors.controls(**amounts)
     if left:
         state, *held = _begun(model, ready(model, params, mesh), columns, halted, sizes, mesh)
@@ -96,22 +98,22 @@ def stream(
         before, more = seen, slots < jobs or begun < new
         if more:  # without a queue it is known which segment is the last
             with sharding.use(mesh):  # not while the caller works
-                rest = (noise, stop, amounts, _put(halted, mesh))
-                state, seen = segment(model, *held, state, *rest, turns=turns, chain=chain)
+                work = (*held, state, noise, stop, amounts, _put(halted, mesh))
+                state, seen = segment(model, *work, turns=turns, chain=chain)
             begun += turns
         # The device has the next segment while the host looks at the one before.
         if before is not None:
-            ended = _ended(jax.device_get(before), places, halted, strings, tokenizer)
+            ended = _ended(jax.device_get(before), places, halted, strings, tokenizer, given)
             left -= len(ended)
             yield ended
 
 
 def _begun(model, params: Params, columns: dict, halted: np.ndarray, sizes: dict, mesh) -> tuple:
     """What decoding begins with: (state, weights, bank of prompts, queue)."""
-    given = {k: _put(x, mesh) for k, x in columns.items()}
+    placed = {k: _put(x, mesh) for k, x in columns.items()}
     with sharding.use(mesh):
-        bank = prefill(model, params, given.pop("tokens"), given.pop("lengths"), room=sizes["room"])
-        return begin(model, _put(halted, mesh), **sizes), params, bank, Queue(**given)
+        bank = prefill(model, params, placed.pop("tokens"), placed.pop("lengths"), room=sizes["room"])
+        return begin(model, _put(halted, mesh), **sizes), params, bank, Queue(**placed)
 
 
 def _put(x: np.ndarray, mesh) -> jax.Array:
@@ -126,7 +128,9 @@ def spread(prompts: int, group: int, ways: int) -> tuple[int, int]:
     return max(min(i + own - 1, last) // group - i // group + 1 for i in range(0, last + 1, own)), own
 
 
-def _laid_out(prompts, window: int, group: int, number: int, ways: int, have: frozenset[int]) -> tuple[dict, np.ndarray]:
+def _laid_out(
+    prompts, window: int, group: int, number: int, ways: int, have: frozenset[int], new: int, given: Sequence[np.ndarray]
+) -> tuple[dict, np.ndarray]:
     """The prompts and the queue as columns, each device's part after the other's; [J]: the completion of each place of the
     queue, -1 for none. Devices get as many completions each; a prompt of which several have some is in the bank of each.
     """
@@ -145,24 +149,43 @@ def _laid_out(prompts, window: int, group: int, number: int, ways: int, have: fr
         places[way, : len(due)], which[way, : len(due)], counts[way] = due, due // group - first, len(due)
     numbers = number + np.maximum(places, 0)
     queue = {k: x.reshape(-1).astype(np.int32) for k, x in (("prompts", which), ("numbers", numbers), ("counts", counts))}
+    queue |= _given(given, places.reshape(-1), count, new)
     return {"tokens": tokens.reshape(-1, window), "lengths": lengths.reshape(-1), **queue}, places.reshape(-1)
 
 
-def _ended(seen: dict, places: np.ndarray, halted: np.ndarray, strings, tokenizer) -> list[Finished]:
+def _given(given: Sequence[np.ndarray], places: np.ndarray, count: int, new: int) -> dict[str, np.ndarray]:
+    """The queue's columns of the tokens that completions begin with, if there are any. places [J]: see `_laid_out`."""
+    if not len(given):
+        return {}
+    if len(given) != count or max(map(len, given)) > new:
+        longest = max(map(len, given))
+        raise UserError(
+            f"given: {len(given)} beginnings of at most {longest} tokens for {count} completions of {new}; give one for each "
+            "completion, maybe empty, and none longer than a completion may be."
+        )
+    tokens, lengths = np.zeros((len(places), new), np.int32), np.zeros(len(places), np.int32)
+    for j in np.flatnonzero(places >= 0):
+        lengths[j] = len(ids := given[places[j]])
+        tokens[j, : len(ids)] = ids
+    return {"given": tokens, "given_lengths": lengths}
+
+
+def _ended(seen: dict, places: np.ndarray, halted: np.ndarray, strings, tokenizer, given) -> list[Finished]:
     """What has ended since the host looked last; `halted` [J] is told of it, and of what a stop string ends."""
-    found = []
+    ended = []
     for j in np.flatnonzero((places >= 0) & ~halted):
         length, stopped = int(seen["lengths"][j]), bool(seen["stopped"][j])
-        said = length - stopped
-        cut = _cut(seen["tokens"][j, :said], strings, tokenizer) if strings and said else None
+        text_length = length - stopped
+        cut = _cut(seen["tokens"][j, :text_length], strings, tokenizer) if strings and text_length else None
         if not seen["done"][j] and cut is None:
             continue
         halted[j] = True
         if cut is not None:
-            length, said, stopped = cut, cut, True
-        tokens, logps, own = (None if seen[k] is None else seen[k][j, :length] for k in ("tokens", "logps", "policy_logps"))
-        found.append(Finished(int(places[j]), tokens, logps, stopped, said, own))
-    return found
+            length, text_length, stopped = cut, cut, True
+        tokens, logps = (seen[k][j, :length] for k in ("tokens", "logps"))
+        begun = min(len(given[places[j]]), length) if len(given) else 0
+        ended.append(Finished(int(places[j]), tokens, logps, stopped, text_length, begun))
+    return ended
 
 
 def _cut(tokens: np.ndarray, strings: Sequence[str], tokenizer) -> int | None:
@@ -183,6 +206,33 @@ def complete(model: Transformer, params: Params, prompts: Sequence[np.ndarray], 
     return together(sorted(ended, key=lambda one: one.index), new)
 
 
+def in_chunks(
+    model: Transformer,
+    params: Params,
+    prompts: Iterable[np.ndarray],
+    *,
+    mesh,
+    rows: int,
+    new: int,
+    seed: int,
+    number: int = 0,
+    group: int = 1,
+    **options,
+) -> Iterator[tuple[slice, Completions]]:
+    """(which prompts, their completions), `rows` prompts at a time, `group` completions of each.
+
+    All chunks have one shape, so that one program serves them; what pads the last is not completed. A completion's noise is
+    that of its number, the first one's being `number`, so `rows` changes no token. options: what `stream` takes besides.
+    """
+    params, left, first = ready(model, params, mesh), iter(prompts), 0
+    while part := list(itertools.islice(left, rows)):
+        padded = [*part, *[part[0]] * (rows - len(part))]
+        work = {"number": number + first * group, "have": frozenset(range(len(part) * group, rows * group))}
+        completions = complete(model, params, padded, mesh=mesh, new=new, seed=seed, group=group, **work, **options)
+        yield slice(first, first + len(part)), completions
+        first += len(part)
+
+
 def together(ended: Sequence[Finished], new: int) -> Completions:
     """Completions one by one, maybe none, as arrays of `new` tokens each."""
 
@@ -197,16 +247,16 @@ def together(ended: Sequence[Finished], new: int) -> Completions:
         lengths=np.array([len(one.tokens) for one in ended], np.int32),
         logps=padded("logps", np.float32),
         stopped=np.array([one.stopped for one in ended], bool),
-        said=np.array([one.said for one in ended], np.int32),
-        policy_logps=padded("policy_logps", np.float32) if ended and ended[0].policy_logps is not None else None,
+        text_lengths=np.array([one.text_length for one in ended], np.int32),
+        given=np.arange(new) < np.array([one.given for one in ended], int).reshape(-1, 1),
     )
 
 
-def answers(found: Completions, tokenizer) -> list[str]:
+def answers(completions: Completions, tokenizer) -> list[str]:
     """The completions as text, to the letter, without the stop token that ended them: it is trained on, but is no part of the
     answer.
     """
     return [
-        tokenizer.decode(row[:said], clean_up_tokenization_spaces=False)
-        for row, said in zip(found.tokens, found.said, strict=True)
+        tokenizer.decode(row[:length], clean_up_tokenization_spaces=False)
+        for row, length in zip(completions.tokens, completions.text_lengths, strict=True)
     ]

@@ -6,6 +6,9 @@
     segment    turns: every slot's next token. A slot whose completion has ended takes the next one of its queue at once, so
                that a long completion holds up nobody; its prompt is copied out of the bank
 
+A completion may begin with tokens that are given (a hint): they are decoded like others, one a turn, so that the prompt's keys
+and values are still shared, and only the draw is put aside.
+
 The noise of a draw is a function of (seed, step, number of the completion, place in it), and shapes come from the settings
 alone. So a completion can be made again from those and the weights: at one compiled shape bit for bit, whichever slot it is in
 and whatever else is, since no operation reads across rows. Its first token always comes of the bank's logits and all others of
@@ -42,18 +45,21 @@ class Bank(NamedTuple):
 
 class Queue(NamedTuple):
     """What is to be completed, [J] each: the prompt's place in its device's bank, the completion's number for its noise; and
-    [W], how many of each device's J / W places are in use.
+    [W], how many of each device's J / W places are in use. Where completions begin with tokens that are given: these [J,N],
+    zeros after, and how many of them there are [J].
     """
 
     prompts: jax.Array
     numbers: jax.Array
     counts: jax.Array
+    given: jax.Array | None = None
+    given_lengths: jax.Array | None = None
 
 
 class State(NamedTuple):
     """Decoding under way. Of the n slots: the cache {k, v} a layer, of T tokens, the last token drawn, the place of the
     completion in its device's queue (-1 for none), how many tokens it has. [W]: how far each queue is. Of the J completions, as
-    far as they are: tokens, logps, policy_logps [J,N], lengths [J], stopped [J], done [J].
+    far as they are: tokens, logps [J,N], lengths [J], stopped [J], done [J].
     """
 
     cache: tuple
@@ -63,7 +69,6 @@ class State(NamedTuple):
     taken: jax.Array
     tokens: jax.Array
     logps: jax.Array
-    policy_logps: jax.Array | None
     lengths: jax.Array
     stopped: jax.Array
     done: jax.Array
@@ -117,14 +122,14 @@ def prefill(model: Transformer, params: Params, prompts: jax.Array, lengths: jax
     return Bank(out.cache, logits(out.hidden[jnp.arange(u), lengths - 1], out.head), lengths)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "slots", "room", "new", "policy"))
-def begin(model: Transformer, done: jax.Array, *, slots: int, room: int, new: int, policy: bool) -> State:
+@functools.partial(jax.jit, static_argnames=("model", "slots", "room", "new"))
+def begin(model: Transformer, done: jax.Array, *, slots: int, room: int, new: int) -> State:
     """Empty slots, and [J] completions of at most `new` tokens, of which those in `done` are not to be made."""
     jobs, none = done.shape[0], jnp.zeros((done.shape[0], new), jnp.float32)
     idle = jnp.zeros(slots, jnp.int32)
     return State(
         model.make_cache(slots, room), idle, idle - 1, idle, jnp.zeros(sharding.batch_ways(), jnp.int32),
-        none.astype(jnp.int32), none, none if policy else None, jnp.zeros(jobs, jnp.int32), jnp.zeros(jobs, bool), done,
+        none.astype(jnp.int32), none, jnp.zeros(jobs, jnp.int32), jnp.zeros(jobs, bool), done,
     )  # fmt: skip
 
 
@@ -175,7 +180,7 @@ def segment(
 
     with _counted(1):
         _, state = jax.lax.while_loop(going, stretch, (0, _freed(state, halted)))
-    seen = {k: getattr(state, k) for k in ("tokens", "logps", "policy_logps", "lengths", "stopped", "done")}
+    seen = {k: getattr(state, k) for k in ("tokens", "logps", "lengths", "stopped", "done")}
     # Every process looks at all of them.
     return state, jax.tree.map(lambda x: sharding.shard(x, "SG"[: x.ndim]), seen)
 
@@ -189,7 +194,7 @@ def _pinned(s: State) -> State:
     """What is of slots or of completions lies with its device; the partitioner would as soon copy it everywhere."""
 
     def pin(x):
-        return None if x is None else sharding.shard(x, "BS"[: x.ndim])
+        return sharding.shard(x, "BS"[: x.ndim])
 
     return State(s.cache, *(pin(x) for x in s[1:]))
 
@@ -243,15 +248,28 @@ def _refill(s: State, bank: Bank, queue: Queue, record: Callable) -> State:
     return record(s, _rows(bank.scores, prompt), fresh)
 
 
+def _forced(s: State, queue: Queue, scores: jax.Array, token: jax.Array, logp: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The slots' tokens and their log-probabilities, [n] each: where a completion's next one is given, that one and the model's
+    own log-probability of it, whatever restricts what is drawn. scores [n,V]: the model's logits at the temperature.
+    """
+    rows, place = _rows(queue.given, s.job), jnp.minimum(s.count, queue.given.shape[1] - 1)
+    theirs = jnp.take_along_axis(rows, place[:, None], axis=1)
+    own = jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), theirs, axis=-1)[:, 0]
+    forced = s.count < _rows(queue.given_lengths, s.job)
+    return jnp.where(forced, theirs[:, 0], token), jnp.where(forced, own, logp)
+
+
 def _record(s: State, scores: jax.Array, who: jax.Array, *, queue, key, stop, amounts, chain) -> State:
     """Draws and writes down the next token of the slots `who` [n] from the model's logits [n,V]."""
-    numbers, found = _rows(queue.numbers, s.job), scores
+    numbers, processed = _rows(queue.numbers, s.job), scores
     context = {"tokens": _rows(s.tokens, s.job), "counts": s.count, "numbers": numbers} if chain else {}
     for processor in chain:
-        found = processor(found, context)
+        processed = processor(processed, context)
     sampled = amounts["temperature"] > 0
-    found = processors.restricted(found / jnp.where(sampled, amounts["temperature"], 1.0), amounts)
-    token, logp = draw(found, _uniform(key, numbers, s.count), sampled)
+    temperature = jnp.where(sampled, amounts["temperature"], 1.0)
+    token, logp = draw(processors.restricted(processed / temperature, amounts), _uniform(key, numbers, s.count), sampled)
+    if queue.given is not None:
+        token, logp = _forced(s, queue, scores / temperature, token, logp)
     count = s.count + who
     stopped = who & jnp.isin(token, stop)
     ended = stopped | (who & (count == s.tokens.shape[1]))
@@ -263,9 +281,6 @@ def _record(s: State, scores: jax.Array, who: jax.Array, *, queue, key, stop, am
     def of_job(into, values):
         return _by_shard(lambda x, j, v: x.at[j].set(v, mode="drop"), into, job, values)
 
-    if s.policy_logps is not None:
-        own = jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), token[:, None], axis=-1)[:, 0]
-        s = s._replace(policy_logps=at_place(s.policy_logps, own))
     return _pinned(
         s._replace(
             token=jnp.where(who, token, s.token),

@@ -42,10 +42,10 @@ def row_type(objective: Callable) -> row_types.RowType:
     return row_types.load(declared(objective, "rows"))
 
 
-def columns(s, objective: Callable) -> dict[str, jax.ShapeDtypeStruct]:
-    """The columns of a stage's batches as shapes, but for those that only its data or an annotator brings."""
-    rows, reads = declared(objective, "rows"), declared(objective, "columns")
-    return source.columns(s.batch_size, s.window, rows, s.shared_prefix, reads, _named(s.row_columns))
+def columns(s, objective: Callable, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The columns of batches of so many rows as shapes, but for those that only a stage's data or an annotator brings."""
+    kind, reads = declared(objective, "rows"), declared(objective, "columns")
+    return source.columns(rows, s.window, kind, s.shared_prefix, reads, _named(s.row_columns))
 
 
 def template(spec, s) -> str:

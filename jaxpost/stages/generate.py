@@ -13,7 +13,7 @@ import json
 import sys
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +30,7 @@ from jaxpost.models.transformer import Transformer
 from jaxpost.naming import digest_of
 from jaxpost.recipe import plain
 from jaxpost.rollouts.scoring import judged
-from jaxpost.sampling.decode import answers, complete, ready
+from jaxpost.sampling.decode import Completions, answers, in_chunks
 from jaxpost.stages import datasets, tasks
 from jaxpost.stages.rollouts import sampling
 from jaxpost.stages.run import Output, Run
@@ -155,22 +155,23 @@ def draw(
 
 def _draw(samples: Samples, artefact: Artefact, progress: dict, params: Params, mesh, stopped) -> dict:
     """Draws the rest; the first process judges and writes. The progress at the end."""
-    params = ready(samples.model, params, mesh)
-    prompts_at_once, pending, mark = max(1, samples.batch // samples.group), [], time.monotonic()
-    for first in tqdm.tqdm(
-        range(progress["prompts"], samples.count, prompts_at_once), desc="sampling", unit="batch", disable=None
-    ):
-        problems = [samples.prompt(i) for i in range(first, min(first + prompts_at_once, samples.count))]
-        prompts = [ids for _, ids in problems]
-        prompts += [prompts[0]] * (prompts_at_once - len(prompts))  # one shape, whatever is left
-        noise = {"seed": samples.seed, "step": samples.step, "number": first * samples.group, "group": samples.group}
-        completions = complete(
-            samples.model, params, prompts, mesh=mesh, tokenizer=samples.tokenizer, **noise, **samples.options
-        )
-        at = first + len(problems)
+    first, at_once, records = progress["prompts"], max(1, samples.batch // samples.group), []
+
+    def prompts() -> Iterator[np.ndarray]:
+        for i in range(first, samples.count):
+            record, ids = samples.prompt(i)
+            records.append(record)
+            yield ids
+
+    noise = {"seed": samples.seed, "step": samples.step, "number": first * samples.group, "group": samples.group}
+    options = {"rows": at_once, "tokenizer": samples.tokenizer, **noise, **samples.options}
+    chunks = in_chunks(samples.model, params, prompts(), mesh=mesh, **options)
+    pending, mark, total = [], time.monotonic(), -(-(samples.count - first) // at_once)
+    for where, completions in tqdm.tqdm(chunks, desc="sampling", unit="batch", disable=None, total=total):
+        at = first + where.stop
         ends = at == samples.count or stopped()
         if jax.process_index() == 0:
-            pending += _rows(samples, problems, completions)
+            pending += _rows(samples, records[where], completions)
             if ends or time.monotonic() - mark >= SECONDS:
                 count, seconds = progress["rows"] + len(pending), progress["seconds"] + time.monotonic() - mark
                 progress = {"prompts": at, "rows": count, "seconds": seconds}
@@ -184,12 +185,13 @@ def _draw(samples: Samples, artefact: Artefact, progress: dict, params: Params, 
     return {name: type(value)(sharding.agree(float(value))) for name, value in progress.items()}
 
 
-def _rows(samples: Samples, problems: Sequence[tuple], completions) -> list[dict]:
+def _rows(samples: Samples, records: Sequence[dict], completions: Completions) -> list[dict]:
+    """The rows that these problems' completions give, `group` of each."""
     texts, lines = answers(completions, samples.tokenizer), []
-    ended = [j for j in range(len(problems) * samples.group) if completions.stopped[j]]
-    records = [problems[j // samples.group][0] | {"stopped": True} for j in ended]
-    scores = judged(samples.rewards, records, [texts[j].strip() for j in ended], **samples.judging)
-    for i, (record, _) in enumerate(problems):
+    ended = np.flatnonzero(completions.stopped)
+    judged_by = [records[j // samples.group] | {"stopped": True} for j in ended]
+    scores = judged(samples.rewards, judged_by, [texts[j].strip() for j in ended], **samples.judging)
+    for i, record in enumerate(records):
         own = [(texts[j].strip(), score.total) for j, score in zip(ended, scores, strict=True) if j // samples.group == i]
         own = [(text, total) for text, total in own if np.isfinite(total)]  # a completion that no reward applies to is no row
         lines += rows(samples.row_type, record["prompt"], [text for text, _ in own], [total for _, total in own])

@@ -11,6 +11,7 @@ from jaxpost.resolve import nearest
 from jaxpost.stages.plan import Plan, columns
 from jaxpost.step import combine, make_evaluation
 from jaxpost.types import TrainState
+from jaxpost.unread import shares
 
 # The settings that decide, besides the problems, what the answers are.
 ANSWERED = ("model", "tokenizer", "adapter", "dtype", "attention", "mesh")
@@ -22,7 +23,7 @@ def check_best(plan: Plan, mesh) -> None:
     """
     best, s = plan.settings.best, plan.settings
     names = set(evaluate.names(plan.problems["records"], plan.problems["rewards"])) if plan.problems else set()
-    held_out = s.source != "rollouts" and bool(s.held_out or s.eval_data)
+    held_out = "rollouts" not in shares(s.source) and bool(s.held_out or s.eval_data)
     names |= {"eval/loss"} if held_out else set()
     if best in ("", recipe.DEFAULTS["best"], *names):
         return
@@ -66,6 +67,7 @@ class Judge:
             figures, samples = self._graded(params, step)
             values |= figures
         log.evaluated(step, values, samples)
+        self.plan.source.evaluated(step, values)
         return values
 
     def _graded(self, params, step: int) -> tuple[dict[str, float], list[dict]]:

@@ -1,4 +1,4 @@
-"""The plan of a stage: everything that can go wrong before anything is compiled.
+"""The plan of a stage that trains: everything that can go wrong before anything is compiled.
 
 A stage's settings name functions, files, a model and sizes. `plan_stage` reads, resolves and checks all of them; what it
 gives is ready to run, and no weights have been read yet.
@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
-from jaxpost import annotations, optim
+from jaxpost import annotations, optim, sources
 from jaxpost.data.row_types import RowType
 from jaxpost.declare import declared
 from jaxpost.errors import UserError
@@ -19,10 +20,9 @@ from jaxpost.models import loading
 from jaxpost.profile import SKIPPED
 from jaxpost.recipe import plain
 from jaxpost.resolve import resolve
-from jaxpost.rollouts import source as rollouts
-from jaxpost.stages import datasets, tasks
-from jaxpost.stages import rollouts as drawn
+from jaxpost.stages import datasets, rollouts, tasks
 from jaxpost.stages.run import described
+from jaxpost.unread import shares
 
 
 class Plan(NamedTuple):
@@ -33,16 +33,15 @@ class Plan(NamedTuple):
     spec: loading.ModelSpec
     objective: Callable
     sets: list[datasets.Set]  # what is learned from; none for rollouts, nor while an earlier stage is still to make it
-    source: Any  # state -> batch, with a position; None while an earlier stage is still to make its data
+    source: sources.Source | None  # of batches; None while an earlier stage is still to make its data
     steps: int
     held_out: list  # this process's batches for evaluation
     data: str  # a digest of what is learned from; "" where sets are none
     problems: dict | None  # what evaluate.graded takes, for a task
-    example: list[dict]  # the documents of one example, to be shown
     trainable: str  # pattern of the paths that train
     trained: int  # how many parameters that is
-    own: dict = {}  # the columns of its source, as shapes
-    annotations: tuple = ()  # what makes further columns (annotations.py)
+    own: dict = {}  # the columns of its batches that no annotation makes, as shapes
+    annotations: tuple = ()  # what makes the others (annotations.py)
     made: dict = {}  # of each data set, by its digest, the columns that are stored
 
 
@@ -50,8 +49,7 @@ def plan_stage(name: str, s, mesh, trial: Sequence[dict] = ()) -> Plan:
     """Reads, resolves and checks everything that a stage's settings name. trial: rows such as the data will have, where an
     earlier stage is still to make it.
     """
-    spec = described(s, mesh)
-    spec, objective, trainable, trained = learned(spec, s, mesh)
+    spec, objective, trainable, trained = learned(described(s, mesh), s, mesh)
     loading.check(spec)
     if spec.tokenizer is None:
         raise UserError(
@@ -65,21 +63,18 @@ def plan_stage(name: str, s, mesh, trial: Sequence[dict] = ()) -> Plan:
     task = tasks.task(s) if s.task else None
     rewards = None if task is None else tasks.rewards(task, s.task["name"], plain(s.reward))
     problems = None if task is None else tasks.problems(task, rewards, spec, s)
-    batches, sets, held_out, example, data, steps = None, [], [], [], "", s.steps
+    _check_source(s, task)
+    source, sets, held_out, steps = None, [], [], s.steps
     if trial:
         datasets.check(trial, spec, s, objective)
-    elif s.source == "rollouts":
-        if task is None:
-            raise UserError("config.task: rollouts need a task, for prompts and a reward.")
-        batches = drawn.source(name, task, rewards, spec, s, objective, mesh)
-        if not steps:
-            raise UserError("config.steps: rollouts have no epochs that could be told now; say how many steps to take.")
-    elif s.source == "data":
+    elif "data" in shares(s.source):
         sets = datasets.read(task, spec, s, objective)
-        (batches, held_out), example, data = datasets.batches(sets, s, mesh), datasets.shown(sets), datasets.digest(sets)
-        steps = s.steps or len(batches)
-    else:
-        raise UserError(f"config.source: {s.source!r} is neither 'data' nor 'rollouts'.")
+    if s.source == "data" and not trial:
+        source, held_out = datasets.batches(sets, s, mesh)
+        steps = s.steps or len(source)
+    elif not trial:
+        source = rollouts.source(name, task, rewards, spec, s, objective, mesh)
+        source = _mixed(source, sets, s, objective, mesh) if sets else source
     most = spec.transformer.arch.max_positions
     if task is not None and (longest := s.rollouts.prompt_window + s.rollouts.new) > most:
         raise UserError(f"config.rollouts: prompt_window + new = {longest} tokens, but the model takes {most}.")
@@ -88,8 +83,37 @@ def plan_stage(name: str, s, mesh, trial: Sequence[dict] = ()) -> Plan:
     optim.make(s.optimizer, steps or 1000)
     own = own_columns(s, objective)
     numbers = sets[0].encoded.row_columns if sets else ()
-    own |= {key: jax.ShapeDtypeStruct((s.batch_size, s.window), np.float32) for key in numbers}
-    return Plan(name, s, spec, objective, sets, batches, steps, held_out, data, problems, example, trainable, trained, own)
+    own |= {key: jax.ShapeDtypeStruct(own["tokens"].shape, np.float32) for key in numbers}
+    data = datasets.digest(sets) if sets else ""
+    return Plan(name, s, spec, objective, sets, source, steps, held_out, data, problems, trainable, trained, own)
+
+
+def _check_source(s, task) -> None:
+    """Raises UserError for a source that is none, or that lacks a task or a number of steps."""
+    for kind in shares(s.source):
+        if kind not in ("data", "rollouts"):
+            raise UserError(f"config.source: {kind!r} is neither 'data' nor 'rollouts'.")
+        if kind == "rollouts" and task is None:
+            raise UserError("config.task: rollouts need a task, for prompts and a reward.")
+        if kind == "rollouts" and not s.steps:
+            raise UserError("config.steps: rollouts have no epochs that could be told now; say how many steps to take.")
+
+
+def _mixed(drawn: sources.Source, sets: list[datasets.Set], s, objective: Callable, mesh) -> sources.Mixed:
+    """The source of batches that hold both rollouts and data. Raises UserError for settings that only one of them alone has."""
+    for key in ("held_out", "eval_data", "annotations"):
+        if s[key]:
+            raise UserError(
+                f"config.{key}: {s[key]!r}; rows of files beside rollouts have none. Leave it out: the task's test problems "
+                "evaluate."
+            )
+    ways = s.microbatches * mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = sources.counts(shares(s.source), s.batch_size, ways)
+    data, _ = datasets.batches(sets, ConfigDict({**plain(s), "batch_size": rows["data"]}), mesh)
+    if "demonstrations" in declared(objective, "masks"):
+        data = sources.Demonstrations(data)
+    each = {"rollouts": drawn, "data": data}
+    return sources.mixed({key: (each[key], share) for key, share in shares(s.source).items()}, s.batch_size)
 
 
 def learned(spec: loading.ModelSpec, s, mesh) -> tuple[loading.ModelSpec, Callable, str, int]:
@@ -107,13 +131,12 @@ def learned(spec: loading.ModelSpec, s, mesh) -> tuple[loading.ModelSpec, Callab
     if others:
         trainable = f"^(?!({'|'.join(others)})$)(?=.*({trainable}))"
     train, _ = optim.partition(loading.abstract(spec.transformer, mesh, spec.adapter, spec.leaves), trainable)
-    kind = datasets.row_type(objective)
-    _check_row_type(s, kind)
+    _check_row_type(s, datasets.row_type(objective))
+    named, most = shares(s.source), spec.transformer.arch.max_positions
     # Where several documents are one example, each is held to the model's positions where it is encoded.
-    rolled, most = s.source == "rollouts", spec.transformer.arch.max_positions
-    if not rolled and kind.fills_window and s.window > most:
+    if "data" in named and datasets.row_type(objective).fills_window and s.window > most:
         raise UserError(f"config.window: {s.window} tokens, but the model takes {most}; give that at most.")
-    longest = s.rollouts.prompt_window + s.rollouts.new if rolled else s.window
+    longest = max(s.rollouts.prompt_window + s.rollouts.new if "rollouts" in named else 0, s.window if "data" in named else 0)
     short = min((k.rope.original for k in spec.transformer.arch.kinds if k.rope.kind == "longrope"), default=longest)
     if s.shared_prefix and longest > short:
         raise UserError(
@@ -129,9 +152,12 @@ def learned(spec: loading.ModelSpec, s, mesh) -> tuple[loading.ModelSpec, Callab
 
 def _check_row_type(s, kind: RowType) -> None:
     """Raises UserError for settings that have no meaning for what the objective learns from."""
-    if not {"rollouts": kind.completions, "samples": kind.rows_of}.get(s.source, True):
-        raise UserError(f"config.source: the objective learns from {kind.name} of a data set, and {s.source} are none.")
-    if s.shared_prefix and not kind.shareable and s.source != "rollouts":
+    named = shares(s.source)
+    if "rollouts" in named and not kind.completions:
+        raise UserError(f"config.source: the objective learns from {kind.name} of a data set, and rollouts are none.")
+    if len(named) > 1 and kind.completions != 1:
+        raise UserError(f"config.source: rollouts and data share no batch for {kind.name}, which the objective learns from.")
+    if s.shared_prefix and not kind.shareable and "rollouts" not in named:
         raise UserError("config.shared_prefix: only a prompt with two answers has a prefix to share; leave it out.")
 
 
@@ -153,6 +179,9 @@ def scalars(step: int, steps: int) -> dict[str, np.generic]:
 def own_columns(s, objective: Callable) -> dict[str, jax.ShapeDtypeStruct]:
     """The columns of a stage's batches that no annotation makes, as shapes."""
     progress = {name: jax.ShapeDtypeStruct((), x.dtype) for name, x in scalars(0, 1).items()}
-    if s.source == "rollouts":
-        return progress | rollouts.columns(s, datasets.row_type(objective).completions == 2)
-    return progress | datasets.columns(s, objective)
+    each, named = [], shares(s.source)
+    if "rollouts" in named:
+        each.append(rollouts.rows(s, objective).columns())
+    if "data" in named:
+        each.append(datasets.columns(s, objective, round(s.batch_size * named["data"])))
+    return progress | (sources.joined(each) if len(each) > 1 else each[0])

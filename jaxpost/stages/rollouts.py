@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -9,10 +10,14 @@ from jaxpost.declare import declared
 from jaxpost.errors import UserError
 from jaxpost.recipe import plain
 from jaxpost.resolve import find, resolve
-from jaxpost.rollouts.learning import CORRECTIONS, Lessons
-from jaxpost.rollouts.source import RolloutConfig, Rollouts
+from jaxpost.rollouts import steps as built
+from jaxpost.rollouts.batch import RolloutBatch
+from jaxpost.rollouts.scores import Scores
+from jaxpost.rollouts.source import RolloutConfig, Rollouts, Rows
+from jaxpost.sampling.decode import Completions
 from jaxpost.stages import datasets
-from jaxpost.stages.tasks import Rewards, check_rewards, given, judging, prompts, stops
+from jaxpost.stages.tasks import LOOK, Rewards, check_rewards, demonstrations, given, judging, prompts, stops
+from jaxpost.unread import shares
 
 
 def sampling(model, s) -> dict:
@@ -27,50 +32,132 @@ def _chain(names: str) -> list[Callable]:
     return [resolve(name.strip(), "sampling") for name in names.split(",") if name.strip()]
 
 
-def source(name: str, found, judges: Rewards, model, s, objective: Callable, mesh) -> Rollouts:
+def source(name: str, task, judges: Rewards, model, s, objective: Callable, mesh) -> Rollouts:
     """The batch source of a stage that learns from completions of its own weights. Raises UserError for settings that do not go
     together.
     """
-    r, lessons = s.rollouts, _lessons(s, objective)
-    check_rewards(s, judges, learned=lessons.pairs or _compares(objective))
-    _check_rollouts(s, objective, lessons)
-    _check_groups(s, objective, lessons)
-    making = RolloutConfig(
+    r, chosen, shape = s.rollouts, steps(s, objective), rows(s, objective)
+    check_rewards(s, judges, learned=shape.pairs or _compares(objective))
+    _check_rollouts(s, objective, shape, chosen)
+    given = _given(r.given)
+    wanted = given is not None or any(_named(step) == "exchange" for step in chosen)
+    answers = demonstrations(task, model, s) if wanted else None
+    config = RolloutConfig(
         model=model.transformer,
         tokenizer=model.tokenizer,
         mesh=mesh,
-        prompt=prompts(found, judges, model, s, leave_out=True),
+        prompt=prompts(task, judges, model, s, leave_out=True, answers=answers),
+        demonstration=answers,
+        given=given,
         rewards=judges,
-        lessons=lessons,
-        batch_size=s.batch_size,
+        steps=chosen,
+        rows=shape,
         microbatches=s.microbatches,
-        group=r.group,
         seed=s.seed,
         minibatches=r.minibatches,
         epochs=r.epochs,
         lag=r.lag,
-        rounds=r.resample,
+        length=s.steps,
         judging=judging(s),
         sampling=sampling(model, s),
     )
-    return Rollouts(making)
+    _check_steps(config, s, objective)
+    return Rollouts(config)
 
 
-def _lessons(s, objective: Callable) -> Lessons:
-    r = s.rollouts
-    return Lessons(
-        advantages=_advantages(r.advantages, declared(objective, "advantages")),
-        pairs=datasets.row_type(objective).completions == 2,
-        group=r.group,
-        shared=s.shared_prefix,
-        new=r.new,
-        overlong=r.overlong,
-        truncated=r.truncated,
-        mask_truncated=r.mask_truncated,
-        drop_level=r.drop_level,
-        correction=r.correction,
-        cap=r.correction_cap,
-    )
+def rows(s, objective: Callable) -> Rows:
+    """The shape of the training batches that a stage's rollouts give."""
+    r, pairs, names = s.rollouts, datasets.row_type(objective).completions == 2, [_named(step) for step in steps(s, objective)]
+    options = {"pairs": pairs, "shared": s.shared_prefix, "corrected": "correction" in names, "gives": _gives(s, objective)}
+    return Rows(round(s.batch_size * shares(s.source).get("rollouts", 1.0)), r.group, r.prompt_window, r.new, **options)
+
+
+def _gives(s, objective: Callable) -> bool:
+    """Whether batches say which tokens the policy drew: where others may be among them, or the objective asks."""
+    reads = {"demonstrations", "sampled"} & {*declared(objective, "columns"), *declared(objective, "masks")}
+    own = any(getattr(getattr(step, "func", step), "gives", False) for step in steps(s, objective))
+    return bool(reads or own or s.rollouts.given or len(shares(s.source)) > 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- Steps
+
+# Of each step of rollouts/steps.py the settings that are its keywords, where a list of one's own names it without them.
+_SETTINGS = {
+    "resample": {"rounds": "resample"},
+    "overlong": {"soft": "overlong"},
+    "truncated": {"reward": "truncated"},
+    "correction": {"way": "correction", "cap": "correction_cap"},
+    "mask_truncated": {"": "mask_truncated"},
+    "drop_level": {"": "drop_level"},
+}
+_ORDER = ("resample", "overlong", "truncated", "pairs", "annotate", "correction", "advantages", "mask_truncated", "drop_level")
+
+
+def default(r: Mapping, pairs: bool) -> list[str]:
+    """The names of the steps that the other settings ask for, in order. pairs: whether the objective learns from pairs."""
+    asked = {name for name, keys in _SETTINGS.items() if r[next(iter(keys.values()))]} | {"annotate"}
+    asked = (asked - {"drop_level", "correction"}) | {"pairs"} if pairs else asked | {"advantages"}
+    return [name for name in _ORDER if name in asked]
+
+
+def steps(s, objective: Callable) -> list[Callable]:
+    """The steps of `config.rollouts.steps`, or those that the other settings ask for, as functions of a batch.
+
+    Raises UserError for an unknown name or keyword, a list in which a step stands where it cannot, and for a setting whose step
+    is not in it.
+    """
+    r, place = s.rollouts, "config.rollouts.steps"
+    entries = r.steps.split(",") if isinstance(r.steps, str) else r.steps
+    entries = [dict(x) if isinstance(x, Mapping) else {"name": str(x).strip()} for x in map(plain, entries) if x]
+    entries = entries or [{"name": name} for name in default(r, datasets.row_type(objective).completions == 2)]
+    names = [str(entry.get("name", "")) for entry in entries]
+    for name, settings in _SETTINGS.items():
+        if (key := next(iter(settings.values()))) and r[key] and name not in names and r.steps:
+            raise UserError(f"config.rollouts.{key}: {r[key]!r}, and {place} has no step {name}; add it, or leave this out.")
+    if names.count("annotate") != 1:
+        raise UserError(f"{place}: {', '.join(names)}; `annotate` stands once between what changes completions and the rest.")
+    if "resample" in names[1:]:
+        raise UserError(f"{place}: resample draws groups anew, to which no other step was done; put it first.")
+    chosen = [_step(entry, r, objective) for entry in entries]
+    for name, step in zip(names[names.index("annotate") :], chosen[names.index("annotate") :], strict=True):
+        if getattr(getattr(step, "func", step), "changes", False):
+            raise UserError(f"{place}: {name} changes which completions there are; put it before annotate.")
+    return chosen
+
+
+def _step(entry: dict, r: Mapping, objective: Callable) -> Callable:
+    """A step of the list, with its settings bound."""
+    name = entry["name"]
+    if name in _SETTINGS and len(entry) == 1:
+        entry = entry | {keyword: r[key] for keyword, key in _SETTINGS[name].items() if keyword and r[key]}
+    if name == "advantages":
+        entry = entry | {"of": _advantages(entry.get("of") or r.advantages, declared(objective, "advantages"))}
+    if name == "exchange" and "rule" in entry:
+        entry = entry | {"rule": resolve(_of_module(entry["rule"], "steps"), "rollouts")}
+    return resolve(_of_module(entry, "steps"), "rollouts")
+
+
+def _of_module(entry: Mapping | str, module: str) -> dict:
+    """A config entry whose bare name is one of a module of rollouts/."""
+    entry = {"name": entry} if isinstance(entry, str) else dict(entry)
+    return {**entry, "name": f"{module}.{entry['name']}"} if str(entry.get("name", "")).isidentifier() else entry
+
+
+def _named(step: Callable) -> str:
+    """The name of a built-in step; "" for one of the user's own."""
+    function = getattr(step, "func", step)
+    return function.__name__ if function.__module__ == built.__name__ else ""
+
+
+def _given(entry: Mapping | str) -> Callable | None:
+    """The function of `config.rollouts.given`, which takes what it has keywords for of progress and key."""
+    if not (entry := given(plain(entry), "config.rollouts.given")):
+        return None
+    entry = _of_module(entry, "given")
+    takes = inspect.signature(find(entry["name"], "rollouts")).parameters
+    passed = {k: None for k in ("progress", "key") if k in takes}
+    bound = resolve({**entry, **passed}, "rollouts")
+    return lambda record, ids, **about: bound(record, ids, **{k: about[k] for k in passed})
 
 
 def _advantages(asked: Mapping | str, own: Mapping | str) -> Callable:
@@ -79,72 +166,129 @@ def _advantages(asked: Mapping | str, own: Mapping | str) -> Callable:
     """
     asked = given(plain(asked), "config.rollouts.advantages") or own
     own, asked = ({"name": x} if isinstance(x, str) else dict(x) for x in (own, asked))
-    for entry in (own, asked):
-        if str(entry.get("name", "")).isidentifier():
-            entry["name"] = f"advantages.{entry['name']}"
+    own, asked = (_of_module(entry, "advantages") for entry in (own, asked))
     takes = inspect.signature(find(asked["name"], "rollouts")).parameters if isinstance(asked.get("name"), str) else {}
     return resolve({**{k: v for k, v in own.items() if k in takes}, **asked}, "rollouts")
 
 
-def _check_rollouts(s, objective: Callable, lessons: Lessons) -> None:
+def _check_rollouts(s, objective: Callable, shape: Rows, chosen: list[Callable]) -> None:
     """Raises UserError for settings of which one makes another wrong, or idle."""
-    r, compares = s.rollouts, _compares(objective)
-    if s.batch_size * r.minibatches % lessons.rows_a_prompt:
-        raise UserError(
-            f"config.rollouts.group: {r.group} must divide config.batch_size x minibatches = {s.batch_size * r.minibatches}."
-        )
+    r, compares, names = s.rollouts, _compares(objective), [_named(step) for step in chosen]
+    way = next((step.keywords.get("way", built.WAYS[0]) for step in chosen if _named(step) == "correction"), "")
+    if (count := shape.batch_size * r.minibatches) % shape.per_prompt:
+        raise UserError(f"config.rollouts.group: {r.group} must divide config.batch_size x minibatches = {count}.")
     if r.minibatches * r.epochs + r.lag > 1 and not declared(objective, "off_policy"):
         raise UserError(
             "config.rollouts: with several steps a batch, or a lag, the weights are no longer those that sampled, and this "
             "objective does not make up for it; take one with a ratio (policy_gradient.grpo), or minibatches=epochs=1, lag=0."
         )
-    if r.correction not in CORRECTIONS:
-        raise UserError(f"config.rollouts.correction: {r.correction!r}; give '', 'truncate' or 'mask'.")
+    if way not in ("", *built.WAYS):
+        raise UserError(f"config.rollouts.correction: {way!r}; give '', 'truncate' or 'mask'.")
     restricted = [k for k in ("top_k", "top_p", "min_p", "processors") if r[k] != {"top_p": 1.0, "processors": ""}.get(k, 0)]
     if not 0 < r.top_p <= 1 or r.min_p > 1:
         raise UserError(f"config.rollouts: top_p={r.top_p} and min_p={r.min_p} are shares; give top_p above 0, and 1 at most.")
-    if restricted and compares and r.correction != "truncate":
+    if restricted and compares and way != "truncate":
         raise UserError(
             f"config.rollouts.{restricted[0]}: completions are then drawn from another distribution than the policy's, each "
             "token more often than it would have said it; make up for that by config.rollouts.correction=truncate."
         )
+    if "pairs" in names and not shape.pairs:
+        raise UserError("config.rollouts.steps: pairs; this objective learns from all completions. Leave it out.")
+    if shape.pairs and "pairs" not in names:
+        raise UserError("config.rollouts.steps: this objective learns from pairs, and no step makes them; add `pairs`.")
     for key in ("correction", "advantages"):
         if r[key] and not compares:
             raise UserError(f"config.rollouts.{key}: {r[key]!r}; this objective reads no advantages. Leave it out.")
     if r.correction and not r.correction_cap:
         raise UserError("config.rollouts.correction_cap: 0 lets nothing pass; give the largest ratio that may, as 2.0.")
+    if declared(objective, "sequence_level") and way == "truncate":
+        raise UserError("config.rollouts.correction: the objective weighs whole completions, not tokens; take 'mask'.")
     if r.overlong > r.new:
         raise UserError(f"config.rollouts.overlong: {r.overlong} of at most {r.new} new tokens; give fewer.")
 
 
 def _compares(objective: Callable) -> bool:
     """Whether completions are weighed by how much better they did, as pairs are not, nor what a teacher judges."""
-    return datasets.row_type(objective).completions == 1 and "teacher_hidden" not in declared(objective, "columns")
+    return datasets.row_type(objective).completions != 2 and "teacher_hidden" not in declared(objective, "columns")
 
 
-def _check_groups(s, objective: Callable, lessons: Lessons) -> None:
-    """Raises UserError for groups in which there is nothing to compare."""
-    r = s.rollouts
+def _check_steps(config: RolloutConfig, s, objective: Callable) -> None:
+    """Hands a trial batch through the steps: two of the task's problems, whose completions end at once; the first's rewards are
+    0, the second's 1, 2, ... Raises UserError where what the objective reads is not made, and for groups in which there is
+    nothing to compare.
+    """
+    r, names = s.rollouts, [_named(step) for step in config.steps]
     for key in ("resample", "drop_level"):
-        if r[key] and r.group == 1:
+        if (r[key] or key in names) and r.group == 1:
             raise UserError(f"config.rollouts.{key}: a group of 1 is always level; take config.rollouts.group=2 at least.")
-    if lessons.pairs and r.group == 1:
+    if config.rows.pairs and r.group == 1:
         raise UserError("config.rollouts.group: 1 is no pair; take 2 at least.")
-    if not _compares(objective):
-        return
-    ones, reads = np.ones((2 * r.group, 2), np.float32), declared(objective, "columns")
-    tokens = {"mask": ones > 0, "old_logps": -ones, "tasks": ["a", "b"]}
-    tokens |= {k: x for k, x in (("ref_logps", -ones), ("values", 0 * ones)) if k in reads}
+    settled, batch = None, _trial(config, {"ref_logps", "values"} & {*declared(objective, "columns")})
+    for step in config.steps:
+        before, batch = batch, _tried(step, batch)
+        settled = batch.completions if settled is None and _named(step) == "annotate" else settled
+        if settled is not None and batch.completions is not settled:
+            raise UserError("config.rollouts.steps: a step after annotate changed which completions there are; put it before.")
+        if _named(step) == "advantages" and _compares(objective):
+            _check_advantages(built.estimated(before, step.keywords["of"]), s, objective)
+    if _compares(objective) and "advantages" not in batch.columns:
+        raise UserError("config.rollouts.steps: the objective reads advantages, and no step makes them; add `advantages`.")
+
+
+def _tried(step: Callable, batch: RolloutBatch) -> RolloutBatch:
+    """What a step makes of the trial batch. Raises UserError where it raises, or gives no batch."""
+    name = getattr(getattr(step, "func", step), "__name__", step)
     try:
-        made = lessons.advantages(np.arange(2.0 * r.group).reshape(2, r.group), tokens)
+        made = step(batch)
     except KeyError as error:
+        if name != "advantages":
+            raise
         raise UserError(
             f"config.rollouts.advantages: they read {error}, which this objective has no use for, so that nobody makes it; set "
             "their beta to 0, or take an objective that asks for it (policy_gradient.reinforce_pp, policy_gradient.ppo)."
         ) from error
+    if not isinstance(made, RolloutBatch):
+        raise UserError(f"config.rollouts.steps: {name} gave {type(made).__name__}; a step returns a RolloutBatch.")
+    return made
+
+
+class _Stand(NamedTuple):
+    """What stands for the source of the trial batch."""
+
+    columns: dict
+    demonstration: Callable
+    stop: tuple
+    sample: Callable
+
+    def annotate(self, batch: RolloutBatch) -> dict:
+        return {k: np.full(batch.real.shape, x, np.float32) for k, x in self.columns.items()}
+
+
+def _trial(config: RolloutConfig, reads: set[str]) -> RolloutBatch:
+    """Two of the task's problems, the group's completions of two tokens each, or of one that all there is room for."""
+    group, new = config.rows.group, config.rows.new
+    problems = [problem for i in range(LOOK) if (problem := config.prompt(i)) is not None][:2]
+    if len(problems) < 2:
+        raise UserError(f"config.task: of its first {LOOK} problems fewer than two can be asked.")
+    count, length = 2 * group, min(new, 2)
+    tokens, ones = np.zeros((count, new), np.int32), np.ones(count, bool)
+    tokens[:, :length] = next(iter(config.sampling["stop"]), 0)
+    logps = np.where(np.arange(new) < length, np.float32(-1), np.float32(0)) * np.ones((count, 1), np.float32)
+    lengths = np.full(count, length)
+    completions = Completions(tokens, lengths, logps, ones, lengths - 1, np.zeros((count, new), bool))
+    totals = np.maximum(np.arange(count) - group + 1.0, 0.0)
+    scores = Scores(totals, {name: totals.copy() for name in config.rewards}, 0)
+    values = {k: 0.0 if k == "values" else -1.0 for k in (*reads, "scored_logps")}
+    records, prompts = ([problem[i] for problem in problems] for i in (0, 1))
+    records = [{**record, "cell": record.get("cell", name)} for record, name in zip(records, "ab", strict=True)]
+    batch = RolloutBatch(prompts, records, np.arange(2), completions, scores, ones, ones)
+    return batch.replace(source=_Stand(values, config.demonstration, tuple(config.sampling["stop"]), lambda: batch))
+
+
+def _check_advantages(made, s, objective: Callable) -> None:
+    """Raises UserError for advantages that are all zero, or of tokens where the objective weighs completions."""
+    group = s.rollouts.group
     if not np.any(made["advantages"] if isinstance(made, dict) else made):
-        raise UserError(f"config.rollouts.group: {r.group} leaves nothing to compare with these advantages; take 2 at least.")
-    if declared(objective, "sequence_level") and (isinstance(made, dict) or np.shape(made) != (2, r.group)):
+        raise UserError(f"config.rollouts.group: {group} leaves nothing to compare with these advantages; take 2 at least.")
+    if declared(objective, "sequence_level") and (isinstance(made, dict) or np.shape(made) != (2, group)):
         raise UserError("config.rollouts.advantages: these are tokens' own, and the objective weighs whole completions.")
-    if declared(objective, "sequence_level") and r.correction == "truncate":
-        raise UserError("config.rollouts.correction: the objective weighs whole completions, not tokens; take 'mask'.")

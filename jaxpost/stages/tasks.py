@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
-from jaxpost.data import chat
+from jaxpost.data import chat, formats
+from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
 from jaxpost.recipe import plain
 from jaxpost.resolve import bind, entry_of, module, resolve
@@ -18,6 +19,7 @@ from jaxpost.rewards import trl
 from jaxpost.rollouts.scoring import Scorer, check_record
 from jaxpost.stages import datasets
 from jaxpost.tokenizer import check_ids
+from jaxpost.unread import shares
 
 Rewards = Mapping[str, tuple[Callable, float]]
 LOOK = 256  # how many of a task's problems are looked at before anything is compiled
@@ -39,7 +41,7 @@ def task(s):
     needed = (
         ["record", "test_records"]
         + ([] if s.reward else ["reward"])
-        + (["conversation"] if (s.do, s.source) == ("train", "data") and not s.data else [])
+        + (["conversation"] if s.do == "train" and "data" in shares(s.source) and not s.data else [])
     )
     if missing := [name for name in needed if not callable(getattr(found, name, None))]:
         raise UserError(f"config.task: {s.task['name']} has no function {missing[0]}; CONTRIBUTING.md lists what a task has.")
@@ -155,9 +157,36 @@ def _encoded(record: Mapping, place: str, model, s, jinja: str) -> np.ndarray:
     return ids
 
 
-def prompts(found, judges: Rewards, model, s, leave_out: bool) -> Callable:
+def demonstrations(task, model, s) -> Callable:
+    """i -> [n] int32, the ids of the task's answer to problem i as the assistant's turn, what ends it included.
+
+    Raises UserError for a task without, and where the answer's text does not follow the prompt's token by token.
+    """
+    if not callable(getattr(task, "demonstration", None)):
+        raise UserError(
+            f"config.task: {s.task['name']} has no function demonstration, which config.rollouts asks for (exchange, given); "
+            "CONTRIBUTING.md says what it gives."
+        )
+    jinja = datasets.template(model, s)
+
+    def answer(i: int) -> np.ndarray:
+        place, told = f"task {s.task['name']}, the demonstration of problem {i}", task.demonstration(i, seed=s.seed)
+        prompt = task.record(i, seed=s.seed)["prompt"]
+        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        turns = [{"role": "assistant", "content": told}] if isinstance(told, str) else list(told)
+        example = formats.demonstration(Record({"messages": [*asked, *turns]}, place), {})
+        encoded, ids = chat.encode(example, model.tokenizer, jinja, "last"), chat.encode_prompt(prompt, model.tokenizer, jinja)
+        if encoded["tokens"][: len(ids)].tolist() != ids.tolist():
+            raise UserError(f"{place}: the tokenizer joins its beginning to the prompt's end; begin it with another letter.")
+        return encoded["tokens"][len(ids) : np.flatnonzero(encoded["mask"])[-1] + 1]
+
+    return answer
+
+
+def prompts(found, judges: Rewards, model, s, leave_out: bool, answers: Callable | None = None) -> Callable:
     """i -> (record, token ids) of the i-th training problem, or None for one that the settings leave out (too_long="drop",
-    bad_rows="skip") where that is possible; some are looked at now.
+    bad_rows="skip") where that is possible; some are looked at now. answers: i -> the ids of the answer to it, which are to fit
+    a completion.
     """
     jinja = datasets.template(model, s)
 
@@ -165,7 +194,13 @@ def prompts(found, judges: Rewards, model, s, leave_out: bool) -> Callable:
         record, place = found.record(i, seed=s.seed), f"task {s.task['name']}, problem {i}"
         try:
             check_record(judges, record, place)
-            return record, _encoded(record, place, model, s, jinja)
+            ids = _encoded(record, place, model, s, jinja)
+            if answers and (length := len(answers(i))) > s.rollouts.new:
+                raise _TooLong(
+                    f"{place}: its demonstration has {length} tokens; config.rollouts.new takes {s.rollouts.new}. Make that "
+                    'longer, or have such problems left out and counted: config.too_long="drop".'
+                )
+            return record, ids
         except UserError as error:
             lenient = s.too_long == "drop" if isinstance(error, _TooLong) else s.bad_rows == "skip"
             if not (lenient and leave_out):

@@ -19,7 +19,7 @@ from jaxpost.log import Log
 from jaxpost.models import loading
 from jaxpost.profile import Profile
 from jaxpost.rollouts import resume
-from jaxpost.stages import judge
+from jaxpost.stages import datasets, judge
 from jaxpost.stages.plan import Plan, plan_stage, scalars
 from jaxpost.stages.run import Output, Run
 from jaxpost.stages.state import program, shapes
@@ -49,7 +49,7 @@ def make(plan: Plan, run: Run) -> Output:
         show(plan)
     saved = checkpoint.Checkpoints(run.workdir / "checkpoints" / plan.name, keep=s.keep, best=s.best, highest=s.highest)
     # Closed whatever happens: in a notebook the next attempt would meet the threads of this one, still writing.
-    with contextlib.closing(saved), contextlib.closing(plan.source) if s.source == "rollouts" else contextlib.nullcontext():
+    with contextlib.closing(saved), contextlib.closing(plan.source):
         figures, seconds, left = _steps(plan, run, saved)
     run.stop.in_loop = False  # all is written
     if left is not None:
@@ -59,9 +59,10 @@ def make(plan: Plan, run: Run) -> Output:
 
 def show(plan: Plan) -> None:
     """Prints one example of what a stage learns from, with its mask."""
-    if plan.example and jax.process_index() == 0:
+    if plan.sets and jax.process_index() == 0:
         colour = sys.stderr.isatty()
-        shown = [chat.show(document["tokens"], document["mask"], plan.spec.tokenizer, colour) for document in plan.example]
+        documents = datasets.shown(plan.sets)
+        shown = [chat.show(document["tokens"], document["mask"], plan.spec.tokenizer, colour) for document in documents]
         print("one example (what is learned stands out):", *shown, sep="\n", file=sys.stderr, flush=True)
 
 
@@ -90,7 +91,7 @@ def _steps(plan: Plan, run: Run, saved: checkpoint.Checkpoints) -> tuple[dict, f
     def save(done: bool) -> None:
         log.flush()
         counted = {"num_tokens": log.num_tokens, "seconds": log.seconds, "done": done, "results": results}
-        counted |= {"position": _position(plan, saved, at), "data": plan.data}
+        counted |= {"position": plan.source.keep(at, saved.steps()), "data": plan.data}
         saved.save(state, counted | kept, results if judged == at else None)
 
     # Loop: a batch, a step, and now and then a look at where we are.
@@ -103,7 +104,7 @@ def _steps(plan: Plan, run: Run, saved: checkpoint.Checkpoints) -> tuple[dict, f
             batch = plan.source(state) | scalars(at - 1, plan.steps)
             log.waited()
             state, measured = step(state, sharding.distribute(batch, mesh, s.batch_size))
-        log.step(at, batch, {**measured, **getattr(plan.source, "metrics", {})})
+        log.step(at, batch, {**measured, **plan.source.metrics})
         done = at == plan.steps or log.out_of_time()
         if done or (s.eval_every and at % s.eval_every == 0):
             results, judged = evaluated(state, log, at), at
@@ -172,19 +173,11 @@ def _restore(plan: Plan, saved: checkpoint.Checkpoints, step: int, tx, mesh) -> 
 
 def _annotated(plan: Plan, run: Run, state: TrainState, *, fresh: bool) -> Plan:
     """The plan whose batches have the columns that models make of them. fresh: whether the stage begins with this state."""
-    if plan.settings.source == "rollouts":
-        plan.source.folder = run.workdir / "rollouts" / plan.name
-        if fresh and jax.process_index() == 0:
-            resume.clear(plan.source.folder)
+    plan.source.folder = run.workdir / "rollouts" / plan.name
+    if fresh and jax.process_index() == 0:
+        resume.clear(plan.source.folder)
     origin, folder = run.starting(plan.spec, plan.settings), run.root / "columns"
     return annotations.attached(plan, origin, state, folder, run.mesh, fresh=fresh, weights_of=run.models(plan.settings))
-
-
-def _position(plan: Plan, saved: checkpoint.Checkpoints, step: int):
-    """Where the source is, for the checkpoint of a step; what of it no checkpoint could make again is in files by then."""
-    if plan.settings.source != "rollouts":
-        return plan.source.position
-    return plan.source.keep(step, saved.steps())
 
 
 def _seconds_of(stages: str, run: Run) -> float:

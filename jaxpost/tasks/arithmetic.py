@@ -125,6 +125,11 @@ def conversation(index, *, seed=0, corrupt=0.4):
     return {"messages": messages, "corrupted": corrupted, **columns}
 
 
+def demonstration(index, *, seed=0):
+    """The right answer to training record `index`."""
+    return record(index, seed=seed)["answer"]
+
+
 def test_records(per_cell, *, seed=0):
     """`per_cell` distinct test problems of each cell in turn, or all of a cell that has fewer (the one-digit cells have
     nine, ten and eight).

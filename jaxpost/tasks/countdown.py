@@ -53,8 +53,12 @@ def make(*, sizes: Sequence[int] = (3, 4), largest: int = 99) -> SimpleNamespace
     def conversation(index, *, seed=0):
         """A solution of training problem `index`, as `messages`; the other columns are those of its record."""
         columns = record(index, seed=seed)
-        turns = {"user": columns.pop("prompt"), "assistant": f"<answer>{columns['answer']}</answer>"}
+        turns = {"user": columns.pop("prompt"), "assistant": demonstration(index, seed=seed)}
         return {"messages": [{"role": role, "content": text} for role, text in turns.items()], **columns}
+
+    def demonstration(index, *, seed=0):
+        """The solution of training problem `index`, as an answer gives it."""
+        return f"<answer>{record(index, seed=seed)['answer']}</answer>"
 
     def test_records(per_cell, *, seed=0):
         """`per_cell` different test problems of each size, or fewer where there are hardly any more; in an order fixed by
@@ -63,7 +67,8 @@ def make(*, sizes: Sequence[int] = (3, 4), largest: int = 99) -> SimpleNamespace
             raise UserError(f"per_cell={per_cell}: at least one test problem a cell is needed")
         return [found for size in sizes for found in _different(size, largest, seed, per_cell)]
 
-    return SimpleNamespace(record=record, conversation=conversation, test_records=test_records, reward=reward, extract=extract)
+    asked = {"record": record, "test_records": test_records, "reward": reward, "extract": extract}
+    return SimpleNamespace(conversation=conversation, demonstration=demonstration, **asked)
 
 
 def reward(record, completion) -> bool:

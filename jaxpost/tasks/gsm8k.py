@@ -62,15 +62,18 @@ def make(*, data, test="") -> SimpleNamespace:
         turns = {"user": columns.pop("prompt"), "assistant": columns.pop("solution")}
         return {"messages": [{"role": role, "content": text} for role, text in turns.items()], **columns}
 
+    def demonstration(index, *, seed=0):
+        """The worked solution of training row `index`."""
+        return record(index, seed=seed)["solution"]
+
     def test_records(per_cell, *, seed=0):
         """`per_cell` test problems, or all if there are fewer, in an order fixed by `seed`; more of them extend the list."""
         if per_cell < 1:
             raise UserError(f"per_cell={per_cell}: at least one test problem is needed")
         return [record(index, split="test", seed=seed) for index in range(min(per_cell, len(parts["test"])))]
 
-    return SimpleNamespace(
-        record=record, conversation=conversation, test_records=test_records, reward=math.numeric, extract=extract
-    )
+    asked = {"record": record, "test_records": test_records, "reward": math.numeric, "extract": extract}
+    return SimpleNamespace(conversation=conversation, demonstration=demonstration, **asked)
 
 
 def extract(completion: str) -> str | None:

@@ -49,6 +49,19 @@ def make(*, data: str, test: str = "", columns: Any = "", held_out: float = 0.1)
         again, place = divmod(index, len(parts[split]))
         return dict(parts[split][_order(len(parts[split]), split, seed, again)[place]])
 
+    def demonstration(index: int, *, seed: int = 0) -> str:
+        """The answer that training row `index` brings: the assistant's last turn in its `messages`, or its `completion`.
+
+        Raises UserError for a row without one.
+        """
+        row = record(index, seed=seed)
+        turns = row["messages"] if isinstance(row.get("messages"), list) else [{}]
+        last = turns[-1] if turns and isinstance(turns[-1], dict) else {}
+        told = last.get("content") if last.get("role") == "assistant" else row.get("completion")
+        if not isinstance(told, str):
+            raise UserError(f"task prompts: row {index} has no answer to show; end its messages with one, or give a completion")
+        return told
+
     def test_records(per_cell: int, *, seed: int = 0) -> list[dict]:
         """`per_cell` test prompts, or all if there are fewer, in an order fixed by `seed`; more of them extend the list."""
         if per_cell < 1:
@@ -59,7 +72,8 @@ def make(*, data: str, test: str = "", columns: Any = "", held_out: float = 0.1)
         """Every row of every file, with its place: file and row."""
         return [*placed, *placed_tests]
 
-    return SimpleNamespace(record=record, test_records=test_records, placed_records=placed_records)
+    asked = {"record": record, "test_records": test_records, "placed_records": placed_records}
+    return SimpleNamespace(demonstration=demonstration, **asked)
 
 
 def _records(paths: str, names: Mapping[str, str]) -> list[tuple[dict, str]]:
