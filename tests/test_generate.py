@@ -80,7 +80,7 @@ def asked(batch: int = 8, count: int = 7, reward=lambda record, text: float(int(
         return {"prompt": f"{i}+{i}"}, np.array(TOKENIZER.encode(f"{i}+{i}"), np.int32)
 
     return generate.Samples(
-        None, TOKENIZER, prompt, {"mine": (reward, 1.0)}, row_types.load("pairs"), count, 4, batch, 0, 0, {}, {}
+        None, TOKENIZER, prompt, {"mine": (reward, 1.0)}, row_types.load("pairs"), count, 4, batch, 0, 0, {}, {"new": NEW}
     )
 
 
