@@ -104,11 +104,11 @@ def learned(spec: loading.ModelSpec, s, mesh) -> tuple[loading.ModelSpec, Callab
     if others:
         trainable = f"^(?!({'|'.join(others)})$)(?=.*({trainable}))"
     train, _ = optim.partition(loading.abstract(spec.transformer, mesh, spec.adapter, spec.leaves), trainable)
-    kind = datasets.row_type(objective)
-    _check_row_type(s, kind)
+    row_type = datasets.row_type(objective)
+    _check_row_type(s, row_type)
     # Where several documents are one example, each is held to the model's positions where it is encoded.
     rolled, most = s.source == "rollouts", spec.transformer.arch.max_positions
-    if not rolled and kind.fills_window and s.window > most:
+    if not rolled and row_type.fills_window and s.window > most:
         raise UserError(f"config.window: {s.window} tokens, but the model takes {most}; give that at most.")
     longest = s.rollouts.prompt_window + s.rollouts.new if rolled else s.window
     short = min((k.rope.original for k in spec.transformer.arch.kinds if k.rope.kind == "longrope"), default=longest)
@@ -124,11 +124,11 @@ def learned(spec: loading.ModelSpec, s, mesh) -> tuple[loading.ModelSpec, Callab
     return spec, objective, trainable, sum(x.size for x in jax.tree.leaves(train))
 
 
-def _check_row_type(s, kind: RowType) -> None:
+def _check_row_type(s, row_type: RowType) -> None:
     """Raises UserError for settings that have no meaning for what the objective learns from."""
-    if not {"rollouts": kind.completions, "samples": kind.rows_of}.get(s.source, True):
-        raise UserError(f"config.source: the objective learns from {kind.name} of a data set, and {s.source} are none.")
-    if s.shared_prefix and not kind.shareable and s.source != "rollouts":
+    if not {"rollouts": row_type.completions, "samples": row_type.rows_of}.get(s.source, True):
+        raise UserError(f"config.source: the objective learns from {row_type.name} of a data set, and {s.source} are none.")
+    if s.shared_prefix and not row_type.shareable and s.source != "rollouts":
         raise UserError("config.shared_prefix: only a prompt with two answers has a prefix to share; leave it out.")
 
 
