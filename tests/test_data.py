@@ -378,7 +378,7 @@ def test_alpaca_with_the_stories_tokenizer():
 def test_much_that_is_cut_off_for_its_length_is_warned_of_with_the_remedy(capsys, too_long, learned_window):
     records = text_records(*["ab"] * 7, *["c" * n for n in range(10, 52)])
     encoded = encoding.encode_all(records, characters(), window=learned_window, too_long=too_long)
-    mixture.tell("data d.txt", mixture.Part("d.txt", None, [], []), encoded, 1, learned_window, 100)
+    mixture.report("data d.txt", mixture.Part("d.txt", None, [], []), encoded, 1, learned_window, 100)
     printed = capsys.readouterr().err
     assert ("warning" in printed) == ((too_long, learned_window) == ("truncate", 9))
     if "warning" in printed:
@@ -393,7 +393,7 @@ def test_much_that_is_dropped_for_its_length_is_warned_of_with_the_remedy(capsys
     records = text_records(*["ab"] * 7, *["c" * n for n in range(10, 52)])
     encoded = encoding.encode_all(records, characters(), window=9, too_long="drop")
     part = mixture.Part("d.txt", None, [], [])
-    mixture.tell("data d.txt", part, encoded, 1, 9, 100)
+    mixture.report("data d.txt", part, encoded, 1, 9, 100)
     printed = capsys.readouterr().err
     assert (
         "warning: data d.txt: 42 of 49 examples are dropped, being too long for a window of 9; --config.window=53 hold"
@@ -401,10 +401,10 @@ def test_much_that_is_dropped_for_its_length_is_warned_of_with_the_remedy(capsys
     )
     assert "--config.too_long=truncate" in printed
     assert encoding.encode_all(records, characters(), window=53, too_long="drop").report["dropped"] == 0
-    mixture.tell("data d.txt", part, encoded, 1, 9, 20)
+    mixture.report("data d.txt", part, encoded, 1, 9, 20)
     assert "the longest needs a window of 53, and the model takes documents of 20" in capsys.readouterr().err
     few = encoding.encode_all(text_records(*["ab"] * 40, "c" * 10), characters(), window=9, too_long="drop")
-    mixture.tell("data d.txt", part, few, 1, 9, 100)
+    mixture.report("data d.txt", part, few, 1, 9, 100)
     assert few.report["dropped"] == 1 and "warning" not in capsys.readouterr().err
 
 

@@ -146,7 +146,7 @@ def test_the_hint_stands_where_it_belongs(capsys):
     def told(longest=8, **counts):
         report = dict.fromkeys(("count", "dropped", "truncated", "split", "skipped", "tokens", "trained_tokens"), 0) | counts
         encoded = encoding.Encoded([], np.zeros(0), np.zeros(0), report, "", "because", 0)
-        mixture.tell("data", mixture.Part("p", None, [], []), encoded, 3, 8, longest)
+        mixture.report("data", mixture.Part("p", None, [], []), encoded, 3, 8, longest)
         return capsys.readouterr().err.partition("3 rows of 8")[2].strip()
 
     hint = " (for their length: config.window, config.too_long)"
@@ -304,9 +304,9 @@ def test_columns_that_are_not_learned_from_are_named(capsys):
     records = [Record(row | {f"c{i}": i for i in range(3)}, "p")]
     encoded = encoding.encode_all(records, characters(), window=9)
     for columns, told in ((["mine"], "thinking, c0, c1, c2"), ([], "thinking, mine, c0, c1, c2")):
-        mixture.tell("data d", mixture.Part("d", None, records, []), encoded, 1, 9, 9, columns)
+        mixture.report("data d", mixture.Part("d", None, records, []), encoded, 1, 9, 9, columns)
         assert f"data d: columns that are not learned from: {told}\n" in capsys.readouterr().err
-    mixture.tell("eval data d", mixture.Part("d", None, records, []), encoded, 1, 9, 9)
+    mixture.report("eval data d", mixture.Part("d", None, records, []), encoded, 1, 9, 9)
     assert "columns" not in capsys.readouterr().err
 
 

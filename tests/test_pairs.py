@@ -321,7 +321,7 @@ def plan(tmp_path, rows, objective=compared, **changes):
 ROWS = [pair("q" * (1 + i % 3), "a" * (1 + i % 4), "b", margin=i) for i in range(40)]
 
 
-def test_a_stage_learns_from_the_shape_that_its_objective_says(tmp_path):
+def test_a_stage_learns_from_the_row_type_that_its_objective_says(tmp_path):
     for loss, changes, more in (
         (compared, {}, set()),
         (compared, {"shared_prefix": True}, {"branches"}),
@@ -349,7 +349,7 @@ def test_batches_of_pairs_resume_by_their_number(tmp_path):
         assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_stage_refuses_what_does_not_go_with_its_shape(tmp_path):
+def test_a_stage_refuses_what_does_not_go_with_its_row_type(tmp_path):
     demonstrations = [{"prompt": "q", "completion": "a"}] * 8
 
     @objective(rows="pair")
@@ -414,7 +414,7 @@ def test_a_pair_that_is_equal_once_cut_is_dropped_and_counted_as_that(capsys):
     rows = [pair("p", "aaab", "aaac"), pair("p", "a", "b"), pair("p" * 9, "a", "b")]
     encoded = encode(rows, window=8, too_long="truncate")
     assert (encoded.report["count"], encoded.report["dropped"], encoded.report["equal"]) == (1, 2, 1)
-    mixture.tell("data d.jsonl", mixture.Part("d.jsonl", None, [], []), encoded, 1, 8, 8)
+    mixture.report("data d.jsonl", mixture.Part("d.jsonl", None, [], []), encoded, 1, 8, 8)
     printed = capsys.readouterr().err
     assert ", 2 dropped, 1 of them pairs whose answers are equal once cut (for their length:" in printed
     assert "equal" not in encode(rows, window=8, too_long="drop").report, "nothing is cut"

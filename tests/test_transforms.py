@@ -162,7 +162,11 @@ def test_what_is_no_order_of_the_data_is_refused(tmp_path):
     for given, changes, message in (
         ("as_given", {"data": mixture}, "config.order: the rows of a mixture are drawn by weight, so they have no one order"),
         ({"name": "by", "column": "heavy"}, {}, "d.jsonl, line 1: there is no number under 'heavy'"),
-        ({"name": "select.top", "column": "hard", "keep": 4}, {}, "select.top gives 4 of 40 rows, and an order has each row"),
+        (
+            {"name": "select.top", "column": "hard", "keep": 4},
+            {},
+            "config.order: it gives 4 of 40 rows, and an order has",
+        ),
         ("backwards", {}, "transforms.order has no 'backwards'. Known: as_given, by"),
         (lambda rows, columns, key: np.ones(40), {}, "a transform returns indices"),
         ("as_given", {"source": "rollouts", "data": ""}, "config.order: .* is not read by source='rollouts'"),

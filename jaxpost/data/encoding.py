@@ -94,25 +94,26 @@ def encode_all(
     for key, value, known in choices:
         if value not in known:
             raise UserError(f"{key}={value!r} is not known; choose one of {', '.join(known)}")
-    kind, jinja, longest = row_types.load(row_type), templates.jinja(tokenizer, template), min(window, longest or window)
+    row_type, jinja, longest = row_types.load(row_type), templates.jinja(tokenizer, template), min(window, longest or window)
     reads = frozenset(reads)
-    c = Settings(tokenizer, jinja, train_on, window, longest, too_long, dict(columns or {}), shared, reads)
-    kind.check(c)
+    settings = Settings(tokenizer, jinja, train_on, window, longest, too_long, dict(columns or {}), shared, reads)
+    row_type.check(settings)
     # The first call settles the tokenizer's truncation state here, in one thread; later ones may come from several at a time.
     tokenizer("")
-    choices = (*c._replace(tokenizer=None, reads=sorted(kind.columns(reads))), bad_rows, kind.name, kind.digest, *row_columns)
+    own = settings._replace(tokenizer=None, reads=sorted(row_type.columns(reads)))
+    choices = (own, bad_rows, row_type.name, row_type.digest, list(row_columns))
     file = cloud.cache_folder() / f"{_key(records, tokenizer, choices)}.npz"
     stored = _load(file)
     if stored is None:
-        stored = _encoded(records, kind, c, bad_rows, row_columns)
+        stored = _encoded(records, row_type, settings, bad_rows, row_columns)
         _save(file, stored)
-    return _opened(stored, kind, c, tuple(row_columns), len(records))
+    return _opened(stored, row_type, settings, tuple(row_columns), len(records))
 
 
-def _opened(stored: dict, kind: RowType, c: Settings, row_columns: tuple[str, ...], count: int) -> Encoded:
+def _opened(stored: dict, row_type: RowType, settings: Settings, row_columns: tuple[str, ...], count: int) -> Encoded:
     """What was cached of so many records, as examples."""
-    skipped, reason = _useful(stored, count, c)
-    cut, is_split = int(stored["cut"]), c.too_long == "split"
+    skipped, reason = _useful(stored, count, settings)
+    cut, is_split = int(stored["cut"]), settings.too_long == "split"
     report = {"count": len(stored["sizes"]), "dropped": int(stored["dropped"]), "truncated": 0 if is_split else cut}
     report |= {"split": cut if is_split else 0, "skipped": skipped}
     report |= {"equal": int(stored["equal"])} if stored["equal"] else {}
@@ -120,67 +121,69 @@ def _opened(stored: dict, kind: RowType, c: Settings, row_columns: tuple[str, ..
     read, numbers = examples.reader(stored), stored["numbers"]
 
     def example(i: int) -> pack.Row:
-        row = kind.lay_out(read(i), c)
+        row = row_type.lay_out(read(i), settings)
         for name, number in zip(row_columns, numbers[i], strict=True):
             row[name] = np.full(len(row["tokens"]), number)
         return row
 
-    _check_columns(example(0), kind, c, row_columns)
-    lengths = examples.lengths(stored, c.shared)
+    _check_columns(example(0), row_type, settings, row_columns)
+    lengths = examples.lengths(stored, settings.shared)
     starts = np.cumsum(stored["sizes"], dtype=np.int64) - stored["sizes"]
     learned = np.add.reduceat(stored["mask"], starts, dtype=np.int64)
     laid_out = grain.MapDataset.range(len(lengths)).map(example)
     with_call = int(stored["with_call"]) if stored["with_call"] >= 0 else None
     highest, widest, lost = int(stored["tokens"].max()), int(stored["widest"]), int(stored["lost"])
-    digest = _digest(stored, kind, c.shared, row_columns)
+    digest = _digest(stored, row_type, settings.shared, row_columns)
     return Encoded(laid_out, lengths, learned, report, digest, reason, highest, widest, with_call, lost, row_columns)
 
 
-def _check_columns(row: pack.Row, kind: RowType, c: Settings, row_columns: Sequence[str]) -> None:
+def _check_columns(row: pack.Row, row_type: RowType, settings: Settings, row_columns: Sequence[str]) -> None:
     """Raises UserError where a row type lays out other columns than it says."""
-    declared = pack.empty(len(row["tokens"]), kind.further(c.shared, c.reads, row_columns))
+    declared = pack.empty(len(row["tokens"]), row_type.further(settings.shared, settings.reads, row_columns))
     for name in sorted(row.keys() | declared.keys() - {"segments", "positions"}):
         kinds = [f"{x[name].dtype} {list(x[name].shape)}" if name in x else "none" for x in (row, declared)]
         if kinds[0] != kinds[1]:
             raise UserError(
-                f"config.objective: its rows={kind.name!r} lay out a column {name} of {kinds[0]}, and their columns() of "
+                f"config.objective: its rows={row_type.name!r} lay out a column {name} of {kinds[0]}, and their columns() of "
                 f"{kinds[1]}; make the two agree."
             )
 
 
-def _digest(stored: dict, kind: RowType, shared: bool, row_columns: Sequence[str]) -> str:
+def _digest(stored: dict, row_type: RowType, shared: bool, row_columns: Sequence[str]) -> str:
     parts = [stored[name].tobytes() for name in ("tokens", "mask", "sizes")]
-    if len(stored["values"]) or kind.digest:
-        parts += [stored["parts"].tobytes(), stored["values"].tobytes(), f"{kind.name} {shared}".encode()]
-    if kind.digest:
-        parts += [stored["counts"].tobytes(), stored["widths"].tobytes(), kind.digest.encode()]
+    if len(stored["values"]) or row_type.digest:
+        parts += [stored["parts"].tobytes(), stored["values"].tobytes(), f"{row_type.name} {shared}".encode()]
+    if row_type.digest:
+        parts += [stored["counts"].tobytes(), stored["widths"].tobytes(), row_type.digest.encode()]
     if row_columns:
         parts += [stored["numbers"].tobytes(), " ".join(row_columns).encode()]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
-def _useful(stored: dict, count: int, c: Settings) -> tuple[int, str]:
+def _useful(stored: dict, count: int, settings: Settings) -> tuple[int, str]:
     """(how many records were skipped, why the first was). Raises NothingToLearn if nothing is left."""
     skipped, reason = int(stored["skipped"]), str(stored["reason"])
     if skipped == count and skipped:
         raise NothingToLearn(f"none of the {skipped} examples can be learned from; the first because: {reason}")
     if not len(stored["sizes"]):
         needed = int(stored["needed"])
-        alone = f"the model takes documents of {c.longest}, and all are longer"
-        lacks = f"the shortest needs {needed}" if needed > c.window else alone
+        alone = f"the model takes documents of {settings.longest}, and all are longer"
+        lacks = f"the shortest needs {needed}" if needed > settings.window else alone
         if equal := int(stored["equal"]):
             lacks = f"{equal} are pairs whose answers are equal once cut"
         raise NothingToLearn(
-            f"none of the {count - skipped} examples has something to learn within a window of {c.window} tokens"
-            f" (too_long={c.too_long!r}); {lacks}"
+            f"none of the {count - skipped} examples has something to learn within a window of {settings.window} tokens"
+            f" (too_long={settings.too_long!r}); {lacks}"
         )
     return skipped, reason
 
 
-def _encoded(records: Sequence[Record], kind: RowType, c: Settings, bad_rows: str, row_columns: Sequence[str]) -> dict:
+def _encoded(
+    records: Sequence[Record], row_type: RowType, settings: Settings, bad_rows: str, row_columns: Sequence[str]
+) -> dict:
     """What is cached: the arrays of the examples that are kept, and the counts of the others."""
     kept, numbers, cut, lost, dropped, equal, widest, with_call, needed, reasons = [], [], 0, 0, 0, 0, 0, -1, [], []
-    encode = kind.encoder(records, c)
+    encode = row_type.encoder(records, settings)
     for record in records:
         try:
             whole, own = encode(record), [_number(record, name) for name in row_columns]
@@ -191,15 +194,15 @@ def _encoded(records: Sequence[Record], kind: RowType, c: Settings, bad_rows: st
                 raise UserError(f'{error} (or leave such rows out, and have them counted: bad_rows="skip")') from error
             reasons.append(str(error))
             continue
-        fitted = kind.fit(whole, c, record.place)
-        needed.append(examples.needed(whole, c.too_long, c.shared))
-        widest = max(widest, examples.needed(whole, "drop", c.shared))
+        fitted = row_type.fit(whole, settings, record.place)
+        needed.append(examples.needed(whole, settings.too_long, settings.shared))
+        widest = max(widest, examples.needed(whole, "drop", settings.shared))
         if with_call < 0 and fitted and messages.has_calls(record.row):
             with_call = len(kept)
         kept += fitted
         numbers += [own] * len(fitted)
         dropped += not fitted
-        equal += not fitted and c.too_long == "truncate" and examples.equal_once_cut(whole, c)
+        equal += not fitted and settings.too_long == "truncate" and examples.equal_once_cut(whole, settings)
         cut += bool(fitted) and fitted[0] is not whole
         lost += examples.learned(whole) - sum(map(examples.learned, fitted)) if fitted else 0
     counts = {"cut": cut, "lost": lost, "dropped": dropped, "needed": min(needed, default=0), "skipped": len(reasons)}

@@ -45,7 +45,8 @@ def read(data: Any, key: str, skip: bool) -> list[Part]:
     """The parts of `config.<key>`: one for each weighted source, or a single one of all sources that have no weight.
 
     data: a string, a list of strings and (path, weight) pairs, or a dict of weights, as above. With `skip` rows that cannot be
-    read are left out and told. Raises UserError for what is none of these, for weights of 0 or less, and as `readers.read`.
+    read are left out, and `unread` says why. Raises UserError for what is none of these, for weights of 0 or less, and as
+    `readers.read`.
     """
     entries = list(_entries(data, key))
     weights = [weight for _, weight in entries]
@@ -101,7 +102,7 @@ def digest(digests: Sequence[str], weights: Sequence[float]) -> str:
     return hashlib.sha256(json.dumps([list(digests), list(weights)]).encode()).hexdigest()[:16]
 
 
-def tell(
+def report(
     what: str, part: Part, encoded: Any, rows: int, window: int, longest: int, columns: Sequence[str] | None = None
 ) -> None:
     """Prints what became of a part's records (encoded: encoding.Encoded), and what was wrong with the first that was skipped.

@@ -80,7 +80,7 @@ def read(task, spec, s, objective: Callable) -> list[Set]:
         one = Set(part.name, part.weight, encoded, held_out)
         if jax.process_index() == 0:
             learned = None if held_out else [*options["columns"].values(), *options["row_columns"]]
-            mixture.tell(what, part, encoded, len(bins(one, s)), s.window, options["longest"], learned)
+            mixture.report(what, part, encoded, len(bins(one, s)), s.window, options["longest"], learned)
         check_ids(encoded.highest, spec.transformer.arch.vocab, spec.tokenizer, what)
         return one
 

@@ -150,14 +150,14 @@ def learned(spec: loading.ModelSpec, s, mesh) -> tuple[loading.ModelSpec, Callab
     return spec, objective, trainable, sum(x.size for x in jax.tree.leaves(train))
 
 
-def _check_row_type(s, kind: RowType) -> None:
+def _check_row_type(s, row_type: RowType) -> None:
     """Raises UserError for settings that have no meaning for what the objective learns from."""
     named = shares(s.source)
-    if "rollouts" in named and not kind.completions:
-        raise UserError(f"config.source: the objective learns from {kind.name} of a data set, and rollouts are none.")
-    if len(named) > 1 and kind.completions != 1:
-        raise UserError(f"config.source: rollouts and data share no batch for {kind.name}, which the objective learns from.")
-    if s.shared_prefix and not kind.shareable and "rollouts" not in named:
+    if "rollouts" in named and not row_type.completions:
+        raise UserError(f"config.source: the objective learns from {row_type.name} of a data set, and rollouts are none.")
+    if len(named) > 1 and row_type.completions != 1:
+        raise UserError(f"config.source: rollouts and data share no batch for {row_type.name}, which the objective learns from.")
+    if s.shared_prefix and not row_type.shareable and "rollouts" not in named:
         raise UserError("config.shared_prefix: only a prompt with two answers has a prefix to share; leave it out.")
 
 

@@ -6,7 +6,8 @@ A row type is a module. What it leaves out is as `data/examples.py` has it, of a
     encoder(records, settings) -> encode        in its place where an example depends on other rows: record -> Example
     fit(example, settings, place) -> [Example]  made to fit the window; [] drops it
     lay_out(example, settings) -> {name: [n]}   its columns: tokens, mask, segments, positions, and those of `columns`
-    columns(reads) -> {name: dtype}             its further columns for an objective that reads the columns `reads`
+    columns(reads) -> {name: dtype}             its further columns for an objective that reads the columns `reads`; of
+                                                settings.reads, `encode` may look at these alone
     check(settings)                             UserError for settings that mean nothing to it
     rows_of(texts, rewards [n]) -> rows         the rows that a prompt's judged completions give, without the prompt
     shareable = False                           whether an example has a prompt to share (config.shared_prefix)

@@ -59,20 +59,25 @@ def apply(
     return [rows[i] for i in _checked(numbers, len(rows))]
 
 
+def named(entry: Mapping | str, file: str) -> Callable:
+    """The transform of a config entry, its keywords bound; a bare name is one of data/transforms/FILE.py."""
+    entry = {"name": entry} if isinstance(entry, str) else dict(entry)
+    if str(entry.get("name", "")).isidentifier():
+        entry["name"] = f"{file}.{entry['name']}"
+    return resolve(entry, "transforms")
+
+
 def in_order(entry: Mapping | str, records: Sequence[Record], *, seed: int) -> list[Record]:
     """The records in the order of a transform's entry, a bare name being one of order.py.
 
     Raises UserError for a transform that does not give each of them once.
     """
-    entry = {"name": entry} if isinstance(entry, str) else dict(entry)
-    if str(entry.get("name", "")).isidentifier():
-        entry["name"] = f"order.{entry['name']}"
     rows = [record.row for record in records]
     columns = Columns(rows, places=[record.place for record in records])
-    order = _checked(np.asarray(resolve(entry, "transforms")(rows, columns, key_of(seed))), len(rows))
+    order = _checked(np.asarray(named(entry, "order")(rows, columns, key_of(seed))), len(rows))
     if len(order) != len(rows) or len(np.unique(order)) < len(rows):
         raise UserError(
-            f"config.order: {entry['name']} gives {len(np.unique(order)):,} of {len(rows):,} rows, and an order has each row "
+            f"config.order: it gives {len(np.unique(order)):,} of {len(rows):,} rows, and an order has each row "
             "once; have a stage that does select take a part of them."
         )
     return [records[i] for i in order]
