@@ -9,8 +9,8 @@ The first command writes the teacher's likeliest tokens at every place that is l
 needed. Both must read the same data with the same settings, `held_out` and `window` among them.
 
 `:forward_kl`, `:reverse_kl` or `:jensen_shannon` after the second command's file name learns the whole distribution instead. It
-takes --config.objective.teacher=TEACHER in place of --config.annotations, and needs no first command: the teacher's hidden states
-are written under the workdir before the first step, and its head is read.
+takes --config.objective.teacher=TEACHER in place of --config.annotations, and needs no first command: the teacher's hidden
+states are written under the workdir before the first step, and its head is read.
 """
 
 from jaxpost import recipe

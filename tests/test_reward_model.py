@@ -133,6 +133,6 @@ def test_each_finds_its_labels_in_rows_of_its_own(name, rows, labels, tmp_path):
     made, _ = plan(tmp_path, rows, f"reward_model.{name}")
     batch = made.source(None)
     assert declared(made.objective, "columns").keys() <= made.own.keys()
-        assert np.unique(batch["labels"][batch["mask"]]).tolist() == labels
+    assert np.unique(batch["labels"][batch["mask"]]).tolist() == labels
     documents = np.sum((batch["positions"] == 0) & (batch["segments"] > 0))
     assert documents == 24 and (name != "process" or np.sum(batch["mask"]) == 2 * documents)
