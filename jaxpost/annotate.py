@@ -7,8 +7,8 @@ The data is a stage's: read, tokenised, packed and held out as a run with the sa
 stage starts from. With --workdir the columns go where that run looks for its reference; a folder of one's own (--out) is named
 to a stage by `config.annotations`. The same command goes on after an interruption, and does nothing where all is done.
 
---what is an annotator of annotators/ (ref_logps, logps, perplexity, reward, embedding, topk, hidden), FILE.py:function
-with (forward, params, batch) -> {column: [B,S,...]}, or a JSON object with its name and keywords: '{"name": "topk", "k": 32}'.
+--what is an annotator of annotators/ (ref_logps, logps, perplexity, reward, embedding, topk, hidden), FILE.py:function with
+(forward, params, batch) -> {column: [B,S,...]}, or a JSON object with its name and keywords: '{"name": "topk", "k": 32}'.
 """
 
 import json

@@ -173,6 +173,13 @@ def test_a_student_learns_the_whole_distribution_of_a_teacher_in_a_folder(tmp_pa
     kl = (np.exp(logps["teacher"]) * (logps["teacher"] - logps["student"])).sum(-1)[batch["mask"][:, 1:]]
     assert first["loss"] == pytest.approx(kl.mean(), rel=1e-5) and kl.mean() > 1e-4
 
+    # Without a folder the states are made before the first step, and are the same.
+    own = tmp_path / "own"
+    train.run(None, str(own), **{**given, "annotations": "", "steps": 1})
+    assert next(row for row in runs.rows(own / "metrics.jsonl") if row["step"] == 1)["loss"] == first["loss"]
+    written, made = ({p.parent.name: p.read_bytes() for p in f.rglob("*.npy")} for f in (tmp_path / "states", own / "columns"))
+    assert written == made and len(made) == 1
+
     # The head is no part of what is saved, and is there again after an interruption and where the stage's result is used.
     last = runs.saved(work, "train")[2][0]
     shutil.rmtree(tmp_path / "student")  # of which nothing is frozen, so nothing is needed

@@ -138,12 +138,16 @@ def test_a_teacher_says_its_hidden_states(tmp_path, mesh):
 def test_restricted_sampling_is_scored_by_the_trainer_as_well(tmp_path, mesh):
     with sharding.use(mesh):
         entry = {"name": "policy_gradient.reinforce"}
-        plan, state = planned(tmp_path, mesh, entry, rollouts={"top_k": 4, "correction": "truncate", "correction_cap": 1.5})
+        options = {"top_k": 4, "correction": "truncate", "correction_cap": 1.5}
+        more = {"any": {"name": "logps", "weights": "current"}}
+        plan, state = planned(tmp_path, mesh, entry, rollouts=options, annotations=more)
         plan = train._annotated(plan, ["train"], tmp_path, mesh, state, fresh=True)
         batch = plan.source(moved(state, 0.1))
         own = scored(plan, moved(state, 0.1), batch, mesh)
     mask = batch["mask"]
     np.testing.assert_allclose(batch["old_logps"][mask], own[mask], atol=1e-6)
+    np.testing.assert_allclose(batch["logps"][mask], own[mask], atol=1e-6)
+    assert batch["entropy"][mask].min() > 0 and "scored_logps" not in batch
     # Of four tokens in place of seventeen each is likelier, so all weights are below 1.
     weights = np.exp(batch["old_logps"] - batch["sampler_logps"])
     assert weights[mask].max() < 1 and weights[mask].mean() < 0.9
