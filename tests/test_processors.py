@@ -9,6 +9,7 @@ import pytest
 import sampler_cases as cases
 from sampler_cases import NEW, sampled
 
+from jaxpost.resolve import entries, known, resolve
 from jaxpost.sampling import processors
 
 PROBS = np.array([0.15, 0.4, 0.05, 0.3, 0.1])
@@ -18,7 +19,7 @@ def kept(probs=PROBS, **amounts) -> list[int]:
     """Which of the tokens may be drawn; of those the logits are as they were."""
     with np.errstate(divide="ignore"):
         logits = jnp.log(jnp.asarray(probs, jnp.float32))[None]
-    found = processors.restricted(logits, processors.controls(**amounts))
+    found = processors.restricted(logits, amounts=processors.controls(**amounts))
     left = np.flatnonzero(np.isfinite(found[0]))
     np.testing.assert_array_equal(found[0, left], logits[0, left])
     return left.tolist()
@@ -61,7 +62,8 @@ def test_restrictions_are_those_of_a_plain_reference(temperature):
     rng, restrict = np.random.default_rng(0), jax.jit(processors.restricted)
     logits = (rng.normal(size=(40, 300)) * 3).astype(np.float32) / np.float32(temperature)
     for top_k, top_p, min_p in itertools.product((0, 1, 7, 300), (1.0, 0.9, 0.3), (0.0, 0.02, 0.5)):
-        found = restrict(jnp.asarray(logits), processors.controls(temperature, top_k, top_p, min_p))
+        amounts = processors.controls(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        found = restrict(jnp.asarray(logits), amounts=amounts)
         np.testing.assert_array_equal(found, [reference(row, top_k, top_p, min_p) for row in logits])
     assert restrict._cache_size() == 1  # amounts are arrays
 
@@ -106,3 +108,47 @@ def test_a_processor_knows_what_was_said_and_by_whom(slots):
     wanted = cases.logps(scores, found)
     wanted[:, 0] = 0.0
     np.testing.assert_allclose(found.logps, wanted, atol=5e-5)
+
+
+# -------------------------------------------------------------------------------------------------------- The contract
+
+SETTINGS = {"banned": {"tokens": [1, 4]}, "at_least": {"count": 3, "ends": [2]}}  # of each processor at full strength
+
+
+@pytest.mark.parametrize("name", known("sampling.processors"))
+def test_a_processor_raises_no_forbidden_token_and_without_strength_changes_nothing(name):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(4, 6)).astype(np.float32)
+    logits[:, 5], logits[0, 2] = -np.inf, -np.inf
+    context = {"tokens": rng.integers(0, 6, (4, 8)), "counts": np.array([0, 2, 3, 8]), "numbers": np.arange(4)}
+    own = {k: jnp.asarray(v) for k, v in context.items()}
+    strong, weak = resolve({"name": name, **SETTINGS[name]}, "sampling.processors"), resolve(name, "sampling.processors")
+    np.testing.assert_array_equal(weak(jnp.asarray(logits), own), logits)
+    found = np.asarray(jax.jit(strong)(jnp.asarray(logits), own))
+    assert found.shape == logits.shape and np.isneginf(found[np.isneginf(logits)]).all() and not np.isnan(found).any()
+    # Each row is by itself.
+    alone = [strong(jnp.asarray(logits[i : i + 1]), {k: v[i : i + 1] for k, v in own.items()})[0] for i in range(4)]
+    np.testing.assert_array_equal(found, np.stack(alone))
+    np.testing.assert_array_equal(strong(jnp.asarray(found), own), found)
+
+
+def test_banned_tokens_and_early_ends_by_hand():
+    logits = np.zeros((4, 6), np.float32)
+    context = {"counts": jnp.array([0, 2, 3, 8])}
+    without = np.asarray(processors.banned(jnp.asarray(logits), {}, tokens=[1, 4]))
+    assert np.argwhere(np.isneginf(without))[:, 1].tolist() == [1, 4] * 4 and np.isfinite(without).sum() == 16
+    short = np.asarray(processors.at_least(jnp.asarray(logits), context, count=3, ends=[2]))
+    assert np.argwhere(np.isneginf(short)).tolist() == [[0, 2], [1, 2]]
+
+
+def test_processors_are_named_with_keywords_in_a_list_or_with_commas():
+    chain = [{"name": "banned", "tokens": [3]}, f"{__name__}.never_again"]
+    assert entries(chain, "p") == chain and entries('[{"name": "banned", "tokens": [3]}]', "p") == chain[:1]
+    assert (
+        entries(" a.b , c:d ", "p") == ["a.b", "c:d"]
+        and entries("", "p") == []
+        and entries({"name": "x"}, "p") == [{"name": "x"}]
+    )
+    assert resolve(chain[0], "sampling.processors").keywords == {"tokens": [3]}
+    found = sampled(stop=(), chain=tuple(resolve(x, "sampling.processors") for x in chain))
+    assert not (found.tokens == 3).any() and all(len(set(row.tolist())) == NEW for row in found.tokens)
