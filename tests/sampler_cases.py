@@ -43,11 +43,11 @@ def mesh(*sizes: int):
 
 
 def asked(chosen=None, *, sizes=(1, 1, 1), model=MODEL, params=None, **changes) -> tuple[tuple, dict]:
-    """Arguments of `complete` and `stream`, with policy_logps and four turns a segment unless told otherwise."""
+    """Arguments of `complete` and `stream`, with four turns a segment unless told otherwise."""
     where, params = mesh(*sizes), weights() if params is None else params
     with sharding.use(where):
         params = jax.device_put(jax.device_get(params), sharding.stored(where, params))
-    plain = {"prompt_window": WINDOW, "new": NEW, "stop": (STOP,), "group": GROUP, "seed": SEED, "turns": 4, "policy": True}
+    plain = {"prompt_window": WINDOW, "new": NEW, "stop": (STOP,), "group": GROUP, "seed": SEED, "turns": 4}
     return (model, params, prompts() if chosen is None else chosen), {"mesh": where, **plain, **changes}
 
 

@@ -37,7 +37,6 @@ BOUNDARY = 1e-4  # the design's bound in float32
 def assert_recorded(found, temperature, **about):
     scores = judged(found, **about)
     np.testing.assert_allclose(found.logps, cases.logps(scores, found, temperature), **NEAR)
-    np.testing.assert_allclose(found.policy_logps, cases.logps(scores, found), **NEAR)
     assert (found.logps < -0.01).sum() > len(found.lengths)
 
 
@@ -53,7 +52,7 @@ def test_recorded_logps_are_the_training_forwards(way, temperature):
 def test_sixteen_bits_are_decoded_too(slots):
     model = dataclasses.replace(cases.MODEL, dtype=jnp.bfloat16)
     found = sampled(model=model, slots=slots)
-    apart = np.abs(found.policy_logps - cases.logps(judged(found, model=model), found))
+    apart = np.abs(found.logps - cases.logps(judged(found, model=model), found))
     # Eight bits of mantissa, through two layers in another order. Of a cache that was read wrongly it would be tenths of nats.
     assert 0 < apart.max() < 0.1 and apart.sum() / found.lengths.sum() < 0.02
 
@@ -93,9 +92,9 @@ def by_index(segments):
 
 def assert_equal(one, found):
     n = found.lengths[one.index]
-    for name in ("tokens", "logps", "policy_logps"):
+    for name in ("tokens", "logps"):
         np.testing.assert_array_equal(getattr(one, name), getattr(found, name)[one.index, :n], err_msg=name)
-    assert (one.stopped, one.said) == (found.stopped[one.index], found.said[one.index])
+    assert (one.stopped, one.text_length) == (found.stopped[one.index], found.text_lengths[one.index])
 
 
 @pytest.mark.parametrize("way", ["refilled", "mesh, refilled"])
@@ -277,7 +276,7 @@ def test_a_stop_string_cuts_at_the_first_token_that_has_it():
     strings = ("11,5", ",0,", "4,14")
     found = sampled(slots=2, stop=(), strings=strings, tokenizer=text)
     for before, n, own, stopped, said, logps in zip(
-        plain.tokens, found.lengths, found.tokens, found.stopped, found.said, found.logps, strict=True
+        plain.tokens, found.lengths, found.tokens, found.stopped, found.text_lengths, found.logps, strict=True
     ):
         wanted = next((k for k in range(1, NEW + 1) if any(s in text.decode(before[:k]) for s in strings)), None)
         assert (n, said, stopped) == (wanted or NEW, wanted or NEW, wanted is not None)
@@ -288,10 +287,23 @@ def test_a_stop_string_cuts_at_the_first_token_that_has_it():
         assert_same(sampled(slots=2, stop=(), strings=strings, tokenizer=text, turns=turns), found)
     # Beside a stop token, whichever comes first; the stop token's own text is no part of what is said.
     both = sampled(slots=2, stop=(5,), strings=(*strings, ",5"), tokenizer=text)
-    for row, n, said, stopped in zip(both.tokens, both.lengths, both.said, both.stopped, strict=True):
+    for row, n, said, stopped in zip(both.tokens, both.lengths, both.text_lengths, both.stopped, strict=True):
         ended = row[n - 1] == 5
         assert stopped == (ended or any(s in text.decode(row[:n]) for s in strings)) and said == n - ended
-    assert 0 < (both.said < both.lengths).sum() < both.stopped.sum()
+    assert 0 < (both.text_lengths < both.lengths).sum() < both.stopped.sum()
+
+
+def test_in_chunks_the_completions_are_those_of_their_numbers():
+    """Five prompts, two at a time: the padded last chunk has one, and no row of the padding."""
+    whole, (arguments, options) = sampled(chosen=cases.prompts()[:5]), cases.asked(chosen=None)
+    chunks = list(decode.in_chunks(*arguments, rows=2, **options))
+    assert [where for where, _ in chunks] == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    assert [len(part.lengths) for _, part in chunks] == [2 * GROUP, 2 * GROUP, GROUP]
+    joined = decode.Completions(*map(np.concatenate, zip(*(part for _, part in chunks), strict=True)))
+    assert max(gaps(whole, joined), default=0) < BOUNDARY
+    ((_, last),) = decode.in_chunks(arguments[0], arguments[1], iter(cases.prompts()[4:]), rows=2, number=4 * GROUP, **options)
+    assert_same(last, chunks[-1][1])
+    assert list(decode.in_chunks(arguments[0], arguments[1], [], rows=2, **options)) == []
 
 
 def test_a_string_that_is_found_lets_the_next_one_in():

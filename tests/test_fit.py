@@ -311,7 +311,7 @@ def test_the_sampler_is_described_as_it_runs(monkeypatch):
     noted("prefill", lambda _: segment.arguments[2])
     noted("begin", lambda _: segment.arguments[4])
     monkeypatch.setattr(decode, "ready", lambda *_: prefill.arguments[1])
-    ended = {"tokens": np.zeros((16, 24), np.int32), "logps": np.zeros((16, 24)), "policy_logps": None}
+    ended = {"tokens": np.zeros((16, 24), np.int32), "logps": np.zeros((16, 24))}
     ended |= {"lengths": np.ones(16, int), "stopped": np.ones(16, bool), "done": np.ones(16, bool)}
     noted("segment", lambda arguments: (arguments[3], ended))
     prompts = [np.arange(1, 4)] * (16 // SAMPLING.group)

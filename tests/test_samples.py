@@ -14,6 +14,7 @@ import jaxpost
 from jaxpost import recipe, sharding, train
 from jaxpost.errors import UserError
 from jaxpost.rollouts import samples
+from jaxpost.sampling import decode
 from jaxpost.sampling.decode import Completions
 from jaxpost.stages.plan import plan_stage
 from jaxpost.tasks import arithmetic
@@ -48,10 +49,12 @@ def test_the_rows_that_completions_give_by_hand():
         samples.rows("labelled", "q", ["a"], [0.5])
 
 
-def drawn(model, params, prompts, *, mesh, seed, step, number, group, killed=lambda number: None, **options) -> Completions:
+def drawn(
+    model, params, prompts, *, mesh, seed, step, number, group, have, killed=lambda number: None, **options
+) -> Completions:
     """In place of `complete`: completion n of all says n's last digit and stops, and every fifth goes on."""
     killed(number)
-    numbers = number + np.arange(len(prompts) * group)
+    numbers = number + np.array([i for i in range(len(prompts) * group) if i not in have])
     stopped = numbers % 5 != 0
     tokens = np.array([[TOKENIZER.encode(str(n % 10))[-1], STOP if n % 5 else 3] for n in numbers], np.int32)
     return Completions(tokens, np.full(len(numbers), 2), np.zeros(tokens.shape, np.float32), stopped, 2 - stopped)
@@ -62,9 +65,9 @@ def stand_in(monkeypatch):
     """`drawn` in the sampler's place, which needs no weights; a test may put another there."""
 
     def put(complete):
-        monkeypatch.setattr(samples, "complete", complete)
+        monkeypatch.setattr(decode, "complete", complete)
 
-    monkeypatch.setattr(samples, "ready", lambda model, params, mesh: params)
+    monkeypatch.setattr(decode, "ready", lambda model, params, mesh: params)
     put(drawn)
     return put
 
@@ -73,7 +76,7 @@ def asked(rows: int = 8, count: int = 7, reward=lambda record, text: float(int(t
     def prompt(i):
         return {"prompt": f"{i}+{i}"}, np.array(TOKENIZER.encode(f"{i}+{i}"), np.int32)
 
-    return samples.Samples(None, TOKENIZER, prompt, {"mine": (reward, 1.0)}, "pairs", count, 4, rows, 0, 0, {}, {})
+    return samples.Samples(None, TOKENIZER, prompt, {"mine": (reward, 1.0)}, "pairs", count, 4, rows, 0, 0, {}, {"new": NEW})
 
 
 def made(folder, **changes) -> list[dict]:

@@ -90,7 +90,7 @@ def test_every_sample_is_by_its_own_number():
 def test_the_stop_token_is_part_of_the_completion_and_the_limit_is_no_stop():
     found = sampled()
     assert 0 < found.stopped.sum() < COUNT * GROUP
-    for row, tokens, stopped, said in zip(found.tokens, own(found), found.stopped, found.said, strict=True):
+    for row, tokens, stopped, said in zip(found.tokens, own(found), found.stopped, found.text_lengths, strict=True):
         assert (tokens.index(STOP) == len(tokens) - 1) if stopped else (STOP not in tokens and len(tokens) == NEW)
         assert said == len(tokens) - stopped and not row[len(tokens) :].any()
     tokenizer = arithmetic.tokenizer()
@@ -111,7 +111,7 @@ def test_every_token_a_stop_and_none():
     """With every token a stop each completion is one token long; with none of them all go to the limit."""
     for slots in (0, 2):
         found = sampled(stop=tuple(range(17)), slots=slots)
-        assert (found.lengths == 1).all() and found.stopped.all() and not found.said.any()
+        assert (found.lengths == 1).all() and found.stopped.all() and not found.text_lengths.any()
         found = sampled(stop=(), slots=slots)
         assert (found.lengths == NEW).all() and not found.stopped.any()
 
@@ -135,9 +135,7 @@ def test_completions_one_by_one_are_put_together():
     found = together([Finished(7, ids, logps, True, 1), Finished(9, ids[:1], logps[:1], False, 1)], 3)
     np.testing.assert_array_equal(found.tokens, [[4, 5, 0], [4, 0, 0]])
     np.testing.assert_array_equal(found.logps, [[-1, -2, 0], [-1, 0, 0]])
-    assert (found.lengths.tolist(), found.stopped.tolist(), found.said.tolist()) == ([2, 1], [True, False], [1, 1])
-    assert found.policy_logps is None
-    assert together([Finished(0, ids, logps, True, 1, 2 * logps)], 3).policy_logps.tolist() == [[-2, -4, 0]]
+    assert (found.lengths.tolist(), found.stopped.tolist(), found.text_lengths.tolist()) == ([2, 1], [True, False], [1, 1])
     none = together([], 3)
     assert (none.tokens.shape, none.logps.shape, none.lengths.shape) == ((0, 3), (0, 3), (0,))
 

@@ -134,7 +134,7 @@ def _sampler(s, mesh, transformer, params, prompts: int, kinds: dict) -> list[Tr
     weights = made(decode.prepare, params)
     bank = made(decode.prefill, weights, *asked, room=room)
     queue, halted = decode.Queue(rows(jobs), rows(jobs), rows(ways)), rows(jobs, dtype=bool)
-    begun = made(decode.begin, halted, slots=slots, room=room, new=options.new, policy=False)
+    begun = made(decode.begin, halted, slots=slots, room=room, new=options.new)
     noise = stop = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=whole)
     amounts = {k: jax.ShapeDtypeStruct((), x.dtype, sharding=whole) for k, x in processors.controls().items()}
     weighed = {**kinds, "sampler's weights": weights}

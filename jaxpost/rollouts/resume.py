@@ -35,7 +35,7 @@ def sweep(folder, steps: Sequence[int]) -> None:
 
 
 def clear(folder) -> None:
-    """Removes all that a run left which began anew, of which nobody knows whether its settings were these."""
+    """Deletes a previous run's files; their settings are unknown."""
     for path in epath.Path(folder).glob("*.npz"):
         path.unlink()
 
@@ -86,8 +86,9 @@ def _store(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
 def write_partial(folder, key: tuple[int, ...], ended: Mapping[int, Finished], new: int) -> None:
     """Completions of the batch that `key` tells from all others, by their place in it."""
     places = sorted(ended)
-    found = together([ended[i] for i in places], new)
-    _store(epath.Path(folder) / PARTIAL, {"key": np.array(key), "places": np.array(places), **_flat("found", found)})
+    completions = together([ended[i] for i in places], new)
+    arrays = {"key": np.array(key), "places": np.array(places), **_flat("completions", completions)}
+    _store(epath.Path(folder) / PARTIAL, arrays)
 
 
 def read_partial(folder, key: tuple[int, ...]) -> dict[int, Finished]:
@@ -103,11 +104,11 @@ def read_partial(folder, key: tuple[int, ...]) -> dict[int, Finished]:
 
 
 def _ended(stored: Mapping[str, np.ndarray]) -> dict[int, Finished]:
-    found = {name.partition("\t")[2]: x for name, x in stored.items() if "\t" in name}
+    columns = {name.partition("\t")[2]: x for name, x in stored.items() if "\t" in name}
     ended = {}
     for row, place in enumerate(stored["places"]):
-        length = int(found["lengths"][row])
-        logps = {k: found[k][row, :length] if k in found else None for k in ("logps", "policy_logps")}
-        said = {"stopped": bool(found["stopped"][row]), "said": int(found["said"][row])}
-        ended[int(place)] = Finished(int(place), found["tokens"][row, :length], **logps, **said)
+        length = int(columns["lengths"][row])
+        own = {name: columns[name][row, :length] for name in ("tokens", "logps")}
+        rest = {"stopped": bool(columns["stopped"][row]), "text_length": int(columns["text_lengths"][row])}
+        ended[int(place)] = Finished(int(place), **own, **rest)
     return ended

@@ -36,7 +36,7 @@ from jaxpost.errors import UserError
 from jaxpost.host import read_object
 from jaxpost.models.transformer import Transformer
 from jaxpost.rollouts.scoring import judged
-from jaxpost.sampling.decode import answers, complete, ready
+from jaxpost.sampling.decode import Completions, answers, in_chunks
 from jaxpost.types import Params
 
 SECONDS = 20.0  # between parts: what a kill costs
@@ -119,20 +119,28 @@ def _parts(folder: epath.Path) -> list[epath.Path]:
 
 def _draw(samples: Samples, about: dict, done: dict, params: Params, folder: epath.Path, mesh, stopped) -> None:
     """Makes what is not there yet; the first process judges and writes."""
-    params = ready(samples.model, params, mesh)
-    each, held, mark = max(1, samples.rows // samples.group), [], time.monotonic()
-    for first in tqdm.tqdm(range(done["prompts"], samples.count, each), desc="sampling", unit="batch", disable=None):
-        drawn = [samples.prompt(i) for i in range(first, min(first + each, samples.count))]
-        prompts = [ids for _, ids in drawn]
-        prompts += [prompts[0]] * (each - len(prompts))  # one shape, whatever is left
-        noise = {"seed": samples.seed, "step": samples.step, "number": first * samples.group, "group": samples.group}
-        found = complete(samples.model, params, prompts, mesh=mesh, tokenizer=samples.tokenizer, **noise, **samples.options)
-        ends = first + len(drawn) == samples.count or stopped()
+    first, each, records = done["prompts"], max(1, samples.rows // samples.group), []
+
+    def prompts() -> Iterator[np.ndarray]:
+        for i in range(first, samples.count):
+            record, ids = samples.prompt(i)
+            records.append(record)
+            yield ids
+
+    noise = {"seed": samples.seed, "step": samples.step, "number": first * samples.group, "group": samples.group}
+    options = {"rows": each, "tokenizer": samples.tokenizer, **noise, **samples.options}
+    chunks = in_chunks(samples.model, params, prompts(), mesh=mesh, **options)
+    held, mark = [], time.monotonic()
+    for where, completions in tqdm.tqdm(
+        chunks, desc="sampling", unit="batch", disable=None, total=-(-(samples.count - first) // each)
+    ):
+        at = first + where.stop
+        ends = at == samples.count or stopped()
         if jax.process_index() == 0:
-            held += _judged_rows(samples, drawn, found)
+            held += _judged_rows(samples, records[where], completions)
             now = time.monotonic()
             if ends or now - mark >= SECONDS:
-                at, seconds = first + len(drawn), done["seconds"] + now - mark
+                seconds = done["seconds"] + now - mark
                 done = {"prompts": at, "rows": done["rows"] + len(held), "seconds": seconds, "all": at == samples.count}
                 _write(folder, held, {**about, **done})
                 held, mark = [], now
@@ -141,12 +149,13 @@ def _draw(samples: Samples, about: dict, done: dict, params: Params, folder: epa
     sharding.agree(0.0)  # nobody reads before all is written
 
 
-def _judged_rows(samples: Samples, drawn: Sequence[tuple], found) -> list[dict]:
-    texts, made = answers(found, samples.tokenizer), []
-    ended = [j for j in range(len(drawn) * samples.group) if found.stopped[j]]
-    records = [drawn[j // samples.group][0] | {"stopped": True} for j in ended]
-    scores = judged(samples.rewards, records, [texts[j].strip() for j in ended], **samples.judging)
-    for i, (record, _) in enumerate(drawn):
+def _judged_rows(samples: Samples, records: Sequence[dict], completions: Completions) -> list[dict]:
+    """The rows that these problems' completions give, `group` of each."""
+    texts, made = answers(completions, samples.tokenizer), []
+    ended = np.flatnonzero(completions.stopped)
+    asked = [records[j // samples.group] | {"stopped": True} for j in ended]
+    scores = judged(samples.rewards, asked, [texts[j].strip() for j in ended], **samples.judging)
+    for i, record in enumerate(records):
         own = [(texts[j].strip(), score.total) for j, score in zip(ended, scores, strict=True) if j // samples.group == i]
         own = [(text, total) for text, total in own if np.isfinite(total)]  # a completion that no reward applies to is no row
         made += rows(samples.shape, record["prompt"], [text for text, _ in own], [total for _, total in own])

@@ -203,7 +203,7 @@ class Rollouts:
         return self.known[number]
 
     def _text(self, one: Finished) -> str:
-        return self.making.tokenizer.decode(one.tokens[: one.said], clean_up_tokenization_spaces=False)
+        return self.making.tokenizer.decode(one.tokens[: one.text_length], clean_up_tokenization_spaces=False)
 
     def _informative(self, made: Made, params, step: int) -> Made:
         """As many groups as before, of those that are sampled until there are enough whose rewards differ, or `rounds` times
@@ -277,7 +277,9 @@ class Rollouts:
         for i, number in enumerate(made.numbers[:prompts]):
             prompt = m.tokenizer.decode(self._problem(int(number))[1])
             for b in range(i * each, (i + 1) * each):
-                text = m.tokenizer.decode(made.found.tokens[b][: made.found.said[b]], clean_up_tokenization_spaces=False)
+                text = m.tokenizer.decode(
+                    made.found.tokens[b][: made.found.text_lengths[b]], clean_up_tokenization_spaces=False
+                )
                 said = {f"rewards/{k}": float(x[b]) for k, x in verdicts.each.items()} if several else {}
                 shown = {"prompt": prompt, "completion": text, "reward": float(verdicts.totals[b]), **said}
                 rows.append(shown | {"advantage": float(advantages[b])})

@@ -5,7 +5,8 @@ strings, hands what has ended to whoever asked, and tells the device of those th
 are those of the distribution drawn from. The stop token is part of the completion.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,31 +24,28 @@ SEGMENT = 32  # turns between two looks of the host, if nothing else is asked fo
 
 class Completions(NamedTuple):
     """tokens [B,N] int32: each completion alone, zeros after; lengths [B]; logps [B,N] float32, of the distribution drawn from;
-    stopped [B] bool: whether a stop token or string ended it; said [B]: its length without the stop token; policy_logps [B,N]:
-    of the model's own distribution, at temperature 1 and unrestricted, where asked for.
+    stopped [B] bool: whether a stop token or string ended it; text_lengths [B]: its length without the stop token.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     logps: np.ndarray
     stopped: np.ndarray
-    said: np.ndarray
-    policy_logps: np.ndarray | None = None
+    text_lengths: np.ndarray
 
 
 class Finished(NamedTuple):
-    """One completion: its place in the batch, and what Completions says of it."""
+    """One completion: its place in the batch, and its row of Completions without the zeros."""
 
     index: int
     tokens: np.ndarray
     logps: np.ndarray
     stopped: bool
-    said: int
-    policy_logps: np.ndarray | None = None
+    text_length: int
 
 
 def ready(model: Transformer, params: Params, mesh) -> Params:
-    """What `prepare` makes of the weights, and of its own result nothing new: for several calls with the same ones."""
+    """What `prepare` makes of the weights, for several calls with the same ones. Idempotent."""
     if isinstance(params["layers"], tuple):
         return params
     with sharding.use(mesh):
@@ -71,7 +69,6 @@ def stream(
     turns: int = SEGMENT,
     strings: Sequence[str] = (),
     tokenizer: Any = None,
-    policy: bool = False,
     chain: tuple[Callable, ...] = (),
     have: frozenset[int] = frozenset(),
     **amounts: float,
@@ -81,14 +78,13 @@ def stream(
 
     params: the model's, or what `ready` made of them. slots: how many are under way at a time, 0 for all of them; number: the
     first one's, for its noise; turns: of a segment; strings: texts that end a completion, which keeps them (the tokenizer says
-    what a text is); policy: whether policy_logps are asked for; have: completions that are there already and are left out;
-    amounts and chain: see `processors`. Raises UserError for a prompt that is empty or longer than the window.
+    what a text is); have: completions that are there already and are left out; amounts and chain: see `processors`. Raises UserError for a prompt that is empty or longer than the window.
     """
     ways, turns = mesh.shape["data"] * mesh.shape["fsdp"], min(turns, new)
     columns, places = _laid_out(prompts, prompt_window, group, number, ways, have)
     jobs, left, halted, begun, seen = len(places), int((places >= 0).sum()), np.zeros(len(places), bool), 0, None
     slots = min(slots + -slots % ways, jobs) or jobs
-    sizes = {"slots": slots, "room": prompt_window + new, "new": new, "policy": policy}
+    sizes = {"slots": slots, "room": prompt_window + new, "new": new}
     noise, stop, amounts = np.array([seed, step], np.int32), np.array(stop, np.int32), processors.controls(**amounts)
     if left:
         state, *held = _begun(model, ready(model, params, mesh), columns, halted, sizes, mesh)
@@ -150,19 +146,19 @@ def _laid_out(prompts, window: int, group: int, number: int, ways: int, have: fr
 
 def _ended(seen: dict, places: np.ndarray, halted: np.ndarray, strings, tokenizer) -> list[Finished]:
     """What has ended since the host looked last; `halted` [J] is told of it, and of what a stop string ends."""
-    found = []
+    ended = []
     for j in np.flatnonzero((places >= 0) & ~halted):
         length, stopped = int(seen["lengths"][j]), bool(seen["stopped"][j])
-        said = length - stopped
-        cut = _cut(seen["tokens"][j, :said], strings, tokenizer) if strings and said else None
+        text_length = length - stopped
+        cut = _cut(seen["tokens"][j, :text_length], strings, tokenizer) if strings and text_length else None
         if not seen["done"][j] and cut is None:
             continue
         halted[j] = True
         if cut is not None:
-            length, said, stopped = cut, cut, True
-        tokens, logps, own = (None if seen[k] is None else seen[k][j, :length] for k in ("tokens", "logps", "policy_logps"))
-        found.append(Finished(int(places[j]), tokens, logps, stopped, said, own))
-    return found
+            length, text_length, stopped = cut, cut, True
+        tokens, logps = (seen[k][j, :length] for k in ("tokens", "logps"))
+        ended.append(Finished(int(places[j]), tokens, logps, stopped, text_length))
+    return ended
 
 
 def _cut(tokens: np.ndarray, strings: Sequence[str], tokenizer) -> int | None:
@@ -183,6 +179,33 @@ def complete(model: Transformer, params: Params, prompts: Sequence[np.ndarray], 
     return together(sorted(ended, key=lambda one: one.index), new)
 
 
+def in_chunks(
+    model: Transformer,
+    params: Params,
+    prompts: Iterable[np.ndarray],
+    *,
+    mesh,
+    rows: int,
+    new: int,
+    seed: int,
+    number: int = 0,
+    group: int = 1,
+    **options,
+) -> Iterator[tuple[slice, Completions]]:
+    """(which prompts, their completions), `rows` prompts at a time, `group` completions of each.
+
+    All chunks have one shape, so that one program serves them; what pads the last is not completed. A completion's noise is
+    that of its number, the first one's being `number`, so `rows` changes no token. options: what `stream` takes besides.
+    """
+    params, left, first = ready(model, params, mesh), iter(prompts), 0
+    while part := list(itertools.islice(left, rows)):
+        padded = [*part, *[part[0]] * (rows - len(part))]
+        work = {"number": number + first * group, "have": frozenset(range(len(part) * group, rows * group))}
+        completions = complete(model, params, padded, mesh=mesh, new=new, seed=seed, group=group, **work, **options)
+        yield slice(first, first + len(part)), completions
+        first += len(part)
+
+
 def together(ended: Sequence[Finished], new: int) -> Completions:
     """Completions one by one, maybe none, as arrays of `new` tokens each."""
 
@@ -197,16 +220,15 @@ def together(ended: Sequence[Finished], new: int) -> Completions:
         lengths=np.array([len(one.tokens) for one in ended], np.int32),
         logps=padded("logps", np.float32),
         stopped=np.array([one.stopped for one in ended], bool),
-        said=np.array([one.said for one in ended], np.int32),
-        policy_logps=padded("policy_logps", np.float32) if ended and ended[0].policy_logps is not None else None,
+        text_lengths=np.array([one.text_length for one in ended], np.int32),
     )
 
 
-def answers(found: Completions, tokenizer) -> list[str]:
+def answers(completions: Completions, tokenizer) -> list[str]:
     """The completions as text, to the letter, without the stop token that ended them: it is trained on, but is no part of the
     answer.
     """
     return [
-        tokenizer.decode(row[:said], clean_up_tokenization_spaces=False)
-        for row, said in zip(found.tokens, found.said, strict=True)
+        tokenizer.decode(row[:length], clean_up_tokenization_spaces=False)
+        for row, length in zip(completions.tokens, completions.text_lengths, strict=True)
     ]

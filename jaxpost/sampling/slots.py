@@ -53,7 +53,7 @@ class Queue(NamedTuple):
 class State(NamedTuple):
     """Decoding under way. Of the n slots: the cache {k, v} a layer, of T tokens, the last token drawn, the place of the
     completion in its device's queue (-1 for none), how many tokens it has. [W]: how far each queue is. Of the J completions, as
-    far as they are: tokens, logps, policy_logps [J,N], lengths [J], stopped [J], done [J].
+    far as they are: tokens, logps [J,N], lengths [J], stopped [J], done [J].
     """
 
     cache: tuple
@@ -63,7 +63,6 @@ class State(NamedTuple):
     taken: jax.Array
     tokens: jax.Array
     logps: jax.Array
-    policy_logps: jax.Array | None
     lengths: jax.Array
     stopped: jax.Array
     done: jax.Array
@@ -117,14 +116,14 @@ def prefill(model: Transformer, params: Params, prompts: jax.Array, lengths: jax
     return Bank(out.cache, logits(out.hidden[jnp.arange(u), lengths - 1], out.head), lengths)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "slots", "room", "new", "policy"))
-def begin(model: Transformer, done: jax.Array, *, slots: int, room: int, new: int, policy: bool) -> State:
+@functools.partial(jax.jit, static_argnames=("model", "slots", "room", "new"))
+def begin(model: Transformer, done: jax.Array, *, slots: int, room: int, new: int) -> State:
     """Empty slots, and [J] completions of at most `new` tokens, of which those in `done` are not to be made."""
     jobs, none = done.shape[0], jnp.zeros((done.shape[0], new), jnp.float32)
     idle = jnp.zeros(slots, jnp.int32)
     return State(
         model.make_cache(slots, room), idle, idle - 1, idle, jnp.zeros(sharding.batch_ways(), jnp.int32),
-        none.astype(jnp.int32), none, none if policy else None, jnp.zeros(jobs, jnp.int32), jnp.zeros(jobs, bool), done,
+        none.astype(jnp.int32), none, jnp.zeros(jobs, jnp.int32), jnp.zeros(jobs, bool), done,
     )  # fmt: skip
 
 
@@ -175,7 +174,7 @@ def segment(
 
     with _counted(1):
         _, state = jax.lax.while_loop(going, stretch, (0, _freed(state, halted)))
-    seen = {k: getattr(state, k) for k in ("tokens", "logps", "policy_logps", "lengths", "stopped", "done")}
+    seen = {k: getattr(state, k) for k in ("tokens", "logps", "lengths", "stopped", "done")}
     # Every process looks at all of them.
     return state, jax.tree.map(lambda x: sharding.shard(x, "SG"[: x.ndim]), seen)
 
@@ -189,7 +188,7 @@ def _pinned(s: State) -> State:
     """What is of slots or of completions lies with its device; the partitioner would as soon copy it everywhere."""
 
     def pin(x):
-        return None if x is None else sharding.shard(x, "BS"[: x.ndim])
+        return sharding.shard(x, "BS"[: x.ndim])
 
     return State(s.cache, *(pin(x) for x in s[1:]))
 
@@ -263,9 +262,6 @@ def _record(s: State, scores: jax.Array, who: jax.Array, *, queue, key, stop, am
     def of_job(into, values):
         return _by_shard(lambda x, j, v: x.at[j].set(v, mode="drop"), into, job, values)
 
-    if s.policy_logps is not None:
-        own = jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), token[:, None], axis=-1)[:, 0]
-        s = s._replace(policy_logps=at_place(s.policy_logps, own))
     return _pinned(
         s._replace(
             token=jnp.where(who, token, s.token),

@@ -58,7 +58,7 @@ def completed(
             f"a prompt of {longest} tokens and {max(new, 1)} new ones do not fit the model's {room} positions "
             f"(max_position_embeddings); {_remedy(room - longest)}"
         )
-    found = complete(
+    completions = complete(
         model,
         params,
         ids,
@@ -70,14 +70,14 @@ def completed(
         temperature=temperature,
         seed=seed,
     )
-    return [(ids[i // n], row) for i, row in enumerate(_shown(found, text))]
+    return [(ids[i // n], row) for i, row in enumerate(_shown(completions, text))]
 
 
 def _shown(completions: Completions, text: Any) -> list[np.ndarray]:
     """Each completion's ids, without the last one where that ended it and is special."""
     marks = set(specials(text).values())
-    rows = zip(completions.tokens, completions.lengths, completions.said, strict=True)
-    return [row[:said] if row[length - 1] in marks else row[:length] for row, length, said in rows]
+    rows = zip(completions.tokens, completions.lengths, completions.text_lengths, strict=True)
+    return [row[:text] if row[length - 1] in marks else row[:length] for row, length, text in rows]
 
 
 def _remedy(left: int) -> str:
