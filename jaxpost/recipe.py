@@ -65,7 +65,9 @@ DEFAULTS = {
     "shared_prefix": False,  # pairs: the prompt once, with both answers as branches behind it
     "annotations": "",  # folders of jaxpost.annotate whose columns the objective reads, with commas between several
     "too_long": "error",  # an example longer than the window: error, truncate, split (into pieces), drop; a prompt is never cut
-    "task": {},  # dict(name="arithmetic", ...): problems, demonstrations and a reward from one module
+    # dict(name="arithmetic", ...): problems, demonstrations and a reward from one module. Of its keys `examples` is how many
+    # demonstrations or samples are made, and `problems` how many of its problems are drawn, round and round; 0 is no bound.
+    "task": {},
     # What judges completions in place of the task's own reward: a function (record, completion) -> float or None, by name or as
     # a dict with one; or several, {"format": {"name": "format.tags", "weight": 0.2}, "right": "task"}, "task" being the task's
     # own and "task.NAME" another of its functions. A weight of 0 makes a figure of it.
@@ -78,7 +80,7 @@ DEFAULTS = {
         "top_k": 0,  # 0, 1 and 0 restrict nothing (sampling/processors.py); what they restrict needs a correction
         "top_p": 1.0,
         "min_p": 0.0,
-        "processors": "",  # functions (logits, context) -> logits, with commas between several
+        "processors": "",  # of sampling/processors.py: names with commas, or a list of names and dicts with keywords
         "stop": (),  # what ends a completion besides: texts, and in place of the tokenizer's own ids others, as (1, "END")
         "slots": 0,  # completions under way at a time; 0 is all of them
         "segment": 32,  # tokens between two looks of the host
@@ -107,6 +109,7 @@ DEFAULTS = {
     "epochs": 1,
     # End when the training time of the named stages (with commas) is used up; steps is then only the schedule's length.
     "time_of": "",
+    "tokens_of": "",  # the same for the tokens that they trained on (num_tokens); of both, what is used up first ends the stage
     "optimizer": {
         "lr": 2e-5,
         "schedule": "cosine",  # cosine, linear, constant, wsd
@@ -137,6 +140,10 @@ DEFAULTS = {
     "highest": False,  # whether more of it is better
     "eval_rows": 64,  # completions at a time, of evaluation and of samples
     "eval_per_cell": 50,  # test problems of each of the task's cells
+    # Evals besides the stage's own held-out loss and test problems, run with them: {NAME: a function of evals/ by name, or a dict
+    # with its keywords}, as {"gsm8k": {"name": "accuracy", "task": {"name": "gsm8k", "data": "F.jsonl"}}}. Figures are
+    # eval/NAME/FIGURE. One that takes a `template` has the stage's; all else of an eval is its own keywords.
+    "evals": {},
 }
 
 # What may differ between a workdir and the command that continues it, since it changes nothing that is learned.
@@ -150,6 +157,7 @@ FREE = (
     "keep",
     "eval_rows",
     "eval_per_cell",
+    "evals",
     "mesh",
     "max_skipped",
     "remat",
@@ -295,9 +303,9 @@ def stages(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
     for name in names or ("train",):
         changes = given.get(name, {}) if names else {}
         settings = _merge(shared, changes, (), f"config.{name}" if names else "config")
-        for key in ("start", "time_of"):
+        for key in ("start", "time_of", "tokens_of"):
             settings[key] = settings[key].replace(" ", "")
-            for other in filter(None, settings[key].split(",") if key == "time_of" else [settings[key]]):
+            for other in filter(None, [settings[key]] if key == "start" else settings[key].split(",")):
                 if other not in [n for n, _ in found]:
                     raise UserError(f"config.{name}.{key}: no stage {other!r} comes before {name!r}.")
         before = dict(found).get(settings["start"] or (found[-1][0] if found else ""))
@@ -371,7 +379,7 @@ def _stored(key: str, value):
     return value
 
 
-_WHOLE = ("columns", "template_options")  # dicts of the user's own names: a change replaces them
+_WHOLE = ("columns", "template_options", "evals")  # dicts of the user's own names: a change replaces them
 _KINDS = {bool: (bool,), int: (int,), float: (float, int), str: (str,), tuple: (tuple, list), dict: (Mapping,)}
 
 
@@ -379,7 +387,7 @@ def _check(key: str, default, value, place: str) -> None:
     """Raises UserError for a value that is not of its default's kind, and for a number out of range."""
     whole = ("model", "objective", "reward", "adapter", "advantages", *_WHOLE)
     kinds = (str, Mapping) if key in whole else _KINDS[type(default)]
-    if key in ("data", "eval_data") and default == "":
+    if key in ("data", "eval_data", "processors") and default == "":
         kinds = (str, Mapping, tuple, list)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join("dict" if k is Mapping else k.__name__ for k in kinds)

@@ -10,7 +10,7 @@ From Python it is the same loop, with functions where a recipe has names:
 
     jaxpost.train("configs/sft.py", "runs/mine", model="FOLDER", data="FILE.jsonl", objective=my_loss)
 
-This file reads from top to bottom: the run, then a stage, whose evaluations are in `stages/judge.py`.
+This file reads from top to bottom: the run, then a stage, whose evaluations are in `stages/evaluation.py`.
 `stages/plan.py` checks everything that can go wrong before anything is compiled.
 """
 
@@ -39,7 +39,7 @@ from jaxpost.models import loading
 from jaxpost.naming import digest_of
 from jaxpost.profile import Profile
 from jaxpost.rollouts import resume, samples
-from jaxpost.stages import datasets, judge
+from jaxpost.stages import datasets, evaluation
 from jaxpost.stages.plan import Plan, plan_stage, starting
 from jaxpost.stages.state import program, shapes
 from jaxpost.step import combine
@@ -73,12 +73,13 @@ def run(config, workdir, **changes) -> dict[str, float]:
         plans = [columns.annotated(plan_stage(name, settings, mesh), mesh) for name, settings in stages]
         check_inputs(plans)
         for plan in plans:
-            judge.check_best(plan, mesh)
+            evaluation.planned(plan, mesh)
+            evaluation.check_best(plan, mesh)
         _claim(workdir, config)
         _introduce(plans, workdir)
-        graded: dict = {}
+        memory: evaluation.Memory = {}
         for i, plan in enumerate(plans):
-            results = _stage(plan, plans[:i], workdir, mesh, stop, graded)
+            results = _stage(plan, plans[:i], workdir, mesh, stop, memory)
             if stop.asked and plan is not plans[-1]:
                 leave(f"after {plan.name}", stop)
         if jax.process_index() == 0:
@@ -126,7 +127,8 @@ def _introduce(plans: list[Plan], workdir: epath.Path) -> None:
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     print(f"model: {arch.parameters():,} parameters{learned}, {devices}", file=sys.stderr)
     for each in plans:
-        most = "until the time is up" if each.settings.time_of else f"{each.steps:,} steps"
+        ends = [what for key, what in (("time_of", "time is up"), ("tokens_of", "tokens are used up")) if each.settings[key]]
+        most = f"until the {' or the '.join(ends)}" if ends else f"{each.steps:,} steps"
         print(f"{each.name}: {most} of {each.settings.batch_size} rows", file=sys.stderr)
     _show(plan)
 
@@ -142,20 +144,20 @@ def _show(plan: Plan) -> None:
 # -------------------------------------------------------------------------------------------------------------- Stage
 
 
-def _stage(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: StopRequest, graded: dict) -> dict[str, float]:
-    """One stage from its start, or from where it was left, to its end. graded: as `judge.Judge` takes it."""
+def _stage(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: StopRequest, memory: dict) -> dict[str, float]:
+    """One stage from its start, or from where it was left, to its end. memory: of `evaluation.Evaluation`."""
     s = plan.settings
     saved = checkpoint.Checkpoints(workdir / "checkpoints" / plan.name, keep=s.keep, best=s.best, highest=s.highest)
     # Closed whatever happens: in a notebook the next attempt would meet the threads of this one, still writing.
     with contextlib.closing(saved), contextlib.closing(plan.source) if s.source == "rollouts" else contextlib.nullcontext():
-        results, left = _steps(plan, before, workdir, mesh, stop, saved, graded)
+        results, left = _steps(plan, before, workdir, mesh, stop, saved, memory)
     stop.in_loop = False  # all is written
     if left is not None:
         leave(f"at {plan.name} step {left}", stop)
     return results
 
 
-def _steps(plan: Plan, before: list[Plan], workdir, mesh, stop: StopRequest, saved, graded: dict) -> tuple[dict, int | None]:
+def _steps(plan: Plan, before: list[Plan], workdir, mesh, stop: StopRequest, saved, memory: dict) -> tuple[dict, int | None]:
     """The results of a stage, and None at its end or else the step that it was asked to stop at."""
     s, names = plan.settings, [p.name for p in before] + [plan.name]
     latest, meta = _left(saved)
@@ -173,9 +175,10 @@ def _steps(plan: Plan, before: list[Plan], workdir, mesh, stop: StopRequest, sav
     plan = _with_reference(plan, names, workdir, mesh, state, fresh=latest is None)
     step = program(plan.spec.transformer, plan.objective, tx, state, mesh, s)
     plan.source.position = meta["position"]
-    log = Log(plan, workdir, names, meta, int(state.step), _seconds_of(s.time_of, workdir))
+    budgets = {"seconds": _used(s.time_of, "seconds", workdir), "num_tokens": _used(s.tokens_of, "num_tokens", workdir)}
+    log = Log(plan, workdir, names, meta, int(state.step), budgets)
     profile = Profile(s.profile, workdir / "profile" / plan.name, int(state.step))
-    evaluated = judge.Judge(plan, mesh, graded, s.start or names[-2] if before else "")
+    evaluated = evaluation.Evaluation(plan, mesh, memory, s.start or names[-2] if before else "")
 
     def save(done: bool) -> None:
         log.flush()
@@ -194,7 +197,7 @@ def _steps(plan: Plan, before: list[Plan], workdir, mesh, stop: StopRequest, sav
             log.waited()
             state, measured = step(state, sharding.distribute(batch, mesh, s.batch_size))
         log.step(at, batch, {**measured, **getattr(plan.source, "metrics", {})})
-        done = at == plan.steps or log.out_of_time()
+        done = at == plan.steps or log.used_up()
         if done or (s.eval_every and at % s.eval_every == 0):
             results, judged = evaluated(state, log, at), at
         asked = stop.asked or (jax.process_count() > 1 and saved.reached_preemption(at))
@@ -314,14 +317,16 @@ def _position(plan: Plan, saved: checkpoint.Checkpoints, step: int):
     return plan.source.keep(step, saved.steps())
 
 
-def _seconds_of(stages: str, workdir: epath.Path) -> float:
-    """The training time that finished stages took together, evaluation left out; without end for none."""
-    seconds = 0.0
+def _used(stages: str, what: str, workdir: epath.Path) -> float:
+    """What finished stages (with commas) used together: `seconds` of training, evaluation left out, or `num_tokens` trained on.
+    Infinite for none.
+    """
+    total = 0.0
     for stage in stages.split(",") if stages else ():
         other = checkpoint.Checkpoints(workdir / "checkpoints" / stage)
-        seconds += other.meta(other.latest())["seconds"]
+        total += other.meta(other.latest())[what]
         other.close()
-    return seconds if stages else float("inf")
+    return total if stages else float("inf")
 
 
 # --------------------------------------------------------------------------------------------------------------- Main
@@ -332,9 +337,9 @@ def main(_) -> None:
     config, workdir = cli.required("config", "workdir")
     results = run(config, workdir)
     if results and jax.process_index() == 0:
-        told = {k: v for k, v in results.items() if isinstance(v, float)}
-        cells = [k for k in told if k.count("/") > 1 and k.endswith(("_low", "_high"))]  # two more lines for each of many
-        print(json.dumps({k: v for k, v in told.items() if k not in cells}, indent=2))
+        numbers = {k: v for k, v in results.items() if isinstance(v, float)}
+        cells = [k for k in numbers if k.count("/") > 1 and k.endswith(("_low", "_high", "_se"))]  # more lines for each of many
+        print(json.dumps({k: v for k, v in numbers.items() if k not in cells}, indent=2))
 
 
 class _Callable(types.ModuleType):

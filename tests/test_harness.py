@@ -157,5 +157,5 @@ def test_what_a_task_asks_of_generation_is_honoured_or_refused(model):
         complete("Tom", do_sample=True, top_p=0.5)
     with pytest.raises(UserError, match="512 new tokens leave no room for a context in 512"):
         complete("Tom", max_gen_toks=512)
-    with pytest.raises(UserError, match="--lm_eval=no_such_task: no file, and lm-eval knows no task"):
+    with pytest.raises(UserError, match="lm_eval=no_such_task: no file, and lm-eval knows no task"):
         harness.evaluate(model, ["no_such_task"])

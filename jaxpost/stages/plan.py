@@ -38,7 +38,7 @@ class Plan(NamedTuple):
     steps: int
     held_out: list  # this process's batches for evaluation
     data: str  # a digest of what is learned from; "" where sets are none
-    problems: dict | None  # what evaluate.graded takes, for a task
+    problems: dict | None  # what accuracy.graded takes, for a task
     example: list[dict]  # the documents of one example, to be shown
     trainable: str  # pattern of the paths that train
     trained: int  # how many parameters that is

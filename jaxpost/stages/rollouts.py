@@ -11,7 +11,7 @@ from jaxpost.declare import declared
 from jaxpost.errors import UserError
 from jaxpost.objectives import logprobs
 from jaxpost.recipe import plain
-from jaxpost.resolve import find, resolve
+from jaxpost.resolve import entries, find, resolve
 from jaxpost.rollouts.learning import CORRECTIONS, Lessons
 from jaxpost.rollouts.source import RolloutConfig, Rollouts
 from jaxpost.stages import datasets
@@ -26,8 +26,8 @@ def sampling(model, s) -> dict:
     return {**options, "turns": r.segment, "stop": stop, "strings": strings, "chain": tuple(_chain(r.processors))}
 
 
-def _chain(names: str) -> list[Callable]:
-    return [resolve(name.strip(), "sampling") for name in names.split(",") if name.strip()]
+def _chain(processors) -> list[Callable]:
+    return [resolve(entry, "sampling.processors") for entry in entries(plain(processors), "config.rollouts.processors")]
 
 
 def source(name: str, found, judges: Rewards, model, s, objective: Callable, mesh) -> Rollouts:
@@ -104,7 +104,7 @@ def _check_rollouts(s, objective: Callable, lessons: Lessons) -> None:
         )
     if r.correction not in CORRECTIONS:
         raise UserError(f"config.rollouts.correction: {r.correction!r}; give '', 'truncate' or 'mask'.")
-    restricted = [k for k in ("top_k", "top_p", "min_p", "processors") if r[k] != {"top_p": 1.0, "processors": ""}.get(k, 0)]
+    restricted = [k for k in ("top_k", "top_p", "min_p", "processors") if r[k] not in ({"top_p": 1.0}.get(k, 0), "", (), [])]
     if not 0 < r.top_p <= 1 or r.min_p > 1:
         raise UserError(f"config.rollouts: top_p={r.top_p} and min_p={r.min_p} are shares; give top_p above 0, and 1 at most.")
     if restricted and compares and r.correction != "truncate":
