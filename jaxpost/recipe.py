@@ -66,7 +66,7 @@ DEFAULTS = {
     "annotations": "",  # folders of jaxpost.annotate whose columns the objective reads, with commas between several
     "too_long": "error",  # an example longer than the window: error, truncate, split (into pieces), drop; a prompt is never cut
     # dict(name="arithmetic", ...): problems, demonstrations and a reward from one module. Of its keys `examples` is how many
-    # demonstrations or samples are made, and `problems` how many of its problems are drawn, round and round; 0 is no bound.
+    # demonstrations or prompts of samples there are, `problems` how many problems are drawn, round and round (0: all).
     "task": {},
     # What judges completions in place of the task's own reward: a function (record, completion) -> float or None, by name or as
     # a dict with one; or several, {"format": {"name": "format.tags", "weight": 0.2}, "right": "task"}, "task" being the task's
@@ -140,8 +140,8 @@ DEFAULTS = {
     "highest": False,  # whether more of it is better
     "eval_rows": 64,  # completions at a time, of evaluation and of samples
     "eval_per_cell": 50,  # test problems of each of the task's cells
-    # Evals besides the stage's own held-out loss and test problems, run with them: {NAME: a function of evals/ by name, or a dict
-    # with its keywords}, as {"gsm8k": {"name": "accuracy", "task": {"name": "gsm8k", "data": "F.jsonl"}}}. Figures are
+    # Evals besides the stage's own held-out loss and test problems, run with them: {NAME: a function of evals/ by name, or a
+    # dict with its keywords}, as {"gsm8k": {"name": "accuracy", "task": {"name": "gsm8k", "data": "F.jsonl"}}}. Figures are
     # eval/NAME/FIGURE. One that takes a `template` has the stage's; all else of an eval is its own keywords.
     "evals": {},
 }
@@ -169,19 +169,8 @@ FREE = (
 
 # Keys that count something and must be at least 1; other numbers must not be negative.
 COUNTS = (
-    "window",
-    "batch_size",
-    "microbatches",
-    "epochs",
-    "keep",
-    "max_skipped",
-    "eval_rows",
-    "eval_per_cell",
-    "prompt_window",
-    "new",
-    "group",
-    "segment",
-    "minibatches",
+    *("window", "batch_size", "microbatches", "epochs", "keep", "max_skipped", "eval_rows", "eval_per_cell"),
+    *("prompt_window", "new", "group", "segment", "minibatches"),
 )
 
 

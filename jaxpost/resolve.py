@@ -103,7 +103,7 @@ def check_origin(entry: Any, noun: str, file) -> None:
     if not isinstance(name, str):
         raise UserError(f"{file}: names no function of kind {noun}, but {name!r}.")
     # One that was handed over from Python is never imported.
-    if name in _TRUSTED or "#" in name or {name, f"{name}.{name}"} & set(known(noun)):
+    if name in _TRUSTED or "#" in name or any(name in (own, f"{own}.{own}") for own in known(noun)):
         return
     raise UserError(
         f"{file}: names {name!r} of {noun}, which is not jaxpost's, and a file does not decide what is run. If it is yours, "
@@ -168,8 +168,19 @@ def known(noun: str) -> list[str]:
         except ModuleNotFoundError:
             continue
         public = [k for k, v in functions if inspect.isfunction(v) and v.__module__ == own and not k.startswith("_")]
-        names += [prefix + k for k in public if fits(dict(functions)[k], noun)]
+        public = [k for k in public if _takes(dict(functions)[k], noun)]
+        names += [k if prefix == f"{k}." else prefix + k for k in public]
     return names
+
+
+def _takes(function: Callable, noun: str) -> bool:
+    """Whether a function of ours has the arguments of its noun, by their names too: a helper may take as many others."""
+    names = list(inspect.signature(function).parameters)
+    return (
+        fits(function, noun)
+        and tuple(names[: len(ARGUMENTS.get(noun, ()))]) == ARGUMENTS.get(noun, ())
+        or "completions" in names
+    )
 
 
 def _files(noun: str) -> list[Path]:

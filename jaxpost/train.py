@@ -73,8 +73,7 @@ def run(config, workdir, **changes) -> dict[str, float]:
         plans = [columns.annotated(plan_stage(name, settings, mesh), mesh) for name, settings in stages]
         check_inputs(plans)
         for plan in plans:
-            evaluation.planned(plan, mesh)
-            evaluation.check_best(plan, mesh)
+            evaluation.check(plan, mesh)
         _claim(workdir, config)
         _introduce(plans, workdir)
         memory: evaluation.Memory = {}
@@ -175,8 +174,7 @@ def _steps(plan: Plan, before: list[Plan], workdir, mesh, stop: StopRequest, sav
     plan = _with_reference(plan, names, workdir, mesh, state, fresh=latest is None)
     step = program(plan.spec.transformer, plan.objective, tx, state, mesh, s)
     plan.source.position = meta["position"]
-    budgets = {"seconds": _used(s.time_of, "seconds", workdir), "num_tokens": _used(s.tokens_of, "num_tokens", workdir)}
-    log = Log(plan, workdir, names, meta, int(state.step), budgets)
+    log = Log(plan, workdir, names, meta, int(state.step), _budgets(s, workdir))
     profile = Profile(s.profile, workdir / "profile" / plan.name, int(state.step))
     evaluated = evaluation.Evaluation(plan, mesh, memory, s.start or names[-2] if before else "")
 
@@ -317,16 +315,17 @@ def _position(plan: Plan, saved: checkpoint.Checkpoints, step: int):
     return plan.source.keep(step, saved.steps())
 
 
-def _used(stages: str, what: str, workdir: epath.Path) -> float:
-    """What finished stages (with commas) used together: `seconds` of training, evaluation left out, or `num_tokens` trained on.
-    Infinite for none.
+def _budgets(s, workdir: epath.Path) -> dict[str, float]:
+    """The training `seconds` (evaluation left out) and the `num_tokens` after which a stage ends: those that the finished stages
+    of time_of and of tokens_of took together, infinite for none.
     """
-    total = 0.0
-    for stage in stages.split(",") if stages else ():
-        other = checkpoint.Checkpoints(workdir / "checkpoints" / stage)
-        total += other.meta(other.latest())[what]
-        other.close()
-    return total if stages else float("inf")
+    budgets = {}
+    for what, stages in (("seconds", s.time_of), ("num_tokens", s.tokens_of)):
+        budgets[what] = 0.0 if stages else float("inf")
+        for stage in stages.split(",") if stages else ():
+            with contextlib.closing(checkpoint.Checkpoints(workdir / "checkpoints" / stage)) as other:
+                budgets[what] += other.meta(other.latest())[what]
+    return budgets
 
 
 # --------------------------------------------------------------------------------------------------------------- Main

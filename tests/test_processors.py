@@ -19,7 +19,7 @@ def kept(probs=PROBS, **amounts) -> list[int]:
     """Which of the tokens may be drawn; of those the logits are as they were."""
     with np.errstate(divide="ignore"):
         logits = jnp.log(jnp.asarray(probs, jnp.float32))[None]
-    found = processors.restricted(logits, amounts=processors.controls(**amounts))
+    found = processors.restricted(logits, processors.controls(**amounts))
     left = np.flatnonzero(np.isfinite(found[0]))
     np.testing.assert_array_equal(found[0, left], logits[0, left])
     return left.tolist()
@@ -62,8 +62,7 @@ def test_restrictions_are_those_of_a_plain_reference(temperature):
     rng, restrict = np.random.default_rng(0), jax.jit(processors.restricted)
     logits = (rng.normal(size=(40, 300)) * 3).astype(np.float32) / np.float32(temperature)
     for top_k, top_p, min_p in itertools.product((0, 1, 7, 300), (1.0, 0.9, 0.3), (0.0, 0.02, 0.5)):
-        amounts = processors.controls(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-        found = restrict(jnp.asarray(logits), amounts=amounts)
+        found = restrict(jnp.asarray(logits), processors.controls(temperature, top_k, top_p, min_p))
         np.testing.assert_array_equal(found, [reference(row, top_k, top_p, min_p) for row in logits])
     assert restrict._cache_size() == 1  # amounts are arrays
 

@@ -251,6 +251,7 @@ def test_the_defaults_are_nobodys_to_change():
         ({"stages": "sft"}, "config.stages: 'sft' is no tuple or list"),
         ({"stages": ("a", "b"), "a": {"start": "b"}}, "config.a.start: no stage 'b' comes before 'a'"),
         ({"stages": ("a",), "a": {"time_of": "a"}}, "config.a.time_of: no stage 'a' comes before 'a'"),
+        ({"stages": ("a", "b"), "b": {"tokens_of": "a, c"}}, "config.b.tokens_of: no stage 'c' comes before 'b'"),
     ],
 )
 def test_stages_that_do_not_add_up(changes, message):

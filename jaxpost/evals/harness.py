@@ -11,6 +11,7 @@ parted, and an empty context is the beginning-of-text token. One thing differs: 
 where that adapter also asks how likely the beginning-of-text token is after itself.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -151,9 +152,14 @@ def lm_eval(model: Any, *, tasks: Sequence[str], limit: int | None = None, rows:
         yield from ((f"{task}/{metric}", value) for metric, value in figures.items())
 
 
+@functools.cache
+def _index() -> TaskManager:
+    return TaskManager()  # it reads thousands of files
+
+
 def _manager(tasks: Sequence[str]) -> TaskManager:
     """lm-eval's index of tasks. Raises UserError for a task that is not in it, nor a file."""
-    manager = TaskManager()
+    manager = _index()
     for task in tasks:
         if task not in manager.task_index and not Path(task).is_file():
             raise UserError(f"lm_eval={task}: no file, and lm-eval knows no task, group or tag of that name.")

@@ -78,7 +78,8 @@ def stream(
 
     params: the model's, or what `ready` made of them. slots: how many are under way at a time, 0 for all of them; number: the
     first one's, for its noise; turns: of a segment; strings: texts that end a completion, which keeps them (the tokenizer says
-    what a text is); have: completions that are there already and are left out; amounts and chain: see `processors`. Raises UserError for a prompt that is empty or longer than the window.
+    what a text is); have: completions that are there already and are left out; amounts and chain: see `processors`. Raises
+    UserError for a prompt that is empty or longer than the window.
     """
     ways, turns = mesh.shape["data"] * mesh.shape["fsdp"], min(turns, new)
     columns, places = _laid_out(prompts, prompt_window, group, number, ways, have)

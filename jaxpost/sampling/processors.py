@@ -29,13 +29,13 @@ def _ids(tokens: Sequence[int]) -> jax.Array:
     return jnp.asarray(tuple(tokens), jnp.int32)
 
 
-def controls(*, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> dict[str, jax.Array]:
+def controls(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> dict[str, jax.Array]:
     """The amounts as scalars: temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 restrict nothing."""
     amounts = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     return {k: jnp.asarray(v, jnp.int32 if k == "top_k" else jnp.float32) for k, v in amounts.items()}
 
 
-def restricted(logits: jax.Array, *, amounts: Mapping[str, jax.Array]) -> jax.Array:
+def restricted(logits: jax.Array, amounts: Mapping[str, jax.Array]) -> jax.Array:
     """logits [R,V], at the temperature that they are drawn at, with -inf for what may not be drawn.
 
     One after the other: the top_k likeliest; of those the likeliest that together have top_p of the probability, the one that

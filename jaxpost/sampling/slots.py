@@ -249,7 +249,7 @@ def _record(s: State, scores: jax.Array, who: jax.Array, *, queue, key, stop, am
     for processor in chain:
         found = processor(found, context)
     sampled = amounts["temperature"] > 0
-    found = processors.restricted(found / jnp.where(sampled, amounts["temperature"], 1.0), amounts=amounts)
+    found = processors.restricted(found / jnp.where(sampled, amounts["temperature"], 1.0), amounts)
     token, logp = draw(found, _uniform(key, numbers, s.count), sampled)
     count = s.count + who
     stopped = who & jnp.isin(token, stop)

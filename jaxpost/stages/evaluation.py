@@ -102,7 +102,13 @@ def planned(plan: Plan, mesh) -> list[Eval]:
     return evals + configured(recipe.plain(s.evals), _model(spec, None, mesh), template=template, about=about)
 
 
-def check_best(plan: Plan, mesh) -> None:
+def check(plan: Plan, mesh) -> None:
+    """Raises UserError for a wrong eval, or a wrong config.best, before anything is compiled."""
+    planned(plan, mesh)
+    _check_best(plan, mesh)
+
+
+def _check_best(plan: Plan, mesh) -> None:
     """Checks that a stage's evaluations report the figure that its best checkpoint is chosen by; of `config.evals` only the
     name of the eval is known. The objective is traced for that, not compiled, and only where neither the loss nor the task's
     problems are it. The default stands for no choice.
