@@ -59,8 +59,9 @@ class Log:
         self.settle(keep_mark=True)
         self.pending = (at, batch, measured, self.wait)
         if self.budgets["num_tokens"] < float("inf"):  # num_tokens is known only a step later
-            own = np.array([np.sum(batch["segments"] > 0)], np.int32)
-            self.drawn_tokens += int(sharding.everywhere(own).sum() if jax.process_count() > 1 else own[0])
+            # Several processes may share rows, so there the step's own count is waited for.
+            alone = jax.process_count() == 1
+            self.drawn_tokens += int(np.sum(batch["segments"] > 0) if alone else measured["num_tokens"])
         every = self.plan.settings.completions
         rows = self.plan.source.table() if every and at % every == 0 and hasattr(self.plan.source, "table") else []
         if rows and self.writer:

@@ -316,8 +316,8 @@ def _position(plan: Plan, saved: checkpoint.Checkpoints, step: int):
 
 
 def _budgets(s, workdir: epath.Path) -> dict[str, float]:
-    """The training `seconds` (evaluation left out) and the `num_tokens` after which a stage ends: those that the finished stages
-    of time_of and of tokens_of took together, infinite for none.
+    """The training `seconds` (evaluation left out) and the `num_tokens` after which a stage ends: what the finished stages of
+    time_of and of tokens_of used together, infinite for none.
     """
     budgets = {}
     for what, stages in (("seconds", s.time_of), ("num_tokens", s.tokens_of)):

@@ -10,7 +10,7 @@ import pytest
 import runs
 
 import jaxpost
-from jaxpost import api, recipe, sharding, train
+from jaxpost import api, cli, recipe, sharding, train
 from jaxpost.errors import UserError
 from jaxpost.evals import intervals
 from jaxpost.naming import named
@@ -158,12 +158,18 @@ def _settings(plan):
     return plan.settings.to_dict()
 
 
-def test_evals_of_a_stage_take_the_place_of_those_around_it_and_change_nothing_learned():
+def test_evals_of_a_stage_take_the_place_of_those_around_it_and_change_nothing_learned(tmp_path):
     made = recipe.make(stages=("a", "b"), evals={"one": "x.py:f"}, b={"evals": {"two": "y.py:g"}})
     (_, a), (_, b) = recipe.stages(made)
     assert a.evals.to_dict() == {"one": "x.py:f"} and b.evals.to_dict() == {"two": "y.py:g"}
     other = recipe.make(stages=("a", "b"), b={"evals": {"two": {"name": "y.py:g", "k": 1}}})
     assert recipe.difference(made.to_dict(), other.to_dict()) == []
+    (tmp_path / "r.py").write_text(
+        "from jaxpost import recipe\n\n\ndef get_config():\n    return recipe.make(evals={'one': {'name': 'x.py:f'}})\n"
+    )
+    keys = ["evals.one.k=3", 'evals={"two": "y.py:g"}', "evals.three=z.py:h"]
+    argv = ["jaxpost", f"--config={tmp_path / 'r.py'}", "--config.steps=3", *(f"--config.{key}" for key in keys)]
+    assert cli._own_keywords(argv) == (argv[:3], [tuple(key.split("=", 1)) for key in keys])
     recipe.put(made, "evals", '{"three": {"name": "accuracy", "task": "arithmetic"}}')
     assert made.evals.to_dict() == {"three": {"name": "accuracy", "task": "arithmetic"}}
 

@@ -61,8 +61,8 @@ def test_accuracy_weighs_the_whole_and_counts_in_the_cells(monkeypatch, rows):
     monkeypatch.setattr(decode, "complete", answering(calls))
     options = {"prompt_window": 6, "new": 4, "template": None}
     judges = {"right": (arithmetic.reward, 1.0)}
-    found = accuracy.graded(MODEL, RECORDS, judges, rows=rows, options=options)
-    values = dict(found)
+    figures = accuracy.graded(MODEL, RECORDS, judges, rows=rows, options=options)
+    values = dict(figures)
     samples = values.pop("samples")
     assert [row["problem"] for row in samples] == [0, 1, 2] * 2 and [row["cell"] for row in samples[:2]] == ["easy", "hard"]
     samples = first_of_each_cell(samples)
@@ -128,8 +128,8 @@ def test_a_completion_that_a_reward_does_not_apply_to_is_in_no_mean(monkeypatch,
     options = {"prompt_window": 6, "new": 4, "template": None}
     judges = {"one": (reward, 1.0), "none": (lambda record, completion: None, 0.0)}
     judging = {"workers": 0}
-    found = accuracy.graded(MODEL, RECORDS, judges, rows=3, options=options, judging=judging)
-    values = {name: value for name, value in found if name != "samples" and not name.endswith("_se")}
+    figures = accuracy.graded(MODEL, RECORDS, judges, rows=3, options=options, judging=judging)
+    values = {name: value for name, value in figures if name != "samples" and not name.endswith("_se")}
     assert np.isnan([values.pop("rewards/none"), values.pop("rewards/none_greedy")]).all()
     bounds = [values.pop(f"accuracy{kind}{side}") for kind in ("", "_greedy") for side in ("_low", "_high") if verdict]
     assert bounds == pytest.approx(
@@ -219,17 +219,17 @@ def test_perplexity_of_a_file_is_that_of_each_token_by_hand(folder, tmp_path, ca
     documents = [([*ids("12+34-56x7"), end], 1), ([*ids("8x9"), end], 1), ([*ids("1+1-0+35"), end], 7)]
     documents.append((turns, len(turns) - answer))
     for window in (6, 16):
-        found = dict(perplexity.perplexity(model, data=str(tmp_path / "rows.jsonl"), window=window))
+        figures = dict(perplexity.perplexity(model, data=str(tmp_path / "rows.jsonl"), window=window))
         total, count = by_hand(model, documents, window)
-        assert found["tokens"] == count == 10 + 3 + 2 + answer
+        assert figures["tokens"] == count == 10 + 3 + 2 + answer
         # Sums of some 20 terms in float32.
-        assert found["nll"] == pytest.approx(total / count, rel=1e-5)
-        assert found["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+        assert figures["nll"] == pytest.approx(total / count, rel=1e-5)
+        assert figures["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
         # The error of a ratio of sums over documents, which are what is drawn.
         each = np.array([by_hand(model, [document], window) for document in documents])
-        error = np.sqrt(4 / 3 * np.sum((each[:, 0] - found["nll"] * each[:, 1]) ** 2)) / count
-        assert found["nll_se"] == pytest.approx(error, rel=1e-4)
-        assert found["perplexity_high"] == pytest.approx(math.exp(found["nll"] + 1.96 * error), rel=1e-4)
+        error = np.sqrt(4 / 3 * np.sum((each[:, 0] - figures["nll"] * each[:, 1]) ** 2)) / count
+        assert figures["nll_se"] == pytest.approx(error, rel=1e-4)
+        assert figures["perplexity_high"] == pytest.approx(math.exp(figures["nll"] + 1.96 * error), rel=1e-4)
     (tmp_path / "other.jsonl").write_text('{"q": "1+1-0+3", "a": "5"}\n{"q": ""}\n{"q": "1",\n')
     options = {"columns": "prompt=q,completion=a", "bad_rows": "skip"}
     other = dict(perplexity.perplexity(model, data=str(tmp_path / "other.jsonl"), window=16, **options))
@@ -246,38 +246,42 @@ def test_perplexity_of_a_file_is_that_of_each_token_by_hand(folder, tmp_path, ca
 
 
 def test_accuracy_of_a_task_by_name(folder, monkeypatch, tmp_path):
-    asked = {}
+    sizes = {}
 
     def complete(model, params, prompts, *, prompt_window, new, have, **_):
-        asked.update(prompt_window=prompt_window, new=new, rows=len(prompts))
+        sizes.update(prompt_window=prompt_window, new=new, rows=len(prompts))
         tokens = np.zeros((len(prompts) - len(have), new), np.int32)
         tokens[:, :1], ones = TEXT("2")["input_ids"], np.ones(len(tokens), int)
         return Completions(tokens, ones, np.zeros(tokens.shape), np.zeros(len(tokens), bool), ones)
 
     monkeypatch.setattr(decode, "complete", complete)
     (tmp_path / "judge.py").write_text("def two(record, completion) -> 'bool':\n    return completion == '2'")
-    found = dict(accuracy.accuracy(api.load(folder), task="arithmetic", per_cell=1, reward=f"{tmp_path}/judge.py:two", rows=4))
-    assert found["accuracy"] == found["accuracy_greedy/x3"] == 1.0 and found["problems"] == 9 and len(found) == 28 + 36
+    figures = dict(
+        accuracy.accuracy(api.load(folder), task="arithmetic", per_cell=1, reward=f"{tmp_path}/judge.py:two", rows=4)
+    )
+    assert figures["accuracy"] == figures["accuracy_greedy/x3"] == 1.0 and figures["problems"] == 9 and len(figures) == 28 + 36
     # <|user|>, seven characters of the longest problem, <|assistant|>; and as much of 64 as the model's positions leave.
-    assert asked == {"prompt_window": 9, "new": 55, "rows": 4}
+    assert sizes == {"prompt_window": 9, "new": 55, "rows": 4}
     (tmp_path / "judge.py").write_text("def none(record, completion):\n    return None if completion is not None else 0.0")
-    found = dict(accuracy.accuracy(api.load(folder), task="arithmetic", per_cell=1, reward=f"{tmp_path}/judge.py:none", rows=4))
-    assert np.isnan(found["reward"])  # it has nothing to say of these completions
+    figures = dict(
+        accuracy.accuracy(api.load(folder), task="arithmetic", per_cell=1, reward=f"{tmp_path}/judge.py:none", rows=4)
+    )
+    assert np.isnan(figures["reward"])  # it has nothing to say of these completions
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}')
     with pytest.raises(UserError, match="^task=prompts: has no reward of its own; name one, as reward=FILE.py:reward"):
         dict(accuracy.accuracy(api.load(folder), task={"name": "prompts", "data": f"{tmp_path}/p.jsonl"}))
     own = dict(accuracy.accuracy(api.load(folder), task="arithmetic", per_cell=1, rows=4, new=5))
-    assert asked["new"] == 5
+    assert sizes["new"] == 5
     records = arithmetic.test_records(1)
     right = [r["answer"] == "2" for r in records]
     assert own["accuracy"] == pytest.approx(np.average(right, weights=[r["weight"] for r in records]))
 
 
-def test_it_is_said_how_many_problems_were_asked_and_what_came(capsys):
+def test_the_number_of_problems_and_some_completions_are_printed(capsys):
     rows = [{"prompt": "1+1", "completion": f"answer {i}", "reward": 1.0} for i in range(9)]
     evaluate._show("arithmetic", 209, rows)
-    told = capsys.readouterr().err
-    assert told.startswith("arithmetic: 209 test problems") and "answer 5" in told and "answer 6" not in told
+    printed = capsys.readouterr().err
+    assert printed.startswith("arithmetic: 209 test problems") and "answer 5" in printed and "answer 6" not in printed
 
 
 def test_the_command_prints_one_object(folder, tmp_path):
@@ -291,10 +295,10 @@ def test_the_command_prints_one_object(folder, tmp_path):
     file = str(tmp_path / "rows.jsonl")
     named = json.dumps({"text": {"name": "perplexity", "data": file, "window": 8}})
     done = command(f"--data={file}", f"--evals={named}")
-    found = json.loads(done.stdout)
-    assert found["text/nll"] == pytest.approx(found["nll"]) and found["text/tokens"] == 5
-    assert done.returncode == 0 and found["tokens"] == 5 and found["perplexity"] == pytest.approx(math.exp(found["nll"]))
-    assert found["documents"] == 1 and "rows.jsonl: 1 documents, 5 scored tokens" in done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["text/nll"] == pytest.approx(figures["nll"]) and figures["text/tokens"] == 5
+    assert done.returncode == 0 and figures["tokens"] == 5 and figures["perplexity"] == pytest.approx(math.exp(figures["nll"]))
+    assert figures["documents"] == 1 and "rows.jsonl: 1 documents, 5 scored tokens" in done.stderr
     none = command()
     assert none.returncode == 2 and none.stderr.startswith(
         "error: nothing to evaluate on: give --data=FILE, --task=NAME, --lm_eval=TASK or"
