@@ -37,30 +37,27 @@ NOUNS = {
     "transform": ("rows", "columns", "key"),
     "task": None,
 }
-# Where those that come with jaxpost are: a folder of jaxpost, or one file of siblings; the noun's plural if not said here.
-PLACES = {
-    "merge": "merging",
-    "processor": "sampling.processors",
-    "step": "rollouts.steps",
-    "transform": "data.transforms",
-}
-# The settings that hold entries (a name, or a dict with `name` and keywords), and where bare names are looked up. Those of
-# SEVERAL may hold a dict of entries under the user's own names; a list of entries is a list of entries anywhere.
-ENTRIES = {
-    "objective": "objectives",
-    "reward": "rewards",
-    "adapter": "adapters",
-    "task": "tasks",
-    "evals": "evals",
+# What `resolve` calls them together, and where they are under jaxpost: a folder, or one file of siblings. What is not said here
+# is the noun's plural.
+PLURALS = {"merge": "merging"}
+FOLDERS = {
     "processors": "sampling.processors",
+    "row_types": "data.row_types",
+    "steps": "rollouts.steps",
+    "transforms": "data.transforms",
 }
-SEVERAL = ("reward", "evals")
+# The settings that hold entries (a name, or a dict with `name` and keywords), or lists of entries, and what they name. Those of
+# SEVERAL may hold a dict of entries under the user's own names.
+ENTRIES = {
+    **{noun: f"{noun}s" for noun in ("objective", "reward", "adapter", "task")},
+    "annotations": "annotators",
+    "evals": "evals",
+    "order": "transforms",
+    "processors": "processors",
+    "steps": "steps",
+}
+SEVERAL = ("reward", "evals", "annotations")
 _GIVEN: dict[str, Any] = {}
-
-
-def place_of(noun: str) -> str:
-    """Where the functions of a noun are that come with jaxpost, as `resolve` takes it: "objectives", "data.transforms"."""
-    return PLACES.get(noun, f"{noun}s")
 
 
 def name_of(thing: Any, noun: str) -> str:
@@ -70,7 +67,7 @@ def name_of(thing: Any, noun: str) -> str:
     name = getattr(thing, "__name__", None) or getattr(getattr(thing, "func", thing), "__name__", type(thing).__name__)
     module = None if place == "__main__" else sys.modules.get(place)
     if module is thing or (module is not None and vars(module).get(name) is thing):
-        return (place if whole else f"{place}.{name}").removeprefix(f"jaxpost.{noun}.")
+        return (place if whole else f"{place}.{name}").removeprefix(f"jaxpost.{FOLDERS.get(noun, noun)}.")
     name = f"{name.rpartition('.')[2].strip('<>')}#{digest_of(thing)}"
     _GIVEN[name] = thing
     return name
@@ -102,7 +99,7 @@ def named(settings: Mapping, known: Container[str]) -> dict:
 
 def _entries(key: str, value: Any) -> Any:
     """The value of a setting of ENTRIES with names for objects: an entry, or several in a dict or a list."""
-    if isinstance(value, str):
+    if isinstance(value, (str, int)):  # outside of rollouts `steps` is a number
         return {"name": value} if key == "task" and value else value
     if isinstance(value, (list, tuple)):
         return tuple(_entries(key, entry) for entry in value)

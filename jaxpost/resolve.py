@@ -26,11 +26,10 @@ from types import ModuleType
 from typing import Any
 
 from jaxpost.errors import UserError
-from jaxpost.naming import NOUNS, given, place_of
+from jaxpost.naming import FOLDERS, NOUNS, PLURALS, given
 
-# By place, the arguments that its noun's functions take by position; what else stands there is a helper.
-ARGUMENTS = {place_of(noun): arguments for noun, arguments in NOUNS.items() if arguments}
-_ROOT = Path(__file__).parent
+# By what resolve calls a noun, the arguments that its functions take by place; what else stands with them is a helper.
+ARGUMENTS = {PLURALS.get(noun, f"{noun}s"): arguments for noun, arguments in NOUNS.items() if arguments}
 _TRUSTED: set[str] = set()
 
 
@@ -72,23 +71,18 @@ def _json(text: str, place: str) -> Any:
 def resolve(spec: Mapping | str, noun: str) -> Callable:
     """The function that a config entry names, with the entry's other keys bound as keyword arguments.
 
-    noun: where a bare name is looked up under jaxpost, as `naming.place_of` says: "objectives", "data.transforms". Raises
-    UserError for an unknown name, an unknown keyword, or one that is required and missing.
+    noun: what the function is, "objectives" or "transforms", which says where a bare name is looked up. Raises UserError for an
+    unknown name, an unknown keyword, or one that is required and missing.
     """
     options = dict(spec) if isinstance(spec, Mapping) else {"name": spec}
-    name, kind = options.pop("name", None), _kind(noun)
+    name = options.pop("name", None)
     if not isinstance(name, str) or not name:
-        raise UserError(f"config: an entry of kind {kind} needs a name, got {spec!r}.")
+        raise UserError(f"config: an entry of kind {noun} needs a name, got {spec!r}.")
     function = find(name, noun)
     if not callable(function) or not fits(function, noun):
         arguments = ", ".join(ARGUMENTS.get(noun, ()))
-        raise UserError(f"config: {name!r} is no function of ({arguments}), as {kind} are.{nearest(name, known(noun))}")
-    return bind(function, options, f"{kind}: {name}")
-
-
-def _kind(noun: str) -> str:
-    """What errors call the functions of a place."""
-    return noun.rpartition(".")[2]
+        raise UserError(f"config: {name!r} is no function of ({arguments}), as {noun} are.{nearest(name, known(noun))}")
+    return bind(function, options, f"{noun}: {name}")
 
 
 def trust(entry: Mapping | str) -> None:
@@ -130,14 +124,13 @@ def find(name: str, noun: str) -> Callable:
     if ".py:" in name:
         path, _, attribute = name.rpartition(":")
         return _attribute(_file(path), attribute, name, noun)
-    file, _, attribute = name.rpartition(".")
-    own = [f"jaxpost.{noun}.{file}"] if file else [f"jaxpost.{noun}.{name}", *[f"jaxpost.{noun}"] * _is_file(noun)]
+    (file, _, attribute), place = name.rpartition("."), _place(noun)
+    own = [f"{place}.{file}"] if file else [f"{place}.{name}", *[place] * _is_file(noun)]
     for candidate in own + [file] * bool(file):
         if (imported := _module(candidate)) is not None:
             return _attribute(imported, attribute, name, noun)
-    kind = _kind(noun)
     raise UserError(
-        f"config: unknown {kind} {name!r}.{nearest(name, known(noun))} Or give package.module.function, or file.py:function."
+        f"config: unknown {noun} {name!r}.{nearest(name, known(noun))} Or give package.module.function, or file.py:function."
     )
 
 
@@ -147,12 +140,12 @@ def module(name: str, noun: str) -> ModuleType:
         return _handed_over(name)
     if name.endswith(".py"):
         return _file(name)
-    for candidate in (f"jaxpost.{noun}.{name}", name):
+    for candidate in (f"{_place(noun)}.{name}", name):
         if candidate and (imported := _module(candidate)) is not None:
             return imported
     have = [path.stem for path in _files(noun)]
     raise UserError(
-        f"config: unknown module {name!r} for {_kind(noun)}.{nearest(name, have)} Or give an importable module, or a file.py."
+        f"config: unknown module {name!r} for {noun}.{nearest(name, have)} Or give an importable module, or a file.py."
     )
 
 
@@ -162,7 +155,7 @@ def known(noun: str) -> list[str]:
     """
     names = []
     for path in _files(noun):
-        own, prefix = (f"jaxpost.{noun}", "") if _is_file(noun) else (f"jaxpost.{noun}.{path.stem}", f"{path.stem}.")
+        own, prefix = (_place(noun), "") if _is_file(noun) else (f"{_place(noun)}.{path.stem}", f"{path.stem}.")
         try:
             functions = vars(importlib.import_module(own)).items()
         except ModuleNotFoundError:
@@ -175,24 +168,23 @@ def known(noun: str) -> list[str]:
 
 def _takes(function: Callable, noun: str) -> bool:
     """Whether a function of ours has the arguments of its noun, by their names too: a helper may take as many others."""
-    names = list(inspect.signature(function).parameters)
-    return (
-        fits(function, noun)
-        and tuple(names[: len(ARGUMENTS.get(noun, ()))]) == ARGUMENTS.get(noun, ())
-        or "completions" in names
-    )
+    names, wanted = tuple(inspect.signature(function).parameters), ARGUMENTS.get(noun, ())
+    return fits(function, noun) and (names[: len(wanted)] == wanted or "completions" in names)
+
+
+def _place(noun: str) -> str:
+    """The package, or the one module, of a noun's functions."""
+    return f"jaxpost.{FOLDERS.get(noun, noun)}"
 
 
 def _files(noun: str) -> list[Path]:
-    """The files in which the functions of a noun are that come with jaxpost."""
-    place = _ROOT / noun.replace(".", "/")
-    if _is_file(noun):
-        return [place.with_suffix(".py")]
-    return sorted(path for path in place.glob("*.py") if path.stem != "__init__")
+    """The files of a noun's functions."""
+    place = Path(__file__).parent.joinpath(*_place(noun).split(".")[1:])
+    return [place.with_suffix(".py")] if _is_file(noun) else sorted(p for p in place.glob("*.py") if p.stem != "__init__")
 
 
 def _is_file(noun: str) -> bool:
-    return (_ROOT / f"{noun.replace('.', '/')}.py").is_file()
+    return Path(__file__).parent.joinpath(*_place(noun).split(".")[1:]).with_suffix(".py").is_file()
 
 
 def fits(function: Callable, noun: str) -> bool:

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import sys
 import types
 
 import jax
@@ -53,7 +54,7 @@ CASES = [(name, {}) for name in known("evals")] + [("accuracy", {"samples": 3, "
 
 
 @pytest.mark.parametrize(
-    ("name", "more"), [pytest.param(*case, marks=pytest.mark.slow) if "harness" in case[0] else case for case in CASES]
+    ("name", "more"), [pytest.param(*x, marks=pytest.mark.slow) if "harness" in x[0] or x[1] else x for x in CASES]
 )
 def test_the_same_weights_have_the_same_figures_whatever_the_batch_size(model, given, name, more):
     takes = inspect.signature(resolve({"name": name, **_needed(name, given)}, "evals")).parameters
@@ -136,6 +137,14 @@ def test_a_wrong_eval_is_refused_before_anything_is_compiled(tmp_path, kind):
     assert not (tmp_path / "w").exists()
 
 
+def test_an_eval_whose_package_is_missing_is_told_with_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "jaxpost.evals.harness", raising=False)
+    with pytest.raises(UserError, match=r"evals.harness needs lm_eval, which is not installed; pip install 'jaxpost\[eval\]'"):
+        resolve({"name": "harness.lm_eval", "tasks": []}, "evals")
+    assert "accuracy" in known("evals") and "harness.lm_eval" not in known("evals")
+
+
 def _plan(folder, **changes):
     mesh = sharding.make_mesh()
     with sharding.use(mesh):
@@ -186,7 +195,7 @@ def test_functions_and_tasks_handed_over_in_evals_and_processors_have_names():
     assert out["evals"]["mine"]["name"].startswith("figures#") and out["evals"]["other"]["scale"] == 2.0
     assert out["evals"]["sums"] == {"name": "accuracy", "task": {"name": "arithmetic"}}
     one, two = out["rollouts"]["processors"]
-    assert resolve(one, "sampling.processors").func is never and two == {"name": "banned", "tokens": [1]}
+    assert resolve(one, "processors").func is never and two == {"name": "banned", "tokens": [1]}
     assert resolve(out["evals"]["mine"], "evals").func is figures
     stage = named({"stages": ("eval",), "eval": {"objective": figures}}, recipe.DEFAULTS)
     assert stage["eval"]["objective"]["name"].startswith("figures#")  # a noun is no stage's name

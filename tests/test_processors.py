@@ -114,14 +114,14 @@ def test_a_processor_knows_the_completion_so_far_and_whose_it_is(slots):
 SETTINGS = {"banned": {"tokens": [1, 4]}, "at_least": {"count": 3, "ends": [2]}}  # of each processor at full strength
 
 
-@pytest.mark.parametrize("name", known("sampling.processors"))
+@pytest.mark.parametrize("name", known("processors"))
 def test_a_processor_raises_no_forbidden_token_and_without_strength_changes_nothing(name):
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(4, 6)).astype(np.float32)
     logits[:, 5], logits[0, 2] = -np.inf, -np.inf
     context = {"tokens": rng.integers(0, 6, (4, 8)), "counts": np.array([0, 2, 3, 8]), "numbers": np.arange(4)}
     own = {k: jnp.asarray(v) for k, v in context.items()}
-    strong, weak = resolve({"name": name, **SETTINGS[name]}, "sampling.processors"), resolve(name, "sampling.processors")
+    strong, weak = resolve({"name": name, **SETTINGS[name]}, "processors"), resolve(name, "processors")
     np.testing.assert_array_equal(weak(jnp.asarray(logits), own), logits)
     forbidden = np.asarray(jax.jit(strong)(jnp.asarray(logits), own))
     assert (
@@ -161,6 +161,6 @@ def test_processors_are_named_with_keywords_in_a_list_or_with_commas():
         and entries("", "p") == []
         and entries({"name": "x"}, "p") == [{"name": "x"}]
     )
-    assert resolve(chain[0], "sampling.processors").keywords == {"tokens": [3]}
-    drawn = sampled(stop=(), chain=tuple(resolve(x, "sampling.processors") for x in chain))
+    assert resolve(chain[0], "processors").keywords == {"tokens": [3]}
+    drawn = sampled(stop=(), chain=tuple(resolve(x, "processors") for x in chain))
     assert not (drawn.tokens == 3).any() and all(len(set(row.tolist())) == NEW for row in drawn.tokens)

@@ -74,6 +74,8 @@ def _asked(
     if not (records := opened.test_records(per_cell)):
         raise UserError(f"task={name}: has no test problems.")
     for i, record in enumerate(records):
+        if not isinstance(record.get("prompt"), str | list):
+            raise UserError(f"task={name}, test problem {i}: has no text or messages under `prompt`.")
         scoring.check_record(rewards, record, f"task={name}, test problem {i}")
     for k in ks if samples else ():
         pass_at_k.check(k, samples)

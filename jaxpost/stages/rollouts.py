@@ -27,7 +27,7 @@ def sampling(model, s) -> dict:
 
 
 def _chain(processors) -> list[Callable]:
-    return [resolve(entry, "sampling.processors") for entry in entries(plain(processors), "config.rollouts.processors")]
+    return [resolve(entry, "processors") for entry in entries(plain(processors), "config.rollouts.processors")]
 
 
 def source(name: str, found, judges: Rewards, model, s, objective: Callable, mesh) -> Rollouts:
