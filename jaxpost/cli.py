@@ -12,7 +12,7 @@ from absl import app, flags, logging
 
 from jaxpost import compile_cache, host, recipe, startup
 from jaxpost.errors import UserError
-from jaxpost.naming import NOUNS
+from jaxpost.naming import ENTRIES
 from jaxpost.recipe import DEFAULTS
 from jaxpost.resolve import trust
 
@@ -124,12 +124,12 @@ def _own_keywords(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
     ml_collections changes only what is there, but which keywords an objective or a task has is for the function to say. It also
     takes no folder where the recipe has a model's fields, so a model is among them.
     """
-    pattern = re.compile(rf"--config\.((?:\w+\.)?(?:(?:{'|'.join(NOUNS)})\.\w+|model))=(.*)", re.DOTALL)
+    pattern = re.compile(rf"--config\.((?:\w+\.)?(?:(?:{'|'.join(ENTRIES)})(?:\.[\w-]+)+|model|evals))=(.*)", re.DOTALL)
     found = [m.groups() for a in argv if (m := pattern.fullmatch(a))]
     if not found or not any(a.startswith("--config=") for a in argv):
         return argv, []
     config = _recipe(argv)
-    own = [(path, value) for path, value in found if not recipe.has(config, path) or path.split(".")[-1] == "model"]
+    own = [(path, value) for path, value in found if not recipe.has(config, path) or path.split(".")[-1] in ("model", "evals")]
     return [a for a in argv if a not in [f"--config.{path}={value}" for path, value in own]], own
 
 

@@ -116,7 +116,7 @@ def curves(runs: dict, by_run: dict) -> list[str]:
         for row in rows:
             for name in row:
                 drawn = name in CURVES or (name.startswith("eval/") and name.count("/") == 1)
-                if drawn and not name.endswith(("_low", "_high")):
+                if drawn and not name.endswith(("_low", "_high", "_se")):
                     lines.setdefault((row["stage"], name), {}).setdefault(run, []).append((row["step"], row[name]))
     drawings = []
     for (stage, name), own in lines.items():

@@ -33,13 +33,19 @@ def linked(settings: dict, own_model: bool, before: Mapping[str, Mapping], place
     for key, kind in _INPUTS.items():
         for name in references(settings[key]):
             _check(name, kind, before, f"{place}.{key}")
-    for name in filter(None, (part.strip() for part in settings["time_of"].split(","))):
-        _check(name, "weights", before, f"{place}.time_of")
+    for key in ("time_of", "tokens_of"):
+        for name in names(settings[key]):
+            _check(name, None, before, f"{place}.{key}")
     model, last = settings["model"], [name for name, s in before.items() if MAKES[s["do"]] == "weights"][-1:]
     start = next(references(model), "") if own_model else "".join(last)
     origin = settings["of"][0] if settings["do"] == "merge" and settings["of"] else f"@{start}" if start else model
     start = next(references(origin), "")
     return {**settings, "start": start, "model": before[start]["model"] if start else origin}
+
+
+def names(text: str) -> list[str]:
+    """The stages that a text names, with commas between several."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def references(value: Any) -> Iterator[str]:
@@ -77,10 +83,10 @@ def _weighed(part: str) -> Any:
         return part
 
 
-def _check(name: str, kind: str, before: Mapping[str, Mapping], place: str) -> None:
+def _check(name: str, kind: str | None, before: Mapping[str, Mapping], place: str) -> None:
     if name not in before:
         raise UserError(f"{place}: no stage {name!r} comes before.{nearest(name, before) if before else ''}")
-    if MAKES[before[name]["do"]] != kind:
+    if kind and MAKES[before[name]["do"]] != kind:
         raise UserError(
             f"{place}: the stage {name!r} makes {MAKES[before[name]['do']]} (do={before[name]['do']!r}), and {kind} are needed."
         )

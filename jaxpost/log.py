@@ -27,19 +27,20 @@ class Log:
     """The figures of one stage.
 
     plan: plan.Plan; names: the stages up to this one; meta: num_tokens and seconds so far, as the checkpoint has them; step:
-    the steps that are done, to which the files are taken back; budget: the training seconds after which the stage ends. Every
-    process has one, and the first writes.
+    the steps that are done, to which the files are taken back; budgets: the training `seconds` and the `num_tokens` after which
+    the stage ends. Every process has one, and the first writes.
     """
 
-    def __init__(self, plan: Any, workdir: epath.Path, names: list[str], meta: dict, step: int, budget: float):
+    def __init__(self, plan: Any, workdir: epath.Path, names: list[str], meta: dict, step: int, budgets: dict[str, float]):
         self.plan, self.workdir = plan, workdir
-        self.num_tokens, self.seconds, self.budget = meta["num_tokens"], meta["seconds"], budget
+        self.num_tokens, self.seconds, self.budgets = meta["num_tokens"], meta["seconds"], budgets
+        self.drawn_tokens = self.num_tokens
         self.writer = None
         if jax.process_index() == 0:
             # A stage that only begins has no row yet, not even of step 0.
             writers.cut_back(workdir, names, plan.name, step or -1)
             self.writer = writers.MetricWriter(workdir, json.loads(plan.settings.to_json()), names)
-        self.progress = Progress(plan.name, plan.steps, step, quiet=self.writer is None, budget=budget)
+        self.progress = Progress(plan.name, plan.steps, step, quiet=self.writer is None, budget=budgets["seconds"])
         self.schedule = optim.schedule(plan.settings.optimizer, plan.steps)
         self.peak, self.pending, self.wait, self.mark = peak_flops(), None, 0.0, None
         self.since = Counter()  # seconds, steps and work since the last row that was written
@@ -57,6 +58,10 @@ class Log:
         """Takes a step's metrics without waiting for them, and deals with the step before."""
         self.settle(keep_mark=True)
         self.pending = (at, batch, measured, self.wait)
+        if self.budgets["num_tokens"] < float("inf"):  # num_tokens is known only a step later
+            # Several processes may share rows, so there the step's own count is waited for.
+            alone = jax.process_count() == 1
+            self.drawn_tokens += int(np.sum(batch["segments"] > 0) if alone else measured["num_tokens"])
         every = self.plan.settings.completions
         rows = self.plan.source.rows if every and at % every == 0 else []
         if rows and self.writer:
@@ -65,9 +70,13 @@ class Log:
                 width = shutil.get_terminal_size().columns
                 tqdm.tqdm.write(table.shown(self.plan.source.samples[:8], width, colour=True), file=sys.stderr)
 
-    def out_of_time(self) -> bool:
-        """Whether the budget is used up, by the first process's clock: all must take the same steps."""
-        return self.budget < float("inf") and sharding.agree(self.seconds) >= self.budget
+    def used_up(self) -> bool:
+        """Whether a budget is: of time by the first process's clock, as all must take the same steps; of tokens with those of
+        the step that was taken last.
+        """
+        if self.drawn_tokens >= self.budgets["num_tokens"]:
+            return True
+        return self.budgets["seconds"] < float("inf") and sharding.agree(self.seconds) >= self.budgets["seconds"]
 
     def settle(self, keep_mark: bool = False) -> None:
         """Waits for the pending step's figures and writes them if it is their turn.

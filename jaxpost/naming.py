@@ -23,20 +23,41 @@ from typing import Any
 
 import numpy as np
 
-# What a recipe may name, by its key, and the arguments that its functions take by place; a task is a module, which has several.
-# Those that come with jaxpost lie in the folder of the key's plural.
+# What a recipe may name, and the arguments that its functions take by place; a task is a module, which has several functions.
+# A merge takes further models after the first.
 NOUNS = {
     "objective": ("forward", "params", "batch", "key"),
     "reward": ("record", "completion"),
     "adapter": ("params", "key"),
     "annotator": ("forward", "params", "batch"),
+    "eval": ("model",),
+    "merge": ("params",),
+    "processor": ("logits", "context"),
+    "step": ("batch",),
     "task": None,
     "transform": ("rows", "columns", "key"),
 }
-# Where a noun's folder is not the key's plural itself.
-FOLDERS = {"row_types": "data.row_types", "transforms": "data.transforms"}
-# The nouns that a config's keys name; `order` is one of the transforms.
-_KEYS = {**{noun: f"{noun}s" for noun in NOUNS}, "order": "transforms"}
+# What `resolve` calls them together, and where they are under jaxpost: a folder, or one file of siblings. What is not said here
+# is the noun's plural.
+PLURALS = {"merge": "merging"}
+FOLDERS = {
+    "processors": "sampling.processors",
+    "row_types": "data.row_types",
+    "steps": "rollouts.steps",
+    "transforms": "data.transforms",
+}
+# The settings that hold entries (a name, or a dict with `name` and keywords), or lists of entries, and what they name. Those of
+# SEVERAL may hold a dict of entries under the user's own names.
+ENTRIES = {
+    **{noun: f"{noun}s" for noun in ("objective", "reward", "adapter", "task")},
+    "annotations": "annotators",
+    "evals": "evals",
+    "order": "transforms",
+    "processors": "processors",
+    "steps": "steps",
+}
+WITH = {"annotate": "annotators", "select": "transforms", "merge": "merging"}  # what a stage that does this is `with`
+SEVERAL = ("reward", "evals", "annotations")
 _GIVEN: dict[str, Any] = {}
 
 
@@ -55,7 +76,7 @@ def name_of(thing: Any, noun: str) -> str:
 
 def digest_of(thing: Any) -> str:
     """A digest of what a function or an object does, the same in every process; see the module's docstring for its limits."""
-    return hashlib.sha256(_told(thing, ()).encode()).hexdigest()[:8]
+    return hashlib.sha256(_described(thing, ()).encode()).hexdigest()[:8]
 
 
 def given(name: str) -> Any:
@@ -64,65 +85,84 @@ def given(name: str) -> Any:
 
 
 def named(settings: Mapping, known: Container[str]) -> dict:
-    """Settings with a name for each object that stands where a config has one: objective, reward, task, and their `name`.
+    """Settings with a name for each object that stands where a config has an entry (ENTRIES).
 
     known: the settings' keys; a dict under another is a stage's.
     """
-    found = dict(settings)
+    out = dict(settings)
     for key, value in settings.items():
-        if key == "annotations" and isinstance(value, Mapping):
-            found[key] = {k: named({"annotator": entry}, ())["annotator"] for k, entry in value.items()}
-        elif key not in _KEYS:
-            found[key] = named(value, known) if isinstance(value, Mapping) and key not in known else value
-        elif key == "reward" and isinstance(value, Mapping) and value and "name" not in value:
-            found[key] = {k: named({"reward": entry}, ())["reward"] for k, entry in value.items()}  # several
-        elif isinstance(value, Mapping):
-            called = value.get("name", "")
-            found[key] = dict(value) if isinstance(called, str) else {**value, "name": name_of(called, _KEYS[key])}
-        elif not isinstance(value, str):
-            found[key] = {"name": name_of(value, _KEYS[key])}
-        elif key == "task" and value:
-            found[key] = {"name": value}
-    return found
+        if key in ENTRIES:
+            out[key] = _entries(key, value)
+        elif key == "with" and value and (callable(value) or (isinstance(value, Mapping) and callable(value.get("name")))):
+            entry = value if isinstance(value, Mapping) else {"name": value}
+            out[key] = {**entry, "name": name_of(entry["name"], WITH.get(settings.get("do"), ""))}
+        elif isinstance(value, Mapping) and (key not in known or key == "rollouts"):
+            out[key] = named(value, known)
+    return out
 
 
-def _told(thing: Any, within: tuple) -> str:
-    """What an object does or is, as text that is the same in every process; `within`: what it was met in, lest it go round."""
+def _entries(key: str, value: Any) -> Any:
+    """The value of a setting of ENTRIES with names for objects: an entry, or several in a dict or a list."""
+    if isinstance(value, (str, int)):  # outside of rollouts `steps` is a number
+        return {"name": value} if key == "task" and value else value
+    if isinstance(value, (list, tuple)):
+        return tuple(_entries(key, entry) for entry in value)
+    if not isinstance(value, Mapping):
+        return {"name": name_of(value, ENTRIES[key])}
+    if key in SEVERAL and not isinstance(value.get("name"), str) and not callable(value.get("name")):
+        return {name: _entry(key, entry) for name, entry in value.items()}
+    return _entry(key, value)
+
+
+def _entry(key: str, entry: Any) -> Any:
+    """One entry; an eval's keywords may be entries themselves (its task, its reward)."""
+    if not isinstance(entry, Mapping):
+        return _entries(key, entry)
+    name = entry.get("name", "")
+    keywords = {k: v for k, v in entry.items() if k != "name"}
+    keywords = named(keywords, ()) if key == "evals" else keywords
+    return {**({"name": name if isinstance(name, str) else name_of(name, ENTRIES[key])} if "name" in entry else {}), **keywords}
+
+
+def _described(thing: Any, within: tuple) -> str:
+    """What an object does or is, as text that is the same in every process. within: the objects around it, which guard against
+    cycles.
+    """
     if any(thing is outer for outer in within):
         return "itself"
-    tell = functools.partial(_told, within=(*within, thing))
+    text = functools.partial(_described, within=(*within, thing))
     if thing is None or isinstance(thing, (bool, int, float, complex, str, bytes, type(...))):
         return repr(thing)
     if isinstance(thing, (set, frozenset)):
-        return f"{{{sorted(map(tell, thing))}}}"
+        return f"{{{sorted(map(text, thing))}}}"
     if isinstance(thing, (list, tuple)):
-        return f"{type(thing).__name__}{[tell(x) for x in thing]}"
+        return f"{type(thing).__name__}{[text(x) for x in thing]}"
     if isinstance(thing, Mapping):
-        return tell([(k, v) for k, v in thing.items()])
+        return text([(k, v) for k, v in thing.items()])
     if isinstance(thing, ModuleType):
         return thing.__name__
     if isinstance(thing, CodeType):
-        return tell([thing.co_code.hex(), thing.co_names, thing.co_varnames, thing.co_consts])
+        return text([thing.co_code.hex(), thing.co_names, thing.co_varnames, thing.co_consts])
     if isinstance(thing, functools.partial):
-        return tell([thing.func, thing.args, thing.keywords])
+        return text([thing.func, thing.args, thing.keywords])
     if inspect.ismethod(thing):
-        return tell([thing.__func__, thing.__self__])
+        return text([thing.__func__, thing.__self__])
     if inspect.isfunction(thing):
         held = [_held(cell) for cell in thing.__closure__ or ()]
-        return tell([_source(thing), thing.__defaults__, thing.__kwdefaults__, held, vars(thing)])
+        return text([_source(thing), thing.__defaults__, thing.__kwdefaults__, held, vars(thing)])
     if hasattr(thing, "__array__") and not isinstance(thing, type):
-        return tell([np.asarray(thing).dtype.str, np.asarray(thing).shape, np.asarray(thing).tobytes()])
+        return text([np.asarray(thing).dtype.str, np.asarray(thing).shape, np.asarray(thing).tobytes()])
     kind = thing if isinstance(thing, type) else type(thing)
     if isinstance(thing, (staticmethod, classmethod)):
-        return tell(thing.__func__)
+        return text(thing.__func__)
     if isinstance(thing, property):
-        return tell([thing.fget, thing.fset])
+        return text([thing.fget, thing.fset])
     if isinstance(thing, _COMPILED) or inspect.ismemberdescriptor(thing) or inspect.isgetsetdescriptor(thing):
         return thing.__name__
     # All that a class has, the methods that Python writes too, but for what says where it is.
     parts = {k: v for c in kind.__mro__[:-1] for k, v in vars(c).items() if k not in _WHERE}
     slots = [getattr(thing, name, None) for c in kind.__mro__ for name in getattr(c, "__slots__", ())]
-    return tell([kind.__qualname__, parts, [] if thing is kind else [getattr(thing, "__dict__", {}), slots]])
+    return text([kind.__qualname__, parts, [] if thing is kind else [getattr(thing, "__dict__", {}), slots]])
 
 
 _COMPILED = (

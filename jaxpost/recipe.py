@@ -80,7 +80,9 @@ DEFAULTS = {
     # (annotations.py).
     "annotations": "",
     "too_long": "error",  # an example longer than the window: error, truncate, split (into pieces), drop; a prompt is never cut
-    "task": {},  # dict(name="arithmetic", ...): problems, demonstrations and a reward from one module
+    # dict(name="arithmetic", ...): problems, demonstrations and a reward from one module. Of its keys `examples` is how many
+    # demonstrations or prompts of samples there are, `problems` how many problems are drawn, round and round (0: all).
+    "task": {},
     # What judges completions in place of the task's own reward: a function (record, completion) -> float or None, by name or as
     # a dict with one; or several, {"format": {"name": "format.tags", "weight": 0.2}, "right": "task"}, "task" being the task's
     # own and "task.NAME" another of its functions. A weight of 0 makes a figure of it.
@@ -93,7 +95,7 @@ DEFAULTS = {
         "top_k": 0,  # 0, 1 and 0 restrict nothing (sampling/processors.py); what they restrict needs a correction
         "top_p": 1.0,
         "min_p": 0.0,
-        "processors": "",  # functions (logits, context) -> logits, with commas between several
+        "processors": "",  # of sampling/processors.py: names with commas, or a list of names and dicts with keywords
         "stop": (),  # what ends a completion besides: texts, and in place of the tokenizer's own ids others, as (1, "END")
         "slots": 0,  # completions under way at a time; 0 is all of them
         "segment": 32,  # tokens between two looks of the host
@@ -124,6 +126,7 @@ DEFAULTS = {
     "epochs": 1,
     # End when the training time of the named stages (with commas) is used up; steps is then only the schedule's length.
     "time_of": "",
+    "tokens_of": "",  # the same for the tokens that they trained on (num_tokens); of both, what is used up first ends the stage
     "optimizer": {
         "lr": 2e-5,
         "schedule": "cosine",  # cosine, linear, constant, wsd
@@ -154,6 +157,10 @@ DEFAULTS = {
     "highest": False,  # whether more of it is better
     "eval_rows": 64,  # completions at a time, of evaluation and of generate
     "eval_per_cell": 50,  # test problems of each of the task's cells
+    # Evals besides the stage's own held-out loss and test problems, run with them: {NAME: a function of evals/ by name, or a
+    # dict with its keywords}, as {"gsm8k": {"name": "accuracy", "task": {"name": "gsm8k", "data": "F.jsonl"}}}. Figures are
+    # eval/NAME/FIGURE. One that takes a `template` has the stage's; all else of an eval is its own keywords.
+    "evals": {},
 }
 
 # What may differ between a workdir and the command that continues it, since it changes nothing that is learned.
@@ -167,6 +174,7 @@ FREE = (
     "keep",
     "eval_rows",
     "eval_per_cell",
+    "evals",
     "mesh",
     "max_skipped",
     "remat",
@@ -178,19 +186,8 @@ FREE = (
 
 # Keys that count something and must be at least 1; other numbers must not be negative.
 COUNTS = (
-    "window",
-    "batch_size",
-    "microbatches",
-    "epochs",
-    "keep",
-    "max_skipped",
-    "eval_rows",
-    "eval_per_cell",
-    "prompt_window",
-    "new",
-    "group",
-    "segment",
-    "minibatches",
+    *("window", "batch_size", "microbatches", "epochs", "keep", "max_skipped", "eval_rows", "eval_per_cell"),
+    *("prompt_window", "new", "group", "segment", "minibatches"),
 )
 
 
@@ -387,7 +384,7 @@ def _stored(key: str, value):
     return {"name": value} if key == "task" and value and isinstance(value, str) else value
 
 
-_WHOLE = ("columns", "template_options", "annotations", "source", "with")  # dicts of names: a change replaces them
+_WHOLE = ("columns", "template_options", "annotations", "source", "evals", "with")  # dicts of names: a change replaces them
 _KINDS = {bool: (bool,), int: (int,), float: (float, int), str: (str,), tuple: (tuple, list), dict: (Mapping,)}
 
 
@@ -395,7 +392,7 @@ def _check(key: str, default, value, place: str) -> None:
     """Raises UserError for a value that is not of its default's kind, and for a number out of range."""
     whole = ("model", "objective", "reward", "adapter", "advantages", "given", "task", "order", *_WHOLE)
     kinds = (str, Mapping) if key in whole else _KINDS[type(default)]
-    if key in ("data", "eval_data", "steps") and default == "":
+    if key in ("data", "eval_data", "processors", "steps") and default == "":
         kinds = (str, tuple, list) if key == "steps" else (str, Mapping, tuple, list)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join("dict" if k is Mapping else k.__name__ for k in kinds)

@@ -35,6 +35,7 @@ from jaxpost.writers import METRICS, SAMPLES, read_rows
 
 _ROW_NAMES = ("stage", "step", "time")
 _BOUNDS = ("_low", "_high")  # what ends the names of an interval's ends
+_UNCERTAINTY = (*_BOUNDS, "_se")
 _COLOURS = ("#2563a8", "#d1600f", "#2f8a4e", "#9a3f9e", "#b3262e", "#0e8a94", "#8a6d1b", "#5b5f66")
 _PACKAGES = ("jaxpost", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers", "libtpu")
 
@@ -113,7 +114,7 @@ def summary(workdir):
         ends = "".join(f" | {figures(stage, cell, 0)}  -> {figures(stage, cell, 1)}" for stage in stages)
         lines.append(f"{cell.lstrip('/') or 'all':5}{ends}")
     for stage in stages:
-        shown = [row for row in samples if row["stage"] == stage and row.get("kind") == "sampled"][-5:]
+        shown = [row for row in samples if row["stage"] == stage and row.get("kind") == "sampled" and "eval" not in row][-5:]
         for row in shown:
             wanted = f" (answer {row['answer']})" if row["answer"] else ""
             lines.append(f"{stage}: {table.plain(row['prompt'])} -> {row['completion']}{wanted}")
@@ -256,7 +257,7 @@ def _headline(metrics, stages):
 def _measured_cells(metrics, name):
     """(stage, cell) of each of a figure's cells in each stage, in order; bounds are none."""
     keys = [(row["stage"], key) for row in metrics for key in row if key.startswith(f"{name}/")]
-    return list(dict.fromkeys((stage, key.removeprefix(f"{name}/")) for stage, key in keys if not key.endswith(_BOUNDS)))
+    return list(dict.fromkeys((stage, key.removeprefix(f"{name}/")) for stage, key in keys if not key.endswith(_UNCERTAINTY)))
 
 
 def _cells(metrics, stages):
@@ -297,7 +298,7 @@ def _curves(metrics, colours):
         lines = {}
         for row in metrics:
             for name in row if row["stage"] == stage else ():
-                if name not in _ROW_NAMES and not name.endswith(_BOUNDS):
+                if name not in _ROW_NAMES and not name.endswith(_UNCERTAINTY):
                     lines.setdefault(name, []).append((row["step"], row[name]))
         for kind in ("", "_greedy"):  # a verifier's reward is its accuracy
             if lines.get(f"eval/reward{kind}") == lines.get(f"eval/accuracy{kind}"):
@@ -330,9 +331,9 @@ def _samples(samples, stages, each=6):
             if asked
             else [[], []]
         )
-        after = {(row["kind"], table.plain(row["prompt"])): row for row in ends[1]}
+        after = {(row.get("eval"), row["kind"], table.plain(row["prompt"])): row for row in ends[1]}
         for row in ends[0]:
-            last = after.get((row["kind"], table.plain(row["prompt"])), {})
+            last = after.get((row.get("eval"), row["kind"], table.plain(row["prompt"])), {})
             cells = [(name, row.get(name)) for name in ("stage", "kind", "prompt", "answer", "completion", "reward")]
             cells += [(name, last.get(name)) for name in ("completion", "reward")]
             rows.append("<tr>" + "".join(_sample_cell(*cell) for cell in cells) + "</tr>")

@@ -26,10 +26,10 @@ from types import ModuleType
 from typing import Any
 
 from jaxpost.errors import UserError
-from jaxpost.naming import FOLDERS, NOUNS, given
+from jaxpost.naming import FOLDERS, NOUNS, PLURALS, given
 
-# By folder, the arguments that its noun's functions take by place; what else stands in it is a helper.
-ARGUMENTS = {f"{noun}s": arguments for noun, arguments in NOUNS.items() if arguments}
+# By what resolve calls a noun, the arguments that its functions take by place; what else stands with them is a helper.
+ARGUMENTS = {PLURALS.get(noun, f"{noun}s"): arguments for noun, arguments in NOUNS.items() if arguments}
 _TRUSTED: set[str] = set()
 
 
@@ -50,8 +50,18 @@ def value_of(text: str) -> Any:
 
 def entry_of(text: str, place: str) -> Any:
     """A name, or on the command line JSON of a dict with further keys. Raises UserError, with place, for broken JSON."""
-    if not text.lstrip().startswith("{"):
-        return text
+    return _json(text, place) if text.lstrip().startswith("{") else text
+
+
+def entries(value: Any, place: str) -> list:
+    """A list of entries: as given, of one entry, or of a text with commas or, on the command line, JSON. place: for errors."""
+    if isinstance(value, str):
+        text = value.strip()
+        value = _json(text, place) if text[:1] in ("[", "{") else [name.strip() for name in text.split(",") if name.strip()]
+    return [value] if isinstance(value, Mapping) else list(value)
+
+
+def _json(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
@@ -61,8 +71,8 @@ def entry_of(text: str, place: str) -> Any:
 def resolve(spec: Mapping | str, noun: str) -> Callable:
     """The function that a config entry names, with the entry's other keys bound as keyword arguments.
 
-    noun: the folder under jaxpost that a bare name is looked up in, e.g. "objectives". Raises UserError for an unknown name, an
-    unknown keyword, or one that is required and missing.
+    noun: what the function is, "objectives" or "transforms", which says where a bare name is looked up. Raises UserError for an
+    unknown name, an unknown keyword, or one that is required and missing.
     """
     options = dict(spec) if isinstance(spec, Mapping) else {"name": spec}
     name = options.pop("name", None)
@@ -70,10 +80,8 @@ def resolve(spec: Mapping | str, noun: str) -> Callable:
         raise UserError(f"config: an entry of kind {noun} needs a name, got {spec!r}.")
     function = find(name, noun)
     if not callable(function) or not fits(function, noun):
-        raise UserError(
-            f"config: {name!r} is no function of ({', '.join(ARGUMENTS.get(noun, ()))}), as {noun} are."
-            f"{nearest(name, known(noun))}"
-        )
+        arguments = ", ".join(ARGUMENTS.get(noun, ()))
+        raise UserError(f"config: {name!r} is no function of ({arguments}), as {noun} are.{nearest(name, known(noun))}")
     return bind(function, options, f"{noun}: {name}")
 
 
@@ -89,7 +97,7 @@ def check_origin(entry: Any, noun: str, file) -> None:
     if not isinstance(name, str):
         raise UserError(f"{file}: names no function of kind {noun}, but {name!r}.")
     # One that was handed over from Python is never imported.
-    if name in _TRUSTED or "#" in name or {name, f"{name}.{name}"} & set(known(noun)):
+    if name in _TRUSTED or "#" in name or any(name in (own, f"{own}.{own}") for own in known(noun)):
         return
     raise UserError(
         f"{file}: names {name!r} of {noun}, which is not jaxpost's, and a file does not decide what is run. If it is yours, "
@@ -112,14 +120,15 @@ def bind(function: Callable, options: Mapping, place: str) -> Callable:
 def find(name: str, noun: str) -> Callable:
     """The object a name stands for; see the module's docstring for the forms."""
     if "#" in name:
-        return _given(name)
+        return _handed_over(name)
     if ".py:" in name:
         path, _, attribute = name.rpartition(":")
         return _attribute(_file(path), attribute, name, noun)
-    (module, _, attribute), package = name.rpartition("."), _package(noun)
-    for candidate in (f"{package}.{module}", module) if module else (f"{package}.{name}",):
-        if (found := _module(candidate)) is not None:
-            return _attribute(found, attribute, name, noun)
+    (file, _, attribute), place = name.rpartition("."), _place(noun)
+    own = [f"{place}.{file}"] if file else [f"{place}.{name}", *[place] * _is_file(noun)]
+    for candidate in own + [file] * bool(file):
+        if (imported := _module(candidate)) is not None:
+            return _attribute(imported, attribute, name, noun)
     raise UserError(
         f"config: unknown {noun} {name!r}.{nearest(name, known(noun))} Or give package.module.function, or file.py:function."
     )
@@ -128,28 +137,54 @@ def find(name: str, noun: str) -> Callable:
 def module(name: str, noun: str) -> ModuleType:
     """A whole module by name (a task is one): under jaxpost/<noun>, importable, path/file.py, or an object given for it."""
     if "#" in name:
-        return _given(name)
+        return _handed_over(name)
     if name.endswith(".py"):
         return _file(name)
-    for candidate in (f"{_package(noun)}.{name}", name):
-        if candidate and (found := _module(candidate)) is not None:
-            return found
-    have = [p.stem for p in _folder(noun).glob("*.py") if p.stem != "__init__"]
+    for candidate in (f"{_place(noun)}.{name}", name):
+        if candidate and (imported := _module(candidate)) is not None:
+            return imported
+    have = [path.stem for path in _files(noun)]
     raise UserError(
         f"config: unknown module {name!r} for {noun}.{nearest(name, have)} Or give an importable module, or a file.py."
     )
 
 
 def known(noun: str) -> list[str]:
-    """Every function of the noun in its folder, as the short name a config would use; not the helpers beside them."""
+    """Every function of the noun that comes with jaxpost, as the short name a config would use; not the helpers beside them.
+    What needs a package that is not installed is left out.
+    """
     names = []
-    for path in sorted(_folder(noun).glob("*.py")):
-        if path.stem == "__init__":
+    for path in _files(noun):
+        own, prefix = (_place(noun), "") if _is_file(noun) else (f"{_place(noun)}.{path.stem}", f"{path.stem}.")
+        try:
+            functions = vars(importlib.import_module(own)).items()
+        except ModuleNotFoundError:
             continue
-        found = importlib.import_module(f"{_package(noun)}.{path.stem}")
-        own = [k for k, v in vars(found).items() if inspect.isfunction(v) and v.__module__ == found.__name__]
-        names += [f"{path.stem}.{k}" for k in own if not k.startswith("_") and fits(getattr(found, k), noun)]
+        public = [k for k, v in functions if inspect.isfunction(v) and v.__module__ == own and not k.startswith("_")]
+        public = [k for k in public if _takes(dict(functions)[k], noun)]
+        names += [k if prefix == f"{k}." else prefix + k for k in public]
     return names
+
+
+def _takes(function: Callable, noun: str) -> bool:
+    """Whether a function of ours has the arguments of its noun, by their names too: a helper may take as many others."""
+    names, wanted = tuple(inspect.signature(function).parameters), ARGUMENTS.get(noun, ())
+    return fits(function, noun) and (names[: len(wanted)] == wanted or "completions" in names)
+
+
+def _place(noun: str) -> str:
+    """The package, or the one module, of a noun's functions."""
+    return f"jaxpost.{FOLDERS.get(noun, noun)}"
+
+
+def _files(noun: str) -> list[Path]:
+    """The files of a noun's functions."""
+    place = Path(__file__).parent.joinpath(*_place(noun).split(".")[1:])
+    return [place.with_suffix(".py")] if _is_file(noun) else sorted(p for p in place.glob("*.py") if p.stem != "__init__")
+
+
+def _is_file(noun: str) -> bool:
+    return Path(__file__).parent.joinpath(*_place(noun).split(".")[1:]).with_suffix(".py").is_file()
 
 
 def fits(function: Callable, noun: str) -> bool:
@@ -158,7 +193,8 @@ def fits(function: Callable, noun: str) -> bool:
         return True  # of rewards TRL's signature too (rewards/trl.py)
     wanted, takes = len(ARGUMENTS[noun]), inspect.signature(function).parameters.values()
     placed = [p for p in takes if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return sum(p.default is p.empty for p in placed) <= wanted <= len(placed) or any(p.kind is p.VAR_POSITIONAL for p in takes)
+    needed = sum(p.default is p.empty for p in placed)
+    return needed <= wanted and (wanted <= len(placed) or any(p.kind is p.VAR_POSITIONAL for p in takes))
 
 
 def _package(noun: str) -> str:
@@ -171,13 +207,23 @@ def _folder(noun: str) -> Path:
 
 
 def _module(name: str) -> ModuleType | None:
-    """The module, or None if there is none of that name; an error inside it is raised, never taken for absence."""
+    """The module, or None if there is none of that name; an error inside it is raised, never taken for absence. Raises
+    UserError where one of jaxpost's needs a package that is not installed.
+    """
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as e:
         if e.name and (name == e.name or name.startswith(e.name + ".")):
             return None
+        if name.startswith("jaxpost.") and e.name and not e.name.startswith("jaxpost."):
+            raise UserError(f"{name.removeprefix('jaxpost.')} needs {e.name}, which is not installed{_extra(e.name)}.") from e
         raise
+
+
+def _extra(package: str) -> str:
+    """How to install a package of an extra; "" for another."""
+    extra = {"lm_eval": "eval"}.get(package.partition(".")[0])
+    return f"; pip install 'jaxpost[{extra}]'" if extra else ""
 
 
 def _file(path: str) -> ModuleType:
@@ -186,26 +232,26 @@ def _file(path: str) -> ModuleType:
     whole = Path(path).resolve()
     name = f"{whole.stem}_{zlib.crc32(str(whole).encode()):08x}"  # a name of its own, since two files may share theirs
     spec = importlib.util.spec_from_file_location(name, whole)
-    found = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
+    loaded = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
     sys.path.insert(0, str(whole.parent))  # for what lies beside it, as if it were run
     try:
-        spec.loader.exec_module(found)
+        spec.loader.exec_module(loaded)
     finally:
         sys.path.remove(str(whole.parent))
-    return found
+    return loaded
 
 
-def _given(name: str):
-    if (found := given(name)) is None:
+def _handed_over(name: str):
+    if (thing := given(name)) is None:
         raise UserError(
             f"config: {name!r} was handed over from Python, in another session; hand it over again to jaxpost.train."
         )
-    return found
+    return thing
 
 
-def _attribute(found: ModuleType, attribute: str, name: str, noun: str):
-    if not hasattr(found, attribute):
-        have = [k for k, v in vars(found).items() if inspect.isfunction(v) and not k.startswith("_") and fits(v, noun)]
-        place = Path(found.__file__ or "").name if ":" in name else found.__name__  # a file's module has a name of our own
+def _attribute(holder: ModuleType, attribute: str, name: str, noun: str):
+    if not hasattr(holder, attribute):
+        have = [k for k, v in vars(holder).items() if inspect.isfunction(v) and not k.startswith("_") and fits(v, noun)]
+        place = Path(holder.__file__ or "").name if ":" in name else holder.__name__  # a file's module has a name of our own
         raise UserError(f"config: {name!r}: {place} has no {attribute!r}.{nearest(attribute, have)}")
-    return getattr(found, attribute)
+    return getattr(holder, attribute)

@@ -24,7 +24,7 @@ from jaxpost.agreement import check_inputs, check_settings
 from jaxpost.artefacts import key
 from jaxpost.host import CONTINUES, check_writable, disk_errors
 from jaxpost.models import loading
-from jaxpost.stages import annotate, datasets, generate, judge, merge, records, select, train
+from jaxpost.stages import annotate, datasets, evaluate, evaluation, generate, merge, records, select, train
 from jaxpost.stages.plan import Plan
 from jaxpost.stages.run import Run
 from jaxpost.stopping import StopRequest, leave
@@ -36,6 +36,7 @@ DO = {
     "annotate": annotate,
     "select": select,
     "merge": merge,
+    "evaluate": evaluate,
 }
 
 
@@ -65,7 +66,7 @@ def run(config, workdir, **changes) -> dict[str, float]:
         trained = [plan for plan in plans.values() if isinstance(plan, Plan)]
         check_inputs(trained)
         for plan in trained:
-            judge.check_best(plan, mesh)
+            evaluation.check(plan, mesh)
         _claim(workdir, config)
         _introduce(trained, config.result, workdir)
         for name, settings in stages:
@@ -119,8 +120,9 @@ def _introduce(plans: list[Plan], result: str, workdir: epath.Path) -> None:
     print(f"model: {arch.parameters():,} parameters{learned}, {devices}", file=sys.stderr)
     for each in plans:
         steps = f"{each.steps:,} steps" if each.steps else "as many steps as its data has,"
-        length = "until the time is up" if each.settings.time_of else steps
-        print(f"{each.name}: {length} of {each.settings.batch_size} rows", file=sys.stderr)
+        ends = [what for key, what in (("time_of", "time is up"), ("tokens_of", "tokens are used up")) if each.settings[key]]
+        most = f"until the {' or the '.join(ends)}" if ends else steps
+        print(f"{each.name}: {most} of {each.settings.batch_size} rows", file=sys.stderr)
     train.show(plan)
 
 
@@ -130,7 +132,7 @@ def main(_) -> None:
     results = run(config, workdir)
     if results and jax.process_index() == 0:
         figures = {k: v for k, v in results.items() if isinstance(v, float)}
-        cells = [k for k in figures if k.count("/") > 1 and k.endswith(("_low", "_high"))]  # two more lines for each of many
+        cells = [k for k in figures if k.count("/") > 1 and k.endswith(("_low", "_high", "_se"))]  # more lines for each of many
         print(json.dumps({k: v for k, v in figures.items() if k not in cells}, indent=2))
 
 

@@ -359,7 +359,7 @@ def test_a_digest_tells_all_that_a_class_does():
 
         task = Task()
         task.k = slot
-        return naming._told(task, ())
+        return naming._described(task, ())
 
     assert made(1) == made(1)
     assert len({made(1), made(-1), made(1, attribute=2), made(1, slot=3)}) == 4
@@ -368,7 +368,7 @@ def test_a_digest_tells_all_that_a_class_does():
         def early():
             return late
 
-        told = naming._told(early, ())  # its cell is still empty
+        told = naming._described(early, ())  # its cell is still empty
         late = 1
         return told, late
 

@@ -14,12 +14,14 @@ import pytest
 import runs
 
 import jaxpost
-from jaxpost import api, evaluate, recipe, sharding
+from jaxpost import api, evaluate, sharding
 from jaxpost.errors import UserError
+from jaxpost.evals import accuracy, held_out, intervals, perplexity
 from jaxpost.metrics import Mean
 from jaxpost.models import hf
+from jaxpost.sampling import decode
 from jaxpost.sampling.decode import Completions
-from jaxpost.stages import judge
+from jaxpost.stages.evaluation import first_of_each_cell
 from jaxpost.tasks import arithmetic
 from jaxpost.tokenizer import save
 
@@ -32,10 +34,13 @@ RECORDS = [
 REPLIES = {1.0: {"1+1": "2", "2+1": "4", "2+2": "4"}, 0.0: {"1+1": "7", "2+1": "3", "2+2": "4"}}
 
 
+MODEL = types.SimpleNamespace(transformer=None, params={"layers": ()}, tokenizer=TEXT, mesh=None)
+
+
 def answering(calls):
     """A stand-in for `complete` that replies by REPLIES and stops every completion."""
 
-    def complete(model, params, prompts, *, mesh, tokenizer, prompt_window, new, stop, temperature, seed, number):
+    def complete(model, params, prompts, *, mesh, tokenizer, prompt_window, new, stop, temperature, seed, number, group, have):
         calls.append((len(prompts), temperature, seed, number))
         tokens, lengths = np.zeros((len(prompts), new), np.int32), []
         for row, ids in zip(tokens, prompts, strict=True):
@@ -43,8 +48,9 @@ def answering(calls):
             reply = TEXT(REPLIES[temperature][question] + "<|end|>", add_special_tokens=False)["input_ids"]
             row[: len(reply)] = reply
             lengths.append(len(reply))
-        lengths = np.array(lengths)
-        return Completions(tokens, lengths, np.zeros(tokens.shape), np.ones(len(prompts), bool), lengths - 1)
+        count = len(prompts) - len(have)  # what pads the last part is not completed
+        lengths = np.array(lengths)[:count]
+        return Completions(tokens[:count], lengths, np.zeros(tokens.shape)[:count], np.ones(count, bool), lengths - 1)
 
     return complete
 
@@ -52,34 +58,39 @@ def answering(calls):
 @pytest.mark.parametrize("rows", [2, 3, 8])
 def test_accuracy_weighs_the_whole_and_counts_in_the_cells(monkeypatch, rows):
     calls = []
-    monkeypatch.setattr(evaluate, "complete", answering(calls))
-    monkeypatch.setattr(evaluate, "ready", lambda model, params, mesh: params)
+    monkeypatch.setattr(decode, "complete", answering(calls))
     options = {"prompt_window": 6, "new": 4, "template": None}
     judges = {"right": (arithmetic.reward, 1.0)}
-    found = evaluate.graded(None, None, TEXT, RECORDS, judges, None, rows=rows, options=options)
-    values = dict(found)
+    figures = accuracy.graded(MODEL, RECORDS, judges, rows=rows, options=options)
+    values = dict(figures)
     samples = values.pop("samples")
-    assert set(values) == set(evaluate.names(RECORDS, judges))
+    assert [row["problem"] for row in samples] == [0, 1, 2] * 2 and [row["cell"] for row in samples[:2]] == ["easy", "hard"]
+    samples = first_of_each_cell(samples)
+    assert set(values) == set(accuracy.names(RECORDS, judges))
     # Of a reward that does not say that it is a verdict, the mean is no accuracy, whatever values it happens to have.
     judges = {"right": (lambda *x: arithmetic.reward(*x), 1.0)}
-    plain = evaluate.graded(None, None, TEXT, RECORDS, judges, None, rows=rows, options=options)
+    plain = accuracy.graded(MODEL, RECORDS, judges, rows=rows, options=options)
     plain = {name: value for name, value in plain if name != "samples"}
     for kind in ("accuracy", "accuracy_greedy"):
         cells = {f"/{cell}": [1.0] * sum(r["cell"] == cell for r in RECORDS) for cell in ("easy", "hard")}
         for part, weights in ({"": [r["weight"] for r in RECORDS]} | cells).items():
-            name = f"eval/{kind}{part}"
+            name = f"{kind}{part}"
             interval = values.pop(f"{name}_low"), values.pop(f"{name}_high")
-            assert interval == evaluate.wilson(values[name], weights)
-    assert values.pop("eval/reward") == values["eval/accuracy"] == plain["eval/reward"]
+            assert interval == intervals.wilson(values[name], weights)
+    errors = {name: plain.pop(name) for name in list(plain) if name.endswith("_se")}
+    assert values.pop("reward_se") == errors["reward_se"] and set(errors) == {
+        f"reward{kind}{part}_se" for kind in ("", "_greedy") for part in ("", "/hard")
+    }
+    assert values.pop("reward") == values["accuracy"] == plain["reward"]
     assert plain == {name.replace("accuracy", "reward"): value for name, value in values.items()}
     assert values == pytest.approx(
         {
-            "eval/accuracy": 0.7 / 0.9,
-            "eval/accuracy/easy": 1.0,
-            "eval/accuracy/hard": 0.5,
-            "eval/accuracy_greedy": 0.4 / 0.9,
-            "eval/accuracy_greedy/easy": 0.0,
-            "eval/accuracy_greedy/hard": 1.0,
+            "accuracy": 0.7 / 0.9,
+            "accuracy/easy": 1.0,
+            "accuracy/hard": 0.5,
+            "accuracy_greedy": 0.4 / 0.9,
+            "accuracy_greedy/easy": 0.0,
+            "accuracy_greedy/hard": 1.0,
         }
     )
     calls = calls[: len(calls) // 2]
@@ -90,7 +101,7 @@ def test_accuracy_weighs_the_whole_and_counts_in_the_cells(monkeypatch, rows):
         ("2+1", "3", 1.0, "greedy"),
     ]
     # One shape whatever is left over, and always the same noise: each problem's own, however many are asked at a time.
-    assert {n for n, *_ in calls} == {rows} and {seed for *_, seed, _ in calls} == {evaluate.NOISE}
+    assert {n for n, *_ in calls} == {rows} and {seed for *_, seed, _ in calls} == {accuracy.NOISE}
     assert [number for _, temperature, _, number in calls if temperature] == list(range(0, len(RECORDS), rows))
 
 
@@ -104,34 +115,7 @@ def test_accuracy_weighs_the_whole_and_counts_in_the_cells(monkeypatch, rows):
     ],
 )
 def test_wilson_intervals_by_hand(share, weights, expected):
-    assert evaluate.wilson(share, weights) == pytest.approx(expected, abs=5e-5)
-
-
-def test_the_previous_stages_figure_is_reused_where_the_same_is_asked(monkeypatch):
-    asked = []
-
-    def graded(model, params, *, mesh, **problems):
-        asked.append(params)
-        return {"eval/accuracy": float(len(asked)), "samples": [{"n": len(asked)}]}
-
-    monkeypatch.setattr(evaluate, "graded", graded)
-
-    def figures(name, origin, known, *, step=0, options=None, **changes):
-        found = types.SimpleNamespace(transformer=types.SimpleNamespace(forward=None))
-        problems = {"records": RECORDS, "rewards": {"right": (arithmetic.reward, 1.0)}, "tokenizer": object()}
-        problems["options"] = {"template": "a", **(options or {})}
-        plan = types.SimpleNamespace(name=name, spec=found, objective=None, problems=problems, settings=recipe.make(**changes))
-        return judge.Judge(plan, None, known, origin)._graded("weights", step)
-
-    known = {}
-    assert figures("sft", "", known) == ({"eval/accuracy": 1.0}, [{"n": 1}])
-    assert figures("sft", "", known, step=9) == ({"eval/accuracy": 2.0}, [{"n": 2}])
-    assert figures("rl", "sft", known) == figures("control", "sft", known, ema=0.9, batch_size=2) == known["sft"][1:]
-    assert len(asked) == 2
-    for changes in ({"options": {"template": "b"}}, {"adapter": {"name": "lora"}}, {"dtype": "bfloat16"}, {"step": 1}):
-        count = len(asked)
-        figures("rl", "sft", known, **changes)
-        assert len(asked) == count + 1, changes
+    assert intervals.wilson(share, weights) == pytest.approx(expected, abs=5e-5)
 
 
 @pytest.mark.parametrize("verdict", [False, True])
@@ -140,29 +124,26 @@ def test_a_completion_that_a_reward_does_not_apply_to_is_in_no_mean(monkeypatch,
         return None if record["prompt"] == "2+1" else 1.0
 
     reward.__annotations__["return"] = bool if verdict else float
-    monkeypatch.setattr(evaluate, "complete", answering([]))
-    monkeypatch.setattr(evaluate, "ready", lambda model, params, mesh: params)
+    monkeypatch.setattr(decode, "complete", answering([]))
     options = {"prompt_window": 6, "new": 4, "template": None}
     judges = {"one": (reward, 1.0), "none": (lambda record, completion: None, 0.0)}
     judging = {"workers": 0}
-    found = evaluate.graded(None, None, TEXT, RECORDS, judges, None, rows=3, options=options, judging=judging)
-    values = {name: value for name, value in found if name != "samples"}
-    assert np.isnan([values.pop("eval/rewards/none"), values.pop("eval/rewards/none_greedy")]).all()
-    bounds = [values.pop(f"eval/accuracy{kind}{side}") for kind in ("", "_greedy") for side in ("_low", "_high") if verdict]
+    figures = accuracy.graded(MODEL, RECORDS, judges, rows=3, options=options, judging=judging)
+    values = {name: value for name, value in figures if name != "samples" and not name.endswith("_se")}
+    assert np.isnan([values.pop("rewards/none"), values.pop("rewards/none_greedy")]).all()
+    bounds = [values.pop(f"accuracy{kind}{side}") for kind in ("", "_greedy") for side in ("_low", "_high") if verdict]
     assert bounds == pytest.approx(
         [0.3055, 1.0] * 2 if verdict else [], abs=1e-4
     )  # Wilson's, of the two that count, by their weights
     bounds = {name: values.pop(name) for name in list(values) if name.endswith(("_low", "_high"))}
     assert set(bounds) == {
-        f"eval/accuracy{kind}/{cell}{side}"
+        f"accuracy{kind}/{cell}{side}"
         for kind in ("", "_greedy")
         for cell in ("easy", "hard")
         for side in ("_low", "_high")
         if verdict
     }
     assert set(values.values()) == {1.0} and len(values) == 8 + verdict
-    scores = evaluate._verdicts(judges, RECORDS, ["2"] * 3)
-    assert scores[0] == scores[2] == 1.0 and np.isnan(scores[1])
 
 
 def test_held_out_divides_once():
@@ -173,7 +154,8 @@ def test_held_out_divides_once():
         first = int(batch["tokens"][0, 0]) == 0
         return {"loss": Mean(np.float32(6.0), np.float32(3.0)) if first else Mean(np.float32(1.0), np.float32(1.0))}
 
-    assert dict(evaluate.held_out(judged, None, batches, mesh, 2)) == {"eval/loss": 7 / 4}
+    model = types.SimpleNamespace(params=None, mesh=mesh)
+    assert dict(held_out.loss(model, batches, judged, batch_size=2)) == {"loss": 7 / 4}
 
 
 # ---------------------------------------------------------------------------------------------------------- Perplexity
@@ -181,7 +163,7 @@ def test_held_out_divides_once():
 
 def pieces(masks, window):
     examples = [{"tokens": np.arange(len(m)), "mask": np.array(m, bool)} for m in masks]
-    return [(p["tokens"].tolist(), p["tokens"][p["mask"]].tolist()) for p in evaluate.slide(examples, window)]
+    return [(p["tokens"].tolist(), p["tokens"][p["mask"]].tolist()) for p in perplexity.slide(examples, window)]
 
 
 def test_each_token_is_scored_once_with_half_a_window_of_context():
@@ -237,15 +219,20 @@ def test_perplexity_of_a_file_is_that_of_each_token_by_hand(folder, tmp_path, ca
     documents = [([*ids("12+34-56x7"), end], 1), ([*ids("8x9"), end], 1), ([*ids("1+1-0+35"), end], 7)]
     documents.append((turns, len(turns) - answer))
     for window in (6, 16):
-        found = dict(evaluate.perplexity(model, str(tmp_path / "rows.jsonl"), window=window))
+        figures = dict(perplexity.perplexity(model, data=str(tmp_path / "rows.jsonl"), window=window))
         total, count = by_hand(model, documents, window)
-        assert found["tokens"] == count == 10 + 3 + 2 + answer
+        assert figures["tokens"] == count == 10 + 3 + 2 + answer
         # Sums of some 20 terms in float32.
-        assert found["nll"] == pytest.approx(total / count, rel=1e-5)
-        assert found["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+        assert figures["nll"] == pytest.approx(total / count, rel=1e-5)
+        assert figures["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+        # The error of a ratio of sums over documents, which are what is drawn.
+        each = np.array([by_hand(model, [document], window) for document in documents])
+        error = np.sqrt(4 / 3 * np.sum((each[:, 0] - figures["nll"] * each[:, 1]) ** 2)) / count
+        assert figures["nll_se"] == pytest.approx(error, rel=1e-4)
+        assert figures["perplexity_high"] == pytest.approx(math.exp(figures["nll"] + 1.96 * error), rel=1e-4)
     (tmp_path / "other.jsonl").write_text('{"q": "1+1-0+3", "a": "5"}\n{"q": ""}\n{"q": "1",\n')
     options = {"columns": "prompt=q,completion=a", "bad_rows": "skip"}
-    other = dict(evaluate.perplexity(model, str(tmp_path / "other.jsonl"), window=16, **options))
+    other = dict(perplexity.perplexity(model, data=str(tmp_path / "other.jsonl"), window=16, **options))
     assert other["documents"] == 1 and other["tokens"] == 2 and "other.jsonl: 2 skipped; the first: " in capsys.readouterr().err
     text = arithmetic.tokenizer()
     text.add_tokens(["<picture>"])
@@ -253,44 +240,48 @@ def test_perplexity_of_a_file_is_that_of_each_token_by_hand(folder, tmp_path, ca
     with pytest.raises(
         UserError, match=r"seen.jsonl: has the token '<picture>' \(id 17\), and the model has a vocabulary of 17"
     ):
-        next(evaluate.perplexity(dataclasses.replace(model, tokenizer=text), str(tmp_path / "seen.jsonl")))
-    with pytest.raises(UserError, match="--window=65: give 2 to 64"):
-        next(evaluate.perplexity(model, str(tmp_path / "rows.jsonl"), window=65))
+        next(perplexity.perplexity(dataclasses.replace(model, tokenizer=text), data=str(tmp_path / "seen.jsonl")))
+    with pytest.raises(UserError, match="^window=65: give 2 to 64"):
+        next(perplexity.perplexity(model, data=str(tmp_path / "rows.jsonl"), window=65))
 
 
 def test_accuracy_of_a_task_by_name(folder, monkeypatch, tmp_path):
-    asked = {}
+    sizes = {}
 
-    def complete(model, params, prompts, *, prompt_window, new, **_):
-        asked.update(prompt_window=prompt_window, new=new, rows=len(prompts))
-        tokens = np.zeros((len(prompts), new), np.int32)
-        tokens[:, :1], ones = TEXT("2")["input_ids"], np.ones(len(prompts), int)
-        return Completions(tokens, ones, np.zeros(tokens.shape), np.zeros(len(prompts), bool), ones)
+    def complete(model, params, prompts, *, prompt_window, new, have, **_):
+        sizes.update(prompt_window=prompt_window, new=new, rows=len(prompts))
+        tokens = np.zeros((len(prompts) - len(have), new), np.int32)
+        tokens[:, :1], ones = TEXT("2")["input_ids"], np.ones(len(tokens), int)
+        return Completions(tokens, ones, np.zeros(tokens.shape), np.zeros(len(tokens), bool), ones)
 
-    monkeypatch.setattr(evaluate, "complete", complete)
+    monkeypatch.setattr(decode, "complete", complete)
     (tmp_path / "judge.py").write_text("def two(record, completion) -> 'bool':\n    return completion == '2'")
-    found = dict(evaluate.solves(api.load(folder), "arithmetic", per_cell=1, reward=f"{tmp_path}/judge.py:two", rows=4))
-    assert found["accuracy"] == found["accuracy_greedy/x3"] == 1.0 and found["problems"] == 9 and len(found) == 27 + 36
+    figures = dict(
+        accuracy.accuracy(api.load(folder), task="arithmetic", per_cell=1, reward=f"{tmp_path}/judge.py:two", rows=4)
+    )
+    assert figures["accuracy"] == figures["accuracy_greedy/x3"] == 1.0 and figures["problems"] == 9 and len(figures) == 28 + 36
     # <|user|>, seven characters of the longest problem, <|assistant|>; and as much of 64 as the model's positions leave.
-    assert asked == {"prompt_window": 9, "new": 55, "rows": 4}
+    assert sizes == {"prompt_window": 9, "new": 55, "rows": 4}
     (tmp_path / "judge.py").write_text("def none(record, completion):\n    return None if completion is not None else 0.0")
-    found = dict(evaluate.solves(api.load(folder), "arithmetic", per_cell=1, reward=f"{tmp_path}/judge.py:none", rows=4))
-    assert np.isnan(found["reward"])  # it has nothing to say of these completions
+    figures = dict(
+        accuracy.accuracy(api.load(folder), task="arithmetic", per_cell=1, reward=f"{tmp_path}/judge.py:none", rows=4)
+    )
+    assert np.isnan(figures["reward"])  # it has nothing to say of these completions
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}')
-    with pytest.raises(UserError, match="--task=prompts: has no reward of its own; name one, as --reward=FILE.py:reward"):
-        dict(evaluate.solves(api.load(folder), {"name": "prompts", "data": f"{tmp_path}/p.jsonl"}))
-    own = dict(evaluate.solves(api.load(folder), "arithmetic", per_cell=1, rows=4, new=5))
-    assert asked["new"] == 5
+    with pytest.raises(UserError, match="^task=prompts: has no reward of its own; name one, as reward=FILE.py:reward"):
+        dict(accuracy.accuracy(api.load(folder), task={"name": "prompts", "data": f"{tmp_path}/p.jsonl"}))
+    own = dict(accuracy.accuracy(api.load(folder), task="arithmetic", per_cell=1, rows=4, new=5))
+    assert sizes["new"] == 5
     records = arithmetic.test_records(1)
     right = [r["answer"] == "2" for r in records]
     assert own["accuracy"] == pytest.approx(np.average(right, weights=[r["weight"] for r in records]))
 
 
-def test_it_is_said_how_many_problems_were_asked_and_what_came(capsys):
+def test_the_number_of_problems_and_some_completions_are_printed(capsys):
     rows = [{"prompt": "1+1", "completion": f"answer {i}", "reward": 1.0} for i in range(9)]
-    evaluate._tell("arithmetic", 209, rows)
-    told = capsys.readouterr().err
-    assert told.startswith("arithmetic: 209 test problems") and "answer 5" in told and "answer 6" not in told
+    evaluate._show("arithmetic", 209, rows)
+    printed = capsys.readouterr().err
+    assert printed.startswith("arithmetic: 209 test problems") and "answer 5" in printed and "answer 6" not in printed
 
 
 def test_the_command_prints_one_object(folder, tmp_path):
@@ -301,9 +292,14 @@ def test_the_command_prints_one_object(folder, tmp_path):
         words = [sys.executable, "-m", "jaxpost.evaluate", f"--model={folder}", *arguments]
         return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120)
 
-    done = command(f"--data={tmp_path / 'rows.jsonl'}")
-    found = json.loads(done.stdout)
-    assert done.returncode == 0 and found["tokens"] == 5 and found["perplexity"] == pytest.approx(math.exp(found["nll"]))
-    assert found["documents"] == 1 and "rows.jsonl: 1 documents, 5 scored tokens" in done.stderr
+    file = str(tmp_path / "rows.jsonl")
+    named = json.dumps({"text": {"name": "perplexity", "data": file, "window": 8}})
+    done = command(f"--data={file}", f"--evals={named}")
+    figures = json.loads(done.stdout)
+    assert figures["text/nll"] == pytest.approx(figures["nll"]) and figures["text/tokens"] == 5
+    assert done.returncode == 0 and figures["tokens"] == 5 and figures["perplexity"] == pytest.approx(math.exp(figures["nll"]))
+    assert figures["documents"] == 1 and "rows.jsonl: 1 documents, 5 scored tokens" in done.stderr
     none = command()
-    assert none.returncode == 2 and none.stderr.startswith("error: nothing to evaluate on: give --data=FILE, --task=NAME or")
+    assert none.returncode == 2 and none.stderr.startswith(
+        "error: nothing to evaluate on: give --data=FILE, --task=NAME, --lm_eval=TASK or"
+    )

@@ -78,7 +78,7 @@ def direct(model):
 
 @pytest.mark.slow
 def test_each_question_is_answered_as_computed_directly(model, tasks, direct):
-    found = harness.evaluate(model, tasks, rows=2)
+    results = harness.evaluate(model, tasks, rows=2)
     text = model.tokenizer
     right, normed, total, size, exact = [], [], 0.0, 0, []
     for row in DOCUMENTS:
@@ -95,29 +95,29 @@ def test_each_question_is_answered_as_computed_directly(model, tasks, direct):
         answer = text.decode(ids[len(context) :])
         exact.append(min(answer.split(" ")[0], answer.split(".")[0], key=len) == row["choices"][row["gold"]])
     assert sum(normed) > 0 and 0 < sum(right) < 3 and 0 < sum(exact) < 3  # so that a figure can be wrong
-    assert found["choice"]["acc"] == pytest.approx(np.mean(right)) and found["choice"]["acc_norm"] == pytest.approx(
+    assert results["choice"]["acc"] == pytest.approx(np.mean(right)) and results["choice"]["acc_norm"] == pytest.approx(
         np.mean(normed)
     )
     # Sums of some thirty log-probabilities in float32.
-    assert found["rolling"]["bits_per_byte"] == pytest.approx(-total / size / math.log(2), rel=1e-5)
-    assert found["rolling"]["byte_perplexity"] == pytest.approx(math.exp(-total / size), rel=1e-5)
-    assert found["until"]["exact_match"] == pytest.approx(np.mean(exact))
+    assert results["rolling"]["bits_per_byte"] == pytest.approx(-total / size / math.log(2), rel=1e-5)
+    assert results["rolling"]["byte_perplexity"] == pytest.approx(math.exp(-total / size), rel=1e-5)
+    assert results["until"]["exact_match"] == pytest.approx(np.mean(exact))
 
 
-def asked(kind, *arguments):
+def instances(kind, *arguments):
     return [Instance(kind, {}, a, i) for i, a in enumerate(arguments)]
 
 
 def test_a_likelihood_and_whether_it_is_greedy(model, direct):
     adapter, text = harness.Adapter(model, rows=2), model.tokenizer
     pairs = [("Once upon a time, there was a little girl named", " Lily"), ("", "The dog"), ("Tom and ", "Sam")]
-    found = adapter.loglikelihood(asked("loglikelihood", *pairs))
-    for (context, continuation), (total, greedy) in zip(pairs, found, strict=True):
+    results = adapter.loglikelihood(instances("loglikelihood", *pairs))
+    for (context, continuation), (total, greedy) in zip(pairs, results, strict=True):
         ids = text(context + continuation)["input_ids"]
         wanted = direct(ids, len(text(context.rstrip())["input_ids"]))
         # 5e-6: a likelihood near 1 has a logarithm near 0, whose rounding is that of the logits, about 10.
         assert total == pytest.approx(wanted[0], rel=1e-5, abs=5e-6) and greedy == wanted[1]
-    assert [greedy for _, greedy in found] == [True, False, False]
+    assert [greedy for _, greedy in results] == [True, False, False]
     # The beginning-of-text token once, whether the tokenizer adds it or a template has written it out.
     assert adapter.tok_encode("<s>The dog") == adapter.tok_encode("The dog") == text("The dog")["input_ids"]
 
@@ -135,7 +135,7 @@ def test_a_text_longer_than_the_model_is_read_in_windows(model):
 
     rest = len(ids) - most
     wanted = scores([text.bos_token_id, *ids[:most]])[1:].sum() + scores(ids[-most - 1 :])[-rest:].sum()
-    assert adapter.loglikelihood_rolling(asked("loglikelihood_rolling", (story,)))[0] == pytest.approx(wanted, rel=1e-6)
+    assert adapter.loglikelihood_rolling(instances("loglikelihood_rolling", (story,)))[0] == pytest.approx(wanted, rel=1e-6)
 
 
 @pytest.mark.slow
@@ -143,7 +143,7 @@ def test_what_a_task_asks_of_generation_is_honoured_or_refused(model):
     adapter = harness.Adapter(model)
 
     def complete(context, **manner):
-        return adapter.generate_until(asked("generate_until", (context, manner)))[0]
+        return adapter.generate_until(instances("generate_until", (context, manner)))[0]
 
     whole = complete("Tom and Sam", max_gen_toks=20)
     assert (
@@ -157,5 +157,5 @@ def test_what_a_task_asks_of_generation_is_honoured_or_refused(model):
         complete("Tom", do_sample=True, top_p=0.5)
     with pytest.raises(UserError, match="512 new tokens leave no room for a context in 512"):
         complete("Tom", max_gen_toks=512)
-    with pytest.raises(UserError, match="--lm_eval=no_such_task: no file, and lm-eval knows no task"):
+    with pytest.raises(UserError, match="lm_eval=no_such_task: no file, and lm-eval knows no task"):
         harness.evaluate(model, ["no_such_task"])

@@ -3,6 +3,7 @@
 import json
 import types
 
+import numpy as np
 import pytest
 from pyarrow import parquet
 
@@ -19,6 +20,9 @@ FIELDS = {
     "num_key_value_heads": 1,
     "max_position_embeddings": 8,
 }
+
+
+ENDLESS = {"seconds": float("inf"), "num_tokens": float("inf")}
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -47,7 +51,7 @@ def test_speed_is_over_all_steps_since_the_last_row(tmp_path, clock):
     trained = found.transformer.arch.parameters()
     plan = types.SimpleNamespace(name="train", settings=settings, steps=9, spec=found, source=None, trained=trained)
     counts = {"num_tokens": 0, "seconds": 0.0}
-    written = log.Log(plan, tmp_path, ["train"], counts, 0, float("inf"))
+    written = log.Log(plan, tmp_path, ["train"], counts, 0, ENDLESS)
     for at in range(1, 7):
         written.clock()
         clock[0] += 0.5
@@ -77,7 +81,7 @@ def test_all_completions_are_kept_every_so_many_steps(tmp_path, clock):
     rows = [{"prompt": "1+1", "completion": "2", "reward": 1.0, "advantage": 0.5}]
     source = types.SimpleNamespace(rows=rows, samples=rows)
     plan = types.SimpleNamespace(name="rl", settings=settings, steps=4, spec=found, source=source, trained=1)
-    written = log.Log(plan, tmp_path, ["rl"], {"num_tokens": 0, "seconds": 0.0}, 0, float("inf"))
+    written = log.Log(plan, tmp_path, ["rl"], {"num_tokens": 0, "seconds": 0.0}, 0, ENDLESS)
     quiet = {"skipped": 0, "skipped_in_a_row": 0, "loss": 1.0, "grad_norm": 1.0, "num_trained": 1, "num_pairs": 1}
     for at in range(1, 5):
         rows[0]["completion"] = str(at)
@@ -91,6 +95,25 @@ def test_all_completions_are_kept_every_so_many_steps(tmp_path, clock):
     assert [path.name for path in files] == ["00000002.parquet", "00000004.parquet"]
     found = [parquet.read_table(path).to_pylist()[0] for path in files]
     assert [(row["step"], row["completion"], row["advantage"]) for row in found] == [(2, "2", 0.5), (4, "4", 0.5)]
+
+
+def test_a_stage_ends_with_the_step_that_uses_up_its_tokens(tmp_path, clock):
+    found = types.SimpleNamespace(transformer=types.SimpleNamespace(arch=architecture(FIELDS)))
+    plan = types.SimpleNamespace(
+        name="train", settings=recipe.make(log_every=0, steps=99), steps=99, spec=found, source=None, trained=1
+    )
+    quiet = {"skipped": 0, "skipped_in_a_row": 0, "loss": 1.0, "grad_norm": 1.0, "num_trained": 1, "num_pairs": 1}
+    written = log.Log(plan, tmp_path, ["train"], {"num_tokens": 5, "seconds": 0.0}, 0, {**ENDLESS, "num_tokens": 20})
+    ends = []
+    for at in range(1, 5):
+        written.clock()
+        clock[0] += 1.0
+        written.step(at, {"segments": np.array([[1, 1, 2, 0], [1, 1, 0, 0]])}, {**quiet, "num_tokens": 5})
+        ends.append(written.used_up())
+    assert ends == [False, False, True, True]  # 10, 15, 20: no step late, although the third is not settled by then
+    written.settle()
+    assert written.num_tokens == written.drawn_tokens == 25
+    written.close()
 
 
 ROWS = {

@@ -9,7 +9,11 @@ import pytest
 import sampler_cases as cases
 from sampler_cases import NEW, sampled
 
+from jaxpost import recipe
+from jaxpost.errors import UserError
+from jaxpost.resolve import entries, known, resolve
 from jaxpost.sampling import processors
+from jaxpost.stages import rollouts
 
 PROBS = np.array([0.15, 0.4, 0.05, 0.3, 0.1])
 
@@ -18,9 +22,9 @@ def kept(probs=PROBS, **amounts) -> list[int]:
     """Which of the tokens may be drawn; of those the logits are as they were."""
     with np.errstate(divide="ignore"):
         logits = jnp.log(jnp.asarray(probs, jnp.float32))[None]
-    found = processors.restricted(logits, processors.controls(**amounts))
-    left = np.flatnonzero(np.isfinite(found[0]))
-    np.testing.assert_array_equal(found[0, left], logits[0, left])
+    restricted = processors.restricted(logits, processors.controls(**amounts))
+    left = np.flatnonzero(np.isfinite(restricted[0]))
+    np.testing.assert_array_equal(restricted[0, left], logits[0, left])
     return left.tolist()
 
 
@@ -61,18 +65,18 @@ def test_restrictions_are_those_of_a_plain_reference(temperature):
     rng, restrict = np.random.default_rng(0), jax.jit(processors.restricted)
     logits = (rng.normal(size=(40, 300)) * 3).astype(np.float32) / np.float32(temperature)
     for top_k, top_p, min_p in itertools.product((0, 1, 7, 300), (1.0, 0.9, 0.3), (0.0, 0.02, 0.5)):
-        found = restrict(jnp.asarray(logits), processors.controls(temperature, top_k, top_p, min_p))
-        np.testing.assert_array_equal(found, [reference(row, top_k, top_p, min_p) for row in logits])
+        restricted = restrict(jnp.asarray(logits), processors.controls(temperature, top_k, top_p, min_p))
+        np.testing.assert_array_equal(restricted, [reference(row, top_k, top_p, min_p) for row in logits])
     assert restrict._cache_size() == 1  # amounts are arrays
 
 
 def test_samples_are_of_the_restricted_distribution_and_recorded_with_it():
-    found = sampled(top_k=5, top_p=0.9, min_p=0.05, temperature=1.5)
-    scores = cases.judged(found)
+    drawn = sampled(top_k=5, top_p=0.9, min_p=0.05, temperature=1.5)
+    scores = cases.judged(drawn)
     left = np.stack([[reference(row / 1.5, 5, 0.9, 0.05) for row in rows] for rows in scores])
-    np.testing.assert_allclose(found.logps, cases.logps(left, found), atol=5e-5)
-    inside = np.arange(NEW) < found.lengths[:, None]
-    assert (found.logps > cases.logps(scores, found))[inside].mean() > 0.7
+    np.testing.assert_allclose(drawn.logps, cases.logps(left, drawn), atol=5e-5)
+    inside = np.arange(NEW) < drawn.lengths[:, None]
+    assert (drawn.logps > cases.logps(scores, drawn))[inside].mean() > 0.7
 
 
 # --------------------------------------------------------------------------------------------------- One of one's own
@@ -80,9 +84,9 @@ def test_samples_are_of_the_restricted_distribution_and_recorded_with_it():
 
 def never_again(logits, context):
     """Forbids what the completion has said already."""
-    said = jax.nn.one_hot(context["tokens"], logits.shape[-1], dtype=bool)
-    said &= (jnp.arange(context["tokens"].shape[1]) < context["counts"][:, None])[..., None]
-    return jnp.where(said.any(axis=1), -jnp.inf, logits)
+    taken = jax.nn.one_hot(context["tokens"], logits.shape[-1], dtype=bool)
+    taken &= (jnp.arange(context["tokens"].shape[1]) < context["counts"][:, None])[..., None]
+    return jnp.where(taken.any(axis=1), -jnp.inf, logits)
 
 
 def by_number(logits, context):
@@ -92,14 +96,71 @@ def by_number(logits, context):
 
 
 @pytest.mark.parametrize("slots", [0, 2])
-def test_a_processor_knows_what_was_said_and_by_whom(slots):
-    found = sampled(slots=slots, stop=(), number=2, chain=(by_number, never_again))
-    assert (found.lengths == NEW).all()
-    np.testing.assert_array_equal(found.tokens[:, 0], 2 + np.arange(len(found.tokens)))
-    assert all(len(set(row.tolist())) == NEW for row in found.tokens)
-    scores = cases.judged(found)  # the record is of what was drawn from
+def test_a_processor_knows_the_completion_so_far_and_whose_it_is(slots):
+    drawn = sampled(slots=slots, stop=(), number=2, chain=(by_number, never_again))
+    assert (drawn.lengths == NEW).all()
+    np.testing.assert_array_equal(drawn.tokens[:, 0], 2 + np.arange(len(drawn.tokens)))
+    assert all(len(set(row.tolist())) == NEW for row in drawn.tokens)
+    scores = cases.judged(drawn)  # the record is of what was drawn from
     for n in range(1, NEW):
-        np.put_along_axis(scores[:, n], found.tokens[:, :n], -np.inf, axis=-1)
-    wanted = cases.logps(scores, found)
+        np.put_along_axis(scores[:, n], drawn.tokens[:, :n], -np.inf, axis=-1)
+    wanted = cases.logps(scores, drawn)
     wanted[:, 0] = 0.0
-    np.testing.assert_allclose(found.logps, wanted, atol=5e-5)
+    np.testing.assert_allclose(drawn.logps, wanted, atol=5e-5)
+
+
+# -------------------------------------------------------------------------------------------------------- The contract
+
+SETTINGS = {"banned": {"tokens": [1, 4]}, "at_least": {"count": 3, "ends": [2]}}  # of each processor at full strength
+
+
+@pytest.mark.parametrize("name", known("processors"))
+def test_a_processor_raises_no_forbidden_token_and_without_strength_changes_nothing(name):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(4, 6)).astype(np.float32)
+    logits[:, 5], logits[0, 2] = -np.inf, -np.inf
+    context = {"tokens": rng.integers(0, 6, (4, 8)), "counts": np.array([0, 2, 3, 8]), "numbers": np.arange(4)}
+    own = {k: jnp.asarray(v) for k, v in context.items()}
+    strong, weak = resolve({"name": name, **SETTINGS[name]}, "processors"), resolve(name, "processors")
+    np.testing.assert_array_equal(weak(jnp.asarray(logits), own), logits)
+    forbidden = np.asarray(jax.jit(strong)(jnp.asarray(logits), own))
+    assert (
+        forbidden.shape == logits.shape and np.isneginf(forbidden[np.isneginf(logits)]).all() and not np.isnan(forbidden).any()
+    )
+    # Each row is by itself.
+    alone = [strong(jnp.asarray(logits[i : i + 1]), {k: v[i : i + 1] for k, v in own.items()})[0] for i in range(4)]
+    np.testing.assert_array_equal(forbidden, np.stack(alone))
+    np.testing.assert_array_equal(strong(jnp.asarray(forbidden), own), forbidden)
+
+
+def test_banned_tokens_and_early_ends_by_hand():
+    logits = np.zeros((4, 6), np.float32)
+    context = {"counts": jnp.array([0, 2, 3, 8])}
+    without = np.asarray(processors.banned(jnp.asarray(logits), {}, tokens=[1, 4]))
+    assert np.argwhere(np.isneginf(without))[:, 1].tolist() == [1, 4] * 4 and np.isfinite(without).sum() == 16
+    short = np.asarray(processors.at_least(jnp.asarray(logits), context, count=3, ends=[2]))
+    assert np.argwhere(np.isneginf(short)).tolist() == [[0, 2], [1, 2]]
+
+
+def test_a_stage_takes_processors_with_keywords():
+    for given in ([{"name": "banned", "tokens": [3]}, f"{__name__}.never_again"], '[{"name": "banned", "tokens": [3]}]'):
+        first, *others = rollouts._chain(recipe.make(rollouts={"processors": given}).rollouts.processors)
+        assert first.func is processors.banned and first.keywords == {"tokens": [3]}
+        assert [x.func for x in others] == [never_again] * (len(given) == 2)
+    with pytest.raises(UserError, match="processors: banned takes no option 'token'. Did you mean 'tokens'"):
+        rollouts._chain(({"name": "banned", "token": 3},))
+    with pytest.raises(UserError, match="no 'baned'. Did you mean 'banned'"):
+        rollouts._chain("baned")
+
+
+def test_processors_are_named_with_keywords_in_a_list_or_with_commas():
+    chain = [{"name": "banned", "tokens": [3]}, f"{__name__}.never_again"]
+    assert entries(chain, "p") == chain and entries('[{"name": "banned", "tokens": [3]}]', "p") == chain[:1]
+    assert (
+        entries(" a.b , c:d ", "p") == ["a.b", "c:d"]
+        and entries("", "p") == []
+        and entries({"name": "x"}, "p") == [{"name": "x"}]
+    )
+    assert resolve(chain[0], "processors").keywords == {"tokens": [3]}
+    drawn = sampled(stop=(), chain=tuple(resolve(x, "processors") for x in chain))
+    assert not (drawn.tokens == 3).any() and all(len(set(row.tolist())) == NEW for row in drawn.tokens)

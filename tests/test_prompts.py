@@ -142,7 +142,22 @@ def test_rewards_of_trls_signature_are_rewards(tmp_path):
 
 # Settings that the loop reads, or the whole run, whatever the source of a stage's batches.
 LOOP = {
-    *("do", "artefacts", "seed", "stages", "result", "time_of", "ema", "max_skipped", "topology", "best", "highest", "profile"),
+    *(
+        "do",
+        "artefacts",
+        "seed",
+        "stages",
+        "result",
+        "time_of",
+        "tokens_of",
+        "evals",
+        "ema",
+        "max_skipped",
+        "topology",
+        "best",
+        "highest",
+        "profile",
+    ),
     *("log_every", "term_norms", "eval_every", "save_every", "keep", "mesh.data", "mesh.fsdp", "mesh.tensor"),
 }
 

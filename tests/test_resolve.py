@@ -251,6 +251,7 @@ def test_the_defaults_are_nobodys_to_change():
         ({"stages": "sft"}, "config.stages: 'sft' is no tuple or list"),
         ({"stages": ("a", "b"), "a": {"model": "@b"}}, "config.a.model: no stage 'b' comes before"),
         ({"stages": ("a",), "a": {"time_of": "a"}}, "config.a.time_of: no stage 'a' comes before"),
+        ({"stages": ("a", "b"), "b": {"tokens_of": "a, c"}}, "config.b.tokens_of: no stage 'c' comes before"),
     ],
 )
 def test_stages_that_do_not_add_up(changes, message):

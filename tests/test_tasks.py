@@ -2,6 +2,7 @@
 
 import json
 import random
+import types
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from jaxpost.data import chat
 from jaxpost.errors import UserError
 from jaxpost.rewards import math
 from jaxpost.stages import datasets, tasks
-from jaxpost.tasks import countdown, gsm8k, stories
+from jaxpost.tasks import arithmetic, countdown, gsm8k, stories
 
 ROWS = [
     {
@@ -118,6 +119,27 @@ def test_a_task_that_was_made_of_its_keys_gives_demonstrations(tmp_path):
     settings = recipe.make(task={"name": "arithmetic", "corrupt": 0.0, "examples": 50})
     (part,) = datasets._sources(tasks.task(settings), settings)
     assert not any(record.row["corrupted"] for record in part.records)
+
+
+def test_a_bound_on_problems_draws_the_first_ones_round_and_round():
+    model = types.SimpleNamespace(
+        tokenizer=arithmetic.tokenizer(), transformer=types.SimpleNamespace(arch=types.SimpleNamespace(vocab=17))
+    )
+
+    def prompts(problems, too_long="drop", window=12):
+        task = {"name": "arithmetic", "problems": problems}
+        settings = recipe.make(task=task, too_long=too_long, rollouts={"prompt_window": window}, seed=3)
+        module = tasks.task(settings)
+        return tasks.prompts(module, tasks.rewards(module, "arithmetic"), model, settings, leave_out=True)
+
+    drawn = [prompts(3)(i)[0] for i in range(7)]
+    assert drawn == [arithmetic.record(i % 3, seed=3) for i in range(7)]
+    assert prompts(0)(6)[0] == arithmetic.record(6, seed=3)
+    for wrong in (-1, 1.5, True):
+        with pytest.raises(UserError, match=f"config.task.problems: {wrong}; give how many problems to draw"):
+            prompts(wrong)
+    with pytest.raises(UserError, match="config.task.problems: all of the first 2 problems are left out"):
+        prompts(2, window=1)
 
 
 def test_the_verifier_agrees_with_every_row_of_gsm8k(shared):

@@ -1,6 +1,7 @@
 """lm-eval asks, jaxpost answers: the one adapter between the two (extra [eval]; it needs no torch).
 
     python -m jaxpost.evaluate --model=FOLDER --lm_eval=task.yaml
+    evals={"arc": {"name": "harness.lm_eval", "tasks": ["arc_easy"], "limit": 200}}
 
 lm-eval has three questions. How likely is a continuation after a context, and would greedy decoding have written it
 (`loglikelihood`)? How likely is a document, to be answered in windows if it is longer than the model (`loglikelihood_rolling`)?
@@ -10,7 +11,9 @@ parted, and an empty context is the beginning-of-text token. One thing differs: 
 where that adapter also asks how likely the beginning-of-text token is after itself.
 """
 
+import functools
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +93,11 @@ class Adapter(TemplateLM):
             for row, sequence in zip(tokens, ids, strict=False):
                 row[: len(sequence)] = sequence
             lengths = np.array([*map(len, ids), *[1] * (self.rows - len(ids))])
-            found = {k: np.asarray(v) for k, v in self.model.scores(tokens, lengths).items()}
+            scores = {k: np.asarray(v) for k, v in self.model.scores(tokens, lengths).items()}
             for place, i in enumerate(chosen):
                 scored = slice(len(sequences[i][0]) - sequences[i][1], len(sequences[i][0]))
-                total = float(found["logps"][place, scored].astype(np.float64).sum())
-                answers[i] = (total, bool(found["correct"][place, scored].all()))
+                total = float(scores["logps"][place, scored].astype(np.float64).sum())
+                answers[i] = (total, bool(scores["correct"][place, scored].all()))
         return answers
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
@@ -122,8 +125,8 @@ class Adapter(TemplateLM):
                 part = members[first : first + self.rows]
                 # The end of a context that is too long is what the completion follows.
                 prompts = [np.array(self.tok_encode(requests[i].args[0])[new - self.max_length :], np.int32) for i in part]
-                found = self.model.complete(prompts, new=new, temperature=temperature, seed=first)
-                for i, ids in zip(part, found, strict=True):
+                completions = self.model.complete(prompts, new=new, temperature=temperature, seed=first)
+                for i, ids in zip(part, completions, strict=True):
                     # Decoded by itself, as in lm-eval's own adapter: some tokenizers then leave out its first space.
                     text = self.tokenizer.decode(ids, skip_special_tokens=True)
                     until = requests[i].args[1].get("until") or []
@@ -131,31 +134,55 @@ class Adapter(TemplateLM):
                     answers[i] = text[: min([c for c in cuts if c >= 0], default=len(text))]
         return answers
 
-    def _manner(self, asked: dict) -> tuple[float, int]:
+    def _manner(self, request: dict) -> tuple[float, int]:
         """(temperature, most new tokens) of a request. Raises UserError for what it asks beyond these, and for no room."""
-        sampled = bool(asked.get("do_sample"))
+        sampled = bool(request.get("do_sample"))
         ignored = () if sampled else ("top_p", "top_k")  # they do not change which token is the likeliest
-        if unknown := asked.keys() - {"until", "do_sample", "temperature", *_NEW, *ignored}:
+        if unknown := request.keys() - {"until", "do_sample", "temperature", *_NEW, *ignored}:
             raise UserError(f"lm-eval: the task asks for {min(unknown)}, which jaxpost's sampler does not have.")
-        new = int(next((asked[k] for k in _NEW if asked.get(k) is not None), 256))
+        new = int(next((request[k] for k in _NEW if request.get(k) is not None), 256))
         if not 0 < new < self.max_length:
             raise UserError(f"lm-eval: {new} new tokens leave no room for a context in {self.max_length}; set max_gen_toks.")
-        return float(asked.get("temperature", 1.0)) if sampled else 0.0, new
+        return float(request.get("temperature", 1.0)) if sampled else 0.0, new
 
 
-def evaluate(model: Any, tasks: list[str], *, rows: int = 8, limit: int | None = None) -> dict[str, dict[str, float]]:
+def lm_eval(model: Any, *, tasks: Sequence[str], limit: int | None = None, rows: int = 8) -> Iterator[tuple[str, float]]:
+    """(TASK/metric, value) of lm-eval's tasks, as `evaluate` gives them; the eval of a recipe."""
+    for task, figures in evaluate(model, tasks, rows=rows, limit=limit).items():
+        yield from ((f"{task}/{metric}", value) for metric, value in figures.items())
+
+
+@functools.cache
+def _index() -> TaskManager:
+    return TaskManager()  # it reads thousands of files
+
+
+def _manager(tasks: Sequence[str]) -> TaskManager:
+    """lm-eval's index of tasks. Raises UserError for a task that is not in it, nor a file."""
+    manager = _index()
+    for task in tasks:
+        if task not in manager.task_index and not Path(task).is_file():
+            raise UserError(f"lm_eval={task}: no file, and lm-eval knows no task, group or tag of that name.")
+    return manager
+
+
+def _check(model: Any, tasks: Sequence[str], limit: int | None = None, rows: int = 8) -> None:
+    model.need_tokenizer()
+    _manager(tasks)
+
+
+lm_eval.check = _check
+
+
+def evaluate(model: Any, tasks: Sequence[str], *, rows: int = 8, limit: int | None = None) -> dict[str, dict[str, float]]:
     """{task: {metric: value}} of lm-eval's tasks, each a name or the path of a task file (.yaml).
 
     rows: texts at a time; limit: documents of each task. Standard errors are left out: lm-eval draws some of them from forked
     processes, which a process that runs jax must not start. Raises UserError for a task that lm-eval does not know.
     """
-    manager = TaskManager()
-    for task in tasks:
-        if task not in manager.task_index and not Path(task).is_file():
-            raise UserError(f"--lm_eval={task}: no file, and lm-eval knows no task, group or tag of that name.")
-    options = {"task_manager": manager, "limit": limit, "log_samples": False, "bootstrap_iters": 0}
-    found = simple_evaluate(Adapter(model, rows), tasks=tasks, **options)
+    options = {"task_manager": _manager(tasks), "limit": limit, "log_samples": False, "bootstrap_iters": 0}
+    results = simple_evaluate(Adapter(model, rows), tasks=list(tasks), **options)["results"]
     return {
         task: {k.removesuffix(",none"): float(v) for k, v in values.items() if isinstance(v, (int, float))}
-        for task, values in found["results"].items()
+        for task, values in results.items()
     }

@@ -1,8 +1,7 @@
 """Several samples of each problem: does one of k get there (pass@k), how good is the mean one, what does their majority say?
 
-    python -m jaxpost.evaluate --model=FOLDER --task=arithmetic --samples=16 --k=1,4,16
-
-All figures are expectations that n samples give exactly, with no further chance in them:
+The arithmetic of `accuracy` with `samples`. All figures are expectations that n samples give exactly, with no further chance
+in them:
 
     mean@n   the mean over the n samples of a problem
     pass@k   whether the best of k samples is right, expected over all ways to take k of the n. With c right ones it is the
@@ -24,14 +23,12 @@ a single problem.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
 
-from jaxpost.data import chat
 from jaxpost.errors import UserError
-from jaxpost.sampling.decode import answers, complete, ready
-from jaxpost.types import Params
+from jaxpost.evals.intervals import Z, standard_error
 
 
 def best(values: np.ndarray, k: int) -> np.ndarray:
@@ -39,7 +36,7 @@ def best(values: np.ndarray, k: int) -> np.ndarray:
     it is pass@k. Raises UserError unless 1 <= k <= n."""
     values = np.sort(np.asarray(values, np.float64), axis=1)
     n = values.shape[1]
-    _check(k, n)
+    check(k, n)
     places, taken = np.arange(n + 1)[:, None], np.arange(k)
     # Whether all k come from the i smallest: C(i,k) / C(n,k) as a product of ratios, which neither overflows nor cancels.
     below = np.prod(np.maximum(places - taken, 0) / (n - taken), axis=1)
@@ -53,7 +50,7 @@ def majority(verdicts: np.ndarray, given: Sequence[Sequence[Hashable | None]], k
     1 <= k <= n.
     """
     verdicts = np.asarray(verdicts, np.float64)
-    _check(k, verdicts.shape[1])
+    check(k, verdicts.shape[1])
     return np.array([_majority(row, own, k) for row, own in zip(verdicts, given, strict=True)])
 
 
@@ -87,9 +84,10 @@ def _beaten(others: Sequence[int], silent: int, votes: int, rest: int) -> float:
     return float(np.sum(ways[:, rest] / np.arange(1, ties + 2)))
 
 
-def _check(k: int, n: int) -> None:
+def check(k: int, n: int) -> None:
+    """Raises UserError unless 1 <= k <= n."""
     if not 1 <= k <= n:
-        raise UserError(f"--k={k}: of {n} samples a problem, 1 to {n} can be taken; give --samples={max(k, 1)} or another k.")
+        raise UserError(f"k={k}: of {n} samples a problem, 1 to {n} can be taken; give samples={max(k, 1)} or another k.")
 
 
 def figures(
@@ -107,79 +105,26 @@ def figures(
     """
     verdicts = np.asarray(verdicts, np.float64)
     weights = np.ones(len(verdicts)) if weights is None else np.asarray(weights, np.float64)
-    found = {f"mean@{verdicts.shape[1]}": verdicts.mean(1)}
-    found |= {f"{name}@{k}": best(verdicts, k) for k in ks}
+    by_problem = {f"mean@{verdicts.shape[1]}": verdicts.mean(1)}
+    by_problem |= {f"{name}@{k}": best(verdicts, k) for k in ks}
     if given is not None:
-        found |= {f"maj@{k}": majority(verdicts, given, k) for k in ks}
-    for key, values in found.items():
-        mean = float(np.average(values, weights=weights))
-        yield key, mean
-        if (p := len(values)) > 1:
-            # Of a weighted mean; with equal weights the usual one, the standard deviation over the root of the number.
-            error = math.sqrt(p / (p - 1) * np.sum((weights * (values - mean)) ** 2)) / float(weights.sum())
-            yield f"{key}_low", mean - 1.96 * error
-            yield f"{key}_high", mean + 1.96 * error
+        by_problem |= {f"maj@{k}": majority(verdicts, given, k) for k in ks}
+    for key, values in by_problem.items():
+        yield key, (mean := float(np.average(values, weights=weights)))
+        if len(values) > 1:
+            error = standard_error(values, weights)
+            yield from {f"{key}_low": mean - Z * error, f"{key}_high": mean + Z * error}.items()
 
 
-def sampled(
-    model,
-    params: Params,
-    tokenizer,
-    records: Sequence[dict],
-    judge: Callable[[list[dict], list[str]], Sequence[float]],
-    mesh,
-    *,
-    n: int,
-    rows: int,
-    options: dict,
-    ks: Sequence[int] = (1,),
-    extract: Callable[[str], Hashable | None] | None = None,
-    name: str = "pass",
-    temperature: float = 1.0,
-    seed: int = 0,
-    step: int = 0,
-) -> Iterator[tuple[str, float | list]]:
-    """`figures` of n samples of each problem at a temperature, and last ("samples", rows): each sample's prompt, completion,
-    answer (the record's), extracted (where there is `extract`), reward and stopped.
-
-    records: dicts with prompt, and maybe answer and a weight. judge: (records, completions) -> their rewards, all in one call,
-    nan where none applies: a problem with such a sample is in no figure, and "left_out" says how many there are;
-    the records that it gets say under `stopped` whether a stop token or string ended the completion. extract: from a completion
-    to its answer, for the majority; name: as `figures` takes it; rows: problems, and completions, at a time, which changes
-    nothing; options: template, prompt_window, new and what else `decode.stream` takes, `stop` being the template's if it is not
-    there. All processes compute the same. Raises UserError for a k that is not between 1 and n, before anything is sampled.
-    """
-    for k in ks:
-        _check(k, n)
-    template, fixed = options["template"], {key: value for key, value in options.items() if key != "template"}
-    fixed |= {"temperature": temperature, "seed": seed, "step": step, "tokenizer": tokenizer}
-    fixed.setdefault("stop", chat.stop_ids(tokenizer, template))
-    prompts, params = [chat.encode_prompt(r["prompt"], tokenizer, template) for r in records], ready(model, params, mesh)
-    rows, table = min(rows, len(prompts)), []
-    for first in range(0, len(prompts), rows):
-        part = prompts[first : first + rows]
-        whole = [*part, *[part[0]] * (rows - len(part))]  # one shape, whatever is left, and nothing made for what is not
-        work = {"group": n, "slots": rows, "number": first * n, "have": frozenset(range(len(part) * n, rows * n))}
-        found = complete(model, params, whole, mesh=mesh, **work, **fixed)
-        for i, text in enumerate(answers(found, tokenizer)[: len(part) * n]):
-            record = records[first + i // n]
-            row = {"prompt": record["prompt"], "completion": text, "answer": record.get("answer", "")}
-            row |= {} if extract is None else {"extracted": extract(text)}
-            table.append({**row, "stopped": bool(found.stopped[i])})
-    told = [{**records[i // n], "stopped": row["stopped"]} for i, row in enumerate(table)]
-    rewards = np.array([float(x) for x in judge(told, [row["completion"] for row in table])]).reshape(len(records), n)
-    given = None if extract is None else [[row["extracted"] for row in table[i : i + n]] for i in range(0, len(table), n)]
-    yield from _of_judged(rewards, given, [r.get("weight", 1.0) for r in records], ks, name)
-    yield "samples", [{**row, "reward": float(reward)} for row, reward in zip(table, rewards.reshape(-1), strict=True)]
-
-
-def _of_judged(
-    rewards: np.ndarray, given, weights: Sequence[float], ks: Sequence[int], name: str
+def figures_of_whole(
+    rewards: np.ndarray, given: Sequence | None, *, ks: Sequence[int], weights: Sequence[float], name: str
 ) -> Iterator[tuple[str, float]]:
-    """`figures` of the problems whose samples all have a reward, and how many have not. Raises UserError where none has."""
+    """`figures` of the problems whose samples all have a reward (none is nan), and as "left_out" how many have not. Raises
+    UserError where none has.
+    """
     whole = np.flatnonzero(np.isfinite(rewards).all(1))
     if not len(whole):
-        raise UserError("--samples: the reward gives None for some sample of every problem; one that applies returns a number.")
+        raise UserError("samples: the reward gives None for some sample of every problem; one that applies returns a number.")
     own = None if given is None else [given[i] for i in whole]
     yield from figures(rewards[whole], own, ks=ks, weights=[weights[i] for i in whole], name=name)
     if len(whole) < len(rewards):

@@ -1,15 +1,32 @@
 """What stands between a model's logits and the draw: functions (logits [R,V], context) -> logits [R,V].
 
-A processor of one's own is named in `rollouts.processors` and runs first, on the model's logits. Its context is a dict of
-arrays: `tokens` [R,N], the completion so far, zeros after; `counts` [R], how many tokens that is; `numbers` [R], the
-completions'. What it wants never drawn it sets to -inf. Then come the temperature and the three usual restrictions, whose
+A processor is named in `rollouts.processors` and runs first, on the model's logits. Its context is a dict of arrays: `tokens`
+[R,N], the completion so far, zeros after; `counts` [R], how many tokens that is; `numbers` [R], the completions'. What it wants
+never drawn it sets to -inf; what is -inf already stays so. Then come the temperature and the three usual restrictions, whose
 amounts are arrays, so that changing one compiles nothing. Each row is by itself: its logits and context alone may matter.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+
+
+def banned(logits: jax.Array, context: Mapping[str, jax.Array], *, tokens: Sequence[int] = ()) -> jax.Array:
+    """Logits [R,V] with -inf for these ids, which are never drawn; without ids nothing changes."""
+    return logits.at[:, _ids(tokens)].set(-jnp.inf)
+
+
+def at_least(logits: jax.Array, context: Mapping[str, jax.Array], *, count: int = 0, ends: Sequence[int] = ()) -> jax.Array:
+    """Logits [R,V] with -inf for the ids `ends` in completions of fewer than `count` tokens, so that none ends before it has
+    that many besides the end; a count of 0 changes nothing. ends: ids, such as the tokenizer's end token.
+    """
+    ids = _ids(ends)
+    return logits.at[:, ids].set(jnp.where((context["counts"] < count)[:, None], -jnp.inf, logits[:, ids]))
+
+
+def _ids(tokens: Sequence[int]) -> jax.Array:
+    return jnp.asarray(tuple(tokens), jnp.int32)
 
 
 def controls(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> dict[str, jax.Array]:
@@ -22,10 +39,11 @@ def restricted(logits: jax.Array, amounts: Mapping[str, jax.Array]) -> jax.Array
     """logits [R,V], at the temperature that they are drawn at, with -inf for what may not be drawn.
 
     One after the other: the top_k likeliest; of those the likeliest that together have top_p of the probability, the one that
-    reaches it included; of those the ones with min_p of the likeliest's probability or more. Equals share their fate.
+    reaches it included; of those the ones with min_p of the likeliest's probability or more. Equals are kept or left out
+    together.
     """
-    asked = (amounts["top_k"] > 0) | (amounts["top_p"] < 1) | (amounts["min_p"] > 0)
-    return jax.lax.cond(asked, _restricted, lambda logits, _: logits, logits, dict(amounts))
+    restricts = (amounts["top_k"] > 0) | (amounts["top_p"] < 1) | (amounts["min_p"] > 0)
+    return jax.lax.cond(restricts, _restricted, lambda logits, _: logits, logits, dict(amounts))
 
 
 def _restricted(logits: jax.Array, amounts: dict) -> jax.Array:

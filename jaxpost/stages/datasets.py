@@ -140,7 +140,7 @@ def _sources(task, s) -> list[mixture.Part]:
     if task is None:
         raise UserError("config.data: give a file (README.md lists the kinds), or a config.task with demonstrations.")
     has_make = hasattr(module(s.task["name"], "tasks"), "make")  # such a task has taken the keys already
-    options = {} if has_make else {k: v for k, v in plain(s.task).items() if k not in ("name", "examples")}
+    options = {} if has_make else {k: v for k, v in plain(s.task).items() if k not in ("name", "examples", "problems")}
     make = bind(task.conversation, {"seed": s.split_seed, **options}, f"task {s.task['name']}")
     name = f"task {s.task['name']}"
     records = [Record(make(i), f"{name}, example {i}") for i in range(s.task.get("examples", EXAMPLES))]

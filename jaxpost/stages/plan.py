@@ -37,7 +37,7 @@ class Plan(NamedTuple):
     steps: int
     held_out: list  # this process's batches for evaluation
     data: str  # a digest of what is learned from; "" where sets are none
-    problems: dict | None  # what evaluate.graded takes, for a task
+    problems: dict | None  # what accuracy.graded takes, for a task
     trainable: str  # pattern of the paths that train
     trained: int  # how many parameters that is
     own: dict = {}  # the columns of its batches that no annotation makes, as shapes
@@ -156,7 +156,7 @@ def _check_row_type(s, row_type: RowType) -> None:
     if "rollouts" in named and not row_type.completions:
         raise UserError(f"config.source: the objective learns from {row_type.name} of a data set, and rollouts are none.")
     if len(named) > 1 and row_type.completions != 1:
-        raise UserError(f"config.source: rollouts and data share no batch for {row_type.name}, which the objective learns from.")
+        raise UserError(f"config.source: rollouts and data share no batch for {row_type.name}, which this objective has.")
     if s.shared_prefix and not row_type.shareable and "rollouts" not in named:
         raise UserError("config.shared_prefix: only a prompt with two answers has a prefix to share; leave it out.")
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from jaxpost import checkpoint, cli, optim, recipe, writers
+from jaxpost import checkpoint, cli, links, optim, recipe, writers
 from jaxpost.errors import UserError
 from jaxpost.host import read_object
 
@@ -81,7 +81,9 @@ def _check_rates(workdir, name: str, settings, taken: int, before: int, steps: i
 
 def _check_unused(workdir, name: str, stages: list[tuple], begun: dict, longer: list[str]) -> None:
     """Raises UserError for more steps of a stage that another one, which has begun, started from."""
-    users = [other for other, s in stages if other in begun and name in (s.start, *s.time_of.replace(" ", "").split(","))]
+    users = [
+        other for other, s in stages if other in begun and name in (s.start, *links.names(s.time_of), *links.names(s.tokens_of))
+    ]
     if users:
         raise UserError(
             f"{workdir}: {name} has other settings ({'; '.join(longer)}), and {users[0]} has begun from what it was. "

@@ -9,7 +9,7 @@ import numpy as np
 from jaxpost.declare import declared
 from jaxpost.errors import UserError
 from jaxpost.recipe import plain
-from jaxpost.resolve import find, resolve
+from jaxpost.resolve import entries, find, resolve
 from jaxpost.rollouts import steps as built
 from jaxpost.rollouts.batch import RolloutBatch
 from jaxpost.rollouts.scores import Scores
@@ -28,8 +28,8 @@ def sampling(model, s) -> dict:
     return {**options, "turns": r.segment, "stop": stop, "strings": strings, "chain": tuple(_chain(r.processors))}
 
 
-def _chain(names: str) -> list[Callable]:
-    return [resolve(name.strip(), "sampling") for name in names.split(",") if name.strip()]
+def _chain(processors) -> list[Callable]:
+    return [resolve(entry, "processors") for entry in entries(plain(processors), "config.rollouts.processors")]
 
 
 def source(name: str, task, judges: Rewards, model, s, objective: Callable, mesh) -> Rollouts:
@@ -184,7 +184,7 @@ def _check_rollouts(s, objective: Callable, shape: Rows, chosen: list[Callable])
         )
     if way not in ("", *built.WAYS):
         raise UserError(f"config.rollouts.correction: {way!r}; give '', 'truncate' or 'mask'.")
-    restricted = [k for k in ("top_k", "top_p", "min_p", "processors") if r[k] != {"top_p": 1.0, "processors": ""}.get(k, 0)]
+    restricted = [k for k in ("top_k", "top_p", "min_p", "processors") if r[k] not in ({"top_p": 1.0}.get(k, 0), "", (), [])]
     if not 0 < r.top_p <= 1 or r.min_p > 1:
         raise UserError(f"config.rollouts: top_p={r.top_p} and min_p={r.min_p} are shares; give top_p above 0, and 1 at most.")
     if restricted and compares and way != "truncate":

@@ -15,8 +15,8 @@ from jaxpost.recipe import plain
 
 class Output(NamedTuple):
     """What a stage hands on to later ones: its rows (a pattern of files), the folders of its columns with commas between, its
-    figures, the ModelSpec of its weights, the seconds that it took. Until the stage has run `pending` is true, and `trial` has
-    rows such as it will give.
+    figures, the ModelSpec of its weights, the seconds that it took and the tokens that it trained on. Until the stage has run
+    `pending` is true, and `trial` has rows such as it will give.
     """
 
     rows: str = ""
@@ -24,6 +24,7 @@ class Output(NamedTuple):
     figures: Mapping[str, float] = {}
     spec: Any = None
     seconds: float = 0.0
+    tokens: int = 0
     pending: bool = False
     trial: tuple[dict, ...] = ()
 

@@ -30,7 +30,7 @@ def opened(entry: Mapping):
     if not (name := entry.get("name", "")):
         remedy = "give its name too, as config.task.name=arithmetic, or leave it out"
         raise UserError(f"config.task: {dict(entry)} names no task; {remedy}.")
-    keys = {k: v for k, v in entry.items() if k not in ("name", "examples")}
+    keys = {k: v for k, v in entry.items() if k not in ("name", "examples", "problems")}
     found = module(name, "tasks")
     return bind(found.make, keys, f"task {name}")() if callable(getattr(found, "make", None)) else found
 
@@ -85,7 +85,7 @@ def _of_one(reward: Callable) -> Callable:
 
 
 def problems(found, judges: Rewards, model, s) -> dict:
-    """What `evaluate.graded` takes, of a task's test problems; nothing for a task without any. Raises UserError for one that
+    """What `accuracy.graded` takes, of a task's test problems; nothing for a task without any. Raises UserError for one that
     cannot be asked and is not to be left out.
     """
     options = {"prompt_window": s.rollouts.prompt_window, "new": s.rollouts.new, "template": datasets.template(model, s)}
@@ -116,8 +116,8 @@ def problems(found, judges: Rewards, model, s) -> dict:
     if len(records) < len(every) and jax.process_index() == 0:
         told = f"{len(every) - len(records)} of {len(every)} test problems are too long, or have no answer to judge by"
         print(f"task {s.task['name']}: {told}", file=sys.stderr)
-    asked = {"records": records, "rewards": judges, "tokenizer": model.tokenizer, "rows": s.eval_rows, "options": options}
-    return {**asked, "judging": judging(s)} if records else {}
+    how = {"rows": s.eval_rows, "options": options, "judging": judging(s)}
+    return {"records": records, "rewards": judges, **how} if records else {}
 
 
 def _check_records(found, judges: Rewards) -> None:
@@ -188,9 +188,12 @@ def prompts(found, judges: Rewards, model, s, leave_out: bool, answers: Callable
     bad_rows="skip") where that is possible; some are looked at now. answers: i -> the ids of the answer to it, which are to fit
     a completion.
     """
-    jinja = datasets.template(model, s)
+    jinja, bound = datasets.template(model, s), s.task.get("problems", 0)
+    if not isinstance(bound, int) or isinstance(bound, bool) or bound < 0:
+        raise UserError(f"config.task.problems: {bound!r}; give how many problems to draw, or 0 for all that there are.")
 
-    def prompt(i):
+    def prompt(number):
+        i = number % bound if bound else number
         record, place = found.record(i, seed=s.seed), f"task {s.task['name']}, problem {i}"
         try:
             check_record(judges, record, place)
@@ -207,10 +210,13 @@ def prompts(found, judges: Rewards, model, s, leave_out: bool, answers: Callable
                 raise
             return None
 
-    lacking = [i for i in range(LOOK) if prompt(i) is None]
+    looked_at = min(LOOK, bound or LOOK)
+    lacking = [i for i in range(looked_at) if prompt(i) is None]
+    if bound and len(lacking) == bound:
+        raise UserError(f"config.task.problems: all of the first {bound} problems are left out; give more, or mend them.")
     if lacking and jax.process_index() == 0:
         print(
-            f"task {s.task['name']}: {len(lacking)} of the first {LOOK} problems are left out, first {lacking[0]}",
+            f"task {s.task['name']}: {len(lacking)} of the first {looked_at} problems are left out, first {lacking[0]}",
             file=sys.stderr,
         )
     return prompt

@@ -1,7 +1,7 @@
 """A stage that trains: batches from a source, steps of an objective's gradient, and now and then a look at where it is.
 
 It reads from top to bottom: the stage, its loop, then what the loop begins with. `plan.py` checks everything that can go wrong
-before anything is compiled; `judge.py` has the evaluations.
+before anything is compiled; `evaluation.py` has the evaluations.
 """
 
 import contextlib
@@ -12,14 +12,14 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from jaxpost import annotations, checkpoint, optim, sharding
+from jaxpost import annotations, checkpoint, links, optim, sharding
 from jaxpost.data import chat
 from jaxpost.errors import UserError
 from jaxpost.log import Log
 from jaxpost.models import loading
 from jaxpost.profile import Profile
 from jaxpost.rollouts import resume
-from jaxpost.stages import datasets, judge
+from jaxpost.stages import datasets, evaluation
 from jaxpost.stages.plan import Plan, plan_stage, scalars
 from jaxpost.stages.run import Output, Run
 from jaxpost.stages.state import program, shapes
@@ -50,11 +50,11 @@ def make(plan: Plan, run: Run) -> Output:
     saved = checkpoint.Checkpoints(run.workdir / "checkpoints" / plan.name, keep=s.keep, best=s.best, highest=s.highest)
     # Closed whatever happens: in a notebook the next attempt would meet the threads of this one, still writing.
     with contextlib.closing(saved), contextlib.closing(plan.source):
-        figures, seconds, left = _steps(plan, run, saved)
+        output, left = _steps(plan, run, saved)
     run.stop.in_loop = False  # all is written
     if left is not None:
         leave(f"at {plan.name} step {left}", run.stop)
-    return Output(figures=figures, seconds=seconds, spec=plan.spec)
+    return output._replace(spec=plan.spec)
 
 
 def show(plan: Plan) -> None:
@@ -66,13 +66,13 @@ def show(plan: Plan) -> None:
         print("one example (what is learned stands out):", *shown, sep="\n", file=sys.stderr, flush=True)
 
 
-def _steps(plan: Plan, run: Run, saved: checkpoint.Checkpoints) -> tuple[dict, float, int | None]:
-    """(the last figures, the seconds that the stage took, None at its end or else the step that it was asked to stop at)."""
+def _steps(plan: Plan, run: Run, saved: checkpoint.Checkpoints) -> tuple[Output, int | None]:
+    """(what the stage hands on, None at its end or else the step that it was asked to stop at)."""
     s, mesh, stop, names = plan.settings, run.mesh, run.stop, [*run.outputs]
     latest, meta = _left(saved)
-    if meta["done"] and (s.time_of or latest >= plan.steps):
+    if meta["done"] and (s.time_of or s.tokens_of or latest >= plan.steps):
         print(f"{plan.name}: finished before, at step {latest}.", file=sys.stderr)
-        return meta["results"], meta["seconds"], None
+        return Output(figures=meta["results"], seconds=meta["seconds"], tokens=meta["num_tokens"]), None
     _check_data(plan, meta, saved)
 
     # Set up: the state, where it was left or where it starts, and the step; the files taken back to there.
@@ -84,9 +84,9 @@ def _steps(plan: Plan, run: Run, saved: checkpoint.Checkpoints) -> tuple[dict, f
     plan = _annotated(plan, run, state, fresh=latest is None)
     step = program(plan.spec.transformer, plan.objective, tx, state, mesh, s)
     plan.source.position = meta["position"]
-    log = Log(plan, run.workdir, names[: names.index(plan.name) + 1], meta, int(state.step), _seconds_of(s.time_of, run))
+    log = Log(plan, run.workdir, names[: names.index(plan.name) + 1], meta, int(state.step), _budgets(s, run))
     profile = Profile(s.profile, run.workdir / "profile" / plan.name, int(state.step))
-    evaluated = judge.Judge(plan, mesh, run.evaluated, s.start)
+    evaluated = evaluation.Evaluation(plan, mesh, run.evaluated, s.start)
 
     def save(done: bool) -> None:
         log.flush()
@@ -105,7 +105,7 @@ def _steps(plan: Plan, run: Run, saved: checkpoint.Checkpoints) -> tuple[dict, f
             log.waited()
             state, measured = step(state, sharding.distribute(batch, mesh, s.batch_size))
         log.step(at, batch, {**measured, **plan.source.metrics})
-        done = at == plan.steps or log.out_of_time()
+        done = at == plan.steps or log.used_up()
         if done or (s.eval_every and at % s.eval_every == 0):
             results, judged = evaluated(state, log, at), at
         asked = stop.asked or (jax.process_count() > 1 and saved.reached_preemption(at))
@@ -115,7 +115,7 @@ def _steps(plan: Plan, run: Run, saved: checkpoint.Checkpoints) -> tuple[dict, f
             break
     profile.close(state)
     log.close()
-    return results, log.seconds, None if done else at
+    return Output(figures=results, seconds=log.seconds, tokens=log.num_tokens), None if done else at
 
 
 def _left(saved: checkpoint.Checkpoints) -> tuple[int | None, dict]:
@@ -180,7 +180,11 @@ def _annotated(plan: Plan, run: Run, state: TrainState, *, fresh: bool) -> Plan:
     return annotations.attached(plan, origin, state, folder, run.mesh, fresh=fresh, weights_of=run.models(plan.settings))
 
 
-def _seconds_of(stages: str, run: Run) -> float:
-    """The seconds that earlier stages took together, evaluation left out; without end for none."""
-    names = [name.strip() for name in stages.split(",") if name.strip()]
-    return sum(run.outputs[name].seconds for name in names) if names else float("inf")
+def _budgets(s, run: Run) -> dict[str, float]:
+    """The training `seconds` (evaluation left out) and the `num_tokens` after which a stage ends: what the finished stages of
+    time_of and of tokens_of used together, infinite for none.
+    """
+    outputs = {key: [run.outputs[name] for name in links.names(s[key])] for key in ("time_of", "tokens_of")}
+    seconds = sum(output.seconds for output in outputs["time_of"]) if s.time_of else float("inf")
+    tokens = sum(output.tokens for output in outputs["tokens_of"]) if s.tokens_of else float("inf")
+    return {"seconds": seconds, "num_tokens": tokens}

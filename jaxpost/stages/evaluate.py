@@ -1,0 +1,83 @@
+"""A stage that evaluates: figures of a model that does not train.
+
+    figures={"do": "evaluate", "model": "@dpo", "evals": {"sums": {"name": "accuracy", "task": "arithmetic"}}}
+
+Each of `evals` is a function of evals/, or of a user's file. Figures are eval/NAME/figure in metrics.jsonl; samples.jsonl has a
+row for every problem.
+"""
+
+import json
+import sys
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxpost import api, columns, sharding, writers
+from jaxpost.artefacts import Artefact
+from jaxpost.errors import UserError
+from jaxpost.models import loading
+from jaxpost.recipe import plain
+from jaxpost.stages import datasets
+from jaxpost.stages.evaluation import Eval, configured, run_evals
+from jaxpost.stages.run import Output, Run
+
+
+class Evaluate(NamedTuple):
+    """A stage that evaluates, checked."""
+
+    name: str
+    settings: Any
+    spec: loading.ModelSpec
+    evals: list[Eval]
+
+
+def planned(name: str, s, run: Run) -> Evaluate:
+    """Checks the model and the evals. Raises UserError for what is wrong with one."""
+    if not s.evals:
+        example = "{'sums': {'name': 'accuracy', 'task': 'arithmetic'}}"
+        raise UserError(f"config.{name}.evals: name what to evaluate, as {example}.")
+    spec = run.described(s)
+    about = {key: plain(s[key]) for key in ("dtype", "attention", "mesh")}
+    evals = configured(plain(s.evals), _model(spec, None, run), template=datasets.template(spec, s), about=about)
+    return Evaluate(name, s, spec, evals)
+
+
+def output(plan: Evaluate) -> Output:
+    """Figures are nobody's input."""
+    return Output(pending=True)
+
+
+def make(plan: Evaluate, run: Run) -> Output:
+    """Runs the evals on the model, unless that was done before, and writes the figures to the log."""
+    s, origin = plan.settings, run.starting(plan.spec, plan.settings)
+    about = {"weights": columns.identity(origin, s.seed), "evals": {each.name: each.digest for each in plan.evals}}
+    artefact = Artefact(run.root, "figures", about)
+    _, done = artefact.resume()
+    if not done:
+        with run.stop.saving(f"{plan.name}, while it evaluated"):
+            params = loading.weights(origin, run.mesh, s.seed)
+            figures, rows = run_evals(_model(origin, params, run), plan.evals)
+        figures = {f"eval/{name}": value for name, value in figures.items()}
+        if jax.process_index() == 0:
+            artefact.add(".json", (json.dumps({"figures": figures, "rows": rows}) + "\n").encode())
+            artefact.finish()
+            _log(plan, run, figures, rows)
+        sharding.agree(0.0)  # nobody reads before all is written
+    content = json.loads((artefact.folder / artefact.parts[0]["file"]).read_text()) if artefact.parts else {"figures": figures}
+    if jax.process_index() == 0:
+        shown = {k: v for k, v in content["figures"].items() if not k.endswith(("_low", "_high", "_se"))}
+        print(f"{plan.name}: " + "  ".join(f"{k} {v:.4g}" for k, v in shown.items()), file=sys.stderr)
+    return Output(figures=content["figures"])
+
+
+def _log(plan: Evaluate, run: Run, figures: dict, rows: list[dict]) -> None:
+    names = [*run.outputs]
+    writers.cut_back(run.workdir, names[: names.index(plan.name) + 1], plan.name, -1)
+    writer = writers.MetricWriter(run.workdir, json.loads(plan.settings.to_json()), names)
+    writer.write(plan.name, 0, figures)
+    writer.samples(plan.name, 0, rows)
+    writer.close()
+
+
+def _model(spec: loading.ModelSpec, params, run: Run) -> api.Model:
+    return api.Model(spec.transformer, params, spec.tokenizer, spec.config, run.mesh, spec.ends)
