@@ -15,7 +15,7 @@ import jax
 from absl import flags
 
 from jaxpost import api, cli, table
-from jaxpost.data import source
+from jaxpost.data import encoding
 from jaxpost.data.chat import TRAIN_ON
 from jaxpost.errors import UserError
 from jaxpost.evals.accuracy import accuracy
@@ -104,7 +104,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("data", None, "File to give the perplexity of; its rows are recognised as in training.")
     flags.DEFINE_integer("window", None, f"Tokens read at a time (default: {WINDOW}, or what the model takes).", lower_bound=2)
     flags.DEFINE_string("columns", "", "Columns of other names, as in training: prompt=problem,completion=solution.")
-    flags.DEFINE_enum("bad_rows", "stop", source.BAD_ROWS, "What becomes of bad rows: stop, or skip and count.")
+    flags.DEFINE_enum("bad_rows", "stop", encoding.BAD_ROWS, "What becomes of bad rows: stop, or skip and count.")
     flags.DEFINE_enum("train_on", "assistant", TRAIN_ON, "Which tokens of a conversation count, as in training.")
     flags.DEFINE_string("template", "", "Chat template: a name, or Jinja; empty is the tokenizer's own.")
     flags.DEFINE_string("task", None, "Task to measure the accuracy on: a name, a file of your own, or JSON with its keys.")

@@ -24,7 +24,7 @@ import numpy as np
 import tqdm
 
 from jaxpost import sharding
-from jaxpost.data import mixture, source
+from jaxpost.data import encoding, mixture, source
 from jaxpost.errors import UserError
 from jaxpost.evals.intervals import Z
 from jaxpost.objectives.logprobs import token_scores
@@ -70,7 +70,7 @@ def perplexity(
 
 def _encoded(
     model, data: str, window=None, train_on="assistant", template=None, columns="", bad_rows="stop", rows=0
-) -> tuple[source.Encoded, int]:
+) -> tuple[encoding.Encoded, int]:
     """The file's examples, uncut, and the window. Raises what `perplexity` raises; of the model no weights are needed."""
     model.need_tokenizer()
     most = model.transformer.arch.max_positions
@@ -80,7 +80,7 @@ def _encoded(
     (part,) = mixture.read([data], "data", bad_rows == "skip")
     options = {"columns": mixture.pairs(columns, "columns"), "bad_rows": bad_rows}
     # Cut by `slide`, not by the encoder, to which no example is too long.
-    encoded = source.encode_all(part.records, model.tokenizer, template, train_on, window=2**31 - 1, **options)
+    encoded = encoding.encode_all(part.records, model.tokenizer, template, train_on, window=2**31 - 1, **options)
     if (skipped := encoded.report["skipped"] + len(part.unread)) and jax.process_index() == 0:
         print(f"{data}: {skipped:,} skipped; the first: {(part.unread or [encoded.reason])[0]}", file=sys.stderr)
     check_ids(encoded.highest, model.transformer.arch.vocab, model.tokenizer, data)
