@@ -96,8 +96,8 @@ def make(
             "to learn; give more prompts (config.task.examples), a larger group, or a model that is right now and then."
         )
     if jax.process_index() == 0:
-        told = f"{done['rows']:,} rows of {samples.group} completions to each of {samples.count:,} prompts"
-        print(f"samples: {told}, drawn in {done['seconds']:.0f}s; {folder}", file=sys.stderr)
+        summary = f"{done['rows']:,} rows of {samples.group} completions to each of {samples.count:,} prompts"
+        print(f"samples: {summary}, drawn in {done['seconds']:.0f}s; {folder}", file=sys.stderr)
     return [str(part) for part in _parts(folder)], done["seconds"]
 
 
@@ -154,15 +154,15 @@ def _draw(samples: Samples, about: dict, done: dict, params: Params, folder: epa
 
 def _judged_rows(samples: Samples, records: Sequence[dict], completions: Completions) -> list[dict]:
     """The rows that these problems' completions give, `group` of each."""
-    texts, made = answers(completions, samples.tokenizer), []
+    texts, data = answers(completions, samples.tokenizer), []
     ended = np.flatnonzero(completions.stopped)
-    asked = [records[j // samples.group] | {"stopped": True} for j in ended]
-    scores = judged(samples.rewards, asked, [texts[j].strip() for j in ended], **samples.judging)
+    judgeable = [records[j // samples.group] | {"stopped": True} for j in ended]
+    scores = judged(samples.rewards, judgeable, [texts[j].strip() for j in ended], **samples.judging)
     for i, record in enumerate(records):
         own = [(texts[j].strip(), score.total) for j, score in zip(ended, scores, strict=True) if j // samples.group == i]
         own = [(text, total) for text, total in own if np.isfinite(total)]  # a completion that no reward applies to is no row
-        made += rows(samples.shape, record["prompt"], [text for text, _ in own], [total for _, total in own])
-    return made
+        data += rows(samples.shape, record["prompt"], [text for text, _ in own], [total for _, total in own])
+    return data
 
 
 def _write(folder: epath.Path, held: list[dict], meta: dict) -> None:
@@ -179,12 +179,12 @@ def rows(shape: str, prompt: str | list, texts: Sequence[str], rewards: Sequence
 
     Raises UserError for a reward that is no label where one is needed.
     """
-    found = ROWS[shape](texts, np.asarray(rewards, float))
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return [{"prompt": asked, **row} for row in {json.dumps(row): row for row in found}.values()]
+    unique = {json.dumps(row): row for row in ROWS[shape](texts, np.asarray(rewards, float))}
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [{"prompt": turns, **row} for row in unique.values()]
 
 
-def _said(text: str) -> list[dict]:
+def _turn(text: str) -> list[dict]:
     return [{"role": "assistant", "content": text}]
 
 
@@ -194,25 +194,25 @@ def _pairs(texts: Sequence[str], rewards: np.ndarray) -> Iterator[dict]:
         if rewards[best] <= rewards[worst]:
             return
         gap = float(rewards[best] - rewards[worst])
-        yield {"chosen": _said(texts[best]), "rejected": _said(texts[worst]), "margin": gap}
+        yield {"chosen": _turn(texts[best]), "rejected": _turn(texts[worst]), "margin": gap}
 
 
 def _best(texts: Sequence[str], rewards: np.ndarray) -> Iterator[dict]:
     best = int(np.argmax(rewards)) if len(rewards) else 0
     if len(rewards) and np.ptp(rewards) > 0 and texts[best]:  # nobody is taught to say nothing
-        yield {"completion": _said(texts[best])}
+        yield {"completion": _turn(texts[best])}
 
 
 def _scored(texts: Sequence[str], rewards: np.ndarray) -> Iterator[dict]:
     for text, reward in zip(texts, rewards, strict=True):
-        yield {"completion": _said(text), "score": float(reward)}
+        yield {"completion": _turn(text), "score": float(reward)}
 
 
 def _judged(texts: Sequence[str], rewards: np.ndarray) -> Iterator[dict]:
     for text, reward in zip(texts, rewards, strict=True):
         if reward not in (0.0, 1.0):
             raise UserError(f"config.reward: {reward} of {text[:60]!r} is no label; the objective needs a reward of 0 or 1.")
-        yield {"completion": _said(text), "label": bool(reward)}
+        yield {"completion": _turn(text), "label": bool(reward)}
 
 
 # The shapes that completions can have.

@@ -24,8 +24,8 @@ def restricted(logits: jax.Array, amounts: Mapping[str, jax.Array]) -> jax.Array
     One after the other: the top_k likeliest; of those the likeliest that together have top_p of the probability, the one that
     reaches it included; of those the ones with min_p of the likeliest's probability or more. Equals share their fate.
     """
-    asked = (amounts["top_k"] > 0) | (amounts["top_p"] < 1) | (amounts["min_p"] > 0)
-    return jax.lax.cond(asked, _restricted, lambda logits, _: logits, logits, dict(amounts))
+    restricts = (amounts["top_k"] > 0) | (amounts["top_p"] < 1) | (amounts["min_p"] > 0)
+    return jax.lax.cond(restricts, _restricted, lambda logits, _: logits, logits, dict(amounts))
 
 
 def _restricted(logits: jax.Array, amounts: dict) -> jax.Array:
