@@ -207,7 +207,7 @@ def _check_rollouts(s, objective: Callable, shape: Rows, chosen: list[Callable])
     for key in ("correction", "advantages"):
         if r[key] and not compares:
             raise UserError(f"config.rollouts.{key}: {r[key]!r}; this objective reads no advantages. Leave it out.")
-    if r.correction and not r.correction_cap:
+    if not r.correction_cap and way:
         raise UserError("config.rollouts.correction_cap: 0 lets nothing pass; give the largest ratio that may, as 2.0.")
     if declared(objective, "sequence_level") and way == "truncate":
         raise UserError("config.rollouts.correction: the objective weighs whole completions, not tokens; take 'mask'.")
