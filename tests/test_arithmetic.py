@@ -86,6 +86,10 @@ def test_test_records_are_fixed_extended_and_disjoint_for_three_digits():
     assert not trained & {record["prompt"] for record in many}
 
 
+def test_a_demonstration_is_the_right_answer():
+    assert all(arithmetic.reward(arithmetic.record(i, seed=3), arithmetic.demonstration(i, seed=3)) for i in range(50))
+
+
 def test_conversations_are_corrupted_in_one_digit_at_the_stated_rate():
     count = 0
     for index in range(5_000):

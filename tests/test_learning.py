@@ -1,5 +1,11 @@
 """From judged completions to columns, by hand: where tokens lie, what each step makes of a batch, who is learned from."""
 
+import copy
+import functools
+import inspect
+from types import SimpleNamespace
+
+import jax
 import numpy as np
 import pytest
 
@@ -171,6 +177,30 @@ def test_advantages_of_tokens_lie_where_their_tokens_do():
     columns = learned(steps.advantages(batch, of=told), where)
     np.testing.assert_array_equal(where.collect(columns["advantages"]), 10 * old)
     np.testing.assert_array_equal(where.collect(columns["returns"]), np.where(where.real, 2 * old + 1, 0))
+
+
+def every_step() -> dict:
+    """Each function of rollouts/steps.py that takes a batch, with settings."""
+    settings = {"overlong": {"soft": 1}, "truncated": {"reward": -0.5}, "advantages": {"of": advantages.centred}}
+    public = [f for n, f in vars(steps).items() if inspect.isfunction(f) and f.__module__ == steps.__name__ and n[0] != "_"]
+    taking = [f for f in public if str(inspect.signature(f).return_annotation) in (str(RolloutBatch), "RolloutBatch")]
+    return {f.__name__: functools.partial(f, **settings.get(f.__name__, {})) for f in taking}
+
+
+@pytest.mark.parametrize("name", every_step())
+def test_a_step_gives_another_batch_and_leaves_its_own_as_it_was(name):
+    shape, scored = (4, 3), np.where(np.arange(3) < LENGTHS[:, None], np.float32(-0.5), np.float32(0))
+    completed = completions(LENGTHS, [True, False, True, True])
+    columns = {"scored_logps": scored} if name == "correction" else {}
+    batch = drawn(judged({"right": ([1, 0, 0, 0], 1.0)}, 4), completed, columns)
+    answers = SimpleNamespace(
+        sample=lambda: batch, annotate=lambda batch: {"ref_logps": np.zeros(shape)}, demonstration=lambda i: PROMPTS[i], stop=()
+    )
+    before, batch = copy.deepcopy(batch), batch.replace(source=answers)
+    made = every_step()[name](batch)
+    assert isinstance(made, RolloutBatch) and made is not batch and len(made.learned) == len(made.completions.lengths)
+    for field in ("completions", "learned", "counted", "columns", "figures", "rewards"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(batch, field), getattr(before, field))
 
 
 # --------------------------------------------------------------------------------------------------- The sampler's own

@@ -55,6 +55,7 @@ def test_gsm8k_reads_rows_into_problems_and_worked_solutions(tmp_path):
     made, first = task.conversation(7, seed=3), task.record(7, seed=3)
     assert [m["role"] for m in made["messages"]] == ["user", "assistant"]
     assert [m["content"] for m in made["messages"]] == [first["prompt"], first["solution"]]
+    assert task.demonstration(7, seed=3) == first["solution"] and task.reward(first, task.demonstration(7, seed=3))
     assert made["answer"] == first["answer"] and not {"prompt", "solution"} & made.keys()
     assert task.reward(record, made["messages"][1]["content"]) == (first["answer"] == record["answer"])
     assert task.reward(record, f"so\n#### {4 * cows}.0") and not task.reward(record, f"#### {4 * cows + 1}")
@@ -179,7 +180,7 @@ def test_countdown_problems_have_the_solution_that_they_were_made_with():
         assert str(target) in record["prompt"] and f" and {numbers[-1]}." in record["prompt"]
         made = SIX.conversation(index, seed=2)
         assert made["messages"][0] == {"role": "user", "content": record["prompt"]} and "prompt" not in made
-        assert SIX.reward(record, made["messages"][1]["content"])
+        assert SIX.reward(record, made["messages"][1]["content"]) and SIX.reward(record, SIX.demonstration(index, seed=2))
         seen |= {record["cell"], *(sign for sign in "+-*/(" if sign in record["answer"])}
     assert seen == {"2", "3", "6", *"+-*/("}
     assert SIX.record(3) == SIX.record(3) != SIX.record(3, seed=1)

@@ -178,7 +178,7 @@ def ppo(
 
     A_t: generalised advantage estimates, with gamma and decay (lambda), of the reward at the last token and -beta k1 at each.
     The critic is one more leaf of the tree, params["value_head"]["kernel"] [D,1]; it learns the returns, as terms.value says.
-    It differs from reinforce_pp in that a token's baseline is what was to be expected there. `now` says what must be known of
+    It differs from reinforce_pp in that a token's baseline is what was to be expected there. The values are those of
     the weights that sampled. Source: "Proximal Policy Optimization Algorithms"; its settings from TRL.
     """
     clip = partial(surrogates.clip, low=low, high=high)

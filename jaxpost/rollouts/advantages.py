@@ -133,19 +133,19 @@ def _whitened(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def _token_rewards(rewards: np.ndarray, there: np.ndarray, tokens: dict, beta: float) -> tuple[np.ndarray, np.ndarray]:
     """(r_t = 1[t last] R - beta k1_t, the mask), both [P*G,N]; completions without a reward are masked out."""
     mask = np.asarray(tokens["mask"], bool) & there.reshape(-1, 1)
-    found = -beta * _k1(tokens) if beta else np.zeros(mask.shape)
+    rewards_of_tokens = -beta * _k1(tokens) if beta else np.zeros(mask.shape)
     rows = np.flatnonzero(mask.any(1))
-    found[rows, mask.shape[1] - 1 - mask[rows, ::-1].argmax(1)] += rewards.ravel()[rows]
-    return np.where(mask, found, 0.0), mask
+    rewards_of_tokens[rows, mask.shape[1] - 1 - mask[rows, ::-1].argmax(1)] += rewards.ravel()[rows]
+    return np.where(mask, rewards_of_tokens, 0.0), mask
 
 
 def _backwards(deltas: np.ndarray, mask: np.ndarray, decay: float) -> np.ndarray:
     """x_t = deltas_t + decay x_s, s the next masked token: what lies between (a tool's answer, say) takes no time."""
-    found, carried = np.zeros(deltas.shape), np.zeros(len(deltas))
+    returns, carried = np.zeros(deltas.shape), np.zeros(len(deltas))
     for t in reversed(range(deltas.shape[1])):
         carried = np.where(mask[:, t], deltas[:, t] + decay * carried, carried)
-        found[:, t] = carried
-    return np.where(mask, found, 0.0)
+        returns[:, t] = carried
+    return np.where(mask, returns, 0.0)
 
 
 def reinforce_pp(rewards: np.ndarray, tokens: dict, *, beta: float = 0.01, gamma: float = 1.0) -> dict:
@@ -181,5 +181,5 @@ def gae(rewards: np.ndarray, tokens: dict, *, gamma: float = 1.0, decay: float =
     for t in reversed(range(values.shape[1])):
         after[:, t] = carried
         carried = np.where(mask[:, t], values[:, t], carried)
-    found = _backwards(scores + gamma * after - values, mask, gamma * decay)
-    return {"advantages": _whitened(found, mask), "returns": np.where(mask, found + values, 0.0).astype(np.float32)}
+    estimates = _backwards(scores + gamma * after - values, mask, gamma * decay)
+    return {"advantages": _whitened(estimates, mask), "returns": np.where(mask, estimates + values, 0.0).astype(np.float32)}

@@ -137,23 +137,23 @@ def figures(batch: RolloutBatch) -> dict[str, float]:
     """The figures of what the policy drew: rewards, and lengths of its own tokens."""
     groups, scores, drawn = batch.rewards.reshape(-1, batch.group), batch.scores, batch.drawn.sum(1)
     there = np.isfinite(groups)
-    spread = [own[some].std(ddof=1) if some.sum() > 1 else 0.0 for own, some in zip(groups, there, strict=True)]
-    made = {
+    spread = [group[some].std(ddof=1) if some.sum() > 1 else 0.0 for group, some in zip(groups, there, strict=True)]
+    measured = {
         "reward": groups[there].mean() if there.any() else np.nan,
         "reward_std": np.mean(spread),
         "frac_reward_zero_std": 1 - differing(groups).mean(),
         "rewards/failures": scores.failures,
     }
-    if len(lengths := drawn[drawn > 0]) or not batch.given.any():
-        lengths = lengths if batch.given.any() else drawn
-        made |= {f"completions/{k}_length": getattr(lengths, k)() for k in ("mean", "min", "max")}
-        made["completions/clipped_ratio"] = (~batch.completions.stopped)[drawn > 0 if batch.given.any() else slice(None)].mean()
+    own = drawn > 0 if batch.given.any() else slice(None)  # a demonstration is none of the policy's
+    if len(drawn[own]):
+        measured |= {f"completions/{k}_length": getattr(drawn[own], k)() for k in ("mean", "min", "max")}
+        measured["completions/clipped_ratio"] = (~batch.completions.stopped)[own].mean()
     if not there.all():
-        made["completions/judged_ratio"] = there.mean()
+        measured["completions/judged_ratio"] = there.mean()
     for name, values in scores.each.items() if len(scores.each) > 1 else ():
         if np.isfinite(values).any():
-            made |= {f"rewards/{name}/mean": np.nanmean(values), f"rewards/{name}/std": np.nanstd(values)}
-    return {k: float(v) for k, v in made.items()}
+            measured |= {f"rewards/{name}/mean": np.nanmean(values), f"rewards/{name}/std": np.nanstd(values)}
+    return {k: float(v) for k, v in measured.items()}
 
 
 def rows(batch: RolloutBatch, where: Layout, *, pairs: bool, gives: bool) -> dict[str, np.ndarray]:

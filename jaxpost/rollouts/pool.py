@@ -136,7 +136,7 @@ class _Worker:
         )
         other.close()
         self.link.setblocking(False)
-        self.asked: collections.deque[Job] = collections.deque()
+        self.jobs: collections.deque[Job] = collections.deque()
         self.loaded, self.versions = {}, {}
         self.outgoing, self.incoming, self.deadline = b"", b"", 0.0
         self.sent, self.count, self.pace = 0.0, 0, PACE  # of the last jobs: when, how many, how long each took
@@ -152,7 +152,7 @@ class _Worker:
             self.versions |= first.versions
             while len(self.loaded) > LOADED:
                 self.loaded.pop(next(iter(self.loaded)))
-        self.asked.extend(jobs)
+        self.jobs.extend(jobs)
         self.sent, self.count = time.monotonic(), len(jobs)
         self.deadline = self.sent + jobs[0].seconds
         self.write()
@@ -193,12 +193,12 @@ class _Worker:
 
     def _answered(self, line: Any) -> None:
         """Raises ValueError for what is no answer to the job that is due."""
-        name = self.asked[0].name if self.asked else None
+        name = self.jobs[0].name if self.jobs else None
         kinds = ("value", "user", "error") if name else ("errors",)
         if name is None or not isinstance(line, dict) or len(line) != 1 or not line.keys() <= set(kinds):
             raise ValueError(line)
-        job, now = self.asked.popleft(), time.monotonic()
-        self.deadline = now + (self.asked[0].seconds if self.asked else 0)
+        job, now = self.jobs.popleft(), time.monotonic()
+        self.deadline = now + (self.jobs[0].seconds if self.jobs else 0)
         if not name:
             job.answer(line["errors"])
             return
@@ -206,7 +206,7 @@ class _Worker:
             job.answer(line["value"])
         else:
             job.answer(UserError(line["user"]) if "user" in line else Failure(line["error"]))
-        if not self.asked:
+        if not self.jobs:
             self.pace = (now - self.sent) / self.count
 
     def kill(self) -> None:
@@ -272,12 +272,12 @@ class Pool:
         with self.lock:
             self.waiting = collections.deque(job for job in self.waiting if not job.closed.is_set())
         for worker in list(self.workers):
-            if worker.asked and worker.asked[0].closed.is_set():
+            if worker.jobs and worker.jobs[0].closed.is_set():
                 self._lost(worker, Failure("RuntimeError: closed"))
         self._assign(now)
         for worker in self.workers:
             self.selector.modify(worker.link, selectors.EVENT_READ | selectors.EVENT_WRITE * bool(worker.outgoing), worker)
-        ends = [worker.deadline for worker in self.workers if worker.asked]
+        ends = [worker.deadline for worker in self.workers if worker.jobs]
         ends += [self._grows()] if self._grows() else []
         for key, _ in self.selector.select(max(0.0, min(ends) - now) if ends else None):
             if key.data is None:
@@ -286,13 +286,13 @@ class Pool:
             self._heard(worker)
 
     def _heard(self, worker: _Worker) -> None:
-        loading = bool(worker.asked) and not worker.asked[0].name
+        loading = bool(worker.jobs) and not worker.jobs[0].name
         worker.write()
         if trouble := worker.read():
             self._lost(worker, Failure(f"RuntimeError: {trouble}"))
-        elif worker.asked and time.monotonic() > worker.deadline:
-            self._lost(worker, Failure(f"TimeoutError: took more than {worker.asked[0].seconds:g} s"))
-        elif loading and not worker.asked:
+        elif worker.jobs and time.monotonic() > worker.deadline:
+            self._lost(worker, Failure(f"TimeoutError: took more than {worker.jobs[0].seconds:g} s"))
+        elif loading and not worker.jobs:
             self.grown = time.monotonic()
 
     def _lost(self, worker: _Worker, error: Failure) -> None:
@@ -301,8 +301,8 @@ class Pool:
         self.selector.unregister(worker.link)
         worker.kill()
         # Where it was loading a payload, an earlier reward may have left something there: a worker that had none decides.
-        if worker.asked and (worker.asked[0].name or len(worker.loaded) == 1):
-            job = worker.asked.popleft()
+        if worker.jobs and (worker.jobs[0].name or len(worker.loaded) == 1):
+            job = worker.jobs.popleft()
             self._failed(job, error)
             if not job.name:  # it would end the next worker as well
                 own = [other for other in self.waiting if other.payload.digest == job.payload.digest]
@@ -310,7 +310,7 @@ class Pool:
                     self.waiting.remove(other)
                     self._failed(other, error)
         with self.lock:
-            self.waiting.extendleft(reversed(worker.asked))
+            self.waiting.extendleft(reversed(worker.jobs))
 
     @staticmethod
     def _failed(job: Job, error: Failure) -> None:
@@ -322,10 +322,10 @@ class Pool:
 
     def _grows(self) -> float:
         """When another worker is to load what the first of the waiting jobs needs, should it still wait then; 0 for never."""
-        if not self.waiting or any(worker.asked and not worker.asked[0].name for worker in self.workers):
+        if not self.waiting or any(worker.jobs and not worker.jobs[0].name for worker in self.workers):
             return 0.0
         able = self._able()
-        if len(able) == len(self.workers) >= self.most or all(w.asked for w in self.workers) and len(self.workers) >= self.most:
+        if len(able) == len(self.workers) >= self.most or all(w.jobs for w in self.workers) and len(self.workers) >= self.most:
             return 0.0
         return max(self.waiting[0].since, self.grown) + GROW if able and self.waiting[0].name else 1e-9
 
@@ -333,7 +333,7 @@ class Pool:
         """Gives waiting jobs to idle workers. Where there are too few, another is started, or loads what it has not got; jobs
         wait until one is ready, which need not be the new one."""
         while self.waiting:
-            first, idle = self.waiting[0], [worker for worker in self.workers if not worker.asked]
+            first, idle = self.waiting[0], [worker for worker in self.workers if not worker.jobs]
             for worker in idle:
                 if any(worker.versions.get(k, v) != v for k, v in first.payload.versions.items()):
                     self._lost(worker, Failure("RuntimeError: closed"))  # it holds an older version of a module

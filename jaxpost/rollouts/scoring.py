@@ -101,9 +101,9 @@ class Scorer:
         for reward, _ in self.rewards.values():
             if ready := _carried(reward, "ready"):
                 ready()
-        self._jobs, self._said, self._closed = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
+        self._jobs, self._verdicts, self._closed = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
         self._running: dict[int, _Job] = {}
-        self._asked: dict[int, tuple[dict, str]] = {}
+        self._submitted: dict[int, tuple[dict, str]] = {}
         alone = {name: reward for name, (reward, _) in self.rewards.items() if name not in self._many}
         self._workers, self._payload = workers, _sent(alone, workers, memory)
         self._threads = threads if alone.keys() - (self._payload.pickles if self._payload else ()) else 0
@@ -114,9 +114,9 @@ class Scorer:
 
     def submit(self, key: int, record: dict, completion: str) -> None:
         """Has a completion judged, from now on; `key` is its own among those of the next `results`."""
-        if key in self._asked:
+        if key in self._submitted:
             raise ValueError(f"a completion with the key {key} is being judged already")
-        self._asked[key] = (record, completion)
+        self._submitted[key] = (record, completion)
         jobs, sent = [], self._payload.pickles if self._payload else ()
         content = _record(record) if sent else b""
         for name, (reward, _) in self.rewards.items():
@@ -126,33 +126,33 @@ class Scorer:
                     pool.Job(self._payload, name, content, completion, self.seconds, answer, self._closed, time.monotonic())
                 )
             elif name in sent:
-                self._said.put((key, name, content))
+                self._verdicts.put((key, name, content))
             elif name not in self._many:
                 self._jobs.put(_Job(key, name, reward, record, completion))
         if jobs:
             pool.shared().submit(jobs, self._workers)
 
     def _hear(self, key: int, name: str, verdict: Any) -> None:
-        self._said.put((key, name, verdict))
+        self._verdicts.put((key, name, verdict))
 
     def results(self) -> dict[int, Score]:
         """The scores of all that were submitted since the last call, by their keys; waits for them.
 
         Raises UserError where a reward did, and where one failed more often than the limit allows.
         """
-        asked, self._asked = self._asked, {}
-        said: dict[tuple[int, str], Any] = {}
-        for _ in range(len(asked) * (len(self.rewards) - len(self._many))):
-            key, name, verdict = self._said.get()
-            said[key, name] = verdict
+        submitted, self._submitted = self._submitted, {}
+        verdicts: dict[tuple[int, str], Any] = {}
+        for _ in range(len(submitted) * (len(self.rewards) - len(self._many))):
+            key, name, verdict = self._verdicts.get()
+            verdicts[key, name] = verdict
         for name, many in self._many.items():
-            said |= {(key, name): verdict for key, verdict in zip(asked, _together(many, asked), strict=True)}
-        return self._scores(asked, said)
+            verdicts |= {(key, name): verdict for key, verdict in zip(submitted, _together(many, submitted), strict=True)}
+        return self._scores(submitted, verdicts)
 
     def close(self) -> None:
         """Ends what judges. What has been submitted and not asked for is dropped."""
         self._closed.set()
-        if self._payload and self._asked:
+        if self._payload and self._submitted:
             pool.shared().nudge()
         for job in list(self._running.values()):
             job.decide("clock")
@@ -160,12 +160,12 @@ class Scorer:
         for _ in range(self._threads):
             self._jobs.put(None)
 
-    def _scores(self, asked: Mapping, said: Mapping) -> dict[int, Score]:
+    def _scores(self, submitted: Mapping, verdicts: Mapping) -> dict[int, Score]:
         scores, failures = {}, {name: [] for name in self.rewards}
-        for key, (_, completion) in asked.items():
+        for key, (_, completion) in submitted.items():
             each, messages, total, applies = {}, [], 0.0, False
             for name, (_, weight) in self.rewards.items():
-                verdict = said[key, name]
+                verdict = verdicts[key, name]
                 if isinstance(verdict, UserError):
                     raise verdict
                 if weight and isinstance(verdict, float) and not abs(total + weight * verdict) <= LARGEST:
@@ -178,22 +178,20 @@ class Scorer:
                 total += 0.0 if verdict is None else weight * verdict
                 applies |= bool(weight) and verdict is not None
             scores[key] = Score(total if applies else math.nan, each, messages)
-        self._stop_past_limit(failures, len(asked))
-        if asked and all(math.isnan(score.total) for score in scores.values()):
+        self._stop_past_limit(failures, len(submitted))
+        if submitted and all(math.isnan(score.total) for score in scores.values()):
             silent = ", ".join(name for name, (_, weight) in self.rewards.items() if weight)
             if silent:
-                told = (
-                    f"reward {silent}: None for each of {len(asked)} completions, so that there is nothing to learn from them."
-                )
-                tqdm.tqdm.write(f"{told} A reward that applies returns a number.", file=sys.stderr)
+                message = f"reward {silent}: None for each of {len(submitted)} completions, so that there is nothing to learn "
+                tqdm.tqdm.write(f"{message}from them. A reward that applies returns a number.", file=sys.stderr)
         return scores
 
     def _stop_past_limit(self, failures: Mapping[str, list[str]], count: int) -> None:
         """Tells of the failures of each reward. Raises UserError where one has more than the limit allows."""
         for name, messages in failures.items():
             if messages:
-                told = f"reward {name} failed on {len(messages)} of {count} completions, scored {self.failed:g}: {messages[0]}"
-                tqdm.tqdm.write(told, file=sys.stderr)
+                summary = f"reward {name} failed on {len(messages)} of {count} completions, scored {self.failed:g}"
+                tqdm.tqdm.write(f"{summary}: {messages[0]}", file=sys.stderr)
             if len(messages) > self.limit * count and (len(messages) > 1 or not self.limit):
                 raise UserError(
                     f"reward {name} failed on {len(messages)} of {count} completions, which is more than the limit "
@@ -219,7 +217,7 @@ class Scorer:
                     while True:  # the exception is on its way; were the thread gone, another might get it with its number
                         time.sleep(0.01)
                 del self._running[me]
-                self._said.put((job.key, job.name, verdict))
+                self._verdicts.put((job.key, job.name, verdict))
         except _Stop:
             pass
 
@@ -237,7 +235,7 @@ class Scorer:
                 _interrupt(job.thread)
                 given_up.append(job.thread)
                 self._start(self._work)
-                self._said.put((job.key, job.name, TimeoutError(f"took more than {self.seconds:g} s")))
+                self._verdicts.put((job.key, job.name, TimeoutError(f"took more than {self.seconds:g} s")))
 
 
 def check_record(rewards: Mapping[str, tuple[Callable, float]], record: Mapping, place: str) -> None:
@@ -300,7 +298,7 @@ def _returns_nothing(reward: Callable) -> bool:
 
 
 _PAYLOADS: list[tuple[Mapping[str, Callable], float, pool.Payload | None]] = []  # of the latest rewards that were sent
-_TOLD: set[str] = set()
+_WARNED: set[str] = set()
 
 
 def _sent(rewards: Mapping[str, Callable], workers: int, memory: float) -> pool.Payload | None:
@@ -324,10 +322,10 @@ def _sent(rewards: Mapping[str, Callable], workers: int, memory: float) -> pool.
         pickles = {name: content for name, content in pickles.items() if name not in errors}
         payload = pool.payload(pickles, rewards, memory) if pickles else None
     for name, why in stays.items():
-        told = f"reward {name} is judged in this process, where the clock does not stop a loop in C: {why}"
-        if told not in _TOLD:
-            _TOLD.add(told)
-            tqdm.tqdm.write(told, file=sys.stderr)
+        message = f"reward {name} is judged in this process, where the clock does not stop a loop in C: {why}"
+        if message not in _WARNED:
+            _WARNED.add(message)
+            tqdm.tqdm.write(message, file=sys.stderr)
     _PAYLOADS[:] = [*_PAYLOADS[-7:], (rewards, memory, payload)]
     return payload
 
@@ -351,18 +349,18 @@ def _carried(reward: Callable, name: str) -> Any:
     return None
 
 
-def _together(many: Callable, asked: Mapping) -> list:
+def _together(many: Callable, submitted: Mapping) -> list:
     """A verdict for each, of a reward that judges many at once; its own failure is every completion's."""
-    if not asked:
+    if not submitted:
         return []
-    records, completions = zip(*asked.values(), strict=True)
+    records, completions = zip(*submitted.values(), strict=True)
     try:
-        found = list(many([copy.deepcopy(record) for record in records], list(completions)))
-        if len(found) != len(asked):
-            raise ValueError(f"gave {len(found)} verdicts on {len(asked)} completions")
+        values = list(many([copy.deepcopy(record) for record in records], list(completions)))
+        if len(values) != len(submitted):
+            raise ValueError(f"gave {len(values)} verdicts on {len(submitted)} completions")
     except Exception as error:
-        return [error] * len(asked)
-    return [_verdict(value) for value in found]
+        return [error] * len(submitted)
+    return [_verdict(value) for value in values]
 
 
 def _verdict(value: Any) -> float | None | Exception:

@@ -253,20 +253,20 @@ class Rollouts:
         if not self.config.rows.pairs:
             temperature = np.float32(self.config.sampling["temperature"])
             columns |= {"old_logps": where.spread(batch.completions.logps), "temperature": temperature}
-        made = {}
+        annotations = {}
         for annotator in self.annotators:
-            made |= self._asked(functools.partial(annotator, self.state), columns)
-        return {k: where.collect(x) for k, x in made.items()}
+            annotations |= self._computed(functools.partial(annotator, self.state), columns)
+        return {k: where.collect(x) for k, x in annotations.items()}
 
-    def _asked(self, program: Callable, columns: dict) -> dict[str, np.ndarray]:
+    def _computed(self, program: Callable, columns: dict) -> dict[str, np.ndarray]:
         """The columns that a program makes of these, as many rows at a time as a microbatch has."""
         size, mesh, parts = self.config.rows.batch_size // self.config.microbatches, self.config.mesh, []
         local = slice(*sharding.local_rows(mesh, size))
         for first in range(0, len(columns["tokens"]), size):
             own = {k: x[first : first + size][local] if np.ndim(x) else x for k, x in columns.items()}
             with sharding.use(mesh):
-                made = program(sharding.distribute(own, mesh, size))
-            parts.append({k: sharding.everywhere(x) for k, x in made.items()})
+                own = program(sharding.distribute(own, mesh, size))
+            parts.append({k: sharding.everywhere(x) for k, x in own.items()})
         return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
 
     # ---------------------------------------------------------------------------------------------- Learning from one

@@ -177,9 +177,9 @@ def advantages(batch: RolloutBatch, *, of: Callable) -> RolloutBatch:
     """The column `advantages`, and what else `of` makes: a function of `rollouts/advantages.py`, or of one's own, by name or as
     a dict with one; without it the objective's own.
     """
-    made = estimated(batch, of)
-    made = made if isinstance(made, dict) else {"advantages": np.asarray(made).reshape(-1, 1)}
-    spread = {k: np.where(batch.real, np.asarray(x, np.float32), np.float32(0)) for k, x in made.items()}
+    values = estimated(batch, of)
+    values = values if isinstance(values, dict) else {"advantages": np.asarray(values).reshape(-1, 1)}
+    spread = {k: np.where(batch.real, np.asarray(x, np.float32), np.float32(0)) for k, x in values.items()}
     return batch.replace(columns={**batch.columns, **spread})
 
 

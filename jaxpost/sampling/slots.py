@@ -162,8 +162,8 @@ def segment(
     def turn(carry):
         t, s = carry
         at = _rows(begins, s.job) + s.count - 1
-        asked = {"tokens": s.token[:, None], "positions": at[:, None], "rotations": rotations}
-        out = model.forward(params, asked, s.cache)
+        inputs = {"tokens": s.token[:, None], "positions": at[:, None], "rotations": rotations}
+        out = model.forward(params, inputs, s.cache)
         return t + 1, record(s._replace(cache=out.cache), logits(out.hidden[:, 0], out.head), s.job >= 0)
 
     def stretch(carry):

@@ -36,7 +36,8 @@ def source(name: str, task, judges: Rewards, model, s, objective: Callable, mesh
     """The batch source of a stage that learns from completions of its own weights. Raises UserError for settings that do not go
     together.
     """
-    r, chosen, shape = s.rollouts, steps(s, objective), rows(s, objective)
+    r, chosen = s.rollouts, steps(s, objective)
+    shape = rows(s, objective, chosen)
     check_rewards(s, judges, learned=shape.pairs or _compares(objective))
     _check_rollouts(s, objective, shape, chosen)
     given = _given(r.given)
@@ -65,17 +66,18 @@ def source(name: str, task, judges: Rewards, model, s, objective: Callable, mesh
     return Rollouts(config)
 
 
-def rows(s, objective: Callable) -> Rows:
-    """The shape of the training batches that a stage's rollouts give."""
-    r, pairs, names = s.rollouts, datasets.row_type(objective).completions == 2, [_named(step) for step in steps(s, objective)]
-    options = {"pairs": pairs, "shared": s.shared_prefix, "corrected": "correction" in names, "gives": _gives(s, objective)}
+def rows(s, objective: Callable, chosen: list[Callable] | None = None) -> Rows:
+    """The shape of the training batches that a stage's rollouts give; chosen: its `steps`, where they are there already."""
+    r, pairs, chosen = s.rollouts, datasets.row_type(objective).completions == 2, chosen or steps(s, objective)
+    corrected = "correction" in [_named(step) for step in chosen]
+    options = {"pairs": pairs, "shared": s.shared_prefix, "corrected": corrected, "gives": _gives(s, objective, chosen)}
     return Rows(round(s.batch_size * shares(s.source).get("rollouts", 1.0)), r.group, r.prompt_window, r.new, **options)
 
 
-def _gives(s, objective: Callable) -> bool:
+def _gives(s, objective: Callable, chosen: list[Callable]) -> bool:
     """Whether batches say which tokens the policy drew: where others may be among them, or the objective asks."""
     reads = {"demonstrations", "sampled"} & {*declared(objective, "columns"), *declared(objective, "masks")}
-    own = any(getattr(getattr(step, "func", step), "gives", False) for step in steps(s, objective))
+    own = any(getattr(getattr(step, "func", step), "gives", False) for step in chosen)
     return bool(reads or own or s.rollouts.given or len(shares(s.source)) > 1)
 
 
@@ -95,9 +97,9 @@ _ORDER = ("resample", "overlong", "truncated", "pairs", "annotate", "correction"
 
 def default(r: Mapping, pairs: bool) -> list[str]:
     """The names of the steps that the other settings ask for, in order. pairs: whether the objective learns from pairs."""
-    asked = {name for name, keys in _SETTINGS.items() if r[next(iter(keys.values()))]} | {"annotate"}
-    asked = (asked - {"drop_level", "correction"}) | {"pairs"} if pairs else asked | {"advantages"}
-    return [name for name in _ORDER if name in asked]
+    chosen = {name for name, keys in _SETTINGS.items() if r[next(iter(keys.values()))]} | {"annotate"}
+    chosen = (chosen - {"drop_level", "correction"}) | {"pairs"} if pairs else chosen | {"advantages"}
+    return [name for name in _ORDER if name in chosen]
 
 
 def steps(s, objective: Callable) -> list[Callable]:
@@ -160,15 +162,15 @@ def _given(entry: Mapping | str) -> Callable | None:
     return lambda record, ids, **about: bound(record, ids, **{k: about[k] for k in passed})
 
 
-def _advantages(asked: Mapping | str, own: Mapping | str) -> Callable:
+def _advantages(entry: Mapping | str, own: Mapping | str) -> Callable:
     """The function of rollouts/advantages.py that the settings ask for, with those of the objective's own keywords that it
     takes too (beta, for which the objective asks for the reference), or the objective's own.
     """
-    asked = given(plain(asked), "config.rollouts.advantages") or own
-    own, asked = ({"name": x} if isinstance(x, str) else dict(x) for x in (own, asked))
-    own, asked = (_of_module(entry, "advantages") for entry in (own, asked))
-    takes = inspect.signature(find(asked["name"], "rollouts")).parameters if isinstance(asked.get("name"), str) else {}
-    return resolve({**{k: v for k, v in own.items() if k in takes}, **asked}, "rollouts")
+    entry = given(plain(entry), "config.rollouts.advantages") or own
+    own, entry = ({"name": x} if isinstance(x, str) else dict(x) for x in (own, entry))
+    own, entry = (_of_module(x, "advantages") for x in (own, entry))
+    takes = inspect.signature(find(entry["name"], "rollouts")).parameters if isinstance(entry.get("name"), str) else {}
+    return resolve({**{k: v for k, v in own.items() if k in takes}, **entry}, "rollouts")
 
 
 def _check_rollouts(s, objective: Callable, shape: Rows, chosen: list[Callable]) -> None:
@@ -199,7 +201,7 @@ def _check_rollouts(s, objective: Callable, shape: Rows, chosen: list[Callable])
     for key in ("correction", "advantages"):
         if r[key] and not compares:
             raise UserError(f"config.rollouts.{key}: {r[key]!r}; this objective reads no advantages. Leave it out.")
-    if r.correction and not r.correction_cap:
+    if not r.correction_cap and way:
         raise UserError("config.rollouts.correction_cap: 0 lets nothing pass; give the largest ratio that may, as 2.0.")
     if declared(objective, "sequence_level") and way == "truncate":
         raise UserError("config.rollouts.correction: the objective weighs whole completions, not tokens; take 'mask'.")
@@ -239,7 +241,7 @@ def _tried(step: Callable, batch: RolloutBatch) -> RolloutBatch:
     """What a step makes of the trial batch. Raises UserError where it raises, or gives no batch."""
     name = getattr(getattr(step, "func", step), "__name__", step)
     try:
-        made = step(batch)
+        result = step(batch)
     except KeyError as error:
         if name != "advantages":
             raise
@@ -247,9 +249,9 @@ def _tried(step: Callable, batch: RolloutBatch) -> RolloutBatch:
             f"config.rollouts.advantages: they read {error}, which this objective has no use for, so that nobody makes it; set "
             "their beta to 0, or take an objective that asks for it (policy_gradient.reinforce_pp, policy_gradient.ppo)."
         ) from error
-    if not isinstance(made, RolloutBatch):
-        raise UserError(f"config.rollouts.steps: {name} gave {type(made).__name__}; a step returns a RolloutBatch.")
-    return made
+    if not isinstance(result, RolloutBatch):
+        raise UserError(f"config.rollouts.steps: {name} gave {type(result).__name__}; a step returns a RolloutBatch.")
+    return result
 
 
 class _Stand(NamedTuple):
@@ -285,10 +287,10 @@ def _trial(config: RolloutConfig, reads: set[str]) -> RolloutBatch:
     return batch.replace(source=_Stand(values, config.demonstration, tuple(config.sampling["stop"]), lambda: batch))
 
 
-def _check_advantages(made, s, objective: Callable) -> None:
+def _check_advantages(estimates, s, objective: Callable) -> None:
     """Raises UserError for advantages that are all zero, or of tokens where the objective weighs completions."""
     group = s.rollouts.group
-    if not np.any(made["advantages"] if isinstance(made, dict) else made):
+    if not np.any(estimates["advantages"] if isinstance(estimates, dict) else estimates):
         raise UserError(f"config.rollouts.group: {group} leaves nothing to compare with these advantages; take 2 at least.")
-    if declared(objective, "sequence_level") and (isinstance(made, dict) or np.shape(made) != (2, group)):
+    if declared(objective, "sequence_level") and (isinstance(estimates, dict) or np.shape(estimates) != (2, group)):
         raise UserError("config.rollouts.advantages: these are tokens' own, and the objective weighs whole completions.")

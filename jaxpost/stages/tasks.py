@@ -31,34 +31,35 @@ def opened(entry: Mapping):
         remedy = "give its name too, as config.task.name=arithmetic, or leave it out"
         raise UserError(f"config.task: {dict(entry)} names no task; {remedy}.")
     keys = {k: v for k, v in entry.items() if k not in ("name", "examples", "problems")}
-    found = module(name, "tasks")
-    return bind(found.make, keys, f"task {name}")() if callable(getattr(found, "make", None)) else found
+    task = module(name, "tasks")
+    return bind(task.make, keys, f"task {name}")() if callable(getattr(task, "make", None)) else task
 
 
 def task(s):
     """The task that the settings name, with all that this stage will ask of it."""
-    found = opened(plain(s.task))
+    task = opened(plain(s.task))
     needed = (
         ["record", "test_records"]
         + ([] if s.reward else ["reward"])
         + (["conversation"] if s.do == "train" and "data" in shares(s.source) and not s.data else [])
     )
-    if missing := [name for name in needed if not callable(getattr(found, name, None))]:
+    if missing := [name for name in needed if not callable(getattr(task, name, None))]:
         raise UserError(f"config.task: {s.task['name']} has no function {missing[0]}; CONTRIBUTING.md lists what a task has.")
-    return found
+    return task
 
 
-def rewards(found, name: str, asked: Mapping | str = "") -> Rewards:
+def rewards(task, name: str, entries: Mapping | str = "") -> Rewards:
     """{name: (function, weight)} of what judges a task's completions: its own reward, the one that an entry names in its place,
     or several: {name: entry with a weight}, where an entry called "task" is the task's own, and "task.NAME" another of its
     functions. A weight of 0 makes a reward a figure to be logged.
     """
-    asked = given(asked, "config.reward")
-    if not asked:
-        return {name.rpartition("/")[2].removesuffix(".py"): (_of_one(found.reward), 1.0)}
-    if isinstance(asked, str) or "name" in asked:
-        asked = {(asked if isinstance(asked, str) else str(asked["name"])).rpartition(":")[2].rpartition(".")[2]: asked}
-    return {key: _reward(found, key, entry) for key, entry in asked.items()}
+    entries = given(entries, "config.reward")
+    if not entries:
+        return {name.rpartition("/")[2].removesuffix(".py"): (_of_one(task.reward), 1.0)}
+    if isinstance(entries, str) or "name" in entries:
+        called = entries if isinstance(entries, str) else str(entries["name"])
+        entries = {called.rpartition(":")[2].rpartition(".")[2]: entries}
+    return {key: _reward(task, key, entry) for key, entry in entries.items()}
 
 
 def given(entry, place: str):
@@ -66,16 +67,16 @@ def given(entry, place: str):
     return entry_of(entry, place) if isinstance(entry, str) else entry
 
 
-def _reward(found, key: str, entry: Mapping | str) -> tuple[Callable, float]:
+def _reward(task, key: str, entry: Mapping | str) -> tuple[Callable, float]:
     options = {"name": entry} if isinstance(entry, str) else dict(entry)
     weight, called = options.pop("weight", 1.0), options.get("name", "")
     if not isinstance(weight, (int, float)) or isinstance(weight, bool):
         raise UserError(f"config.reward.{key}.weight: {weight!r} is no number.")
     if called == "task" or called.startswith("task."):
         own = called.partition(".")[2] or "reward"
-        if not callable(getattr(found, own, None)):
+        if not callable(getattr(task, own, None)):
             raise UserError(f"config.reward.{key}: the task has no function {own}.")
-        return _of_one(getattr(found, own)), float(weight)
+        return _of_one(getattr(task, own)), float(weight)
     return _of_one(resolve(options, "rewards")), float(weight)
 
 
@@ -120,9 +121,9 @@ def problems(found, judges: Rewards, model, s) -> dict:
     return {"records": records, "rewards": judges, **how} if records else {}
 
 
-def _check_records(found, judges: Rewards) -> None:
+def _check_records(task, judges: Rewards) -> None:
     """Raises UserError, with file and row, for the first record of a task with files by which a reward can judge nothing."""
-    for record, place in found.placed_records() if callable(getattr(found, "placed_records", None)) else ():
+    for record, place in task.placed_records() if callable(getattr(task, "placed_records", None)) else ():
         check_record(judges, record, place)
 
 
@@ -170,11 +171,11 @@ def demonstrations(task, model, s) -> Callable:
     jinja = datasets.template(model, s)
 
     def answer(i: int) -> np.ndarray:
-        place, told = f"task {s.task['name']}, the demonstration of problem {i}", task.demonstration(i, seed=s.seed)
+        place, text = f"task {s.task['name']}, the demonstration of problem {i}", task.demonstration(i, seed=s.seed)
         prompt = task.record(i, seed=s.seed)["prompt"]
-        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        turns = [{"role": "assistant", "content": told}] if isinstance(told, str) else list(told)
-        example = formats.demonstration(Record({"messages": [*asked, *turns]}, place), {})
+        opening = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        turns = [{"role": "assistant", "content": text}] if isinstance(text, str) else list(text)
+        example = formats.demonstration(Record({"messages": [*opening, *turns]}, place), {})
         encoded, ids = chat.encode(example, model.tokenizer, jinja, "last"), chat.encode_prompt(prompt, model.tokenizer, jinja)
         if encoded["tokens"][: len(ids)].tolist() != ids.tolist():
             raise UserError(f"{place}: the tokenizer joins its beginning to the prompt's end; begin it with another letter.")
@@ -183,7 +184,7 @@ def demonstrations(task, model, s) -> Callable:
     return answer
 
 
-def prompts(found, judges: Rewards, model, s, leave_out: bool, answers: Callable | None = None) -> Callable:
+def prompts(task, judges: Rewards, model, s, leave_out: bool, answers: Callable | None = None) -> Callable:
     """i -> (record, token ids) of the i-th training problem, or None for one that the settings leave out (too_long="drop",
     bad_rows="skip") where that is possible; some are looked at now. answers: i -> the ids of the answer to it, which are to fit
     a completion.
@@ -192,9 +193,8 @@ def prompts(found, judges: Rewards, model, s, leave_out: bool, answers: Callable
     if not isinstance(bound, int) or isinstance(bound, bool) or bound < 0:
         raise UserError(f"config.task.problems: {bound!r}; give how many problems to draw, or 0 for all that there are.")
 
-    def prompt(number):
-        i = number % bound if bound else number
-        record, place = found.record(i, seed=s.seed), f"task {s.task['name']}, problem {i}"
+    def prompt(i):
+        record, place = task.record(i, seed=s.seed), f"task {s.task['name']}, problem {i}"
         try:
             check_record(judges, record, place)
             ids = _encoded(record, place, model, s, jinja)
