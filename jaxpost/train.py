@@ -152,6 +152,8 @@ def _stage(plan: Plan, before: list[Plan], workdir: epath.Path, mesh, stop: Stop
     stop.in_loop = False  # all is written
     if left is not None:
         leave(f"at {plan.name} step {left}", stop)
+    if jax.process_index() == 0 and (change := report.change(workdir, plan.name)):
+        print(change, file=sys.stderr, flush=True)
     return results
 
 

@@ -16,8 +16,9 @@ from jaxpost.tasks import arithmetic
 from jaxpost.tokenizer import save
 
 grpo = resolve.module(str(Path(__file__).parent.parent / "configs" / "grpo.py"), "configs")
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("[!_]*.py"))
-SHORT = [path for path in CONFIGS if path.stem != "quickstart"]  # whose four stages test_readme.py runs
+FOLDER = Path(__file__).parent.parent / "configs"
+CONFIGS = sorted([*FOLDER.glob("[!_]*.py"), *(FOLDER / "papers").glob("[!_]*.py")])
+SHORT = [path for path in CONFIGS if path.stem != "quickstart"]  # whose stages test_readme.py runs
 TINY = {
     "model_type": "llama",
     "vocab_size": 32,
@@ -73,7 +74,11 @@ def test_two_steps(path, tmp_path):
             config.objective.teacher = model_folder(tmp_path / "teacher")
         if config.task:
             config.task.examples, config.eval_per_cell = 200, 1
-        for settings in [config[name] for name in config.stages] or [config]:
+        each = [config[name] for name in config.stages] or [config]
+        if any(settings.get("source") == "samples" for settings in each):  # an untrained model is right about this now and then
+            (tmp_path / "easy.py").write_text("def odd(record, completion) -> bool:\n    return len(completion) % 2 == 1\n")
+            config.reward = f"{tmp_path / 'easy.py'}:odd"
+        for settings in each:
             settings.steps, settings.batch_size, settings.optimizer.warmup = 2, 16, 0
     if path.stem == "distill":
         annotate.annotate(config, {"name": "topk", "k": 4}, out=tmp_path / "teacher")

@@ -100,7 +100,7 @@ def _sources(task, s) -> list[mixture.Part]:
     if s.data:
         return mixture.read(plain(s.data), "data", s.bad_rows == "skip")
     if task is None:
-        raise UserError("config.data: give a file (README.md lists the kinds), or a config.task with demonstrations.")
+        raise UserError("config.data: give a file (docs/data.md lists the kinds), or a config.task with demonstrations.")
     made = hasattr(module(s.task["name"], "tasks"), "make")  # a task that was made of the keys has them already
     options = {} if made else {k: v for k, v in plain(s.task).items() if k not in ("name", "examples")}
     make = bind(task.conversation, {"seed": s.split_seed, **options}, f"task {s.task['name']}")
