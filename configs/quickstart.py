@@ -24,7 +24,6 @@ MODEL = {
 
 
 def get_config(arg: str = ""):
-    sft = {"objective": {"name": "sft.nll"}, "batch_size": 16, "held_out": 0.01, "log_every": 50, "eval_every": 250}
     often = {"eval_every": 25, "log_every": 25}
     gentle = {"schedule": "linear", "warmup": 10, "b2": 0.98, "end": 0.1}
     return recipe.make(
@@ -32,20 +31,28 @@ def get_config(arg: str = ""):
         model=MODEL,
         tokenizer="tasks.arithmetic.tokenizer",
         remat="dots",  # on a CPU, reading less memory in the backward pass is worth a little more arithmetic
-        task={"name": "arithmetic", "examples": 80000, "corrupt": 0.3},
+        task={"name": "arithmetic", "examples": 50000, "corrupt": 0.3},
         window=64,
         rollouts={"group": 8, "prompt_window": 9, "new": 8, "temperature": 1.0},
         best="eval/reward",
         highest=True,
         eval_rows=209,
-        eval_per_cell=50,
-        sft={**sft, "steps": 1500, "optimizer": {"lr": 1e-3, "warmup": 50, "b2": 0.98, "end": 0.05}},
+        eval_per_cell=100,
+        sft={
+            "objective": {"name": "sft.nll"},
+            "held_out": 0.01,
+            "batch_size": 16,
+            "steps": 1250,
+            "optimizer": {"lr": 1e-3, "warmup": 50, "b2": 0.98, "end": 0.05},
+            "eval_every": 250,
+            "log_every": 50,
+        },
         dpo={
             "source": "samples",
             "task": {"name": "arithmetic", "examples": 4000},
             "objective": {"name": "preference.sigmoid", "beta": 0.3},
             "batch_size": 32,
-            "steps": 75,
+            "steps": 100,
             "optimizer": {"lr": 1e-4, **gentle},
             **often,
         },
@@ -54,7 +61,7 @@ def get_config(arg: str = ""):
             "objective": {"name": "policy_gradient.grpo", "beta": 0.0},
             "rollouts": {"resample": 3},
             "batch_size": 256,
-            "steps": 125,
+            "steps": 100,
             "optimizer": {"lr": 2e-4, **gentle},
             **often,
         },
