@@ -24,6 +24,7 @@ MODEL = {
 
 
 def get_config(arg: str = ""):
+    sft = {"held_out": 0.01, "batch_size": 16, "steps": 1400, "eval_every": 200, "log_every": 50}
     often = {"eval_every": 25, "log_every": 25}
     gentle = {"schedule": "linear", "warmup": 10, "b2": 0.98, "end": 0.1}
     return recipe.make(
@@ -38,15 +39,7 @@ def get_config(arg: str = ""):
         highest=True,
         eval_rows=209,
         eval_per_cell=100,
-        sft={
-            "objective": {"name": "sft.nll"},
-            "held_out": 0.01,
-            "batch_size": 16,
-            "steps": 1250,
-            "optimizer": {"lr": 1e-3, "warmup": 50, "b2": 0.98, "end": 0.05},
-            "eval_every": 250,
-            "log_every": 50,
-        },
+        sft={"objective": {"name": "sft.nll"}, **sft, "optimizer": {"lr": 1e-3, "warmup": 50, "b2": 0.98, "end": 0.05}},
         dpo={
             "source": "samples",
             "task": {"name": "arithmetic", "examples": 4000},
