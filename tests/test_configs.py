@@ -1,5 +1,6 @@
 """Every recipe takes two steps at a tiny size on eight simulated devices."""
 
+import ast
 import json
 from pathlib import Path
 
@@ -89,6 +90,13 @@ def test_two_steps(path, tmp_path):
     for stage in config.stages or ("train",):
         losses = [row["loss"] for row in rows if row["stage"] == stage and "loss" in row]
         assert losses and all(abs(x) < 10 for x in losses)
+
+
+def test_every_folder_of_recipes_is_packaged():
+    setup = ast.parse((FOLDER.parent / "setup.py").read_text())
+    (packaged,) = [node.value for node in setup.body if isinstance(node, ast.Assign) and node.targets[0].id == "RECIPES"]
+    folders = {".".join(path.parent.relative_to(FOLDER.parent).parts) for path in FOLDER.rglob("*.py")}
+    assert set(ast.literal_eval(packaged)) == folders
 
 
 @pytest.mark.parametrize("argument", grpo.PRESETS)
