@@ -1,4 +1,4 @@
-"""The whole way in four minutes on a laptop: SFT from scratch on arithmetic, then DPO, then GRPO.
+"""The whole way in minutes on a laptop: SFT from scratch on arithmetic, then DPO, then GRPO.
 
     python -m jaxpost.train --config=configs/quickstart.py --workdir=runs/quickstart
 
