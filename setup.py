@@ -4,6 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+RECIPES = ("configs", "configs.papers", "configs.tpu")
+
 setup(
     name="jaxpost",
     version="0.1.0",
@@ -13,8 +15,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     # The recipes go along as jaxpost/configs, so that an installed package has them too.
-    packages=[*find_packages(include=["jaxpost", "jaxpost.*"]), "jaxpost.configs", "jaxpost.configs.tpu"],
-    package_dir={"jaxpost.configs": "configs", "jaxpost.configs.tpu": "configs/tpu"},
+    packages=[*find_packages(include=["jaxpost", "jaxpost.*"]), *(f"jaxpost.{folder}" for folder in RECIPES)],
+    package_dir={f"jaxpost.{folder}": folder.replace(".", "/") for folder in RECIPES},
     # `pip install -e .` puts the clone on Python's path. The default, an import hook, comes too late for a script that lies
     # beside the clone: there the clone's folder itself passes for a package `jaxpost`, an empty one.
     options={"editable_wheel": {"mode": "compat"}},

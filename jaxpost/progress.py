@@ -33,6 +33,11 @@ ROLLED = {
 }
 
 
+def figure(name: str, value: float) -> str:
+    """A figure as the screen has it: an evaluation's accuracy in percent, any other with four digits."""
+    return f"{value:.0%}" if name.startswith("eval/accuracy") else f"{value:.4g}"
+
+
 def model_flops(arch: Architecture, tokens: float, trained: float, pairs: float, frozen: float = 0.0) -> float:
     """FLOPs that a training step's mathematics needs, forward and backward:
 
@@ -87,7 +92,9 @@ class Progress:
         # A policy gradient's loss is near zero by construction; what its completions are like says how it goes.
         own = ROLLED if "reward" in values else {"loss": "loss"}
         shown = {**own, **{name: name for name in ("eval/loss", *graded, "tokens_per_second", "mfu")}}
-        text = "  ".join(f"{label} {values[name]:.4g}" for name, label in shown.items() if name in values)
+        if values.get("eval/reward") == values.get("eval/accuracy"):  # a verifier's reward is its accuracy
+            shown.pop("eval/reward")
+        text = "  ".join(f"{label} {figure(name, values[name])}" for name, label in shown.items() if name in values)
         if self.quiet or not text:
             return
         if self.terminal:

@@ -3,17 +3,9 @@
     python -m jaxpost.report --workdir=/tmp/run
     python -m jaxpost.report runs/*                  several runs compared (compare.py)
 
-reads metrics.jsonl, samples.jsonl, config.json and environment.json, whichever of them are there, and writes report.html
-beside them. A run that is still going, or that stopped early, gets a report on what it has done so far.
-
-The page has the accuracies first: each stage's first evaluation and its last one, over all held-out problems and then cell by
-cell, sampled with greedy decoding beside it. They are read from metrics named `eval/accuracy`, `eval/accuracy_greedy`, and the
-same two with a cell's name after another slash; of a run without them, the rewards, which have `reward` in these names. Then
-come the curves of every metric, those with a common prefix together, a colour a stage; then sample completions of each stage,
-oldest and newest; then the config and the environment.
-
-The charts are SVG drawn here and the style sheet is in the page. There is no script and nothing is fetched, so the file can be
-mailed, archived and opened in ten years. Whatever a model or a config says is escaped before it gets into the page.
+It reads metrics.jsonl, samples.jsonl, config.json and environment.json, whichever are there, and writes report.html beside
+them; a run may still be going. The page has each stage's accuracy first (without one, its reward), then cells, curves of every
+metric, samples, config and environment. There is no script, nothing is fetched, and what a model or a config says is escaped.
 """
 
 import datetime
@@ -28,7 +20,7 @@ from pathlib import Path
 
 from etils import epath
 
-from jaxpost import chart, cloud, compare, page, table
+from jaxpost import chart, cloud, compare, page, progress, table
 from jaxpost.errors import UserError
 from jaxpost.host import read_object
 from jaxpost.writers import METRICS, SAMPLES, read_rows
@@ -115,10 +107,19 @@ def summary(workdir):
         lines.append(f"{cell.lstrip('/') or 'all':5}{ends}")
     for stage in stages:
         shown = [row for row in samples if row["stage"] == stage and row.get("kind") == "sampled" and "eval" not in row][-5:]
-        for row in shown:
-            wanted = f" (answer {row['answer']})" if row["answer"] else ""
-            lines.append(f"{stage}: {table.plain(row['prompt'])} -> {row['completion']}{wanted}")
+        wanted = [f" (answer {row['answer']})" if row["answer"] else "" for row in shown]
+        lines += [f"{stage}: {table.plain(r['prompt'])} -> {r['completion']}{w}" for r, w in zip(shown, wanted, strict=True)]
     return "\n".join(lines)
+
+
+def change(workdir, stage):
+    """One line, `sft: eval/accuracy 0% -> 56%`: a stage's first and last accuracy, else reward, else loss; or ""."""
+    metrics = [row for row in read_rows(epath.Path(workdir) / METRICS) if row["stage"] == stage]
+    for name in (_graded(metrics)[0], "eval/loss"):
+        ends = _ends(metrics, stage, name)
+        if None not in ends:
+            return f"{stage}: {name} {' -> '.join(progress.figure(name, value) for value in ends)}"
+    return ""
 
 
 def environment():

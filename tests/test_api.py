@@ -322,9 +322,9 @@ def test_the_module_is_the_function():
         jaxpost.train("nowhere.py", "w")
 
 
-def test_the_readmes_cells_mean_what_they_say(model, monkeypatch):
+def test_the_cells_of_the_page_on_python_mean_what_they_say(model, monkeypatch):
     """Run with the loop left out: the settings add up, and the loss is an objective."""
-    text = (runs.ROOT / "README.md").read_text().split("## From Python")[1].split("\n## ")[0]
+    text = (runs.ROOT / "docs" / "python.md").read_text()
     cell = text.split("```python\n")[2].split("```")[0]
     asked, space = [], {"jaxpost": jaxpost, "__name__": "__main__"}
     monkeypatch.setattr(train._Callable, "__call__", staticmethod(lambda *given, **changes: asked.append((given, changes))))

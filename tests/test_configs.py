@@ -1,5 +1,6 @@
 """Every recipe takes two steps at a tiny size on eight simulated devices."""
 
+import ast
 import json
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from jaxpost.tasks import arithmetic
 from jaxpost.tokenizer import save
 
 grpo = resolve.module(str(Path(__file__).parent.parent / "configs" / "grpo.py"), "configs")
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("[!_]*.py"))
-SHORT = [path for path in CONFIGS if path.stem != "quickstart"]  # whose four stages test_readme.py runs
+FOLDER = Path(__file__).parent.parent / "configs"
+CONFIGS = sorted([*FOLDER.glob("[!_]*.py"), *(FOLDER / "papers").glob("[!_]*.py")])
+SHORT = [path for path in CONFIGS if path.stem != "quickstart"]  # whose stages test_readme.py runs
 TINY = {
     "model_type": "llama",
     "vocab_size": 32,
@@ -74,7 +76,11 @@ def test_two_steps(path, tmp_path):
             config.objective.teacher = model_folder(tmp_path / "teacher")
         if config.task:
             config.task.examples, config.eval_per_cell = 200, 1
-        for settings in [config[name] for name in config.stages] or [config]:
+        each = [config[name] for name in config.stages] or [config]
+        if any(settings.get("source") == "samples" for settings in each):  # an untrained model is right about this now and then
+            (tmp_path / "easy.py").write_text("def odd(record, completion) -> bool:\n    return len(completion) % 2 == 1\n")
+            config.reward = f"{tmp_path / 'easy.py'}:odd"
+        for settings in each:
             settings.steps, settings.batch_size, settings.optimizer.warmup = 2, 16, 0
     if path.stem == "distill":
         annotate.annotate(config, {"name": "topk", "k": 4}, out=tmp_path / "teacher")
@@ -85,6 +91,13 @@ def test_two_steps(path, tmp_path):
     for stage in config.stages or ("train",):
         losses = [row["loss"] for row in rows if row["stage"] == stage and "loss" in row]
         assert losses and all(abs(x) < 10 for x in losses)
+
+
+def test_every_folder_of_recipes_is_packaged():
+    setup = ast.parse((FOLDER.parent / "setup.py").read_text())
+    (packaged,) = [node.value for node in setup.body if isinstance(node, ast.Assign) and node.targets[0].id == "RECIPES"]
+    folders = {".".join(path.parent.relative_to(FOLDER.parent).parts) for path in FOLDER.rglob("*.py")}
+    assert set(ast.literal_eval(packaged)) == folders
 
 
 @pytest.mark.parametrize("argument", grpo.PRESETS)

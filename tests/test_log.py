@@ -122,7 +122,12 @@ ROWS = {
         {"loss": 4e-8, "reward": 0.5, "completions/mean_length": 3.0, "kl": 0.25, "frac_reward_zero_std": 0.125, "mfu": 0.1},
         "train 3/9  reward 0.5  length 3  kl 0.25  level groups 0.125  mfu 0.1",
     ),
-    "an evaluation": ({"eval/accuracy": 0.5, "eval/accuracy_low": 0.4}, "train 3/9  eval/accuracy 0.5"),
+    "an evaluation": (
+        {"eval/loss": 0.25, "eval/accuracy": 0.5, "eval/accuracy_low": 0.4, "eval/reward": 0.5},
+        "train 3/9  eval/loss 0.25  eval/accuracy 50%",
+    ),
+    "a verifier among rewards": ({"eval/accuracy": 0.5, "eval/reward": 0.7}, "train 3/9  eval/accuracy 50%  eval/reward 0.7"),
+    "a reward": ({"eval/reward": 0.5}, "train 3/9  eval/reward 0.5"),
     "no evaluation": ({}, ""),
 }
 

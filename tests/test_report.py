@@ -231,6 +231,7 @@ def test_the_summary_has_a_line_a_cell_with_both_ends_of_each_stage(tmp_path):
     assert overall.split() == ["all", "|", "0", "1", "->", "50", "90", "|", "40", "-", "->", "-", "-"]
     assert cell.split() == ["+2", "|", "2", "-", "->", "100", "-", "|", "-", "-", "->", "-", "-"]
     assert shown == "sft: 1+1 -> 3 (answer 2)"
+    assert [report.change(tmp_path, stage) for stage in ("sft", "rl", "later")] == ["sft: eval/accuracy 0% -> 50%", "", ""]
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"stage": "sft", "step": 1, "time": 1, "loss": 1.0}) + "\n")
     assert report.summary(tmp_path) == ""
 
@@ -247,6 +248,7 @@ def test_rewards_are_told_as_they_are_where_there_is_no_accuracy(tmp_path):
     assert ["+2", "-1.5", "2.25"] in page.rows and ["", "", "", "reward, sampled", "reward, greedy"] in page.rows
     first, _, overall, *_ = report.summary(tmp_path).splitlines()
     assert first.startswith("held-out reward, sampled")
+    assert report.change(tmp_path, "rl") == "rl: eval/reward -1.5 -> 2.25"
     assert overall.split() == ["all", "|", "-1.5", "-3", "->", "2.2", "4.5"]
 
 

@@ -163,7 +163,7 @@ def pair(record: Record, columns: Mapping[str, str] | None = None) -> Preference
     if _shape(row) not in (_preference, _best_and_worst):
         raise UserError(
             f"{record.place}: the objective compares two answers, and the row's columns {', '.join(map(str, row))} hold none "
-            "to compare; give chosen and rejected (README.md lists the forms), name them in config.columns, or use an "
+            "to compare; give chosen and rejected (docs/data.md lists the forms), name them in config.columns, or use an "
             "objective that learns from such rows"
         )
     preference = recognise(record, columns)

@@ -138,7 +138,7 @@ def _sources(task, s) -> list[mixture.Part]:
     if s.data:
         return mixture.read(plain(s.data), "data", s.bad_rows == "skip")
     if task is None:
-        raise UserError("config.data: give a file (README.md lists the kinds), or a config.task with demonstrations.")
+        raise UserError("config.data: give a file (docs/data.md lists the kinds), or a config.task with demonstrations.")
     has_make = hasattr(module(s.task["name"], "tasks"), "make")  # such a task has taken the keys already
     options = {} if has_make else {k: v for k, v in plain(s.task).items() if k not in ("name", "examples", "problems")}
     make = bind(task.conversation, {"seed": s.split_seed, **options}, f"task {s.task['name']}")

@@ -12,7 +12,7 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from jaxpost import annotations, checkpoint, links, optim, sharding
+from jaxpost import annotations, checkpoint, links, optim, report, sharding
 from jaxpost.data import chat
 from jaxpost.errors import UserError
 from jaxpost.log import Log
@@ -54,6 +54,8 @@ def make(plan: Plan, run: Run) -> Output:
     run.stop.in_loop = False  # all is written
     if left is not None:
         leave(f"at {plan.name} step {left}", run.stop)
+    if jax.process_index() == 0 and (change := report.change(run.workdir, plan.name)):
+        print(change, file=sys.stderr, flush=True)
     return output._replace(spec=plan.spec)
 
 
