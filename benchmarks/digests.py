@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from jaxpost import checkpoint, digests
+from jaxpost.storage import checkpoint, digests
 from jaxpost.types import TrainState
 
 _MEGABYTES = flags.DEFINE_integer("megabytes", 400, "About how large a checkpoint is.")

@@ -18,7 +18,8 @@ import jax
 import model
 from absl import app, flags
 
-from jaxpost import recipe, writers
+from jaxpost import recipe
+from jaxpost.reporting import writers
 
 WARMUP = 3  # steps that are not counted
 

@@ -3,8 +3,8 @@
     python -m jaxpost.train --config=configs/quickstart.py --workdir=runs/quickstart
 
 30% of the demonstrations have a wrong digit, as human ones may. SFT learns the errors too: the model's greedy answers are right
-more often than its samples. A verifier repairs that. `drawn` has it judge the model's own answers, and `dpo` learns from pairs of
-a right and a wrong one. `grpo` has it judge answers as they come, and draws other problems where a problem's answers were
+more often than its samples. A verifier repairs that. `drawn` has it judge the model's own answers, and `dpo` learns from pairs
+of a right and a wrong one. `grpo` has it judge answers as they come, and draws other problems where a problem's answers were
 all right or all wrong. configs/papers/equal_time.py compares both with SFT that goes on for the same time.
 """
 

@@ -17,12 +17,15 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from jaxpost import cli, cloud, columns, compile_cache, links, recipe, sharding
+from jaxpost import recipe, sharding
+from jaxpost.config import cli, links
+from jaxpost.config.naming import named
+from jaxpost.config.resolve import entry_of, nearest
 from jaxpost.errors import UserError
-from jaxpost.naming import named
-from jaxpost.resolve import entry_of, nearest
 from jaxpost.stages import annotate as annotating
+from jaxpost.stages import columns
 from jaxpost.stages.run import Run
+from jaxpost.storage import cloud, compile_cache
 
 
 def annotate(config, what, *, workdir="", out="", stage="", **changes) -> list[str]:

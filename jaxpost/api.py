@@ -19,13 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpost import compile_cache, sharding
+from jaxpost import sharding
 from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.models.heads import logits
 from jaxpost.models.transformer import Transformer
 from jaxpost.objectives.logprobs import token_scores
 from jaxpost.sampling.text import completed, continuation
+from jaxpost.storage import compile_cache
 from jaxpost.tokenizer import check_ids
 from jaxpost.types import Batch, Output, Params
 

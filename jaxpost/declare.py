@@ -13,8 +13,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from jaxpost.config.resolve import fits, resolve
 from jaxpost.errors import UserError
-from jaxpost.resolve import fits, resolve
 
 _DEFAULTS = {
     "rows": "demonstrations",

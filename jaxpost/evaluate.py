@@ -14,14 +14,16 @@ import sys
 import jax
 from absl import flags
 
-from jaxpost import api, cli, table
+from jaxpost import api
+from jaxpost.config import cli
+from jaxpost.config.resolve import entry_of, find
 from jaxpost.data import encoding
 from jaxpost.data.chat import TRAIN_ON
 from jaxpost.errors import UserError
 from jaxpost.evals.accuracy import accuracy
 from jaxpost.evals.perplexity import WINDOW, perplexity
 from jaxpost.models import loading
-from jaxpost.resolve import entry_of, find
+from jaxpost.reporting import table
 from jaxpost.stages.evaluation import configured, first_of_each_cell, run_evals
 
 

@@ -14,11 +14,13 @@ from typing import Any
 
 from absl import flags
 
-from jaxpost import cli, cloud, sharding, tokenizer
+from jaxpost import sharding, tokenizer
 from jaxpost.adapters import peft
+from jaxpost.config import cli
 from jaxpost.data.chat import stop_ids
 from jaxpost.errors import UserError
 from jaxpost.models import hf, loading
+from jaxpost.storage import cloud
 
 DTYPES = ("bfloat16", "float16", "float32")
 

@@ -20,11 +20,12 @@ from typing import Any
 
 from absl import flags
 
-from jaxpost import cli, recipe, sharding
+from jaxpost import recipe, sharding
 from jaxpost.compiled import program, search, topology
+from jaxpost.config import cli
+from jaxpost.config.startup import heard
 from jaxpost.errors import UserError
-from jaxpost.progress import model_flops
-from jaxpost.startup import heard
+from jaxpost.reporting.progress import model_flops
 
 MISFIT = 3  # the exit status where something does not fit
 REMEDIES = 32  # how many ways to make a stage fit are compiled; those that do not fit fail early, within seconds

@@ -11,7 +11,8 @@ import json
 
 from absl import flags
 
-from jaxpost import api, cli
+from jaxpost import api
+from jaxpost.config import cli
 from jaxpost.models import loading
 
 

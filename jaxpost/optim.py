@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxpost.config.resolve import nearest
 from jaxpost.errors import UserError
-from jaxpost.resolve import nearest
 from jaxpost.sharding import path_name
 
 ADDED = r"/kernel/(?!base(/|$))"  # the leaves that an adapter adds to the tree

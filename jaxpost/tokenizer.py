@@ -27,7 +27,7 @@ import numpy as np
 from etils import epath
 
 from jaxpost.errors import UserError, first_line
-from jaxpost.host import check_regular
+from jaxpost.storage.host import check_regular
 
 PAD, USER, ASSISTANT, END = SPECIAL = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")
 

@@ -19,15 +19,18 @@ import jax
 from absl import flags
 from etils import epath
 
-from jaxpost import cli, cloud, compile_cache, lock, recipe, report, sharding, writers
-from jaxpost.agreement import check_inputs, check_settings
-from jaxpost.artefacts import key
-from jaxpost.host import CONTINUES, check_writable, disk_errors
+from jaxpost import recipe, sharding
+from jaxpost.config import cli
 from jaxpost.models import loading
+from jaxpost.reporting import report, writers
 from jaxpost.stages import annotate, datasets, evaluate, evaluation, generate, merge, records, select, train
+from jaxpost.stages.agreement import check_inputs, check_settings
 from jaxpost.stages.plan import Plan
 from jaxpost.stages.run import Run
-from jaxpost.stopping import StopRequest, leave
+from jaxpost.stages.stopping import StopRequest, leave
+from jaxpost.storage import cloud, compile_cache, lock
+from jaxpost.storage.artefacts import key
+from jaxpost.storage.host import CONTINUES, check_writable, disk_errors
 
 # What a stage does: a module with `planned`, which checks it, `output`, what later ones are told of it, and `make`.
 DO = {

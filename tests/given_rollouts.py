@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import policy_gradient_cases as cases
 
+from jaxpost.config.resolve import resolve
 from jaxpost.objectives import estimator
-from jaxpost.resolve import resolve
 from jaxpost.step import gradients
 from jaxpost.types import Head, Output
 

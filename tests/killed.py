@@ -10,7 +10,7 @@ import runpy
 import signal
 import sys
 
-from jaxpost import log
+from jaxpost.reporting import log
 from jaxpost.rollouts import scores, source
 
 

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import jax
 
-from jaxpost import checkpoint, links, optim, recipe, sharding
+from jaxpost import optim, recipe, sharding
+from jaxpost.config import links
 from jaxpost.stages import train
 from jaxpost.stages.plan import plan_stage
+from jaxpost.storage import checkpoint
 
 ROOT = Path(__file__).parent.parent
 TIMES = {"time", "step_time", "wait_time", "tokens_per_second", "mfu"}

@@ -11,14 +11,15 @@ import pytest
 import runs
 
 import jaxpost
-from jaxpost import checkpoint, export, fingerprint, optim, recipe, sharding, train
+from jaxpost import export, optim, recipe, sharding, train
 from jaxpost.adapters import lora, peft
 from jaxpost.errors import UserError
-from jaxpost.log import Log
 from jaxpost.models import families, hf, loading
 from jaxpost.models.transformer import Transformer
+from jaxpost.reporting.log import Log
 from jaxpost.stages.plan import plan_stage
 from jaxpost.step import combine
+from jaxpost.storage import checkpoint, fingerprint
 from jaxpost.tasks import arithmetic
 from jaxpost.tokenizer import save
 from jaxpost.types import TrainState

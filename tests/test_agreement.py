@@ -11,9 +11,10 @@ import pytest
 import runs
 from etils import epath
 
-from jaxpost import agreement, recipe, sharding
+from jaxpost import recipe, sharding
 from jaxpost.data import templates
 from jaxpost.errors import UserError
+from jaxpost.stages import agreement
 from jaxpost.stages.plan import plan_stage
 
 

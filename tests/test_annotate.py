@@ -18,15 +18,16 @@ import pytest
 import stubs
 from test_pairs import MODEL, PLAIN, compared, pair, plan
 
-from jaxpost import annotate, annotations, columns, export, metrics, optim, recipe, sharding, train, writers
+from jaxpost import annotate, export, metrics, optim, recipe, sharding, train
 from jaxpost.annotators import scores
+from jaxpost.config.resolve import known, resolve
 from jaxpost.data import examples
 from jaxpost.declare import Column, annotator, declared, objective
 from jaxpost.errors import UserError
 from jaxpost.models import hf, loading
 from jaxpost.objectives.logprobs import REFERENCE, token_scores
-from jaxpost.resolve import known, resolve
-from jaxpost.stages import datasets
+from jaxpost.reporting import writers
+from jaxpost.stages import annotations, columns, datasets
 from jaxpost.stages.plan import columns as batch_columns
 from jaxpost.stages.plan import scalars
 from jaxpost.types import Head, Output, Term

@@ -20,11 +20,12 @@ import pytest
 import runs
 
 import jaxpost
-from jaxpost import api, naming, recipe, sharding, train
+from jaxpost import api, recipe, sharding, train
+from jaxpost.config import naming
+from jaxpost.config.resolve import find, resolve
 from jaxpost.errors import UserError
 from jaxpost.models.heads import logits
 from jaxpost.objectives import sft
-from jaxpost.resolve import find, resolve
 from jaxpost.stages.plan import plan_stage
 from jaxpost.step import evaluated
 from jaxpost.tasks import arithmetic
@@ -178,7 +179,7 @@ def test_what_can_be_imported_is_recorded_by_name_and_the_rest_by_what_it_does()
 
 def test_a_name_is_the_same_in_every_process():
     code = """
-from jaxpost.naming import name_of
+from jaxpost.config.naming import name_of
 space = {}
 exec('def mine(record, completion, *, among=frozenset("abcdef")):\\n    return completion in {"a", "b", "c", "d"}', space)
 print(name_of(space["mine"], "rewards"))
@@ -186,7 +187,7 @@ print(name_of(space["mine"], "rewards"))
     names = {python(code, PYTHONHASHSEED=seed) for seed in "123"}
     assert len(names) == 1 and names.pop().startswith("mine#")
     # `__main__.mine` is another function tomorrow.
-    script = "from jaxpost.naming import name_of\ndef mine(record, completion): pass\nprint(name_of(mine, 'rewards'))"
+    script = "from jaxpost.config.naming import name_of\ndef mine(record, completion): pass\nprint(name_of(mine, 'rewards'))"
     assert python(script).startswith("mine#")
 
 
@@ -342,7 +343,7 @@ def test_the_cells_of_the_page_on_python_mean_what_they_say(model, monkeypatch):
 
 
 def test_a_digest_tells_all_that_a_class_does():
-    from jaxpost import naming
+    from jaxpost.config import naming
 
     def made(sign, attribute=1, slot=0):
         class Task:
@@ -376,7 +377,7 @@ def test_a_digest_tells_all_that_a_class_does():
 
 
 def test_a_file_of_ones_own_may_have_dataclasses_and_neighbours(tmp_path):
-    from jaxpost.resolve import find
+    from jaxpost.config.resolve import find
 
     (tmp_path / "neighbour.py").write_text("VALUE = 7\n")
     (tmp_path / "mine.py").write_text(

@@ -16,7 +16,8 @@ from absl import flags
 from etils import epath
 from safetensors.numpy import save_file
 
-from jaxpost import cli, recipe, sharding, tokenizer, train
+from jaxpost import recipe, sharding, tokenizer, train
+from jaxpost.config import cli
 from jaxpost.errors import UserError
 from jaxpost.models import families
 from jaxpost.stages.plan import plan_stage

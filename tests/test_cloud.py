@@ -23,12 +23,14 @@ from safetensors.numpy import save_file
 from toy_tokenizers import byte_pairs
 
 import jaxpost
-from jaxpost import checkpoint, cloud, digests, export, fingerprint, recipe, report, sharding, tokenizer, train, writers
+from jaxpost import export, recipe, sharding, tokenizer, train
 from jaxpost.adapters import peft
+from jaxpost.config.resolve import resolve
 from jaxpost.data import readers
 from jaxpost.errors import UserError
 from jaxpost.models import hf, loading, safetensors_io
-from jaxpost.resolve import resolve
+from jaxpost.reporting import report, writers
+from jaxpost.storage import checkpoint, cloud, digests, fingerprint
 
 pytest.importorskip("gcp_storage_emulator")
 

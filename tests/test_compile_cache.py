@@ -9,8 +9,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxpost import compile_cache, train
+from jaxpost import train
 from jaxpost.errors import UserError
+from jaxpost.storage import compile_cache
 
 ROOT = Path(__file__).parent.parent
 FIELDS = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -29,7 +30,7 @@ print(*counts.values())
 """
 FLAGS = """
 import jax
-from jaxpost import cli
+from jaxpost.config import cli
 cli.run(lambda _: print(jax.config.jax_compilation_cache_dir), "about")
 """
 

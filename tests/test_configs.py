@@ -7,7 +7,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxpost import annotate, recipe, resolve, sharding, train
+from jaxpost import annotate, recipe, sharding, train
+from jaxpost.config import resolve
 from jaxpost.declare import declared
 from jaxpost.models import families, hf
 from jaxpost.models.transformer import Transformer

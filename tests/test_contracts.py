@@ -15,7 +15,8 @@ import optax
 import pytest
 import stubs
 
-from jaxpost import metrics, resolve, sharding
+from jaxpost import metrics, sharding
+from jaxpost.config import resolve
 from jaxpost.declare import Column, declared
 from jaxpost.step import gradients, make_step
 from jaxpost.types import Head, Output, TrainState

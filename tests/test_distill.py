@@ -10,12 +10,13 @@ import pytest
 import runs
 from test_pairs import MODEL, PLAIN
 
-from jaxpost import annotate, annotations, export, metrics, recipe, sharding, train
+from jaxpost import annotate, export, metrics, recipe, sharding, train
+from jaxpost.config.resolve import resolve
 from jaxpost.errors import UserError
 from jaxpost.models import hf, loading
 from jaxpost.models.heads import logits
 from jaxpost.objectives import distill, logprobs
-from jaxpost.resolve import resolve
+from jaxpost.stages import annotations
 from jaxpost.stages.plan import plan_stage
 from jaxpost.step import gradients
 from jaxpost.types import Head, Output

@@ -18,7 +18,8 @@ import toy_tokenizers
 import transformers
 from tokenizers import decoders
 
-from jaxpost import api, checkpoint, export, sharding, startup, tokenizer
+from jaxpost import api, export, sharding, tokenizer
+from jaxpost.config import startup
 from jaxpost.data import chat, templates
 from jaxpost.errors import UserError
 from jaxpost.models import families, hf, loading
@@ -26,6 +27,7 @@ from jaxpost.models.heads import logits
 from jaxpost.models.transformer import Transformer
 from jaxpost.sampling import text as text_module
 from jaxpost.sampling.decode import Completions, Finished, together
+from jaxpost.storage import checkpoint
 from jaxpost.types import TrainState
 
 MODEL = {

@@ -13,12 +13,12 @@ import pytest
 import stubs
 
 from jaxpost import metrics
+from jaxpost.config.resolve import resolve
 from jaxpost.declare import declared
 from jaxpost.errors import UserError
 from jaxpost.metrics import Explained
 from jaxpost.objectives import estimator, policy_gradient
 from jaxpost.objectives.logprobs import token_scores
-from jaxpost.resolve import resolve
 from jaxpost.step import gradients
 
 

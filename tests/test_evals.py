@@ -11,11 +11,12 @@ import pytest
 import runs
 
 import jaxpost
-from jaxpost import api, cli, recipe, sharding, train
+from jaxpost import api, recipe, sharding, train
+from jaxpost.config import cli
+from jaxpost.config.naming import named
+from jaxpost.config.resolve import find, known, resolve
 from jaxpost.errors import UserError
 from jaxpost.evals import intervals
-from jaxpost.naming import named
-from jaxpost.resolve import find, known, resolve
 from jaxpost.sampling import decode
 from jaxpost.stages import evaluation
 from jaxpost.stages.plan import plan_stage

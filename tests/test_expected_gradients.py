@@ -18,7 +18,7 @@ import numpy as np
 import policy_gradient_cases as cases
 import pytest
 
-from jaxpost.resolve import resolve
+from jaxpost.config.resolve import resolve
 from jaxpost.rollouts import advantages
 from jaxpost.step import contributions
 from jaxpost.types import Head, Output

@@ -24,9 +24,10 @@ from absl import flags
 from ml_collections import FrozenConfigDict, config_flags
 from packaging.requirements import Requirement
 
-from jaxpost import fit, recipe, resolve, sharding
+from jaxpost import fit, recipe, sharding
 from jaxpost.compiled import hlo, program, roofline, search, topology
 from jaxpost.compiled.hlo import Collective
+from jaxpost.config import resolve
 from jaxpost.data import pack, source
 from jaxpost.declare import objective
 from jaxpost.errors import UserError

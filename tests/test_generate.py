@@ -10,12 +10,12 @@ import runs
 
 import jaxpost
 from jaxpost import recipe, sharding
-from jaxpost.artefacts import Artefact
 from jaxpost.data import row_types
 from jaxpost.errors import UserError
 from jaxpost.sampling import decode
 from jaxpost.sampling.decode import Completions
 from jaxpost.stages import generate
+from jaxpost.storage.artefacts import Artefact
 from jaxpost.tasks import arithmetic
 
 TOKENIZER = arithmetic.tokenizer()

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import runs
 
-from jaxpost import checkpoint, compare, host, recipe, report, train, writers
+from jaxpost import recipe, train
 from jaxpost.errors import UserError
+from jaxpost.reporting import compare, report, writers
 from jaxpost.rollouts import resume
+from jaxpost.storage import checkpoint, host
 
 
 @pytest.mark.parametrize("code", sorted(host._REMEDIES))
@@ -48,7 +50,7 @@ def test_other_errors_keep_their_traceback(tmp_path, error):
 LIMITED = """
 import resource, signal, sys
 import jax.numpy as jnp
-from jaxpost import checkpoint, host
+from jaxpost.storage import checkpoint, host
 from jaxpost.errors import UserError
 from jaxpost.types import TrainState
 count = jnp.zeros((), jnp.int32)

@@ -12,9 +12,10 @@ import runs
 from etils import epath
 from safetensors.numpy import load_file, save_file
 
-from jaxpost import host, sharding, tokenizer
+from jaxpost import sharding, tokenizer
 from jaxpost.errors import UserError
 from jaxpost.models import families, hf, loading
+from jaxpost.storage import host
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
 

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import llama_cases
 import pytest
 
-from jaxpost import network
 from jaxpost.errors import UserError
 from jaxpost.models import hub, loading
+from jaxpost.storage import network
 
 ROOT = Path(__file__).parent.parent
 SHARDS = [f"shard-0000{i}-of-00002.safetensors" for i in (1, 2)]
@@ -93,7 +93,7 @@ def served(tmp_path_factory):
 SCRIPT = """
 import sys
 from jaxpost import sharding
-from jaxpost import network
+from jaxpost.storage import network
 from jaxpost.errors import UserError
 from jaxpost.models import loading
 try:

@@ -8,15 +8,15 @@ import time
 
 import pytest
 
-from jaxpost import cloud, lock
 from jaxpost.errors import UserError
+from jaxpost.storage import cloud, lock
 
 pytest.importorskip("gcp_storage_emulator")
 import gcs_emulator
 
 HOLDS = """
 import sys, time
-from jaxpost import cloud, lock
+from jaxpost.storage import cloud, lock
 with lock.held(cloud.path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

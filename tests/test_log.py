@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from pyarrow import parquet
 
-from jaxpost import log, progress, recipe
+from jaxpost import recipe
 from jaxpost.models.families import architecture
+from jaxpost.reporting import log, progress
 
 FIELDS = {
     "model_type": "llama",

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxpost.config.resolve import fits, known, resolve
 from jaxpost.errors import UserError
 from jaxpost.merging import arithmetic
-from jaxpost.resolve import fits, known, resolve
 
 MERGES = known("merging")
 # The settings at which a merge of three models gives the first.

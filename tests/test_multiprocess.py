@@ -17,8 +17,10 @@ import pytest
 import runs
 import worker
 
-from jaxpost import checkpoint, sharding, writers
+from jaxpost import sharding
 from jaxpost.models import loading
+from jaxpost.reporting import writers
+from jaxpost.storage import checkpoint
 
 ROUNDING = 1e-5
 SECONDS = 240

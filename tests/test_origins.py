@@ -6,9 +6,10 @@ import sys
 import jax.numpy as jnp
 import pytest
 
-from jaxpost import checkpoint, resolve
+from jaxpost.config import resolve
 from jaxpost.errors import UserError
 from jaxpost.models import loading
+from jaxpost.storage import checkpoint
 from jaxpost.types import TrainState
 
 

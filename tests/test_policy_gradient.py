@@ -16,9 +16,9 @@ import numpy as np
 import policy_gradient_cases as cases
 import pytest
 
+from jaxpost.config.resolve import known, resolve
 from jaxpost.declare import declared
 from jaxpost.objectives import estimator, policy_gradient
-from jaxpost.resolve import known, resolve
 from jaxpost.step import evaluated
 
 # Sums of few float32 numbers: the references are float64, and their inputs the same float32 numbers.

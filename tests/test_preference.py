@@ -14,10 +14,10 @@ import preference_cases as cases
 import pytest
 
 from jaxpost import metrics
+from jaxpost.config.resolve import resolve
 from jaxpost.declare import declared
 from jaxpost.errors import UserError
 from jaxpost.objectives import pairs, preference, unpaired
-from jaxpost.resolve import resolve
 from jaxpost.step import evaluated, gradients, with_prepared
 from jaxpost.types import Head, Output
 
@@ -115,7 +115,7 @@ def test_value_and_gradient_are_trls_where_it_is_installed(name):
 
 
 def test_every_method_has_a_reference():
-    from jaxpost.resolve import known
+    from jaxpost.config.resolve import known
 
     def within(entry):
         return {entry["name"], *(within(entry["of"]) if "of" in entry else ())}

@@ -10,8 +10,8 @@ import sampler_cases as cases
 from sampler_cases import NEW, sampled
 
 from jaxpost import recipe
+from jaxpost.config.resolve import entries, known, resolve
 from jaxpost.errors import UserError
-from jaxpost.resolve import entries, known, resolve
 from jaxpost.sampling import processors
 from jaxpost.stages import rollouts
 

@@ -10,7 +10,7 @@ from runs import MODEL
 
 from jaxpost import recipe, train
 from jaxpost.errors import UserError
-from jaxpost.profile import Profile
+from jaxpost.reporting.profile import Profile
 
 
 def traced(folder) -> list[int]:

@@ -6,10 +6,10 @@ import re
 import pytest
 import runs
 
-from jaxpost import annotations, recipe, sharding
+from jaxpost import recipe, sharding
 from jaxpost.errors import UserError
 from jaxpost.rollouts.scoring import judged
-from jaxpost.stages import generate, tasks
+from jaxpost.stages import annotations, generate, tasks
 from jaxpost.stages.plan import plan_stage
 from jaxpost.stages.run import Run
 from jaxpost.tasks import arithmetic, prompts

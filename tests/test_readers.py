@@ -14,10 +14,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from jaxpost import network
 from jaxpost.data import formats, readers
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
+from jaxpost.storage import network
 
 ROWS = [{"text": "é"}, {"text": "b"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)

@@ -16,7 +16,8 @@ import absl.flags
 import pytest
 from ml_collections import config_flags
 
-from jaxpost import cli, naming, recipe
+from jaxpost import recipe
+from jaxpost.config import cli, naming
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -10,8 +10,9 @@ import types
 import numpy as np
 import pytest
 
-from jaxpost import chart, cloud, compare, report, table, writers
 from jaxpost.errors import UserError
+from jaxpost.reporting import chart, compare, report, table, writers
+from jaxpost.storage import cloud
 
 STAGES = ["sft", "reinforce"]
 

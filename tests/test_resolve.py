@@ -8,10 +8,10 @@ import pytest
 import runs
 
 from jaxpost import recipe
+from jaxpost.config.resolve import bind, entry_of, find, known, module, nearest, resolve
 from jaxpost.declare import declared, objective
 from jaxpost.errors import UserError
 from jaxpost.objectives import sft
-from jaxpost.resolve import bind, entry_of, find, known, module, nearest, resolve
 from jaxpost.stages import tasks
 from jaxpost.tasks import arithmetic
 

@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 import runs
 
-from jaxpost import checkpoint, digests, fingerprint, recipe, train
+from jaxpost import recipe, train
 from jaxpost.errors import UserError
 from jaxpost.models import loading
+from jaxpost.storage import checkpoint, digests, fingerprint
 from jaxpost.types import TrainState
 
 PATIENCE = 120  # seconds that a run may take before a test gives up on it: many times what it needs

@@ -7,9 +7,9 @@ import pytest
 from test_pairs import plan
 
 from jaxpost import metrics
+from jaxpost.config.resolve import resolve
 from jaxpost.declare import declared
 from jaxpost.objectives import reward_model
-from jaxpost.resolve import resolve
 from jaxpost.step import gradients
 from jaxpost.types import Head, Output
 

@@ -14,7 +14,7 @@ import pytest
 import small
 from test_instructions import CASES
 
-from jaxpost import resolve
+from jaxpost.config import resolve
 from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.rewards import answers, format, math, model, text

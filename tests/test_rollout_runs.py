@@ -7,11 +7,12 @@ import pytest
 import runs
 from test_configs import model_folder
 
-from jaxpost import annotations, optim, recipe, sharding, train
+from jaxpost import optim, recipe, sharding, train
 from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.objectives import logprobs
 from jaxpost.rollouts import advantages
+from jaxpost.stages import annotations
 from jaxpost.stages.plan import plan_stage
 from jaxpost.step import combine
 from jaxpost.types import TrainState

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpost import resolve
+from jaxpost.config import resolve
 from jaxpost.errors import UserError
 from jaxpost.rollouts.scoring import Scorer, judged
 

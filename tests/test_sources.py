@@ -9,10 +9,10 @@ import runs
 import scripted
 
 from jaxpost import recipe, sharding, sources, train
+from jaxpost.config.unread import shares
 from jaxpost.data import source as data
 from jaxpost.errors import UserError
 from jaxpost.stages import plan
-from jaxpost.unread import shares
 
 
 @pytest.fixture(autouse=True)

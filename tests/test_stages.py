@@ -10,9 +10,11 @@ from etils import epath
 from ml_collections import ConfigDict
 
 import jaxpost
-from jaxpost import artefacts, checkpoint, links, recipe
+from jaxpost import recipe
+from jaxpost.config import links
 from jaxpost.errors import UserError
 from jaxpost.stages import records
+from jaxpost.storage import artefacts, checkpoint
 
 MODEL = {"model_type": "llama"}
 

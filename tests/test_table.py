@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from jaxpost import report, table, writers
 from jaxpost.errors import UserError
+from jaxpost.reporting import report, table, writers
 
 ROWS = [
     {"prompt": "1+1", "completion": "2", "advantage": 0.5, "rewards/right": 1.0, "reward": 1.25, "rewards/short": 0.25},

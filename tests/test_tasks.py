@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxpost import recipe, resolve
+from jaxpost import recipe
 from jaxpost import tokenizer as tokenizers
+from jaxpost.config import resolve
 from jaxpost.data import chat
 from jaxpost.errors import UserError
 from jaxpost.rewards import math

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from test_pairs import plan
 
+from jaxpost.config.resolve import known, resolve
 from jaxpost.data import pack
 from jaxpost.data.transforms import apply, order, select
 from jaxpost.errors import UserError
-from jaxpost.resolve import known, resolve
 
 KEY = apply.key_of(3)
 DATA = [{"prompt": f"p{i % 4}", "hard": (7 * i) % 10, "even": i % 2 == 0, "text": "x"} for i in range(10)]

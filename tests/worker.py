@@ -19,7 +19,8 @@ import optax
 import runs
 import stubs
 
-from jaxpost import metrics, recipe, resolve, sharding, train
+from jaxpost import metrics, recipe, sharding, train
+from jaxpost.config import resolve
 from jaxpost.errors import UserError
 from jaxpost.rollouts.scoring import Scorer
 from jaxpost.rollouts.source import Rollouts

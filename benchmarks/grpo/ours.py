@@ -21,7 +21,7 @@ from grpo import trl
 from sft import ours
 
 from jaxpost.models import loading
-from jaxpost.progress import model_flops
+from jaxpost.reporting.progress import model_flops
 
 MODEL = {"endless": True}
 PROMPTS, GROUP, PROMPT, NEW = 2, 8, 64, 64

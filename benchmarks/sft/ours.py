@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxpost
-from jaxpost import checkpoint, recipe, sharding, writers
+from jaxpost import recipe, sharding
 from jaxpost.models import loading
-from jaxpost.progress import model_flops
+from jaxpost.reporting import writers
+from jaxpost.reporting.progress import model_flops
 from jaxpost.stages.plan import plan_stage
+from jaxpost.storage import checkpoint
 
 ROWS, LENGTH = 8, 128
 

@@ -19,11 +19,11 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxpost import cloud
 from jaxpost.adapters.lora import Dora, Lora, dora, lora
 from jaxpost.errors import UserError
 from jaxpost.models import hf, safetensors_io
 from jaxpost.models.families import STEMS, Architecture, tensor_names
+from jaxpost.storage import cloud
 from jaxpost.types import Params
 
 _PREFIX = "base_model.model."

@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpost.config.resolve import nearest
 from jaxpost.errors import UserError
 from jaxpost.models.einsum import project
-from jaxpost.resolve import nearest
 
 BLOCK = 64
 LEVELS = np.array(

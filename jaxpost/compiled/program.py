@@ -16,17 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxpost import annotations, optim, sharding
+from jaxpost import optim, sharding
 from jaxpost.compiled import hlo, roofline
 from jaxpost.compiled.topology import Topology
+from jaxpost.config.startup import heard
+from jaxpost.config.unread import shares
 from jaxpost.errors import first_line
 from jaxpost.models import hub_configs, loading
 from jaxpost.models.attention import cache_axes
 from jaxpost.sampling import decode, processors
-from jaxpost.stages import datasets, plan, state
-from jaxpost.startup import heard
+from jaxpost.stages import annotations, datasets, plan, state
 from jaxpost.step import combine
-from jaxpost.unread import shares
 
 GIVEN_UP = re.compile(
     r"Involuntary full rematerialization\. The compiler cannot go from (.*?) efficiently for HLO operation (.*?)\. As"

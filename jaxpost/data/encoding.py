@@ -23,13 +23,13 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from jaxpost import cloud
 from jaxpost.data import chat, examples, formats, messages, pack, rendered, row_types, templates
 from jaxpost.data.examples import Settings
 from jaxpost.data.readers import Record
 from jaxpost.data.row_types import RowType
 from jaxpost.errors import UserError
-from jaxpost.host import read_arrays
+from jaxpost.storage import cloud
+from jaxpost.storage.host import read_arrays
 
 TOO_LONG = ("error", "truncate", "split", "drop")
 BAD_ROWS = ("stop", "skip")

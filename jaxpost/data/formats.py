@@ -31,11 +31,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from jaxpost.config.resolve import nearest
 from jaxpost.data.guess import suggested
 from jaxpost.data.messages import Message, check, definitions, filled, string, turns, unweighted
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
-from jaxpost.resolve import nearest
 
 SHAPES = (
     "messages | conversations | prompt, completion | instruction, [input, history,] output | question, answer | text"

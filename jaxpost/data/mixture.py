@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
+from jaxpost.config.resolve import value_of
 from jaxpost.data import formats, readers
 from jaxpost.errors import UserError, printable
-from jaxpost.resolve import value_of
 
 MUCH = 0.1  # the share of examples dropped, or of tokens cut off, for their length from which on the start warns
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from etils import epath
 
-from jaxpost import host
 from jaxpost.errors import UserError
+from jaxpost.storage import host
 
 _TEXT = ("NONE", "STRING", "JSON", "ENUM", "BSON")  # logical types of the columns that are read as dictionaries
 

@@ -29,9 +29,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from jaxpost import cloud, host, network
 from jaxpost.data import parquet
 from jaxpost.errors import UserError
+from jaxpost.storage import cloud, host, network
 
 
 class Record(NamedTuple):

@@ -20,12 +20,13 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxpost import cloud, sharding
+from jaxpost import sharding
 from jaxpost.errors import UserError
-from jaxpost.host import check_regular, read_object
 from jaxpost.models import safetensors_io
 from jaxpost.models.einsum import dense
 from jaxpost.models.families import Architecture, Tensor, tensor_names
+from jaxpost.storage import cloud
+from jaxpost.storage.host import check_regular, read_object
 from jaxpost.types import Params
 
 SHARD_BYTES = 5 * 2**30

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from etils import epath
 
-from jaxpost import network
 from jaxpost.errors import UserError, first_line
 from jaxpost.models import hf
+from jaxpost.storage import network
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 SMALL = ("*.json", "*.model", "*.jinja", "*.txt")

@@ -23,12 +23,13 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxpost import checkpoint, cloud, digests, fingerprint, host, optim, sharding, tokenizer
+from jaxpost import optim, sharding, tokenizer
+from jaxpost.config.resolve import find, nearest, resolve, trust
 from jaxpost.errors import UserError
 from jaxpost.models import families, hf, hub
 from jaxpost.models.attention import KERNELS
 from jaxpost.models.transformer import REMAT, Transformer
-from jaxpost.resolve import find, nearest, resolve, trust
+from jaxpost.storage import checkpoint, cloud, digests, fingerprint, host
 from jaxpost.types import Params
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}

@@ -16,8 +16,8 @@ import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
 
-from jaxpost import cloud
 from jaxpost.errors import UserError
+from jaxpost.storage import cloud
 
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _HEADER = 8  # bytes, which say how long the description after them is

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpost import declare
+from jaxpost.config.resolve import bind, nearest, resolve
 from jaxpost.declare import declared
 from jaxpost.errors import UserError
 from jaxpost.metrics import Max, Min, masked_max, masked_mean
@@ -33,7 +34,6 @@ from jaxpost.objectives import documents
 from jaxpost.objectives.logprobs import at_tokens, drawn, token_scores
 from jaxpost.objectives.surrogates import MOST, SURROGATES, WEIGHTINGS, Rollouts, Surrogate
 from jaxpost.objectives.terms import TERMS, k3
-from jaxpost.resolve import bind, nearest, resolve
 from jaxpost.types import Batch, Output, Term
 
 

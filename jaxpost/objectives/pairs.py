@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxpost import declare
+from jaxpost.config.resolve import resolve
 from jaxpost.errors import UserError
 from jaxpost.metrics import Mean, masked_mean
 from jaxpost.objectives import documents
 from jaxpost.objectives.logprobs import REFERENCE, token_scores
-from jaxpost.resolve import resolve
 from jaxpost.types import Batch, Output, Term
 
 

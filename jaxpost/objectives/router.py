@@ -8,9 +8,9 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
+from jaxpost.config.resolve import resolve
 from jaxpost.declare import declared, objective
 from jaxpost.errors import UserError
-from jaxpost.resolve import resolve
 from jaxpost.step import with_prepared
 from jaxpost.types import Term
 

@@ -23,8 +23,8 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from jaxpost.config.resolve import nearest
 from jaxpost.errors import UserError, first_line
-from jaxpost.resolve import nearest
 from jaxpost.rewards import sandbox
 
 SPLITS = ("train", "test")

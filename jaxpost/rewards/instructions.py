@@ -35,8 +35,8 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
+from jaxpost.config.resolve import bind, nearest
 from jaxpost.errors import UserError
-from jaxpost.resolve import bind, nearest
 
 _WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
 _FENCE = re.compile(r"\s*```(?:json)?[^\S\n]*\n(.*)```\s*", re.DOTALL | re.IGNORECASE)

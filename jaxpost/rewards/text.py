@@ -6,8 +6,8 @@ Lengths are in words, since a reward sees no tokens; a limit on tokens is the ro
 import math
 from collections.abc import Mapping
 
+from jaxpost.config.resolve import resolve
 from jaxpost.errors import UserError
-from jaxpost.resolve import resolve
 
 
 def length(record: dict, completion: str, *, at_least: int = 0, at_most: float = math.inf, slack: int = 0) -> float:

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from jaxpost import sharding, writers
+from jaxpost import sharding
 from jaxpost.errors import UserError
-from jaxpost.host import DAMAGED, read_arrays
+from jaxpost.reporting import writers
 from jaxpost.sampling.decode import Finished, together
+from jaxpost.storage.host import DAMAGED, read_arrays
 
 PARTIAL = "partial.npz"
 

@@ -145,7 +145,7 @@ class Rollouts:
 
     @property
     def rows(self) -> list[dict]:
-        """The latest batch's completions as rows of jaxpost/table.py."""
+        """The latest batch's completions as rows of jaxpost/reporting/table.py."""
         return self.table()
 
     @property
@@ -289,7 +289,7 @@ class Rollouts:
         return columns
 
     def _table(self, batch: RolloutBatch, prompts: int | None = None) -> list[dict]:
-        """The completions of the first so many prompts, or of all, as rows of jaxpost/table.py."""
+        """The completions of the first so many prompts, or of all, as rows of jaxpost/reporting/table.py."""
         table, scores, group, completions = [], batch.scores, batch.group, batch.completions
         worth = _worth(batch)
         for i, ids in enumerate(batch.prompts[:prompts]):

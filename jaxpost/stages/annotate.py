@@ -11,12 +11,11 @@ import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jaxpost import columns
+from jaxpost.config.naming import named
 from jaxpost.errors import UserError
 from jaxpost.models import loading
-from jaxpost.naming import named
 from jaxpost.recipe import plain
-from jaxpost.stages import train
+from jaxpost.stages import columns, train
 from jaxpost.stages.plan import Plan
 from jaxpost.stages.run import Output, Run
 

@@ -16,13 +16,13 @@ import jax
 import numpy as np
 
 from jaxpost import sharding
+from jaxpost.config.resolve import bind, entry_of, module
 from jaxpost.data import encoding, examples, mixture, row_types, source, templates
 from jaxpost.data.readers import Record
 from jaxpost.data.transforms import apply
 from jaxpost.declare import declared
 from jaxpost.errors import UserError
 from jaxpost.recipe import plain
-from jaxpost.resolve import bind, entry_of, module
 from jaxpost.tokenizer import check_ids
 
 EXAMPLES = 10000  # of a task, where its settings do not say

@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxpost import api, columns, sharding, writers
-from jaxpost.artefacts import Artefact
+from jaxpost import api, sharding
 from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.recipe import plain
-from jaxpost.stages import datasets
+from jaxpost.reporting import writers
+from jaxpost.stages import columns, datasets
 from jaxpost.stages.evaluation import Eval, configured, run_evals
 from jaxpost.stages.run import Output, Run
+from jaxpost.storage.artefacts import Artefact
 
 
 class Evaluate(NamedTuple):

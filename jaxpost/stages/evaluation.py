@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxpost import annotations, api, recipe
+from jaxpost import api, recipe
+from jaxpost.config.naming import digest_of
+from jaxpost.config.resolve import nearest, resolve
+from jaxpost.config.unread import shares
 from jaxpost.errors import UserError
 from jaxpost.evals import accuracy, held_out
-from jaxpost.log import Log
 from jaxpost.models import loading
-from jaxpost.naming import digest_of
-from jaxpost.resolve import nearest, resolve
-from jaxpost.stages import datasets
+from jaxpost.reporting.log import Log
+from jaxpost.stages import annotations, datasets
 from jaxpost.stages.plan import Plan, columns, scalars
 from jaxpost.step import combine, make_evaluation
 from jaxpost.types import TrainState
-from jaxpost.unread import shares
 
 # The settings that decide, besides an eval's own, what a model answers.
 ANSWERED = ("model", "tokenizer", "adapter", "dtype", "attention", "mesh")

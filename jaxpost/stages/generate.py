@@ -20,20 +20,20 @@ import jax
 import numpy as np
 import tqdm
 
-from jaxpost import columns, sharding
-from jaxpost.artefacts import Artefact
+from jaxpost import sharding
+from jaxpost.config.naming import digest_of
 from jaxpost.data import row_types
 from jaxpost.data.row_types import RowType
 from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.models.transformer import Transformer
-from jaxpost.naming import digest_of
 from jaxpost.recipe import plain
 from jaxpost.rollouts.scoring import judged
 from jaxpost.sampling.decode import Completions, answers, in_chunks
-from jaxpost.stages import datasets, tasks
+from jaxpost.stages import columns, datasets, tasks
 from jaxpost.stages.rollouts import sampling
 from jaxpost.stages.run import Output, Run
+from jaxpost.storage.artefacts import Artefact
 from jaxpost.types import Params
 
 SECONDS = 20.0  # between parts: what a kill costs

@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxpost import checkpoint, columns, sharding
+from jaxpost import sharding
+from jaxpost.config.naming import digest_of
+from jaxpost.config.resolve import resolve
 from jaxpost.errors import UserError
 from jaxpost.models import loading
-from jaxpost.naming import digest_of
 from jaxpost.recipe import plain
-from jaxpost.resolve import resolve
+from jaxpost.stages import columns
 from jaxpost.stages.run import Output, Run
+from jaxpost.storage import checkpoint
 from jaxpost.types import TrainState
 
 

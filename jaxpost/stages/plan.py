@@ -12,17 +12,17 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxpost import annotations, optim, sources
+from jaxpost import optim, sources
+from jaxpost.config.resolve import resolve
+from jaxpost.config.unread import shares
 from jaxpost.data.row_types import RowType
 from jaxpost.declare import declared
 from jaxpost.errors import UserError
 from jaxpost.models import loading
-from jaxpost.profile import SKIPPED
 from jaxpost.recipe import plain
-from jaxpost.resolve import resolve
-from jaxpost.stages import datasets, rollouts, tasks
+from jaxpost.reporting.profile import SKIPPED
+from jaxpost.stages import annotations, datasets, rollouts, tasks
 from jaxpost.stages.run import described
-from jaxpost.unread import shares
 
 
 class Plan(NamedTuple):

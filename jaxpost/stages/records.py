@@ -13,9 +13,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from jaxpost import checkpoint, cli, links, optim, recipe, writers
+from jaxpost import optim, recipe
+from jaxpost.config import cli, links
 from jaxpost.errors import UserError
-from jaxpost.host import read_object
+from jaxpost.reporting import writers
+from jaxpost.storage import checkpoint
+from jaxpost.storage.host import read_object
 
 LENGTHS = ("steps", "epochs")  # settings that may grow
 

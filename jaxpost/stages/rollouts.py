@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxpost.config.resolve import entries, find, resolve
+from jaxpost.config.unread import shares
 from jaxpost.declare import declared
 from jaxpost.errors import UserError
 from jaxpost.recipe import plain
-from jaxpost.resolve import entries, find, resolve
 from jaxpost.rollouts import steps as built
 from jaxpost.rollouts.batch import RolloutBatch
 from jaxpost.rollouts.scores import Scores
@@ -17,7 +18,6 @@ from jaxpost.rollouts.source import RolloutConfig, Rollouts, Rows
 from jaxpost.sampling.decode import Completions
 from jaxpost.stages import datasets
 from jaxpost.stages.tasks import LOOK, Rewards, check_rewards, demonstrations, given, judging, prompts, stops
-from jaxpost.unread import shares
 
 
 def sampling(model, s) -> dict:

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 from etils import epath
 from ml_collections import ConfigDict
 
-from jaxpost import checkpoint, links
+from jaxpost.config import links
 from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.recipe import plain
+from jaxpost.storage import checkpoint
 
 
 class Output(NamedTuple):

@@ -13,15 +13,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxpost import annotations, columns, sharding
-from jaxpost.artefacts import Artefact
+from jaxpost import sharding
+from jaxpost.config.naming import digest_of
+from jaxpost.config.resolve import resolve
 from jaxpost.data import mixture
 from jaxpost.data.transforms import apply
 from jaxpost.errors import UserError
-from jaxpost.naming import digest_of
 from jaxpost.recipe import plain
-from jaxpost.resolve import resolve
+from jaxpost.stages import annotations, columns
 from jaxpost.stages.run import Output, Run
+from jaxpost.storage.artefacts import Artefact
 
 
 class Selection(NamedTuple):

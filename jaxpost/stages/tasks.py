@@ -10,16 +10,16 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
+from jaxpost.config.resolve import bind, entry_of, module, resolve
+from jaxpost.config.unread import shares
 from jaxpost.data import chat, formats
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
 from jaxpost.recipe import plain
-from jaxpost.resolve import bind, entry_of, module, resolve
 from jaxpost.rewards import trl
 from jaxpost.rollouts.scoring import Scorer, check_record
 from jaxpost.stages import datasets
 from jaxpost.tokenizer import check_ids
-from jaxpost.unread import shares
 
 Rewards = Mapping[str, tuple[Callable, float]]
 LOOK = 256  # how many of a task's problems are looked at before anything is compiled

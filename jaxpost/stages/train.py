@@ -12,18 +12,21 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from jaxpost import annotations, checkpoint, links, optim, report, sharding
+from jaxpost import optim, sharding
+from jaxpost.config import links
 from jaxpost.data import chat
 from jaxpost.errors import UserError
-from jaxpost.log import Log
 from jaxpost.models import loading
-from jaxpost.profile import Profile
+from jaxpost.reporting import report
+from jaxpost.reporting.log import Log
+from jaxpost.reporting.profile import Profile
 from jaxpost.rollouts import resume
-from jaxpost.stages import datasets, evaluation
+from jaxpost.stages import annotations, datasets, evaluation
 from jaxpost.stages.plan import Plan, plan_stage, scalars
 from jaxpost.stages.run import Output, Run
 from jaxpost.stages.state import program, shapes
-from jaxpost.stopping import leave
+from jaxpost.stages.stopping import leave
+from jaxpost.storage import checkpoint
 from jaxpost.types import TrainState
 
 KEPT = ("adapter", "leaves", "base", "elsewhere")  # what checkpoints record of the weights that they do not hold

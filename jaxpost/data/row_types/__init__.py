@@ -39,7 +39,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxpost import resolve
+from jaxpost.config import resolve
 from jaxpost.data import examples
 from jaxpost.errors import UserError
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxpost.config.resolve import nearest, resolve
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
-from jaxpost.resolve import nearest, resolve
 
 WEIGHT = "weight"
 

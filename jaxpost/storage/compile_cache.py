@@ -15,7 +15,7 @@ import os
 import jax
 from etils import epath
 
-from jaxpost import cloud
+from jaxpost.storage import cloud
 
 SECONDS = 0.1  # of compilation, from which on a program is kept
 MOST = 2 * 2**30  # bytes of programs; a step of ours takes about a quarter of a MiB

@@ -18,9 +18,10 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from jaxpost import metrics, optim, sharding, table, writers
+from jaxpost import metrics, optim, sharding
 from jaxpost.errors import UserError
-from jaxpost.progress import Progress, model_flops, peak_flops
+from jaxpost.reporting import table, writers
+from jaxpost.reporting.progress import Progress, model_flops, peak_flops
 
 
 class Log:

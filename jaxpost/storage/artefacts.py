@@ -20,9 +20,11 @@ from typing import Any
 import jax
 from etils import epath
 
-from jaxpost import cloud, digests, sharding, writers
+from jaxpost import sharding
 from jaxpost.errors import UserError, first_line
-from jaxpost.host import read_object
+from jaxpost.reporting import writers
+from jaxpost.storage import cloud, digests
+from jaxpost.storage.host import read_object
 
 
 def key(about: Any) -> str:

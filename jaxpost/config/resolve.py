@@ -25,8 +25,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from jaxpost.config.naming import FOLDERS, NOUNS, PLURALS, given
 from jaxpost.errors import UserError
-from jaxpost.naming import FOLDERS, NOUNS, PLURALS, given
 
 # By what resolve calls a noun, the arguments that its functions take by place; what else stands with them is a helper.
 ARGUMENTS = {PLURALS.get(noun, f"{noun}s"): arguments for noun, arguments in NOUNS.items() if arguments}
@@ -179,12 +179,12 @@ def _place(noun: str) -> str:
 
 def _files(noun: str) -> list[Path]:
     """The files of a noun's functions."""
-    place = Path(__file__).parent.joinpath(*_place(noun).split(".")[1:])
+    place = Path(__file__).parents[1].joinpath(*_place(noun).split(".")[1:])
     return [place.with_suffix(".py")] if _is_file(noun) else sorted(p for p in place.glob("*.py") if p.stem != "__init__")
 
 
 def _is_file(noun: str) -> bool:
-    return Path(__file__).parent.joinpath(*_place(noun).split(".")[1:]).with_suffix(".py").is_file()
+    return Path(__file__).parents[1].joinpath(*_place(noun).split(".")[1:]).with_suffix(".py").is_file()
 
 
 def fits(function: Callable, noun: str) -> bool:
@@ -195,15 +195,6 @@ def fits(function: Callable, noun: str) -> bool:
     placed = [p for p in takes if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     needed = sum(p.default is p.empty for p in placed)
     return needed <= wanted and (wanted <= len(placed) or any(p.kind is p.VAR_POSITIONAL for p in takes))
-
-
-def _package(noun: str) -> str:
-    """The package of a noun's functions."""
-    return f"jaxpost.{FOLDERS.get(noun, noun)}"
-
-
-def _folder(noun: str) -> Path:
-    return Path(__file__).parent.joinpath(*_package(noun).split(".")[1:])
 
 
 def _module(name: str) -> ModuleType | None:

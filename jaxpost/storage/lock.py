@@ -30,8 +30,8 @@ from typing import Any
 import jax
 from etils import epath
 
-from jaxpost import cloud
 from jaxpost.errors import UserError
+from jaxpost.storage import cloud
 
 NAME = "run.lock"
 BEAT, WATCH, OLD = 20.0, 90.0, 900.0  # seconds

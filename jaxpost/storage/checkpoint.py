@@ -26,11 +26,12 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 from orbax.checkpoint.path import atomicity
 
-from jaxpost import cloud, digests, lock, sharding
+from jaxpost import sharding
+from jaxpost.config.resolve import check_origin
 from jaxpost.errors import UserError, first_line
-from jaxpost.host import read_object
-from jaxpost.resolve import check_origin
 from jaxpost.step import combine
+from jaxpost.storage import cloud, digests, lock
+from jaxpost.storage.host import read_object
 from jaxpost.types import Params, TrainState
 
 

@@ -28,16 +28,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpost import artefacts, columns, fingerprint, optim, sharding, sources
+from jaxpost import optim, sharding, sources
+from jaxpost.config.resolve import known, resolve
+from jaxpost.config.unread import shares
 from jaxpost.declare import Column, declared
 from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.recipe import plain
-from jaxpost.resolve import known, resolve
-from jaxpost.stages import datasets, rollouts
+from jaxpost.stages import columns, datasets, rollouts
 from jaxpost.step import combine, make_evaluation
+from jaxpost.storage import artefacts, fingerprint
 from jaxpost.types import Batch, TrainState
-from jaxpost.unread import shares
 
 OWN = ("start", "current")  # weights of the stage itself; all others are another model's
 RETURNS = "returns"  # a column of rollouts that their advantages bring along

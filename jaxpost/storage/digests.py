@@ -24,7 +24,7 @@ from typing import NamedTuple
 import google_crc32c
 from etils import epath
 
-from jaxpost import cloud
+from jaxpost.storage import cloud
 
 NAME, MARK = "crc32c.json", "digests"
 # The library lets other threads work, from its version 1.9 on, while it has a piece of a MiB or more.

@@ -9,11 +9,12 @@ import json
 
 import jax
 
-from jaxpost import fingerprint, recipe, sharding
+from jaxpost import recipe, sharding
+from jaxpost.config.naming import digest_of
 from jaxpost.errors import UserError
 from jaxpost.models import loading
-from jaxpost.naming import digest_of
 from jaxpost.sources import parts
+from jaxpost.storage import fingerprint
 
 LOOK = 64  # how many of a task's problems are compared
 _REMEDIES = {

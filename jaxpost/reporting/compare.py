@@ -11,11 +11,12 @@ import json
 import math
 import statistics
 
-from jaxpost import chart, cloud, page
 from jaxpost.errors import UserError
-from jaxpost.host import read_object
 from jaxpost.recipe import flat
-from jaxpost.writers import METRICS, read_rows
+from jaxpost.reporting import chart, page
+from jaxpost.reporting.writers import METRICS, read_rows
+from jaxpost.storage import cloud
+from jaxpost.storage.host import read_object
 
 FIGURES = ("eval/accuracy", "eval/accuracy_greedy", "eval/reward", "eval/reward_greedy", "eval/loss")  # of the table
 CURVES = ("loss", "reward", "grad_norm", "entropy", "kl")  # drawn besides all figures of evaluations but those of cells

@@ -6,8 +6,8 @@ A stage's settings get one key more than a recipe has, `start`: the stage whose 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from jaxpost.config.resolve import nearest
 from jaxpost.errors import UserError
-from jaxpost.resolve import nearest
 
 # What a stage that does this makes.
 MAKES = {

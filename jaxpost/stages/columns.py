@@ -23,15 +23,16 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from jaxpost import artefacts, cloud, fingerprint, sharding
-from jaxpost.artefacts import Artefact
+from jaxpost import sharding
+from jaxpost.config.naming import digest_of, named
+from jaxpost.config.resolve import resolve
 from jaxpost.data import source
 from jaxpost.declare import declared
 from jaxpost.errors import UserError
 from jaxpost.models import loading
-from jaxpost.naming import digest_of, named
-from jaxpost.resolve import resolve
 from jaxpost.stages import datasets
+from jaxpost.storage import artefacts, cloud, fingerprint
+from jaxpost.storage.artefacts import Artefact
 from jaxpost.types import Params
 
 LENGTHS = "document_lengths"  # beside columns of documents: how many tokens of each are learned

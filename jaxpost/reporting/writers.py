@@ -32,8 +32,9 @@ from pathlib import Path
 
 from etils import epath
 
-from jaxpost import cloud, table
 from jaxpost.errors import UserError
+from jaxpost.reporting import table
+from jaxpost.storage import cloud
 
 METRICS, SAMPLES, EVENTS, COMPLETIONS = "metrics.jsonl", "samples.jsonl", "tensorboard", "completions"
 _OWN_NAMES = ("stage", "step", "time")

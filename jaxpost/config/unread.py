@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from jaxpost.config.links import references
+from jaxpost.config.resolve import entry_of
 from jaxpost.errors import UserError
-from jaxpost.links import references
-from jaxpost.resolve import entry_of
 
 # The task of recipes for reinforcement, where nobody names another: `data` gives the prompts in its place.
 GSM8K = {"name": "gsm8k", "data": "tfds:gsm8k/train", "test": ""}  # "" tests on a tenth of data

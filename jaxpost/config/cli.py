@@ -10,11 +10,13 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from jaxpost import compile_cache, host, recipe, startup
+from jaxpost import recipe
+from jaxpost.config import startup
+from jaxpost.config.naming import ENTRIES
+from jaxpost.config.resolve import trust
 from jaxpost.errors import UserError
-from jaxpost.naming import ENTRIES
 from jaxpost.recipe import DEFAULTS
-from jaxpost.resolve import trust
+from jaxpost.storage import compile_cache, host
 
 
 def run(
@@ -82,7 +84,7 @@ def _explain(error: Exception, argv: list[str]) -> str:
         return (
             f"--{'.'.join(path)}: the recipe has no key {word!r} there.{absent if word in known else recipe.hint(word, known)}"
         )
-    own = str(Path(__file__).parent)
+    own = str(Path(__file__).parents[1])
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((own, "<"))]
     places = [f"{f.filename}, line {f.lineno}: " for f in frames if "site-packages" not in f.filename]
     return f"the recipe could not be read: {places[-1] if places else ''}{type(error).__name__}: {error}"
