@@ -1,4 +1,4 @@
-"""Columns of a data set on disk: an annotator's numbers, made once, in the order of the data set's examples.
+"""Columns of a data set on disk: an annotator's numbers, computed once, in the order of the data set's examples.
 
 A column has a value for each token that is learned, or for each document, so it does not depend on how examples are packed. The
 columns of one annotator lie in a folder of their own,
@@ -79,13 +79,13 @@ def make(what: Mapping | Callable | str, plan, spec: loading.ModelSpec, params: 
         folder = epath.Path(out) / hashlib.sha256(json.dumps(meta, sort_keys=True, default=str).encode()).hexdigest()[:16]
         folders.append(folder)
         if _there(folder):
-            _tell(f"{one.name}: {short} is in {folder} already; nothing to do")
+            _report(f"{one.name}: {short} is in {folder} already; nothing to do")
             continue
         weights = params() if weights is None else weights
         _score(one, program, weights, s, mesh, folder, declared(annotator, "per") == "document")
         if jax.process_index() == 0:
             _gather(one, s, folder, meta)
-        _tell(f"{one.name}: wrote {short} of {one.encoded.learned.sum():,} tokens to {folder}")
+        _report(f"{one.name}: wrote {short} of {one.encoded.learned.sum():,} tokens to {folder}")
         sharding.agree(0.0)  # nobody reads before all is written
     return folders
 
@@ -97,13 +97,13 @@ def _there(folder: epath.Path) -> bool:
         try:
             _arrays(folder, _meta(folder))
         except (FileNotFoundError, ValueError) as e:
-            _tell(f"{folder}: damaged columns ({first_line(e)}); they are made again")
+            _report(f"{folder}: damaged columns ({first_line(e)}); they are made again")
             (folder / "meta.json").unlink()
             there = False
     return bool(sharding.agree(float(there)))
 
 
-def _tell(text: str) -> None:
+def _report(text: str) -> None:
     if jax.process_index() == 0:
         print(text, file=sys.stderr)
 
@@ -148,7 +148,7 @@ def _scored(folder: epath.Path) -> int:
     parts = _parts(folder)
     whole = next((i for i, part in enumerate(parts) if not read_arrays(part)), len(parts))
     for part in parts[whole:]:
-        _tell(f"{part}: it or a part before it is damaged; it is made again")
+        _report(f"{part}: it or a part before it is damaged; it is made again")
         part.unlink()
     return int(parts[whole - 1].name[5:13]) if whole else 0
 
