@@ -170,6 +170,14 @@ def shapes(s, objective: Callable, own: Mapping, spec=None, weights_of: Models |
     return added
 
 
+def of_batches(plan) -> dict[str, jax.ShapeDtypeStruct]:
+    """The columns of a planned stage's data, with those that are stored and those that its annotations make, as shapes."""
+    stored = next(iter(plan.stored.values()), {})
+    shape = plan.own["tokens"].shape
+    held = {name: jax.ShapeDtypeStruct((*shape, *x.shape[1:]), x.dtype) for name, x in stored.items()}
+    return plan.own | held | {name: x for one in plan.annotations for name, x in one.columns.items()}
+
+
 def _traced(by: Any, weights: str, own: Mapping, spec, weights_of: Models) -> Annotation:
     """The Annotation of an annotator and weights, with the columns that it makes of batches with the columns `own`."""
     one = Annotation({}, columns.entry(by), weights)
@@ -235,7 +243,7 @@ def attached(plan, origin: loading.ModelSpec, state: TrainState, out, mesh, *, f
         plan.source.annotators = annotators
         return plan
     plan = stored([a for a in plan.annotations if a not in live], plan, origin, start, out, mesh, weights_of)
-    return plan._replace(source=Live(plan, annotators, mesh, weights_of)) if annotators else plan
+    return plan._replace(source=Live(plan, annotators, mesh)) if annotators else plan
 
 
 def programs(
@@ -287,10 +295,10 @@ class Live:
     annotators: [(state, batch) -> columns], each called with a microbatch's rows at a time. All else is the data's.
     """
 
-    def __init__(self, plan, annotators: Sequence[Callable], mesh, weights_of: Models | None = None):
+    def __init__(self, plan, annotators: Sequence[Callable], mesh):
         self.source, self.annotators, self.mesh = plan.source, annotators, mesh
         self.parts, self.batch_size = plan.settings.microbatches, plan.settings.batch_size
-        self.columns = {**plan.own, **shapes(plan.settings, plan.objective, plan.own, plan.spec, weights_of)}
+        self.columns = of_batches(plan)
 
     def __call__(self, state: TrainState) -> dict[str, np.ndarray]:
         """The next batch: this process's rows."""

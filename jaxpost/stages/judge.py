@@ -8,7 +8,7 @@ from jaxpost.log import Log
 from jaxpost.models import loading
 from jaxpost.naming import digest_of
 from jaxpost.resolve import nearest
-from jaxpost.stages.plan import Plan, columns
+from jaxpost.stages.plan import Plan
 from jaxpost.step import combine, make_evaluation
 from jaxpost.types import TrainState
 
@@ -29,7 +29,7 @@ def check_best(plan: Plan, mesh) -> None:
     if held_out:
         found = plan.spec
         params = loading.abstract(found.transformer, mesh, found.adapter, found.leaves)
-        batch, key = columns(s, plan.objective, found), jax.eval_shape(lambda: jax.random.PRNGKey(0))
+        batch, key = annotations.of_batches(plan), jax.eval_shape(lambda: jax.random.PRNGKey(0))
         names |= {
             f"eval/{k}" for k in jax.eval_shape(make_evaluation(found.transformer.forward, plan.objective), params, batch, key)
         }
