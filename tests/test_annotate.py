@@ -27,7 +27,7 @@ from jaxpost.errors import UserError
 from jaxpost.models import hf, loading
 from jaxpost.objectives.logprobs import REFERENCE, token_scores
 from jaxpost.reporting import writers
-from jaxpost.stages import annotations, columns, datasets
+from jaxpost.stages import annotations, columns, datasets, evaluation
 from jaxpost.stages.plan import columns as batch_columns
 from jaxpost.stages.plan import scalars
 from jaxpost.types import Head, Output, Term
@@ -374,6 +374,9 @@ def test_current_weights_are_asked_of_each_batch_and_of_held_out_ones(tmp_path):
     made = annotations.planned(made, mesh)
     (one,) = made.annotations
     assert one.weights == "current" and one.columns["surprise"].shape == (16, 32)
+    made.settings.best = "eval/los"  # for which the objective is traced, with the column
+    with pytest.raises(UserError, match="'eval/los' is no figure of train's evaluations. Did you mean 'eval/loss'"):
+        evaluation.check(made, mesh)
     params, plain = loading.weights(made.spec, mesh), made.source(None)
     made.source.position = 0
     live = annotations.attached(made, made.spec, state_of(params), tmp_path / "columns", mesh, fresh=True)

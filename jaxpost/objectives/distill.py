@@ -83,9 +83,9 @@ def _over_top(logits, columns) -> dict:
 def _distilled(output, batch, fn, columns: dict, constants: tuple = ()) -> tuple[dict, dict]:
     """Term and metrics of fn over the mask's tokens."""
     mask = batch["mask"]
-    found = at_tokens(fn, output, columns=jax.lax.stop_gradient(columns), mask=mask, constants=constants)
-    loss = Term(jnp.sum(found["loss"]), jnp.sum(mask.astype(jnp.float32)))
-    return {"distill": loss}, {k: masked_mean(found[k], mask) for k in ("entropy", "agreement")}
+    scores = at_tokens(fn, output, columns=jax.lax.stop_gradient(columns), mask=mask, constants=constants)
+    loss = Term(jnp.sum(scores["loss"]), jnp.sum(mask.astype(jnp.float32)))
+    return {"distill": loss}, {k: masked_mean(scores[k], mask) for k in ("entropy", "agreement")}
 
 
 def _taught(forward, params, batch, name: str, temperature: float, beta: float = 0.0) -> tuple[dict, dict]:

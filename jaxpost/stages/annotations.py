@@ -7,9 +7,9 @@ the weights that it takes:
     current     those of the step; of rollouts those that sampled: a critic's values
     FOLDER      a model's folder, a workdir, a name on the hub, or "@stage": a teacher, a reward model
 
-Of a data set, columns of weights that stay the same are made once and stored (columns.py), and those of the current weights are
-made of each batch by `Live`. Of rollouts all are made of each batch, when it is sampled. `planned` decides, before anything is
-compiled, what makes each column that a stage's objective reads. In this order, the first that has it:
+For a data set, columns of weights that stay the same are computed once and stored (columns.py), and columns of the current
+weights are computed for each batch by `Live`. For rollouts all are computed for each batch, when it is sampled. `planned`
+decides, before anything is compiled, what makes each column that a stage's objective reads. The first of these that has it:
 
     the batches themselves, or a folder of columns named in config.annotations
     config.annotations as a dict: {"any name": {"name": annotator, **keywords, "weights": "start"}}
@@ -81,12 +81,12 @@ def planned(plan, mesh, weights_of: Models | None = None):
     for stored columns of other data, or of another model than the objective declares; for a column that the objective reads and
     nothing makes; and for an annotator or a model that does not go with the stage.
     """
-    s, stored, used = plan.settings, set(), []
+    s, names, used = plan.settings, set(), []
     weights_of = weights_of or models(s)
     if plan.sets and isinstance(s.annotations, str) and s.annotations:
         plan, used = _with_stored(plan, weights_of)
-        stored = set.intersection(*(set(columns) for columns in plan.made.values()))
-    chosen, lacking = choose(s, plan.objective, plan.own, stored, plan.spec, weights_of)
+        names = set.intersection(*(set(of) for of in plan.stored.values()))
+    chosen, lacking = choose(s, plan.objective, plan.own, names, plan.spec, weights_of)
     if plan.source is None:  # an earlier stage is still to make the data, whose rows may have the number
         wanted = declared(plan.objective, "columns")
         lacking = [name for name in lacking if wanted[name][:2] != ("BS", "float32")]
@@ -103,7 +103,7 @@ def planned(plan, mesh, weights_of: Models | None = None):
     if plan.sets and used:  # a run is never continued with another model's columns of the same data
         plan = plan._replace(data=hashlib.sha256(" ".join([plan.data, *used]).encode()).hexdigest()[:16])
     plan = plan._replace(annotations=tuple(chosen))
-    return _joined(plan, plan.made, mesh) if stored else plan
+    return _joined(plan, plan.stored, mesh) if names else plan
 
 
 _LACKING = {
@@ -121,8 +121,8 @@ def choose(s, objective: Callable, own: Mapping, stored: Collection, spec, weigh
     already, and for a column that the objective's annotator does not make.
     """
     chosen, lacking, taken = [], [], {*own, *stored}
-    asked = {} if isinstance(s.annotations, str) else plain(s.annotations)
-    for name, entry in asked.items():
+    entries = {} if isinstance(s.annotations, str) else plain(s.annotations)
+    for name, entry in entries.items():
         entry = {"name": entry} if isinstance(entry, str) else dict(entry)
         weights = entry.pop("weights", "start")
         if not isinstance(weights, str) or not weights:
@@ -176,6 +176,14 @@ def shapes(s, objective: Callable, own: Mapping, spec=None, weights_of: Models |
     return added
 
 
+def of_batches(plan) -> dict[str, jax.ShapeDtypeStruct]:
+    """The columns of a planned stage's data, with those that are stored and those that its annotations make, as shapes."""
+    stored = next(iter(plan.stored.values()), {})
+    shape = plan.own["tokens"].shape
+    held = {name: jax.ShapeDtypeStruct((*shape, *x.shape[1:]), x.dtype) for name, x in stored.items()}
+    return plan.own | held | {name: x for one in plan.annotations for name, x in one.columns.items()}
+
+
 def _traced(by: Any, weights: str, own: Mapping, spec, weights_of: Models) -> Annotation:
     """The Annotation of an annotator and weights, with the columns that it makes of batches with the columns `own`."""
     one = Annotation({}, columns.entry(by), weights)
@@ -183,49 +191,50 @@ def _traced(by: Any, weights: str, own: Mapping, spec, weights_of: Models) -> An
     alone = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     params = loading.abstract(spec.transformer, alone, spec.adapter, spec.leaves)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    made = jax.eval_shape(one.program(spec.transformer.forward), params, dict(own))
-    columns.check(made, own["mask"].shape)
-    return one._replace(columns=made)
+    returned = jax.eval_shape(one.program(spec.transformer.forward), params, dict(own))
+    columns.check(returned, own["mask"].shape)
+    return one._replace(columns=returned)
 
 
 def _with_stored(plan, weights_of: Models) -> tuple[Any, list[str]]:
-    """(the plan with what the folders of config.annotations have of its data as `made`, the names of those folders)."""
-    made, used = {one.encoded.digest: {} for one in plan.sets}, []
+    """(the plan with what the folders of config.annotations have of its data, as `stored`, and the names of those folders)."""
+    values, used = {one.encoded.digest: {} for one in plan.sets}, []
     wanted = declared(plan.objective, "columns")
     for folder in columns.folders(plan.settings.annotations):
-        of = made.get(artefacts.read_meta(folder)["about"].get("data"))
+        of = values.get(artefacts.read_meta(folder)["about"].get("data"))
         if of is None:
             continue
-        stored, meta = columns.by_token(folder)
-        for name in stored.keys() & wanted.keys():
+        held, meta = columns.by_token(folder)
+        for name in held.keys() & wanted.keys():
             model = wanted[name].weights
             if model not in OWN and meta["about"]["weights"]["files"] != fingerprint.digest(weights_of(model).folder):
                 raise UserError(
                     f"config.objective: {model} is not the model that wrote {name} in {folder}, or has changed since; name "
                     "that one, or leave the folder out of config.annotations, and the column is made."
                 )
-        if twice := of.keys() & stored.keys():
+        if twice := of.keys() & held.keys():
             raise UserError(f"config.annotations: {', '.join(twice)} is there twice, in {folder} again; name one folder.")
-        of |= stored
+        of |= held
         used.append(folder.name)
-    if not all(made.values()):
+    if not all(values.values()):
         raise UserError(
             f"config.annotations: {plan.settings.annotations} has no columns for this data, or not for all of it (held-out "
             "rows too), with this tokenizer, template and window; run jaxpost.annotate with the same settings."
         )
-    return plan._replace(made=made), used
+    return plan._replace(stored=values), used
 
 
-def _joined(plan, made: dict, mesh):
-    stream, held_out = datasets.batches(plan.sets, plan.settings, mesh, made)
-    return plan._replace(source=stream, held_out=held_out, made=made)
+def _joined(plan, values: dict, mesh):
+    """The plan with these columns, {digest of a data set: {name: [T, ...]}}, in its batches."""
+    stream, held_out = datasets.batches(plan.sets, plan.settings, mesh, values)
+    return plan._replace(source=stream, held_out=held_out, stored=values)
 
 
 # ------------------------------------------------------------------------------------------------------------ Running
 
 
 def attached(plan, origin: loading.ModelSpec, state: TrainState, out, mesh, *, fresh: bool, weights_of: Models | None = None):
-    """The plan whose source gives the columns of its annotations; of a data set those that are not there are made.
+    """The plan whose source gives the columns of its annotations; those of a data set are stored, if they are not yet.
 
     origin: the model that the stage starts from; fresh: whether `state` still has its weights; out: the folder for columns.
     """
@@ -236,13 +245,13 @@ def attached(plan, origin: loading.ModelSpec, state: TrainState, out, mesh, *, f
 
     asking = [source for source in sources.parts(plan.source) if hasattr(source, "annotators")]
     live = [a for a in plan.annotations if a.weights == "current" or asking]
-    asked = programs(live, plan, state, start, mesh, fresh=fresh, weights_of=weights_of)
+    annotators = programs(live, plan, state, start, mesh, fresh=fresh, weights_of=weights_of)
     for source in asking:
-        source.annotators = asked
+        source.annotators = annotators
     if asking:
         return plan
     plan = stored([a for a in plan.annotations if a not in live], plan, origin, start, out, mesh, weights_of)
-    return plan._replace(source=Live(plan, asked, mesh, weights_of)) if asked else plan
+    return plan._replace(source=Live(plan, annotators, mesh)) if annotators else plan
 
 
 def programs(
@@ -253,7 +262,7 @@ def programs(
     start: gives the stage's first weights; fresh: whether `state` has them. Of these what trains is kept, copied where the
     state has them, since the step takes its memory; the rest is in every state. Another model's weights are loaded once.
     """
-    asked, forward = [], plan.spec.transformer.forward
+    annotators, forward = [], plan.spec.transformer.forward
     weights = {"current": lambda state: combine(state.train, state.frozen)}
     for one in annotations:
         spec = None if one.weights in OWN else weights_of(one.weights)
@@ -265,16 +274,16 @@ def programs(
             other = loading.weights(spec, mesh, plan.settings.seed)
             weights[one.weights] = lambda state, other=other: other
         program = jax.jit(one.program(spec.transformer.forward if spec else forward))
-        asked.append(lambda state, batch, program=program, of=weights[one.weights]: program(of(state), batch))
-    return asked
+        annotators.append(lambda state, batch, program=program, of=weights[one.weights]: program(of(state), batch))
+    return annotators
 
 
 def stored(annotations: Sequence[Annotation], plan, origin: loading.ModelSpec, start: Callable, out, mesh, weights_of: Models):
-    """The plan with annotations' columns of its data sets in its batches; those that are not in `out` yet are made there.
+    """The plan with annotations' columns of its data sets in its batches; those that are not in `out` yet are written there.
 
     The arguments are those of `attached` and `programs`.
     """
-    made = {one.encoded.digest: dict(plan.made.get(one.encoded.digest, {})) for one in plan.sets}
+    values = {one.encoded.digest: dict(plan.stored.get(one.encoded.digest, {})) for one in plan.sets}
     for one in annotations:
         spec, weights = origin, start
         if one.weights != "start":
@@ -284,20 +293,20 @@ def stored(annotations: Sequence[Annotation], plan, origin: loading.ModelSpec, s
             whose = "the model as the stage starts" if one.weights == "start" else one.weights
             print(f"{plan.name}: {', '.join(one.columns)} of {whose}, made once", file=sys.stderr)
         for of, folder in zip(plan.sets, columns.make(one.entry, plan, spec, weights, out, mesh), strict=True):
-            made[of.encoded.digest] |= columns.by_token(folder)[0]
-    return _joined(plan, made, mesh) if annotations else plan
+            values[of.encoded.digest] |= columns.by_token(folder)[0]
+    return _joined(plan, values, mesh) if annotations else plan
 
 
 class Live:
-    """A stage's data as a Source whose batches have, besides, the columns of annotators that are asked with the state.
+    """A stage's data as a Source whose batches have, besides, the columns that annotators compute with the state.
 
-    asked: [(state, batch) -> columns], each called with as many rows at a time as a microbatch has. All else is the data's.
+    annotators: [(state, batch) -> columns], each called with a microbatch's rows at a time. All else is the data's.
     """
 
-    def __init__(self, plan, asked: Sequence[Callable], mesh, weights_of: Models | None = None):
-        self.source, self.asked, self.mesh = plan.source, asked, mesh
+    def __init__(self, plan, annotators: Sequence[Callable], mesh):
+        self.source, self.annotators, self.mesh = plan.source, annotators, mesh
         self.parts, self.batch_size = plan.settings.microbatches, plan.settings.batch_size
-        self.columns = {**plan.own, **shapes(plan.settings, plan.objective, plan.own, plan.spec, weights_of)}
+        self.columns = of_batches(plan)
 
     def __call__(self, state: TrainState) -> dict[str, np.ndarray]:
         """The next batch: this process's rows."""
@@ -309,8 +318,8 @@ class Live:
             own = {k: x[first : first + rows] if np.ndim(x) else x for k, x in batch.items()}
             with sharding.use(self.mesh):
                 own = sharding.distribute(own, self.mesh, size)
-                made = functools.reduce(dict.__or__, [program(state, own) for program in self.asked])
-            parts.append({k: sharding.everywhere(x)[local] for k, x in made.items()})
+                added = functools.reduce(dict.__or__, [annotator(state, own) for annotator in self.annotators])
+            parts.append({k: sharding.everywhere(x)[local] for k, x in added.items()})
         return batch | {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
 
     def __getattr__(self, name: str) -> Any:
@@ -332,10 +341,11 @@ def evaluation(plan) -> Callable:
     """
     forward = plan.spec.transformer.forward
     evaluate = make_evaluation(forward, plan.objective)
-    asked = [one.program(forward) for one in plan.annotations if one.weights == "current"]
+    annotators = [one.program(forward) for one in plan.annotations if one.weights == "current"]
 
     def annotated(params, batch: Batch, key):
-        return evaluate(params, functools.reduce(dict.__or__, [program(params, batch) for program in asked], batch), key)
+        added = [annotator(params, batch) for annotator in annotators]
+        return evaluate(params, functools.reduce(dict.__or__, added, batch), key)
 
     return annotated
 

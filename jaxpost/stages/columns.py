@@ -1,4 +1,4 @@
-"""Columns of a data set on disk: an annotator's numbers, made once, in the order of the data set's examples.
+"""Columns of a data set on disk: an annotator's numbers, computed once, in the order of the data set's examples.
 
 A column has a value for each token that is learned, or for each document, so it does not depend on how examples are packed. The
 columns of one annotator are an artefact (artefacts.py):
@@ -74,18 +74,18 @@ def make(what: Mapping | Callable | str, plan, spec: loading.ModelSpec, params: 
         folders.append(artefact.folder)
         progress, done = artefact.resume(batches=0)
         if done:
-            _tell(f"{one.name}: {short} is in {artefact.folder} already; nothing to do")
+            _report(f"{one.name}: {short} is in {artefact.folder} already; nothing to do")
             continue
         weights = params() if weights is None else weights
         _score(one, program, weights, s, mesh, artefact, progress["batches"], declared(annotator, "per") == "document")
         if jax.process_index() == 0:
             _gather(one, s, artefact)
-        _tell(f"{one.name}: wrote {short} of {one.encoded.learned.sum():,} tokens to {artefact.folder}")
+        _report(f"{one.name}: wrote {short} of {one.encoded.learned.sum():,} tokens to {artefact.folder}")
         sharding.agree(0.0)  # nobody reads before all is written
     return folders
 
 
-def _tell(text: str) -> None:
+def _report(text: str) -> None:
     if jax.process_index() == 0:
         print(text, file=sys.stderr)
 

@@ -21,7 +21,7 @@ from jaxpost.evals import accuracy, held_out
 from jaxpost.models import loading
 from jaxpost.reporting.log import Log
 from jaxpost.stages import annotations, datasets
-from jaxpost.stages.plan import Plan, columns, scalars
+from jaxpost.stages.plan import Plan, scalars
 from jaxpost.step import combine, make_evaluation
 from jaxpost.types import TrainState
 
@@ -125,7 +125,7 @@ def _check_best(plan: Plan, mesh) -> None:
         return
     if has_loss:
         params = loading.abstract(spec.transformer, mesh, spec.adapter, spec.leaves)
-        batch, key = columns(s, plan.objective, spec), jax.eval_shape(lambda: jax.random.PRNGKey(0))
+        batch, key = annotations.of_batches(plan), jax.eval_shape(lambda: jax.random.PRNGKey(0))
         measured = jax.eval_shape(make_evaluation(spec.transformer.forward, plan.objective), params, batch, key)
         names |= {f"eval/{name}" for name in measured}
     if not names and not s.evals:

@@ -42,7 +42,7 @@ class Plan(NamedTuple):
     trained: int  # how many parameters that is
     own: dict = {}  # the columns of its batches that no annotation makes, as shapes
     annotations: tuple = ()  # what makes the others (annotations.py)
-    made: dict = {}  # of each data set, by its digest, the columns that are stored
+    stored: dict = {}  # of each data set, by its digest, the columns that are on disk
 
 
 def plan_stage(name: str, s, mesh, trial: Sequence[dict] = ()) -> Plan:
