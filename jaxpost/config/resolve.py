@@ -81,7 +81,7 @@ def resolve(spec: Mapping | str, noun: str) -> Callable:
     function = find(name, noun)
     if not callable(function) or not fits(function, noun):
         arguments = ", ".join(ARGUMENTS.get(noun, ()))
-        raise UserError(f"config: {name!r} is no function of ({arguments}), as {noun} are.{nearest(name, known(noun))}")
+        raise UserError(f"config: {name!r} is no function of ({arguments}), as {noun} are.{_meant(name, noun)}")
     return bind(function, options, f"{noun}: {name}")
 
 
@@ -130,8 +130,14 @@ def find(name: str, noun: str) -> Callable:
         if (imported := _module(candidate)) is not None:
             return _attribute(imported, attribute, name, noun)
     raise UserError(
-        f"config: unknown {noun} {name!r}.{nearest(name, known(noun))} Or give package.module.function, or file.py:function."
+        f"config: unknown {noun} {name!r}.{_meant(name, noun)} Or give package.module.function, or file.py:function."
     )
+
+
+def _meant(name: str, noun: str) -> str:
+    """`nearest` of a noun's functions: one that is called so in some file, or the closest."""
+    names = known(noun)
+    return nearest(name, [full for full in names if full.rpartition(".")[2] == name] or names)
 
 
 def module(name: str, noun: str) -> ModuleType:
