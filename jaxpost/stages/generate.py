@@ -10,14 +10,14 @@ from jaxpost.stages.rollouts import sampling
 from jaxpost.stages.tasks import Rewards, check_rewards, judging, prompts
 
 
-def samples(name: str, found, judges: Rewards, model, s, objective: Callable, mesh) -> Samples:
+def samples(name: str, task, judges: Rewards, model, s, objective: Callable, mesh) -> Samples:
     """The data set that a stage has its start weights make. Raises UserError for settings with which it could not be learned
     from.
     """
     if s.rollouts.group < 2:
         raise UserError(f"config.rollouts.group: {s.rollouts.group} leaves nothing to compare; take 2 at least.")
     check_rewards(s, judges, learned=True)
-    prompt, shape = prompts(found, judges, model, s, leave_out=False), datasets.shape(objective)
+    prompt, shape = prompts(task, judges, model, s, leave_out=False), datasets.shape(objective)
     trial = [row for i in range(8) for row in rows(shape, prompt(i)[0]["prompt"], "12", (1, 0))]
     datasets.check(trial, model, s, objective)
     step = zlib.crc32(name.encode()) >> 1  # that each stage draws others
