@@ -41,18 +41,12 @@ SECONDS = 20.0  # between parts: what a kill costs
 _DECIDING = ("task", "tokenizer", "reward", "rollouts", "seed", "dtype", "too_long", "bad_rows")
 
 
-<<<<<<< HEAD
 class Samples(NamedTuple):
     """What is drawn: `group` completions of each of `count` prompts.
 
     prompt: i -> (record, token ids); rewards: {name: (function, weight)}; row_type: of the rows that they give; batch: how
     many completions are drawn at a time, which changes nothing; seed, step: of the noise; judging: what `scoring.judged` takes;
     options: what `complete` takes.
-=======
-def samples(name: str, task, judges: Rewards, model, s, objective: Callable, mesh) -> Samples:
-    """The data set that a stage has its start weights make. Raises UserError for settings with which it could not be learned
-    from.
->>>>>>> rolls
     """
 
     model: Transformer
@@ -87,7 +81,6 @@ def planned(name: str, s, run: Run) -> Plan:
         raise UserError(f"config.{name}.rows: {s.rows!r} has no rows_of(texts, rewards), which makes rows of completions.")
     if s.rollouts.group < 2 and not list(row_type.rows_of(["1"], np.ones(1))):
         raise UserError(f"config.rollouts.group: {s.rollouts.group} leaves nothing to compare; take 2 at least.")
-<<<<<<< HEAD
     if not s.task:
         raise UserError("config.task: generate needs a task, or config.data with prompts and config.reward.")
     task = tasks.task(s)
@@ -97,16 +90,6 @@ def planned(name: str, s, run: Run) -> Plan:
     samples = Samples(
         model=spec.transformer,
         tokenizer=spec.tokenizer,
-=======
-    check_rewards(s, judges, learned=True)
-    prompt, shape = prompts(task, judges, model, s, leave_out=False), datasets.shape(objective)
-    trial = [row for i in range(8) for row in rows(shape, prompt(i)[0]["prompt"], "12", (1, 0))]
-    datasets.check(trial, model, s, objective)
-    step = zlib.crc32(name.encode()) >> 1  # that each stage draws others
-    return Samples(
-        model=model.transformer,
-        tokenizer=model.tokenizer,
->>>>>>> rolls
         prompt=prompt,
         rewards=rewards,
         row_type=row_type,
