@@ -17,6 +17,7 @@ from jaxpost.errors import UserError
 from jaxpost.models import families, hf, loading
 from jaxpost.models.transformer import Transformer
 from jaxpost.reporting.log import Log
+from jaxpost.stages import train as stage_train
 from jaxpost.stages.plan import plan_stage
 from jaxpost.step import combine
 from jaxpost.storage import checkpoint, fingerprint
@@ -76,7 +77,7 @@ def state_of(workdir, stage):
     with sharding.use(mesh):
         plan = plan_stage(stage, dict(recipe.stages(config))[stage], mesh)
         kept = checkpoint.Checkpoints(workdir / "checkpoints" / stage)
-        state = train._restore(plan, kept, kept.latest(), optim.make(plan.settings.optimizer, plan.steps), mesh)
+        state = stage_train._restore(plan, kept, kept.latest(), optim.make(plan.settings.optimizer, plan.steps), mesh)
         kept.close()
     return {sharding.path_name(path): jax.device_get(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
 

@@ -245,7 +245,10 @@ def test_a_run_with_evals_and_a_control_of_equal_tokens(tmp_path, monkeypatch):
     }
     settings = runs.settings(tmp_path, stages=("sft", "control"), evals=entries, best="eval/sums/pass@2", highest=True)
     settings |= {"rollouts": {"prompt_window": 12, "new": 6}, "save_every": 2, "model": {**runs.MODEL, "num_hidden_layers": 1}}
-    more = {"sft": {"steps": 4, "eval_every": 2}, "control": {"start": "sft", "tokens_of": "sft", "steps": 99, "batch_size": 8}}
+    more = {
+        "sft": {"steps": 4, "eval_every": 2},
+        "control": {"model": "@sft", "tokens_of": "sft", "steps": 99, "batch_size": 8},
+    }
     train.run(recipe.make(**settings, **more), tmp_path / "w")
     rows = runs.rows(tmp_path / "w" / "metrics.jsonl")
     told = {stage: [r for r in rows if r["stage"] == stage and "eval/mine/mean" in r] for stage in ("sft", "control")}

@@ -213,7 +213,7 @@ def test_data_that_changed_under_a_run_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "where, how, status",
-    [(where, signal.SIGTERM, 0) for where in ("plan_stage", "_claim", "_introduce", "_with_data", "_start", "_annotated")]
+    [(where, signal.SIGTERM, 0) for where in ("plan_stage", "_claim", "_introduce", "_check_data", "_start", "_annotated")]
     + [("_start", signal.SIGINT, 130), ("Log", signal.SIGTERM, 0)],
 )
 def test_a_signal_during_set_up_ends_the_run_at_once(tmp_path, monkeypatch, capsys, where, how, status):
@@ -221,10 +221,10 @@ def test_a_signal_during_set_up_ends_the_run_at_once(tmp_path, monkeypatch, caps
         signal.raise_signal(how)
         raise AssertionError(f"{where} went on after the signal")
 
-    monkeypatch.setattr(train, where, struck)
-    monkeypatch.setattr(train, "_start", train._start if where == "_start" else lambda *_: (_State, {}))
-    monkeypatch.setattr(train, "_annotated", struck if where == "_annotated" else lambda plan, *_, **kw: plan)
-    monkeypatch.setattr(train, "program", lambda *_, **kw: None)
+    monkeypatch.setattr(train if where in ("_claim", "_introduce") else stage, where, struck)
+    monkeypatch.setattr(stage, "_start", stage._start if where == "_start" else lambda *_: (_State, {}))
+    monkeypatch.setattr(stage, "_annotated", struck if where == "_annotated" else lambda plan, *_, **kw: plan)
+    monkeypatch.setattr(stage, "program", lambda *_, **kw: None)
     before = signal.getsignal(how)
     with pytest.raises(SystemExit) as ended:
         train.run(recipe.make(**runs.settings(tmp_path, steps=1)), tmp_path / "w")

@@ -110,9 +110,12 @@ def _mixed(drawn: sources.Source, sets: list[datasets.Set], s, objective: Callab
     ways = s.microbatches * mesh.shape["data"] * mesh.shape["fsdp"]
     rows = sources.counts(shares(s.source), s.batch_size, ways)
     data, _ = datasets.batches(sets, ConfigDict({**plain(s), "batch_size": rows["data"]}), mesh)
-    if "demonstrations" in declared(objective, "masks"):
-        data = sources.Demonstrations(data)
-    each = {"rollouts": drawn, "data": data}
+    if "demonstrations" not in declared(objective, "masks"):
+        raise UserError(
+            "config.source: rows of data beside rollouts are learned where the column `demonstrations` is, and this objective "
+            "does not declare it among its masks; take policy_gradient.variant with added_terms={'sft': 1.0}."
+        )
+    each = {"rollouts": drawn, "data": sources.Demonstrations(data)}
     return sources.mixed({key: (each[key], share) for key, share in shares(s.source).items()}, s.batch_size)
 
 
