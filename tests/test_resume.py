@@ -22,6 +22,7 @@ import runs
 from jaxpost import recipe, train
 from jaxpost.errors import UserError
 from jaxpost.models import loading
+from jaxpost.stages import train as stage
 from jaxpost.storage import checkpoint, digests, fingerprint
 from jaxpost.types import TrainState
 
