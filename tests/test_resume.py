@@ -22,7 +22,7 @@ import runs
 from jaxpost import recipe, train
 from jaxpost.errors import UserError
 from jaxpost.models import loading
-from jaxpost.stages import train as stage
+from jaxpost.stages import train as training
 from jaxpost.storage import checkpoint, digests, fingerprint
 from jaxpost.types import TrainState
 
@@ -222,10 +222,10 @@ def test_a_signal_during_set_up_ends_the_run_at_once(tmp_path, monkeypatch, caps
         signal.raise_signal(how)
         raise AssertionError(f"{where} went on after the signal")
 
-    monkeypatch.setattr(train if where in ("_claim", "_introduce") else stage, where, struck)
-    monkeypatch.setattr(stage, "_start", stage._start if where == "_start" else lambda *_: (_State, {}))
-    monkeypatch.setattr(stage, "_annotated", struck if where == "_annotated" else lambda plan, *_, **kw: plan)
-    monkeypatch.setattr(stage, "program", lambda *_, **kw: None)
+    monkeypatch.setattr(train if where in ("_claim", "_introduce") else training, where, struck)
+    monkeypatch.setattr(training, "_start", training._start if where == "_start" else lambda *_: (_State, {}))
+    monkeypatch.setattr(training, "_annotated", struck if where == "_annotated" else lambda plan, *_, **kw: plan)
+    monkeypatch.setattr(training, "program", lambda *_, **kw: None)
     before = signal.getsignal(how)
     with pytest.raises(SystemExit) as ended:
         train.run(recipe.make(**runs.settings(tmp_path, steps=1)), tmp_path / "w")
