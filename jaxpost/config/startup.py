@@ -31,7 +31,7 @@ def start(distributed: bool = False) -> None:
         return
     lines = []
     try:
-        with heard() as lines:
+        with captured_stderr() as lines:
             jax.devices()
     except RuntimeError:
         sys.stderr.write("".join(lines))
@@ -39,7 +39,7 @@ def start(distributed: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def heard() -> Iterator[list[str]]:
+def captured_stderr() -> Iterator[list[str]]:
     """Collects what is written to file descriptor 2, by C++ as well: yields a list that holds the text in the end."""
     texts, before = [], os.dup(2)
     with tempfile.TemporaryFile() as file:
