@@ -88,7 +88,7 @@ def _stage(s, mesh, machine: topology.Topology, prepared: program.Prepared, prog
     figures |= {"state_bytes": prepared.state_bytes(), "programs": []}
     for number, traced in enumerate(prepared.programs, 1):
         progress(f"compiling {traced.name}, {number} of {len(prepared.programs)}")
-        one = program.measured(mesh, machine, traced)
+        one = program.measured(s, mesh, machine, traced)
         took = one["lower_seconds"] + one["compile_seconds"]
         progress(
             f"{traced.name}: {_bytes(one['hbm']['total'])}{_outcome(one)}, in {took:.0f} s"

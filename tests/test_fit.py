@@ -559,7 +559,7 @@ def _given_up(machine):
     function = jax.jit(jax.grad(total), out_shardings=places)
     table = sharding.placed(table, places)
     traced = program.Traced("step", function, (table, tokens), {}, {"weights": table, "inputs": tokens})
-    return program.measured(mesh, machine, traced)
+    return program.measured(None, mesh, machine, traced)
 
 
 def test_a_split_that_the_partitioner_gives_up_is_a_failure():
@@ -606,7 +606,7 @@ def test_the_memory_is_kept_where_the_programs_text_cannot_be_made(monkeypatch):
     x = jax.ShapeDtypeStruct((4, 4), jnp.float32)
     traced = program.Traced("step", jax.jit(jnp.sin), (x,), {}, {"weights": x})
     machine = topology.find("cpu:1")
-    step = program.measured(sharding.make_mesh(devices=machine.devices), machine, traced)
+    step = program.measured(None, sharding.make_mesh(devices=machine.devices), machine, traced)
     assert step["fits"] and step["hbm"]["weights"] == 64 and "traffic" not in step
     text = "\n".join(fit._program_lines(step))
     assert "fits" in text and "cannot be read: INTERNAL: async-update instruction should have 1 operands" in text
@@ -660,7 +660,7 @@ def test_a_program_that_the_compiler_refuses_keeps_its_memory(message, total, fa
     traced = program.Traced(
         "step", Refused(message), (argument,), {}, {"weights": argument, "optimizer": waits}, ("optimizer",)
     )
-    step = program.measured(sharding.make_mesh(devices=jax.devices()[:1]), machine, traced)
+    step = program.measured(None, sharding.make_mesh(devices=jax.devices()[:1]), machine, traced)
     hbm = step["hbm"]
     assert not step["fits"] and (hbm["weights"], hbm["optimizer"], hbm["total"]) == (GIB / 2, GIB, total)
     assert hbm.get("temporaries") == (1.5 * GIB if "Used 2" in message else None)
@@ -685,7 +685,7 @@ def test_what_does_not_fit_is_measured_all_the_same():
     mesh = sharding.make_mesh(devices=machine.devices)
     x = jax.ShapeDtypeStruct((2**16, 2**16), jnp.float32, sharding=sharding.replicated(mesh))  # 16 GiB
     traced = program.Traced("step", jax.jit(lambda x: jnp.sin(x) @ x), (x,), {}, {"weights": x})
-    found = program.measured(mesh, machine, traced)
+    found = program.measured(None, mesh, machine, traced)
     assert not found["fits"] and found["hbm"]["total"] >= 32 * GIB and found["hbm"]["weights"] == 16 * GIB
     assert found["hbm"]["limit"] == 15.75 * GIB and found["flops"] == 2 * 2.0**48
 

@@ -177,7 +177,7 @@ def _uncached():
         compilation_cache.reset_cache()
 
 
-def measured(mesh, topology: Topology, traced: Traced) -> dict[str, Any]:
+def measured(s, mesh, topology: Topology, traced: Traced) -> dict[str, Any]:
     """Compiles a program and returns its figures. Bytes and FLOPs are a device's.
 
     Where the compiler refuses the program and names no bytes of HBM, `refused` is the first line of its message.
