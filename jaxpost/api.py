@@ -6,8 +6,8 @@
     model.scores(tokens)["logps"]                        [B,S], without the [B,S,V]
     jax.grad(lambda p: loss(model.forward(p, batch)))(model.params)
 
-`params` is a plain tree of arrays in its place on the mesh, and `forward` a plain function of it: the very one that objectives
-get. The rest are conveniences around the two that fill in a batch's columns and compile once a shape.
+`params` is a plain tree of arrays in its place on the mesh, and `forward` a plain function of it, the same that objectives get.
+The other methods fill in a batch's columns and compile once for each shape.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class Model:
     """A model with its weights, its tokenizer (None where its folder has none), config.json's fields, and the mesh it is on."""
 
     transformer: Transformer
-    # Left out of what a notebook prints of a model: it would be pages.
+    # Left out of the repr, which a notebook prints: it would take pages.
     params: Params = dataclasses.field(repr=False)
     tokenizer: Any = dataclasses.field(repr=False)
     config: dict = dataclasses.field(repr=False)
@@ -48,21 +48,21 @@ class Model:
         return self.transformer.forward(params, batch)
 
     def logits(self, tokens, lengths=None) -> jax.Array:
-        """[B,S,V] float32, of ids [B,S], each place's for the token after it.
+        """Logits [B,S,V] float32 of ids [B,S]; each place's predict the next token.
 
-        lengths [B]: how many of a row's tokens are real, where it is padded on the right; what stands past them changes nothing
-        before them, and the logits there mean nothing. The largest array there is: `scores` does without it.
+        lengths [B]: the number of real tokens in each row, where rows are padded on the right; padding does not affect them,
+        and its logits mean nothing. This is a very large array; `scores` does without it.
         """
         batch, rows = self._batch(tokens, lengths)
         with sharding.use(self.mesh):
             return _logits(self.transformer, self.params, batch)[:rows]
 
     def scores(self, tokens, lengths=None) -> dict[str, jax.Array]:
-        """What the model says of each token of ids [B,S] given those before it: the log-probability `logps`, the `entropy`
-        there, and whether it is the likeliest, `correct` (1 or 0), each [B,S] float32; zero at a row's first token and past
-        its length.
+        """Scores of each token of ids [B,S] given those before it: its log-probability `logps`, the distribution's `entropy`,
+        and `correct` (1 or 0), whether it is the likeliest, each [B,S] float32; zero at a row's first token and past its
+        length.
         """
-        batch, rows = self._batch(tokens, lengths, beyond=1)  # the last token is scored, and never read
+        batch, rows = self._batch(tokens, lengths, beyond=1)  # the last token is only scored
         with sharding.use(self.mesh):
             return {k: v[:rows] for k, v in _scores(self.transformer, self.params, batch).items()}
 
@@ -71,10 +71,10 @@ class Model:
         return [continuation(self.tokenizer, *pair) for pair in self._completed(prompts, **options)]
 
     def complete(self, prompts: str | Sequence, **options) -> list[np.ndarray]:
-        """`generate` without the way back to text: the completions' ids, without the token that stopped them.
+        """`generate` without decoding: the completions' ids, without the token that stopped them.
 
         prompts: a string, or a list of them; or a conversation (a list of {"role", "content"}, whose next turn is the
-        assistant's), or a list of such; or arrays of token ids, taken as they are. Options:
+        assistant's), or a list of those; or arrays of token ids, used as they are. Options:
         chat=False: a string is a user's message, not text to continue. template=None: for chat, a name or Jinja.
         new=None: the most tokens of a completion; 200, or what the model has room for. temperature=0.0: 0 takes the likeliest
         token. n=1: completions a prompt. seed=0: which random numbers.
@@ -85,8 +85,8 @@ class Model:
     def _completed(self, prompts, **options) -> list[tuple[np.ndarray, np.ndarray]]:
         self.need_tokenizer()
         one = isinstance(prompts, (str, np.ndarray)) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
-        asked = [prompts] if one else list(prompts)
-        return completed(self.transformer, self.params, self.tokenizer, asked, mesh=self.mesh, ends=self.ends, **options)
+        prompts = [prompts] if one else list(prompts)
+        return completed(self.transformer, self.params, self.tokenizer, prompts, mesh=self.mesh, ends=self.ends, **options)
 
     def need_tokenizer(self) -> None:
         """Raises UserError for a model without a tokenizer."""
@@ -96,7 +96,7 @@ class Model:
             )
 
     def _batch(self, tokens, lengths, beyond: int = 0) -> tuple[dict, int]:
-        """(columns on the mesh, rows asked for): one document a row, and rows of padding where the mesh needs more."""
+        """(columns on the mesh, number of given rows): one document a row, with rows of padding where the mesh needs more."""
         tokens = np.asarray(tokens)
         arch = self.transformer.arch
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
@@ -131,10 +131,9 @@ def _scores(model: Transformer, params: Params, batch: Batch) -> dict[str, jax.A
 def load(where: str | Mapping, *, mesh=None, dtype: str = "float32", adapter: Mapping | str | None = None) -> Model:
     """The model of a Hugging Face folder, a workdir, or one checkpoint in a workdir; config.json's fields give a fresh one.
 
-    mesh: what `jaxpost.sharding.make_mesh` gives; None is all devices side by side. dtype: of the computation, float32 or
-    bfloat16; the weights are float32. adapter: a recipe's entry, such as {"name": "peft", "folder": "FOLDER"} or
-    {"name": "lora", "rank": 16}; a workdir's own comes without asking. Raises UserError if `where` is none of these, or broken,
-    or not supported.
+    mesh: of `jaxpost.sharding.make_mesh`; None is all devices along `data`. dtype: of the computation, float32 or bfloat16; the
+    weights are float32. adapter: a recipe's entry, such as {"name": "peft", "folder": "FOLDER"} or {"name": "lora", "rank":
+    16}; a workdir's own adapter is always loaded. Raises UserError if `where` is none of these, or broken, or not supported.
     """
     compile_cache.keep()
     mesh = sharding.make_mesh() if mesh is None else mesh

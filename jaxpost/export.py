@@ -1,12 +1,12 @@
-"""From a checkpoint to a Hugging Face folder, which `transformers` and the servers built on it open as any other model.
+"""From a checkpoint to a Hugging Face folder, which `transformers` and servers built on it open as any other model.
 
     python -m jaxpost.export --checkpoint=WORKDIR --out=FOLDER
 
-An adapter is merged into the weights it is around, and quantised weights become numbers again; `--adapter` writes the adapter
-alone instead, as the `peft` library has it.
+An adapter is merged into its base weights, and quantised weights become floats again; `--adapter` only writes the adapter, in
+the `peft` library's format.
 
 The folder gets config.json, safetensors, the tokenizer with its chat template, and generation_config.json with the ids that end
-an answer: a server that reads it stops where training taught the model to stop.
+an answer, so that a server stops where training taught the model to stop.
 """
 
 import json
@@ -28,9 +28,9 @@ DTYPES = ("bfloat16", "float16", "float32")
 def export(checkpoint: str, out: str, *, mesh, dtype: str | None = None, adapter: bool = False) -> list[str]:
     """Writes the model of a workdir, of one checkpoint in it, or of a Hugging Face folder to `out`; returns the files' names.
 
-    Where a run kept a running mean of the weights, that is what is written. dtype: one of DTYPES; None is the one that
-    config.json names, else float32. adapter: whether to write what is around the weights, alone. Raises UserError if `out`
-    holds anything, and for whatever is wrong with the checkpoint.
+    Where a run kept a running mean of the weights, the mean is written. dtype: one of DTYPES; None is config.json's, else
+    float32. adapter: whether to write only the adapter. Raises UserError if `out` is not empty, and for a checkpoint that
+    cannot be read.
     """
     folder = cloud.path(out)
     if folder.exists() and not folder.is_dir():
@@ -49,7 +49,7 @@ def export(checkpoint: str, out: str, *, mesh, dtype: str | None = None, adapter
         base = loading.base_name(spec)
         return peft.save(folder, params, spec.transformer.arch, spec.adapter, base, loading.beside(spec))
     special = {} if spec.tokenizer is None else _special_ids(spec.tokenizer)
-    # What config.json already says of these ids stays: it does not change the forward, and others may rely on it.
+    # Ids that config.json already has stay: they do not change the forward, and others may rely on them.
     hf.save(folder, params, spec.transformer.arch, {**special, **spec.config}, dtype)
     if spec.tokenizer is not None:
         tokenizer.save(spec.tokenizer, folder)

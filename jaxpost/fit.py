@@ -1,15 +1,15 @@
-"""Will it fit, and how fast would it be: a recipe's programs compiled for a machine that is not here.
+"""Compiles a recipe's programs for a machine that is not here: whether they fit, and how fast they would be.
 
     python -m jaxpost.fit --config=configs/sft.py --config.model=FOLDER --topology=v5e:2x4
     python -m jaxpost.fit --config=configs/tpu/sft.py:llama31_8b          the recipe names its topology
     python -m jaxpost.fit --config=... --search                           proposes the best mesh and microbatches
     python -m jaxpost.fit --config=... --json=PATH                        everything in the table as data; - is stdout
 
-The exit status is 0 if every stage fits and 3 if one does not; then what makes it fit is looked for, cheapest first, and each
-remedy is compiled before it is named. From Python: `fit.report(config, "v5p:4x4x4")` gives the same data.
+The exit status is 0 if every stage fits and 3 if one does not. For a stage that does not fit, remedies are compiled, cheapest
+first, until one fits. From Python: `fit.report(config, "v5p:4x4x4")` gives the same data.
 
-No weights are made and no data is read: a batch is taken to be full, one document a row, all of it learned. What runs on the
-chip is compiled by libtpu, whose own account of memory is the one that is given. Times are a model (`compiled/roofline.py`).
+No weights are made and no data is read: a batch is taken to be full, one document a row, all of it learned. libtpu compiles
+the programs, and memory is what it reports. Times are a model (`compiled/roofline.py`).
 """
 
 import json
@@ -23,30 +23,30 @@ from absl import flags
 from jaxpost import recipe, sharding
 from jaxpost.compiled import program, search, topology
 from jaxpost.config import cli
-from jaxpost.config.startup import heard
+from jaxpost.config.startup import captured_stderr
 from jaxpost.errors import UserError
 from jaxpost.reporting.progress import model_flops
 
 MISFIT = 3  # the exit status where something does not fit
-REMEDIES = 32  # how many ways to make a stage fit are compiled; those that do not fit fail early, within seconds
-TRIED = 4  # how many of the search's candidates are to fit, and half of those that are compiled for that at most
+REMEDIES = 32  # the most remedies that are compiled; those that do not fit fail within seconds
+TRIED = 4  # how many fitting candidates the search collects; it compiles twice as many at most
 
 
 def report(
     config, where: str = "", *, remedy: bool = True, best: bool = False, progress: Callable[[str], None] = str, **changes
 ) -> dict[str, Any]:
-    """What every program of a recipe's stages takes on a topology, as data: bytes and FLOPs a device, seconds.
+    """The memory and time of every program of a recipe's stages on a topology, as data: bytes and FLOPs a device, seconds.
 
-    config: as `jaxpost.train` takes it; where: a topology's name, else the recipe's own; remedy: whether to look for what makes
-    a misfit fit; best: whether to search for a better mesh; progress: called with a line before and after each program is
-    compiled, which may take minutes; changes: settings that differ. Raises UserError for whatever the recipe gets wrong, and
-    for an unknown topology.
+    config: as `jaxpost.train` takes it; where: a topology's name, else the recipe's own; remedy: whether to look for a change
+    that makes a stage fit; best: whether to search for a better mesh; progress: called with a line before and after each
+    program is compiled, which may take minutes; changes: settings that differ. Raises UserError for an invalid recipe and for
+    an unknown topology.
     """
     config = recipe.opened(config, **changes)
-    with heard():  # libtpu has much to say as it starts
+    with captured_stderr():  # libtpu logs a lot as it starts
         machine = topology.find(_named(where or config.topology))
     mesh = sharding.make_mesh(**config.mesh, devices=machine.devices)
-    found = {"topology": machine.name, "devices": len(machine.devices), "mesh": dict(mesh.shape), "stages": []}
+    figures = {"topology": machine.name, "devices": len(machine.devices), "mesh": dict(mesh.shape), "stages": []}
     for name, settings in recipe.stages(config):
         if settings.do not in ("train", "generate"):
             progress(f"{name}: is not compiled (do={settings.do!r})")
@@ -61,18 +61,18 @@ def report(
             stage["remedy"] = _remedy(settings, mesh, machine, alone, progress)
         if best:
             stage["search"] = _best(settings, machine, alone, progress)
-        found["stages"].append(stage)
-    return {**found, "fits": all(stage["fits"] for stage in found["stages"])}
+        figures["stages"].append(stage)
+    return {**figures, "fits": all(stage["fits"] for stage in figures["stages"])}
 
 
 def _faulty(one) -> bool:
-    """Whether the compiler refuses a program for another reason than its memory, so that no smaller one is looked for."""
+    """Whether the compiler refuses a program for a reason other than memory; a smaller one would not help."""
     return "refused" in one and one["hbm"]["total"] < one["hbm"]["limit"]
 
 
 def _named(where: str) -> str:
     if not where:
-        raise UserError(f"--topology=... is required, since the recipe names none. {topology.known()}")
+        raise UserError(f"--topology=... is required, since the recipe names none. {topology.choices()}")
     return where
 
 
@@ -83,30 +83,30 @@ def _stage(s, mesh, machine: topology.Topology, prepared: program.Prepared, prog
     work = model_flops(
         arch, rows * length, rows * length, rows * length * (length + 1) / 2, max(0.0, 1 - trained / arch.parameters())
     )
-    found = {"parameters": arch.parameters(), "trained": trained, "rows": rows, "length": length}
-    found |= {k: s[k] for k in ("microbatches", "remat", "dtype")} | {"model_flops": work / mesh.size}
-    found |= {"state_bytes": prepared.state_bytes(), "programs": []}
+    figures = {"parameters": arch.parameters(), "trained": trained, "rows": rows, "length": length}
+    figures |= {k: s[k] for k in ("microbatches", "remat", "dtype")} | {"model_flops": work / mesh.size}
+    figures |= {"state_bytes": prepared.state_bytes(), "programs": []}
     for number, traced in enumerate(prepared.programs, 1):
         progress(f"compiling {traced.name}, {number} of {len(prepared.programs)}")
         one = program.measured(s, mesh, machine, traced)
         took = one["lower_seconds"] + one["compile_seconds"]
         progress(
             f"{traced.name}: {_bytes(one['hbm']['total'])}{_outcome(one)}, in {took:.0f} s"
-        )  # said, should a later one hang
+        )  # at once: a later program may hang
         if "seconds" in one and traced.tokens:
             best = {k: one["seconds"][k] for k in ("overlapped", "serial")}
             one["tokens_per_second"] = {k: traced.tokens / t for k, t in best.items()}
             if traced.name == "step":
-                one["mfu"] = {k: found["model_flops"] / t / machine.chip.peak for k, t in best.items()}
-        found["programs"].append(one)
-    return {**found, "fits": all(one["fits"] and not one["given_up"] for one in found["programs"])}
+                one["mfu"] = {k: figures["model_flops"] / t / machine.chip.peak for k, t in best.items()}
+        figures["programs"].append(one)
+    return {**figures, "fits": all(one["fits"] and not one["given_up"] for one in figures["programs"])}
 
 
 # ------------------------------------------------------------------------------------------------- Remedies and search
 
 
 def _remedy(s, mesh, machine: topology.Topology, stage: str, progress: Callable) -> dict[str, Any]:
-    """The cheapest change that makes a stage fit, compiled; or what it lacks."""
+    """The cheapest change that makes a stage fit, compiled; `settings` is None where none does."""
     limit, tried, small = machine.chip.hbm if machine.chip else float("inf"), 0, []
     for way in search.remedies(s, mesh, machine.slices):
         settings = search.changed(s, way)
@@ -121,29 +121,29 @@ def _remedy(s, mesh, machine: topology.Topology, stage: str, progress: Callable)
             small.append(settings.mesh)
             continue
         tried += 1
-        told = search.told(way, stage)
-        found = _stage(settings, other, machine, prepared, lambda line, told=told: progress(f"{told}: {line}"))
-        if found["fits"]:
-            return {"settings": way, "flags": told, "tried": tried, "result": found}
+        text = search.flags(way, stage)
+        outcome = _stage(settings, other, machine, prepared, lambda line, text=text: progress(f"{text}: {line}"))
+        if outcome["fits"]:
+            return {"settings": way, "flags": text, "tried": tried, "result": outcome}
     return {"settings": None, "tried": tried}
 
 
 def _best(s, machine: topology.Topology, stage: str, progress: Callable) -> dict[str, Any]:
-    """The fastest of the few best candidates, by the modelled time of what was compiled."""
+    """The best candidates, compiled, in order of their modelled time."""
     if machine.chip is None:
         raise UserError(f"--search: there is no model of the time on {machine.name}; give the topology of a TPU.")
     compiled = []
     for _, way in search.candidates(s, machine)[: 2 * TRIED]:
         settings = search.changed(s, way)
         mesh = sharding.make_mesh(**settings.mesh, devices=machine.devices)
-        told = search.told(way, stage)
+        text = search.flags(way, stage)
         prepared = program.prepared(settings, mesh)
-        found = _stage(settings, mesh, machine, prepared, lambda line, told=told: progress(f"{told}: {line}"))
-        if found["fits"]:
-            compiled.append({"settings": way, "flags": told, "result": found})
+        outcome = _stage(settings, mesh, machine, prepared, lambda line, text=text: progress(f"{text}: {line}"))
+        if outcome["fits"]:
+            compiled.append({"settings": way, "flags": text, "result": outcome})
         if len(compiled) == TRIED:
             break
-    unknown = {"overlapped": float("inf")}  # of a program whose text cannot be read
+    unknown = {"overlapped": float("inf")}  # the time of a program whose text cannot be read
     compiled.sort(key=lambda c: sum(one.get("seconds", unknown)["overlapped"] for one in c["result"]["programs"]))
     return {"tried": compiled}
 
@@ -151,11 +151,11 @@ def _best(s, machine: topology.Topology, stage: str, progress: Callable) -> dict
 # ----------------------------------------------------------------------------------------------------------- The table
 
 
-def table(found: Mapping[str, Any]) -> str:
+def table(figures: Mapping[str, Any]) -> str:
     """A report as text."""
-    sizes = " ".join(f"{k}={v}" for k, v in found["mesh"].items())
-    lines = [verdict(found), f"{found['topology']}: {found['devices']} devices, mesh {sizes}"]
-    for stage in found["stages"]:
+    sizes = " ".join(f"{k}={v}" for k, v in figures["mesh"].items())
+    lines = [verdict(figures), f"{figures['topology']}: {figures['devices']} devices, mesh {sizes}"]
+    for stage in figures["stages"]:
         lines += ["", *_stage_lines(stage)]
         for one in stage["programs"]:
             lines += ["", *_program_lines(one)]
@@ -166,15 +166,15 @@ def table(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def verdict(found: Mapping[str, Any]) -> str:
-    """A report in one line: whether everything fits, and what the program that takes most takes."""
-    named = [(f"{stage['stage']}'s {one['program']}", one) for stage in found["stages"] for one in stage["programs"]]
+def verdict(figures: Mapping[str, Any]) -> str:
+    """A report in one line: whether everything fits, and the memory of the largest program."""
+    named = [(f"{stage['stage']}'s {one['program']}", one) for stage in figures["stages"] for one in stage["programs"]]
     if faults := [f"{name}: {one['refused']}" for name, one in named if _faulty(one)]:
         return f"DOES NOT COMPILE: {faults[0]}"
     name, largest = max(named, key=lambda pair: pair[1]["hbm"]["total"])
     hbm = largest["hbm"]
-    failed = not found["fits"] and all(one["fits"] for _, one in named)
-    word = "FITS" if found["fits"] else "FAILS, though it fits" if failed else "DOES NOT FIT"
+    failed = not figures["fits"] and all(one["fits"] for _, one in named)
+    word = "FITS" if figures["fits"] else "FAILS, though it fits" if failed else "DOES NOT FIT"
     least = "at least " if "refused" in largest else ""
     return f"{word}: {name} takes most, {least}{_bytes(hbm['total'])}{_of(hbm['limit'])} a device"
 
@@ -196,7 +196,7 @@ def _program_lines(one) -> list[str]:
         lines.append(f"  the compiler refuses it: {one['refused']}")
     lines += [f"  FAILURE: the partitioner gives up a split and copies all of {where}" for where in one["given_up"]]
     if "unread" in one:
-        lines.append(f"  work and time are not known, for the compiled program cannot be read: {one['unread']}")
+        lines.append(f"  work and time are not known: the compiled program cannot be read: {one['unread']}")
     if "traffic" in one:
         lines += _work_lines(one)
     return [*lines, f"traced in {one['lower_seconds']:.1f} s, compiled in {one['compile_seconds']:.1f} s"]
@@ -227,15 +227,15 @@ def _si(value: float, unit: str) -> str:
 def _work_lines(one) -> list[str]:
     seconds = one.get("seconds", {})
 
-    def line(what, runs, amount, took) -> str:
-        return f"  {what:<42}{runs:>8}{amount:>14}{_si(took, 's') if seconds else '':>12}"
+    def line(what, runs, amount, time) -> str:
+        return f"  {what:<42}{runs:>8}{amount:>14}{_si(time, 's') if seconds else '':>12}"
 
     lines = [f"{'work of a device':<44}{'runs':>8}{'':>14}{'at full speed' if seconds else '':>14}"]
     lines.append(line("arithmetic", "", _si(one["flops"], "FLOP"), seconds.get("compute")))
     lines.append(line("memory read and written", "", _si(one["traffic"], "B"), seconds.get("memory")))
     for c in one["collectives"]:
-        took = c["links"] + c["network"]
-        lines.append(line(f"{c['kind']} along {c['axes']}", f"{c['count']:,.0f}", _si(c["bytes"], "B"), took))
+        time = c["links"] + c["network"]
+        lines.append(line(f"{c['kind']} along {c['axes']}", f"{c['count']:,.0f}", _si(c["bytes"], "B"), time))
     padded = sum(c["bytes"] for c in one["collectives"] if c["kind"] == "all-gather as all-reduce")
     if padded > 0.1 * sum(c["bytes"] for c in one["collectives"]):
         lines.append(
@@ -264,12 +264,12 @@ def _remedy_lines(stage, remedy) -> list[str]:
 
 
 def _short(result) -> list[str]:
-    found = []
+    lines = []
     for one in result["programs"]:
         best, worst = (_si(one["seconds"][k], "s") if "seconds" in one else "" for k in ("overlapped", "serial"))
         time = f", modelled {best} to {worst}" if best else ""
-        found.append(f"  {one['program']}: {_bytes(one['hbm']['total'])} of {_bytes(one['hbm']['limit'])}{time}")
-    return found
+        lines.append(f"  {one['program']}: {_bytes(one['hbm']['total'])} of {_bytes(one['hbm']['limit'])}{time}")
+    return lines
 
 
 def _search_lines(searched) -> list[str]:
@@ -288,17 +288,17 @@ def main(_) -> None:
     """The command line; see the module's docstring."""
     (config,) = cli.required("config")
     where = flags.FLAGS.topology or config.topology
-    topology.simulate(where)  # nothing runs on what is compiled for: the devices of this machine stay free
-    found = report(config, where, best=flags.FLAGS.search, progress=lambda line: print(line, file=sys.stderr, flush=True))
+    topology.simulate(where)  # nothing runs, so the devices of this machine stay free
+    figures = report(config, where, best=flags.FLAGS.search, progress=lambda line: print(line, file=sys.stderr, flush=True))
     if flags.FLAGS.json:
-        text = json.dumps(found, indent=2) + "\n"
+        text = json.dumps(figures, indent=2) + "\n"
         if flags.FLAGS.json == "-":
             print(text, end="")
         else:
             Path(flags.FLAGS.json).write_text(text)
     if flags.FLAGS.json != "-":
-        print(table(found))
-    sys.exit(0 if found["fits"] else MISFIT)
+        print(table(figures))
+    sys.exit(0 if figures["fits"] else MISFIT)
 
 
 if __name__ == "__main__":

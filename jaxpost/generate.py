@@ -2,9 +2,9 @@
 
     python -m jaxpost.generate --model=FOLDER --prompt="Once upon a time"
 
-The model is whatever `jaxpost.load` opens: a Hugging Face folder, a workdir of jaxpost.train, or one checkpoint in a workdir. A
-prompt is continued as it stands; with `--chat` it is a user's message, and the completion the assistant's turn. What becomes of
-a prompt on the way is written in `jaxpost/sampling/text.py`.
+The model is anything that `jaxpost.load` opens: a Hugging Face folder, a workdir of jaxpost.train, or one checkpoint in a
+workdir. A prompt is continued as it is; with `--chat` it is a user's message, and the completion the assistant's turn.
+`jaxpost/sampling/text.py` describes how a prompt is processed.
 """
 
 import json
@@ -18,13 +18,13 @@ from jaxpost.models import loading
 
 def main(_) -> None:
     """The command line; see the module's docstring."""
-    given = flags.FLAGS
+    options = flags.FLAGS
     where, prompts = cli.required("model", "prompt")
-    model = api.load(where, dtype=given.dtype)
-    texts = model.generate(prompts, **{k: given[k].value for k in ("new", "temperature", "chat", "seed", "n")})
+    model = api.load(where, dtype=options.dtype)
+    texts = model.generate(prompts, **{k: options[k].value for k in ("new", "temperature", "chat", "seed", "n")})
     for i, completion in enumerate(texts):
-        prompt = prompts[i // given.n]
-        if given.json:
+        prompt = prompts[i // options.n]
+        if options.json:
             print(json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False))
             continue
         if len(texts) > 1:

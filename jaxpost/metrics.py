@@ -1,7 +1,7 @@
-"""Metrics that add: over rows, microbatches, devices and evaluation batches, without a mean of means.
+"""Metrics that add up over rows, microbatches, devices and evaluation batches, so that there is no mean of means.
 
-An objective returns {name: metric}. `merge` folds a stacked leading axis away (microbatches, or batches of an evaluation),
-`value` gives the number to write down, nan if nothing was measured.
+An objective returns {name: metric}. `merge` reduces a stacked leading axis (microbatches, or batches of an evaluation), `value`
+gives the number to log, nan if nothing was measured.
 """
 
 from typing import NamedTuple
@@ -25,7 +25,7 @@ class Mean(NamedTuple):
 
 
 class Total(NamedTuple):
-    """The sum of several Means, each of its own share of what was seen; one that saw nothing adds zero, nan where none did."""
+    """The sum of several Means with their own weights; one without weight adds zero, and nan if none has any."""
 
     parts: tuple[Mean, ...]
 
@@ -38,7 +38,7 @@ class Total(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """One Mean less another, each of its own share of what was seen; nan where either saw nothing."""
+    """One Mean minus another, with their own weights; nan where either has none."""
 
     one: Mean
     other: Mean
@@ -68,7 +68,7 @@ class Std(NamedTuple):
 
 
 class Explained(NamedTuple):
-    """The share of a variance that a prediction explains: 1 - var(error) / var(target); nan where the target does not vary."""
+    """The share of the target's variance that a prediction explains: 1 - var(error) / var(target); nan where that is zero."""
 
     error: Std
     target: Std
@@ -82,7 +82,7 @@ class Explained(NamedTuple):
 
 
 class Min(NamedTuple):
-    """The smallest value seen; +inf where nothing was."""
+    """The smallest value; `least` is +inf where there was none."""
 
     least: jax.Array
 
@@ -94,7 +94,7 @@ class Min(NamedTuple):
 
 
 class Max(NamedTuple):
-    """The largest value seen; -inf where nothing was."""
+    """The largest value; `most` is -inf where there was none."""
 
     most: jax.Array
 
@@ -121,7 +121,7 @@ def is_metric(x) -> bool:
 
 
 def merge(stacked: dict) -> dict:
-    """Folds the leading axis of every metric."""
+    """Reduces the leading axis of every metric."""
     return {k: v.merge() for k, v in stacked.items()}
 
 

@@ -1,7 +1,7 @@
 """Optimizers and learning-rate schedules, by optax; which leaves train and which decay, by path.
 
-Stacked layers defeat rules by rank (every bias is a matrix here), so both choices are regular expressions over paths such as
-layers/attention/q/kernel.
+Rules by the number of dimensions do not work here, since layers are stacked and every bias is a matrix. So both choices are
+regular expressions over paths such as layers/attention/q/kernel.
 """
 
 import re
@@ -19,7 +19,7 @@ ADDED = r"/kernel/(?!base(/|$))"  # the leaves that an adapter adds to the tree
 
 
 def _first(lr: float, warmup: int) -> float:
-    """The rate of update 0. It is above 0, since an update without a rate wastes its batch; `warmup` updates later it is lr."""
+    """The rate of update 0, above 0 so that its batch is not wasted; `warmup` updates later the rate is lr."""
     return lr / (warmup + 1)
 
 
@@ -35,7 +35,7 @@ def linear(lr: float, steps: int, warmup: int, end: float) -> Callable:
 
 
 def constant(lr: float, steps: int, warmup: int, end: float) -> Callable:
-    """Linear warm-up to lr, then lr; the end is ignored by definition."""
+    """Linear warm-up to lr, then lr; `end` is not used."""
     flat = optax.constant_schedule(lr)
     return optax.join_schedules([optax.linear_schedule(_first(lr, warmup), lr, warmup), flat], [warmup]) if warmup else flat
 
@@ -90,7 +90,7 @@ def make(settings: Mapping, steps: int) -> optax.GradientTransformation:
 
 
 def partition(params, pattern: str):
-    """(train, frozen): trees like params, each with None where the other holds the leaf. train is what the pattern matches."""
+    """(train, frozen): trees like params, each with None where the other has the leaf. train has the leaves that match."""
     matches = _pattern(pattern, "config.trainable").search
     paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     if not any(map(matches, paths)):

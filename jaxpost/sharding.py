@@ -1,11 +1,11 @@
 """Where arrays live: the mesh, the path rules, and shard(x, axes). The only file that imports jax.sharding.
 
 A mesh has three axes. `data` and `fsdp` both split the batch; `fsdp` splits the parameters and the optimizer state as well;
-`tensor` splits heads, the feed-forward width and the vocabulary. Parameters find their layout by path, in RULES; activations by
-their axis letters. A dimension that its mesh axes do not divide stays whole.
+`tensor` splits heads, the feed-forward width and the vocabulary. Parameters get their layout by path, from RULES; activations
+by their axis letters. A dimension that its mesh axes do not divide stays whole.
 
-FSDP here means that weights travel and activations stay: `gather` is called on a layer's weights where they are used, so that
-the partitioner all-gathers them and, since its transpose asks for the stored layout, reduce-scatters their gradients.
+FSDP here means that weights travel and activations stay: `gather` is called on a layer's weights where they are used, so the
+partitioner all-gathers them and reduce-scatters their gradients, since its transpose has the stored layout.
 """
 
 import functools
@@ -23,8 +23,8 @@ from jaxpost.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 
-# The first pattern found in a leaf's path gives the letters of its dimensions. Optimizer moments carry their parameter's path
-# at the end of their own, so they follow the same rules. What no rule names is replicated.
+# The first pattern that matches a leaf's path gives the letters of its dimensions. The paths of optimizer moments end with
+# their parameter's path, so the same rules apply. Other leaves are replicated.
 RULES = (
     (r"(embed|head)/weight$", "VD"),
     (r"attention/(q|k|v)/kernel$", "LDN"),
@@ -38,8 +38,8 @@ RULES = (
     (r"mlp/router/kernel$", "LDE"),
 )
 
-# What stands for a kernel (an adapter around it, its integers and scales) lies as the kernel does: the parts of a node, by the
-# letters of the kernel's last two dimensions. r, the rank, is never split. Other parts have the kernel's own letters.
+# The parts of a node that stands for a kernel (an adapter around it, its integers and scales) are laid out like the kernel: by
+# the letters of the kernel's last two dimensions. r, the rank, is never split. Other parts have the kernel's own letters.
 PARTS = {
     "a": lambda i, o: i + "r",
     "b": lambda i, o: "r" + o,
@@ -53,11 +53,11 @@ COMPUTED = {"B": ("data", "fsdp"), "N": "tensor", "K": "tensor", "F": "tensor", 
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices=None) -> Mesh:
-    """A mesh over all devices; one axis may be -1 and takes what the others leave (the default data=-1 yields to another).
+    """A mesh over all devices. One axis may be -1 and takes the remaining devices; the default data=-1 becomes 1 if another is.
 
     Raises UserError if the sizes do not fit.
     """
-    if data == -1 and -1 in (fsdp, tensor):  # the default yields to what is asked for
+    if data == -1 and -1 in (fsdp, tensor):  # the default gives way to an explicit -1
         data = 1
     sizes = [data, fsdp, tensor]
     count = len(devices) if devices is not None else jax.device_count()
@@ -66,19 +66,19 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices=None) -
         raise UserError(
             f"config.mesh: {named}: sizes are positive, and at most one may be -1 (it takes what the others leave)."
         )
-    known = int(np.prod([s for s in sizes if s != -1]))
-    if -1 in sizes and count % known == 0:
-        sizes[sizes.index(-1)] = count // known
+    fixed = int(np.prod([s for s in sizes if s != -1]))
+    if -1 in sizes and count % fixed == 0:
+        sizes[sizes.index(-1)] = count // fixed
     if int(np.prod(sizes)) != count:
         raise UserError(f"config.mesh: {named} does not fill {count} devices; set one axis to -1 to let it take what is left.")
     return Mesh(_arranged(sizes, jax.devices() if devices is None else devices), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def _arranged(sizes: list[int], devices) -> np.ndarray:
-    """The devices as an array of these sizes, neighbours in the mesh near each other in the network.
+    """The devices as an array of these sizes, with neighbours in the mesh near each other in the network.
 
-    An axis of the torus may be split between axes of the mesh. Several slices, which have the data centre's network between
-    them, lie along `data`. Raises UserError where they do not divide it.
+    An axis of the torus may be split between axes of the mesh. Slices, which the data centre's network connects, lie along
+    `data`. Raises UserError where their number does not divide it.
     """
     slices = len({getattr(d, "slice_index", None) or 0 for d in devices})
     if sizes[0] % slices:
@@ -91,18 +91,18 @@ def _arranged(sizes: list[int], devices) -> np.ndarray:
 
 
 def use(mesh: Mesh):
-    """Context in which shard and gather speak of this mesh. Outside of any, both do nothing, so a forward runs anywhere."""
+    """Context in which shard and gather use this mesh. Outside of any, both do nothing, so a forward runs anywhere."""
     return jax.set_mesh(mesh)
 
 
 def _spec(letters: str, shape: tuple[int, ...], table: dict, mesh) -> P:
-    """The partition of an array whose dimensions these letters name; an axis goes to the first of them that it divides."""
-    found = []
+    """The partition of an array whose dimensions these letters name; an axis goes to the first dimension that it divides."""
+    places = []
     for letter, size in zip(letters, shape, strict=True):
         axes = table.get(letter)
         ways = int(np.prod([mesh.shape[a] for a in ([axes] if isinstance(axes, str) else axes or ())]))
-        found.append(axes if ways > 1 and size % ways == 0 and axes not in found else None)
-    return P(*found)
+        places.append(axes if ways > 1 and size % ways == 0 and axes not in places else None)
+    return P(*places)
 
 
 def shard(x: jax.Array, letters: str) -> jax.Array:
@@ -125,8 +125,8 @@ _moved.defvjp(
 def gather(params: Any, dtype: Any = None) -> Any:
     """Weights laid out for use: whole along fsdp, still split along tensor; their gradients go back to the stored layout.
 
-    Matrices are made numbers of `dtype` first, so that no more bytes travel than are multiplied, there and back. Call it on the
-    smallest tree that is about to be used (one layer inside the scan), or that much more memory is held.
+    Matrices are cast to `dtype` first, so that weights and gradients travel in it. Call it on the smallest tree that is about
+    to be used (one layer inside the scan), since all of it is in memory at once.
     """
     mesh = jax.sharding.get_abstract_mesh()
 
@@ -147,27 +147,27 @@ def gather(params: Any, dtype: Any = None) -> Any:
 def lookup(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
     """Rows of an embedding [V,D] for tokens [B,S] -> [B,S,D] of dtype.
 
-    Each device looks up its own channels for all rows of its fsdp group, which are then exchanged for all channels of its own
-    rows: activations travel, a small part of what the table weighs, and so they do in the backward pass.
+    Each device looks up its own channels for all rows of its fsdp group, and exchanges them for all channels of its own rows.
+    So activations travel, which are much smaller than the table, in the backward pass too.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return jnp.take(table, tokens, axis=0).astype(dtype)
     spread = _spec("BSD", (*tokens.shape, table.shape[1]), {"B": "data", "D": "fsdp"}, mesh)
     tokens = jax.lax.with_sharding_constraint(tokens, P(*spread[:2]))
-    found = jnp.take(table, tokens, axis=0).astype(dtype)
-    return shard(jax.lax.with_sharding_constraint(found, spread), "BSD")
+    rows = jnp.take(table, tokens, axis=0).astype(dtype)
+    return shard(jax.lax.with_sharding_constraint(rows, spread), "BSD")
 
 
 def lookup_whole(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
-    """`lookup` in a table that `gather` has laid out: every device finds its own rows, and nothing travels along fsdp."""
+    """`lookup` in a table that `gather` has laid out: every device looks up its own rows, and nothing travels along fsdp."""
     table = gather({"embed": {"weight": table}}, dtype)["embed"]["weight"]
     return shard(jnp.take(table, tokens, axis=0).astype(dtype), "BSD")
 
 
 def summed(parts: jax.Array, letters: str) -> jax.Array:
-    """The sum of a gradient's parts [W, ...], one from each batch shard, laid out as the parameter of these letters is stored:
-    scattered along fsdp while it is added up, so that only a shard of it is added up along data.
+    """The sum of a gradient's parts [W, ...], one from each batch shard, in the stored layout of a parameter with these
+    letters. It is reduce-scattered along fsdp first, so that only a shard is all-reduced along data.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or parts.shape[0] == 1:
@@ -179,7 +179,7 @@ def summed(parts: jax.Array, letters: str) -> jax.Array:
 
 
 def locally(fn, arrays: tuple, letters: tuple[str, ...]) -> jax.Array:
-    """fn(*arrays) where every device works on its own rows and heads; the result lies as the first array does."""
+    """fn(*arrays) where every device works on its own rows and heads; the result has the first array's layout."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return fn(*arrays)
@@ -190,8 +190,8 @@ def locally(fn, arrays: tuple, letters: tuple[str, ...]) -> jax.Array:
 def by_rows(fn, rows: tuple, weights: list, letters: tuple[str, ...]) -> jax.Array:
     """fn(*rows, *weights) where every batch shard works on its own rows: all rows are [B, ...], and so is the result.
 
-    letters: of each weight's dimensions. Where one is split along `tensor` (an inner dimension of fn's sum), the parts are
-    added up. Outside of a mesh it is a plain call.
+    letters: of each weight's dimensions. Where one is split along `tensor` (a dimension that fn sums over), the results are
+    summed. Outside of a mesh it is a plain call.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -215,7 +215,7 @@ def path_name(path) -> str:
 
 
 def _letters(name: str, ndim: int) -> str | None:
-    """The letters of a leaf by its path; inside the scan over layers the leading L is gone."""
+    """The letters of a leaf by its path, without the leading L inside the scan over layers."""
     stem, _, part = name.partition("/kernel/")
     for pattern, letters in RULES:
         if re.search(pattern, f"{stem}/kernel" if part else name):
@@ -250,7 +250,7 @@ def by_letters(mesh: Mesh, tree: Any, letters: dict[int, str]) -> Any:
 
 
 def placed(shapes: Any, places: Any) -> Any:
-    """Shapes (anything with shape and dtype) with a sharding each: what a program can be compiled for without arrays."""
+    """Shapes (anything with shape and dtype) with a sharding each; programs can be compiled for them without arrays."""
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
 
 
@@ -260,7 +260,7 @@ def batch_shapes(columns: Any, mesh: Mesh) -> Any:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device holds whole."""
+    """The sharding of an array that every device holds whole."""
     return NamedSharding(mesh, P())
 
 
@@ -278,13 +278,6 @@ def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, int]:
     spans = _row_sharding(mesh, 1).addressable_devices_indices_map((batch_size,)).values()
     spans = [(s.start or 0, s.stop if s.stop is not None else batch_size) for (s,) in spans]
     return min(a for a, _ in spans), max(b for _, b in spans)
-
-
-def in_one_piece(mesh: Mesh, batch_size: int) -> bool:
-    """Whether this process's rows are neighbours: on a torus a host's chips may lie in several rows of the mesh."""
-    start, stop = local_rows(mesh, batch_size)
-    spans = _row_sharding(mesh, 1).addressable_devices_indices_map((batch_size,)).values()
-    return len({row for (s,) in spans for row in range(*s.indices(batch_size))}) == stop - start
 
 
 def distribute(columns: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
@@ -306,9 +299,9 @@ def distribute(columns: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> d
 
 
 def local(x: jax.Array, mesh: Mesh) -> np.ndarray:
-    """The rows of a global array that are this process's, in order: the inverse of distribute.
+    """This process's rows of a global array, in order: the inverse of distribute.
 
-    Raises ValueError for an array that is not split as distribute splits it: its rows here would be others than were asked for.
+    Raises ValueError for an array that is not split as distribute splits it: this process would hold other rows.
     """
     if not x.sharding.is_equivalent_to(_row_sharding(mesh, x.ndim), x.ndim):
         raise ValueError(f"an array {x.shape} has its rows elsewhere than the batch: {x.sharding}; pin it with shard first")
@@ -317,9 +310,9 @@ def local(x: jax.Array, mesh: Mesh) -> np.ndarray:
 
 
 def assembled(shape: tuple[int, ...], place, piece) -> jax.Array:
-    """An array of this sharding, made of piece(index) for each of this process's devices, one after the other.
+    """An array of this sharding, built from piece(index) for each of this process's devices, one after the other.
 
-    A piece that several devices hold is made once.
+    A piece that several devices hold is computed once.
     """
     holders = {}
     for device, index in place.addressable_devices_indices_map(shape).items():
@@ -327,48 +320,48 @@ def assembled(shape: tuple[int, ...], place, piece) -> jax.Array:
         holders.setdefault(bounds, (index, []))[1].append(device)
     parts = []
     for index, devices in holders.values():
-        made = piece(index)
-        parts += [jax.device_put(made, device) for device in devices]
-        del made
+        data = piece(index)
+        parts += [jax.device_put(data, device) for device in devices]
+        del data
     return jax.make_array_from_single_device_arrays(shape, place, parts)
 
 
 def single():
-    """The sharding of an array that lives on this process's first device alone."""
+    """The sharding of an array that is only on this process's first device."""
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def ways(axis: str) -> int:
-    """Into how many parts the mesh in use splits along an axis; 1 outside of a mesh."""
+    """The size of an axis of the mesh in use; 1 outside of a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.shape[axis]
 
 
 def batch_ways() -> int:
-    """Into how many parts the mesh in use splits the batch; 1 outside of a mesh."""
+    """The number of parts into which the mesh in use splits the batch; 1 outside of a mesh."""
     return ways("data") * ways("fsdp")
 
 
 def platform() -> str:
-    """What runs here: the platform of the mesh in use, which need not be this process's own; outside of one, the default."""
+    """The platform of the mesh in use, which need not be this process's own; outside of a mesh, the default."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
 def everywhere(x: jax.Array) -> np.ndarray:
-    """A global array as a whole on every process; all of them must ask."""
+    """A global array as a whole on every process; all of them must call this."""
     if jax.process_count() == 1:
         return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def agree(value: float) -> float:
-    """The first process's value, on every process; all of them must ask."""
+    """The first process's value, on every process; all of them must call this."""
     return value if jax.process_count() == 1 else float(multihost_utils.broadcast_one_to_all(np.float64(value)))
 
 
 def each_text(text: str) -> list[str]:
-    """Every process's text, in the order of the processes; all of them must ask."""
+    """Every process's text, in the order of the processes; all of them must call this."""
     if jax.process_count() == 1:
         return [text]
     content = np.frombuffer(text.encode(), np.uint8)

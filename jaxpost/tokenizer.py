@@ -1,19 +1,19 @@
 """Text to ids and back: tokenizers from a model's folder, and a small one made in code.
 
-Tokenizers are `transformers` objects, because a chat template and a tokenizer.json are what a checkpoint brings along and
-what a model must carry when it leaves. Nothing else of `transformers` is used at run time, no code from a checkpoint is
-ever run, and no call here reaches a network. The import costs about a second, so it waits until a tokenizer is wanted.
+Tokenizers are `transformers` objects: a checkpoint comes with a chat template and a tokenizer.json, and an exported model needs
+both. Nothing else of `transformers` is used at run time, no code from a checkpoint is ever run, and no call here uses the
+network. The import takes about a second, so it waits until a tokenizer is needed.
 
 `load` reads a folder's tokenizer, or gives None where the folder has none: a model can be trained on ids alone.
 `characters` makes a tokenizer with one token a character and four special tokens, enough for the procedural tasks:
 
     <|user|>12+34<|assistant|>46<|end|>
 
-Each turn opens with its role; only an assistant's turn is closed, since only the assistant has to learn where to stop. There is
+Each turn opens with its role. Only an assistant's turn is closed, since only the assistant has to learn where to stop. There is
 no beginning-of-text token that a template and an encoder could both add.
 
-`encode` is how rendered text becomes ids: it adds nothing, and says which character a tokenizer without an unknown token lacks.
-`check_ids` holds ids against a model's vocabulary.
+`encode` turns rendered text into ids and adds nothing; its error names a character that the tokenizer lacks. `check_ids` checks
+ids against a model's vocabulary.
 """
 
 import copy
@@ -31,7 +31,7 @@ from jaxpost.storage.host import check_regular
 
 PAD, USER, ASSISTANT, END = SPECIAL = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")
 
-# Files that mean "there is a tokenizer here"; a folder with any of them must load, or the user hears why.
+# Files of a tokenizer: a folder with any of them must load, else there is an error.
 _FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -44,14 +44,14 @@ _FILES = (
 # Files that only accompany one of those.
 _COMPANIONS = ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "config.json")
 _TEMPLATES = "additional_chat_templates"  # a folder with one NAME.jinja for each further template
-_PIECES = "tokenizer.model"  # SentencePiece's own file, which servers without tokenizer.json read
-# The classes of transformers 4 that put these flags of tokenizer_config.json in the place of tokenizer.json's own template, and
-# what each flag is where only the other stands there.
+_PIECES = "tokenizer.model"  # SentencePiece's file, for servers that do not read tokenizer.json
+# The classes of transformers 4 in which the flags add_bos_token and add_eos_token of tokenizer_config.json override
+# tokenizer.json, and the default of each flag where only the other is given.
 _FLAGGED = {"Llama": (True, False), "CodeLlama": (True, False), "Gemma": (True, False), "GPTNeoX": (False, False)}
-# Those whose special tokens a folder may leave unnamed.
+# Classes that have default special tokens.
 _DEFAULTS = (*_FLAGGED, "GPT2", "Qwen2")
 _SPECIALS = {"bos_token", "eos_token", "unk_token", "pad_token"}
-# What transformers 5 alone writes to tokenizer_config.json; an auto_map names code, which is not written.
+# Fields that only transformers 5 writes to tokenizer_config.json; an auto_map names code, which is not written.
 _UNPORTABLE = ("backend", "is_local", "local_files_only", "auto_map", "model_specific_special_tokens")
 
 _TEMPLATE = (
@@ -65,7 +65,7 @@ _TEMPLATE = (
 
 
 def _transformers():
-    # Without this the import advises on every start that PyTorch should be installed; jaxpost does not want it.
+    # Without this the import recommends PyTorch on every start.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
 
@@ -99,24 +99,24 @@ def _read(folder, *, shown):
     transformers = _transformers()
     try:
         if (folder / "tokenizer.json").exists():
-            found = _described(folder, transformers)
+            tokenizer = _described(folder, transformers)
         else:
-            found = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the Rust half raises bare Exception
         raise UserError(
             f"{shown}: the tokenizer cannot be read ({type(error).__name__}: {first_line(error)}); "
             "save it again as tokenizer.json, or remove its files to work on token ids alone"
         ) from error
-    if not isinstance(found, transformers.PreTrainedTokenizerFast):
-        raise UserError(f"{shown}: {type(found).__name__} is not a fast tokenizer; convert it to tokenizer.json")
+    if not isinstance(tokenizer, transformers.PreTrainedTokenizerFast):
+        raise UserError(f"{shown}: {type(tokenizer).__name__} is not a fast tokenizer; convert it to tokenizer.json")
     if (folder / _PIECES).exists():
-        found.pieces = (folder / _PIECES).read_bytes()
-    return found
+        tokenizer.pieces = (folder / _PIECES).read_bytes()
+    return tokenizer
 
 
 def _described(folder, transformers):
-    """The tokenizer that tokenizer.json describes, whatever class the folder names: the classes of transformers 5 build another
-    from its vocabulary. Of the class remain the special tokens that it has by default, and what the flags of _FLAGGED say.
+    """The tokenizer of tokenizer.json. The class that the folder names is not used, since the classes of transformers 5 build
+    another tokenizer from the vocabulary; only its default special tokens and the flags of _FLAGGED are.
     """
     from tokenizers import Tokenizer
 
@@ -129,7 +129,7 @@ def _described(folder, transformers):
     if named in _DEFAULTS:
         options = inspect.signature(getattr(transformers, f"{named}Tokenizer").__init__).parameters
         special = {k: options[k].default for k in options.keys() & _SPECIALS - fields.keys() - elsewhere.keys()}
-    if special:  # a token that the vocabulary lacks would be added to it
+    if special:  # transformers would add a token that the vocabulary lacks
         words = Tokenizer.from_file(str(folder / "tokenizer.json"))
         special = {k: token for k, token in special.items() if token and words.token_to_id(token) is not None}
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, **special)
@@ -145,9 +145,8 @@ def _described(folder, transformers):
 def characters(alphabet):
     """A tokenizer with one token a character of `alphabet` (distinct characters), after the four special tokens.
 
-    Ids: 0 pad, 1 user, 2 assistant, 3 end (the stop token), then the alphabet in its order. There is no unknown token: a
-    character outside the alphabet is an error when it is encoded, never a wrong id. Raises UserError on an empty or
-    repeating alphabet.
+    Ids: 0 pad, 1 user, 2 assistant, 3 end (the stop token), then the alphabet in its order. There is no unknown token: encoding
+    a character outside the alphabet is an error. Raises UserError on an empty or repeating alphabet.
     """
     if not alphabet or len(set(alphabet)) != len(alphabet):
         raise UserError(f"alphabet {alphabet!r}: needs at least one character, and each only once")
@@ -157,19 +156,19 @@ def characters(alphabet):
     core = Tokenizer(models.WordLevel(vocabulary))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     core.decoder = decoders.Fuse()
-    made = _transformers().PreTrainedTokenizerFast(
+    tokenizer = _transformers().PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token=PAD,
         eos_token=END,
         additional_special_tokens=[USER, ASSISTANT],
         clean_up_tokenization_spaces=False,
     )
-    made.chat_template = _TEMPLATE
-    return made
+    tokenizer.chat_template = _TEMPLATE
+    return tokenizer
 
 
 def encode(tokenizer, text):
-    """The ids of `text`, a list of ints, with nothing added: a rendered chat template already holds its special tokens.
+    """The ids of `text`, a list of ints. Nothing is added: a rendered chat template already has its special tokens.
 
     Raises UserError naming the first character that the tokenizer has no token for.
     """
@@ -177,7 +176,7 @@ def encode(tokenizer, text):
 
 
 def encoding(tokenizer, text, **options):
-    """What `tokenizer(text, **options)` gives, with nothing added; raises as `encode` does."""
+    """tokenizer(text, **options) with nothing added; raises as `encode` does."""
     try:
         return tokenizer(text, add_special_tokens=False, **options)
     except Exception as error:  # the Rust half raises bare Exception, and does not say where
@@ -199,9 +198,9 @@ def _encodes(tokenizer, text):
 
 
 def check_ids(ids, vocab, tokenizer, place):
-    """Raises UserError, with place, for an id that a model has no row for: its vocabulary is 0 to vocab - 1.
+    """Raises UserError, with place, for an id outside of a model's vocabulary, 0 to vocab - 1.
 
-    ids: an array or a number. tokenizer: None where there is none; it may have tokens of its own that its model lacks.
+    ids: an array or a number. tokenizer: to name the token; None where there is none. It may have tokens that the model lacks.
     """
     lowest, highest = int(np.min(ids, initial=0)), int(np.max(ids, initial=0))
     if lowest < 0 or highest >= vocab:
@@ -212,14 +211,14 @@ def check_ids(ids, vocab, tokenizer, place):
 
 
 def opening(tokenizer):
-    """The ids that a text begins with: [the beginning-of-text token] where the tokenizer adds one on its own, else []."""
+    """[the beginning-of-text token] where the tokenizer adds one to a text, else []."""
     first = tokenizer("")["input_ids"][:1]
     return first if first == [tokenizer.bos_token_id] and _begins_with(tokenizer, first[0]) else []
 
 
 @functools.lru_cache(maxsize=8)
 def _begins_with(tokenizer, token):
-    """Whether a text that is not empty begins with the token: where one token is both, what is added may be the end."""
+    """Whether a non-empty text begins with the token; where one token marks beginning and end, it may be added at the end."""
     special = set(tokenizer.all_special_ids)
     texts = (tokenizer.decode([number]) for number in range(len(tokenizer)) if number not in special)
     text = next((text for text in texts if text.strip() and _encodes(tokenizer, text)), "")
@@ -227,19 +226,17 @@ def _begins_with(tokenizer, token):
 
 
 def carrying(tokenizer, template):
-    """A copy of the tokenizer with a chat template of its own, for rows with tools and without; further ones that it has under
-    other names stay.
-    """
+    """A copy of the tokenizer with this chat template, for rows with tools and without; templates of other names stay."""
     carrier = copy.deepcopy(tokenizer)
-    own = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
-    further = {name: jinja for name, jinja in own.items() if name not in ("default", "tool_use")}
+    templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    further = {name: jinja for name, jinja in templates.items() if name not in ("default", "tool_use")}
     carrier.chat_template = {"default": template, **further} if further else template
     return carrier
 
 
 def save(tokenizer, folder):
     """Writes tokenizer.json, tokenizer_config.json and the chat templates to `folder` (local or gs://), for `load` and for
-    transformers 4.57 and 5 to read; tokenizer.model too, where `load` met it.
+    transformers 4.57 and 5 to read; tokenizer.model too, where the loaded folder had one.
     """
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -263,8 +260,8 @@ def _copy(path, target):
 
 
 def _portable(tokenizer, fields):
-    """The fields of tokenizer_config.json as transformers 4.57 and 5 both read them: a class that both have and that takes
-    tokenizer.json as it is, and special tokens in 4.57's spelling, which 5 reads too.
+    """The fields of tokenizer_config.json in a form that transformers 4.57 and 5 both read: a class that both have and that
+    uses tokenizer.json unchanged, and special tokens in 4.57's spelling.
     """
     fields = {k: v for k, v in fields.items() if k not in _UNPORTABLE}
     extra = fields.pop("extra_special_tokens", None) or []

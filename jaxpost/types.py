@@ -1,4 +1,4 @@
-"""The nouns' data: what a batch, a model's output, an objective's terms and the train state are.
+"""The shared data types: a batch, a model's output, an objective's terms and the train state.
 
 Axis letters, the same in every einsum, annotation and sharding rule:
 B batch, S sequence (query), T key/cache length, L layers, D model width, F feed-forward width, N query heads,
@@ -11,13 +11,13 @@ A batch is a dict of arrays. A column describes the token at its own place, neve
     positions  [B,S] int32    the token's place in its document
     mask       [B,S] bool     the tokens to learn: targets, the stop token included; never a document's first token
     old_logps  [B,S] float32  (rollouts) log-probability under the policy that sampled the token
-    advantages [B,S] float32  (rollouts) how much better than expected the completion, or the token, turned out
-    temperature []   float32  (rollouts) the temperature the tokens were drawn at
-    fresh      []    bool     (rollouts) whether the weights that learn are still those that sampled
+    advantages [B,S] float32  (rollouts) how much better than expected the completion, or the token, was
+    temperature []   float32  (rollouts) the sampling temperature
+    fresh      []    bool     (rollouts) whether the weights are still those that sampled
     step       []    int32    the steps that the stage has taken
     progress   []    float32  the same as a share of its steps, below 1
-    sampled    [B,S] bool     (where tokens are given) the policy's own tokens, whether or not the mask keeps them
-    demonstrations [B,S] bool (where tokens are given) tokens that it did not draw and that are to be imitated
+    sampled    [B,S] bool     (where tokens are given) the policy's own tokens, masked ones included
+    demonstrations [B,S] bool (where tokens are given) tokens that the policy did not sample and that are to be imitated
 
 The step adds `rows` [B] int32, each row's number in the global batch: an objective that draws noise folds it into its key, so
 that the noise does not depend on how the batch is split. A column without a batch axis is a scalar, the same for every row.
@@ -46,7 +46,7 @@ class Term(NamedTuple):
 
 
 class Head(flax.struct.PyTreeNode):
-    """An unembedding as data: logits = cap * tanh(hidden @ weight.T / cap), or without the cap if it is None.
+    """An unembedding as data: logits = cap * tanh(hidden @ weight.T / cap), or hidden @ weight.T if cap is None.
 
     weight: [V,D].
     """
@@ -56,10 +56,10 @@ class Head(flax.struct.PyTreeNode):
 
 
 class Output(flax.struct.PyTreeNode):
-    """What a model's forward gives: final hidden states [B,S,D], the head that turns them into logits, the key/value cache.
+    """A forward's result: final hidden states [B,S,D], the head that turns them into logits, the key/value cache.
 
-    router, of a mixture of experts without a cache: {"probs", "picks"}, each [B,L,E] float32: for each row and layer, the
-    router's probabilities and how often it chose each expert, added up over the row's real tokens.
+    router (mixtures of experts, without a cache): {"probs", "picks"}, each [B,L,E] float32: for each row and layer, the
+    router's probabilities and its choices of each expert, summed over the row's real tokens.
     """
 
     hidden: jax.Array
@@ -71,8 +71,8 @@ class Output(flax.struct.PyTreeNode):
 class TrainState(flax.struct.PyTreeNode):
     """Everything a step reads and replaces.
 
-    `train` and `frozen` have the model's tree structure, with None where the other one holds the leaf. `ema` is a running mean
-    of `train`, or None. `skipped` counts the updates left out because they were not finite, `streak` those of them in a row.
+    `train` and `frozen` have the model's tree structure, with None where the other one has the leaf. `ema` is a running mean of
+    `train`, or None. `skipped` counts the updates skipped because they were not finite, `streak` the latest ones in a row.
     """
 
     step: jax.Array

@@ -286,7 +286,7 @@ class Problems:
 def test_a_notebook_trains_is_interrupted_goes_on_and_is_refused_another_function(tmp_path):
     def session(cell=CELL, stop_at=0, **changes):
         """The cell run anew, as after a restart of the kernel: nothing is known of the functions it had before."""
-        naming._GIVEN.clear()
+        naming._HANDED_OVER.clear()
         space = {"__name__": "__main__", "stop_at": stop_at}
         exec(cell, space)
         own = {"objective": space["my_loss"], "reward": space["my_reward"], "task": space["Problems"]()}

@@ -179,7 +179,7 @@ def test_evals_of_a_stage_take_the_place_of_those_around_it_and_change_nothing_l
     )
     keys = ["evals.one.k=3", 'evals={"two": "y.py:g"}', "evals.three=z.py:h"]
     argv = ["jaxpost", f"--config={tmp_path / 'r.py'}", "--config.steps=3", *(f"--config.{key}" for key in keys)]
-    assert cli._own_keywords(argv) == (argv[:3], [tuple(key.split("=", 1)) for key in keys])
+    assert cli._new_keywords(argv) == (argv[:3], [tuple(key.split("=", 1)) for key in keys])
     recipe.put(made, "evals", '{"three": {"name": "accuracy", "task": "arithmetic"}}')
     assert made.evals.to_dict() == {"three": {"name": "accuracy", "task": "arithmetic"}}
 

@@ -486,7 +486,7 @@ def test_remedies_come_cheapest_first_and_divide():
         for m in ({"remat": "full"}, {"remat": "full", "microbatches": 2})
     ]
     assert (
-        search.told(ways[4], "sft")
+        search.flags(ways[4], "sft")
         == "--config.sft.remat=full --config.mesh.data=1 --config.mesh.fsdp=4 --config.mesh.tensor=2"
     )
     two = list(search.remedies(s, sharding.make_mesh(4, 2, 1), slices=2))

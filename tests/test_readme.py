@@ -114,7 +114,7 @@ def test_every_command_is_understood(page, module, arguments, monkeypatch):
     values, takes_recipe = flags_of(module)
     argv, own = ["jaxpost", *arguments], []
     if takes_recipe:
-        argv, own = cli._own_keywords(cli._find_recipe(argv))
+        argv, own = cli._new_keywords(cli._find_recipe(argv))
         monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks
     rest = values(argv)
     assert not rest[1:] or module == "report", "an argument without a flag"

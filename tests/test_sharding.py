@@ -130,16 +130,15 @@ def test_a_process_supplies_its_own_rows_alone():
         sharding.local_rows(sharding.make_mesh(2, 2, 2), 6)
 
 
-def test_rows_in_several_pieces_are_told(monkeypatch):
+def test_rows_in_several_pieces_are_supplied_from_the_first_to_the_last(monkeypatch):
     # As on a host whose four chips lie in two rows of the mesh.
     class Place:
         def addressable_devices_indices_map(self, shape):
             return {i: (slice(first, first + 2),) for i, first in enumerate((0, 4, 0, 4))}
 
     mesh = sharding.make_mesh(2, 2, 2)
-    assert sharding.in_one_piece(mesh, 8)
     monkeypatch.setattr(sharding, "_row_sharding", lambda mesh, ndim: Place())
-    assert sharding.local_rows(mesh, 8) == (0, 6) and not sharding.in_one_piece(mesh, 8)
+    assert sharding.local_rows(mesh, 8) == (0, 6)
 
 
 # ------------------------------------------------------------------------------------------- The transformer on devices

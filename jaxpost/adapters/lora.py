@@ -3,10 +3,10 @@
     adapter={"name": "lora", "rank": 8, "alpha": 16.0}              in a recipe; also lora.rslora and lora.dora
     adapter={"name": "lora", "base": "nf4", "targets": "attention/(q|v)/kernel$"}
 
-An adapter is a function (params, key, **keywords) -> params. It works on any part of the tree, on shapes alone and under jit,
-and what it makes of one leaf depends on that leaf, its path and the key only, so that weights are adapted one at a time as they
-are read. Every array of a node has the layers in front, as kernels do. `base` "int8" or "nf4" quantises the frozen kernel
-(adapters/quantise.py). Initial values are as `peft` draws them.
+An adapter is a function (params, key, **keywords) -> params. It works on any part of the tree, on shapes alone and under jit.
+Each leaf's result depends only on that leaf, its path and the key, so weights are adapted one at a time as they are read. Every
+array of a node has the layers in front, as kernels do. `base` "int8" or "nf4" quantises the frozen kernel
+(adapters/quantise.py). Initial values have `peft`'s distributions.
 """
 
 import math
@@ -25,7 +25,7 @@ from jaxpost.models.einsum import dense, project
 from jaxpost.sharding import path_name
 from jaxpost.types import Params
 
-# The projections of a layer, and the default: all of them. The router and the experts of a mixture multiply otherwise.
+# The projections of a layer; all of them are the default. A mixture's router and experts do not go through `project`.
 TARGETS = "layers/(attention/(q|k|v|o)|mlp/(gate|up|down))/kernel$"
 
 
@@ -38,7 +38,7 @@ class Lora(flax.struct.PyTreeNode):
     scale: float = flax.struct.field(pytree_node=False)
 
     def project(self, x: jax.Array) -> jax.Array:
-        """x [T, I] -> [T, O], in x's dtype. Where b is zero it is the base's product, bit for bit."""
+        """x [T, I] -> [T, O], in x's dtype. Where b is zero the result is the base's, bit for bit."""
         return project(x, self.base) + self.scale * project(project(x, self.a), self.b)
 
     def merged(self) -> jax.Array:
@@ -68,7 +68,7 @@ class Dora(flax.struct.PyTreeNode):
         return dense(self.base) + self.scale * jnp.matmul(self.a, self.b, precision="highest")
 
     def _length(self) -> jax.Array:
-        """magnitude / |V|, the norm without a gradient, which the paper leaves out to save memory and finds to cost nothing."""
+        """magnitude / |V|. The norm has no gradient: the paper drops it to save memory, at no cost in quality."""
         return self.magnitude / jax.lax.stop_gradient(jnp.linalg.norm(self._direction(), axis=-2))
 
 
@@ -98,7 +98,7 @@ def dora(
     params: Params, key: jax.Array, *, rank: int = 8, alpha: float = 16.0, targets: str = TARGETS, base: str = ""
 ) -> Params:
     """DoRA: magnitude * V / |V|, V = W + (alpha / rank) A B, with a learned magnitude for each output, |W| at first
-    ("DoRA: Weight-Decomposed Low-Rank Adaptation"). It makes a kernel of every layer at each use, for the norm.
+    ("DoRA: Weight-Decomposed Low-Rank Adaptation"). Each use builds the merged kernel, for the norm.
     """
     scale = _positive("alpha", alpha) / _rank(rank)
 
@@ -137,7 +137,7 @@ def _swap(params: Params, targets: str, node: Callable[[str, Any], Any]) -> Para
 
 
 def _factors(path: str, kernel: jax.Array, key: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
-    """(a, b) for a kernel [..., I, O]: a uniform within 1/sqrt(I), b zero; float32, as all that is trained."""
+    """(a, b) for a kernel [..., I, O]: a uniform within 1/sqrt(I), b zero; float32, as all trained weights."""
     *lead, inputs, outputs = kernel.shape
     key = jax.random.fold_in(key, zlib.crc32(path.encode()))
     bound = 1 / math.sqrt(inputs)

@@ -1,11 +1,11 @@
 """Adapters as the `peft` library keeps them: a folder of adapter_config.json and adapter_model.safetensors.
 
-    adapter={"name": "peft", "folder": "FOLDER"}                      trains one on, or runs it
+    adapter={"name": "peft", "folder": "FOLDER"}                      trains or runs one
     python -m jaxpost.export --checkpoint=W --out=FOLDER --adapter    writes one
 
-LoRA, rsLoRA and DoRA around the projections of the layers, in all layers alike and of one rank; what is more than that is
-refused by name. A family whose files fuse several projections into one tensor (Phi-3) cannot be written so, since each of ours
-has an A of its own where the fused one has a single A: export it merged.
+LoRA, rsLoRA and DoRA are supported around the projections of the layers, the same in all layers and of one rank; anything else
+is refused by name. A family whose files fuse several projections into one tensor (Phi-3) cannot be written: each of our
+projections has its own A, and a fused tensor has a single one. Export it merged.
 """
 
 import json
@@ -28,8 +28,8 @@ from jaxpost.types import Params
 
 _PREFIX = "base_model.model."
 _PARTS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "magnitude"}
-# Fields that are read here or do not change what an adapter computes, and values of others at which they do not. A field that
-# is neither must be empty, whatever a version of peft calls it.
+# _READ: fields that are read here or do not change what an adapter computes. _NEUTRAL: values of other fields that change
+# nothing. Any other field must be empty.
 _READ = {
     "r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "base_model_name_or_path", "revision", "inference_mode",
     "task_type", "peft_version", "auto_mapping", "lora_dropout", "qalora_group_size", "megatron_core", "ensure_weight_tying",
@@ -38,10 +38,10 @@ _NEUTRAL = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (Tru
 
 
 def peft(params: Params, key: jax.Array, *, folder: str, base: str = "") -> Params:
-    """The adapter of a `peft` folder, its weights too; base: as in adapters/lora.py.
+    """The adapter of a `peft` folder with its weights; base: as in adapters/lora.py.
 
-    Raises UserError for a folder that is none, for a kind of adapter or a field that is not supported, for tensors that do not
-    fit the model or are not finite, and for layers that are left out.
+    Raises UserError for a folder without an adapter, for an unsupported kind of adapter or field, for tensors that do not fit
+    the model or are not finite, and for missing layers.
     """
     entry, read = recorded(folder=folder, base=base), _tensors(cloud.path(folder))
     function = dora if entry.pop("name") == "lora.dora" else lora
@@ -58,18 +58,18 @@ def peft(params: Params, key: jax.Array, *, folder: str, base: str = "") -> Para
 
 
 def recorded(*, folder: str, base: str = "") -> dict:
-    """The entry of adapters/lora.py that has the shape and the scale of a folder's adapter."""
+    """The entry of adapters/lora.py with the shape and the scale of a folder's adapter."""
     config = _config(cloud.path(folder))
     rank = config["r"]
     alpha = float(config["lora_alpha"]) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
     stems = {v: k for k, v in STEMS.items() if re.fullmatch(r"attention/[qkvo]|mlp/(gate|up|down)", k)}
     names = list(_tensors(cloud.path(folder)))
-    found = {m[1] for n in names if (m := re.fullmatch(r"model\.layers\.\d+\.(.*)\.lora_A\.weight", n))}
-    if unknown := found - stems.keys():
+    adapted = {m[1] for n in names if (m := re.fullmatch(r"model\.layers\.\d+\.(.*)\.lora_A\.weight", n))}
+    if unknown := adapted - stems.keys():
         raise UserError(f"{folder}: adapts {min(unknown)}, which is no projection of a layer that jaxpost adapts.")
-    if others := [n for n in names if not re.fullmatch(r"model\.layers\.\d+\..*", n)] or (not found and ["?"]):
+    if others := [n for n in names if not re.fullmatch(r"model\.layers\.\d+\..*", n)] or (not adapted and ["?"]):
         raise UserError(f"{folder}: {others[0]} is no tensor of a low-rank adapter around a layer's projections.")
-    targets = f"layers/({'|'.join(sorted(stems[m] for m in found))})/kernel$"
+    targets = f"layers/({'|'.join(sorted(stems[m] for m in adapted))})/kernel$"
     name = "lora.dora" if config.get("use_dora") else "lora.lora"
     return {"name": name, "rank": rank, "alpha": alpha, "targets": targets, "base": base}
 
@@ -93,7 +93,7 @@ def _config(folder: epath.Path) -> dict:
 
 
 def _tensors(folder: epath.Path) -> dict[str, np.ndarray]:
-    """Name, less peft's own prefix -> lazy slice."""
+    """Tensor name without peft's prefix -> lazy slice."""
     path = folder / "adapter_model.safetensors"
     if not path.exists():
         raise UserError(f"{folder}: has no adapter_model.safetensors. Save it from peft with safe_serialization (the default).")
@@ -124,7 +124,7 @@ def _stacked(folder: str, read: Mapping, stem: str, part: str, shape: tuple[int,
 
 
 def _check_alone(nodes: Mapping, names: Mapping, arch: Architecture, beside) -> None:
-    """Raises UserError where an adapter's file alone could not say what was learned."""
+    """Raises UserError where an adapter's file could not hold everything that was learned."""
     if not nodes:
         raise UserError("export: there is no adapter in this checkpoint; leave --adapter out.")
     if beside:
@@ -142,10 +142,10 @@ def _check_alone(nodes: Mapping, names: Mapping, arch: Architecture, beside) -> 
 def save(
     folder: str | epath.Path, params: Params, arch: Architecture, entry: Mapping, model: str | None, beside=()
 ) -> list[str]:
-    """Writes the adapter of a tree as `peft` has it; returns the files' names.
+    """Writes the adapter of a tree as a `peft` folder; returns the files' names.
 
-    entry: the config's or checkpoint's entry of the adapter; model: the name or folder of what it goes around, None where that
-    is no Hugging Face model; beside: what else was learned. Raises UserError for anything beside, for a tree without an
+    entry: the config's or checkpoint's entry of the adapter; model: the name or folder of its base, None where that is no
+    Hugging Face model; beside: other weights that were learned. Raises UserError for anything beside, for a tree without an
     adapter, and for a family with fused projections.
     """
     names = tensor_names(arch)

@@ -1,17 +1,17 @@
 """Frozen weights in eight and in four bits, as leaves of the tree.
 
-Both keep a kernel [..., I, O] as integers and float32 scales, and only ever stand under an adapter (`base="int8"` or
-`base="nf4"` of adapters/lora.py), since an integer has no gradient. Activations and adapters stay in the computation's format.
+Both keep a kernel [..., I, O] as integers and float32 scales. They only occur under an adapter (`base="int8"` or `base="nf4"`
+of adapters/lora.py), since an integer has no gradient. Activations and adapters keep the computation's dtype.
 
     int8   a scale for each output channel:        1 byte a weight, |error| <= absmax of the channel / 254
     nf4    a scale for each 64 inputs of an output: 0.5625 bytes a weight, |error| <= 0.152 * absmax of the block
 
 NF4 is of "QLoRA: Efficient Finetuning of Quantized LLMs": sixteen levels at quantiles of the normal distribution, one of them
-exactly 0. What differs: the scales stay float32 (no second quantisation), and a block runs down the inputs of one output, which
-is how the blocks of a Hugging Face tensor [O, I] run too.
+exactly 0. What differs: the scales stay float32 (no second quantisation), and a block runs along the inputs of one output, as
+the blocks of a Hugging Face tensor [O, I] do.
 
-The barriers tie the integers to the activations: without them the compiler makes all kernels once, before the sampler's loop
-over tokens, and holds them as floats for as long as it runs.
+The barriers tie the integers to the activations. Without them the compiler would expand all kernels once, before the sampler's
+loop over tokens, and keep them as floats while it runs.
 """
 
 from typing import Any
@@ -43,7 +43,7 @@ class Int8(flax.struct.PyTreeNode):
     scales: jax.Array
 
     def project(self, x: jax.Array) -> jax.Array:
-        """x [T, I] -> [T, O], in x's dtype. The integers are exact in bfloat16 too, so no weight is ever made a float32."""
+        """x [T, I] -> [T, O], in x's dtype. The integers are exact in bfloat16 too, so no weight is expanded to float32."""
         x, values = jax.lax.optimization_barrier((x, self.values))
         out = jnp.dot(x, values.astype(x.dtype), preferred_element_type=jnp.float32)
         return (out * self.scales[0]).astype(x.dtype)
@@ -54,7 +54,7 @@ class Int8(flax.struct.PyTreeNode):
 
 
 class Nf4(flax.struct.PyTreeNode):
-    """A kernel as codes [..., P/2, O] uint8 and scales [..., P/BLOCK, O] float32, P being I made a multiple of BLOCK.
+    """A kernel as codes [..., P/2, O] uint8 and scales [..., P/BLOCK, O] float32; P is I rounded up to a multiple of BLOCK.
 
     A byte holds the levels of two neighbouring inputs, the first in its low half.
     """
@@ -64,7 +64,7 @@ class Nf4(flax.struct.PyTreeNode):
     inputs: int = flax.struct.field(pytree_node=False)
 
     def project(self, x: jax.Array) -> jax.Array:
-        """x [T, I] -> [T, O], in x's dtype; the kernel is made for the product and let go."""
+        """x [T, I] -> [T, O], in x's dtype. The kernel is expanded for the product only."""
         x, codes = jax.lax.optimization_barrier((x, self.codes))
         return project(x, self.replace(codes=codes).merged())
 
@@ -99,7 +99,7 @@ KINDS = {"": lambda kernel: kernel, "int8": int8, "nf4": nf4}
 
 
 def quantised(kernel: jax.Array, kind: str) -> Any:
-    """The kernel as it will be kept: "" leaves it as it is. Raises UserError for a kind that is none."""
+    """The kernel in its stored form; "" leaves it as it is. Raises UserError for an unknown kind."""
     if kind not in KINDS:
         raise UserError(f"config.adapter.base: unknown {kind!r}.{nearest(str(kind), [k for k in KINDS if k])}")
     return KINDS[kind](kernel)

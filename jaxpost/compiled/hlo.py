@@ -1,12 +1,12 @@
 """What a compiled program sends between devices and reads from memory, taken from its text.
 
-The text is a list of computations. The walk starts at the entry and follows calls; a loop's body counts as often as the loop
-turns, which its condition tells: an integer that starts somewhere, grows by a constant and is compared with another. Where the
-limit is only known at run time, a scope named `at_most_N_times` around the loop says what it cannot exceed (see `trips`).
+The text is a list of computations. The walk starts at the entry and follows calls. A loop's body counts as often as the loop
+turns; the count comes from its condition, which compares a counter that grows by a constant with a limit. Where the limit is
+only known at run time, a scope named `at_most_N_times` around the loop bounds it (see `trips`).
 
-A collective that runs asynchronously appears several times: as its start and its done, and on TPUs in pieces inside the fusions
-that it is hidden behind. All of them have one channel, and it is counted once. The reduce-scatter of a TPU is a fusion called
-all-reduce-scatter, and may be a loop of permutes between neighbours.
+An asynchronous collective appears several times: as its start and its done, and on TPUs in pieces inside the fusions that hide
+it. They share a channel, so it is counted once. The reduce-scatter of a TPU is a fusion called all-reduce-scatter, or a loop of
+permutes between neighbours.
 """
 
 import math
@@ -20,10 +20,10 @@ SIZES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, 
          "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16, "token": 0}  # fmt: skip
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
          "collective-broadcast", "send")  # fmt: skip
-# How often each device sends its share of the array; once for the others.
+# How often each device sends its share of the array; 1 for other kinds.
 SENT = {"all-reduce": 2.0, "all-gather as all-reduce": 2.0}
-WHOLE = ("collective-permute", "send")  # what sends all of the array
-UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # what writes into an array, and which operand it writes
+WHOLE = ("collective-permute", "send")  # kinds that send the whole array
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # operations that write into an array -> the operand that they write
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
         "partition-id", "replica-id", "iota", "domain", "opt-barrier"}  # fmt: skip
 SCOPE = re.compile(r"at_most_(\d+)_times")
@@ -40,7 +40,7 @@ class Instruction(NamedTuple):
 
 
 class Program(NamedTuple):
-    """computations: name -> its instructions by name, the root last; entry: the name of the first."""
+    """computations: name -> its instructions by name, the root last; entry: the name of the one that runs first."""
 
     computations: dict[str, dict[str, Instruction]]
     entry: str
@@ -80,10 +80,10 @@ def parse(text: str) -> Program:
         if line[:1] in "%E" and line.endswith("{") and (head := re.match(r"(ENTRY )?%?([\w.\-]+) \(", line)):
             current = computations[head[2]] = {}
             entry = head[2] if head[1] else entry
-        elif line == "}":  # alone: a kernel's settings may have a line that begins with one
+        elif line == "}":  # nothing after it: a line of a kernel's settings may begin with one
             current = None
-        elif current is not None and (found := _instruction(line)):
-            current[found.name] = found
+        elif current is not None and (instruction := _instruction(line)):
+            current[instruction.name] = instruction
     return Program(computations, entry)
 
 
@@ -92,7 +92,7 @@ def _instruction(line: str) -> Instruction | None:
     if not head:
         return None
     rest = line[head.end() :]
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")  # a tuple's type has blanks in it
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")  # a tuple's type contains spaces
     type_, rest = rest[:end], rest[end:].lstrip()
     op = rest[: rest.index("(")]
     close = _closing(rest, len(op))
@@ -103,7 +103,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the bracket that opens at start is closed."""
+    """The index of the bracket that closes the one at start."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
@@ -115,11 +115,11 @@ def _closing(text: str, start: int) -> int:
 def _called(instruction: Instruction) -> list[str]:
     """The computations that an instruction runs, a loop's condition left out."""
     if instruction.op in KINDS or instruction.op.removesuffix("-start") in KINDS or instruction.op in ("reduce", "sort", "map"):
-        return []  # what they apply to numbers is no program
-    found = re.findall(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)", instruction.rest)
+        return []  # their computations are scalar functions
+    names = re.findall(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)", instruction.rest)
     for group in re.findall(r"(?:branch_computations|called_computations)=\{(.*?)\}", instruction.rest):
-        found += re.findall(r"%?([\w.\-]+)", group)
-    return found
+        names += re.findall(r"%?([\w.\-]+)", group)
+    return names
 
 
 def walk(program: Program) -> Iterator[Visit]:
@@ -137,9 +137,9 @@ def walk(program: Program) -> Iterator[Visit]:
 
 
 def trips(program: Program, where: str, loop: Instruction) -> int:
-    """How often a loop of the computation `where` turns, or may turn at most; 1 where nothing says so."""
-    if known := re.search(r'known_trip_count[^0-9]*"(\d+)"', loop.rest):
-        return int(known[1])
+    """How often a loop of the computation `where` turns, or an upper bound; 1 where nothing says so."""
+    if annotated := re.search(r'known_trip_count[^0-9]*"(\d+)"', loop.rest):
+        return int(annotated[1])
     named = re.search(r'op_name="([^"]*)"|$', loop.rest)[1] or ""
     if scoped := SCOPE.findall(named.rpartition("/while/body/")[2]):  # an outer loop's scope says nothing of an inner one
         return int(scoped[-1])
@@ -166,7 +166,7 @@ def _number(computation: dict, instruction: Instruction | None) -> int | None:
 
 
 def _start(computation: dict, loop: Instruction, index: int) -> int:
-    """What the counter is before the first turn; 0 where that is no constant."""
+    """The counter's value before the first turn; 0 where that is no constant."""
     carried = computation.get(loop.operands[0])
     if carried is None or carried.op != "tuple":
         return 0
@@ -174,7 +174,7 @@ def _start(computation: dict, loop: Instruction, index: int) -> int:
 
 
 def _step(body: dict, index: int) -> int:
-    """By how much a turn moves the counter: a loop that was unrolled adds more than one."""
+    """How much a turn adds to the counter; an unrolled loop adds more than one."""
     root = list(body.values())[-1]
     if root.op != "tuple":
         return 1
@@ -190,7 +190,7 @@ def _step(body: dict, index: int) -> int:
 
 
 def _fused_limit(program: Program, condition: dict) -> int:
-    """The limit of a condition whose comparison is inside a fusion: the one whole number that is there."""
+    """The limit of a condition whose comparison is inside a fusion: the largest integer constant there."""
     inside = [i for c in condition.values() for n in _called(c) for i in program.computations[n].values()]
     if not any(i.op == "compare" for i in inside):
         return 1
@@ -215,21 +215,21 @@ def _shapes(type_: str) -> list[tuple[str, str]]:
 
 
 def groups(rest: str, devices: int) -> np.ndarray:
-    """The groups of a collective, a row each, of places in the mesh: listed, as an iota reshaped and turned, as axes of a mesh,
-    or the sources and targets of a permute.
+    """The groups of a collective, one a row, as places in the mesh. The text lists them, or gives a reshaped and transposed
+    iota, axes of a mesh, or the sources and targets of a permute.
     """
-    if found := re.search(r"source_target_pairs=\{\{(.*?)\}\}", rest):
-        return np.array([[int(n) for n in pair.split(",")] for pair in found[1].split("},{")])
-    if found := re.search(r"replica_groups=\{\{(.*?)\}\}", rest):
-        rows = [[int(n) for n in group.split(",")] for group in found[1].split("},{")]
+    if match := re.search(r"source_target_pairs=\{\{(.*?)\}\}", rest):
+        return np.array([[int(n) for n in pair.split(",")] for pair in match[1].split("},{")])
+    if match := re.search(r"replica_groups=\{\{(.*?)\}\}", rest):
+        rows = [[int(n) for n in group.split(",")] for group in match[1].split("},{")]
         return np.array([row for row in rows if len(row) == len(rows[0])])
-    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-        return _turned(found[2], found[3]).reshape([int(n) for n in found[1].split(",")])
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        return _turned(match[2], match[3]).reshape([int(n) for n in match[1].split(",")])
     mesh = r"replica_groups=@?mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}"
-    if found := re.search(mesh, rest):
-        sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        ids = (_turned(found[2], found[3]) if found[2] else np.arange(devices)).reshape(list(sizes.values()))
-        within = [i for i, name in enumerate(sizes) if f"'{name}'" in found[4]]
+    if match := re.search(mesh, rest):
+        sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", match[1])}
+        ids = (_turned(match[2], match[3]) if match[2] else np.arange(devices)).reshape(list(sizes.values()))
+        within = [i for i, name in enumerate(sizes) if f"'{name}'" in match[4]]
         return np.moveaxis(ids, within, range(-len(within), 0)).reshape(-1, math.prod(ids.shape[i] for i in within))
     return np.arange(devices)[None]
 
@@ -248,8 +248,8 @@ def axes_of(rows: np.ndarray, shape: dict[str, int]) -> str:
 
 
 def collectives(program: Program, shape: dict[str, int]) -> list[Collective]:
-    """Every collective of a program on a mesh of this shape (axis -> size), largest first; those within one device left out."""
-    found, seen = [], set()
+    """Every collective of a program on a mesh of this shape (axis -> size), largest first, except those within one device."""
+    entries, seen = [], set()
     for visit in walk(program):
         i = visit.instruction
         if (kind := i.op.removesuffix("-start")) not in KINDS or "-done" in i.op:
@@ -262,16 +262,16 @@ def collectives(program: Program, shape: dict[str, int]) -> list[Collective]:
             continue
         seen.add(key)
         name = re.search(r'op_name="([^"]*)"', i.rest)
-        own = _ring(rows) if kind == "collective-permute" else tuple(int(n) for n in rows[0])
+        group = _ring(rows) if kind == "collective-permute" else tuple(int(n) for n in rows[0])
         meant = _meant(kind, visit, program)
-        sent = size * SENT.get(meant, 1.0) * (1.0 if kind in WHOLE else (len(own) - 1) / len(own))
+        sent = size * SENT.get(meant, 1.0) * (1.0 if kind in WHOLE else (len(group) - 1) / len(group))
         axes = "slices" if meant.endswith("between slices") else axes_of(rows, shape)
-        found.append(Collective(meant, axes, own, size, sent, visit.times, name[1] if name else ""))
-    return sorted(found, key=lambda c: -c.sent * c.times)
+        entries.append(Collective(meant, axes, group, size, sent, visit.times, name[1] if name else ""))
+    return sorted(entries, key=lambda c: -c.sent * c.times)
 
 
 def _whole(kind: str, instruction: Instruction, computation: dict) -> float:
-    """Bytes of the whole array: what is gathered, what is reduced, what is exchanged."""
+    """Bytes of the whole array that is gathered, reduced or exchanged."""
     operands = sum(bytes_of(computation[n].type) for n in instruction.operands if n in computation)
     if kind in ("all-gather", "collective-broadcast"):
         # A start's result holds its operand and counters as well.
@@ -289,7 +289,7 @@ def _ring(pairs: np.ndarray) -> tuple[int, ...]:
 
 
 def _meant(kind: str, visit: Visit, program: Program) -> str:
-    """The kind by what it is for: a fused reduce-scatter, or an all-gather that was written as the sum of padded parts."""
+    """The kind by its purpose: also a fused reduce-scatter, or an all-gather written as a sum of padded parts."""
     if kind == "collective-permute" and (loop := re.search(r"windowed_dot_general_body_(rs|ag)", visit.computation)):
         return {"rs": "reduce-scatter by permutes", "ag": "all-gather by permutes"}[loop[1]]
     if kind == "send":
@@ -300,14 +300,14 @@ def _meant(kind: str, visit: Visit, program: Program) -> str:
     if "all-reduce-scatter" in visit.computation:
         return "reduce-scatter"
     computation = program.computations[visit.computation]
-    made = [computation.get(n) for n in visit.instruction.operands]
-    if made and all(m is not None and _pads(program, computation, m) for m in made):
+    parts = [computation.get(n) for n in visit.instruction.operands]
+    if parts and all(part is not None and _pads(program, computation, part) for part in parts):
         return "all-gather as all-reduce"
     return kind
 
 
 def _pads(program: Program, computation: dict, instruction: Instruction) -> bool:
-    """Whether an array is another one written into zeros."""
+    """Whether an array is a smaller one padded with zeros."""
     while instruction.op in ("copy", "copy-done", "copy-start", "bitcast", "get-tuple-element"):
         instruction = computation.get(instruction.operands[0]) if instruction.operands else None
         if instruction is None:
@@ -325,8 +325,9 @@ def _pads(program: Program, computation: dict, instruction: Instruction) -> bool
 
 
 def traffic(program: Program) -> float:
-    """Bytes that a device reads from and writes to its memory: of every operation that is not inside a fusion, the operands and
-    the result, but of an array that is read or written in slices the slices alone, and nothing of what a TPU keeps on the chip.
+    """Bytes that a device reads from and writes to its memory: the operands and results of every operation outside fusions.
+
+    An array that is read or written in slices counts only its slices. What a TPU keeps on the chip does not count.
     """
     return sum(
         visit.times * _touched(program, visit)

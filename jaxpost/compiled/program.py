@@ -1,7 +1,7 @@
-"""A stage's programs, compiled for a machine that is not here, and what their compilation says.
+"""A stage's programs, compiled for a machine that is not here, and their memory and time.
 
-Nothing is initialised: the state and the batches are shapes. The programs are the ones that a run has, made by the same code:
-the train step; and for rollouts the sampler's programs, while the train state waits, and what the reference says.
+Nothing is initialised: the state and the batches are shapes. The programs are those of a run, made by the same code: the train
+step, and for rollouts the sampler's programs and the reference's scoring, which run while the train state stays in memory.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxpost import optim, sharding
 from jaxpost.compiled import hlo, roofline
 from jaxpost.compiled.topology import Topology
-from jaxpost.config.startup import heard
+from jaxpost.config.startup import captured_stderr
 from jaxpost.config.unread import shares
 from jaxpost.errors import first_line
 from jaxpost.models import hub_configs, loading
@@ -32,10 +32,10 @@ GIVEN_UP = re.compile(
     r"Involuntary full rematerialization\. The compiler cannot go from (.*?) efficiently for HLO operation (.*?)\. As"
 )
 
-# An amount of memory in what the compiler says of a program that takes more than a chip has.
+# An amount of memory in the compiler's message about a program that takes more than a chip has.
 AMOUNT = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?) ?([KMGT])(?:i?B)?\b")
 
-# What is held between steps.
+# The trees that stay in memory between steps.
 STATE = ("weights", "optimizer", "ema", "frozen", "reference")
 
 
@@ -47,8 +47,8 @@ class Traced(NamedTuple):
     arguments: tuple
     keywords: dict
     held: dict  # kind of memory -> tree of shapes
-    waiting: tuple[str, ...] = ()  # those kinds that are there and are not its arguments
-    tokens: int = 0  # that it works on, all devices together
+    waiting: tuple[str, ...] = ()  # the kinds that are in memory but are not its arguments
+    tokens: int = 0  # how many it processes, all devices together
 
 
 def outline(s, mesh) -> tuple[loading.ModelSpec, Callable, str, int]:
@@ -73,7 +73,7 @@ class Prepared(NamedTuple):
     shape: tuple[int, int]  # rows and tokens a row of a batch
 
     def state_bytes(self) -> float:
-        """Bytes a device of what is held between steps: what no remedy but another mesh makes smaller."""
+        """Bytes a device that stay in memory between steps. Only another mesh makes this smaller."""
         return sum(bytes_held(tree) for kind, tree in self.programs[0].held.items() if kind != "inputs")
 
 
@@ -81,30 +81,30 @@ def prepared(s, mesh) -> Prepared:
     """A stage with settings s on a mesh. Its programs are the step, and the sampler's where it draws completions."""
     if s.do == "generate":
         return _generating(s, mesh)
-    found, objective, trainable, trained = outline(s, mesh)
+    spec, objective, trainable, trained = outline(s, mesh)
     tx = optim.make(s.optimizer, s.steps or 1000)
-    held = state.shapes(found.transformer, mesh, tx, trainable, adapter=found.adapter, leaves=found.leaves, ema=s.ema > 0)
-    columns = plan.columns(s, objective, found)
+    held = state.shapes(spec.transformer, mesh, tx, trainable, adapter=spec.adapter, leaves=spec.leaves, ema=s.ema > 0)
+    columns = plan.columns(s, objective, spec)
     batch = sharding.batch_shapes(columns, mesh)
-    step = state.program(found.transformer, objective, tx, held, mesh, s)
+    step = state.program(spec.transformer, objective, tx, held, mesh, s)
     kinds = {"weights": held.train, "optimizer": held.opt_state, "ema": held.ema, "frozen": held.frozen}
     named, references = shares(s.source), []
     if "rollouts" in named:
-        chosen, _ = annotations.choose(s, objective, plan.own_columns(s, objective), (), found, annotations.models(s))
+        chosen, _ = annotations.choose(s, objective, plan.own_columns(s, objective), (), spec, annotations.models(s))
         references = [one for one in chosen if one.weights == "start"]
     if references:
         kinds["reference"] = held.train  # a copy of what trains, as it was at the start
     inputs = {"inputs": batch}
-    made = [Traced("step", step, (held, batch), {}, kinds | inputs, ("reference",), math.prod(batch["tokens"].shape))]
+    programs = [Traced("step", step, (held, batch), {}, kinds | inputs, ("reference",), math.prod(batch["tokens"].shape))]
     if "rollouts" in named:
         alone = s.shared_prefix or datasets.row_type(objective).completions == 2  # a prompt gives one row
         prompts = round(s.batch_size * named["rollouts"]) * s.rollouts.minibatches // (1 if alone else s.rollouts.group)
-        made += _sampler(s, mesh, found.transformer, combine(held.train, held.frozen), prompts, kinds)
+        programs += _sampler(s, mesh, spec.transformer, combine(held.train, held.frozen), prompts, kinds)
     for one in references:
-        score = jax.jit(one.program(found.transformer.forward))
+        score = jax.jit(one.program(spec.transformer.forward))
         first, few = combine(kinds["reference"], held.frozen), sharding.batch_shapes(_microbatch(s, columns), mesh)
-        made.append(Traced("reference", score, (first, few), {}, kinds | {"inputs": few}, ("weights", "optimizer", "ema")))
-    return Prepared(found, trained, made, batch["tokens"].shape)
+        programs.append(Traced("reference", score, (first, few), {}, kinds | {"inputs": few}, ("weights", "optimizer", "ema")))
+    return Prepared(spec, trained, programs, batch["tokens"].shape)
 
 
 def _generating(s, mesh) -> Prepared:
@@ -122,8 +122,8 @@ def _microbatch(s, columns: dict) -> dict:
 
 
 def _sampler(s, mesh, transformer, params, prompts: int, kinds: dict) -> list[Traced]:
-    """Laying out the weights for it, prefill, and decoding, while the state waits, or before it is there: as many turns as the
-    longest completion has, in one segment or several.
+    """The sampler's programs: weight layout, prefill and decoding, while the train state (if there is one) waits in memory.
+    Decoding runs for as many turns as the longest completion has, in one segment or several.
     """
     options, whole = s.rollouts, sharding.replicated(mesh)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -131,10 +131,10 @@ def _sampler(s, mesh, transformer, params, prompts: int, kinds: dict) -> list[Tr
     room = options.prompt_window + options.new
     slots = min(options.slots + -options.slots % ways, jobs) or jobs
 
-    def made(function, *arguments, **keywords):
+    def output(function, *arguments, **keywords):
         with sharding.use(mesh):
             shapes = jax.eval_shape(lambda *a: function(transformer, *a, **keywords), *arguments)
-            letters = {1: "B", 2: "BS", 4: cache_axes()["v"]}  # of keys too: only B and K are split, which all orders agree on
+            letters = {1: "B", 2: "BS", 4: cache_axes()["v"]}  # for keys too: only B and K are split, at the same place in both
         if function is decode.prepare:
             return sharding.placed(shapes, sharding.gathered(mesh, shapes))
         return sharding.placed(shapes, sharding.by_letters(mesh, shapes, letters))
@@ -142,21 +142,21 @@ def _sampler(s, mesh, transformer, params, prompts: int, kinds: dict) -> list[Tr
     def rows(*shape, dtype=jnp.int32):
         return sharding.batch_shapes(jax.ShapeDtypeStruct(shape, dtype), mesh)
 
-    asked = rows(prompts, options.prompt_window), rows(prompts)
-    weights = made(decode.prepare, params)
-    bank = made(decode.prefill, weights, *asked, room=room)
+    inputs = rows(prompts, options.prompt_window), rows(prompts)
+    weights = output(decode.prepare, params)
+    bank = output(decode.prefill, weights, *inputs, room=room)
     queue, halted = decode.Queue(rows(jobs), rows(jobs), rows(ways)), rows(jobs, dtype=bool)
-    begun = made(decode.begin, halted, slots=slots, room=room, new=options.new)
+    begun = output(decode.begin, halted, slots=slots, room=room, new=options.new)
     noise = stop = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=whole)
     amounts = {k: jax.ShapeDtypeStruct((), x.dtype, sharding=whole) for k, x in processors.controls().items()}
     weighed = {**kinds, "sampler's weights": weights}
-    given, cached = {**weighed, "inputs": asked}, {**weighed, "bank": (bank, queue), "cache": begun}
-    first, then = (transformer, weights, *asked), (transformer, weights, bank, queue, begun, noise, stop, amounts, halted)
+    prefilling, decoding = {**weighed, "inputs": inputs}, {**weighed, "bank": (bank, queue), "cache": begun}
+    first, then = (transformer, weights, *inputs), (transformer, weights, bank, queue, begun, noise, stop, amounts, halted)
     return [
         Traced("prepare", decode.prepare, (transformer, params), {}, kinds, ("optimizer", "ema", "reference")),
-        Traced("prefill", decode.prefill, first, {"room": room}, given, STATE, prompts * options.prompt_window),
+        Traced("prefill", decode.prefill, first, {"room": room}, prefilling, STATE, prompts * options.prompt_window),
         Traced(
-            "decode", decode.segment, then, {"turns": min(options.segment, options.new)}, cached, STATE, slots * options.new
+            "decode", decode.segment, then, {"turns": min(options.segment, options.new)}, decoding, STATE, slots * options.new
         ),
     ]
 
@@ -166,7 +166,7 @@ def _sampler(s, mesh, transformer, params, prompts: int, kinds: dict) -> list[Tr
 
 @contextlib.contextmanager
 def _uncached():
-    """Without the cache of compiled programs: what comes from there comes without the compiler's warnings."""
+    """Turns off the cache of compiled programs: a cached program comes without the compiler's warnings."""
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
@@ -178,41 +178,41 @@ def _uncached():
 
 
 def measured(s, mesh, topology: Topology, traced: Traced) -> dict[str, Any]:
-    """Compiles a program: everything that there is to say of it, as data. Bytes and FLOPs are a device's.
+    """Compiles a program and returns its figures. Bytes and FLOPs are a device's.
 
-    Where the compiler refuses the program and names no bytes of HBM, `refused` is the first line of what it says.
+    Where the compiler refuses the program and names no bytes of HBM, `refused` is the first line of its message.
     """
     with sharding.use(mesh), _uncached():
         start = time.perf_counter()
         trace = traced.function.trace(*traced.arguments, **traced.keywords)
         lowered = trace.lower()
         begun = time.perf_counter()
-        said, refusal = [""], None
+        output, refusal = [""], None
         try:
-            with heard() as said:
+            with captured_stderr() as output:
                 compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             compiled, refusal = None, error
-    found = {"program": traced.name, "lower_seconds": begun - start, "compile_seconds": time.perf_counter() - begun}
-    found["flops"] = roofline.flops(trace.jaxpr) / mesh.size
-    found["given_up"] = given_up(said[0])
+    figures = {"program": traced.name, "lower_seconds": begun - start, "compile_seconds": time.perf_counter() - begun}
+    figures["flops"] = roofline.flops(trace.jaxpr) / mesh.size
+    figures["given_up"] = given_up(output[0])
     if refusal is not None:
-        wanted = refused_bytes(str(refusal))
-        found |= {"fits": False, "hbm": _refused_memory(wanted, traced, topology)}
-        return found if wanted else {**found, "refused": first_line(refusal)}
+        amount = refused_bytes(str(refusal))
+        figures |= {"fits": False, "hbm": _refused_memory(amount, traced, topology)}
+        return figures if amount else {**figures, "refused": first_line(refusal)}
     hbm = _memory(compiled, traced, topology)
-    found |= {"fits": hbm["total"] <= hbm["limit"], "hbm": hbm}
+    figures |= {"fits": hbm["total"] <= hbm["limit"], "hbm": hbm}
     try:
-        return {**found, **_cost(mesh, topology, compiled, found["flops"])}
-    except Exception as error:  # a libtpu may write its programs in a way of its own, or fail to: what memory it takes holds
-        return {**found, "unread": first_line(error)}
+        return {**figures, **_cost(mesh, topology, compiled, figures["flops"])}
+    except Exception as error:  # a libtpu may print programs differently, or fail to print them: the memory figures still hold
+        return {**figures, "unread": first_line(error)}
 
 
 def refused_bytes(message: str) -> float | None:
-    """Bytes of HBM that a program wants, of what the compiler says as it refuses it; None if that is not about HBM, and 0 if it
-    names no amount.
+    """Bytes of HBM that a refused program wants, read from the compiler's message; None if the message is not about HBM, and 0
+    if it names no amount.
 
-    The wording is each libtpu's own. What the program wants in all comes in the first lines and is the largest amount there.
+    The wording differs between versions of libtpu. The total comes in the first lines and is the largest amount there.
     """
     head = message[:1000]
     if "RESOURCE_EXHAUSTED" not in head or not re.search(r"\bHBM\b", head, re.IGNORECASE):
@@ -221,41 +221,41 @@ def refused_bytes(message: str) -> float | None:
     return max((float(amount) * units[unit] for amount, unit in AMOUNT.findall(head)), default=0.0)
 
 
-def given_up(said: str) -> list[str]:
-    """The arrays whose split the partitioner gave up, copying them whole to every device: what it wrote of each."""
-    if "Involuntary full rematerialization" not in said:
+def given_up(text: str) -> list[str]:
+    """The partitioner's warnings about arrays that it copies whole to every device because it cannot keep their split."""
+    if "Involuntary full rematerialization" not in text:
         return []
-    found = [f"{operation.partition('), ')[0]}: from {change}" for change, operation in GIVEN_UP.findall(said)]
-    return list(dict.fromkeys(found)) or ["(the compiler does not say which)"]
+    arrays = [f"{operation.partition('), ')[0]}: from {change}" for change, operation in GIVEN_UP.findall(text)]
+    return list(dict.fromkeys(arrays)) or ["(the compiler does not say which)"]
 
 
 def _memory(compiled, traced: Traced, topology: Topology) -> dict[str, float]:
-    """Bytes a device by kind of a compiled program, with what waits while it runs; `limit` is what a program may have."""
+    """Bytes a device of a compiled program by kind, the waiting kinds included; `limit` is what a program may have."""
     held, waiting = _held(traced)
     stats = compiled.memory_analysis()
     outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    # Peak memory counts arguments and results; what is left of it is the program's own.
+    # Peak memory counts arguments and results; the rest is temporaries.
     peak = stats.peak_memory_in_bytes or stats.argument_size_in_bytes + outputs + stats.temp_size_in_bytes
-    own = max(peak - stats.argument_size_in_bytes - outputs, 0)
-    return {**held, "outputs": outputs, "temporaries": own, "total": peak + waiting, "limit": _limit(topology)}
+    temporaries = max(peak - stats.argument_size_in_bytes - outputs, 0)
+    return {**held, "outputs": outputs, "temporaries": temporaries, "total": peak + waiting, "limit": _limit(topology)}
 
 
-def _refused_memory(wanted: float | None, traced: Traced, topology: Topology) -> dict[str, float]:
-    """The same of a program that the compiler refuses; wanted: what `refused_bytes` read.
+def _refused_memory(amount: float | None, traced: Traced, topology: Topology) -> dict[str, float]:
+    """The same for a program that the compiler refuses; amount: what `refused_bytes` gives.
 
-    Without an amount `total` is the least that it may be: what is held, and the limit where HBM is what the program lacks. A
-    program that takes less than the limit lacks something else: a kernel's own memory, or the compiler has a fault.
+    Without an amount `total` is a lower bound: the bytes held, and at least the limit where HBM is what the program lacks. A
+    program below the limit was refused for another reason: a kernel's own memory, or a fault of the compiler.
     """
     held, waiting = _held(traced)
     least, limit = sum(held.values()), _limit(topology)
-    if wanted:
-        total = max(wanted + waiting, least)
+    if amount:
+        total = max(amount + waiting, least)
         return {**held, "temporaries": total - least, "total": total, "limit": limit}
-    return {**held, "total": least if wanted is None else max(least, limit), "limit": limit}
+    return {**held, "total": least if amount is None else max(least, limit), "limit": limit}
 
 
 def _held(traced: Traced) -> tuple[dict[str, float], float]:
-    """(bytes a device of each kind that is there while a program runs, those among them that only wait)."""
+    """(bytes a device of each kind in memory while a program runs, the sum of those that only wait)."""
     held = {kind: bytes_held(tree) for kind, tree in traced.held.items() if jax.tree.leaves(tree)}
     return held, sum(held.get(kind, 0.0) for kind in traced.waiting)
 
@@ -282,8 +282,8 @@ def _cost(mesh, topology: Topology, compiled, flops: float) -> dict[str, Any]:
         entry = merged.setdefault((c.kind, c.axes), {"kind": c.kind, "axes": c.axes, "largest": c.name})
         for key, more in (("count", c.times), ("bytes", c.sent * c.times), ("links", links), ("network", network)):
             entry[key] = entry.get(key, 0) + more
-    found = {"traffic": hlo.traffic(program), "collectives": sorted(merged.values(), key=lambda e: -e["bytes"])}
+    figures = {"traffic": hlo.traffic(program), "collectives": sorted(merged.values(), key=lambda e: -e["bytes"])}
     if topology.chip:
-        totals = (sum(e[key] for e in found["collectives"]) for key in ("links", "network"))
-        found["seconds"] = roofline.times(topology, flops, found["traffic"], *totals)
-    return found
+        totals = (sum(e[key] for e in figures["collectives"]) for key in ("links", "network"))
+        figures["seconds"] = roofline.times(topology, flops, figures["traffic"], *totals)
+    return figures

@@ -1,12 +1,12 @@
-"""How much arithmetic a program is, and how long a step takes at best.
+"""The FLOPs of a program, and the shortest time that a step can take.
 
-FLOPs come from the traced program, not from the compiler, which counts a loop's body once and hides its kernels: each product
-of matrices is 2 x (what it makes) x (what it sums over), times the lengths of the loops around it. What the program asks for
-and never uses is taken out first, as the compiler does. A hand-written kernel is what it says of itself, or the products in its
-body at every point of its grid; of splash attention only the blocks that a causal mask leaves.
+FLOPs come from the traced program: the compiler counts a loop's body once and hides its kernels. A matrix product is 2 x (size
+of the result) x (size of the sum), times the lengths of the loops around it. Unused results are removed first, as the compiler
+does. A hand-written kernel counts by its own cost estimate, or by the products in its body at every point of its grid; splash
+attention counts only the blocks that a causal mask leaves.
 
 The time is a model: arithmetic at the data sheet's bfloat16 peak, memory at its bandwidth, collectives at the speed of the
-links that they span. If all three overlap the step takes as long as the longest; if no collective does, those come on top.
+links that they span. If all three overlap, the step takes as long as the longest; if no collective does, they come on top.
 """
 
 import math
@@ -54,19 +54,19 @@ def _equation(eqn, shards: int) -> float:
 
 
 def _inner(params: dict) -> list:
-    """The programs that an equation calls: of a differentiable call the forward one alone."""
-    found = []
+    """The programs that an equation calls; for a differentiable call only the forward one."""
+    jaxprs = []
     for key, value in params.items():
         if key in ("fwd_jaxpr_thunk", "bwd", "jvp_jaxpr_fun", "transpose_jaxpr_fun"):
             continue
         inner = getattr(value, "jaxpr", value)
         if hasattr(inner, "eqns"):
-            found.append(inner)
-    return found
+            jaxprs.append(inner)
+    return jaxprs
 
 
 def _ragged(eqn) -> float:
-    """Rows of the left side meet one group each, [m,k] x [g,k,n]; or for the groups' gradients [k,m] x [k,n] in groups of k."""
+    """FLOPs of [m,k] x [g,k,n], a group for each row; or, for the groups' gradients, of [k,m] x [k,n] in groups of k."""
     left, right = (v.aval.shape for v in eqn.invars[:2])
     out = eqn.outvars[0].aval.shape
     contracted = eqn.params.get("ragged_dot_dimension_numbers")
@@ -79,7 +79,7 @@ def _ragged(eqn) -> float:
 
 
 def _turns(eqn) -> int:
-    """How often a loop may turn: what a scope around it says, or the number that its condition holds the counter against."""
+    """An upper bound of a loop's turns: from a scope around it, or the limit in its condition."""
     if scoped := SCOPE.findall(str(eqn.source_info.name_stack)):
         return int(scoped[-1])
     condition = eqn.params["cond_jaxpr"].jaxpr
@@ -88,12 +88,12 @@ def _turns(eqn) -> int:
 
 
 def _kernel(params: dict) -> float:
-    if (said := params.get("cost_estimate")) is not None:
-        return float(said.flops)
+    if (estimate := params.get("cost_estimate")) is not None:
+        return float(estimate.flops)
     grid = [n for n in params["grid_mapping"].grid if isinstance(n, int)]
     total = math.prod(grid) * _of(params["jaxpr"], 1)
     if "splash" in str(params.get("name")):
-        # Causal attention by blocks, m of n at most for each: the first rows have fewer, and what is left over is skipped.
+        # Causal attention by blocks, at most m of n for each row of blocks: the first rows have fewer and skip the rest.
         n, m = max(grid[-2:]), min(grid[-2:])
         total *= 1 - (m - 1) / (2 * n)
     return total
@@ -103,21 +103,21 @@ def _kernel(params: dict) -> float:
 
 
 def seconds(topology: machines.Topology, devices: list, collective: Collective) -> tuple[float, float]:
-    """(time on the links within a slice, time on the network between slices) of all runs of a collective, each by itself.
+    """(time on the links within a slice, time on the network between slices) of all runs of a collective, without overlap.
 
-    devices: of the mesh, in its order. Where a group reaches into several slices its links carry the whole, and the network the
-    part that every chip of a slice has of it.
+    devices: the mesh's, in its order. Where a group spans several slices, the links carry the whole array and the network each
+    chip's share of it.
     """
-    chip, own = topology.chip, [devices[i] for i in collective.group]
+    chip, group = topology.chip, [devices[i] for i in collective.group]
     if collective.kind.endswith("between slices"):
         return 0.0, collective.times * collective.sent / chip.dcn
-    within = collective.sent / (chip.link * machines.links(topology, own))
-    slices = machines.slices_of(own)
+    within = collective.sent / (chip.link * machines.links(topology, group))
+    slices = machines.slices_of(group)
     if slices == 1:
         if collective.kind in ("all-to-all", "ragged-all-to-all"):  # most of it passes through other chips
-            within *= max(1.0, len(own) / 4)
+            within *= max(1.0, len(group) / 4)
         return collective.times * within, 0.0
-    each = len(own) // slices
+    each = len(group) // slices
     if each == 1:
         within = 0.0
     across = collective.sent * (slices - 1) / slices / max(each, 1) / chip.dcn
@@ -125,9 +125,9 @@ def seconds(topology: machines.Topology, devices: list, collective: Collective) 
 
 
 def times(topology: machines.Topology, work: float, traffic: float, links: float, network: float) -> dict[str, float]:
-    """Seconds of a device's FLOPs, bytes of memory and collectives, and of the step: `overlapped` and `serial`."""
+    """Seconds of a device for FLOPs, memory and collectives, and for the whole step: `overlapped` and `serial`."""
     chip = topology.chip
     parts = {"compute": work / chip.peak, "memory": traffic / chip.bandwidth, "links": links, "network": network}
-    # Arithmetic and memory always overlap, in hardware; collectives as far as the compiler hides them.
+    # Arithmetic and memory always overlap in hardware; collectives overlap as far as the compiler hides them.
     alone = max(parts["compute"], parts["memory"])
     return {**parts, "overlapped": max(parts.values()), "serial": alone + links + network}

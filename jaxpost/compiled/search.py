@@ -1,7 +1,6 @@
-"""Other ways to run a stage: what would make it fit, and what would make it fast.
+"""Other ways to run a stage, to make it fit or to make it fast.
 
-A way is a dict of settings that differ. Ways are put in order by an estimate that costs nothing; what is proposed in the end
-has been compiled.
+A way is a dict of settings that differ. A cheap estimate orders the ways; `fit.py` compiles a way before it proposes it.
 """
 
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ REMATS = tuple(REMAT)  # from keeping everything to keeping least
 
 
 def changed(s: ConfigDict, way: dict) -> ConfigDict:
-    """The settings with those of a way ({"remat": "full", "mesh.fsdp": 8})."""
+    """The settings, changed by a way ({"remat": "full", "mesh.fsdp": 8})."""
     other = s.copy_and_resolve_references()
     with other.unlocked():
         for key, value in way.items():
@@ -29,19 +28,19 @@ def changed(s: ConfigDict, way: dict) -> ConfigDict:
     return other
 
 
-def told(way: dict, stage: str = "") -> str:
-    """A way as the command line takes it."""
+def flags(way: dict, stage: str = "") -> str:
+    """A way as command-line flags."""
     return " ".join(f"--config.{f'{stage}.' if stage and not k.startswith('mesh.') else ''}{k}={v}" for k, v in way.items())
 
 
 def remedies(s: ConfigDict, mesh, slices: int = 1) -> Iterator[dict]:
     """Ways that take less memory, cheapest first: less kept for the backward pass, smaller microbatches; the same in bfloat16;
-    and all of these with the state split over all devices of a slice, by fsdp alone and by tensor too. Those whose rows would
-    not divide are left out.
+    and all of these with the state split over all devices of a slice, by fsdp alone and with tensor. Ways whose rows do not
+    divide are left out.
     """
-    given = dict(mesh.shape)
-    sides = [t for t in (1, 2, 4, 8) if t >= given["tensor"] and mesh.size % (slices * t) == 0]
-    meshes = [given] + [{"data": slices, "fsdp": mesh.size // slices // t, "tensor": t} for t in sides]
+    current = dict(mesh.shape)
+    sides = [t for t in (1, 2, 4, 8) if t >= current["tensor"] and mesh.size % (slices * t) == 0]
+    meshes = [current] + [{"data": slices, "fsdp": mesh.size // slices // t, "tensor": t} for t in sides]
     meshes = [m for i, m in enumerate(meshes) if m not in meshes[:i]]
     steps = [{"remat": r} for r in REMATS if REMATS.index(r) > REMATS.index(s.remat)]
     for other in meshes:
@@ -50,7 +49,7 @@ def remedies(s: ConfigDict, mesh, slices: int = 1) -> Iterator[dict]:
             parts = [] if left else [m for m in _powers(rows) if m > s.microbatches and rows % m == 0]
             ladder = [{}, *steps] if not left and rows % s.microbatches == 0 else []
             ladder += [{**(steps[-1] if steps else {}), "microbatches": m} for m in parts]
-            moved = {} if other == given else {f"mesh.{k}": v for k, v in other.items()}
+            moved = {} if other == current else {f"mesh.{k}": v for k, v in other.items()}
             cast = {} if dtype == s.dtype else {"dtype": dtype}
             yield from (way for rung in ladder if (way := {**rung, **moved, **cast}))
 
@@ -60,7 +59,7 @@ def _powers(most: int) -> list[int]:
 
 
 def _meshes(count: int) -> list[dict[str, int]]:
-    """All meshes of so many devices with sides that divide, tensor a power of two."""
+    """All meshes of `count` devices, tensor a power of two."""
     sides = [n for n in range(1, count + 1) if count % n == 0]
     return [
         {"data": count // f // t, "fsdp": f, "tensor": t}
@@ -72,7 +71,7 @@ def _meshes(count: int) -> list[dict[str, int]]:
 
 def candidates(s: ConfigDict, topology: Topology) -> list[tuple[float, dict]]:
     """(estimated seconds, way) of every mesh and number of microbatches that is estimated to fit, fastest first."""
-    found = []
+    fitting = []
     for sizes in _meshes(len(topology.devices)):
         try:
             mesh = sharding.make_mesh(**sizes, devices=topology.devices)
@@ -86,12 +85,12 @@ def candidates(s: ConfigDict, topology: Topology) -> list[tuple[float, dict]]:
         for parts in [m for m in _powers(rows) if rows % m == 0]:
             seconds, held = _estimate(s, arch, trained, topology, mesh, parts)
             if held < topology.chip.hbm:
-                found.append((seconds, {"microbatches": parts, **{f"mesh.{k}": v for k, v in sizes.items()}}))
-    return sorted(found, key=lambda x: x[0])
+                fitting.append((seconds, {"microbatches": parts, **{f"mesh.{k}": v for k, v in sizes.items()}}))
+    return sorted(fitting, key=lambda x: x[0])
 
 
 def _estimate(s, arch, trained: int, topology: Topology, mesh, parts: int) -> tuple[float, float]:
-    """(seconds a step, bytes a chip) of SFT on full rows, roughly: to choose what to compile, and told to nobody."""
+    """A rough estimate of (seconds a step, bytes a chip) for SFT on full rows. It only chooses what to compile."""
     sizes, chip = dict(mesh.shape), topology.chip
     split, width = sizes["fsdp"] * sizes["tensor"], 2 if s.dtype == "bfloat16" else 4
     tokens = s.batch_size * s.window / (sizes["data"] * sizes["fsdp"])

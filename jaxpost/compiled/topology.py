@@ -1,15 +1,15 @@
-"""Machines that are not here: the devices of a topology by its name, and what one of them is.
+"""Machines that are not here: the devices of a topology by its name, and the data sheet of one device.
 
-    v5e:2x4      a slice of chips, by the shape of its torus: any that the installed libtpu compiles for, down to v5e:1x1
+    v5e:2x4      a slice of chips by the shape of its torus: any that the installed libtpu compiles for, down to v5e:1x1
     v5e:4x4*2    two such slices, with the data centre's network between them
-    v5p-64       a Cloud TPU accelerator type: chips of v5e and v6e, TensorCores (two a chip) of the others
+    v5p-64       a Cloud TPU accelerator type: it counts chips of v5e and v6e, TensorCores (two a chip) of the others
     cpu:8        simulated devices of this process
 
-Capitals are as good (V6E-8), and so are other names of a kind (v5litepod-8, v7x-8).
+Names are case-insensitive (V6E-8), and a kind's other names work too (v5litepod-8, v7x-8).
 
-The devices can be compiled for and nothing else. Their facts are the makers' data sheets: peak bfloat16 FLOP/s, bandwidth of
-the memory, speed of a link. The memory that a program may have is what libtpu itself allows, which is a little less than the
-chip has. Links are counted at nine tenths of the data sheet's speed, which is about what collectives reach.
+The devices can only be compiled for. Their figures are the makers' data sheets: peak bfloat16 FLOP/s, bandwidth of the memory,
+speed of a link. The memory that a program may have is what libtpu allows, a little less than the chip has. Links count at nine
+tenths of the data sheet's speed, which is about what collectives reach.
 """
 
 import importlib.metadata
@@ -28,8 +28,8 @@ from jaxpost.errors import UserError
 
 GIB = 2**30
 
-# What libtpu reads as it is loaded, so import this before jax starts: not to ask the machine's metadata server who it is, not
-# to keep others from compiling, and to say its warnings, the partitioner's among them, where they can be heard.
+# libtpu reads these as it is loaded, so import this before jax starts. They stop its queries of the metadata server, let
+# several processes compile, and send its warnings, the partitioner's among them, to standard error.
 LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
@@ -43,7 +43,7 @@ for _key, _value in LIBTPU.items():
 
 class Chip(NamedTuple):
     """One device: bytes of HBM that a program may have, dense bfloat16 FLOP/s, bytes/s of HBM, bytes/s in one direction of one
-    link, bytes/s each way to other slices; wrap: an axis of the torus that is a multiple of this long closes to a ring.
+    link, bytes/s each way to other slices; wrap: a torus axis whose length is a multiple of this closes to a ring.
     """
 
     hbm: float
@@ -54,7 +54,7 @@ class Chip(NamedTuple):
     wrap: int
 
 
-# A device is a chip, but half of one of v2, v3 and tpu7x, where each of the two cores has its own memory.
+# A device is a chip, except for v2, v3 and tpu7x: there it is one of the chip's two cores, which have memory of their own.
 CHIPS = {
     "v2": Chip(7.48 * GIB, 23e12, 350e9, 28e9, 1.5e9, 16),
     "v3": Chip(15.48 * GIB, 61e12, 450e9, 37e9, 1.5e9, 16),
@@ -75,7 +75,7 @@ SIZES |= {k: {2 * chips: shape for chips, shape in sizes.items()} for k, sizes i
 
 
 class Topology(NamedTuple):
-    """A named machine: its devices, what one of them is (None for a CPU, which has no data sheet), how many slices."""
+    """A named machine: its devices, the data sheet of one (None for a CPU), the number of slices."""
 
     name: str
     devices: list
@@ -84,36 +84,36 @@ class Topology(NamedTuple):
 
 
 def find(name: str) -> Topology:
-    """The topology of a name. Raises UserError for one that there is none of, listing what there is, or without libtpu."""
+    """The topology of a name. Raises UserError for an unknown one, listing the choices, and where libtpu is missing."""
     name = shaped(name)
-    if found := re.fullmatch(r"cpu:(\d+)", name):
-        return Topology(name, _cpus(int(found[1])), None)
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})(?:\*(\d+))?", name)
-    if not found or found[1] not in CHIPS or found[3] == "0":
-        raise UserError(f"--topology={name}: no such topology. {known()}")
+    if match := re.fullmatch(r"cpu:(\d+)", name):
+        return Topology(name, _cpus(int(match[1])), None)
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})(?:\*(\d+))?", name)
+    if not match or match[1] not in CHIPS or match[3] == "0":
+        raise UserError(f"--topology={name}: no such topology. {choices()}")
     _check_compiler()
-    kind, shape, slices = found[1], [int(n) for n in found[2].split("x")], int(found[3] or 1)
+    kind, shape, slices = match[1], [int(n) for n in match[2].split("x")], int(match[3] or 1)
     options = {"num_slices": slices} if slices > 1 else {}
     if kind == "v4":
         options["chip_config_name"] = "megacore"
     sides = [*shape, 1][:3]
-    if any(n % 2 for n in sides[:2]):  # smaller than the usual host, or not made of such
+    if any(n % 2 for n in sides[:2]):  # smaller than the usual host, or no multiple of it
         options["chips_per_host_bounds"] = [1 if n % 2 else 2 for n in sides[:2]] + [1]
     try:
-        devices = topologies.get_topology_desc(topology_name=f"{kind}:{found[2]}", platform="tpu", **options).devices
+        devices = topologies.get_topology_desc(topology_name=f"{kind}:{match[2]}", platform="tpu", **options).devices
     except RuntimeError as error:
         if "libtpu" in str(error):
             raise UserError(
                 f"--topology={name}: the TPU compiler is not installed; it needs no TPU: pip install 'jaxpost[fit]'."
             ) from error
-        raise UserError(f"--topology={name}: libtpu says: {str(error).splitlines()[0]} {known()}") from error
+        raise UserError(f"--topology={name}: libtpu says: {str(error).splitlines()[0]} {choices()}") from error
     return Topology(name, list(devices), CHIPS[kind], slices)
 
 
 def shaped(name: str) -> str:
-    """KIND:SHAPE for an accelerator type (V5P-64 is v5p:2x4x4); any other name in our spelling of its kind.
+    """KIND:SHAPE for an accelerator type (V5P-64 is v5p:2x4x4); any other name with its kind spelled as in CHIPS.
 
-    Raises UserError for a size that the kind does not come in.
+    Raises UserError for a size that the kind does not have.
     """
     kind, mark, rest = re.fullmatch(r"(\w*)(\W?)(.*)", name.strip().lower(), re.DOTALL).groups()
     kind = ALIASES.get(kind, kind)
@@ -132,29 +132,29 @@ def shaped(name: str) -> str:
 
 
 def _check_compiler() -> None:
-    """Raises UserError if the installed libtpu is another than the installed jax asks for: its programs may not be readable."""
+    """Raises UserError if the installed libtpu is not the version that jax requires: its programs may not be readable."""
     package, library = importlib.util.find_spec("libtpu"), os.environ.get("TPU_LIBRARY_PATH")  # jax sets it to the package's
     folders = (package and package.submodule_search_locations) or ()
     if library and folders and not any(Path(library).resolve().is_relative_to(Path(folder).resolve()) for folder in folders):
-        return  # a library of the user's own, whose version no package tells
+        return  # a library of the user's own, whose version is unknown
     try:
         version = importlib.metadata.version("libtpu")
-    except importlib.metadata.PackageNotFoundError:  # looking for the topology says so
+    except importlib.metadata.PackageNotFoundError:  # `find` reports it
         return
     for text in importlib.metadata.requires("jax") or ():
-        wanted = Requirement(text)
-        if wanted.name != "libtpu" or not (wanted.marker is None or wanted.marker.evaluate({"extra": "tpu"})):
+        requirement = Requirement(text)
+        if requirement.name != "libtpu" or not (requirement.marker is None or requirement.marker.evaluate({"extra": "tpu"})):
             continue
-        if not wanted.specifier.contains(version, prereleases=True):
+        if not requirement.specifier.contains(version, prereleases=True):
             raise UserError(
                 f"libtpu {version} is installed, and jax {importlib.metadata.version('jax')} works with "
-                f"libtpu{wanted.specifier}: pip install 'libtpu{wanted.specifier}'"
+                f"libtpu{requirement.specifier}: pip install 'libtpu{requirement.specifier}'"
             )
 
 
-def known() -> str:
-    """What to choose from, in a sentence or two."""
-    flat, deep = (", ".join(k for k, shapes in SHAPES.items() if shapes is own) for own in (FLAT, DEEP))
+def choices() -> str:
+    """The names that there are, in a sentence or two."""
+    flat, deep = (", ".join(k for k, shapes in SHAPES.items() if shapes is group) for group in (FLAT, DEEP))
     return (
         f"A name is KIND:SHAPE. Kinds {flat} have shapes {' '.join(FLAT)}; kinds {deep} have shapes {' '.join(DEEP)}; "
         "*N after it is N slices. Or an accelerator type, as v6e-8 or v5p-64; or cpu:N."
@@ -162,21 +162,23 @@ def known() -> str:
 
 
 def simulate(name: str) -> None:
-    """Has this process simulate the devices of cpu:N, if that is the name; before jax starts, and with no other devices."""
+    """Makes jax use CPU devices only, N of them if the name is cpu:N. Call it before jax starts."""
     jax.config.update("jax_platforms", "cpu")
-    if found := re.fullmatch(r"cpu:([1-9]\d*)", shaped(name)):
-        jax.config.update("jax_num_cpu_devices", int(found[1]))
+    if match := re.fullmatch(r"cpu:([1-9]\d*)", shaped(name)):
+        jax.config.update("jax_num_cpu_devices", int(match[1]))
 
 
 def _cpus(count: int) -> list:
-    have = jax.devices("cpu")
-    if not 0 < count <= len(have):
-        raise UserError(f"--topology=cpu:{count}: this process was started with {len(have)} simulated devices; ask for fewer.")
-    return have[:count]
+    devices = jax.devices("cpu")
+    if not 0 < count <= len(devices):
+        raise UserError(
+            f"--topology=cpu:{count}: this process was started with {len(devices)} simulated devices; ask for fewer."
+        )
+    return devices[:count]
 
 
 def links(topology: Topology, devices: list) -> float:
-    """How many links' worth of one direction each device of a group has into a collective over that group, within a slice.
+    """How many links, counted in one direction, each device has for a collective over its group within a slice.
 
     All axes of the torus that the group spans are used at once: two links where the axis is whole and closes to a ring, one
     where it is a line, and less where other groups lie between the devices and share the links.
@@ -195,12 +197,12 @@ def links(topology: Topology, devices: list) -> float:
 
 
 def slices_of(devices: list) -> int:
-    """In how many slices a group of devices lies."""
+    """The number of slices that a group of devices spans."""
     return len({_slice(d) for d in devices})
 
 
 def torus_axes(devices: list) -> int:
-    """Along how many axes of the torus a group of devices extends."""
+    """The number of torus axes that a group of devices spans."""
     places = np.array([_place(d) for d in devices if _slice(d) == _slice(devices[0])])
     return int(sum(len(np.unique(column)) > 1 for column in places.T[:3]))
 

@@ -1,4 +1,4 @@
-"""How an entry point meets its user: flags in, one clear message out when something is wrong."""
+"""The command line of the entry points: flags in, and one clear message when something is wrong."""
 
 import os
 import re
@@ -28,11 +28,12 @@ def run(
     distributed: bool = False,
     devices: bool = True,
 ) -> None:
-    """Runs main(argv) as an absl app; `about` heads its --help. model: whether it opens one without a recipe (--trust).
-    distributed: whether it may be one of several processes (--distributed); devices: whether it computes on this machine's.
+    """Runs main(argv) as an absl app; `about` heads its --help. config: whether it takes a recipe (--config, with keys as
+    --config.key=value); model: whether it opens a model without a recipe (--trust); distributed: whether it may be one of
+    several processes (--distributed); devices: whether it computes on this machine's devices.
 
-    A UserError, a wrong flag or a wrong config key ends with its message alone and exit status 2; anything else is a bug and
-    keeps its traceback. Recipes' keys (with `config`) are given as --config.key=value.
+    A UserError, a wrong flag or a wrong config key prints its message only, with exit status 2. Any other error is a bug and
+    keeps its traceback.
     """
     sys.modules["__main__"].__doc__ = about
     _define(config, model, distributed)
@@ -40,11 +41,11 @@ def run(
     def parse(argv):
         try:
             if config:
-                argv, own = _own_keywords(_find_recipe(argv))
-                sys.argv[:] = argv  # ml_collections looks there, not at what it is given
+                argv, keywords = _new_keywords(_find_recipe(argv))
+                sys.argv[:] = argv  # ml_collections reads sys.argv, not its argument
             rest = flags.FLAGS(argv)
             if config and flags.FLAGS.config is not None:
-                for path, value in own:
+                for path, value in keywords:
                     recipe.put(flags.FLAGS.config, path, value)
             return rest
         except Exception as e:  # a recipe is the user's code, and may raise anything
@@ -69,7 +70,7 @@ def run(
 
 
 def _explain(error: Exception, argv: list[str]) -> str:
-    """What was wrong with a recipe or with a key that the command line gives it, and where."""
+    """The message for an error in a recipe or in a key that the command line changes, with its place."""
     while "Traceback" in str(error) and error.__context__:  # absl wraps some errors, with a traceback in the message
         error = error.__context__
     with_recipe = any(argument.startswith("--config") for argument in argv)
@@ -79,19 +80,18 @@ def _explain(error: Exception, argv: list[str]) -> str:
         return str(error)
     if isinstance(error, (AttributeError, KeyError)) and (wrong := _unknown(argv)):
         path, word = wrong
-        known = _known_beside(path, word)
+        choices = _siblings(path, word)
         absent = " Set it in the recipe; the command line only changes what is there."
-        return (
-            f"--{'.'.join(path)}: the recipe has no key {word!r} there.{absent if word in known else recipe.hint(word, known)}"
-        )
-    own = str(Path(__file__).parents[1])
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((own, "<"))]
+        hint = absent if word in choices else recipe.hint(word, choices)
+        return f"--{'.'.join(path)}: the recipe has no key {word!r} there.{hint}"
+    package = str(Path(__file__).parents[1])
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((package, "<"))]
     places = [f"{f.filename}, line {f.lineno}: " for f in frames if "site-packages" not in f.filename]
     return f"the recipe could not be read: {places[-1] if places else ''}{type(error).__name__}: {error}"
 
 
-def _known_beside(path: list[str], word: str) -> Mapping:
-    """The settings among which a key of the path stands; a stage holds the same as the recipe around it."""
+def _siblings(path: list[str], word: str) -> Mapping:
+    """The settings beside a key of the path; a stage has the same settings as the recipe around it."""
     level = DEFAULTS
     for part in path[1 : path.index(word)]:
         level = level.get(part, DEFAULTS)
@@ -99,10 +99,10 @@ def _known_beside(path: list[str], word: str) -> Mapping:
 
 
 def _unknown(argv: list[str]) -> tuple[list[str], str] | None:
-    """The first --config.a.b on the command line that the recipe has not, as a path, and which part of it is unknown."""
+    """The first --config.a.b on the command line that the recipe lacks: its path, and the part of it that is unknown."""
     try:
         config = _recipe(argv)
-    except Exception:  # then it is the recipe that is wrong
+    except Exception:  # then the recipe itself is wrong
         return None
     for argument in argv:
         if argument.startswith("--config."):
@@ -115,32 +115,33 @@ def _unknown(argv: list[str]) -> tuple[list[str], str] | None:
 
 
 def _recipe(argv: list[str]) -> Mapping:
-    """What the recipe on the command line gives, as plain dicts, before the command line changes it."""
+    """The recipe named on the command line, as plain dicts, before the command line changes it."""
     value = next(a.partition("=")[2] for a in argv if a.startswith("--config="))
     return recipe.opened(value).to_dict()
 
 
-def _own_keywords(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """(the arguments without them, [(path, value)]) of the keywords of functions that the recipe does not mention.
+def _new_keywords(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """(the other arguments, [(path, value)] of keywords of functions that the recipe does not mention).
 
-    ml_collections changes only what is there, but which keywords an objective or a task has is for the function to say. It also
-    takes no folder where the recipe has a model's fields, so a model is among them.
+    ml_collections only changes keys that exist, but the keywords of an objective or a task are up to the function. It also
+    refuses a folder where the recipe has a model's fields, so `model` is among them.
     """
     pattern = re.compile(rf"--config\.((?:\w+\.)?(?:(?:{'|'.join(ENTRIES)})(?:\.[\w-]+)+|model|evals))=(.*)", re.DOTALL)
-    found = [m.groups() for a in argv if (m := pattern.fullmatch(a))]
-    if not found or not any(a.startswith("--config=") for a in argv):
+    settings = [m.groups() for a in argv if (m := pattern.fullmatch(a))]
+    if not settings or not any(a.startswith("--config=") for a in argv):
         return argv, []
     config = _recipe(argv)
-    own = [(path, value) for path, value in found if not recipe.has(config, path) or path.split(".")[-1] in ("model", "evals")]
-    return [a for a in argv if a not in [f"--config.{path}={value}" for path, value in own]], own
+    added = [
+        (path, value) for path, value in settings if not recipe.has(config, path) or path.split(".")[-1] in ("model", "evals")
+    ]
+    return [a for a in argv if a not in [f"--config.{path}={value}" for path, value in added]], added
 
 
 def _find_recipe(argv: list[str]) -> list[str]:
-    """The arguments with --config=PATH before the others, the path of a recipe that is there: as given, or one of those that
-    come with jaxpost.
+    """The arguments with --config=PATH first, as ml_collections needs it, and its path resolved: a file, or a recipe that comes
+    with jaxpost.
 
-    Raises UserError where there is no such file: ml_collections would go on with a stand-in until it is used. It also wants the
-    recipe before its settings.
+    Raises UserError where there is no such file: ml_collections would only fail when it is used.
     """
     out, rest = [], iter(argv)
     for argument in rest:
@@ -168,19 +169,19 @@ def _define(config: bool, model: bool, distributed: bool) -> None:
         what = "Several processes (a TPU pod slice, a GPU cluster): start jax.distributed first."
         flags.DEFINE_bool("distributed", False, what)
     for name, has in (("config", config), ("trust", model), ("distributed", distributed)):
-        if has:  # --help lists the main module's alone
+        if has:  # --help only lists the main module's flags
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
 
 def command(changes: Mapping[str, str]) -> str:
-    """The command that this process is, with flags of other values: {"workdir": "runs/2"}; "" where it is none of jaxpost's."""
-    own = [
+    """This process's command with some flags changed, as {"workdir": "runs/2"}; "" where it is no command of jaxpost."""
+    modules = [
         i for i, argument in enumerate(sys.orig_argv) if i and sys.orig_argv[i - 1] == "-m" and argument.startswith("jaxpost.")
     ]
-    if not own:
+    if not modules:
         return ""
-    called, given = sys.orig_argv[: own[0] + 1], sys.orig_argv[own[0] + 1 :]
-    kept, rest = [], iter(given)
+    called, arguments = sys.orig_argv[: modules[0] + 1], sys.orig_argv[modules[0] + 1 :]
+    kept, rest = [], iter(arguments)
     for argument in rest:
         name, equals, _ = argument.lstrip("-").partition("=")
         if not any(name == other or name.startswith(f"{other}.") for other in changes):
@@ -194,7 +195,7 @@ def required(*names: str) -> list:
     """The values of flags that must be given. Raises UserError naming the first that is not."""
     for name in names:
         if not flags.FLAGS[name].value:
-            text = flags.FLAGS[name].help.partition(";\n")[0]  # absl adds a line to that of a flag of several values
+            text = flags.FLAGS[name].help.partition(";\n")[0]  # absl adds a line for a flag with several values
             raise UserError(f"--{name}=... is required: {text.removesuffix('.')}. See --help.")
     return [flags.FLAGS[name].value for name in names]
 

@@ -1,6 +1,6 @@
-"""From a stage to the earlier ones whose artefacts it takes: `@NAME` in its settings, checked before anything is made.
+"""From a stage to the earlier ones whose artefacts it takes: `@NAME` in its settings, checked before anything runs.
 
-A stage's settings get one key more than a recipe has, `start`: the stage whose weights it starts from, "" for its own model.
+A stage's settings have one key more than a recipe, `start`: the stage whose weights it starts from, "" for its own model.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -9,7 +9,7 @@ from typing import Any
 from jaxpost.config.resolve import nearest
 from jaxpost.errors import UserError
 
-# What a stage that does this makes.
+# What each kind of stage makes.
 MAKES = {
     "train": "weights",
     "merge": "weights",
@@ -23,10 +23,10 @@ _INPUTS = {"model": "weights", "of": "weights", "data": "rows", "eval_data": "ro
 
 
 def linked(settings: dict, own_model: bool, before: Mapping[str, Mapping], place: str) -> dict:
-    """A stage's settings with `start`, and with the model that its weights are of.
+    """A stage's settings with `start`, and with `model` replaced by the model that the weights came from.
 
     own_model: whether the stage names a model itself; before: {name: settings} of the stages before it. Raises UserError for a
-    name that is no such stage, and for one that makes something else.
+    name that is no earlier stage, and for a stage that makes something else.
     """
     if settings["do"] not in MAKES:
         raise UserError(f"{place}.do: {settings['do']!r}.{nearest(settings['do'], MAKES)}")
@@ -44,7 +44,7 @@ def linked(settings: dict, own_model: bool, before: Mapping[str, Mapping], place
 
 
 def names(text: str) -> list[str]:
-    """The stages that a text names, with commas between several."""
+    """The stages that a comma-separated text names."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
@@ -63,7 +63,7 @@ def references(value: Any) -> Iterator[str]:
 
 
 def filled(value: Any, files: Callable[[str], str]) -> Any:
-    """A setting with what `files` gives for a stage's name in place of each @NAME; a text with one becomes a list."""
+    """A setting with each @NAME replaced by files(NAME); a text that has one becomes a list."""
     if not any(references(value)):
         return value
     if isinstance(value, str):

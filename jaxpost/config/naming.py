@@ -1,15 +1,15 @@
 """From a function to its name: what a config records when a user hands over an object instead of naming one.
 
-A config is plain data. It is copied, merged, written as JSON, and compared with that of the run that a workdir holds, so a
-function cannot stand in it, but its name can:
+A config is plain data. It is copied, merged, written as JSON, and compared with the config of the run in a workdir. So it holds
+a function's name, not the function:
 
-    my_package.losses.mine      where that name imports to the very object: the same as naming it, from any command line
-    mine#9f8e7d6c               for a function of a notebook, a lambda, an object: its name and a digest of what it does
+    my_package.losses.mine      where importing that name gives the object: the same as naming it, from any command line
+    mine#9f8e7d6c               for a function of a notebook, a lambda, an object: its name and a digest of its behaviour
 
-`given` finds the second kind again in this process. In the next one the user hands the object over again, and the digest tells
-whether it is still the same: a run is never continued with another loss that happens to have the same name. The digest covers
-the source (the bytecode where there is none, or where a lambda shares its line), default arguments, and the values that a
-closure holds. What a function calls, and what it reads from its module, it does not cover.
+`handed_over` looks up the second kind in this process. In the next process the user hands the object over again, and the digest
+shows whether it is still the same: a run is never continued with another loss of the same name. The digest covers the source
+(the bytecode where there is none, or where a lambda shares its line), default arguments, and the values in a closure. It does
+not cover the functions that are called or the module's variables.
 """
 
 import functools
@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-# What a recipe may name, and the arguments that its functions take by place; a task is a module, which has several functions.
-# A merge takes further models after the first.
+# The nouns whose functions a recipe may name, and their positional arguments. A task is a module of several functions. A merge
+# takes further models after the first.
 NOUNS = {
     "objective": ("forward", "params", "batch", "key"),
     "reward": ("record", "completion"),
@@ -37,8 +37,8 @@ NOUNS = {
     "task": None,
     "transform": ("rows", "columns", "key"),
 }
-# What `resolve` calls them together, and where they are under jaxpost: a folder, or one file of siblings. What is not said here
-# is the noun's plural.
+# Where the plural is irregular (PLURALS) or the functions are not in jaxpost/PLURAL (FOLDERS): a folder, or one file of
+# siblings.
 PLURALS = {"merge": "merging"}
 FOLDERS = {
     "processors": "sampling.processors",
@@ -46,8 +46,8 @@ FOLDERS = {
     "steps": "rollouts.steps",
     "transforms": "data.transforms",
 }
-# The settings that hold entries (a name, or a dict with `name` and keywords), or lists of entries, and what they name. Those of
-# SEVERAL may hold a dict of entries under the user's own names.
+# The settings that hold entries (a name, or a dict with `name` and keywords), or lists of entries, and the plural of what they
+# name. Those in SEVERAL may hold a dict of entries under the user's own names.
 ENTRIES = {
     **{noun: f"{noun}s" for noun in ("objective", "reward", "adapter", "task")},
     "annotations": "annotators",
@@ -56,13 +56,13 @@ ENTRIES = {
     "processors": "processors",
     "steps": "steps",
 }
-WITH = {"annotate": "annotators", "select": "transforms", "merge": "merging"}  # what a stage that does this is `with`
+WITH = {"annotate": "annotators", "select": "transforms", "merge": "merging"}  # stage -> what its setting `with` names
 SEVERAL = ("reward", "evals", "annotations")
-_GIVEN: dict[str, Any] = {}
+_HANDED_OVER: dict[str, Any] = {}
 
 
 def name_of(thing: Any, noun: str) -> str:
-    """The name that a config records for a function, a module or an object of a noun ("objectives"); `given` knows it after."""
+    """The name that a config records for a function, module or object of a noun ("objectives"); `handed_over` then knows it."""
     whole = isinstance(thing, ModuleType)
     place = thing.__name__ if whole else getattr(thing, "__module__", None) or ""
     name = getattr(thing, "__name__", None) or getattr(getattr(thing, "func", thing), "__name__", type(thing).__name__)
@@ -70,24 +70,24 @@ def name_of(thing: Any, noun: str) -> str:
     if module is thing or (module is not None and vars(module).get(name) is thing):
         return (place if whole else f"{place}.{name}").removeprefix(f"jaxpost.{FOLDERS.get(noun, noun)}.")
     name = f"{name.rpartition('.')[2].strip('<>')}#{digest_of(thing)}"
-    _GIVEN[name] = thing
+    _HANDED_OVER[name] = thing
     return name
 
 
 def digest_of(thing: Any) -> str:
-    """A digest of what a function or an object does, the same in every process; see the module's docstring for its limits."""
+    """A digest of a function's or object's behaviour, the same in every process; the module's docstring gives its limits."""
     return hashlib.sha256(_described(thing, ()).encode()).hexdigest()[:8]
 
 
-def given(name: str) -> Any:
+def handed_over(name: str) -> Any:
     """The object that was handed over under this name in this process, or None."""
-    return _GIVEN.get(name)
+    return _HANDED_OVER.get(name)
 
 
-def named(settings: Mapping, known: Container[str]) -> dict:
-    """Settings with a name for each object that stands where a config has an entry (ENTRIES).
+def named(settings: Mapping, keys: Container[str]) -> dict:
+    """Settings with the objects in entries (ENTRIES) replaced by their names.
 
-    known: the settings' keys; a dict under another is a stage's.
+    keys: the names of all settings; a dict under any other key is a stage's settings.
     """
     out = dict(settings)
     for key, value in settings.items():
@@ -96,13 +96,13 @@ def named(settings: Mapping, known: Container[str]) -> dict:
         elif key == "with" and value and (callable(value) or (isinstance(value, Mapping) and callable(value.get("name")))):
             entry = value if isinstance(value, Mapping) else {"name": value}
             out[key] = {**entry, "name": name_of(entry["name"], WITH.get(settings.get("do"), ""))}
-        elif isinstance(value, Mapping) and (key not in known or key == "rollouts"):
-            out[key] = named(value, known)
+        elif isinstance(value, Mapping) and (key not in keys or key == "rollouts"):
+            out[key] = named(value, keys)
     return out
 
 
 def _entries(key: str, value: Any) -> Any:
-    """The value of a setting of ENTRIES with names for objects: an entry, or several in a dict or a list."""
+    """The value of a setting of ENTRIES with names for objects: one entry, or several in a dict or a list."""
     if isinstance(value, (str, int)):  # outside of rollouts `steps` is a number
         return {"name": value} if key == "task" and value else value
     if isinstance(value, (list, tuple)):
@@ -125,8 +125,8 @@ def _entry(key: str, entry: Any) -> Any:
 
 
 def _described(thing: Any, within: tuple) -> str:
-    """What an object does or is, as text that is the same in every process. within: the objects around it, which guard against
-    cycles.
+    """An object's behaviour or value as text that is the same in every process. within: the objects around it, which guard
+    against cycles.
     """
     if any(thing is outer for outer in within):
         return "itself"
@@ -159,7 +159,7 @@ def _described(thing: Any, within: tuple) -> str:
         return text([thing.fget, thing.fset])
     if isinstance(thing, _COMPILED) or inspect.ismemberdescriptor(thing) or inspect.isgetsetdescriptor(thing):
         return thing.__name__
-    # All that a class has, the methods that Python writes too, but for what says where it is.
+    # All attributes of a class, Python's generated methods too, except those that say where it is defined.
     parts = {k: v for c in kind.__mro__[:-1] for k, v in vars(c).items() if k not in _WHERE}
     slots = [getattr(thing, name, None) for c in kind.__mro__ for name in getattr(c, "__slots__", ())]
     return text([kind.__qualname__, parts, [] if thing is kind else [getattr(thing, "__dict__", {}), slots]])
@@ -177,7 +177,7 @@ _WHERE = ("__module__", "__dict__", "__weakref__", "__doc__", "__annotations__",
 def _held(cell: Any) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # a name that is given a value only later
+    except ValueError:  # a name that is assigned only later
         return None
 
 

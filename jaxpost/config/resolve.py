@@ -4,10 +4,10 @@
     dict(name="lora", rank=8)                 without a dot, the function that its file is named after: adapters/lora.py, lora
     dict(name="my_package.losses.mine", a=1)  any importable package.module.function
     dict(name="losses.py:mine", a=1)          a function in a file of one's own
-    dict(name=mine, a=1)                      from Python, the function itself (`naming` says what is recorded of it)
+    dict(name=mine, a=1)                      from Python, the function itself (`naming` gives the name that is recorded)
 
-A name that stands in a file, such as a checkpoint's, may be one of the first two, or one that the user's own command, recipe or
-call names too (`trust`): nobody else decides what is run.
+A name in a file, such as a checkpoint's, may only be one of the first two, or one that the user's own command, recipe or call
+names too (`trust`), so that a file does not decide which code runs.
 
 The other keys are the function's keyword arguments. An unknown name or keyword fails at once and names the nearest known one.
 """
@@ -25,23 +25,23 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from jaxpost.config.naming import FOLDERS, NOUNS, PLURALS, given
+from jaxpost.config.naming import FOLDERS, NOUNS, PLURALS, handed_over
 from jaxpost.errors import UserError
 
-# By what resolve calls a noun, the arguments that its functions take by place; what else stands with them is a helper.
+# A noun's plural -> the positional arguments of its functions; functions with others are helpers.
 ARGUMENTS = {PLURALS.get(noun, f"{noun}s"): arguments for noun, arguments in NOUNS.items() if arguments}
 _TRUSTED: set[str] = set()
 
 
-def nearest(word: str, known) -> str:
-    """' Did you mean ...?' for the closest known word, else the list of what is known."""
-    known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known) or 'none'}."
+def nearest(word: str, names) -> str:
+    """' Did you mean ...?' for the closest of the names, else a list of them."""
+    names = sorted(names)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(names) or 'none'}."
 
 
 def value_of(text: str) -> Any:
-    """What a text on the command line stands for: JSON (true, 3, "x"), True and False are taken as such, all else as it is."""
+    """The value of a text on the command line: JSON (true, 3, "x"), True and False are parsed, all else stays text."""
     try:
         return json.loads(text.lower() if text in ("True", "False") else text)
     except ValueError:
@@ -54,7 +54,7 @@ def entry_of(text: str, place: str) -> Any:
 
 
 def entries(value: Any, place: str) -> list:
-    """A list of entries: as given, of one entry, or of a text with commas or, on the command line, JSON. place: for errors."""
+    """A list of entries, from a list, one entry, a comma-separated text or, on the command line, JSON. place: for errors."""
     if isinstance(value, str):
         text = value.strip()
         value = _json(text, place) if text[:1] in ("[", "{") else [name.strip() for name in text.split(",") if name.strip()]
@@ -71,8 +71,8 @@ def _json(text: str, place: str) -> Any:
 def resolve(spec: Mapping | str, noun: str) -> Callable:
     """The function that a config entry names, with the entry's other keys bound as keyword arguments.
 
-    noun: what the function is, "objectives" or "transforms", which says where a bare name is looked up. Raises UserError for an
-    unknown name, an unknown keyword, or one that is required and missing.
+    noun: the plural, as "objectives" or "transforms", which decides where a bare name is looked up. Raises UserError for an
+    unknown name, an unknown keyword, or a missing required one.
     """
     options = dict(spec) if isinstance(spec, Mapping) else {"name": spec}
     name = options.pop("name", None)
@@ -86,18 +86,17 @@ def resolve(spec: Mapping | str, noun: str) -> Callable:
 
 
 def trust(entry: Mapping | str) -> None:
-    """Notes a function that the user names; files may name it as well from here on, in this process."""
+    """Records a function that the user names. From here on files may name it too, in this process."""
     _TRUSTED.add(entry if isinstance(entry, str) else entry.get("name", ""))
 
 
 def check_origin(entry: Any, noun: str, file) -> None:
-    """Raises UserError where an entry of a file names a function that is neither jaxpost's own nor trusted, and imports nothing
-    of it."""
+    """Raises UserError where a file's entry names a function that is neither jaxpost's own nor trusted. Imports nothing."""
     name = entry.get("name") if isinstance(entry, Mapping) else entry
     if not isinstance(name, str):
         raise UserError(f"{file}: names no function of kind {noun}, but {name!r}.")
-    # One that was handed over from Python is never imported.
-    if name in _TRUSTED or "#" in name or any(name in (own, f"{own}.{own}") for own in known(noun)):
+    # A function that was handed over from Python is never imported.
+    if name in _TRUSTED or "#" in name or any(name in (short, f"{short}.{short}") for short in known(noun)):
         return
     raise UserError(
         f"{file}: names {name!r} of {noun}, which is not jaxpost's, and a file does not decide what is run. If it is yours, "
@@ -107,7 +106,7 @@ def check_origin(entry: Any, noun: str, file) -> None:
 
 
 def bind(function: Callable, options: Mapping, place: str) -> Callable:
-    """function with keyword-only options bound, each checked against the signature."""
+    """The function with keyword-only options bound, each checked against the signature."""
     keywords = {k: p for k, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
     for option in options:
         if option not in keywords:
@@ -118,15 +117,15 @@ def bind(function: Callable, options: Mapping, place: str) -> Callable:
 
 
 def find(name: str, noun: str) -> Callable:
-    """The object a name stands for; see the module's docstring for the forms."""
+    """The object of a name; the module's docstring lists the forms."""
     if "#" in name:
         return _handed_over(name)
     if ".py:" in name:
         path, _, attribute = name.rpartition(":")
         return _attribute(_file(path), attribute, name, noun)
     (file, _, attribute), place = name.rpartition("."), _place(noun)
-    own = [f"{place}.{file}"] if file else [f"{place}.{name}", *[place] * _is_file(noun)]
-    for candidate in own + [file] * bool(file):
+    candidates = [f"{place}.{file}"] if file else [f"{place}.{name}", *[place] * _is_file(noun)]
+    for candidate in candidates + [file] * bool(file):
         if (imported := _module(candidate)) is not None:
             return _attribute(imported, attribute, name, noun)
     raise UserError(
@@ -135,13 +134,13 @@ def find(name: str, noun: str) -> Callable:
 
 
 def _meant(name: str, noun: str) -> str:
-    """`nearest` of a noun's functions: one that is called so in some file, or the closest."""
+    """`nearest` among a noun's functions, with those first whose name without the file is the same."""
     names = known(noun)
     return nearest(name, [full for full in names if full.rpartition(".")[2] == name] or names)
 
 
 def module(name: str, noun: str) -> ModuleType:
-    """A whole module by name (a task is one): under jaxpost/<noun>, importable, path/file.py, or an object given for it."""
+    """A whole module by name (a task is one): under jaxpost/<noun>, importable, path/file.py, or an object handed over."""
     if "#" in name:
         return _handed_over(name)
     if name.endswith(".py"):
@@ -149,33 +148,33 @@ def module(name: str, noun: str) -> ModuleType:
     for candidate in (f"{_place(noun)}.{name}", name):
         if candidate and (imported := _module(candidate)) is not None:
             return imported
-    have = [path.stem for path in _files(noun)]
+    names = [path.stem for path in _files(noun)]
     raise UserError(
-        f"config: unknown module {name!r} for {noun}.{nearest(name, have)} Or give an importable module, or a file.py."
+        f"config: unknown module {name!r} for {noun}.{nearest(name, names)} Or give an importable module, or a file.py."
     )
 
 
 def known(noun: str) -> list[str]:
-    """Every function of the noun that comes with jaxpost, as the short name a config would use; not the helpers beside them.
-    What needs a package that is not installed is left out.
+    """Every function of the noun that comes with jaxpost, by the short name that a config uses, without helpers and without
+    files that need a package that is not installed.
     """
     names = []
     for path in _files(noun):
-        own, prefix = (_place(noun), "") if _is_file(noun) else (f"{_place(noun)}.{path.stem}", f"{path.stem}.")
+        place, prefix = (_place(noun), "") if _is_file(noun) else (f"{_place(noun)}.{path.stem}", f"{path.stem}.")
         try:
-            functions = vars(importlib.import_module(own)).items()
+            functions = vars(importlib.import_module(place)).items()
         except ModuleNotFoundError:
             continue
-        public = [k for k, v in functions if inspect.isfunction(v) and v.__module__ == own and not k.startswith("_")]
+        public = [k for k, v in functions if inspect.isfunction(v) and v.__module__ == place and not k.startswith("_")]
         public = [k for k in public if _takes(dict(functions)[k], noun)]
         names += [k if prefix == f"{k}." else prefix + k for k in public]
     return names
 
 
 def _takes(function: Callable, noun: str) -> bool:
-    """Whether a function of ours has the arguments of its noun, by their names too: a helper may take as many others."""
-    names, wanted = tuple(inspect.signature(function).parameters), ARGUMENTS.get(noun, ())
-    return fits(function, noun) and (names[: len(wanted)] == wanted or "completions" in names)
+    """Whether a function of jaxpost has the noun's arguments, by name too: a helper may take the same number of others."""
+    names, arguments = tuple(inspect.signature(function).parameters), ARGUMENTS.get(noun, ())
+    return fits(function, noun) and (names[: len(arguments)] == arguments or "completions" in names)
 
 
 def _place(noun: str) -> str:
@@ -194,18 +193,18 @@ def _is_file(noun: str) -> bool:
 
 
 def fits(function: Callable, noun: str) -> bool:
-    """Whether a function takes by place what the functions of the noun are called with."""
+    """Whether a function takes the noun's arguments by position."""
     if noun not in ARGUMENTS or (noun == "rewards" and "completions" in inspect.signature(function).parameters):
-        return True  # of rewards TRL's signature too (rewards/trl.py)
-    wanted, takes = len(ARGUMENTS[noun]), inspect.signature(function).parameters.values()
+        return True  # a reward may also have TRL's signature (rewards/trl.py)
+    count, takes = len(ARGUMENTS[noun]), inspect.signature(function).parameters.values()
     placed = [p for p in takes if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     needed = sum(p.default is p.empty for p in placed)
-    return needed <= wanted and (wanted <= len(placed) or any(p.kind is p.VAR_POSITIONAL for p in takes))
+    return needed <= count and (count <= len(placed) or any(p.kind is p.VAR_POSITIONAL for p in takes))
 
 
 def _module(name: str) -> ModuleType | None:
-    """The module, or None if there is none of that name; an error inside it is raised, never taken for absence. Raises
-    UserError where one of jaxpost's needs a package that is not installed.
+    """The module, or None if there is none of that name; an error inside the module is raised. Raises UserError where a module
+    of jaxpost needs a package that is not installed.
     """
     try:
         return importlib.import_module(name)
@@ -218,7 +217,7 @@ def _module(name: str) -> ModuleType | None:
 
 
 def _extra(package: str) -> str:
-    """How to install a package of an extra; "" for another."""
+    """How to install a package that belongs to an extra; "" for any other."""
     extra = {"lm_eval": "eval"}.get(package.partition(".")[0])
     return f"; pip install 'jaxpost[{extra}]'" if extra else ""
 
@@ -227,10 +226,10 @@ def _file(path: str) -> ModuleType:
     if not Path(path).is_file():
         raise UserError(f"config: no file {path}; a path is taken relative to the current directory.")
     whole = Path(path).resolve()
-    name = f"{whole.stem}_{zlib.crc32(str(whole).encode()):08x}"  # a name of its own, since two files may share theirs
+    name = f"{whole.stem}_{zlib.crc32(str(whole).encode()):08x}"  # unique, since two files may have the same name
     spec = importlib.util.spec_from_file_location(name, whole)
     loaded = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
-    sys.path.insert(0, str(whole.parent))  # for what lies beside it, as if it were run
+    sys.path.insert(0, str(whole.parent))  # so that it can import its neighbours, as a script can
     try:
         spec.loader.exec_module(loaded)
     finally:
@@ -239,7 +238,7 @@ def _file(path: str) -> ModuleType:
 
 
 def _handed_over(name: str):
-    if (thing := given(name)) is None:
+    if (thing := handed_over(name)) is None:
         raise UserError(
             f"config: {name!r} was handed over from Python, in another session; hand it over again to jaxpost.train."
         )
@@ -248,7 +247,7 @@ def _handed_over(name: str):
 
 def _attribute(holder: ModuleType, attribute: str, name: str, noun: str):
     if not hasattr(holder, attribute):
-        have = [k for k, v in vars(holder).items() if inspect.isfunction(v) and not k.startswith("_") and fits(v, noun)]
+        names = [k for k, v in vars(holder).items() if inspect.isfunction(v) and not k.startswith("_") and fits(v, noun)]
         place = Path(holder.__file__ or "").name if ":" in name else holder.__name__  # a file's module has a name of our own
-        raise UserError(f"config: {name!r}: {place} has no {attribute!r}.{nearest(attribute, have)}")
+        raise UserError(f"config: {name!r}: {place} has no {attribute!r}.{nearest(attribute, names)}")
     return getattr(holder, attribute)

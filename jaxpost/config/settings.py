@@ -1,7 +1,7 @@
-"""Every setting of a run on one page, with its default, and what values it may have.
+"""Every setting of a run on one page, with its default and its allowed values.
 
-Where a key holds a dict with a `name`, the name is a function's and the other keys are its keyword arguments; nothing of a
-method is described here.
+Where a key holds a dict with a `name`, the name is a function's and the other keys are its keyword arguments. Methods describe
+their keywords themselves.
 """
 
 import math
@@ -33,11 +33,11 @@ DEFAULTS = {
     # Over whole rows: xla, splash (TPU), cudnn (GPU), auto (the platform's fast one). Where a kernel cannot, xla takes its
     # place: splash with a window that is no multiple of 128 or a shared prefix, cudnn with float32 (models/attention.py).
     "attention": "auto",
-    # What goes around the model's weights, which are then frozen: dict(name="lora", rank=8, alpha=16.0), of adapters/. A stage
-    # that starts from one with an adapter trains it on.
+    # An adapter around the model's weights, which are then frozen: dict(name="lora", rank=8, alpha=16.0), of adapters/. A stage
+    # that starts from a model with an adapter trains that one on.
     "adapter": {},
-    # Pattern over parameter paths; the others are frozen and cost no optimizer memory, nor room in checkpoints where a folder
-    # holds them. With an adapter ".*" means what it adds.
+    # Pattern over parameter paths; the others are frozen: they cost no optimizer memory, and no room in checkpoints where a
+    # folder holds them. With an adapter ".*" means the weights that it adds.
     "trainable": ".*",
     "objective": {"name": "sft.nll"},
     # Where batches come from: "data" (files, or the task's demonstrations), "rollouts" (completions of the current weights), or
@@ -47,11 +47,11 @@ DEFAULTS = {
     # several, and =WEIGHT after each for a mixture (data/mixture.py); "" is the task's demonstrations.
     "data": "",
     "eval_data": "",  # the same, held out for evaluation; "" takes `held_out` from data
-    "columns": "",  # the data's own names for columns of a shape: "prompt=problem,completion=solution", or a dict
-    "row_columns": "",  # keys of the rows, with commas, whose numbers become columns; those that the objective reads do anyway
-    # In which order to learn from them, of data/transforms/order.py: dict(name="by", column="difficulty"); "" is shuffled.
+    "columns": "",  # the data's own names for the keys of a row type: "prompt=problem,completion=solution", or a dict
+    "row_columns": "",  # keys of the rows, with commas, whose numbers become columns; those that the objective reads always do
+    # The order of the rows, of data/transforms/order.py: dict(name="by", column="difficulty"); "" is shuffled.
     "order": "",
-    "bad_rows": "stop",  # of a row that cannot be learned from, or a problem asked: stop the run, or skip it (counted and told)
+    "bad_rows": "stop",  # for a row or problem that cannot be used: stop the run, or skip it (with a count)
     "held_out": 0.0,  # how much of data to hold out: a share below 1, or a number of examples
     "split_seed": 0,  # decides which these are, and a task's demonstrations: the same for each `seed`, so that seeds compare
     "template": "",  # chat template: plain, chatml, llama3, gemma, or Jinja; "" is the tokenizer's own
@@ -97,12 +97,12 @@ DEFAULTS = {
         "mask_truncated": False,  # do not learn from such completions; the objective says whether they are counted
         "correction": "",  # for a sampler whose probabilities are not the trainer's: truncate (tokens), mask (completions)
         "correction_cap": 2.0,
-        # Processes that rewards run in, each killed when one hangs; 0 is this process, where a loop in C cannot be stopped.
+        # Processes that rewards run in; one that hangs is killed. 0 is this process, where a loop in C cannot be stopped.
         "reward_workers": 4,
         "reward_memory": 8.0,  # GiB that each may allocate, on Linux; a reward that asks for more fails. 0 is no limit
-        "reward_seconds": 10.0,  # after which a reward has failed, as it has when it raises or gives what is no number
-        "failed": 0.0,  # what a failed reward counts as
-        "failures": 0.1,  # the share of a batch's verdicts past which failures stop the run
+        "reward_seconds": 10.0,  # after which a reward has failed, as when it raises or returns no number
+        "failed": 0.0,  # the value of a failed reward
+        "failures": 0.1,  # the share of failed rewards in a batch above which the run stops
     },
     # The length of the run: steps, or passes over the data where steps is 0.
     "batch_size": 8,  # rows, over all devices and microbatches
@@ -111,7 +111,7 @@ DEFAULTS = {
     "epochs": 1,
     # End when the training time of the named stages (with commas) is used up; steps is then only the schedule's length.
     "time_of": "",
-    "tokens_of": "",  # the same for the tokens that they trained on (num_tokens); of both, what is used up first ends the stage
+    "tokens_of": "",  # the same for the tokens that they trained on (num_tokens); with both, the first to be used up counts
     "optimizer": {
         "lr": 2e-5,
         "schedule": "cosine",  # cosine, linear, constant, wsd
@@ -125,9 +125,9 @@ DEFAULTS = {
         "clip": 1.0,  # of the gradient's global norm; 0 is off
     },
     "ema": 0.0,  # decay of a running mean of the weights; 0 keeps none
-    "max_skipped": 10,  # updates left out in a row, for not being finite, after which the run stops
+    "max_skipped": 10,  # non-finite updates in a row, all skipped, after which the run stops
     "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-    "topology": "",  # the machine that the recipe was made for, e.g. v5e:2x4: what jaxpost.fit compiles for
+    "topology": "",  # the machine that the recipe is for, e.g. v5e:2x4: what jaxpost.fit compiles for
     # When to write, evaluate and save (in steps; 0 is only at the end), and what to keep.
     "log_every": 10,
     "term_norms": False,  # log the norm of each term's gradient as well (grad_norm/TERM), at a backward pass a term
@@ -138,17 +138,17 @@ DEFAULTS = {
     # and some are shown on a terminal.
     "completions": 0,
     "profile": 0,  # steps of each stage to trace, once it is under way (profile.py)
-    "best": "eval/loss",  # the metric whose best checkpoint stays as well
-    "highest": False,  # whether more of it is better
+    "best": "eval/loss",  # the metric whose best checkpoint is kept too
+    "highest": False,  # whether higher is better
     "eval_rows": 64,  # completions at a time, of evaluation and of generate
     "eval_per_cell": 50,  # test problems of each of the task's cells
-    # Evals besides the stage's own held-out loss and test problems, run with them: {NAME: a function of evals/ by name, or a
-    # dict with its keywords}, as {"gsm8k": {"name": "accuracy", "task": {"name": "gsm8k", "data": "F.jsonl"}}}. Figures are
-    # eval/NAME/FIGURE. One that takes a `template` has the stage's; all else of an eval is its own keywords.
+    # Evals that run with the stage's own held-out loss and test problems: {NAME: a function of evals/ by name, or a dict with
+    # its keywords}, as {"gsm8k": {"name": "accuracy", "task": {"name": "gsm8k", "data": "F.jsonl"}}}. Figures are
+    # eval/NAME/FIGURE. An eval that takes a `template` gets the stage's; its other keywords are its own.
     "evals": {},
 }
 
-# What may differ between a workdir and the command that continues it, since it changes nothing that is learned.
+# Settings that may differ between a workdir and the command that continues it: they do not change what is learned.
 FREE = (
     "attention",
     "result",
@@ -169,25 +169,25 @@ FREE = (
     "rollouts.reward_memory",
 )
 
-# Keys that count something and must be at least 1; other numbers must not be negative.
+# Counts, which must be at least 1; other numbers must not be negative.
 COUNTS = (
     *("window", "batch_size", "microbatches", "epochs", "keep", "max_skipped", "eval_rows", "eval_per_cell"),
     *("prompt_window", "new", "group", "segment", "minibatches"),
 )
 
-WHOLE = ("columns", "template_options", "annotations", "source", "evals", "with")  # dicts of names: a change replaces them
+WHOLE = ("columns", "template_options", "annotations", "source", "evals", "with")  # dicts of names: a change replaces all
 _KINDS = {bool: (bool,), int: (int,), float: (float, int), str: (str,), tuple: (tuple, list), dict: (Mapping,)}
 
 
 def check(key: str, default, value, place: str) -> None:
-    """Raises UserError for a value that is not of its default's kind, and for a number out of range."""
+    """Raises UserError for a value that is not of its default's type, and for a number out of range."""
     whole = ("model", "objective", "reward", "adapter", "advantages", "given", "task", "order", *WHOLE)
     kinds = (str, Mapping) if key in whole else _KINDS[type(default)]
     if key in ("data", "eval_data", "processors", "steps") and default == "":
         kinds = (str, tuple, list) if key == "steps" else (str, Mapping, tuple, list)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        wanted = " or ".join("dict" if k is Mapping else k.__name__ for k in kinds)
-        raise UserError(f"{place}.{key}: {value!r} is no {wanted}.")
+        expected = " or ".join("dict" if k is Mapping else k.__name__ for k in kinds)
+        raise UserError(f"{place}.{key}: {value!r} is no {expected}.")
     if key == "source" and value == "samples":
         raise UserError(
             f"{place}.source: 'samples' is now a stage of its own: drawn={{'do': 'generate', 'rows': 'pairs', ...}} before "
@@ -199,7 +199,7 @@ def check(key: str, default, value, place: str) -> None:
         raise UserError(f"{place}.{key}: {value!r}; it must be at least {least}.")
     if isinstance(value, float) and math.isinf(value):
         raise UserError(f"{place}.{key}: {value!r}; it must be finite.")
-    if key in ("seed", "split_seed") and value >= 2**32:  # jax would take the rest of a division by it, 0 for 2**32
+    if key in ("seed", "split_seed") and value >= 2**32:  # jax would take it modulo 2**32
         raise UserError(f"{place}.{key}: {value!r}; it must be below 2**32.")
     if key == "warmup" and value > 1 and value != int(value):
         raise UserError(f"{place}.{key}: {value!r}; give a whole number of steps, or a share of them below 1.")

@@ -1,8 +1,8 @@
-"""How jax's devices start: without a word where the CPU is all that there is.
+"""Starts jax's devices, without noise on a machine that only has a CPU.
 
-libtpu may be installed where no TPU is, for `jaxpost.fit` or because an image is shared. jax then asks it for a TPU all the
-same, and libtpu writes what it lacks to file descriptor 2, which no setting of its own prevents. `start` swallows that, on
-machines without any accelerator alone: elsewhere the same lines say why a device is missing.
+libtpu may be installed on a machine without a TPU, for `jaxpost.fit` or because an image is shared. jax then asks it for a TPU,
+and libtpu writes its complaints to file descriptor 2, which no setting prevents. `start` hides them, but only on machines
+without an accelerator: elsewhere they explain why a device is missing.
 """
 
 import contextlib
@@ -15,15 +15,15 @@ from collections.abc import Iterator
 
 import jax
 
-# Where the drivers of TPUs, NVIDIA's and AMD's GPUs put their devices.
+# Device files of the drivers of TPUs, NVIDIA GPUs and AMD GPUs.
 _ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd", "/dev/dxg")
 
 
 def start(distributed: bool = False) -> None:
-    """Starts jax's devices, after jax.distributed if asked for.
+    """Starts jax's devices. distributed: whether to start jax.distributed first.
 
-    Every command calls it once, before anything asks for a device; a device that cannot start is jax's error, with libtpu's
-    lines above it.
+    Every command calls it once, before anything asks for a device. Where a device cannot start, jax's error is raised, with
+    libtpu's lines above it.
     """
     if distributed:
         jax.distributed.initialize()
@@ -31,7 +31,7 @@ def start(distributed: bool = False) -> None:
         return
     lines = []
     try:
-        with heard() as lines:
+        with captured_stderr() as lines:
             jax.devices()
     except RuntimeError:
         sys.stderr.write("".join(lines))
@@ -39,8 +39,8 @@ def start(distributed: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def heard() -> Iterator[list[str]]:
-    """Collects what is written to file descriptor 2, by C++ as well: yields a list that holds the text in the end."""
+def captured_stderr() -> Iterator[list[str]]:
+    """Captures file descriptor 2, C++ code included. Yields a list that holds the text when the block ends."""
     texts, before = [], os.dup(2)
     with tempfile.TemporaryFile() as file:
         sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""What a stage reads of its settings: one that would be ignored is refused. Data of rollouts and of generate are prompts."""
+"""Which settings a stage reads: one that would be ignored is refused. For rollouts and generate, `data` names prompts."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from jaxpost.config.links import references
 from jaxpost.config.resolve import entry_of
 from jaxpost.errors import UserError
 
-# The task of recipes for reinforcement, where nobody names another: `data` gives the prompts in its place.
+# The default task of recipes for reinforcement learning; `data` gives prompts in its place.
 GSM8K = {"name": "gsm8k", "data": "tfds:gsm8k/train", "test": ""}  # "" tests on a tenth of data
 
 
@@ -15,19 +15,19 @@ def _of_rollouts(*names: str) -> tuple[str, ...]:
     return tuple(f"rollouts.{name}" for name in names)
 
 
-# Every setting that some source does not read is in one of these groups; all sources read the others.
+# Groups of settings that some source does not read; all sources read the settings outside of them.
 _FILES = (  # rows of files
     *("data", "eval_data", "columns", "row_columns", "order", "annotations", "train_on", "held_out", "split_seed"),
 )
 _PACKED = ("window", "packing")
 _PASSES = ("epochs",)
 _TESTED = ("eval_per_cell",)  # a task's test problems
-_ASKED = (  # its problems
+_PROBLEMS = (  # a task's problems
     "eval_rows",
     *_of_rollouts("prompt_window", "new", "stop", "reward_workers", "reward_seconds", "reward_memory", "failed", "failures"),
 )
-_DRAWN = _of_rollouts("group", "temperature", "top_k", "top_p", "min_p", "processors", "slots", "segment")
-_LEARNED = (  # completions that are learned from while they are made
+_SAMPLING = _of_rollouts("group", "temperature", "top_k", "top_p", "min_p", "processors", "slots", "segment")
+_ROLLOUTS = (  # completions that are sampled and learned from
     "completions",
     *_of_rollouts(
         "minibatches", "epochs", "lag", "steps", "given", "advantages", "resample", "drop_level", "overlong", "truncated"
@@ -37,14 +37,14 @@ _LEARNED = (  # completions that are learned from while they are made
 
 # What each source does not read, and why.
 _UNREAD: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
-    "data": ((_DRAWN + _LEARNED, "which draws no completions to learn from"),),
+    "data": ((_SAMPLING + _ROLLOUTS, "which draws no completions to learn from"),),
     "rollouts": (
         (_FILES, "whose batches are completions, not rows of files"),
         (_PACKED, "whose rows are as long as rollouts.prompt_window and rollouts.new make them"),
         (_PASSES, "which has no passes over data to count (rollouts.epochs is how often a batch is learned from)"),
     ),
 }
-# What stages that do not train read; of their own settings others are refused.
+# What stages that do not train read; their other settings are refused.
 _MODEL = (
     *("model", "tokenizer", "adapter", "dtype", "remat", "attention", "mesh", "seed", "template", "template_options"),
     "artefacts",
@@ -55,20 +55,20 @@ _ENCODED = (
     "objective",
 )
 _READ = {
-    "generate": (*_MODEL, "data", "bad_rows", "rows", "task", "reward", "too_long", *_ASKED, *_DRAWN),
+    "generate": (*_MODEL, "data", "bad_rows", "rows", "task", "reward", "too_long", *_PROBLEMS, *_SAMPLING),
     "annotate": (*_MODEL, *_ENCODED, "task", "with", "batch_size"),
     "select": ("artefacts", "seed", *_ROWS, "annotations", "with"),
     "merge": ("with", "of", "tokenizer", "dtype", "template", "template_options"),
     "evaluate": (*_MODEL, "evals", "eval_rows"),
 }
-_OTHER_STAGES = ("with", "of", "rows")  # what only stages that do not train read
-_WITHOUT_TASK = (_TESTED + _ASKED, "where no config.task has problems to ask")
+_OTHER_STAGES = ("with", "of", "rows")  # settings that only stages that do not train read
+_WITHOUT_TASK = (_TESTED + _PROBLEMS, "where no config.task has problems to ask")
 _MIXED = ("rollouts", "data")
 
 
 def shares(source: Mapping | str) -> dict[str, float]:
-    """{name: share of a batch's rows} of a setting `source`: a name, or a dict of shares that add up to 1 (JSON on the command
-    line). Raises UserError for shares that do not, and for sources that cannot be mixed.
+    """{name: share of a batch's rows} of the setting `source`: a name, or a dict of shares (JSON on the command line). Raises
+    UserError for shares that do not add up to 1, and for sources that cannot be mixed.
     """
     source = source.to_dict() if hasattr(source, "to_dict") else source
     source = entry_of(source, "config.source") if isinstance(source, str) else source
@@ -82,32 +82,32 @@ def shares(source: Mapping | str) -> dict[str, float]:
     return amounts
 
 
-def adapted(settings: dict, own: Iterable[str], defaults: Mapping, place: str) -> dict:
+def adapted(settings: dict, paths: Iterable[str], defaults: Mapping, place: str) -> dict:
     """A stage's settings, with the task `prompts` where `data` names prompts.
 
-    own: paths of what was given for this stage, which may be all; what stands around several stages another one may read.
-    defaults: {path: value}. place: as "config.sft". Raises UserError for what the stage would not read.
+    paths: the settings that are the stage's own, maybe all; another stage may read those around several stages. defaults:
+    {path: value}. place: as "config.sft". Raises UserError for a setting that the stage would not read.
     """
-    given = {path for path in own if path in defaults and _differs(settings, path, defaults[path])}
-    if (settings["do"] == "generate" or shares(settings["source"]).keys() == {"rollouts"}) and "data" in given:
+    changed = {path for path in paths if path in defaults and _differs(settings, path, defaults[path])}
+    if (settings["do"] == "generate" or shares(settings["source"]).keys() == {"rollouts"}) and "data" in changed:
         settings = _of_prompts(settings, place)
-        given -= {"data", "eval_data", "columns", "held_out"}
+        changed -= {"data", "eval_data", "columns", "held_out"}
     for path, why in _unread(settings, defaults):
-        if path in given:
+        if path in changed:
             raise _ignored(f"{place}.{path}", _value_at(settings, path), f"{_called(settings)}, {why}", defaults[path])
-    # Rows of earlier stages have the names that rows have, whatever the settings around say of other files.
-    of_stages = "columns" not in own and any(references(settings["data"]))
+    # Rows of earlier stages have the standard names; `columns` around the stages is for other files.
+    of_stages = "columns" not in paths and any(references(settings["data"]))
     return settings | ({"columns": defaults["columns"]} if of_stages else {})
 
 
 def _called(settings: Mapping) -> str:
-    """How a message names a stage: by its source, or by what it does."""
+    """A stage as a message names it: by its source, or by `do`."""
     return f"source={settings['source']!r}" if settings["do"] == "train" else f"do={settings['do']!r}"
 
 
 def check_around(shared: Mapping, stages: Mapping[str, dict], defaults: Mapping) -> None:
-    """Raises UserError for a setting around several stages that no stage reads. stages: {name: its settings}, of those too that
-    a command leaves out: the setting may be theirs.
+    """Raises UserError for a setting around several stages that no stage reads. stages: {name: its settings}, including stages
+    that a command leaves out, since the setting may be theirs.
     """
     passed = {name: dict(_unread(settings, defaults)) for name, settings in stages.items()}
     for path, default in defaults.items() if stages else ():
@@ -118,17 +118,17 @@ def check_around(shared: Mapping, stages: Mapping[str, dict], defaults: Mapping)
 
 
 def _unread(settings: Mapping, defaults: Mapping) -> Iterator[tuple[str, str]]:
-    """(path, why) of each setting that a stage with these settings does not read, for what it does or for its source."""
+    """(path, reason) of each setting that a stage with these settings does not read, because of its `do` or its source."""
     if (read := _READ.get(settings["do"])) is not None:
-        known = {*read, "do"}
-        others = (path for path in defaults if not known & {path, path.partition(".")[0]})
+        readable = {*read, "do"}
+        others = (path for path in defaults if not readable & {path, path.partition(".")[0]})
         yield from ((path, "which does not train") for path in others)
         return
     names = shares(settings["source"])
-    # A dict of annotators is asked of any batch; folders hold columns of rows in files.
-    asked = ("annotations",) if isinstance(settings["annotations"], Mapping) else ()
+    # A dict of annotators works on any batch; folders hold columns of rows in files.
+    kept = ("annotations",) if isinstance(settings["annotations"], Mapping) else ()
     each = [{path: why for paths, why in _UNREAD.get(name, ()) for path in paths} for name in names]
-    for path in (path for path in each[0] if path not in asked and all(path in other for other in each)):
+    for path in (path for path in each[0] if path not in kept and all(path in other for other in each)):
         yield path, each[0][path]
     without_task = [] if settings["task"] or names.keys() != {"data"} else [_WITHOUT_TASK]
     for paths, why in (*without_task, (_OTHER_STAGES, "which trains")):
@@ -136,12 +136,12 @@ def _unread(settings: Mapping, defaults: Mapping) -> Iterator[tuple[str, str]]:
 
 
 def _ignored(path: str, value: Any, reader: str, default: Any) -> UserError:
-    """The error for a setting that nobody would read; reader: what does not, and why."""
+    """The error for a setting that is not read; reader: what does not read it, and why."""
     return UserError(f"{path}: {value!r} is not read by {reader}; leave it out, or at its default {default!r}.")
 
 
 def _differs(settings: Mapping, path: str, default: Any) -> bool:
-    """Whether a setting is another than its default; a tuple that was JSON in between is a list."""
+    """Whether a setting differs from its default; JSON turns a tuple into a list."""
     value = _value_at(settings, path)
     return (tuple(value) if isinstance(value, list) else value) != default
 

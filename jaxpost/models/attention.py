@@ -1,8 +1,8 @@
-"""Attention behind one seam: rotary positions, which pairs may see each other, and the product itself.
+"""Attention: rotary positions, masks, and the product itself.
 
-`attend` is the product in plain XLA operations, the oracle that the faster kernels equal: `splash` on TPUs, which never holds a
-[S,S] array, and `cudnn` on GPUs, which holds the mask and no scores. `over_rows` chooses between them, by what the model was
-described for and what a kernel can do; decoding over a cache is always plain.
+`attend` is the product in plain XLA operations and the reference for the faster kernels: `splash` on TPUs, which never holds a
+[S,S] array, and `cudnn` on GPUs, which holds the mask and no scores. `over_rows` chooses between them by the model's setting
+and by what a kernel can do. Decoding over a cache always uses `attend`.
 """
 
 import functools
@@ -30,8 +30,8 @@ def frequencies(rope: Rope, head_width: int, length: int = 0) -> np.ndarray:
     within the original length. longrope ("LongRoPE: Extending LLM Context Window Beyond 2 Million Tokens"): a divisor for each
     channel, the long ones where a document's `length` is beyond the original.
 
-    They are constants, made on the host: a power's last bits, multiplied by a position in the thousands, are a visible angle on
-    devices that approximate it.
+    They are constants, computed on the host: on devices that approximate powers, the error times a position in the thousands is
+    a visible angle.
     """
     width = int(head_width * rope.share)
     if rope.kind == "none":
@@ -57,12 +57,12 @@ def frequencies(rope: Rope, head_width: int, length: int = 0) -> np.ndarray:
 
 
 def _channel(rope: Rope, width: int, turns: float) -> float:
-    """The pair of channels that turns so many times within the original length."""
+    """The pair of channels that makes this many turns within the original length."""
     return width * math.log(rope.original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
 
 def rotary(rope: Rope, head_width: int, positions: jax.Array, lengths: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-    """(cosine, sine), each [B,S,1,R/2] float32, of the positions [B,S] in documents of so many tokens (a number, or [B,S])."""
+    """(cosine, sine), each [B,S,1,R/2] float32, of positions [B,S] in documents of `lengths` tokens (a number, or [B,S])."""
     places = positions[:, :, None, None].astype(jnp.float32)
     angle = places * frequencies(rope, head_width)
     if rope.kind == "longrope":
@@ -81,17 +81,17 @@ def rotate(x: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def document_lengths(segments: jax.Array, positions: jax.Array) -> jax.Array:
-    """[B,S] document numbers and positions -> [B,S]: how many tokens the document of each has."""
+    """[B,S] document numbers and positions -> [B,S], the length of each token's document."""
     count = segments.shape[1] + 1
     last = jax.vmap(lambda p, s: jax.ops.segment_max(p, s, num_segments=count)[s])(positions, segments)
     return last + 1
 
 
 def document_mask(batch: Batch, window: int | None = None) -> jax.Array:
-    """Which tokens see which, [B,S,S] bool: a token sees itself and what stands before it in its own document.
+    """Which tokens see which, [B,S,S] bool: a token sees itself and the tokens before it in its own document.
 
-    window: how many of those it sees, itself included; None is all. Where the batch has `branches`, documents are branches
-    behind a prompt, which is number 0, and a token sees the prompt and its own branch. The next prompt begins where the number
+    window: how many tokens it sees, itself included; None is all. Where the batch has `branches`, number 0 is a prompt, higher
+    numbers are branches behind it, and a token sees the prompt and its own branch. The next prompt begins where the number
     falls.
     """
     segments, positions = batch["segments"], batch["positions"]
@@ -109,28 +109,28 @@ def document_mask(batch: Batch, window: int | None = None) -> jax.Array:
 
 def cache_axes() -> dict[str, str]:
     """The order of the axes of a cache's keys "k" and values "v". On a TPU the heads of a token are together, a tile that is
-    written at once: in another order than it is written in, the whole cache would be copied back and forth. A CPU multiplies
-    one query by keys fastest along T, which is twice as fast as along H.
+    written at once; any other order would copy the whole cache back and forth. A CPU multiplies one query by keys twice as
+    fast along T as along H.
     """
     orders = {"tpu": ("BTKH", "BTKH"), "cpu": ("BKHT", "BKTH")}
     return dict(zip("kv", orders.get(sharding.platform(), ("BKTH", "BKTH")), strict=True))
 
 
 def cache_length(cache: tuple) -> int:
-    """How many tokens of a row a cache (see `Transformer.make_cache`) has room for."""
+    """The number of tokens a row that a cache (see `Transformer.make_cache`) has room for."""
     return cache[0]["v"].shape[cache_axes()["v"].index("T")]
 
 
 def written(cache: jax.Array, new: jax.Array, positions: jax.Array, axes: str) -> jax.Array:
-    """A cache of keys or values, whose axes are as said, with those of new tokens, [B,S,K,H], in the slots of their positions
+    """A cache of keys or values in the order `axes`, with those of new tokens [B,S,K,H] written to the slots of their positions
     [B,S].
 
-    A token's slot is its position, so rows of different lengths need no bookkeeping and the garbage that right padding writes
-    is overwritten before anything may see it.
+    A token's slot is its position, so rows of different lengths need no bookkeeping, and garbage that right padding writes is
+    overwritten before any token sees it.
     """
     new = jnp.einsum(f"BTKH->{axes}", new.astype(cache.dtype))
     before = (slice(None),) * (axes.index("T") - 1)
-    # Row by row: of rows split along two axes of the mesh the partitioner does not see otherwise that they stay where they are.
+    # Row by row: otherwise the partitioner does not see that rows split along two mesh axes stay where they are.
     return jax.vmap(lambda held, new, places: held.at[*before, places].set(new))(cache, new, positions)
 
 
@@ -147,12 +147,12 @@ def attend(
 ) -> jax.Array:
     """Softmax attention, grouped: q [B,S,N,H], k and v [B,K,T,H], mask [B,S,T] -> [B,S,N,H]. Scores and softmax in float32.
 
-    scale: of the scores, 1 / sqrt(H) if None; cap: scores are cap * tanh(score / cap). A token that may see nothing (padding)
-    gets the mean of v, which is finite and read by nobody.
+    scale: of the scores, 1 / sqrt(H) if None; cap: scores are cap * tanh(score / cap). A token that sees nothing (padding) gets
+    the mean of v, which is finite; nobody reads it.
     """
     b, s, n, h = q.shape
     heads = k.shape[1], n // k.shape[1]
-    # One query has no axis of its own: XLA:CPU would multiply half as fast.
+    # A single query gets no axis: with one, XLA:CPU multiplies half as fast.
     inner, pairs, axes = ("bkgh", "bkgt", (b,)) if s == 1 else ("bskgh", "bkgst", (b, s))
     scores = jnp.einsum(f"{inner},bkth->{pairs}", q.reshape(*axes, *heads, h), k, preferred_element_type=jnp.float32)
     scores = scores / math.sqrt(h) if scale is None else scores * scale
@@ -164,12 +164,12 @@ def attend(
 
 
 def splash(q, k, v, segments, *, window=None, scale=None, cap=None, interpret=False) -> jax.Array:
-    """`attend` over documents by the TPU kernel that skips what the mask excludes: q [B,S,N,H], k and v [B,K,T,H], segments
-    [B,S] -> [B,S,N,H]. S is a multiple of 128. interpret: run it as plain operations, on any device.
+    """`attend` over documents by the TPU kernel that skips masked blocks: q [B,S,N,H], k and v [B,K,T,H], segments [B,S] ->
+    [B,S,N,H]. S is a multiple of 128. interpret: run it as plain operations, on any device.
 
-    Each device computes its own rows and heads. Padding sees padding, and is read by nobody.
+    Each device computes its own rows and heads. Padding sees padding; nobody reads it.
     """
-    # Imported where it is used: it takes a second, which no other platform should pay.
+    # Imported here: it takes a second, which other platforms should not pay.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -201,7 +201,7 @@ def splash(q, k, v, segments, *, window=None, scale=None, cap=None, interpret=Fa
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float | None = None) -> jax.Array:
-    """`attend` by cuDNN's fused kernel: q [B,S,N,H], k and v [B,K,T,H], mask [B,S,T] -> [B,S,N,H], of bfloat16 or float16."""
+    """`attend` by cuDNN's fused kernel: q [B,S,N,H], k and v [B,K,T,H], mask [B,S,T] -> [B,S,N,H], in bfloat16 or float16."""
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale, implementation="cudnn")
 
@@ -209,9 +209,9 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: floa
 def over_rows(kernel: str, arch: Architecture, batch: Batch, dtype) -> tuple[list, Callable]:
     """How the layers of a model attend over a batch's documents: (what each kind of layer sees, attend).
 
-    attend(q, k, v, sees) -> [B,S,N,H] takes one of the former, or one chosen by a traced index out of their stack. A kernel
-    that cannot do what is asked gives way to XLA: splash needs rows of a multiple of 128 tokens and knows no branches; cudnn
-    needs 16-bit numbers and heads of at most 128 channels, in eights, and knows no soft cap.
+    attend(q, k, v, sees) -> [B,S,N,H] takes an element of the list, or one selected from their stack by a traced index. XLA
+    replaces a kernel that cannot do the job: splash needs rows of a multiple of 128 tokens and does not support branches; cudnn
+    needs 16-bit numbers and heads of a multiple of 8 and at most 128 channels, and does not support a soft cap.
     """
     scale, cap, segments = arch.attention_scale, arch.attention_cap, batch["segments"]
     if kernel == "splash" and segments.shape[1] % 128 == 0 and "branches" not in batch:
@@ -221,7 +221,7 @@ def over_rows(kernel: str, arch: Architecture, batch: Batch, dtype) -> tuple[lis
             return ways[0](q, k, v) if len(ways) == 1 else jax.lax.switch(kind, ways, q, k, v)
 
         return list(range(len(ways))), by_kind
-    seen, width = [document_mask(batch, kind.window) for kind in arch.kinds], arch.head_width
+    masks, width = [document_mask(batch, kind.window) for kind in arch.kinds], arch.head_width
     if kernel == "cudnn" and jnp.dtype(dtype).itemsize == 2 and width % 8 == 0 and width <= 128 and cap is None:
-        return seen, functools.partial(cudnn, scale=scale)
-    return seen, functools.partial(attend, scale=scale, cap=cap)
+        return masks, functools.partial(cudnn, scale=scale)
+    return masks, functools.partial(attend, scale=scale, cap=cap)

@@ -1,7 +1,7 @@
-"""Every product of activations with a weight goes through here, so that a weight may be something else than an array.
+"""Every product of activations with a weight goes through here, so that a weight need not be an array.
 
-The leaf decides: an array is multiplied; a node (an adapter around a weight, a quantised weight: jaxpost/adapters) has
-`project(x)`, which does what the product would, and `merged()`, which is the array that it stands for. No model knows of more.
+The leaf decides: an array is multiplied; a node (an adapter around a weight, or a quantised weight: jaxpost/adapters) has
+`project(x)`, the product with x, and `merged()`, the array that it stands for. Models know nothing else of adapters.
 """
 
 import re
@@ -15,9 +15,9 @@ from jaxpost import sharding
 
 
 def project(x: jax.Array, kernel: Any, bias: jax.Array | None = None) -> jax.Array:
-    """x [..., I] @ kernel [I, O] (+ bias [O]) -> [..., O], in x's dtype (matrix units add up in float32, whatever that is).
+    """x [..., I] @ kernel [I, O] (+ bias [O]) -> [..., O], in x's dtype (matrix units accumulate in float32).
 
-    The leading axes are flattened first: XLA:CPU's fast matrix product wants two dimensions (a step was 20% faster for it), and
+    The leading axes are flattened first: XLA:CPU's fast matrix product needs two dimensions (this made a step 20% faster), and
     on other platforms the reshape is free.
     """
     flat = x.reshape(-1, x.shape[-1])
@@ -27,12 +27,12 @@ def project(x: jax.Array, kernel: Any, bias: jax.Array | None = None) -> jax.Arr
 
 
 def dense(kernel: Any) -> jax.Array:
-    """The array [..., I, O] that a leaf of the tree stands for, leading axes (the layers) included."""
+    """The array [..., I, O] that a leaf of the tree stands for, with its leading axes (the layers)."""
     return kernel.merged() if hasattr(kernel, "merged") else kernel
 
 
 class Transposed(flax.struct.PyTreeNode):
-    """A kernel [I, O] as its transpose [O, I]: what XLA:CPU multiplies a few rows by a third faster."""
+    """A kernel [I, O] as its transpose [O, I], with which XLA:CPU multiplies a few rows a third faster."""
 
     transposed: jax.Array
 

@@ -1,8 +1,8 @@
 """Model families: what a Hugging Face config means, field by field, and what its tensors are called.
 
 A family is one function from the fields of a `config.json` to an Architecture, and, where its tensors have names of their own,
-an entry in NAMES. A field that changes the forward pass is honoured or refused by name; a field that cannot change it is listed
-as harmless. Nothing is read and ignored. Where a field is absent, the value is the one that `transformers` gives the family.
+an entry in NAMES. A field that changes the forward pass is honoured or refused by name. A field that cannot change it is listed
+as harmless. No field is silently ignored. An absent field has the default that `transformers` gives the family.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from jaxpost.errors import UserError
 class Rope:
     """Rotary position constants. kind: default, linear, llama3, yarn, longrope or none (no rotation at all).
 
-    share: the share of a head's channels that rotate; scale: what cosine and sine are multiplied by (yarn and longrope). The
-    rest is read by the kinds that have it: short and long are longrope's divisors, [R/2] each.
+    share: the share of a head's channels that rotate; scale: the factor on cosine and sine (yarn and longrope). The other
+    fields belong to single kinds: short and long are longrope's divisors, [R/2] each.
     """
 
     theta: float = 10000.0
@@ -38,7 +38,7 @@ class Rope:
 
 
 class Kind(NamedTuple):
-    """What tells one layer's attention from another's. window: how many tokens a token sees, itself included; None is all."""
+    """A kind of attention layer. window: how many tokens a token sees, itself included; None is all."""
 
     window: int | None = None
     rope: Rope = Rope()
@@ -48,8 +48,8 @@ class Kind(NamedTuple):
 class Architecture:
     """The constants of a transformer. Widths in channels; eps is RMSNorm's; init_std the initial standard deviation.
 
-    kinds, pattern: the kinds of layers, and which one each layer is (() is the first throughout). norms: "pre" normalises what
-    enters attention and feed-forward, "post" what leaves them, "both" both; norm_offset is added to every norm's scale.
+    kinds, pattern: the kinds of layers, and the index of each layer's kind (() is 0 throughout). norms: "pre" normalises the
+    inputs of attention and feed-forward, "post" their outputs, "both" both; norm_offset is added to every norm's scale.
     qk_norm: "head" normalises each query and key head, "all" all heads together. experts: 0 is a dense feed-forward; each
     token goes to `chosen` of them, with weights that add up to 1 if `normalised`.
     """
@@ -85,11 +85,11 @@ class Architecture:
     init_std: float = 0.02
 
     def kind(self, layer: int) -> int:
-        """Which of the kinds a layer is."""
+        """The index of a layer's kind."""
         return self.pattern[layer] if self.pattern else 0
 
     def parameters(self, active: bool = False) -> int:
-        """How many parameters the model has; with `active` those that one token meets, of the experts those it is sent to."""
+        """The number of parameters; with `active` only those that one token uses, so of the experts only the chosen ones."""
         d, q, kv = self.width, self.heads * self.head_width, self.kv_heads * self.head_width
         attention = 2 * d * q + 2 * d * kv + self.qkv_bias * (q + 2 * kv) + self.o_bias * d
         attention += {"": 0, "head": 2 * self.head_width, "all": q + kv}[self.qk_norm]
@@ -110,7 +110,7 @@ HARMLESS = {
     "auto_map", "cache_implementation", "use_mambapy", "pretraining_tp",
 }  # fmt: skip
 
-# Fields that would change it, and the values at which they do not.
+# Fields that would change the forward pass, and the values at which they do not.
 NEUTRAL = {
     "attention_dropout": (0.0,),
     "resid_pdrop": (0.0,),
@@ -133,8 +133,8 @@ NEUTRAL = {
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", list: "a list", dict: "an object"}
 _REQUIRED = object()
-# What a field's value is at most, several times what the largest models have. Memory is needed in proportion to these, and some
-# of it for the mere shapes: a file from elsewhere must not ask for more than there is. Any other number fits into 32 bits.
+# The largest value of each field, several times that of the largest models. Memory grows with these, in part for the shapes
+# alone, so a file from elsewhere must not ask for too much. Any other number fits into 32 bits.
 _MOST = {
     int: 2**31 - 1, float: 3e38, "vocab_size": 2**23, "hidden_size": 2**18, "intermediate_size": 2**21,
     "moe_intermediate_size": 2**21, "num_hidden_layers": 4096, "num_attention_heads": 2**13, "num_key_value_heads": 2**13,
@@ -142,13 +142,13 @@ _MOST = {
 }  # fmt: skip
 
 
-_SHORT = reprlib.Repr()  # a value in a message: however long or deep it is, its beginning
+_SHORT = reprlib.Repr()  # a value in a message, cut to its beginning
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 _shown = _SHORT.repr
 
 
 class Fields:
-    """The fields of one config, taken out one by one, so that in the end none is left unread."""
+    """The fields of one config. Each is taken out as it is read, so `finish` sees which ones were not."""
 
     def __init__(self, config: Mapping, place: str, honoured: tuple[str, ...] = ()):
         self.left = {k: v for k, v in config.items() if k not in HARMLESS}
@@ -158,9 +158,9 @@ class Fields:
                 raise UserError(f"{place}: {name} = {_shown(value)} is not supported (only {neutral[0]!r} is).")
 
     def take(self, name: str, kind: type, default: Any = _REQUIRED):
-        """Removes a field and gives its value, of exactly this kind (a whole number may stand for a number).
+        """Removes a field and returns its value, which must be of this kind (an int may stand for a float).
 
-        An absent field is the default. So is null, unless the default is a number for which null means none; see `maybe`.
+        An absent or null field gives the default. Use `maybe` for a field where null means none.
         """
         value = self.left.pop(name, None)
         value = default if value is None else value
@@ -186,14 +186,14 @@ class Fields:
         return tuple(map(float, values))
 
     def unread(self, *names: str) -> None:
-        """Drops fields that released files have and that transformers never reads for this family, whatever they say: where
-        they speak of weights, the tensors are held against the architecture.
+        """Drops fields that released files have and that transformers never reads for this family. Where such a field describes
+        weights, loading still compares the tensors with the architecture.
         """
         for name in names:
             self.left.pop(name, None)
 
     def common(self, **changes) -> dict:
-        """The constants that all families have, by transformers' names and usual defaults; `changes` are other defaults."""
+        """The constants that all families have, by transformers' names and usual defaults; `changes` replaces defaults."""
         default = {"head_dim": None, "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
                    "num_key_value_heads": None, "max_position_embeddings": 2048} | changes  # fmt: skip
         width, heads = (
@@ -217,48 +217,48 @@ class Fields:
         }
 
     def experts(self, default: int) -> int:
-        """Takes the number of experts, which the hub's files and those of transformers 5 spell in two ways."""
+        """Takes the number of experts, for which the hub's files and transformers 5 have different names."""
         one, other = self.take("num_experts", int, None), self.take("num_local_experts", int, None)
         if one is not None and other not in (None, one):
             raise UserError(f"{self.place}: num_local_experts = {other}, but num_experts = {one}; keep one.")
         return next((x for x in (one, other) if x is not None), default)
 
     def layer_types(self, layers: int, default: list[str]) -> tuple[int, ...]:
-        """Which layers are full (0) and which slide (1): the field layer_types, or what the family makes of others."""
+        """Which layers are full (0) and which slide (1): from the field layer_types, else the family's default."""
         types = self.take("layer_types", list, default)
-        known = {"full_attention": 0, "sliding_attention": 1}
-        if len(types) != layers or not all(isinstance(t, str) and t in known for t in types):
+        numbers = {"full_attention": 0, "sliding_attention": 1}
+        if len(types) != layers or not all(isinstance(t, str) and t in numbers for t in types):
             raise UserError(
-                f"{self.place}: layer_types must name {' or '.join(known)} for each of {layers} layers, not {_shown(types)}."
+                f"{self.place}: layer_types must name {' or '.join(numbers)} for each of {layers} layers, not {_shown(types)}."
             )
-        return tuple(known[t] for t in types)
+        return tuple(numbers[t] for t in types)
 
     def rope(self, max_positions: int, theta: float = 10000.0, partial: bool = False) -> Rope:
-        """Both spellings: rope_theta + rope_scaling, and the newer rope_parameters that holds everything.
+        """Takes the rotary fields: rope_theta and rope_scaling, or the newer rope_parameters that holds everything.
 
-        theta: the family's default base; partial: whether it knows heads of which only a part rotates.
+        theta: the family's default base; partial: whether the family can rotate only a part of a head.
         """
-        given, scaling = self.left.pop("rope_parameters", None) or {}, self.left.pop("rope_scaling", None) or {}
-        for name, value in (("rope_parameters", given), ("rope_scaling", scaling)):
+        parameters, scaling = self.left.pop("rope_parameters", None) or {}, self.left.pop("rope_scaling", None) or {}
+        for name, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
             if not isinstance(value, dict):
                 raise UserError(f"{self.place}: {name} = {_shown(value)} is not an object.")
-        if given and scaling and given != scaling:
+        if parameters and scaling and parameters != scaling:
             raise UserError(f"{self.place}: rope_parameters and rope_scaling are both given, and differ; keep one.")
-        merged, outside = dict(given or scaling), {}
+        merged, outside = dict(parameters or scaling), {}
         for name in ("rope_theta", "partial_rotary_factor"):
             value = self.left.pop(name, None)
             if value is not None and merged.setdefault(name, value) != value:
                 raise UserError(f"{self.place}: {name} = {value!r}, but the rotary parameters say {merged[name]!r}; keep one.")
         original, kind = "original_max_position_embeddings", merged.get("rope_type") or merged.get("type") or "default"
         if original in self.left and kind not in ("default", "linear"):
-            outside[original] = self.left.pop(original)  # where it stands outside, that is the one that counts
-        found = _rope(merged, outside, self.place, max_positions, theta)
-        if found.share != 1 and not partial:
-            raise UserError(f"{self.place}: partial_rotary_factor = {found.share} is not supported (only 1.0 is).")
-        return found
+            outside[original] = self.left.pop(original)  # a value outside takes precedence
+        rope = _rope(merged, outside, self.place, max_positions, theta)
+        if rope.share != 1 and not partial:
+            raise UserError(f"{self.place}: partial_rotary_factor = {rope.share} is not supported (only 1.0 is).")
+        return rope
 
     def finish(self, arch: Architecture) -> Architecture:
-        """The architecture, if every field was understood and the numbers fit together."""
+        """The architecture. Raises UserError for fields that nobody took and for numbers that do not fit together."""
         if names := ", ".join(sorted(name for name, value in self.left.items() if value is not None)):
             raise UserError(
                 f"{self.place}: fields that the {self.family} family does not understand: {names}. "
@@ -280,24 +280,24 @@ _OPTIONAL = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all
 
 
 def _rope(merged: dict, outside: dict, place: str, max_positions: int, theta: float) -> Rope:
-    """A Rope from the fields of rope_parameters; `outside` stood beside them and wins."""
+    """A Rope from the fields of rope_parameters. The fields in `outside`, which stood beside them, take precedence."""
     kind = merged.pop("rope_type", None) or merged.pop("type", None) or "default"
     merged.pop("type", None)
     kind = "longrope" if kind == "su" else kind
     if not isinstance(kind, str) or kind not in _SCALINGS:
         raise UserError(f"{place}: rope_type {_shown(kind)} is not supported; known are {', '.join(_SCALINGS)}.")
-    wanted = _SCALINGS[kind]
-    if "original_max_position_embeddings" in wanted:
+    names = _SCALINGS[kind]
+    if "original_max_position_embeddings" in names:
         merged |= outside
         merged.setdefault("original_max_position_embeddings", max_positions)
     if kind == "yarn":
-        merged.pop("attn_factor", None)  # another engine's: transformers reads attention_factor alone
+        merged.pop("attn_factor", None)  # another engine's; transformers only reads attention_factor
     original = merged.get("original_max_position_embeddings", 1)
     if kind == "longrope" and type(original) is int and original > 0:
         merged.setdefault("factor", max_positions / original)
-    if extra := sorted(set(merged) - {"rope_theta", "partial_rotary_factor", *wanted}):
+    if extra := sorted(set(merged) - {"rope_theta", "partial_rotary_factor", *names}):
         raise UserError(f"{place}: rope scaling {kind!r} has fields that are not understood: {', '.join(extra)}.")
-    if missing := [k for k in wanted if k not in merged and k not in _OPTIONAL]:
+    if missing := [k for k in names if k not in merged and k not in _OPTIONAL]:
         raise UserError(f"{place}: rope scaling {kind!r} lacks {', '.join(missing)}.")
     fields = Fields({}, place)
     fields.left = merged
@@ -319,9 +319,13 @@ def _rope(merged: dict, outside: dict, place: str, max_positions: int, theta: fl
         if scale is None:
             scale = math.sqrt(1 + math.log(rope.factor) / math.log(rope.original)) if rope.factor > 1 else 1.0
         return dataclasses.replace(rope, short=short, long=long, scale=scale)
-    own, every = fields.take("mscale", float, None), fields.take("mscale_all_dim", float, None)
+    mscale, mscale_all = fields.take("mscale", float, None), fields.take("mscale_all_dim", float, None)
     if scale is None:
-        scale = _yarn_scale(rope.factor, own) / _yarn_scale(rope.factor, every) if own and every else _yarn_scale(rope.factor)
+        scale = (
+            _yarn_scale(rope.factor, mscale) / _yarn_scale(rope.factor, mscale_all)
+            if mscale and mscale_all
+            else _yarn_scale(rope.factor)
+        )
     betas = fields.take("beta_fast", float, 32.0), fields.take("beta_slow", float, 1.0)
     truncate = fields.take("truncate", bool, True)
     return dataclasses.replace(rope, scale=scale, beta_fast=betas[0], beta_slow=betas[1], truncate=truncate)
@@ -364,7 +368,7 @@ def _check(arch: Architecture, place: str) -> None:
 
 
 def llama(config: Mapping, place: str) -> Architecture:
-    """Llama 1 to 3, and what shares its config (SmolLM, TinyLlama): the plain one, which the others are told from."""
+    """Llama 1 to 3, and models that share its config (SmolLM, TinyLlama). Other families describe how they differ."""
     f = Fields(config, place)
     c = f.common()
     bias = f.take("attention_bias", bool, False)
@@ -398,7 +402,7 @@ def qwen3(config: Mapping, place: str) -> Architecture:
 
 
 def _qwen_kinds(f: Fields, c: dict) -> dict:
-    """Full attention below max_window_layers, sliding from there on, if use_sliding_window says so."""
+    """Full attention below max_window_layers; sliding from there on if use_sliding_window is set."""
     window, rope = f.maybe("sliding_window", int, 4096), f.rope(c["max_positions"])
     first = f.take("max_window_layers", int, 28)
     slides = f.take("use_sliding_window", bool, False) and window is not None
@@ -474,9 +478,9 @@ def phi3(config: Mapping, place: str) -> Architecture:
         if (value := f.left.pop(name, neutral)) != neutral:
             raise UserError(f"{place}: {name} = {_shown(value)} is not supported (only {neutral!r} is).")
     if isinstance(scaling := f.left.get("rope_scaling"), dict) and scaling.get("type") == "yarn":
-        f.left["rope_scaling"] = {**scaling, "type": "longrope"}  # what its first release called it
+        f.left["rope_scaling"] = {**scaling, "type": "longrope"}  # the first release called longrope yarn
     rope = f.rope(c["max_positions"], partial=True)
-    f.left.pop("original_max_position_embeddings", None)  # read by longrope alone
+    f.left.pop("original_max_position_embeddings", None)  # only longrope reads it
     return f.finish(Architecture(**c, kinds=(Kind(f.maybe("sliding_window", int), rope),)))
 
 
@@ -504,7 +508,7 @@ def smollm3(config: Mapping, place: str) -> Architecture:
 
 
 def _used(kinds: tuple[Kind, ...], pattern: tuple[int, ...]) -> dict:
-    """The kinds that the pattern uses, numbered anew."""
+    """The kinds that the pattern uses, renumbered from 0."""
     used = sorted(set(pattern))
     return {"kinds": tuple(kinds[k] for k in used), "pattern": tuple(used.index(k) for k in pattern)}
 
@@ -516,7 +520,7 @@ def gemma(config: Mapping, place: str) -> Architecture:
     c = f.common(head_dim=256, num_key_value_heads=16, tie_word_embeddings=True, max_position_embeddings=8192,
                  hidden_act="gelu_pytorch_tanh")  # fmt: skip
     if c["activation"] == "gelu":
-        c["activation"] = "gelu_pytorch_tanh"  # what its first files say, and mean the other
+        c["activation"] = "gelu_pytorch_tanh"  # the first files say gelu and mean this
     if other not in (None, c["activation"]):
         raise UserError(f"{place}: hidden_activation = {other!r}, but hidden_act = {c['activation']!r}; make them the same.")
     bias = f.take("attention_bias", bool, False)
@@ -582,7 +586,7 @@ FAMILIES: dict[str, Callable[[Mapping, str], Architecture]] = {
 
 
 def language_part(config: Mapping) -> dict:
-    """The fields of the part that reads and writes, of a model that also sees; any other config as it is."""
+    """The fields of the language model in a multimodal model's config; any other config as it is."""
     if config.get("model_type") != "gemma3" or not isinstance(config.get("text_config"), Mapping):
         return dict(config)
     ends = {k: config[k] for k in ("eos_token_id",) if k in config}
@@ -604,7 +608,7 @@ def architecture(config: Mapping, place: str = "config.json") -> Architecture:
 
 
 class Tensor(NamedTuple):
-    """Where a parameter lies in a file: the tensor's name, whether it is transposed there, and which rows of it are meant.
+    """Where a parameter is in a file: the tensor's name, whether it is transposed there, and its rows in that tensor.
 
     Each `{}` of the name stands for one of our leading axes: the layer, the expert. rows: (first, end, rows in all) of a fused
     tensor, None for a whole one.
@@ -615,7 +619,7 @@ class Tensor(NamedTuple):
     rows: tuple[int, int, int] | None = None
 
 
-# Our path inside a layer -> the tensor's stem inside model.layers.N, for Llama and whoever changes nothing.
+# Our path inside a layer -> the tensor's stem inside model.layers.N, for Llama and families without an entry in NAMES.
 STEMS = {
     "attention/q": "self_attn.q_proj", "attention/k": "self_attn.k_proj", "attention/v": "self_attn.v_proj",
     "attention/o": "self_attn.o_proj", "attention/q_norm": "self_attn.q_norm", "attention/k_norm": "self_attn.k_norm",
@@ -650,7 +654,7 @@ NAMES = {
 
 
 def tensor_names(arch: Architecture) -> dict[str, Tensor]:
-    """Our parameter path -> where it lies in the family's files."""
+    """Our parameter path -> where it is in the family's files."""
     stems = STEMS | NAMES.get(arch.family, {})
     names = {"embed/weight": Tensor("model.embed_tokens.weight"), "norm/scale": Tensor("model.norm.weight")}
     if not arch.tied:

@@ -1,4 +1,4 @@
-"""Heads as functions of data: the unembedding, which is what an Output's Head means, and a scalar one."""
+"""Heads as functions of data: the unembedding that an Output's Head describes, and a scalar head."""
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,10 @@ def scalar(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [T,D], w [V,D] -> [T,V] float32, multiplied as numbers of x's dtype.
+    """x [T,D], w [V,D] -> [T,V] float32, multiplied in x's dtype.
 
-    So are the products of its gradient: left to itself, the float32 that arrives would be multiplied as such, with the other
-    factor in bfloat16, many times slower on a matrix unit.
+    The gradient's products are in x's dtype too: by default the incoming float32 gradient would be multiplied as float32, many
+    times slower on a matrix unit.
     """
     return _dot(x, w.astype(x.dtype), 1, 1)
 

@@ -1,7 +1,7 @@
 """Hugging Face folders in and out: config.json and safetensors (sharded or not), never pickle.
 
-Reading: every parameter is asked for by its shards. A device's slice of a stacked, transposed parameter is read from the file
-as the same slice of each layer's tensor, so that the host never holds more than one device's piece beyond what it owns.
+Parameters are read shard by shard. A device's slice of a stacked, transposed parameter is read from the file as the same slice
+of each layer's tensor, so the host never holds more than one device's piece at a time.
 """
 
 import functools
@@ -34,10 +34,10 @@ _STACKED = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj"
 _ROUTER = re.compile(r"model\.layers\.(\d+)\.mlp\.gate\.weight")
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _UNUSED = (".rotary_emb.inv_freq",)  # a constant that old exports stored
-# Of a model that also sees: its language model goes by other names, and the rest of it is left alone.
+# In a multimodal model the language model has other names; the rest is not read.
 _LANGUAGE = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.lm_head.": "lm_head."}
 _VISION = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-# The families whose rope_scaling may have these fields alone in transformers 4.57.
+# Families whose rope_scaling may only have these fields in transformers 4.57.
 _SCALING = dict.fromkeys(("olmo2", "olmoe"), ("type", "factor")) | {"phi3": ("type", "short_factor", "long_factor")}
 _CLASSES = {"qwen3_moe": "Qwen3Moe", "gemma3_text": "Gemma3", "smollm3": "SmolLM3"}
 
@@ -52,17 +52,19 @@ def read_config(folder: str | epath.Path) -> dict:
     return read_object(path)
 
 
-def read_generation(folder: epath.Path | None, config: dict, vocab: int, own: bool = True) -> tuple[dict, tuple[int, ...]]:
-    """(the fields of a folder's generation_config.json, the ids that end a completion): without that file, config.json's
-    eos_token_id ends it, as transformers has it.
+def read_generation(
+    folder: epath.Path | None, config: dict, vocab: int, own_tokenizer: bool = True
+) -> tuple[dict, tuple[int, ...]]:
+    """(the fields of a folder's generation_config.json, the ids that end a completion). Without that file, the ids are
+    config.json's eos_token_id, as in transformers.
 
-    own: whether the model's own tokenizer is used; ids are tokens of that one alone, and left out for another. vocab: no other
-    ids can be sampled. Raises UserError for an eos_token_id that is not whole numbers.
+    own_tokenizer: whether the model's own tokenizer is used; for another one ids mean nothing and are left out. vocab: ids from
+    there on cannot be sampled and are left out. Raises UserError for an eos_token_id that is not whole numbers.
     """
     path = None if folder is None else folder / "generation_config.json"
     written = path is not None and path.exists()
     fields = read_object(path) if written else {"eos_token_id": config.get("eos_token_id")}
-    fields = {k: v for k, v in fields.items() if v is not None and (own or not k.endswith("_token_id"))}
+    fields = {k: v for k, v in fields.items() if v is not None and (own_tokenizer or not k.endswith("_token_id"))}
     ids = fields.get("eos_token_id", [])
     ids = ids if isinstance(ids, list) else [ids]
     if wrong := [x for x in ids if type(x) is not int]:
@@ -72,8 +74,8 @@ def read_generation(folder: epath.Path | None, config: dict, vocab: int, own: bo
 
 
 def listed(folder: epath.Path) -> list[str]:
-    """The names of the files that hold a folder's weights, whether they are there or not: model.safetensors, or what the index
-    says where there is no such file, which is transformers' order.
+    """The names of the files that hold a folder's weights, which may be missing: model.safetensors, or the index's files where
+    there is no model.safetensors. This is transformers' order.
     """
     index = folder / "model.safetensors.index.json"
     if not index.exists() or (folder / "model.safetensors").exists():
@@ -89,16 +91,16 @@ def listed(folder: epath.Path) -> list[str]:
 
 
 def files(folder: epath.Path) -> list[epath.Path]:
-    """The files that hold a folder's weights. Raises UserError where one is not there."""
-    found = [folder / name for name in listed(folder)]
-    missing = [f.name for f in found if not f.exists()]
+    """The files that hold a folder's weights. Raises UserError where one is missing."""
+    paths = [folder / name for name in listed(folder)]
+    missing = [path.name for path in paths if not path.exists()]
     if not missing:
-        for file in found:
+        for file in paths:
             check_regular(file)
             if not cloud.is_remote(file) and file.is_dir():
                 raise UserError(f"{file}: a folder, not a file. Download it again.")
         _name_unread(folder)
-        return found
+        return paths
     if (index := folder / "model.safetensors.index.json").exists():
         raise UserError(f"{index}: lists files that are not there: {', '.join(missing)}. Download the folder again.")
     pickles = [p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth"))]
@@ -115,12 +117,12 @@ def _name_unread(folder: epath.Path) -> None:
 
 def _open(folder: epath.Path) -> dict[str, Any]:
     """Tensor name -> lazy slice, over all files. Raises UserError for a file that is cut off or broken."""
-    found = {}
+    slices = {}
     for path in files(folder):
-        found |= safetensors_io.tensors(path)
-    if any(name.startswith(_VISION) for name in found):
-        found = {_language(name): s for name, s in found.items() if not name.startswith(_VISION)}
-    return found
+        slices |= safetensors_io.tensors(path)
+    if any(name.startswith(_VISION) for name in slices):
+        slices = {_language(name): x for name, x in slices.items() if not name.startswith(_VISION)}
+    return slices
 
 
 def _language(name: str) -> str:
@@ -129,8 +131,8 @@ def _language(name: str) -> str:
 
 
 def _apart(slices: dict, arch: Architecture, names: dict[str, Tensor]) -> dict[str, Any]:
-    """The experts' tensors one by one, and the router, by their names on the hub, where a file has transformers 5's own form:
-    all of a layer in gate_up_proj [E, 2F, D] and down_proj [E, D, F].
+    """Slices with one entry for each expert's tensor and the router, by their names on the hub. Files of transformers 5 stack a
+    layer's experts in gate_up_proj [E, 2F, D] and down_proj [E, D, F]; other files come back as they are.
     """
     if not arch.experts or not any(_STACKED.fullmatch(name) for name in slices):
         return slices
@@ -161,9 +163,9 @@ def load(
 ) -> Params:
     """Parameters from a folder's safetensors.
 
-    abstract: the tree of ShapeDtypeStruct (shapes, and shardings where wanted) that `Transformer.init` would give. dtype: what
-    the parameters become (float32 masters; the files' own bfloat16 widens exactly). then(path, array): what to keep of a
-    parameter in its place, made before the next one is read. Raises UserError for missing, left-over or wrongly shaped tensors.
+    abstract: the tree of ShapeDtypeStruct (with shardings, if any) that `Transformer.init` would give. dtype: the parameters'
+    dtype (float32 masters; the files' bfloat16 widens exactly). then(path, array): maps each parameter to the leaf that is
+    kept, before the next one is read. Raises UserError for missing, left-over or wrongly shaped tensors.
     """
     folder = cloud.path(folder)
     slices, names = check(folder, arch), tensor_names(arch)
@@ -172,17 +174,17 @@ def load(
 
 
 def check(folder: str | epath.Path, arch: Architecture) -> dict[str, Any]:
-    """Tensor name -> lazy slice of a folder's weights, of which only the headers are read.
+    """Tensor name -> lazy slice of a folder's weights. Only the files' headers are read.
 
     Raises UserError for files that are missing or cut off, and for tensors that are missing or that the architecture lacks.
     """
     folder = cloud.path(folder)
     names = tensor_names(arch)
     slices = _apart(_open(folder), arch, names)
-    if (says := arch.parameters()) > 8 * (held := sum(math.prod(x.get_shape()) for x in slices.values())):
+    if (described := arch.parameters()) > 8 * (held := sum(math.prod(x.get_shape()) for x in slices.values())):
         raise UserError(
-            f"{folder}: config.json describes {says:,} parameters ({sizes(arch)}), and its files hold {held:,}; the config "
-            "does not fit the weights."
+            f"{folder}: config.json describes {described:,} parameters ({sizes(arch)}), and its files hold {held:,}; the "
+            "config does not fit the weights."
         )
     expected = {n for t in names.values() for n in _each(t, (arch.layers, arch.experts))}
     if missing := sorted(expected - set(slices)):
@@ -207,7 +209,7 @@ def sizes(arch: Architecture) -> str:
 
 
 def _check_tied(folder: epath.Path, slices: dict) -> None:
-    """Some exports store a tied head as well; it must then be the embedding, or one of the two would be dropped unseen."""
+    """Raises UserError where a stored head of a tied model differs from the embedding: one of the two would be lost."""
     embed, head = slices["model.embed_tokens.weight"], slices["lm_head.weight"]
     same = embed.get_shape() == head.get_shape()
     for row in range(0, embed.get_shape()[0], 4096):
@@ -250,14 +252,14 @@ def _read(folder: epath.Path, slices: dict, tensor: Tensor, leaf, dtype) -> jax.
             check_finite(out.reshape(-1, *out.shape[lead:])[number], folder, tensor.name.format(*place))
         return out
 
-    # One device's piece at a time, so that the host holds no more than that beyond what it owns.
+    # One device's piece at a time, so the host holds no more than that.
     place = getattr(leaf, "sharding", None) or sharding.single()
     return sharding.assembled(leaf.shape, place, piece)
 
 
 def check_finite(values: np.ndarray, where, name: str) -> None:
-    """Raises UserError for a weight that has NaN or infinity in it, with which every output would be NaN."""
-    with np.errstate(over="ignore", invalid="ignore"):  # a sum may overflow where no number of it is infinite
+    """Raises UserError for a weight with NaN or infinity in it: every output would be NaN."""
+    with np.errstate(over="ignore", invalid="ignore"):  # a sum of finite numbers may overflow
         if np.isfinite(values.sum()) or np.isfinite(values).all():
             return
     raise UserError(
@@ -267,7 +269,7 @@ def check_finite(values: np.ndarray, where, name: str) -> None:
 
 
 def _aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
-    """An empty array where a CPU device would want it, so that it can be taken over without a copy."""
+    """An empty array, aligned so that a CPU device can take it over without a copy."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     room = np.empty(size + 64, np.uint8)
     first = -room.ctypes.data % 64
@@ -277,7 +279,7 @@ def _aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
 def save(folder: str | epath.Path, params: Params, arch: Architecture, config: dict, dtype: str | None = None) -> list[str]:
     """Writes config.json and safetensors that `transformers` opens; returns the files' names.
 
-    dtype: "float32", "bfloat16" or "float16"; None keeps what the config names, else float32. Files are cut at 5 GiB with an
+    dtype: "float32", "bfloat16" or "float16"; None keeps the config's, else float32. Files above 5 GiB are split, with an
     index.
     """
     folder = cloud.path(folder)
@@ -297,7 +299,8 @@ def save(folder: str | epath.Path, params: Params, arch: Architecture, config: d
 def portable(config: dict) -> dict:
     """A config's fields in the spelling of transformers 4.57, which 5 reads too.
 
-    4.57 has the rotary base and its scaling apart, where 5 writes rope_parameters, and one name for the experts' number.
+    4.57 has separate fields for the rotary base and its scaling, where 5 writes rope_parameters, and a single name for the
+    number of experts.
     """
     config, family = dict(config), config.get("model_type")
     nested = config.pop("rope_parameters", None) or {}
@@ -312,22 +315,22 @@ def portable(config: dict) -> dict:
     if (scaling := config.get("rope_scaling")) and (held := _SCALING.get(family)):
         scaling = {"type": scaling.get("rope_type"), **scaling}
         config["rope_scaling"] = {k: scaling[k] for k in held if k in scaling}
-    own, other = ("num_local_experts", "num_experts") if family == "mixtral" else ("num_experts", "num_local_experts")
+    name, other = ("num_local_experts", "num_experts") if family == "mixtral" else ("num_experts", "num_local_experts")
     if config.get(other) is not None:
-        config[own] = config.pop(other)
+        config[name] = config.pop(other)
     return config
 
 
 def _tensors(params: Params, arch: Architecture, kind):
-    """Yields (Hugging Face name, array), a tensor at a time, so that one copy of one tensor is made; fused ones are joined."""
+    """Yields (Hugging Face name, array) one tensor at a time, so only one is copied at once; fused tensors are joined."""
     flat, names = flatten_dict(params, sep="/"), tensor_names(arch)
     parts = {}
     for path, tensor in names.items():
         parts.setdefault(tensor.name, []).append((tensor.rows or (0,), path, tensor.transposed))
-    for template, found in parts.items():
+    for template, pieces in parts.items():
         for place in itertools.product(*map(range, (arch.layers, arch.experts)[: template.count("{}")])):
             arrays = []
-            for _, path, transposed in sorted(found):
+            for _, path, transposed in sorted(pieces):
                 leaf = np.asarray(jax.device_get(dense(jax.tree.map(lambda x, place=place: x[place], flat[path]))))
                 if kind is np.float16 and np.max(np.abs(leaf), initial=0) > np.finfo(kind).max:
                     name = template.format(*place)

@@ -1,8 +1,8 @@
 """Models by their name on the Hugging Face hub: `organisation/model`, or `organisation/model@revision`.
 
-Downloading is `huggingface_hub`'s, so its cache, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE mean what they always do. Only JSON,
-text, tokenizers and safetensors are fetched: never a pickle, never code. The small files come first, so that a model which
-cannot be used is refused before its weights are on their way.
+`huggingface_hub` downloads, so its cache, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE mean what they always do. Only JSON, text,
+tokenizers and safetensors are fetched: never a pickle, never code. The small files come first, so a model that cannot be used
+is refused before its weights are downloaded.
 """
 
 import re
@@ -20,18 +20,18 @@ SMALL = ("*.json", "*.model", "*.jinja", "*.txt")
 
 
 def is_spelled(name: str) -> bool:
-    """Whether this is spelled like a model's name on the hub, whatever there is here."""
+    """Whether this is spelled like a model's name on the hub; local folders are not looked at."""
     return _NAME.fullmatch(name) is not None
 
 
 def is_name(where: str) -> bool:
-    """Whether this could be a model's name on the hub, and no path here: neither it nor the folder before its slash exists."""
+    """Whether this is spelled like a model's name on the hub and is no local path: its parent folder does not exist."""
     return is_spelled(where) and not Path(where).parent.exists()
 
 
 def fetch(name: str, weights: bool = False) -> Path:
-    """The folder, in the cache, with the model's small files; its weights too if asked for, which are the files that its index
-    names: some models lie there twice, once in their makers' own layout.
+    """The folder in the cache with the model's small files. weights: whether to fetch the weights too: the files that the index
+    names, since some repositories hold the model a second time in its makers' own layout.
 
     Raises UserError where there is no such model or revision, where it is gated, and where there is neither network nor a
     cached copy.
@@ -48,7 +48,7 @@ def _snapshot(name: str, patterns: Sequence[str]) -> Path:
     reason = ""
     try:
         with network.hub() as reason:
-            found = huggingface_hub.snapshot_download(model, revision=revision or None, allow_patterns=list(patterns))
+            folder = huggingface_hub.snapshot_download(model, revision=revision or None, allow_patterns=list(patterns))
     except errors.GatedRepoError:
         raise UserError(f"{name}: the hub keeps this model behind its licence; accept it there and set HF_TOKEN.") from None
     except errors.RevisionNotFoundError:
@@ -62,4 +62,4 @@ def _snapshot(name: str, patterns: Sequence[str]) -> Path:
             f"{name}: no such folder, and the hub cannot give a model of this name now ({reason or first_line(e)}); the cache "
             f"does not hold it. Give a folder; on a machine with a network: hf download {model} --local-dir=FOLDER."
         ) from None
-    return Path(found)
+    return Path(folder)

@@ -1,6 +1,6 @@
-"""The config.json of models by their names on the hub, so that what they take can be worked out without a network.
+"""The config.json of models by their names on the hub, so that `fit` needs no network.
 
-Facts alone: sizes and constants, as the model's makers publish them. Training reads the model's own file.
+These are sizes and constants as the models' makers publish them. Training reads the model's own file.
 """
 
 import copy
@@ -26,7 +26,7 @@ _QWEN3 = {
     "vocab_size": 151936,
     "num_key_value_heads": 8,
     "head_dim": 128,
-    "max_position_embeddings": 40960,  # of the tuned ones; those before tuning have _QWEN3_BASE
+    "max_position_embeddings": 40960,  # of the tuned models; base models have _QWEN3_BASE
     "rms_norm_eps": 1e-6,
     "rope_theta": 1000000.0,
 }
@@ -78,13 +78,13 @@ _MODELS = {
 
 
 def fields(name: str) -> dict | None:
-    """The fields of config.json of a model on the hub, its tuned variants included; None for one that is not here."""
+    """The fields of config.json of a model on the hub or of a tuned variant; None for a model that is not here."""
     whole = name.partition("@")[0]
     plain = whole.removesuffix("-Instruct").removesuffix("-Base")
-    found = copy.deepcopy(_MODELS.get(plain) or _MODELS.get(f"{plain.removesuffix('-it')}-pt"))
-    if found and whole.endswith("-Base"):
-        found["max_position_embeddings"] = _QWEN3_BASE
-    return found
+    config = copy.deepcopy(_MODELS.get(plain) or _MODELS.get(f"{plain.removesuffix('-it')}-pt"))
+    if config and whole.endswith("-Base"):
+        config["max_position_embeddings"] = _QWEN3_BASE
+    return config
 
 
 def names() -> list[str]:

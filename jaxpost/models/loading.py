@@ -1,11 +1,11 @@
-"""A model as one object: what to compute with, what to compute on, and how text becomes tokens.
+"""A model as one object: its transformer, its tokenizer and its weights.
 
-`describe` reads everything but the weights, so that a mistake is found before the long part begins. Weights then come from the
-same folder, from a fresh start, or from a workdir's checkpoint, in any case straight into their place on the mesh.
+`describe` reads everything but the weights, so that mistakes show before the slow part begins. Weights then come from the same
+folder, from a random initialisation, or from a workdir's checkpoint, straight into their place on the mesh.
 
-An adapter is a part of the description: weights that it goes around are swapped as they are read, one at a time. A checkpoint
-of ours names the adapter that is in it, and, where its frozen weights are elsewhere, the folder that has them and what they
-were; then the tree is made of the two.
+An adapter is part of the description. Each weight that it adapts is replaced as it is read, one at a time. A checkpoint of ours
+names its adapter. Where its frozen weights are elsewhere, it also names their folder and digest, and the tree is made from
+both.
 """
 
 import dataclasses
@@ -45,11 +45,11 @@ class ModelSpec:
     tokenizer: Any
     config: dict
     folder: epath.Path | None
-    hub: str = ""  # the name that the folder came by, where its weights may still be on the hub
+    hub: str = ""  # the model's name on the hub, where its weights may not be downloaded yet
     adapter: dict = dataclasses.field(default_factory=dict)  # config's entry, or a checkpoint's; empty for none
-    leaves: dict = dataclasses.field(default_factory=dict)  # what is there besides the model's: path -> (letters, first value)
+    leaves: dict = dataclasses.field(default_factory=dict)  # leaves beside the model's own: path -> (letters, first value)
     generation: dict = dataclasses.field(default_factory=dict)  # generation_config.json's fields
-    ends: tuple[int, ...] = ()  # the ids that end a completion by the model's own files
+    ends: tuple[int, ...] = ()  # the ids that end a completion, from the model's own files
 
 
 def describe(
@@ -65,22 +65,22 @@ def describe(
 ) -> ModelSpec:
     """The model that a recipe's `model`, `tokenizer` and `adapter` name.
 
-    attention: the kernel over whole rows, "auto" for the platform's fast one. device: one of those that will compute, if not
-    this process's; text: False leaves the tokenizer out.
-    Raises UserError for what is missing, broken or not supported.
+    attention: the kernel over whole rows, "auto" for the platform's fast one. device: a device that will compute, if not this
+    process's; text: False leaves the tokenizer out.
+    Raises UserError for files that are missing or broken and for settings that are not supported.
     """
     if not model:
         raise UserError("config.model: give a folder with config.json and *.safetensors, a workdir, or a config.json's fields.")
-    for value, known, key in ((dtype, DTYPES, "dtype"), (remat, REMAT, "remat")):
-        if value not in known:
-            raise UserError(f"config.{key}: unknown {value!r}.{nearest(str(value), known)}")
+    for value, choices, key in ((dtype, DTYPES, "dtype"), (remat, REMAT, "remat")):
+        if value not in choices:
+            raise UserError(f"config.{key}: unknown {value!r}.{nearest(str(value), choices)}")
     trust(adapter or "")
     described, folder = _locate(model) if isinstance(model, str) else (None, None)
     config = hf.read_config(described) if described else dict(model)
     config = families.language_part(config)
     arch = families.architecture(config, str(described / "config.json") if described else "config.model")
     words = _tokenizer(tokenizer_name or described) if text else None
-    # A tokenizer may name added tokens that its model has no row for, such as a picture's; text then has none of them.
+    # A tokenizer may name added tokens that its model has no row for, such as an image's; text does not contain them.
     if words is not None and words.vocab_size > arch.vocab:
         raise UserError(
             f"config.tokenizer: it has {words.vocab_size} tokens, the model's vocabulary {arch.vocab}; they are not a pair."
@@ -88,13 +88,13 @@ def describe(
     name = model if isinstance(model, str) and hub.is_name(model) else ""
     device = device or jax.devices()[0]
     transformer = Transformer(arch, _computable(dtype, device), remat, _kernel(attention, device))
-    generation, ends = hf.read_generation(described, config, arch.vocab, own=not tokenizer_name)
+    generation, ends = hf.read_generation(described, config, arch.vocab, own_tokenizer=not tokenizer_name)
     spec = ModelSpec(transformer, words, config, folder, name, generation=generation, ends=ends)
     return dataclasses.replace(spec, adapter=_chosen(adapter, carried(folder)), leaves=carried(folder, "leaves"))
 
 
 def _computable(dtype: str, device):
-    """The dtype to compute in: float32 where the device has no bfloat16 of its own (GPUs before compute capability 8)."""
+    """The dtype to compute in: float32 where the device has no bfloat16 (GPUs before compute capability 8)."""
     capability = getattr(device, "compute_capability", None)
     if dtype == "bfloat16" and device.platform == "gpu" and capability and float(capability) < 8:
         print(f"config.dtype: {device.device_kind} has no bfloat16; computing in float32 instead.", file=sys.stderr)
@@ -102,18 +102,18 @@ def _computable(dtype: str, device):
     return DTYPES[dtype]
 
 
-def _kernel(asked: str, device) -> str:
-    """The attention kernel that a recipe asks for, on the device that will compute."""
+def _kernel(name: str, device) -> str:
+    """The attention kernel that a recipe names, checked against the device that will compute."""
     fast = KERNELS.get(device.platform, "xla")
-    if asked not in (known := ("auto", "xla", *KERNELS.values())):
-        raise UserError(f"config.attention: unknown {asked!r}.{nearest(asked, known)}")
-    if asked not in ("auto", "xla", fast):
-        raise UserError(f"config.attention: {asked!r} does not run on {device.device_kind}; leave it at auto, or take xla.")
-    return fast if asked == "auto" else asked
+    if name not in (choices := ("auto", "xla", *KERNELS.values())):
+        raise UserError(f"config.attention: unknown {name!r}.{nearest(name, choices)}")
+    if name not in ("auto", "xla", fast):
+        raise UserError(f"config.attention: {name!r} does not run on {device.device_kind}; leave it at auto, or take xla.")
+    return fast if name == "auto" else name
 
 
 def _locate(where: str) -> tuple[epath.Path, epath.Path]:
-    """(folder of config.json and tokenizer, folder of the weights): a Hugging Face folder twice, or a workdir's two."""
+    """(folder of config.json and tokenizer, folder of the weights): the same for Hugging Face, two in a workdir."""
     path = epath.Path(hub.fetch(where)) if hub.is_name(where) else cloud.path(where)
     held = any((path / name).exists() for name in ("checkpoints", "params", digests.NAME))
     if not held and not (path.is_dir() and checkpoint.steps(path)):
@@ -126,7 +126,7 @@ def _locate(where: str) -> tuple[epath.Path, epath.Path]:
 
 
 def _tokenizer(where: str | epath.Path | None):
-    """The tokenizer of a folder or of a model on the hub, or one that a function makes."""
+    """The tokenizer of a folder or of a model on the hub, or the one that a function returns."""
     if hub.is_name(str(where)):
         where = hub.fetch(str(where))
     if where is None or cloud.path(where).is_dir():
@@ -137,7 +137,7 @@ def _tokenizer(where: str | epath.Path | None):
 
 
 def check(spec: ModelSpec) -> None:
-    """Holds a folder's files against the architecture, without reading weights. Raises UserError for what does not belong."""
+    """Compares a folder's files with the architecture, without reading weights. Raises UserError where they do not fit."""
     if spec.hub:
         hub.fetch(spec.hub, weights=True)
     if spec.folder is not None and not (spec.folder / "params").exists():
@@ -156,10 +156,10 @@ def others(spec: ModelSpec) -> dict[str, str]:
 def abstract(model: Transformer, mesh, adapter: Mapping | None = None, leaves: Mapping | None = None) -> Params:
     """The tree of shapes, dtypes and shardings that the model's parameters have on a mesh, with an adapter around them.
 
-    leaves: what is there besides, path -> (letters, first value): a size for each letter (D, V) or digit. A first value that
-    is a model's name stands for that model's head, and T for its width. Raises UserError where its vocabulary is another.
+    leaves: further leaves, path -> (letters, first value), where each letter (D, V) or digit gives a dimension's size. A first
+    value that is a model's name means that model's head, and T its width. Raises UserError where the vocabularies differ.
     """
-    key = jax.eval_shape(lambda: jax.random.PRNGKey(0))  # a shape is enough, and costs no compilation
+    key = jax.eval_shape(lambda: jax.random.PRNGKey(0))  # a shape suffices, without a compilation
     shapes = jax.eval_shape(model.init, key)
     if adapter:
         shapes = jax.eval_shape(resolve(adapter, "adapters"), shapes, key)
@@ -176,21 +176,21 @@ def abstract(model: Transformer, mesh, adapter: Mapping | None = None, leaves: M
 
 
 def weights(spec: ModelSpec, mesh, seed: int = 0) -> Params:
-    """The folder's weights, or fresh ones drawn from the seed; float32, in their place on the mesh, with the adapter around and
-    the leaves beside them: those that the folder has, and new ones.
+    """The folder's weights, or fresh ones drawn from the seed; float32, in their place on the mesh, with the spec's adapter
+    around them and its leaves beside them, which have their first values where the folder lacks them.
     """
-    own = flatten_dict(abstract(spec.transformer, mesh, None, spec.leaves), sep="/")
+    shapes = flatten_dict(abstract(spec.transformer, mesh, None, spec.leaves), sep="/")
     mine = {path: leaf for path, leaf in spec.leaves.items() if path not in others(spec)}
     params = _weights(dataclasses.replace(spec, leaves=mine), mesh, seed)
     held, flat = flatten_dict(params, sep="/"), flatten_dict(heads(spec, mesh), sep="/")
     for path, (_, first) in mine.items():
-        flat[path] = held.get(path, jax.device_put(np.full(own[path].shape, first, np.float32), own[path].sharding))
+        flat[path] = held.get(path, jax.device_put(np.full(shapes[path].shape, first, np.float32), shapes[path].sharding))
     gone = carried(spec.folder, "leaves").keys() - spec.leaves.keys()
     return unflatten_dict({path: x for path, x in held.items() if path not in gone} | flat, sep="/") if flat or gone else params
 
 
 def _other(name: str) -> ModelSpec:
-    """A model of which a head is wanted. Raises UserError for a folder of another kind than Hugging Face's."""
+    """The spec of a model whose head is a leaf. Raises UserError for a checkpoint of ours, and for capped logits."""
     spec = describe(name, text=False)
     if (spec.folder / "params").exists():
         raise UserError(f"{name}: a teacher is read from Hugging Face's files; make them with python -m jaxpost.export.")
@@ -200,7 +200,7 @@ def _other(name: str) -> ModelSpec:
 
 
 def heads(spec: ModelSpec, mesh) -> Params:
-    """The leaves that are other models' heads, which are read alone."""
+    """The leaves that are other models' heads; of those models nothing else is read."""
     shapes, flat = flatten_dict(abstract(spec.transformer, mesh, None, spec.leaves), sep="/"), {}
     for leaf, name in others(spec).items():
         of = _other(name)
@@ -211,7 +211,7 @@ def heads(spec: ModelSpec, mesh) -> Params:
 
 
 def _weights(spec: ModelSpec, mesh, seed: int) -> Params:
-    """The same without leaves that the folder has not, and with all that it has."""
+    """The folder's weights and all of its own leaves, or fresh weights without leaves."""
     shapes, around = abstract(spec.transformer, mesh), _around(spec, mesh, seed)
     if spec.folder is not None and not (spec.folder / "params").exists():
         return hf.load(spec.folder, spec.transformer.arch, shapes, then=around)
@@ -233,7 +233,7 @@ def _weights(spec: ModelSpec, mesh, seed: int) -> Params:
 
 
 def _check_finite(params: Params, folder) -> None:
-    """Raises UserError for a checkpoint with NaN or infinity in its weights, naming the first that has one."""
+    """Raises UserError for a checkpoint with NaN or infinity in its weights, naming the first such weight."""
     named = {sharding.path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
     named = {name: x for name, x in named.items() if jnp.issubdtype(x.dtype, jnp.floating)}
     finite = jax.device_get(jax.jit(lambda leaves: {name: jnp.isfinite(x).all() for name, x in leaves.items()})(named))
@@ -257,7 +257,7 @@ def _check_memory(arch: families.Architecture) -> None:
 
 
 def _around(spec: ModelSpec, mesh, seed: int) -> Callable[[str, Any], Any]:
-    """(path, weight) -> the leaf that the description's adapter makes of it: one at a time, so that no more is held twice."""
+    """(path, weight) -> the weight with the spec's adapter around it; one at a time, so only one is in memory twice."""
     if not spec.adapter:
         return lambda path, weight: weight
     make, key = resolve(spec.adapter, "adapters"), jax.random.PRNGKey(seed)
@@ -283,35 +283,35 @@ def carried(folder, what: str = "adapter") -> dict:
 
 
 def recorded(adapter: str | Mapping | None) -> dict:
-    """What a checkpoint writes down of an adapter's entry: the function's whole name and all its options, the defaults too.
+    """An adapter's entry as a checkpoint records it: the function's full name and all its options, defaults included.
 
-    An adapter that is read from files says by its `recorded` what it is without them.
+    An adapter that is read from files has a function `recorded`, which gives an entry that does not need them.
     """
     if not adapter:
         return {}
     bound = resolve(adapter, "adapters")
-    if own := getattr(bound.func, "recorded", None):
-        return own(**bound.keywords)
+    if record := getattr(bound.func, "recorded", None):
+        return record(**bound.keywords)
     name = adapter if isinstance(adapter, str) else adapter["name"]
     keywords = inspect.signature(bound.func).parameters.values()
     defaults = {p.name: p.default for p in keywords if p.kind is p.KEYWORD_ONLY}
     return {"name": f"{name}.{name}" if name.isidentifier() else name, **defaults, **bound.keywords}
 
 
-def _chosen(asked: str | Mapping | None, inside: dict) -> dict:
-    """The adapter of a description: the one that the checkpoint has inside, else the one that is asked for."""
-    if asked and inside and recorded(asked) != inside:
+def _chosen(adapter: str | Mapping | None, inside: dict) -> dict:
+    """The adapter of a spec: the one inside the checkpoint, else the recipe's."""
+    if adapter and inside and recorded(adapter) != inside:
         raise UserError(
             f"config.adapter: the model has one inside, {inside}. Leave the setting out to train that one on, or merge it "
             "first: python -m jaxpost.export --checkpoint=WORKDIR --out=FOLDER."
         )
-    return inside or ({"name": asked} if isinstance(asked, str) and asked else dict(asked or {}))
+    return inside or ({"name": adapter} if isinstance(adapter, str) and adapter else dict(adapter or {}))
 
 
 def base_in(spec: ModelSpec, workdir, frozen: Params) -> dict | None:
-    """How a checkpoint in `workdir` names the folder that the frozen weights are in: a path (from the workdir on, if inside it)
-    or a name on the hub, its digest, and the frozen leaves that are to be kept beside it. None where it is in no folder, being
-    fresh, or where nothing is frozen: then all of it is kept.
+    """How a checkpoint in `workdir` names the folder of its frozen weights: a path (relative inside the workdir) or a name on
+    the hub, its digest, and the frozen leaves that the checkpoint keeps itself. None where the weights are fresh or nothing is
+    frozen: then the checkpoint keeps everything.
     """
     names = [sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(frozen)]
     names = [name for name in names if name not in others(spec)]
@@ -328,21 +328,21 @@ def base_in(spec: ModelSpec, workdir, frozen: Params) -> dict | None:
             f"config.model: {folder} is a checkpoint of a run that is not over, which may delete it. Let the run end, or make "
             "a folder of it: python -m jaxpost.export."
         )
-    if not name:  # a path inside the workdir begins with a dot, so that it is never taken for a name on the hub
+    if not name:  # a path inside the workdir begins with a dot, so that it never looks like a name on the hub
         name = f"./{folder.relative_to(workdir)}" if folder.is_relative_to(workdir) else str(folder)
     beside = [n.replace("/", ".") for n in names if re.search(optim.ADDED, n) or n.replace("/", ".") in held]
     return {"reference": name, "hash": base["hash"] if base else fingerprint.digest(folder), "beside": sorted(beside)}
 
 
 def beside(spec: ModelSpec) -> list[str]:
-    """The weights that a checkpoint around a base holds and that are no part of its adapter: what was learned besides."""
+    """The weights that a checkpoint around a base holds and that do not belong to its adapter."""
     if spec.folder is None or not checkpoint.read_meta(spec.folder).get("base"):
         return []
     return [name for name in checkpoint.paths(spec.folder) if not re.search(optim.ADDED, name.replace(".", "/"))]
 
 
 def base_name(spec: ModelSpec) -> str | None:
-    """The Hugging Face model that a description's weights are around: a name on the hub or a folder; None if there is none."""
+    """The Hugging Face model that a spec's adapter goes around: a name on the hub or a folder; None if there is none."""
     base = spec.folder is not None and checkpoint.read_meta(spec.folder).get("base")
     if not base:
         return spec.hub or (None if spec.folder is None or (spec.folder / "params").exists() else str(spec.folder))
@@ -353,7 +353,7 @@ def base_name(spec: ModelSpec) -> str | None:
 
 
 def base_of(step, base: dict, verify: bool = True) -> epath.Path:
-    """The folder that a checkpoint's frozen weights are in. Raises UserError where it is gone, or holds others than it did."""
+    """The folder of a checkpoint's frozen weights. Raises UserError where it is gone or its weights have changed."""
     where = base["reference"]
     if hub.is_spelled(where):
         folder = hub.fetch(where, weights=True)
@@ -378,10 +378,10 @@ def base_of(step, base: dict, verify: bool = True) -> epath.Path:
 
 
 def keep_description(spec: ModelSpec, workdir, template: str) -> None:
-    """Writes config.json, generation_config.json and the tokenizer under workdir/model, so that a workdir is all that generate
-    and export need.
+    """Writes config.json, generation_config.json and the tokenizer under workdir/model, so that generate and export only need
+    the workdir.
 
-    template: the Jinja that the run trains with, which the tokenizer carries from here on; further ones stay.
+    template: the run's Jinja chat template, which becomes the tokenizer's default; its other templates stay.
     """
     folder = epath.Path(workdir) / "model"
     folder.mkdir(parents=True, exist_ok=True)
@@ -392,8 +392,8 @@ def keep_description(spec: ModelSpec, workdir, template: str) -> None:
 
 
 def open_model(where: str, mesh, dtype: str = "float32", adapter: Mapping | None = None) -> tuple[ModelSpec, Params]:
-    """ModelSpec and weights of a Hugging Face folder, a workdir, or one checkpoint in a workdir (its newest, where it has
-    several), with the adapter that the checkpoint has inside, or that is asked for. Raises UserError for another `where`.
+    """ModelSpec and weights of a Hugging Face folder, a workdir (its newest checkpoint), or one checkpoint in a workdir, with
+    the checkpoint's adapter or the one given. Raises UserError for any other `where`.
     """
     spec = describe(where, dtype=dtype, adapter=adapter)
     check(spec)

@@ -38,7 +38,7 @@ def mix(
 
     out = multiply(act(multiply(rows, gate)) * multiply(rows, up), down)
     out = out * jnp.take(weights.reshape(-1), order)[:, None].astype(x.dtype)
-    # Back to the tokens' order before adding: a scatter-add would be free to add in any.
+    # Back to the tokens' order before adding: a scatter-add has no fixed order.
     return jnp.take(out, jnp.argsort(order), axis=0).reshape(b, s, chosen, d).sum(axis=2)
 
 
@@ -66,7 +66,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """x [B,S,D] -> ([B,S,D], {probs, picks: [B,S,E]}): what the experts made of each token, and what the router said of it."""
+    """x [B,S,D] -> ([B,S,D], {probs, picks: [B,S,E]}): the experts' output for each token, and the router's."""
 
     arch: Architecture
     act: callable

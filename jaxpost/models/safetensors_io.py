@@ -1,9 +1,8 @@
 """The tensors of a safetensors file, read lazily and in part, wherever the file is.
 
-On a disk that is the safetensors library's own work, by a memory map. From gs:// the header is read, and then of each tensor
-the rows that are asked for, as one range of the object: nothing is downloaded to a disk first, and each host of several reads
-what its own devices hold. Columns are cut on the host, so where the columns of a weight are split over devices its rows are
-read once for each.
+On a disk the safetensors library maps the file into memory. From gs:// the header is read, and then the needed rows of each
+tensor as one range of the object: nothing is downloaded to a disk first, and each host only reads what its own devices hold.
+Columns are cut on the host, so a weight whose columns are split over devices is read once for each part.
 """
 
 import json
@@ -20,7 +19,7 @@ from jaxpost.errors import UserError
 from jaxpost.storage import cloud
 
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-_HEADER = 8  # bytes, which say how long the description after them is
+_HEADER = 8  # bytes that hold the length of the JSON header after them
 
 
 def tensors(file: epath.Path) -> dict[str, Any]:
@@ -28,10 +27,10 @@ def tensors(file: epath.Path) -> dict[str, Any]:
     try:
         if cloud.is_remote(file):
             return _remote(file)
-        found = safe_open(file, framework="np")
+        opened = safe_open(file, framework="np")
     except (SafetensorError, ValueError, KeyError) as e:
         raise UserError(f"{file}: not a whole safetensors file ({e}). Copy or download it again.") from None
-    return {name: found.get_slice(name) for name in found.keys()}  # noqa: SIM118 (not a dict)
+    return {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
 
 
 def _remote(file: epath.Path) -> dict[str, "_Slice"]:
@@ -54,7 +53,7 @@ def _range(file: epath.Path, start: int, stop: int) -> bytes:
 
 
 class _Slice:
-    """One tensor of a remote file; indexing takes slices alone, of step 1, as the library's own does here."""
+    """One tensor of a remote file. Indexing only takes slices of step 1."""
 
     def __init__(self, file: epath.Path, start: int, entry: Mapping):
         self.file, self.entry = file, entry
@@ -78,7 +77,7 @@ class _Slice:
 
 
 class Row:
-    """A few rows of one entry of a tensor's first axis, as a tensor of its own: [first, last) of expert `entry`."""
+    """Rows [first, last) of expert `entry` of a stacked tensor, as a tensor of its own."""
 
     def __init__(self, whole, entry: int, first: int, last: int):
         self.whole, self.entry, self.first, self.last = whole, entry, first, last

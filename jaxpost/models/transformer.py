@@ -1,8 +1,8 @@
 """The decoder: one linen Block, stacked.
 
-A Model is two functions: init(key) -> params, and forward(params, batch, cache) -> Output. Block is linen; its parameters are
+A model is two functions: init(key) -> params, and forward(params, batch, cache) -> Output. Block is linen; its parameters are
 stacked along a leading layer axis, and training scans Block.apply over them, so that compile time does not grow with depth. The
-sampler, which reads every weight once a token, unstacks them first (see `unstack`) and the same forward then loops.
+sampler reads every weight once a token, so it unstacks them first (see `unstack`), and the same forward then loops.
 """
 
 import dataclasses
@@ -41,8 +41,8 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
 }
 
-# What a layer keeps for its backward pass: everything, the results of weight products and of an attention kernel, its input and
-# the latter, or its input alone.
+# What a layer keeps for its backward pass: everything; the results of weight products and of the attention kernel; its input
+# and the attention kernel's result; or only its input.
 _POLICIES = jax.checkpoint_policies
 REMAT = {
     "none": None,
@@ -63,7 +63,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        # Read as it is, since linen would hold an adapter's first array against the kernel's shape.
+        # Read directly: linen would compare the kernel's shape with that of an adapter's first array.
         if (kernel := self.get_variable("params", "kernel")) is None:
             kernel = self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.bias else None
@@ -87,7 +87,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped self-attention over the row itself, or over a cache that it first writes to."""
+    """Grouped self-attention over the row, or over a cache that the row is first written to."""
 
     arch: Architecture
 
@@ -112,7 +112,7 @@ class Attention(nn.Module):
         axes, dtype = {"k": "BTKH", "v": "BTKH"}, x.dtype
         if cache is not None:
             axes = cache_axes()
-            # XLA:CPU has no product of 16-bit numbers in a cache's order, and would widen them for any other.
+            # XLA:CPU has no 16-bit product in a cache's order, and would widen the numbers in any case.
             dtype = jnp.float32 if sharding.platform() == "cpu" else x.dtype
             cache = {name: written(cache[name], new, positions, axes[name]) for name, new in (("k", k), ("v", v))}
             k, v = cache["k"], cache["v"]
@@ -138,7 +138,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + attention, then x + feed-forward, each with a norm before it, after it, or both.
 
-    Returns x, the cache it wrote (or None), and what the router said (or None).
+    Returns x, the cache it wrote (or None), and the router's output (or None).
     """
 
     arch: Architecture
@@ -162,8 +162,8 @@ class Block(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Transformer:
-    """init and forward for an Architecture; dtype is the computation's, parameters keep their own (float32 masters). kernel:
-    attention's over whole rows, see `attention.over_rows`.
+    """init and forward for an Architecture. dtype: of the computation; parameters keep their own (float32 masters). kernel: of
+    attention over whole rows, see `attention.over_rows`.
     """
 
     arch: Architecture
@@ -194,16 +194,16 @@ class Transformer:
     def forward(self, params: Params, batch: Batch, cache: Any = None) -> Output:
         """Hidden states of a batch.
 
-        Without a cache: tokens, positions and segments [B,S], documents attended to separately. With a cache (see
-        `make_cache`): tokens and positions [B,S], each token written to the slot of its position and attending to the slots up
-        to it; maybe `room`, a scalar: the tokens that a document will have, if not what the cache holds; maybe the cache's
+        Without a cache: tokens, positions and segments [B,S]; documents attend separately. With a cache (see `make_cache`):
+        tokens and positions [B,S]; each token is written to the slot of its position and attends to the slots up to it.
+        Optional with a cache: `room`, a scalar, the length that a document will have, if not the cache's; the cache's
         `rotations`.
         """
-        # The sampler's weights are whole along fsdp, and its rows stay where they are.
+        # The sampler's weights are whole along fsdp, so its rows need not move.
         find = sharding.lookup if cache is None else sharding.lookup_whole
         x = find(params["embed"]["weight"], batch["tokens"], self.dtype)
         x = x * jnp.asarray(self.arch.embed_scale, x.dtype)
-        # What does not depend on the layer is made once, outside of the scan: a table of each kind of layer.
+        # What does not depend on the layer is computed once, outside of the scan: a table for each kind of layer.
         tables, attend = self._tables(batch, cache)
         positions = batch["positions"]
 
@@ -217,13 +217,13 @@ class Transformer:
         if cache is None and not isinstance(params["layers"], tuple):
             x, router = self._scan(block, x, params["layers"], tables)
         else:
-            written, said = [], []
+            written, routers = [], []
             for i, layer in enumerate(unstack(params, self.arch.layers)["layers"]):
                 x, new, router = block(x, layer, tables[self.arch.kind(i)], None if cache is None else cache[i])
                 written.append(new)
-                said.append(router)
+                routers.append(router)
             cache = None if cache is None else tuple(written)
-            router = jax.tree.map(lambda *r: jnp.stack(r), *said) if cache is None and self.arch.experts else None
+            router = jax.tree.map(lambda *r: jnp.stack(r), *routers) if cache is None and self.arch.experts else None
         hidden = RMSNorm(self.arch.eps, self.arch.norm_offset).apply({"params": params["norm"]}, x)
         name = "embed" if self.arch.tied else "head"
         weight = sharding.gather({name: params[name]}, self.dtype)[name]["weight"]
@@ -231,25 +231,25 @@ class Transformer:
         return Output(hidden, Head(weight, soft_cap=self.arch.logit_cap), cache, router)
 
     def _tables(self, batch: Batch, cache: Any) -> tuple[list, Callable]:
-        """Of each kind of layer (cosine and sine, what it sees); and the attention that takes the latter."""
+        """(for each kind of layer (cosine and sine, what it sees), the attention function that takes the latter)."""
         a, positions = self.arch, batch["positions"]
         if cache is None:
-            seen, over = over_rows(self.kernel, a, batch, self.dtype)
+            masks, attention = over_rows(self.kernel, a, batch, self.dtype)
             lengths = document_lengths(batch["segments"], positions)
         else:
-            # While decoding, how long a document will be is not known: what there is room for stands for it.
+            # While decoding, a document's final length is unknown; the room that it has stands for it.
             held = cache_length(cache)
             lengths = batch.get("room", held)
-            seen = [cache_mask(positions, held, kind.window) for kind in a.kinds]
-            over = functools.partial(attend, scale=a.attention_scale, cap=a.attention_cap)
+            masks = [cache_mask(positions, held, kind.window) for kind in a.kinds]
+            attention = functools.partial(attend, scale=a.attention_scale, cap=a.attention_cap)
         if "rotations" in batch:
             turns = [tuple(x[positions] for x in pair) for pair in batch["rotations"]]
         else:
             turns = [rotary(kind.rope, a.head_width, positions, lengths) for kind in a.kinds]
-        return list(zip(turns, seen, strict=True)), over
+        return list(zip(turns, masks, strict=True)), attention
 
     def _scan(self, block, x, layers, tables: list):
-        """The blocks one after the other, as one loop; with several kinds of layers each takes its own table."""
+        """Runs the blocks one after the other as one loop; each kind of layer has its own table."""
         if len(tables) == 1:
             return jax.lax.scan(lambda x, layer: block(x, layer, tables[0], None)[::2], x, layers)
         stacked = jax.tree.map(lambda *t: jnp.stack(t), *tables)
@@ -261,13 +261,13 @@ class Transformer:
         return jax.lax.scan(turn, x, (layers, jnp.array(self.arch.pattern)))
 
     def rotations(self, cache: Any) -> list[tuple[jax.Array, jax.Array]]:
-        """(cosine, sine), [T,1,R/2] each, of a cache's places, for each kind of layer. A loop over tokens looks them up, since
+        """(cosine, sine), [T,1,R/2] each, of a cache's slots, for each kind of layer. A loop over tokens looks them up, since
         XLA:CPU would compute them again in every layer of every turn.
         """
         length = cache_length(cache)
         places = jnp.arange(length)[None]
-        made = [rotary(kind.rope, self.arch.head_width, places, length) for kind in self.arch.kinds]
-        return [(cosine[0], sine[0]) for cosine, sine in made]
+        tables = [rotary(kind.rope, self.arch.head_width, places, length) for kind in self.arch.kinds]
+        return [(cosine[0], sine[0]) for cosine, sine in tables]
 
     def make_cache(self, batch_size: int, length: int) -> tuple:
         """An empty key/value cache: a {k, v} a layer, whose axes `attention.cache_axes` names."""
@@ -280,14 +280,14 @@ class Transformer:
 
 
 def _over_tokens(router: Any, segments: jax.Array | None) -> Any:
-    """What a router said of each token [B,S,E], added up over the real ones [B,E]; None where there is nothing to add."""
+    """A router's output for each token [B,S,E], summed over the real ones to [B,E]; None where there is nothing to sum."""
     if router is None or segments is None:
         return None
     return {k: jnp.einsum("bse,bs->be", r, (segments > 0).astype(r.dtype)) for k, r in router.items()}
 
 
 def unstack(params: Params, layers: int) -> Params:
-    """Parameters with `layers` as a tuple of trees instead of one stacked tree; unstacked ones come back as they are."""
+    """Parameters with `layers` as a tuple of trees instead of one stacked tree; unstacked ones are returned unchanged."""
     if isinstance(params["layers"], tuple):
         return params
     return {**params, "layers": tuple(jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(layers))}

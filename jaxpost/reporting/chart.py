@@ -4,11 +4,11 @@ import math
 
 _WIDTH, _HEIGHT = 400, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 62, 12, 28
-_POINTS = 400  # the most points of a line; about one for each pixel of the chart's width
+_POINTS = 400  # the most points of a line, about one for each pixel of the chart's width
 
 
 def draw(lines, colours):
-    """An SVG line chart of {stage: [(step, value or None)]}; each line ends in a dot with its last value written beside it."""
+    """An SVG line chart of {stage: [(step, value or None)]}; each line ends in a dot with its last value beside it."""
     points = [(x, y) for line in lines.values() for x, y in line if y is not None]
     if not points:
         return '<p class="note">never finite</p>'
@@ -56,7 +56,7 @@ def _end_labels(ends):
     heights = [y + 4 for _, y, _, _ in ends]
     for number in range(1, len(ends)):
         heights[number] = max(heights[number], heights[number - 1] + 12)
-    # What was pushed below the axis would be among its ticks, so it pushes back.
+    # Labels pushed below the axis would cover its ticks, so they are pushed back up.
     limit = _HEIGHT - _BOTTOM + 4
     for number in reversed(range(len(ends))):
         heights[number] = min(heights[number], limit)
@@ -67,20 +67,20 @@ def _end_labels(ends):
 
 
 def _thin(line):
-    """At most about `_POINTS` of the line's points: the lowest and the highest of each stretch, so that no spike is lost."""
+    """At most about `_POINTS` of the line's points: the lowest and the highest of each stretch, to keep spikes."""
     if len(line) <= _POINTS:
         return line
     size = math.ceil(2 * len(line) / _POINTS)
     kept = {0, len(line) - 1}
     for start in range(0, len(line), size):
-        known = [number for number in range(start, min(start + size, len(line))) if line[number][1] is not None]
+        finite = [number for number in range(start, min(start + size, len(line))) if line[number][1] is not None]
         # A stretch without a value keeps its first point, which breaks the line there.
-        kept |= {min(known, key=lambda n: line[n][1]), max(known, key=lambda n: line[n][1])} if known else {start}
+        kept |= {min(finite, key=lambda n: line[n][1]), max(finite, key=lambda n: line[n][1])} if finite else {start}
     return [line[number] for number in sorted(kept)]
 
 
 def _range(values):
-    """(lowest, highest), widened where they are equal, for a chart to have an extent."""
+    """(lowest, highest), widened where they are equal."""
     values = list(values)
     low, high = min(values), max(values)
     margin = abs(low) * 0.1 or 0.5
@@ -96,7 +96,7 @@ def _ticks(low, high):
 
 
 def _names(ticks):
-    """The ticks' labels; where they differ by too little for that, how much each is above the first."""
+    """The ticks' labels; where they would be equal, the differences from the first."""
     names = [label(tick) for tick in ticks]
     if len(set(names)) == len(names):
         return names
@@ -104,7 +104,7 @@ def _names(ticks):
 
 
 def label(value):
-    """A figure as a reader wants it: four digits that matter, whole numbers whole."""
+    """A figure with four significant digits; whole numbers have no decimals."""
     if value is None:
         return "&ndash;"
     if abs(value) < 1e7 and (float(value).is_integer() or abs(value) >= 1000):

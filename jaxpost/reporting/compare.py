@@ -1,9 +1,9 @@
-"""Several runs on one page: what differs in their settings beside their final figures, and their curves in one chart each.
+"""Several runs on one page: a table of their differing settings and final figures, and charts of their curves together.
 
     python -m jaxpost.report runs/*
 
-prints the table and writes compare.html. Runs whose settings differ by `seed` alone are one line of the table: the mean and
-the standard deviation (of a sample, n - 1) over their seeds.
+prints the table and writes compare.html. Runs that only differ by `seed` are one line of the table: the mean and the sample
+standard deviation (n - 1) over their seeds.
 """
 
 import html
@@ -19,11 +19,11 @@ from jaxpost.storage import cloud
 from jaxpost.storage.host import read_object
 
 FIGURES = ("eval/accuracy", "eval/accuracy_greedy", "eval/reward", "eval/reward_greedy", "eval/loss")  # of the table
-CURVES = ("loss", "reward", "grad_norm", "entropy", "kl")  # drawn besides all figures of evaluations but those of cells
+CURVES = ("loss", "reward", "grad_norm", "entropy", "kl")  # drawn besides the figures of evaluations, without their cells
 
 
 def read(workdirs) -> dict[str, tuple[dict, list[dict]]]:
-    """{folder: (its settings, flat, and its rows of metrics)}. Raises UserError for a folder without a run."""
+    """{folder: (its settings by path, its rows of metrics)}. Raises UserError for a folder without a run."""
     runs = {}
     for workdir in map(cloud.path, workdirs):
         if not (workdir / "config.json").exists() or not (workdir / METRICS).exists():
@@ -33,28 +33,28 @@ def read(workdirs) -> dict[str, tuple[dict, list[dict]]]:
 
 
 def groups(runs: dict) -> tuple[list[str], dict[tuple, list[str]]]:
-    """(the settings that differ, seeds apart, {their values as texts: the runs that have them})."""
+    """(the settings that differ, without seeds, {their values as texts: the runs that have them})."""
     keys = {key for settings, _ in runs.values() for key in settings if key.rpartition(".")[2] != "seed"}
     differ = sorted(k for k in keys if len({json.dumps(settings.get(k)) for settings, _ in runs.values()}) > 1)
-    found: dict = {}
+    members: dict = {}
     for name, (settings, _) in runs.items():
-        found.setdefault(tuple(json.dumps(settings.get(k, "-")).strip('"') for k in differ), []).append(name)
-    return differ, found
+        members.setdefault(tuple(json.dumps(settings.get(k, "-")).strip('"') for k in differ), []).append(name)
+    return differ, members
 
 
 def figures(runs: dict) -> dict[str, dict[str, float]]:
-    """{figure: {run: its last value}} of the figures of the table, the one that decides first."""
+    """{figure: {run: its last value}} of the table's figures, the one that ranks the runs first."""
     finals = {run: _final(settings, rows) for run, (settings, rows) in runs.items()}
-    made = {
+    by_name = {
         name: {run: final[name] for run, final in finals.items() if final.get(name) is not None} for name in (*FIGURES, "loss")
     }
-    made = {name: values for name, values in made.items() if values}
-    if len(made) > 1:
-        made.pop("loss", None)
+    by_name = {name: values for name, values in by_name.items() if values}
+    if len(by_name) > 1:
+        by_name.pop("loss", None)
     for kind in ("", "_greedy"):  # a verifier's reward is its accuracy
-        if made.get(f"eval/reward{kind}") == made.get(f"eval/accuracy{kind}"):
-            made.pop(f"eval/reward{kind}", None)
-    return made
+        if by_name.get(f"eval/reward{kind}") == by_name.get(f"eval/accuracy{kind}"):
+            by_name.pop(f"eval/reward{kind}", None)
+    return by_name
 
 
 def table(runs: dict) -> list[list[str]]:
@@ -68,7 +68,7 @@ def table(runs: dict) -> list[list[str]]:
 
 
 def result(runs: dict) -> str:
-    """One sentence: which settings have the best figure, by how much, and whether the seeds tell it from chance."""
+    """One sentence: which settings have the best figure, by how much, and whether that exceeds the spread over seeds."""
     (differ, members), last = groups(runs), figures(runs)
     if not last:
         return "No run has a figure yet."
@@ -76,24 +76,24 @@ def result(runs: dict) -> str:
     each = {values: [final[run] for run in names if run in final] for values, names in members.items()}
     sign = -1 if name.endswith("loss") else 1
     order = sorted((values for values in each if each[values]), key=lambda v: -sign * statistics.mean(each[v]))
-    said = [(_spread(each[v]), ", ".join(f"{k}={x}" for k, x in zip(differ, v, strict=True))) for v in order]
+    described = [(_spread(each[v]), ", ".join(f"{k}={x}" for k, x in zip(differ, v, strict=True))) for v in order]
     if len(order) == 1:
-        return f"{name} is {said[0][0]}" + (f" over {len(each[order[0]])} seeds." if len(each[order[0]]) > 1 else ".")
+        return f"{name} is {described[0][0]}" + (f" over {len(each[order[0]])} seeds." if len(each[order[0]]) > 1 else ".")
     gap = abs(statistics.mean(each[order[0]]) - statistics.mean(each[order[1]]))
     spreads = [statistics.stdev(each[v]) for v in order[:2] if len(each[v]) > 1]
     doubt = "; these have one seed each, so it may be chance" if not spreads else ""
     doubt = "; the difference is within the spread over seeds" if spreads and gap <= max(spreads) else doubt
-    return f"{name} is best with {said[0][1]}: {said[0][0]}, against {said[1][0]} with {said[1][1]}{doubt}."
+    return f"{name} is best with {described[0][1]}: {described[0][0]}, against {described[1][0]} with {described[1][1]}{doubt}."
 
 
 def _final(settings: dict, rows: list[dict]) -> dict:
-    """The last value of each figure in the stage that is the run's result."""
+    """The last value of each figure in the run's result stage."""
     stage = settings.get("result") or (rows[-1]["stage"] if rows else "")
     return {name: row[name] for row in rows if row["stage"] == stage for name in (*FIGURES, "loss") if name in row}
 
 
 def _spread(values: list[float]) -> str:
-    """The mean, to as many digits as two of the spread over seeds, and the spread."""
+    """The mean and the spread over seeds, to two digits of the spread."""
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     if not spread or not math.isfinite(spread):
         return f"{statistics.mean(values):.4g}{' ± 0' if len(values) > 1 else ''}" if values else "-"
@@ -102,15 +102,15 @@ def _spread(values: list[float]) -> str:
 
 
 def colours(runs: dict, palette) -> dict[str, str]:
-    """{run: its colour}: that of its settings, so that seeds share one; where only seeds differ, each has its own."""
+    """{run: colour}. Runs with the same settings share one; where only seeds differ, each run has its own."""
     _, members = groups(runs)
     each = members.values() if len(members) > 1 else [[run] for run in runs]
     return {run: palette[i % len(palette)] for i, names in enumerate(each) for run in names}
 
 
 def curves(runs: dict, by_run: dict) -> list[str]:
-    """A chart for each stage and metric in which the runs lie over each other; by_run: as `colours` gives. None for what was
-    zero in all runs, nor for a reward that is the accuracy.
+    """A chart for each stage and metric with the curves of all runs; by_run: of `colours`. Metrics that are zero in all runs
+    and rewards that equal the accuracy have none.
     """
     lines: dict = {}
     for run, (_, rows) in runs.items():
@@ -120,11 +120,11 @@ def curves(runs: dict, by_run: dict) -> list[str]:
                 if drawn and not name.endswith(("_low", "_high", "_se")):
                     lines.setdefault((row["stage"], name), {}).setdefault(run, []).append((row["step"], row[name]))
     drawings = []
-    for (stage, name), own in lines.items():
-        same = name.startswith("eval/reward") and own == lines.get((stage, name.replace("reward", "accuracy")))
-        own = {run: line for run, line in own.items() if any(value is not None for _, value in line)}
-        if not same and any(value for line in own.values() for _, value in line):
-            drawing = chart.draw(own, by_run)
+    for (stage, name), line_of in lines.items():
+        same = name.startswith("eval/reward") and line_of == lines.get((stage, name.replace("reward", "accuracy")))
+        line_of = {run: line for run, line in line_of.items() if any(value is not None for _, value in line)}
+        if not same and any(value for line in line_of.values() for _, value in line):
+            drawing = chart.draw(line_of, by_run)
             drawings.append(f"<figure><figcaption>{html.escape(f'{stage}: {name}')}</figcaption>{drawing}</figure>")
     return [f'<p class="key">{_key(runs, by_run)}</p><div class="charts">{"".join(drawings)}</div>']
 
@@ -132,5 +132,5 @@ def curves(runs: dict, by_run: dict) -> list[str]:
 def _key(runs: dict, by_run: dict) -> str:
     differ, members = groups(runs)
     named = {names[0]: ", ".join(f"{k}={x}" for k, x in zip(differ, values, strict=True)) for values, names in members.items()}
-    told = named if len(members) > 1 else {run: run for run in runs}
-    return "".join(f"<span>{page.mark(by_run[run])}{html.escape(text)}</span>" for run, text in told.items())
+    labels = named if len(members) > 1 else {run: run for run in runs}
+    return "".join(f"<span>{page.mark(by_run[run])}{html.escape(text)}</span>" for run, text in labels.items())

@@ -1,8 +1,8 @@
 """A stage's figures on their way from the device to the files and the screen.
 
-A step's metrics are taken without waiting for them and written when the next step is already under way: one step late in time
-but never in name. Time is counted here as well, because only here is it known when a step was over: `seconds` is training
-alone, the compilation of the step included, evaluation and saving left out, and goes on through restarts.
+A step's metrics are taken without waiting for them and written, under the step's own number, while the next step runs. Time is
+counted here too, because only here is it known when a step ended: `seconds` is training time, with the step's compilation and
+without evaluation and saving, and continues through restarts.
 """
 
 import io
@@ -27,9 +27,9 @@ from jaxpost.reporting.progress import Progress, model_flops, peak_flops
 class Log:
     """The figures of one stage.
 
-    plan: plan.Plan; names: the stages up to this one; meta: num_tokens and seconds so far, as the checkpoint has them; step:
-    the steps that are done, to which the files are taken back; budgets: the training `seconds` and the `num_tokens` after which
-    the stage ends. Every process has one, and the first writes.
+    plan: plan.Plan; names: the stages up to this one; meta: the checkpoint's num_tokens and seconds; step: the steps that are
+    done, to which the files are cut back; budgets: the training `seconds` and the `num_tokens` after which the stage ends.
+    Every process has a Log; only the first writes.
     """
 
     def __init__(self, plan: Any, workdir: epath.Path, names: list[str], meta: dict, step: int, budgets: dict[str, float]):
@@ -38,7 +38,7 @@ class Log:
         self.drawn_tokens = self.num_tokens
         self.writer = None
         if jax.process_index() == 0:
-            # A stage that only begins has no row yet, not even of step 0.
+            # A new stage keeps no row, not even of step 0.
             writers.cut_back(workdir, names, plan.name, step or -1)
             self.writer = writers.MetricWriter(workdir, json.loads(plan.settings.to_json()), names)
         self.progress = Progress(plan.name, plan.steps, step, quiet=self.writer is None, budget=budgets["seconds"])
@@ -47,20 +47,20 @@ class Log:
         self.since = Counter()  # seconds, steps and work since the last row that was written
 
     def clock(self) -> None:
-        """Starts a step's time where no step came right before."""
+        """Starts timing a step, where no step came right before."""
         self.mark = self.mark or time.perf_counter()
         self.began = time.perf_counter()
 
     def waited(self) -> None:
-        """The batch is here: what passed since `clock` was waiting for it."""
+        """Records the wait for the batch: the time since `clock`."""
         self.wait = time.perf_counter() - self.began
 
     def step(self, at: int, batch: dict, measured: dict) -> None:
-        """Takes a step's metrics without waiting for them, and deals with the step before."""
+        """Takes a step's metrics without waiting for them, and settles the step before."""
         self.settle(keep_mark=True)
         self.pending = (at, batch, measured, self.wait)
         if self.budgets["num_tokens"] < float("inf"):  # num_tokens is known only a step later
-            # Several processes may share rows, so there the step's own count is waited for.
+            # Several processes may share rows, so there the step's own count is needed, which waits for it.
             alone = jax.process_count() == 1
             self.drawn_tokens += int(np.sum(batch["segments"] > 0) if alone else measured["num_tokens"])
         every = self.plan.settings.completions
@@ -72,27 +72,27 @@ class Log:
                 tqdm.tqdm.write(table.shown(self.plan.source.samples[:8], width, colour=True), file=sys.stderr)
 
     def used_up(self) -> bool:
-        """Whether a budget is: of time by the first process's clock, as all must take the same steps; of tokens with those of
-        the step that was taken last.
+        """Whether a budget is used up: of time by the first process's clock, since all processes must take the same steps; of
+        tokens with the latest step's.
         """
         if self.drawn_tokens >= self.budgets["num_tokens"]:
             return True
         return self.budgets["seconds"] < float("inf") and sharding.agree(self.seconds) >= self.budgets["seconds"]
 
     def settle(self, keep_mark: bool = False) -> None:
-        """Waits for the pending step's figures and writes them if it is their turn.
+        """Waits for the pending step's figures and writes them if `log_every` says so.
 
-        keep_mark: whether the next step's time goes on from here. Raises UserError after too many skipped updates in a row.
+        keep_mark: whether the next step's time starts here. Raises UserError after too many skipped updates in a row.
         """
         if self.pending is not None:
             at, batch, measured, wait = self.pending
             self.pending = None
             values = metrics.values(measured)
             now = time.perf_counter()
-            took, self.mark = now - self.mark, now
-            self.seconds += took
+            seconds, self.mark = now - self.mark, now
+            self.seconds += seconds
             self.num_tokens += int(values["num_tokens"])
-            self._count(values, took, wait)
+            self._count(values, seconds, wait)
             self._guard(at, batch, values)
             self.progress.advance()
             every = self.plan.settings.log_every
@@ -101,16 +101,16 @@ class Log:
         if not keep_mark:
             self.mark = None
 
-    def _count(self, values: dict, took: float, wait: float) -> None:
+    def _count(self, values: dict, seconds: float, wait: float) -> None:
         arch = self.plan.spec.transformer.arch
         work = (values["num_tokens"], values.pop("num_trained"), values.pop("num_pairs"))
         flops = model_flops(arch, *work, frozen=max(0.0, 1 - self.plan.trained / arch.parameters()))
-        self.since.update({"seconds": took, "wait": wait, "steps": 1, "tokens": work[0], "flops": flops})
+        self.since.update({"seconds": seconds, "wait": wait, "steps": 1, "tokens": work[0], "flops": flops})
 
     def _write(self, at: int, values: dict) -> None:
-        # Over all steps since the last row: of a single one, part may have passed while the step before was settled.
+        # Averaged over the steps since the last row: a part of a single step may pass while the step before is settled.
         since, self.since = self.since, Counter()
-        # The schedule counts updates: those left out before this step were none, whatever became of this one.
+        # The schedule counts updates, so updates skipped before this step do not count; whether this one was does not matter.
         updates_missed = int(values["skipped"]) - int(values["skipped_in_a_row"] > 0)
         values |= {
             "num_tokens": self.num_tokens,
@@ -138,7 +138,7 @@ class Log:
         )
 
     def evaluated(self, step: int, values: dict, samples: list[dict]) -> None:
-        """Writes an evaluation, and samples beside it."""
+        """Writes an evaluation and its samples."""
         if self.writer and values:
             self.writer.write(self.plan.name, step, values)
         if self.writer and samples:
@@ -146,7 +146,7 @@ class Log:
         self.progress.show(step, values, self.seconds)
 
     def flush(self) -> None:
-        """Everything up to here is in the files; what follows, up to the next step, is not the training's time."""
+        """Writes everything up to here to the files. Time from here to the next step does not count as training."""
         self.settle()
         if self.writer:
             self.writer.flush()

@@ -1,4 +1,4 @@
-"""The frame of an HTML page that needs nothing else: its style sheet is in it, and it has no script."""
+"""The frame of a self-contained HTML page: its style sheet is inline, and it has no script."""
 
 import html
 
@@ -25,7 +25,7 @@ pre { background: #f5f7f9; padding: .8em 1em; overflow-x: auto; font-size: 13px 
 
 
 def mark(colour):
-    """A short line of a chart's colour, for a key or a table."""
+    """A short line in a chart's colour, for a key or a table."""
     return f'<i class="mark" style="background: {colour}"></i>'
 
 

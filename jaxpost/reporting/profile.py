@@ -1,7 +1,7 @@
-"""A trace of a few steps, for finding out where their time goes: `--config.profile=3`.
+"""A trace of a few steps that shows where their time goes: `--config.profile=3`.
 
-Compilation and the first steps after it, in which memory is taken for the first time, are not in it. The trace has the host's
-threads and the devices' operations on one axis of time, with each step as a span of its own name.
+The trace leaves out compilation and the next step, which allocates memory. It has the host's threads and the devices'
+operations on one time axis, with a named span for each step.
 """
 
 import sys
@@ -15,9 +15,9 @@ SKIPPED = 2  # steps of this process before the trace: the one that compiles, an
 
 
 class Profile:
-    """The trace of one stage's steps; with steps=0 it does nothing but name them, for whatever else may be looking.
+    """The trace of one stage's steps; with steps=0 it only names the steps, for other profilers.
 
-    at: the steps that were done before this process. folder: where the trace goes when the last of its steps is over.
+    at: the steps that were done before this process. folder: where the trace is written after its last step.
     """
 
     def __init__(self, steps: int, folder: epath.Path, at: int):
@@ -26,7 +26,7 @@ class Profile:
         self.local = None
 
     def step(self, number: int, state):
-        """The context of a step; state: that of the step before, which is waited for where the trace begins or ends."""
+        """The context of a step; state: the previous step's, which is awaited where the trace begins or ends."""
         if self.first <= self.last and number == self.first:
             jax.block_until_ready(state)
             self.local = tempfile.TemporaryDirectory()
@@ -36,13 +36,13 @@ class Profile:
         return jax.profiler.StepTraceAnnotation("train", step_num=number)
 
     def close(self, state) -> None:
-        """Ends the trace where one is being taken, writes it, and says how to look at it."""
+        """Ends a running trace, writes it, and prints how to open it."""
         if self.local is None:
             return
         jax.block_until_ready(state)
         jax.profiler.stop_trace()
         with self.local as local:
-            # The profiler writes to local disks only.
+            # The profiler only writes to local disks.
             for file in (f for f in Path(local).rglob("*") if f.is_file()):
                 target = self.folder / file.relative_to(local)
                 target.parent.mkdir(parents=True, exist_ok=True)

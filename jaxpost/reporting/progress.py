@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar on a terminal, a line now and then elsewhere, with speed and time left."""
+"""The progress of a run: a bar on a terminal, else a line now and then, with speed and time left."""
 
 import sys
 import time
@@ -24,17 +24,17 @@ PEAKS = {
     "NVIDIA H200": 989e12,
 }
 
-# What is shown of a step of rollouts in place of the loss, and how it is called there.
+# The figures of a rollout step that are shown in place of the loss, and their labels.
 ROLLED = {
     "reward": "reward",
     "completions/mean_length": "length",
     "kl": "kl",
-    "frac_reward_zero_std": "level groups",  # the share of groups whose rewards are all equal, from which nothing is learned
+    "frac_reward_zero_std": "level groups",  # the share of groups whose rewards are all equal, which teach nothing
 }
 
 
 def figure(name: str, value: float) -> str:
-    """A figure as the screen has it: an evaluation's accuracy in percent, any other with four digits."""
+    """A figure as text: an evaluation's accuracy in percent, any other with four digits."""
     return f"{value:.0%}" if name.startswith("eval/accuracy") else f"{value:.4g}"
 
 
@@ -43,11 +43,11 @@ def model_flops(arch: Architecture, tokens: float, trained: float, pairs: float,
 
         6 * (weights of the layers) * tokens  +  6 * D * V * trained  +  12 * L * N * H * pairs
 
-    tokens: those that are not padding; trained: those in the mask, the only ones that need the head; of a mixture
-    the experts that a token is sent to; pairs: the (query, key) pairs that attention must look at, i.e. each token's position
-    + 1, so causal attention counts by half and documents by themselves (a layer with a sliding window as if it had none);
-    frozen: the share of the weights that do not train, which count 4 times instead of 6, as they need no gradient of their own.
-    Recomputation does not count. MFU is this by the step's time and the devices' peak.
+    The weights of a mixture's layers include only the experts that a token is sent to. tokens: without padding; trained: those
+    in the mask, the only ones that need the head; pairs: the (query, key) pairs of attention, each token's position + 1, so
+    causal attention counts half, and sliding windows are ignored; frozen: the share of the weights that do not train, which
+    count 4 times instead of 6, as they need no gradient. Recomputation does not count. MFU is this divided by the step's time
+    and the devices' peak.
     """
     head = arch.vocab * arch.width
     layers = arch.parameters(active=True) - head * (1 if arch.tied else 2)
@@ -55,9 +55,7 @@ def model_flops(arch: Architecture, tokens: float, trained: float, pairs: float,
 
 
 def peak_flops() -> float:
-    """Peak FLOP/s of all devices together: by data sheet, or for hardware without one here (a CPU), one large product measured
-    now.
-    """
+    """Peak FLOP/s of all devices together: by data sheet, else (as for a CPU) by timing one large product."""
     kind = jax.devices()[0].device_kind
     for name, peak in PEAKS.items():
         if kind.startswith(name):
@@ -69,7 +67,7 @@ def peak_flops() -> float:
     for _ in range(4):
         x = product(x)
     x.block_until_ready()
-    # Simulated devices share one processor, so it counts once.
+    # Simulated devices share one processor, so the product counts once.
     return 4 * 2 * 1024**3 / (time.perf_counter() - start)
 
 
@@ -83,15 +81,15 @@ class Progress:
         self.bar = tqdm.tqdm(total=steps, initial=done, desc=stage, disable=not self.terminal, unit="step")
 
     def advance(self) -> None:
-        """One step more."""
+        """Advances the bar by a step."""
         self.bar.update(1)
 
     def show(self, step: int, values: dict[str, float], seconds: float) -> None:
-        """The step's main figures; seconds: of training so far, which the time left goes by."""
+        """Shows the step's main figures; seconds: of training so far, from which the time left is estimated."""
         graded = ("eval/accuracy", "eval/accuracy_greedy", "eval/reward", "eval/reward_greedy")
-        # A policy gradient's loss is near zero by construction; what its completions are like says how it goes.
-        own = ROLLED if "reward" in values else {"loss": "loss"}
-        shown = {**own, **{name: name for name in ("eval/loss", *graded, "tokens_per_second", "mfu")}}
+        # A policy gradient's loss is near zero by construction; its completions show how training goes.
+        main = ROLLED if "reward" in values else {"loss": "loss"}
+        shown = {**main, **{name: name for name in ("eval/loss", *graded, "tokens_per_second", "mfu")}}
         if values.get("eval/reward") == values.get("eval/accuracy"):  # a verifier's reward is its accuracy
             shown.pop("eval/reward")
         text = "  ".join(f"{label} {figure(name, values[name])}" for name, label in shown.items() if name in values)
@@ -101,13 +99,13 @@ class Progress:
             self.bar.set_postfix_str(text)
             tqdm.tqdm.write(f"{self.stage} {step}/{self.steps}  {text}", file=sys.stderr)
         else:
-            # The first step is mostly compilation, and says nothing of those to come.
+            # The first step is mostly compilation, so it does not count for the estimate.
             first, since = self.first or (step, seconds)
             self.first = (first, since) if first else None
             rate = (seconds - since) / (step - first) if step > first else None
             left = None if rate is None else min(rate * (self.steps - step), self.budget - seconds)
-            told = "" if left is None else f"  left {max(left, 0):.0f}s"
-            print(f"{self.stage} {step}/{self.steps}  {text}{told}", file=sys.stderr, flush=True)
+            remaining = "" if left is None else f"  left {max(left, 0):.0f}s"
+            print(f"{self.stage} {step}/{self.steps}  {text}{remaining}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Ends the bar."""

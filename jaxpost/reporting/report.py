@@ -1,11 +1,11 @@
-"""The report: everything a run left in its work folder, as one HTML file that needs nothing else.
+"""The report: everything that a run wrote to its workdir, as one self-contained HTML file.
 
     python -m jaxpost.report --workdir=/tmp/run
     python -m jaxpost.report runs/*                  several runs compared (compare.py)
 
-It reads metrics.jsonl, samples.jsonl, config.json and environment.json, whichever are there, and writes report.html beside
-them; a run may still be going. The page has each stage's accuracy first (without one, its reward), then cells, curves of every
-metric, samples, config and environment. There is no script, nothing is fetched, and what a model or a config says is escaped.
+It reads metrics.jsonl, samples.jsonl, config.json and environment.json, where they exist, and writes report.html beside them;
+the run may still be going. The page has each stage's accuracy first (or its reward), then cells, curves of every metric,
+samples, config and environment. There is no script, nothing is fetched, and texts of models and configs are escaped.
 """
 
 import datetime
@@ -26,7 +26,7 @@ from jaxpost.storage import cloud
 from jaxpost.storage.host import read_object
 
 _ROW_NAMES = ("stage", "step", "time")
-_BOUNDS = ("_low", "_high")  # what ends the names of an interval's ends
+_BOUNDS = ("_low", "_high")  # the suffixes of an interval's bounds
 _UNCERTAINTY = (*_BOUNDS, "_se")
 _COLOURS = ("#2563a8", "#d1600f", "#2f8a4e", "#9a3f9e", "#b3262e", "#0e8a94", "#8a6d1b", "#5b5f66")
 _PACKAGES = ("jaxpost", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers", "libtpu")
@@ -63,7 +63,7 @@ def write(workdir, out=None):
 
 
 def comparison(workdirs, out="compare.html"):
-    """Writes the page that compares several runs; (its path, the table of settings and final figures as text)."""
+    """Writes the page that compares several runs; returns (its path, the table of settings and final figures as text)."""
     runs = compare.read(workdirs)
     head, *rows = compare.table(runs)
     wide = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
@@ -83,9 +83,9 @@ def comparison(workdirs, out="compare.html"):
 
 
 def summary(workdir):
-    """The run in a few lines of text: accuracy before and after each stage, sampled with greedy beside it, cell by cell.
+    """The run in a few lines of text: accuracy before and after each stage, sampled and greedy, cell by cell.
 
-    Below it stand each stage's last sampled completions. Empty for a run that measured neither accuracy nor reward.
+    Each stage's last sampled completions follow. Empty for a run that measured neither accuracy nor reward.
     """
     metrics, samples = (read_rows(epath.Path(workdir) / name) for name in (METRICS, SAMPLES))
     names = sampled, _ = _graded(metrics)
@@ -96,8 +96,8 @@ def summary(workdir):
 
     def figures(stage, cell, end):
         pair = (_ends(metrics, stage, name + cell)[end] for name in names)
-        told = "{:.0%}" if "accuracy" in sampled else "{:.2g}"
-        return " ".join(f"{'-' if value is None else told.format(value).rstrip('%'):>4}" for value in pair)
+        pattern = "{:.0%}" if "accuracy" in sampled else "{:.2g}"
+        return " ".join(f"{'-' if value is None else pattern.format(value).rstrip('%'):>4}" for value in pair)
 
     what = "accuracy in percent" if "accuracy" in sampled else "reward"
     lines = [f"held-out {what}, sampled at temperature 1 and greedy, before and after each stage"]
@@ -107,8 +107,8 @@ def summary(workdir):
         lines.append(f"{cell.lstrip('/') or 'all':5}{ends}")
     for stage in stages:
         shown = [row for row in samples if row["stage"] == stage and row.get("kind") == "sampled" and "eval" not in row][-5:]
-        wanted = [f" (answer {row['answer']})" if row["answer"] else "" for row in shown]
-        lines += [f"{stage}: {table.plain(r['prompt'])} -> {r['completion']}{w}" for r, w in zip(shown, wanted, strict=True)]
+        answers = [f" (answer {row['answer']})" if row["answer"] else "" for row in shown]
+        lines += [f"{stage}: {table.plain(r['prompt'])} -> {r['completion']}{w}" for r, w in zip(shown, answers, strict=True)]
     return "\n".join(lines)
 
 
@@ -123,7 +123,7 @@ def change(workdir, stage):
 
 
 def environment():
-    """What a run ran on, as a dict that JSON can hold: interpreter, machine, devices, packages, date, git commit."""
+    """The environment of a run as a dict for JSON: interpreter, machine, devices, packages, date, git commit."""
     import jax
 
     devices = jax.devices()
@@ -147,9 +147,9 @@ def _version(package):
 
 
 def _commit():
-    """The commit of the checkout this file is in, with "-dirty" after it where files were changed; None if there is none."""
+    """The commit of this file's checkout, with "-dirty" after it where files were changed; None outside of a checkout."""
     root = Path(__file__).resolve().parents[2]
-    # An installed package may lie inside somebody else's checkout, whose commit would say nothing.
+    # An installed package may be inside another project's checkout, whose commit means nothing here.
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
@@ -171,7 +171,7 @@ def _escape(value):
 
 
 def _graded(metrics):
-    """The names of what answers were judged by, sampled and greedy: accuracies, or rewards in a run that has only those."""
+    """The names of the main figures, sampled and greedy: accuracies, or rewards in a run that only has those."""
     kind = "accuracy" if any(name.startswith("eval/accuracy") for row in metrics for name in row) else "reward"
     return f"eval/{kind}", f"eval/{kind}_greedy"
 
@@ -186,15 +186,15 @@ def _figure(name, value, sign=""):
 
 
 def _ends(metrics, stage, name):
-    """(before, after): the first and the last finite value that a metric has in a stage, None where there is none.
+    """(before, after): the first and the last finite value of a metric in a stage, None where there is none.
 
-    A value that stands alone is from before the stage if it was taken at step 0, and from after it otherwise.
+    A single value is from before the stage if it was taken at step 0, else from after it.
     """
-    known = [(row["step"], row[name]) for row in metrics if row["stage"] == stage and row.get(name) is not None]
-    if len(known) == 1:
-        step, value = known[0]
+    points = [(row["step"], row[name]) for row in metrics if row["stage"] == stage and row.get(name) is not None]
+    if len(points) == 1:
+        step, value = points[0]
         return (value, None) if step == 0 else (None, value)
-    return (known[0][1], known[-1][1]) if known else (None, None)
+    return (points[0][1], points[-1][1]) if points else (None, None)
 
 
 def _table(head, rows):
@@ -202,13 +202,13 @@ def _table(head, rows):
 
 
 def _result(metrics, stages, config):
-    """One sentence: where the run's result stands, from where it came."""
+    """One sentence: the run's result and its first value."""
     for name in (*_graded(metrics)[:1], "eval/loss", "loss"):
         measured = [stage for stage in stages if any(row.get(name) is not None for row in metrics if row["stage"] == stage)]
         if not measured:
             continue
-        wanted = (config or {}).get("result")
-        last = wanted if wanted in measured else measured[-1]
+        named = (config or {}).get("result")
+        last = named if named in measured else measured[-1]
         first = next(row for row in metrics if row.get(name) is not None and row["stage"] == measured[0])
         final = [row for row in metrics if row.get(name) is not None and row["stage"] == last][-1]
         low, high = final.get(f"{name}_low"), final.get(f"{name}_high")
@@ -256,13 +256,13 @@ def _headline(metrics, stages):
 
 
 def _measured_cells(metrics, name):
-    """(stage, cell) of each of a figure's cells in each stage, in order; bounds are none."""
+    """(stage, cell) of each of a figure's cells in each stage, in order, without interval bounds."""
     keys = [(row["stage"], key) for row in metrics for key in row if key.startswith(f"{name}/")]
     return list(dict.fromkeys((stage, key.removeprefix(f"{name}/")) for stage, key in keys if not key.endswith(_UNCERTAINTY)))
 
 
 def _cells(metrics, stages):
-    """One row a cell, two columns a stage: its first and its last evaluation, sampled with greedy beside it."""
+    """One row a cell, two columns a stage: its first and its last evaluation, sampled and greedy."""
     names = _graded(metrics)
     measured_cells = _measured_cells(metrics, names[0])
     if not measured_cells:
@@ -293,7 +293,7 @@ def _cells(metrics, stages):
 
 
 def _curves(metrics, colours):
-    """A chart for each metric of each stage, those of evaluations first; what was zero throughout has none."""
+    """A chart for each metric of each stage, evaluations first; metrics that were always zero have none."""
     parts = []
     for stage, colour in colours.items():
         lines = {}
@@ -326,10 +326,10 @@ def _samples(samples, stages, each=6):
     rows, others = [], []
     for stage in stages:
         mine = [row for row in samples if row["stage"] == stage]
-        asked = [row for row in mine if "kind" in row]
+        evaluated = [row for row in mine if "kind" in row]
         ends = (
-            [[row for row in asked if row["step"] == step] for step in (asked[0]["step"], asked[-1]["step"])]
-            if asked
+            [[row for row in evaluated if row["step"] == step] for step in (evaluated[0]["step"], evaluated[-1]["step"])]
+            if evaluated
             else [[], []]
         )
         after = {(row.get("eval"), row["kind"], table.plain(row["prompt"])): row for row in ends[1]}

@@ -1,23 +1,21 @@
-"""Where figures go once they are on the host: JSON lines always, TensorBoard and Weights & Biases where they are installed.
+"""Writers of figures: JSON lines always, TensorBoard and Weights & Biases where they are installed.
 
-`metrics.jsonl` is the record that everything else can be made from. Each line is one call of `write`:
+Everything else can be made from `metrics.jsonl`. Each line is one call of `write`:
 
     {"stage": "sft", "step": 20, "time": 31.4, "loss": 1.93, ...}
 
-with `time` in seconds since the run began, counted on through restarts, and null for a figure that is not finite (JSON has
-no name for those). `samples.jsonl` holds some completions in the same manner; where a run keeps all of them,
-completions/<stage> has a Parquet file a step. TensorBoard's events are under tensorboard/<stage>, a folder a stage, so that the
-same metric of two stages is two curves. Only one process of a run may hold a `MetricWriter`.
+with `time` in seconds since the run began, continued through restarts, and null for a figure that is not finite (JSON has no
+name for those). `samples.jsonl` holds some completions in the same way; where a run keeps all of them, completions/<stage> has
+a Parquet file a step. TensorBoard's events are under tensorboard/<stage>, so that a metric of two stages is two curves. Only
+one process of a run may hold a `MetricWriter`.
 
-A run that stops between two checkpoints has written rows that it will write again when it is continued. `cut_back`
-therefore takes all files back to the step that was restored, before the writer is opened: rows past it go, and with them a
-last line that the stop tore in half. The rows that stay are kept byte for byte. Event files are filtered event by event
-rather than marked with a restart record, since how a viewer treats such a record differs between viewers. What a Weights &
-Biases server has cannot be taken back: the steps are logged there a second time.
+A run that stops between two checkpoints has written rows that it will write again when it is continued. So `cut_back` cuts all
+files back to the restored step before the writer is opened: later rows go, and with them a torn last line. The other rows are
+kept byte for byte. Event files are filtered event by event, since viewers treat restart records differently. A Weights & Biases
+server cannot be cut back: the steps are logged there a second time.
 
-Object stores cannot append. For a work folder such as gs://bucket/run the files are written in a local folder, and copied
-when 30 seconds have passed, on `flush` and on `close`; call `flush` before a checkpoint, so that no row before it can be
-lost.
+Object stores cannot append. For a workdir such as gs://bucket/run the files are written to a local folder, and copied every 30
+seconds, on `flush` and on `close`. Call `flush` before a checkpoint, so that no row before it can be lost.
 """
 
 import contextlib
@@ -42,7 +40,7 @@ _COPY_SECONDS = 30.0
 
 
 def _plain(value):
-    """`value` as JSON can say it: NumPy and JAX scalars as numbers, whatever is not finite as None."""
+    """`value` for JSON: NumPy and JAX scalars as numbers, non-finite ones as None."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -59,13 +57,13 @@ def _line(row):
 
 
 def _are_figures(row):
-    """Whether a row of metrics.jsonl is numbers (or null) by name, and has its time."""
+    """Whether a row of metrics.jsonl has numbers or null only, and a time."""
     rest = {**row, "stage": 0}
     return isinstance(row.get("time"), (int, float)) and all(x is None or isinstance(x, (int, float)) for x in rest.values())
 
 
 def _is_sample(row):
-    """Whether a row of samples.jsonl can be shown beside another of its kind."""
+    """Whether a row of samples.jsonl has a valid kind and a prompt with it."""
     return "kind" not in row or (isinstance(row["kind"], str) and "prompt" in row)
 
 
@@ -73,14 +71,14 @@ _CHECKS = {METRICS: _are_figures, SAMPLES: _is_sample}
 
 
 def _lines(path):
-    """(line, row) for each row of a JSON-lines file, without a last line that was torn; nothing if there is no file.
+    """(line, row) for each row of a JSON-lines file, without a torn last line; empty if there is no file.
 
     Raises UserError at any other line that cannot be read.
     """
     path = epath.Path(path)
     if not path.exists():
         return []
-    found = []
+    rows = []
     lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         try:
@@ -89,11 +87,11 @@ def _lines(path):
                 raise ValueError("no object with a stage and a step")
             if path.name in _CHECKS and not _CHECKS[path.name](row):
                 raise ValueError("no figures with their time" if path.name == METRICS else "no prompt of a kind")
-            found.append((line if line.endswith(b"\n") else line + b"\n", row))
+            rows.append((line if line.endswith(b"\n") else line + b"\n", row))
         except (ValueError, RecursionError) as error:
             if number < len(lines) or line.endswith(b"\n"):
                 raise UserError(f"{path}:{number}: not a JSON line ({error}); remove this line") from error
-    return found
+    return rows
 
 
 def read_rows(path):
@@ -106,10 +104,10 @@ def read_rows(path):
 
 
 class MetricWriter:
-    """Writes metrics and samples of the run in `workdir` (local or gs://), after those that are there already.
+    """Appends metrics and samples to those of the run in `workdir` (local or gs://).
 
-    `config_dict` (a dict as JSON knows it) and `stage_names` tell Weights & Biases what the run is; it is used when `wandb`
-    can be imported and WANDB_API_KEY or WANDB_MODE is set. TensorBoard is used when `tensorboard` can be imported.
+    `config_dict` (JSON) and `stage_names` describe the run to Weights & Biases, which is used when `wandb` can be imported and
+    WANDB_API_KEY or WANDB_MODE is set. TensorBoard is used when `tensorboard` can be imported.
     """
 
     def __init__(self, workdir, config_dict, stage_names):
@@ -122,7 +120,7 @@ class MetricWriter:
                 if (self._workdir / name).exists():
                     (self._workdir / name).copy(epath.Path(self._local / name))
         earlier = read_rows(self._local / METRICS)
-        # Of a clock that only goes forward: the wall's is set back now and then.
+        # By the monotonic clock: the wall clock is set back now and then.
         self._start = time.monotonic() - max((row.get("time") or 0.0 for row in earlier), default=0.0)
         self._copied, self._copied_sizes = time.monotonic(), {}
         self._files = {name: open(self._local / name, "ab") for name in (METRICS, SAMPLES)}  # noqa: SIM115 (closed in close)
@@ -132,7 +130,7 @@ class MetricWriter:
     def write(self, stage, step, values):
         """Records `values`, a dict of numbers by name, for a step of a stage.
 
-        Raises UserError on the names stage, step and time, which are the log's own.
+        Raises UserError for the names stage, step and time, which are reserved.
         """
         clash = [name for name in values if name in _OWN_NAMES]
         if clash:
@@ -155,10 +153,10 @@ class MetricWriter:
         write_parquet(path, [{**row, "stage": stage, "step": int(step)} for row in rows])
 
     def flush(self):
-        """Makes everything written so far safe from the end of this process. Call it before a checkpoint is written."""
+        """Makes everything written so far survive the end of this process. Call it before a checkpoint is written."""
         if self._staging:
             for path in sorted(self._local.rglob("*")):
-                # All of them only grow.
+                # Files only grow, so a new size means new content.
                 if path.is_file() and self._copied_sizes.get(path) != (size := path.stat().st_size):
                     target = self._workdir / path.relative_to(self._local)
                     target.parent.mkdir(parents=True, exist_ok=True)
@@ -210,18 +208,18 @@ def _event_writer(folder):
 
 
 def _start_wandb(workdir, config, stages):
-    """A Weights & Biases run that a restart continues, or None when it is not installed or not wanted."""
+    """A Weights & Biases run that a restart continues, or None when it is not installed or not enabled."""
     if not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE")):
         return None
     try:
         import wandb
     except ImportError:
         return None
-    known = workdir / "wandb_id.txt"
-    if not known.exists():
-        known.write_text(secrets.token_hex(8))
-    run = wandb.init(id=known.read_text().strip(), resume="allow", name=workdir.name, config=config)
-    # Each stage counts its own steps, where the server's own step could only grow.
+    id_file = workdir / "wandb_id.txt"
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(8))
+    run = wandb.init(id=id_file.read_text().strip(), resume="allow", name=workdir.name, config=config)
+    # Each stage counts its own steps; the server's own step could only grow.
     for stage in stages:
         run.define_metric(f"{stage}/step")
         run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
@@ -229,10 +227,10 @@ def _start_wandb(workdir, config, stages):
 
 
 def cut_back(workdir, stage_order, stage, step):
-    """Takes the files in `workdir` back to `step` of `stage`: what was recorded later is removed, at that step it is kept.
+    """Cuts the files in `workdir` back to `step` of `stage`: later records are removed, those at that step are kept.
 
-    `stage_order` lists the stages' names as they run; rows of stages that it does not have are kept. A `step` of -1 drops
-    the whole stage. To be called before a `MetricWriter` is opened. Raises UserError if `stage` is not in `stage_order`.
+    `stage_order` lists the stages' names as they run; rows of other stages are kept. A `step` of -1 drops the whole stage. Call
+    it before a `MetricWriter` is opened. Raises UserError if `stage` is not in `stage_order`.
     """
     if stage not in stage_order:
         raise UserError(f"stage {stage!r}: not one of this run's stages ({', '.join(stage_order)})")
@@ -253,7 +251,7 @@ def cut_back(workdir, stage_order, stage, step):
 
 
 def write_parquet(path, rows):
-    """Makes `rows` (dicts, see table.py) the Parquet file at `path` (local or gs://), at once as `replace` does.
+    """Writes `rows` (dicts, see table.py) as the Parquet file at `path` (local or gs://), atomically.
 
     Raises UserError where pyarrow is not installed.
     """
@@ -261,7 +259,7 @@ def write_parquet(path, rows):
 
 
 def replace(path, content):
-    """Makes `content` (bytes) the file at `path` (local or gs://), at once: a stop leaves the old file or the new one."""
+    """Writes `content` (bytes) to `path` (local or gs://) atomically: a stop leaves the old file or the new one."""
     path = epath.Path(path)
     if cloud.is_remote(path):
         path.write_bytes(content)
@@ -273,12 +271,12 @@ def replace(path, content):
         beside.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)  # on a full disk half of a file is only in the way
+            beside.unlink(missing_ok=True)  # on a full disk the partial file only takes space
         raise
 
 
 def _cut_events(folder, step):
-    """Writes the events up to `step` in `folder` into one new event file, in place of those that are there."""
+    """Replaces the event files in `folder` by one with the events up to `step`."""
     old = sorted(folder.glob("events.out.tfevents.*")) if folder.exists() else []
     if not old:
         return
@@ -286,7 +284,7 @@ def _cut_events(folder, step):
         from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
     except ImportError:
         return
-    # By way of a local folder: TensorBoard's own reader and writer do not open every object store.
+    # Through a local folder: TensorBoard's reader and writer cannot open every object store.
     with tempfile.TemporaryDirectory() as local:
         writer = _event_writer(Path(local) / "new")
         for path in old:

@@ -1,12 +1,12 @@
-"""Artefacts: what is made besides checkpoints, each in a folder that is named for what makes it.
+"""Artefacts: the outputs of stages other than checkpoints, each in a folder named by a digest of its inputs.
 
-    ROOT/<kind>/<key>/meta.json        what made it, its files with their CRC-32C, how far it is, whether it is done
+    ROOT/<kind>/<key>/meta.json        its inputs, its files with their CRC-32C, its progress, whether it is done
                       part-....jsonl   a part; more follow
 
-The key is a digest of all that decides the content: settings, inputs, the sources of functions. So two stages that would make
-the same share one folder, and a folder is never continued with anything else. Parts are written whole, and meta.json after
-each, so a killed run continues after the last part. A damaged file, and what was made after it, is made again by the stage that
-makes it; a reader refuses it by name. Checkpoints are not artefacts: Orbax has them.
+The key is a digest of everything that decides the content: settings, inputs, the sources of functions. So stages with the same
+output share one folder, and a folder is never continued with different inputs. Parts are written whole, and meta.json after
+each, so a killed run continues after the last part. A damaged file and the parts after it are made again by the stage that
+makes them; a reader refuses them by name. Checkpoints are not artefacts: Orbax has them.
 
 kinds: rows, columns, figures.
 """
@@ -28,12 +28,12 @@ from jaxpost.storage.host import read_object
 
 
 def key(about: Any) -> str:
-    """The name of a folder: a digest of what decides its content, JSON or what prints as itself."""
+    """The name of a folder: a digest of what decides its content (JSON; other values by their str)."""
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 class Artefact:
-    """The folder of one artefact, for the stage that makes it. All processes call `resume`; the first one writes."""
+    """The folder of one artefact, for the stage that makes it. All processes call `resume`; only the first one writes."""
 
     def __init__(self, root, kind: str, about: Mapping[str, Any]):
         self.folder = epath.Path(root) / kind / key(about)
@@ -41,7 +41,7 @@ class Artefact:
         self.parts: list[dict] = []  # {file, crc32c, progress} of each
 
     def resume(self, **start: float) -> tuple[dict[str, float], bool]:
-        """(the progress of the last whole part, or `start`; whether all is done), the same on every process."""
+        """(the progress at the last whole part, or `start`; whether the artefact is done), the same on every process."""
         meta = self._whole() if jax.process_index() == 0 else {}
         self.parts = meta.get("parts", [])
         progress = {**start, **(self.parts[-1]["progress"] if self.parts else {}), **meta.get("progress", {})}
@@ -49,7 +49,7 @@ class Artefact:
         return {name: type(value)(sharding.agree(float(progress[name]))) for name, value in start.items()}, done
 
     def _whole(self) -> dict:
-        """The meta, cut back to what is whole; files that it does not name are deleted."""
+        """The meta, cut back to the files that are whole; files that it does not name are deleted."""
         meta, damage = {}, ""
         if (self.folder / "meta.json").exists():
             try:
@@ -69,7 +69,7 @@ class Artefact:
         return meta
 
     def add(self, suffix: str, content: bytes, **progress: float) -> None:
-        """Writes a part, and how far the artefact is with it."""
+        """Writes a part and the progress with it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"part-{len(self.parts):08d}{suffix}"
         writers.replace(self.folder / name, content)
@@ -77,7 +77,7 @@ class Artefact:
         self._write({"parts": self.parts})
 
     def finish(self, files: Iterable[str] = (), **facts: Any) -> None:
-        """Says that all is there. files: names of files that take the parts' place; facts: what readers are told."""
+        """Marks the artefact as done. files: names of files that replace the parts; facts: stored in the meta for readers."""
         self.folder.mkdir(parents=True, exist_ok=True)
         named = [{"file": name, "crc32c": _checksum(self.folder / name)} for name in files]
         last = self.parts[-1]["progress"] if self.parts else {}
@@ -91,25 +91,25 @@ class Artefact:
 
 
 def read_meta(folder) -> dict:
-    """The meta of an artefact's folder, whose files are not read. Raises UserError where it is damaged."""
+    """The meta of an artefact's folder, without reading its files. Raises UserError where the meta is damaged."""
     path = epath.Path(folder) / "meta.json"
     meta = read_object(path)
     lists = [meta.get("parts", []), meta.get("files", [])]
     entries = [entry for each in lists if isinstance(each, list) for entry in each]
     good = all(isinstance(e, dict) and isinstance(e.get("file"), str) and "/" not in e["file"] for e in entries)
     if not (good and all(isinstance(each, list) for each in lists) and isinstance(meta.get("about"), dict)):
-        raise UserError(f"{path}: is no record of an artefact; delete {folder}, and what made it makes it again.")
+        raise UserError(f"{path}: is no record of an artefact; delete {folder} and run the command that makes it again.")
     return meta
 
 
 def check(folder) -> dict:
-    """The meta of a finished artefact, whose files are compared with it. Raises UserError for one that is not whole."""
+    """The meta of a finished artefact, compared with its files. Raises UserError for one that is not whole."""
     meta = read_meta(folder)
     if not meta.get("done"):
         raise UserError(f"{folder}: is not finished; run the command that makes it again.")
     for file in (*meta["parts"], *meta["files"]):
         if damage := _damage(epath.Path(folder), file):
-            raise UserError(f"{damage} Delete {folder}, and have it made again.")
+            raise UserError(f"{damage} Delete {folder} and run the command that makes it again.")
     return meta
 
 

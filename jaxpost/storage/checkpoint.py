@@ -1,16 +1,16 @@
 """Checkpoints. The only file that imports Orbax.
 
 A stage keeps its checkpoints under workdir/checkpoints/<stage>/<step>: the last few and the best by a metric, each written
-asynchronously and renamed into place when whole. One holds `params` (the model's tree), `ema` where there is one, `optimizer`
-(what else the train state has), and `meta`: the data's position and the loop's own numbers, as JSON.
+asynchronously and renamed into place when whole. A checkpoint holds `params` (the model's tree), `ema` where there is one,
+`optimizer` (the rest of the train state), and `meta`: the data's position and the loop's own numbers, as JSON.
 
-Frozen weights that some folder holds already are not written again. `params` then has the other leaves alone, by path, and
-`meta` says under `base` where the frozen ones are, the digest of what they were, and which of them are `beside` it all the
-same, here; under `adapter` what was put around them. `models/loading.py` makes the tree of the two. A teacher's head is named
-under `elsewhere` and is not written.
+Frozen weights that another folder holds are not written again. `params` then has only the other leaves, by path. `meta` names
+under `base` the folder of the frozen ones, their digest, and under `beside` the frozen leaves that the checkpoint holds itself;
+under `adapter` the adapter around them. `models/loading.py` builds the tree from both. A teacher's head is named under
+`elsewhere` and is not written.
 
-Every checkpoint has digests of its files (`digests.py`), which are checked before Orbax reads any of them. A damaged newest one
-is passed over, and the loop moves it aside.
+Every checkpoint has digests of its files (`digests.py`), which are checked before Orbax reads any of them. Where the newest one
+is damaged, readers take the one before, and the loop moves it aside.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ from jaxpost.types import Params, TrainState
 
 
 class _Renamed(atomicity.AtomicRenameTemporaryPath):
-    """A folder that has its digests when it gets its name."""
+    """A temporary folder whose digests are written before it is renamed."""
 
     async def finalize(self):
         await asyncio.to_thread(_write_digests, self.get())
@@ -44,7 +44,7 @@ class _Renamed(atomicity.AtomicRenameTemporaryPath):
 
 
 class _Marked(atomicity.CommitFileTemporaryPath):
-    """A folder of a bucket that has its digests before the object which says that it is whole."""
+    """A folder in a bucket whose digests are written before the object that marks it as whole."""
 
     async def finalize(self):
         await asyncio.to_thread(_write_digests, self.get())
@@ -57,8 +57,8 @@ def _write_digests(folder: epath.Path) -> None:
 
 
 class Checkpoints:
-    """The checkpoints of one stage. `keep` latest ones stay, and the best by `best` ("eval/loss", lower is better, unless
-    `highest`). Those that are damaged and newer than the newest whole one are moved aside.
+    """The checkpoints of one stage. The `keep` latest stay, and the best by `best` ("eval/loss"; lower is better unless
+    `highest`). Damaged ones that are newer than the newest whole one are moved aside.
 
     Raises UserError where there are checkpoints and none is whole.
     """
@@ -66,8 +66,8 @@ class Checkpoints:
     def __init__(self, folder, *, keep: int = 2, best: str = "", highest: bool = False):
         policies = [LatestN(n=keep)]
         if best:
-            # Orbax ranks ascending; reverse puts the lowest value on top. What was not evaluated ranks last, and of several
-            # such the latest first, which stays anyway.
+            # Orbax ranks ascending; reverse puts the lowest value on top. Steps without an evaluation rank last; the latest of
+            # them comes first, which is kept anyway.
             worst = -np.inf if highest else np.inf
             policies.append(
                 BestN(
@@ -82,7 +82,7 @@ class Checkpoints:
             multihost_utils.sync_global_devices(f"damaged checkpoints of {self.folder}")
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(policies),
-            # Not consulted beside a policy, but Orbax keeps no metrics for the next process without it.
+            # Orbax ignores it beside a policy, but without it keeps no metrics for the next process.
             best_fn=lambda m: m.get(best, np.nan),
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
@@ -91,11 +91,11 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, state: TrainState, meta: dict, metrics: dict[str, float] | None = None) -> None:
-        """Starts writing the state; returns when the device's part is copied.
+        """Starts writing the state; returns when it is copied off the device.
 
-        meta: where it names a `base`, only what that lacks is written of the frozen weights; what stands in `elsewhere` never
-        is. metrics: of this very state, or None where it was not evaluated (it is then no candidate for the best). Raises
-        UserError where another run has taken over the workdir.
+        meta: with a `base`, only frozen weights that the base lacks are written; leaves in `elsewhere` are never written.
+        metrics: of this state, or None where it was not evaluated (it is then no candidate for the best). Raises UserError
+        where another run has taken over the workdir.
         """
         lock.check(self.folder)
         step = int(state.step)
@@ -118,14 +118,14 @@ class Checkpoints:
         return _believable(meta, self.folder / str(step))
 
     def restore(self, step: int, abstract: TrainState, below: Params = None) -> TrainState:
-        """The state at a step, laid out as `abstract` says; any mesh can read what any other wrote.
+        """The state at a step, with the shardings of `abstract`; any mesh can read what any other wrote.
 
-        below: for one whose frozen weights are elsewhere, a tree of parameters with those in it.
+        below: where frozen weights are elsewhere, a tree of parameters that has them.
         """
         meta = self.meta(step)
         items = {k: ocp.args.StandardRestore(v) for k, v in _items(abstract, meta).items()}
-        found = self.manager.restore(step, args=ocp.args.Composite(**items))
-        rest, params = found["optimizer"], found["params"]
+        restored = self.manager.restore(step, args=ocp.args.Composite(**items))
+        rest, params = restored["optimizer"], restored["params"]
         if meta.get("base"):
             params = _over(params, below)
         elif elsewhere := meta.get("elsewhere"):
@@ -133,7 +133,7 @@ class Checkpoints:
             params = unflatten_dict(flat | {path: others[path] for path in elsewhere}, sep="/")
         train = jax.tree.map(lambda a, x: None if a is None else x, abstract.train, params, is_leaf=lambda x: x is None)
         frozen = jax.tree.map(lambda a, x: None if a is None else x, abstract.frozen, params, is_leaf=lambda x: x is None)
-        mean = None if abstract.ema is None else _unflat(found["ema"], abstract.ema)
+        mean = None if abstract.ema is None else _unflat(restored["ema"], abstract.ema)
         return TrainState(train=train, frozen=frozen, ema=mean, **rest)
 
     def reached_preemption(self, step: int) -> bool:
@@ -141,7 +141,7 @@ class Checkpoints:
         return self.manager.reached_preemption(step)
 
     def close(self) -> None:
-        """Waits, and lets go of the threads."""
+        """Waits for pending writes and ends the threads."""
         self.manager.close()
 
 
@@ -159,7 +159,7 @@ def _items(state: TrainState, meta: dict) -> dict[str, Any]:
 
 
 def _flat(tree: Params) -> dict[str, Any]:
-    """A tree with holes as {path: leaf}, which needs no placeholder where a leaf is missing."""
+    """A tree with missing leaves as {path: leaf}."""
     return {sharding.path_name(path).replace("/", "."): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -169,16 +169,16 @@ def _unflat(flat: dict[str, Any], like: Params) -> Params:
 
 
 def _over(flat: dict[str, Any], tree: Params) -> Params:
-    """The tree, with flat's leaf wherever it has one."""
+    """The tree with the leaves that `flat` has replaced."""
     keep = {"is_leaf": lambda x: x is None}
     return jax.tree_util.tree_map_with_path(lambda p, x: flat.get(sharding.path_name(p).replace("/", "."), x), tree, **keep)
 
 
 def find_step(folder) -> epath.Path:
-    """The newest checkpoint of a workdir's result (else of its last stage that has one), or of a stage's folder.
+    """The newest whole checkpoint of a workdir's result stage (else of its last stage that has one), or of a stage's folder.
 
-    A checkpoint's own folder is itself. Newer ones that are damaged are passed over, and named on stderr. Raises UserError if
-    there is none, or none that is whole.
+    A checkpoint's own folder gives itself. Newer damaged ones are skipped and named on stderr. Raises UserError if there is
+    none, or none that is whole.
     """
     folder = epath.Path(folder)
     if not folder.exists():
@@ -192,9 +192,9 @@ def find_step(folder) -> epath.Path:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise UserError(f"{folder / 'config.json'}: `stages` is a list of names, and this is {str(names)[:60]}.")
         stages = [folder / "checkpoints" / name for name in names]
-        found = [s for s in stages if s.exists() and steps(s)]
-        found = [s for s in found if s.name == config.get("result")] or found
-        folder = found[-1] if found else folder / "checkpoints"
+        folders = [x for x in stages if x.exists() and steps(x)]
+        folders = [x for x in folders if x.name == config.get("result")] or folders
+        folder = folders[-1] if folders else folder / "checkpoints"
     step, damaged = _newest_whole(folder)
     if step is None:
         raise UserError(f"{folder}: no checkpoint there yet.")
@@ -204,7 +204,7 @@ def find_step(folder) -> epath.Path:
 
 
 def check(step_folder) -> None:
-    """Raises UserError for a checkpoint that is not as it was written, naming the first such file."""
+    """Raises UserError for a checkpoint whose files have changed, naming the first such file."""
     if fault := digests.damage(absolute(step_folder)):
         raise UserError(
             f"{step_folder}: a damaged checkpoint: {fault}. Bring that file back from a copy, or take another step."
@@ -212,7 +212,7 @@ def check(step_folder) -> None:
 
 
 def _newest_whole(folder: epath.Path) -> tuple[int | None, dict[int, str]]:
-    """(the newest step of a stage that is whole, {newer step: what is damaged in it}); (None, {}) where there are no steps.
+    """(a stage's newest whole step, {newer step: its damage}); (None, {}) where there are no steps.
 
     Raises UserError where there are steps and none is whole.
     """
@@ -231,7 +231,7 @@ def _newest_whole(folder: epath.Path) -> tuple[int | None, dict[int, str]]:
 
 
 def _set_aside(folder: epath.Path) -> None:
-    """Moves damaged checkpoints that are newer than the newest whole one out of the way of their steps."""
+    """Renames damaged checkpoints that are newer than the newest whole one, so that their steps can be written again."""
     step, damaged = _newest_whole(folder) if folder.exists() else (None, {})
     for number, fault in damaged.items():
         names = (f"damaged-{number}" + f"-{i}" * (i > 1) for i in range(1, 1000))
@@ -241,18 +241,19 @@ def _set_aside(folder: epath.Path) -> None:
 
 
 def steps(folder: epath.Path) -> list[int]:
-    """The steps that a stage's folder has whole checkpoints of, in order; none of what is no folder."""
+    """The steps of the finished checkpoints in a stage's folder, in order; empty where there is no folder."""
     if not folder.is_dir():
         return []
-    # In an object store one that is being written has its name already, and lacks a last object that says it is whole.
-    # Only what is spelled as a step is one: a copy called 0007, or a file, is somebody else's.
+    # In an object store, a checkpoint that is being written has its final name but lacks the object that marks it as whole.
+    # Other names, such as a copy called 0007, are not ours.
     numbered = (p for p in folder.iterdir() if p.name.isdecimal() and p.name == str(int(p.name)) and p.is_dir())
     return sorted(int(p.name) for p in numbered if ocp.utils.is_checkpoint_finalized(p))
 
 
 def read_meta(step_folder) -> dict:
-    """The JSON part of one checkpoint's folder; empty where there is none. Raises UserError where it names as its adapter a
-    function that is neither jaxpost's own nor named by the user."""
+    """The JSON part of one checkpoint's folder; empty where there is none. Raises UserError where its adapter is a function
+    that is neither jaxpost's own nor named by the user.
+    """
     folder = absolute(step_folder)
     if not (folder / "meta").exists():
         return {}
@@ -265,7 +266,7 @@ def read_meta(step_folder) -> dict:
 
 
 def _believable(meta: Any, folder: epath.Path) -> dict:
-    """A checkpoint's meta. Raises UserError where it is of another shape than `save` gives it, or names a foreign adapter."""
+    """A checkpoint's meta. Raises UserError where it is not as `save` writes it, or names a foreign adapter."""
     file = folder / "meta" / "metadata"
     if not isinstance(meta, dict):
         raise UserError(f"{file}: holds a JSON {type(meta).__name__}, not an object; take another checkpoint.")
@@ -282,21 +283,21 @@ def _believable(meta: Any, folder: epath.Path) -> dict:
 
 
 def _is_leaf(entry: Any) -> bool:
-    """Whether an entry is (letters, first value), as a model's leaves are described."""
+    """Whether an entry is (letters, first value), as ModelSpec.leaves has them."""
     letters, first = entry if isinstance(entry, list | tuple) and len(entry) == 2 else (None, None)
     return isinstance(letters, str) and set(letters) <= set("DVT0123456789") and isinstance(first, int | float | str)
 
 
 def paths(step_folder, item: str = "params") -> list[str]:
-    """The leaves that one checkpoint holds by path, with dots between: those it does not take from elsewhere."""
-    # The handler itself: asked through a checkpointer, Orbax warns of a file that belongs to whole checkpoints alone.
+    """The paths of the leaves that one checkpoint holds itself, with dots as separators."""
+    # The handler itself: through a checkpointer, Orbax warns of a missing file that only whole checkpoints have.
     return sorted(ocp.PyTreeCheckpointHandler().metadata(absolute(step_folder) / item).tree.keys())
 
 
 def load_params(step_folder, abstract: Params, below: Params = None) -> Params:
-    """The parameters of one checkpoint, laid out as `abstract` says: the running mean where it has one, else the weights.
+    """The parameters of one checkpoint, with the shardings of `abstract`: the running mean where it has one, else the weights.
 
-    below: for one whose frozen weights are elsewhere, the whole tree of parameters with those in it.
+    below: where frozen weights are elsewhere, the whole tree of parameters with them.
     """
     folder, flat = absolute(step_folder), _flat(abstract)
     _check_shapes(folder, flat, whole=below is None)
@@ -310,18 +311,18 @@ def load_params(step_folder, abstract: Params, below: Params = None) -> Params:
 
 
 def _check_shapes(folder: epath.Path, flat: dict[str, Any], *, whole: bool) -> None:
-    """Raises UserError where a checkpoint's weights are not those of the model that they are read for, naming the first.
+    """Raises UserError where a checkpoint's weights do not have the model's names and shapes, naming the first.
 
-    whole: whether all of the model's weights are to be there.
+    whole: whether the checkpoint must have all of the model's weights.
     """
     stored = ocp.PyTreeCheckpointHandler().metadata(folder / "params").tree
     stored = {k: tuple(x.shape) for k, x in (_flat(stored) if whole else stored).items() if hasattr(x, "shape")}
-    wanted = {k: tuple(x.shape) for k, x in flat.items() if whole or k in stored}
-    if differing := sorted(k for k in stored.keys() | wanted.keys() if stored.get(k) != wanted.get(k)):
+    expected = {k: tuple(x.shape) for k, x in flat.items() if whole or k in stored}
+    if differing := sorted(k for k in stored.keys() | expected.keys() if stored.get(k) != expected.get(k)):
         name = differing[0]
         raise UserError(
             f"{folder}: holds {name} {_shape_of(name, stored)}, and the model as its config.json describes it has it "
-            f"{_shape_of(name, wanted)}; bring back the config.json that the run wrote (model/ in its workdir)."
+            f"{_shape_of(name, expected)}; bring back the config.json that the run wrote (model/ in its workdir)."
         )
 
 
@@ -330,6 +331,6 @@ def _shape_of(name: str, shapes: dict[str, tuple]) -> str:
 
 
 def absolute(folder) -> epath.Path:
-    """A folder's whole path; one that is not on this machine's disks has no other."""
+    """A folder's absolute path; a remote path is returned unchanged."""
     folder = epath.Path(folder)
     return folder if "://" in str(folder) else folder.absolute()

@@ -1,15 +1,14 @@
-"""Paths in Google Cloud Storage, and how libraries that know only local files get at them.
+"""Paths in Google Cloud Storage, for libraries that only know local files too.
 
-Everything of a user's that is read or written, from a workdir to an export, may be `gs://bucket/folder`. `etils.epath` does the
-work, by TensorFlow where that is installed, else by `gcsfs`; Orbax writes its arrays through TensorStore, and asks Google's own
-client about the bucket, as `digests` does about the sums of its objects. `pip install 'jaxpost[gcs]'` brings what is needed.
-Credentials are Google's defaults: the machine's service account on Google Cloud, elsewhere those of `gcloud auth
-application-default login`. A workdir needs the right to read, list, write and delete objects, and `storage.buckets.get`, which
-Orbax uses.
+Every path that a user gives, from a workdir to an export, may be `gs://bucket/folder`. `etils.epath` reads and writes, by
+TensorFlow where that is installed, else by `gcsfs`. Orbax writes its arrays through TensorStore. Orbax and `digests` also use
+Google's own client. `pip install 'jaxpost[gcs]'` brings these packages. Credentials are Google's defaults: the machine's
+service account on Google Cloud, elsewhere those of `gcloud auth application-default login`. A workdir needs the right to read,
+list, write and delete objects, and `storage.buckets.get`, which Orbax uses.
 
-An object store is no disk, in three ways that matter here. An object appears at once and whole when its upload ends, so it
-needs no file beside it that is renamed into place; renaming is what is slow, being a copy. Nothing can be appended to
-(`writers`). And a folder is only the common beginning of names, so there is nothing to create, and an empty one does not exist.
+An object store differs from a disk in three ways that matter here. An object appears whole when its upload ends, so no file is
+renamed into place; renaming is a slow copy. Nothing can be appended to (`writers`). A folder is only a common prefix of names,
+so it need not be created, and an empty one does not exist.
 """
 
 import base64
@@ -43,13 +42,13 @@ def path(where) -> epath.Path:
 @functools.cache
 def _prepare() -> None:
     tensorflow = importlib.util.find_spec("tensorflow") is not None
-    wanted = ["google.cloud.storage"] if tensorflow else ["gcsfs", "google.cloud.storage"]
-    if missing := [name for name in wanted if not _installed(name)]:
+    needed = ["google.cloud.storage"] if tensorflow else ["gcsfs", "google.cloud.storage"]
+    if missing := [name for name in needed if not _installed(name)]:
         raise UserError(f"gs:// paths need {' and '.join(missing)}, which is not installed; pip install 'jaxpost[gcs]'.")
     if not tensorflow:
         from etils.epath import backend
 
-        # Its memory of what a folder holds would miss what TensorStore, another process or another machine puts there.
+        # Its cached listings would miss what TensorStore, another process or another machine writes.
         listings = backend.fsspec_backend.fs("gs://").dircache
         listings.clear()
         listings.use_listings_cache = False
@@ -63,16 +62,16 @@ def _installed(name: str) -> bool:
 
 
 def check_bucket(where) -> None:
-    """Raises UserError if the bucket of a gs:// path is not there, or not to be used with the credentials at hand."""
+    """Raises UserError if the bucket of a gs:// path does not exist or these credentials may not use it."""
     if is_remote(where):
         with _client(where) as (client, name):
             client.get_bucket(name)
 
 
 def objects(folder) -> dict[str, tuple[int, int, int | None]]:
-    """{name from the folder on: (bytes, generation, CRC-32C)} of the objects below a gs:// folder, by one listing.
+    """{name relative to the folder: (bytes, generation, CRC-32C)} of the objects below a gs:// folder, by one listing.
 
-    The sum is None where the store does not tell it. Raises UserError where the bucket cannot be listed.
+    The CRC is None where the store does not know it. Raises UserError where the bucket cannot be listed.
     """
     prefix = "/".join(path(folder).parts[3:]) + "/"
     with _client(folder) as (client, name):
@@ -83,7 +82,7 @@ def objects(folder) -> dict[str, tuple[int, int, int | None]]:
 
 @contextlib.contextmanager
 def _client(where) -> Iterator[tuple]:
-    """(Google's client, the name of a gs:// path's bucket). Raises UserError for what the store refuses inside the block."""
+    """(Google's client, the name of a gs:// path's bucket). Turns the store's errors inside the block into a UserError."""
     name = path(where).parts[2]
     from google.api_core.exceptions import GoogleAPIError
     from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
@@ -103,13 +102,13 @@ def _client(where) -> Iterator[tuple]:
 
 
 def cache_folder() -> epath.Path:
-    """Where what can be made again is kept between runs: the environment's JAXPOST_CACHE, else ~/.cache/jaxpost."""
+    """The folder of caches, which may be deleted between runs: the environment's JAXPOST_CACHE, else ~/.cache/jaxpost."""
     return epath.Path(os.environ.get("JAXPOST_CACHE") or "~/.cache/jaxpost").expanduser()
 
 
 @contextlib.contextmanager
 def local_copy(file: epath.Path) -> Iterator[Path]:
-    """A local file with the content of `file`: itself, or for the length of the block a copy."""
+    """A local file with the content of `file`: itself, or a copy that exists during the block."""
     if not is_remote(file):
         yield Path(file)
         return
@@ -119,19 +118,19 @@ def local_copy(file: epath.Path) -> Iterator[Path]:
 
 
 def save_tensors(tensors: dict, file: epath.Path) -> None:
-    """Writes a safetensors file, local or not, that others may read as they may what is beside it."""
+    """Writes a safetensors file, local or remote, with the usual permissions of a new file."""
     from safetensors.numpy import save_file
 
     with local_target(file) as place:
         save_file(tensors, place, metadata={"format": "pt"})
         mask = os.umask(0)
         os.umask(mask)
-        place.chmod(0o666 & ~mask)  # the library makes its files for their owner alone
+        place.chmod(0o666 & ~mask)  # the library's files are readable by their owner only
 
 
 @contextlib.contextmanager
 def local_target(file: epath.Path) -> Iterator[Path]:
-    """A local path to write to, whose content is that of `file` when the block ends."""
+    """A local path to write to; its content is in `file` when the block ends."""
     if not is_remote(file):
         yield Path(file)
         return

@@ -1,12 +1,12 @@
 """Compiled programs, kept on disk, so that the second start of a run compiles nothing.
 
-Compilation takes most of the time to a first step, and its result is a function of the program, the compiler and the machine.
-jax keeps such results under a key of all three (a CPU's instruction set too, so unlike machines may share a home folder), but
-only where a folder is named, and only of what took a second to compile. Here it is the default, from a tenth of a second on:
-below that, reading is no faster than compiling.
+Compilation takes most of the time to a first step. jax caches its result under a key of the program, the compiler and the
+machine (a CPU's instruction set too, so different machines may share a home folder), but only where a folder is named, and only
+for programs that took a second to compile. Here the cache is on by default, from a tenth of a second on: below that, reading is
+no faster than compiling.
 
-Who names a folder (JAX_COMPILATION_CACHE_DIR, or jax's own settings) has the last word on it, and on its size; otherwise
-it is `programs` in jaxpost's cache folder. JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
+A user who names a folder (JAX_COMPILATION_CACHE_DIR, or jax's own settings) decides on it and its size; otherwise it is
+`programs` in jaxpost's cache folder. JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
 """
 
 import contextlib
@@ -17,12 +17,12 @@ from etils import epath
 
 from jaxpost.storage import cloud
 
-SECONDS = 0.1  # of compilation, from which on a program is kept
-MOST = 2 * 2**30  # bytes of programs; a step of ours takes about a quarter of a MiB
+SECONDS = 0.1  # of compilation above which a program is kept
+MOST = 2 * 2**30  # bytes of programs; a train step takes about a quarter of a MiB
 
 
 def keep() -> None:
-    """Has jax keep what it compiles from here on. Every entry point calls it; once is as good as twice."""
+    """Makes jax keep what it compiles from here on. Every entry point calls it. Idempotent."""
     if jax.config.jax_compilation_cache_dir is None:
         folder = cloud.cache_folder() / "programs"
         try:
@@ -36,20 +36,20 @@ def keep() -> None:
 
 
 def _trim(folder: epath.Path, most: int) -> None:
-    """Deletes the programs that were not used for longest until no more than so many bytes are left.
+    """Deletes the least recently used programs until at most `most` bytes are left.
 
-    Not jax's own limit: that keeps the time of use in a second file, and a process killed between the two writes would
-    leave a cache that takes nothing more. A bucket has a lifecycle for this.
+    jax's own limit is not used: it keeps the time of use in a second file, and a process killed between the two writes leaves a
+    cache that accepts nothing more. A bucket has a lifecycle for this.
     """
     if cloud.is_remote(folder):
         return
-    found = []
+    programs = []
     for file in os.scandir(folder):
-        with contextlib.suppress(FileNotFoundError):  # another process may be at it too
-            found.append((file.stat(), file.path))
-    found.sort(key=lambda x: x[0].st_atime)
-    held = sum(status.st_size for status, _ in found)
-    for status, path in found:
+        with contextlib.suppress(FileNotFoundError):  # another process may delete it first
+            programs.append((file.stat(), file.path))
+    programs.sort(key=lambda x: x[0].st_atime)
+    held = sum(status.st_size for status, _ in programs)
+    for status, path in programs:
         if held <= most:
             break
         epath.Path(path).unlink(missing_ok=True)

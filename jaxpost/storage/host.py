@@ -1,8 +1,8 @@
-"""What a host may refuse: its disk and its memory, each with a message that names the path and the remedy.
+"""The host's disk and memory, with error messages that name the path and the remedy.
 
-`disk_errors` surrounds whatever a command writes. It is the one place where a full disk, a read-only file system, a missing
-right or a file in a folder's place becomes a UserError, whichever library meets it: Orbax's arrays are written in C++,
-which reports the same faults as text.
+`disk_errors` surrounds everything that a command writes. It turns a full disk, a read-only file system, a missing right or a
+file in a folder's place into a UserError, whichever library meets it; Orbax writes arrays in C++, which reports the same faults
+as text.
 """
 
 import contextlib
@@ -31,21 +31,21 @@ _REMEDIES = {
     errno.EEXIST: "a file stands where a folder is needed; move it away, or give another folder",
     errno.EISDIR: "a folder stands where a file is needed; move it away, or give another folder",
 }
-# Some libraries raise Python's own kinds of a fault without its number.
+# Some libraries raise Python's exception types without an errno.
 _CODES = {
     IsADirectoryError: errno.EISDIR,
     NotADirectoryError: errno.ENOTDIR,
     FileExistsError: errno.EEXIST,
     PermissionError: errno.EACCES,
 }
-# What numpy and zipfile raise at bytes that are no archive; a flipped flag asks for an unknown compression or a password.
+# What numpy and zipfile raise for bytes that are no archive; a flipped bit may mean an unknown compression or a password.
 DAMAGED = (OSError, ValueError, TypeError, LookupError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 CONTINUES = "What was saved before is whole: the same command continues from there."
 
 
 @contextlib.contextmanager
 def disk_errors(where, remark: str = "") -> Iterator[None]:
-    """Turns what a disk refuses inside the block into a UserError, with a remark at its end. where: what to name if the error
+    """Turns a disk's errors inside the block into a UserError that ends with the remark. where: the place to name if the error
     names no path.
     """
     try:
@@ -60,7 +60,7 @@ def disk_errors(where, remark: str = "") -> Iterator[None]:
 
 
 def _fault(error: BaseException | None) -> tuple[int, str | None] | None:
-    """(errno, the path if it is known) of the first fault of a disk in an error or its causes; None if there is none."""
+    """(errno, the path or None) of the first disk error among an error and its causes; None if there is none."""
     while error is not None:
         if isinstance(error, OSError) and (code := error.errno or _CODES.get(type(error))) in _REMEDIES:
             return code, error.filename2 or error.filename
@@ -86,10 +86,7 @@ def check_writable(folder) -> None:
 
 
 def check_regular(path) -> None:
-    """Raises UserError for a path that is there and holds no content of its own: a pipe, a socket or a device.
-
-    Opening a pipe waits for a writer, for ever if none comes.
-    """
+    """Raises UserError for a path that is a pipe, a socket or a device: opening a pipe waits for a writer, maybe for ever."""
     if "://" in str(path) or not os.path.exists(path):
         return
     mode = os.stat(path).st_mode
@@ -98,7 +95,7 @@ def check_regular(path) -> None:
 
 
 def read_object(path: epath.Path) -> dict:
-    """The object that a JSON file holds. Raises UserError for what is none."""
+    """The object that a JSON file holds. Raises UserError for anything else."""
     check_regular(path)
     try:
         content = json.loads(path.read_text())
@@ -118,7 +115,7 @@ def read_object(path: epath.Path) -> dict:
 
 
 def read_arrays(path: epath.Path) -> dict[str, np.ndarray] | None:
-    """The arrays of an .npz file, each of which has a sum inside that is compared; None where it is not there, or not whole."""
+    """The arrays of an .npz file, whose own checksums are verified; None where the file is missing or damaged."""
     try:
         with path.open("rb") as content, np.load(content) as stored:
             return dict(stored)
@@ -127,9 +124,9 @@ def read_arrays(path: epath.Path) -> dict[str, np.ndarray] | None:
 
 
 def memory() -> int:
-    """Bytes of memory that this machine has for the process: its own, or less where a container sets a limit."""
-    own = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes of memory that the process may use: the machine's, or a container's limit."""
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):
-            own = min(own, int(Path(limit).read_text()))
-    return own
+            size = min(size, int(Path(limit).read_text()))
+    return size

@@ -3,14 +3,14 @@
 Two runs in one workdir would delete each other's checkpoints and mix their figures. So process 0 of a run holds the workdir's
 `run.lock` until it ends, whichever way. The file says who holds it: host, process, command, since when.
 
-On a disk the lock is the kernel's (`fcntl`), which releases it when the process dies; the file then stays, and means nothing.
-A network disk has to support such locks: NFS 4 does, between hosts too; where none are to be had, a message says so and the run
-goes on without. A folder that two containers see by different names is one folder, and one lock.
+On a disk the lock is the kernel's (`fcntl`), which releases it when the process dies; a file that is left behind means nothing.
+A network disk must support such locks: NFS 4 does, between hosts too. Where a disk does not, a message says so and the run goes
+on without a lock. Two containers that see one folder under different names share one lock.
 
-In a bucket the lock is an object, which only one process can create (`if_generation_match=0`), and whose holder writes it anew
-every 20 seconds. A holder that died leaves it behind: the next run watches it for 90 seconds and takes it over if nobody wrote
-it, at once if by the clocks its last writing is 15 minutes ago. What cannot be excluded: a holder that stands still, or sees no
-network, for so long, loses the lock while it lives. It finds out when it writes again, and saves nothing from then on.
+In a bucket the lock is an object that only one process can create (`if_generation_match=0`), and that its holder rewrites every
+20 seconds. A holder that died leaves it behind: the next run watches it for 90 seconds and takes it over if nobody writes it,
+or at once if it was last written 15 minutes ago. A holder that is suspended or has no network for that long loses the lock
+while it lives. It notices when it writes again, and saves nothing from then on.
 """
 
 import contextlib
@@ -35,28 +35,28 @@ from jaxpost.storage import cloud
 
 NAME = "run.lock"
 BEAT, WATCH, OLD = 20.0, 90.0, 900.0  # seconds
-_HELD: dict[str, Any] = {}  # what this process holds: the kernel would give a process its own lock again
+_HELD: dict[str, Any] = {}  # the locks of this process, which the kernel would grant it a second time
 
 
 @contextlib.contextmanager
 def held(workdir: epath.Path) -> Iterator[None]:
-    """Holds a workdir, which is made if it is not there, for the length of the block. Raises UserError if another run does."""
+    """Locks a workdir for the length of the block; creates it if needed. Raises UserError if another run holds it."""
     if jax.process_index() != 0:
         yield
         return
-    made = [] if cloud.is_remote(workdir) else [p for p in (workdir, *workdir.parents) if not p.exists()]
+    created = [] if cloud.is_remote(workdir) else [p for p in (workdir, *workdir.parents) if not p.exists()]
     lock = (_Object if cloud.is_remote(workdir) else _File)(workdir)
     try:
         yield
     finally:
         lock.release()
-        with contextlib.suppress(OSError):  # a run whose settings were refused leaves nothing; any other has filled the folder
-            for folder in made:
+        with contextlib.suppress(OSError):  # removes a folder that stayed empty because the run's settings were refused
+            for folder in created:
                 os.rmdir(folder)
 
 
 def check(workdir) -> None:
-    """Raises UserError if this process held the lock of the workdir and another took it over."""
+    """Raises UserError if another process has taken over this process's lock of the workdir."""
     for name, lock in _HELD.items():
         if f"{workdir}/".startswith(f"{name}/") and lock.lost:
             raise UserError(
@@ -75,7 +75,7 @@ def _refusal(workdir, content: str) -> UserError:
     try:
         holder = json.loads(content)
         who = f"process {holder['process']} on {holder['host']}, since {holder['since']} ({holder['command']})"
-    except (ValueError, KeyError, TypeError):  # taken a moment ago
+    except (ValueError, KeyError, TypeError):  # just locked and not written yet
         who = "another process"
     return UserError(f"{workdir}: another run is at work here: {who}. Wait for it, stop it, or use another --workdir.")
 
@@ -83,7 +83,7 @@ def _refusal(workdir, content: str) -> UserError:
 class _File:
     """The lock of a workdir on a disk."""
 
-    lost = False  # while the process lives, the kernel gives it to nobody else
+    lost = False  # the kernel keeps the lock while the process lives
 
     def __init__(self, workdir: epath.Path):
         workdir.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ class _File:
         _HELD[self.name] = self
 
     def _locked(self, workdir) -> bool:
-        """Opens and locks the file; False where its holder removed it in between. Raises UserError if another has the lock."""
+        """Opens and locks the file; False where its holder just removed it. Raises UserError if another run has the lock."""
         if os.path.lexists(self.path) and not os.path.isfile(self.path):
             raise UserError(f"{self.path}: no file, where the lock of a run is one; remove it.")
         self.file = open(self.path, "a+")  # noqa: SIM115 (closed in release)
@@ -149,7 +149,7 @@ class _Object:
         _HELD[self.name] = self
 
     def _write(self) -> bool:
-        """Writes the object if nobody else did since we last knew it."""
+        """Writes the object, if nobody else has written it since we last saw it."""
         try:
             self.blob.upload_from_string(self.description, if_generation_match=self.generation)
         except self.refused:
@@ -159,7 +159,7 @@ class _Object:
         return True
 
     def _is_ours(self) -> bool:
-        """Whether the object is what we wrote ourselves, the answer to which was lost on the way."""
+        """Whether the object is our own write, whose response was lost."""
         try:
             self.blob.reload()
             return self.blob.download_as_text() == self.description
@@ -167,7 +167,7 @@ class _Object:
             return False
 
     def _abandoned(self, workdir) -> int:
-        """The generation of an object that its holder no longer writes; 0 if there is none. Raises UserError if it does."""
+        """The generation of an abandoned lock object; 0 if there is none. Raises UserError if its holder still writes it."""
         first, end = None, time.monotonic() + WATCH
         while True:
             try:
@@ -190,10 +190,10 @@ class _Object:
             self.beat()
 
     def beat(self) -> None:
-        """Writes the object, or finds out that the lock is lost."""
+        """Rewrites the object; sets `lost` if another run has taken the lock."""
         try:
             self.lost = not self._write()
-        except Exception as e:  # of the network: the next one may pass
+        except Exception as e:  # a network error: the next write may succeed
             print(f"{self.name}/{NAME}: could not be written ({type(e).__name__}).", file=sys.stderr)
 
     def release(self) -> None:

@@ -1,9 +1,8 @@
-"""Downloads without a network: they end within a minute, with one message that says what was tried.
+"""Downloads without a network: they fail within a minute, with one message.
 
-Libraries that download try each address again and again, which helps with a server that is busy and takes minutes where there
-is no network at all, or one that lets nothing through. So before a library asks, `fault` looks whether a connection can be had.
-Where it cannot, the hub's libraries are switched to their own offline mode, in which they give what their caches hold, and TFDS
-is stopped by the adapter through which it downloads.
+Libraries retry each address many times. That helps with a busy server, but takes minutes where there is no network or a
+firewall blocks it. So `fault` first tries to connect. Where that fails, the hub's libraries are switched to their offline mode,
+in which they use their caches, and TFDS is stopped by its HTTP adapter.
 """
 
 import contextlib
@@ -15,15 +14,15 @@ import urllib.request
 from collections.abc import Iterator
 from unittest import mock
 
-SECONDS = 10.0  # for a connection to be had, and between two pieces of an answer six times as long
-RETRIES = 4  # of what a busy server refused, by TFDS, 6 seconds in all
+SECONDS = 10.0  # to connect; between two pieces of a response six times as long
+RETRIES = 4  # TFDS's, of requests that a busy server refused; 6 seconds in all
 
-# Where the hub's libraries keep whether they are offline.
+# The modules that hold the offline flags of the hub's libraries.
 _SWITCHES = ("huggingface_hub.constants", "datasets.config")
 
 
 class Unreachable(OSError):
-    """No connection can be had to the host of an address, `url`."""
+    """The host of an address, `url`, cannot be reached."""
 
     def __init__(self, url: str, reason: str):
         super().__init__(reason)
@@ -31,8 +30,8 @@ class Unreachable(OSError):
 
 
 def fault(url: str) -> str:
-    """Why no connection to an address can be had: "HOST cannot be reached (REASON)"; "" where one can. Where the environment
-    names a proxy, what counts is a connection to it.
+    """Why an address cannot be reached: "HOST cannot be reached (REASON)"; "" where it can. Where the environment names a
+    proxy, the connection to that is tried.
     """
     parts = urllib.parse.urlsplit(url)
     proxy = urllib.request.getproxies().get(parts.scheme)
@@ -48,8 +47,8 @@ def fault(url: str) -> str:
 
 @contextlib.contextmanager
 def hub() -> Iterator[str]:
-    """For the length of the block the hub's libraries are offline if no connection to the hub can be had; gives the reason, or
-    "" where one can, or where they are offline anyway.
+    """During the block the hub's libraries are offline if the hub cannot be reached. Yields the reason, or "" where it can be
+    reached or the libraries are offline already.
     """
     constants = importlib.import_module("huggingface_hub.constants")
     if constants.HF_HUB_OFFLINE or not (reason := fault(constants.ENDPOINT)):
@@ -64,17 +63,17 @@ def hub() -> Iterator[str]:
 
 @contextlib.contextmanager
 def tfds() -> Iterator[None]:
-    """For the length of the block TFDS gives up an address early: Unreachable where no connection can be had, few retries."""
+    """During the block TFDS gives up early: it raises Unreachable where it cannot connect, and retries only a few times."""
     requests = importlib.import_module("requests")
     downloader = importlib.import_module("tensorflow_datasets.core.download.downloader")
 
     class Adapter(requests.adapters.HTTPAdapter):
-        """requests' own, which looks for a connection first and does not wait for ever."""
+        """requests' adapter, with a connection test first and a timeout."""
 
-        def send(self, request, *given, timeout=None, **options):
+        def send(self, request, *arguments, timeout=None, **options):
             if reason := fault(request.url):
                 raise Unreachable(request.url, reason)
-            return super().send(request, *given, timeout=timeout or (SECONDS, 6 * SECONDS), **options)
+            return super().send(request, *arguments, timeout=timeout or (SECONDS, 6 * SECONDS), **options)
 
     with mock.patch.object(requests.adapters, "HTTPAdapter", Adapter), mock.patch.object(downloader, "MAX_RETRIES", RETRIES):
         yield
