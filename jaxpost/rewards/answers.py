@@ -1,18 +1,17 @@
-r"""What a completion's answer is, and which number it spells: one grammar for rewards, extraction and majority votes.
+r"""Finds a completion's answer and its number: one grammar for rewards, extraction and majority votes.
 
-**The marked answer** (`marked`). What stands after the last </think> is read alone, and nothing from a \boxed{ on that never
-closes. A mark is one of these, and the last of the first three decides, whatever it holds; the fourth has a say where there is
-none of them:
+**The marked answer** (`marked`). Only text after the last </think> is read, and none after a \boxed{ that never closes. The
+last mark of the first three kinds is the answer, whatever it holds; the fourth counts where there is none of them:
 
-    \boxed{72}, \fbox{72}          what is in the outermost braces
-    <answer>72</answer>            what is between the tags
+    \boxed{72}, \fbox{72}          the text in the outermost braces
+    <answer>72</answer>            the text between the tags
     #### 72                        the rest of the line. A line without a digit is a heading: of an answer ("#### Final
                                    Answer"), which the next line gives, or of anything else, which is no mark; so is
                                    "#### Step 2" and, where more lines follow, "#### 2. Words"
     the answer is 72, answer: 72   what follows, unless it speaks of the answer (correct, found by ...) and does not give it
 
-**The number** (`value`) is an exact fraction. Braces, $, \(, \text and other LaTeX of looks count as nothing, and so do the
-marks of a chat template (<|im_end|>).
+**The number** (`value`) is an exact fraction. Braces, $, \(, \text and other LaTeX for layout are ignored, and so are the marks
+of a chat template (<|im_end|>).
 
     answer   = clause { (". " | ", " | because | so | but | when ...) clause }
     group    = chain { ("," | ";" | "or" | "and") chain }      a number only if all of its chains are the same one
@@ -72,7 +71,7 @@ class Marked(NamedTuple):
 
 # ------------------------------------------------------------------------------------------------------------ Which part
 
-_TURNS = re.compile(r"<[|｜][^<>\n]{1,40}[|｜]>|<end_of_turn>|</s>|<eos>")  # marks of templates, which nobody means
+_TURNS = re.compile(r"<[|｜][^<>\n]{1,40}[|｜]>|<end_of_turn>|</s>|<eos>")  # marks of templates
 _BRACES = re.compile(r"\\(?:boxed|fbox)[ ]*\{|\\[\\{}]|[{}]")
 _TAG = re.compile(r"<(/?)answer>")
 _WORDS = re.compile(r"\banswer(?:\s++is\b|\s*+[:=])([\s*:]*+)(?:[\s$*:]|\\[\[(])*+", re.IGNORECASE)
@@ -152,9 +151,9 @@ def _headed(text: str) -> tuple[int, str, str] | None:
 
 
 def value(text: str, *, alone: bool = False) -> Number | None:
-    """The number that a text gives as its answer; None where it gives none, or what is no single number.
+    """The number that a text gives as its answer; None if it gives none or several.
 
-    alone: the text, or the part that it marks, is the answer and nothing else, as a record's is.
+    alone: all of the text, or of the part that it marks, is the answer, as in a record.
     """
     part = marked(text, digits=True)
     gold = alone and part.kind != "words"
@@ -166,7 +165,7 @@ def value(text: str, *, alone: bool = False) -> Number | None:
 
 
 def spelled(number: Number) -> str:
-    """The one spelling of a number's value before a sign of percentage: 18, -0.5, 1/3."""
+    """The canonical spelling of a number's value, without a percentage sign: 18, -0.5, 1/3."""
     above, below = number.value.as_integer_ratio()
     twos = fives = 0
     while below % 2 == 0:

@@ -1,10 +1,10 @@
-"""Instructions that can be verified: one function a constraint, and `follows`, which holds a completion to a record's list.
+"""Verifiable instructions: one function a constraint, and `follows`, which checks a completion against a record's list.
 
     {"prompt": "...", "constraints": [{"kind": "includes", "words": ["fox", "moon"]}, {"kind": "full_stop"}]}
 
-A kind is a function of this file, which is a reward by itself too: dict(name="instructions.words", at_most=50). Case makes no
-difference to words and letters; a word is a run of letters and digits, an apostrophe or a hyphen within it included. Counts
-are from at_least to at_most. An empty completion follows only those that count, where none is enough.
+A kind is a function of this file, and a reward by itself too: dict(name="instructions.words", at_most=50). Words and letters
+are compared without case. A word is a run of letters and digits, with apostrophes or hyphens inside. Counts are from at_least
+to at_most. An empty completion only satisfies counts whose at_least is 0.
 
     words, sentences, paragraphs, lines, characters    how many (at_least, at_most)
     includes, excludes, in_order (words)               all of these words or phrases; none of them; all in this order
@@ -43,9 +43,9 @@ _FENCE = re.compile(r"\s*```(?:json)?[^\S\n]*\n(.*)```\s*", re.DOTALL | re.IGNOR
 
 
 def follows(record: dict, completion: str, *, strict: bool = False) -> float:
-    """The share of record["constraints"] that a completion follows; strict: 1 for all of them, else 0.
+    """The share of record["constraints"] that a completion satisfies; strict: 1 if it satisfies all, else 0.
 
-    Raises UserError for a record without constraints, an unknown kind and an argument that is wrong or missing.
+    Raises UserError for a record without constraints, an unknown kind and a wrong or missing argument.
     """
     constraints = record.get("constraints")
     if not isinstance(constraints, Sequence) or isinstance(constraints, str) or not constraints:
@@ -58,16 +58,16 @@ def follows(record: dict, completion: str, *, strict: bool = False) -> float:
 
 @functools.cache
 def _kinds() -> dict[str, Callable]:
-    """The constraints of this file. A record is data: it may name one of these, and nothing else."""
-    own = {k: v for k, v in globals().items() if inspect.isfunction(v) and v.__module__ == __name__ and v is not follows}
-    return {name: function for name, function in own.items() if not name.startswith("_")}
+    """The constraints of this file. A record is data: it may name these and nothing else."""
+    functions = {k: v for k, v in globals().items() if inspect.isfunction(v) and v.__module__ == __name__ and v is not follows}
+    return {name: function for name, function in functions.items() if not name.startswith("_")}
 
 
 def _holds(constraint: dict, record: dict, completion: str) -> bool:
     kind = constraint.get("kind") if isinstance(constraint, dict) else None
     if not isinstance(kind, str) or kind not in _kinds():
         raise UserError(f"record's constraint {constraint!r}: unknown kind.{nearest(str(kind), _kinds())}")
-    # Some data sets write down the arguments of all kinds, null where they are not this one's.
+    # Some data sets list the arguments of all kinds, null where they do not belong to this one.
     options = {k: v for k, v in constraint.items() if k != "kind" and v is not None}
     bound = bind(_kinds()[kind], options, f"a record's constraint {kind}")
     try:
@@ -102,7 +102,7 @@ def _phrase(phrase: str) -> re.Pattern:
 
 
 def _all(words: Sequence[str]) -> Sequence[str]:
-    """The words of a constraint; one that is no list would be taken for its letters."""
+    """The words of a constraint. Refuses a string, which would be read as its letters."""
     if isinstance(words, str) or not words:
         raise UserError(f"a constraint's words {words!r}: give a list of them.")
     return words
@@ -147,9 +147,9 @@ def in_order(record: dict, completion: str, *, words: Sequence[str]) -> bool:
     """Whether these words or phrases are there one after the other."""
     place = 0
     for word in _all(words):
-        if (found := _phrase(word).search(completion, place)) is None:
+        if (match := _phrase(word).search(completion, place)) is None:
             return False
-        place = found.end()
+        place = match.end()
     return True
 
 
@@ -230,8 +230,8 @@ def bullets(record: dict, completion: str, *, at_least: int = 1, at_most: float 
 
 def numbered(record: dict, completion: str, *, at_least: int = 1, at_most: float = math.inf) -> bool:
     """Whether there are so many lines that begin with "1. ", "2. ", ... (or with brackets behind), in this order."""
-    found = re.findall(r"^[^\S\n]*+([0-9]{1,6})[.)][^\S\n]+\S", completion, re.MULTILINE)
-    return _within(len(found), at_least, at_most) and [int(x) for x in found] == list(range(1, len(found) + 1))
+    points = re.findall(r"^[^\S\n]*+([0-9]{1,6})[.)][^\S\n]+\S", completion, re.MULTILINE)
+    return _within(len(points), at_least, at_most) and [int(x) for x in points] == list(range(1, len(points) + 1))
 
 
 def headings(record: dict, completion: str, *, at_least: int = 1, at_most: float = math.inf) -> bool:
@@ -241,8 +241,7 @@ def headings(record: dict, completion: str, *, at_least: int = 1, at_most: float
 
 def highlights(record: dict, completion: str, *, at_least: int = 1, at_most: float = math.inf) -> bool:
     """Whether there are so many parts *like this* or **like this**, each within a line."""
-    found = re.findall(r"(\*{1,2})(?=[^\s*])[^*\n]++\1", completion)
-    return _within(len(found), at_least, at_most)
+    return _within(len(re.findall(r"(\*{1,2})(?=[^\s*])[^*\n]++\1", completion)), at_least, at_most)
 
 
 def placeholders(record: dict, completion: str, *, at_least: int = 1, at_most: float = math.inf) -> bool:
@@ -271,10 +270,10 @@ def json_value(record: dict, completion: str, *, keys: Sequence[str] = ()) -> bo
     """Whether all of it is one JSON value, in a fence of three backticks or not; an object that has these keys, if any."""
     fenced = _FENCE.fullmatch(completion)
     try:
-        found = json.loads(fenced[1] if fenced else completion, parse_constant=_no_constant)
+        value = json.loads(fenced[1] if fenced else completion, parse_constant=_no_constant)
     except (ValueError, RecursionError):
         return False
-    return not keys or (isinstance(found, dict) and all(key in found for key in _all(keys)))
+    return not keys or (isinstance(value, dict) and all(key in value for key in _all(keys)))
 
 
 def _no_constant(name: str):
@@ -299,8 +298,8 @@ def alternatives(record: dict, completion: str, *, count: int = 2, separator: st
 
 def paragraph_starts(record: dict, completion: str, *, paragraph: int, word: str) -> bool:
     """Whether the n-th paragraph, counted from 1, begins with the word."""
-    found = _paragraphs(completion)
-    return 1 <= paragraph <= len(found) and _phrase(word).match(found[paragraph - 1]) is not None
+    parts = _paragraphs(completion)
+    return 1 <= paragraph <= len(parts) and _phrase(word).match(parts[paragraph - 1]) is not None
 
 
 def choice(record: dict, completion: str, *, options: Sequence[str]) -> bool:
@@ -310,5 +309,5 @@ def choice(record: dict, completion: str, *, options: Sequence[str]) -> bool:
 
 def no_repeats(record: dict, completion: str) -> bool:
     """Whether there are sentences, and none is there twice."""
-    found = [" ".join(_words(sentence)) for sentence in _sentences(completion)]
-    return bool(found) and len(set(found)) == len(found)
+    texts = [" ".join(_words(sentence)) for sentence in _sentences(completion)]
+    return bool(texts) and len(set(texts)) == len(texts)
