@@ -156,7 +156,7 @@ test_records.__test__ = False
 def reward(record, completion) -> bool:
     """Whether `completion` (a string, white space around it ignored) is the record's answer and nothing else.
 
-    Any string gets a verdict. Raises UserError when the record has no answer to compare with.
+    Raises UserError if the record has no answer to compare with.
     """
     answer = record.get("answer")
     if answer is None:
