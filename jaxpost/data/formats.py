@@ -76,7 +76,7 @@ class Completion(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A document of which every token is learned."""
+    """A document; every token is learned."""
 
     text: str
     place: str

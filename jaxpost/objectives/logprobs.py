@@ -59,8 +59,7 @@ def _counted(mask: jax.Array, width: int):
 def _take(x: jax.Array, order: jax.Array, width: int) -> jax.Array:
     """x [B,S,...] in this order, padded to whole chunks with copies of its last place.
 
-    What is computed from the padding is dropped and has no gradient, but must be finite: zeros would give a temperature of
-    zero.
+    Results of the padding are dropped and have no gradient, but must be finite: zeros would give a temperature of zero.
     """
     x = jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % width)] + [(0, 0)] * (x.ndim - 2), mode="edge")

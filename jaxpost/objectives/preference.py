@@ -242,9 +242,8 @@ def _opposed(pairs: Pairs) -> dict:
 def aot_unpaired(pairs, *, beta: float = 0.1, smoothing: float = 0.0):
     """AOT without pairs:  L = mean_k -log s(beta (c_(k) - r_(k))),  c and r each sorted by itself.
 
-    It differs from aot in comparing all chosen with all rejected, whatever their pairs. The loss counts the chosen side's
-    value; the rejected side adds only its gradient. Source: "Distributional Preference Alignment of LLMs via Optimal
-    Transport".
+    It differs from aot in comparing all chosen with all rejected, ignoring pairs. The loss counts the chosen side's value; the
+    rejected side adds only its gradient. Source: "Distributional Preference Alignment of LLMs via Optimal Transport".
     """
     chosen, rejected = pairs.ratios
     value = _hedged(beta * (chosen - pairs.prepared["to_chosen"]), smoothing)

@@ -5,10 +5,10 @@ last mark of the first three kinds is the answer, whatever it holds; the fourth 
 
     \boxed{72}, \fbox{72}          the text in the outermost braces
     <answer>72</answer>            the text between the tags
-    #### 72                        the rest of the line. A line without a digit is a heading: of an answer ("#### Final
-                                   Answer"), which the next line gives, or of anything else, which is no mark; so is
-                                   "#### Step 2" and, where more lines follow, "#### 2. Words"
-    the answer is 72, answer: 72   what follows, unless it speaks of the answer (correct, found by ...) and does not give it
+    #### 72                        the rest of the line. A line without a digit is a heading: "#### Final Answer" marks the
+                                   next line, other headings mark nothing; nor do "#### Step 2" and, if more lines follow,
+                                   "#### 2. Words"
+    the answer is 72, answer: 72   the text after it, unless that only comments on the answer (correct, found by ...)
 
 **The number** (`value`) is an exact fraction. Braces, $, \(, \text and other LaTeX for layout are ignored, and so are the marks
 of a chat template (<|im_end|>).
@@ -33,18 +33,18 @@ of a chat template (<|im_end|>).
 
 Which group is the answer:
 
-    a box, a record   the only one. What follows because, and a remark in words in parentheses, is none of it
-    ####, answer is   the first of the sentence that is no time or place of it (in 5 days, at 5). Where words lead to it (she
-                      has) or a verb links it to another number, the last equation of the sentence; else no number
-    <answer>, a text  the last, but for a time after it (72 pages after 5 days)
+    a box, a record   the only one. Text after `because` and remarks in parentheses do not count
+    ####, answer is   the first of the sentence that is no time or place (in 5 days, at 5). If words precede it (she has) or a
+                      verb links it to another number, the last equation of the sentence; else no number
+    <answer>, a text  the last, except a time after it (72 pages after 5 days)
     without a mark
 
-In a record nothing but "about" or a name and an equality may lead to the number: May 5, (B) 5 and at least 5 are none there.
-A number that is denied (not 5) is no answer. A bound is no number (less than 5, at least 5, 5 or more, 5+, x > 5), nor is a
-date, a decimal comma (1,5 is a list of two), a number word, a hexadecimal number, two quantities (2 hours 30 minutes), an
-ordinal outside of a mark, or what takes more than 500 digits or an exponent of more than three. Of a text without a mark the
-last 4,000 characters are read. A percentage is the number before its sign; `percentage` says that it is one. The upper half of
-the grammar is in sides.py and chains.py, the lower in numerals.py, its words in vocabulary.py.
+In a record only "about", or a name and an equality, may precede the number: May 5, (B) 5 and at least 5 have none. A negated
+number (not 5) is no answer. No numbers are: bounds (less than 5, at least 5, 5 or more, 5+, x > 5), dates, decimal commas (1,5
+is a list of two), number words, hexadecimal numbers, two quantities (2 hours 30 minutes), ordinals outside of a mark, more than
+500 digits, and exponents of more than three. Of a text without a mark the last 4,000 characters are read. A percentage is the
+number before its sign; `percentage` marks it. The upper half of the grammar is in sides.py and chains.py, the lower in
+numerals.py, its words in vocabulary.py.
 """
 
 import re
@@ -54,14 +54,14 @@ from jaxpost.rewards import sides
 from jaxpost.rewards.chains import Number
 from jaxpost.rewards.numerals import items
 
-_LONGEST = 4_000  # characters of a text that are read for its number: its last, or the first after a mark
+_LONGEST = 4_000  # characters that are searched for a number: the last of a text, or the first after a mark
 
 
 class Marked(NamedTuple):
-    """The part of a text that is its answer, and by which mark."""
+    """The part of a text that is its answer, and the kind of its mark."""
 
     text: str
-    kind: str  # box, line, tag, words, or none where the text marks nothing
+    kind: str  # box, line, tag, words, or none without a mark
 
     @property
     def takes(self) -> str:
@@ -89,7 +89,7 @@ _OF_ANSWER = re.compile(r"answer|result|solution|conclusion", re.IGNORECASE)
 def marked(text: str, *, digits: bool = False) -> Marked:
     """The part of a text that it marks as its answer, or all of it; see the module's docstring.
 
-    digits: "the answer is ..." marks no answer where a sentence without a digit follows.
+    digits: "the answer is ..." marks no answer if a sentence without a digit follows.
     """
     _, _, spoken = _TURNS.sub("\n", text).rpartition("</think>")
     text = spoken if spoken.strip() else _TURNS.sub("\n", text)

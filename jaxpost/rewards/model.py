@@ -1,6 +1,6 @@
 """A trained reward model as a reward.
 
-    dict(name="model.score", folder="WORKDIR")       the workdir of a run with reward_model.bradley_terry or one of its kin
+    dict(name="model.score", folder="WORKDIR")       the workdir of a run with an objective of reward_model
 
 Prompt and completion are rendered with the template that the model was trained with and its own tokenizer. The score is its
 head at the token that ends the completion. It runs on this process's devices; `score.many` scores a batch at once.

@@ -40,7 +40,7 @@ from jaxpost.rollouts.worker import LOADED, Failure
 
 START = 120.0  # seconds for a worker's imports, on a busy machine
 GROW = 0.05  # seconds that a completion waits before another worker is started
-CHUNK, BATCH = 64, 0.02  # a worker is sent at most so many completions at a time, and about so many seconds' work
+CHUNK, BATCH = 64, 0.02  # completions that a worker is sent at a time: this many at most, for about this many seconds
 PACE = 0.02  # seconds a completion, assumed for a new worker
 LARGEST = 2**26  # bytes of a reward's pickle at most, since every worker has a copy
 _ANSWER = 2**16  # bytes of a worker's answer at most

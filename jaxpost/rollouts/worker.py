@@ -122,7 +122,7 @@ def _prefer_to_kill() -> None:
 
 
 def _limit(memory: float) -> None:
-    """Limits this process's memory to so many GiB; 0 is no limit."""
+    """Limits this process's memory, in GiB; 0 is no limit."""
     if sys.platform != "linux":
         return
     import resource

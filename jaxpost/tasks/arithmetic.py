@@ -110,7 +110,7 @@ def conversation(index, *, seed=0, corrupt=0.4):
 
     With probability `corrupt` the assistant's message is the answer with one digit wrong; `answer` stays the right one. The
     draw depends on the index and not on the problem, so a problem's right answer is its most frequent. Raises UserError if
-    `corrupt` is no probability.
+    `corrupt` is not in 0..1.
     """
     if not 0 <= corrupt <= 1:
         raise UserError(f"corrupt={corrupt}: give a probability, between 0 and 1")
