@@ -1,11 +1,11 @@
-"""What a function declares: an objective what it reads, an annotator what it stores. `declared` gives the declaration.
+"""Declarations: an objective declares what it reads, an annotator what it stores. `declared` looks one up.
 
     @objective(rows="pairs", columns={"ref_logps": Column("BS", "float32", by="ref_logps")})
     def mine(forward, params, batch, key, *, beta: float = 0.1): ...
 
-An objective without the decorator learns from demonstrations and reads the columns of every batch (types.py). A value may
-depend on the objective's keywords: it is then a function of them. An objective `of` another, by a keyword of that name,
-inherits what it does not declare.
+An objective without the decorator learns from demonstrations and reads the columns of every batch (types.py). A value that
+depends on the objective's keywords is a function of them. An objective with a keyword `of`, another objective, inherits what it
+does not declare.
 """
 
 import functools
@@ -29,16 +29,16 @@ _DEFAULTS = {
     "differentiates_entropy": False,
     "per": "token",
 }
-_FUNCTIONS = ("prepare", "metrics")  # their value is a function, which is bound to those of the keywords that it takes
-_ATTRIBUTES = ("prepare", "columns", "data", "leaves")  # what older versions read from the function itself
+_FUNCTIONS = ("prepare", "metrics")  # the value is a function, bound to the keywords that it takes
+_ATTRIBUTES = ("prepare", "columns", "data", "leaves")  # older versions read these from the function itself
 
 
 class Column(NamedTuple):
-    """A column that an objective reads, and what makes it where neither the batches nor the settings give it.
+    """A column that an objective reads, and the annotator that makes it if neither batches nor settings give it.
 
-    axes: letters of types.py ("BS", "BSD"); by: an annotator's entry, that is a name ("ref_logps"), a dict with its keywords,
-    or a function; "" for a column of the data. weights: whose parameters the annotator takes: "start" (the stage's first),
-    "current" (those of the step; of rollouts those that sampled), or a model's folder, its name on the hub, or "@stage".
+    axes: letters of types.py ("BS", "BSD"). by: the annotator, as a name ("ref_logps"), a dict with its keywords, or a
+    function; "" for a column of the data. weights: the annotator's parameters: "start" (the stage's first), "current" (those of
+    the step; for rollouts those that sampled), a model's folder, its name on the hub, or "@stage".
     """
 
     axes: str
@@ -58,16 +58,16 @@ def objective(
     off_policy: bool | Callable | None = None,
     sequence_level: bool | Callable | None = None,
 ) -> Callable:
-    """Declares an objective; what is left out is inherited, or as of a function without the decorator.
+    """Declares an objective. A field left out is inherited, or has the default of a function without the decorator.
 
     rows: the row type that it learns from: demonstrations, pairs, labelled, mismatched, scored or steps.
-    columns: {name: Column, or (axis letters, dtype)} of what it reads besides tokens, segments, positions and mask.
-    leaves: {path: (axis letters, first value)} of what it adds to the parameters; a value that is a name is another model's.
-    masks: the columns [B,S] that say where it learns; where all are 0 no gradient may flow.
-    prepare: (forward, params, batch, key) -> columns of the whole batch, without a gradient, before it is split.
+    columns: {name: Column, or (axis letters, dtype)} that it reads besides tokens, segments, positions and mask.
+    leaves: {path: (axis letters, first value)} that it adds to the parameters; a first value that is a name is another model's.
+    masks: the columns [B,S] of the tokens that it learns from; where all are 0 no gradient may flow.
+    prepare: (forward, params, batch, key) -> columns of the whole batch, without gradient, before it is split.
 
-    For rollouts alone: advantages, the config entry of a completion's advantages unless the settings name others; off_policy,
-    whether it corrects for several steps a batch; sequence_level, whether a completion has one advantage and not one a token.
+    For rollouts alone: advantages, the config entry of the advantages unless the settings name others; off_policy, whether it
+    corrects for several steps a batch; sequence_level, whether a completion has one advantage instead of one for each token.
     """
     return _declaring(locals())
 
@@ -83,17 +83,17 @@ def part(
     off_policy: bool | None = None,
     sequence_level: bool | None = None,
 ) -> Callable:
-    """Declares a part of the policy-gradient estimator, which its objective inherits: as `objective` does, and
+    """Declares a part of the policy-gradient estimator, with the fields of `objective`; its objective inherits them.
 
-    prepare, metrics: (seen, *, the part's keywords) -> columns or metrics; differentiates_entropy: whether it needs the
+    prepare, metrics: (PolicyBatch, *, the part's keywords) -> columns or metrics. differentiates_entropy: whether it needs the
     entropy's gradient, which costs more.
     """
     return _declaring(locals())
 
 
 def annotator(*, per: str = "token") -> Callable:
-    """Declares an annotator. per: "token", or "document" where its columns [B,S,...] are constant over each document: then one
-    value a document is stored. Raises UserError for anything else.
+    """Declares an annotator. per: "token"; or "document" if its columns [B,S,...] are constant over each document, of which one
+    value is then stored. Raises UserError for anything else.
     """
     if per not in ("token", "document"):
         raise UserError(f"@annotator(per={per!r}): give 'token' or 'document'.")
@@ -111,33 +111,33 @@ def _declaring(fields: Mapping[str, Any]) -> Callable:
 
 
 def declared(function: Callable, name: str) -> Any:
-    """What a function declares under a name, for the keywords that `resolve` has bound; else what it inherits.
+    """The value that a function declares under a name, for its bound keywords; else the inherited one.
 
-    Under "columns" it is {name: Column}. Raises UserError for an objective that declares by attributes, as older ones did.
+    For "columns" it is {name: Column}. Raises UserError for an objective that declares by attributes, as older ones did.
     """
-    own, keywords = getattr(function, "func", function), getattr(function, "keywords", {})
-    fields = getattr(own, "declaration", {})
-    if old := [attribute for attribute in _ATTRIBUTES if attribute in getattr(own, "__dict__", {})]:
+    plain, keywords = getattr(function, "func", function), getattr(function, "keywords", {})
+    fields = getattr(plain, "declaration", {})
+    if old := [attribute for attribute in _ATTRIBUTES if attribute in getattr(plain, "__dict__", {})]:
         entries = ", ".join(f"{'rows' if attribute == 'data' else attribute}=..." for attribute in old)
         raise UserError(
-            f"objective {own.__name__}: its attribute `{old[0]}` is not read any more; put @objective({entries}) above the "
+            f"objective {plain.__name__}: its attribute `{old[0]}` is not read any more; put @objective({entries}) above the "
             "function (from jaxpost.declare import objective)."
         )
     if name not in fields:
-        inner = _inner(own, keywords)
+        inner = _inner(plain, keywords)
         return _DEFAULTS[name] if inner is None else declared(inner, name)
     value = fields[name]
     if name in _FUNCTIONS:
-        takes = inspect.signature(value).parameters
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in takes.values())
-        return functools.partial(value, **{k: v for k, v in keywords.items() if open_ended or k in takes})
+        parameters = inspect.signature(value).parameters
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        return functools.partial(value, **{k: v for k, v in keywords.items() if open_ended or k in parameters})
     value = value(**keywords) if callable(value) else value
     return {column: Column(*x) for column, x in value.items()} if name == "columns" else value
 
 
-def _inner(own: Callable, keywords: Mapping) -> Callable | None:
-    """The objective that an objective is `of`: the keyword's config entry, resolved; None where it has no such keyword."""
-    takes = inspect.signature(own).parameters
-    if "of" not in takes or takes["of"].kind is not inspect.Parameter.KEYWORD_ONLY or not fits(own, "objectives"):
+def _inner(function: Callable, keywords: Mapping) -> Callable | None:
+    """The objective under the keyword `of`; None without such a keyword."""
+    of = inspect.signature(function).parameters.get("of")
+    if of is None or of.kind is not of.KEYWORD_ONLY or not fits(function, "objectives"):
         return None
-    return resolve(keywords.get("of", takes["of"].default), "objectives")
+    return resolve(keywords.get("of", of.default), "objectives")

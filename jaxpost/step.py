@@ -1,9 +1,8 @@
 """The one train step, for every objective.
 
-An objective returns Terms and metrics; the loss is sum_k coefficient_k * sum_k / weight_k, each weight taken over the whole
-global batch. Weights come from masks alone, so they are known before the first microbatch, and gradients of microbatches simply
-add. What an objective needs to know of the whole batch (a sort, a baseline, the other rows' embeddings) its `prepare` turns
-into columns first.
+An objective returns Terms and metrics. The loss is sum_k coefficient_k * sum_k / weight_k, with each weight taken over the
+global batch. Weights come from masks alone, so they are known before the first microbatch, and gradients of microbatches add.
+An objective's `prepare` makes columns that need the whole batch (a sort, a baseline, the other rows' embeddings).
 """
 
 import contextlib
@@ -20,13 +19,13 @@ from jaxpost.types import Batch, Term, TrainState
 
 
 def combine(train, frozen):
-    """The whole parameter tree from two that have None where the other holds the leaf."""
+    """The whole parameter tree; each of the two has None where the other has the leaf."""
     return jax.tree.map(lambda a, b: b if a is None else a, train, frozen, is_leaf=lambda x: x is None)
 
 
 @contextlib.contextmanager
 def _reading(batch: Batch):
-    """Raises UserError for a column that is read inside and that the batch has not."""
+    """Raises UserError if a missing column of the batch is read inside."""
     try:
         yield
     except KeyError as e:
@@ -38,25 +37,25 @@ def _reading(batch: Batch):
 
 
 def evaluated(objective: Callable, forward: Callable, params, batch: Batch, key) -> tuple[dict, dict]:
-    """The objective's terms and metrics. Raises UserError where it reads a column that the batch has not, or gives no Terms."""
+    """The objective's terms and metrics. Raises UserError if it reads a missing column or returns no Terms."""
     with _reading(batch):
-        found = objective(forward, params, batch, key)
-    terms = found[0] if isinstance(found, tuple) and len(found) == 2 else None
+        result = objective(forward, params, batch, key)
+    terms = result[0] if isinstance(result, tuple) and len(result) == 2 else None
     if not isinstance(terms, dict) or not terms or not all(isinstance(t, Term) for t in terms.values()):
         raise UserError(
             "an objective returns ({name: Term(sum, weight)}, {name: metric}), with one Term at least; this one gave "
-            f"{type(found).__name__} {str(found)[:100]}."
+            f"{type(result).__name__} {str(result)[:100]}."
         )
-    return found
+    return result
 
 
 def contributions(terms: dict, weights: dict) -> dict:
-    """coefficient_k * sum_k / weight_k for each term k, whose total is the loss; without weight (an empty mask) it is zero."""
+    """coefficient_k * sum_k / weight_k for each term k; their sum is the loss. Zero where weight_k is 0 (an empty mask)."""
     return {k: t.coefficient * t.sum / jnp.where(weights[k] > 0, weights[k], 1.0) for k, t in terms.items()}
 
 
 def with_prepared(objective: Callable, forward: Callable, params, batch: Batch, key) -> Batch:
-    """The batch with the columns that the objective's `prepare` makes of it as a whole, where it has one."""
+    """The batch with the columns of the objective's `prepare`, if it has one."""
     prepare = declared(objective, "prepare")
     if prepare is None:
         return batch
@@ -68,26 +67,26 @@ def with_prepared(objective: Callable, forward: Callable, params, batch: Batch, 
 def gradients(
     forward: Callable, objective: Callable, train, frozen, batch: Batch, key, microbatches: int = 1, term_norms: bool = False
 ):
-    """(loss, gradients of `train`, metrics) of a global batch, computed in so many microbatches.
+    """(loss, gradients of `train`, metrics) of a global batch, computed in `microbatches` parts.
 
-    The result does not depend on the number: rows are dealt out in turn (row i to microbatch i % M, which keeps every device
-    busy), sums add and weights are global. The batch's rows must be a multiple of it. term_norms: whether the metrics have the
-    norm of each term's gradient, grad_norm/TERM, where there are several; each then takes a backward pass and its memory.
+    The result does not depend on their number M, which must divide the batch's rows: sums add and weights are global. Row i
+    goes to microbatch i % M, which keeps every device busy. term_norms: whether metrics include the norm of each term's
+    gradient, grad_norm/TERM, if there are several terms; each costs a backward pass and its memory.
     """
     batch = with_prepared(objective, forward, combine(train, frozen), _numbered(batch), key)
-    # Only the weights are used, and they depend on masks alone: the compiler drops the forward pass from this evaluation.
+    # Only the weights are used. They depend on masks alone, so the compiler drops this forward pass.
     terms, _ = evaluated(objective, forward, combine(train, frozen), batch, key)
     weights = {k: jax.lax.stop_gradient(t.weight) for k, t in terms.items()}
 
     def part(train, rows):
         terms, metrics = evaluated(objective, forward, combine(train, frozen), rows, key)
-        own = contributions(terms, weights)
-        return sum(own.values(), jnp.float32(0.0)), (own, metrics)
+        shares = contributions(terms, weights)
+        return sum(shares.values(), jnp.float32(0.0)), (shares, metrics)
 
     differentiate = _by_term(part) if term_norms and len(terms) > 1 else _together(part)
     if microbatches == 1:
-        (loss, (own, metrics)), grads = differentiate(train, batch)
-        return loss, _summed(grads), {**_term_metrics(own), **_norms(grads), **metrics}
+        (loss, (shares, metrics)), grads = differentiate(train, batch)
+        return loss, _summed(grads), {**_term_metrics(shares), **_norms(grads), **metrics}
 
     def deal(x):
         return x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1)
@@ -96,14 +95,14 @@ def gradients(
     scalars = {k: x for k, x in batch.items() if not x.ndim}
 
     def body(carry, rows):
-        (loss, (own, metrics)), grads = differentiate(train, {**rows, **scalars})
-        return jax.tree.map(jnp.add, carry, (loss, own, grads)), metrics
+        (loss, (shares, metrics)), grads = differentiate(train, {**rows, **scalars})
+        return jax.tree.map(jnp.add, carry, (loss, shares, grads)), metrics
 
     names = terms if term_norms and len(terms) > 1 else [""]
     zeros = {name: jax.tree.map(jnp.zeros_like, train) for name in names}
     zero = (jnp.float32(0.0), {k: jnp.float32(0.0) for k in terms}, zeros)
-    (loss, own, grads), metrics = jax.lax.scan(body, zero, rows)
-    return loss, _summed(grads), {**_term_metrics(own), **_norms(grads), **merge(metrics)}
+    (loss, shares, grads), metrics = jax.lax.scan(body, zero, rows)
+    return loss, _summed(grads), {**_term_metrics(shares), **_norms(grads), **merge(metrics)}
 
 
 def _together(part: Callable) -> Callable:
@@ -121,24 +120,24 @@ def _by_term(part: Callable) -> Callable:
     """part's value, and {term: the gradient of its share of the loss}."""
 
     def differentiate(train, rows):
-        def shares(train):
-            loss, (own, metrics) = part(train, rows)
-            return own, (loss, metrics)
+        def by_term(train):
+            loss, (shares, metrics) = part(train, rows)
+            return shares, (loss, metrics)
 
-        own, back, (loss, metrics) = jax.vjp(shares, train, has_aux=True)
-        grads = {k: back({other: jnp.float32(other == k) for other in own})[0] for k in own}
-        return (loss, (own, metrics)), grads
+        shares, back, (loss, metrics) = jax.vjp(by_term, train, has_aux=True)
+        grads = {k: back({other: jnp.float32(other == k) for other in shares})[0] for k in shares}
+        return (loss, (shares, metrics)), grads
 
     return differentiate
 
 
 def _summed(grads: dict):
-    """The gradient of the loss, of its terms' gradients."""
+    """The gradient of the loss: the sum of its terms' gradients."""
     return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *grads.values())
 
 
 def _norms(grads: dict) -> dict:
-    """The norm of each term's gradient, where each was taken by itself."""
+    """The norm of each term's gradient, if they were computed separately."""
     return {f"grad_norm/{k}": optax.tree.norm(x) for k, x in grads.items() if k}
 
 
@@ -146,9 +145,9 @@ def _numbered(batch: Batch) -> Batch:
     return {**batch, "rows": jnp.arange(batch["mask"].shape[0], dtype=jnp.int32)}
 
 
-def _term_metrics(own: dict) -> dict:
-    """Each term's share of the loss, where there are several."""
-    return {f"loss/{k}": v for k, v in own.items()} if len(own) > 1 else {}
+def _term_metrics(shares: dict) -> dict:
+    """Each term's share of the loss, if there are several."""
+    return {f"loss/{k}": v for k, v in shares.items()} if len(shares) > 1 else {}
 
 
 def make_step(
@@ -157,8 +156,8 @@ def make_step(
     """step(state, batch) -> (state, metrics), to be jitted with a donated state.
 
     tx: an optax transformation over the trainable leaves. ema: decay of the running mean of the weights. term_norms: as in
-    `gradients`. An update whose loss or gradient is not finite is left out and counted: parameters, moments and mean stay as
-    they were. Metrics include loss, grad_norm (before clipping) and skipped.
+    `gradients`. An update with a non-finite loss or gradient is skipped and counted: parameters, moments and mean do not
+    change. Metrics include loss, grad_norm (before clipping) and skipped.
     """
 
     def step(state: TrainState, batch: Batch):
@@ -183,22 +182,24 @@ def make_step(
             skipped=state.skipped + ~finite,
             streak=jnp.where(finite, 0, state.streak + 1),
         )
-        own = {"loss": loss, "grad_norm": norm, "skipped": state.skipped, "skipped_in_a_row": state.streak}
-        return state, {**own, **_sizes(batch), **metrics}
+        base = {"loss": loss, "grad_norm": norm, "skipped": state.skipped, "skipped_in_a_row": state.streak}
+        return state, {**base, **_sizes(batch), **metrics}
 
     return step
 
 
 def _sizes(batch: Batch) -> dict:
-    """How much work the batch is: real tokens, learned ones, and the (query, key) pairs that causal attention looks at."""
+    """The batch's size: real tokens, learned tokens, and the (query, key) pairs of causal attention."""
     real = batch["segments"] > 0
     pairs = jnp.sum(jnp.where(real, batch["positions"] + 1, 0).astype(jnp.float32))
     return {"num_tokens": jnp.sum(real), "num_trained": jnp.sum(batch["mask"]), "num_pairs": pairs}
 
 
 def make_evaluation(forward: Callable, objective: Callable) -> Callable:
-    """evaluate(params, batch, key) -> metrics of one batch: the objective's own, each term by its name where there are several,
-    and `loss`, which is theirs together as in training: sum_k coefficient_k * sum_k / weight_k.
+    """evaluate(params, batch, key) -> metrics of one batch.
+
+    These are the objective's metrics, each term by name if there are several, and `loss`, as in training: sum_k coefficient_k *
+    sum_k / weight_k.
     """
 
     def evaluate(params, batch: Batch, key):

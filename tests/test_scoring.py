@@ -242,7 +242,7 @@ def test_a_reward_that_judges_many_is_asked_once_with_its_keywords():
 @pytest.mark.parametrize(
     ("many", "message"),
     [
-        (lambda records, completions: [1.0], "gave 1 verdicts on 4"),
+        (lambda records, completions: [1.0], "gave 1 scores for 4"),
         (lambda records, completions: 1 / 0, "ZeroDivisionError"),
         (lambda records, completions: [1.0, ValueError("too long"), ValueError("too long"), 2.0], "ValueError: too long"),
     ],
@@ -336,7 +336,7 @@ def scribbles(record, completion):
 
 
 HOSTILE = [(expression, "TimeoutError: took more than 0.3 s"), (power, "TimeoutError"), (floods, "TimeoutError")]
-HOSTILE += [(leaves, "ended its process (3)"), (crashes, "ended its process (-11)"), (scribbles, "written among its verdicts")]
+HOSTILE += [(leaves, "ended its process (3)"), (crashes, "ended its process (-11)"), (scribbles, "written among its scores")]
 HOSTILE += [(speechless, "Speechless, whose message cannot be read")]
 
 

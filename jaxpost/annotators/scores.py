@@ -1,11 +1,11 @@
-"""What a frozen model computes of each token or document: functions (forward, params, batch) -> {column: [B,S,...]}.
+"""Annotators: functions (forward, params, batch) -> {column: [B,S,...]}, computed by a frozen model for tokens or documents.
 
     python -m jaxpost.annotate --config=RECIPE --workdir=W --what=ref_logps
     python -m jaxpost.annotate --config=RECIPE --out=FOLDER --what='{"name": "topk", "k": 64}' --config.model=TEACHER
 
-Each place of a column is about the token there, and is kept where the batch's mask is set. A number that belongs to a document
-as a whole stands at all of its tokens; `@annotator(per="document")` stores it once. annotations.py says who asks an annotator,
-and of which weights.
+Each place of a column is about the token there; values in the batch's mask are kept. A number of a whole document has the same
+value at all of its tokens; `@annotator(per="document")` stores it once. annotations.py says when annotators run, and with which
+weights.
 """
 
 import functools
@@ -19,19 +19,17 @@ from jaxpost.objectives import documents, logprobs, reward_model
 
 
 def ref_logps(forward, params, batch):
-    """ref_logps [B,S] float32: each learned token's log-probability, nats. DPO and its kin read it of their reference."""
+    """ref_logps [B,S] float32: each learned token's log-probability, nats. DPO and others read the reference's."""
     return {"ref_logps": logprobs.token_scores(forward(params, batch), batch)["logps"]}
 
 
 def scored_logps(forward, params, batch):
-    """scored_logps [B,S] float32, nats: the same under the name that `rollouts.correction` reads it by, of the weights that
-    sampled: the trainer's log-probabilities beside the sampler's.
-    """
+    """scored_logps [B,S] float32, nats: the trainer's log-probabilities at the sampling weights, for `rollouts.correction`."""
     return {"scored_logps": logprobs.token_scores(forward(params, batch), batch)["logps"]}
 
 
 def logps(forward, params, batch):
-    """logps and entropy [B,S] float32, nats: ref_logps under a name of its own, and the entropy of the model's prediction."""
+    """logps and entropy [B,S] float32, nats: each learned token's log-probability, and the entropy of the prediction."""
     scores = logprobs.token_scores(forward(params, batch), batch)
     return {"logps": scores["logps"], "entropy": scores["entropy"]}
 
@@ -69,7 +67,7 @@ def topk(forward, params, batch, *, k: int = 64, temperature: float = 1.0):
     """teacher_tokens [B,S,k] int32 and teacher_logps [B,S,k] float32: the k likeliest tokens at each place, likeliest first,
     and their log-probabilities, in nats, over the whole vocabulary at the temperature.
 
-    Raises UserError for a k that the vocabulary does not have.
+    Raises UserError for a k that is not between 1 and the vocabulary's size.
     """
     out = forward(params, batch)
     if not 0 < k <= out.head.weight.shape[0]:
@@ -81,7 +79,7 @@ def topk(forward, params, batch, *, k: int = 64, temperature: float = 1.0):
 
 @functools.cache
 def _likeliest(k: int):
-    """The function of `logprobs.over_head` for the k likeliest tokens; one object for each k, since it is known by identity."""
+    """The function of `logprobs.over_head` for the k likeliest tokens; one object a k, since it is cached by identity."""
 
     def fn(logits, columns):
         scores = logits / columns["temperature"][:, None]

@@ -1,21 +1,20 @@
-"""From an example to tokens and a mask: chat templates, and the question which tokens are learned.
+"""From an example to tokens and a mask of learned tokens, with chat templates.
 
-A conversation is rendered to one string by a Jinja template, always through the tokenizer's own `apply_chat_template`.
-Stock templates do not mark what the assistant said, so the spans are found by rendering: the conversation up to an assistant
-turn, with the generation prompt, ends where the turn begins (that is exactly what the model sees when it is asked to speak);
-the conversation up to and including the turn ends where it ends. Both must be prefixes of the whole. Where they are not, the
-template rewrites earlier turns (as those that strip old reasoning do); guessing would train on the wrong tokens, so it is
-refused. Templates that only end the last turn otherwise (Phi-3, OLMo) are no such case: there a turn ends with the special
-tokens that both texts have after it, or with the one that ends the user's turn. What is learned must be in the text
-(rendered.py).
+A Jinja template renders a conversation to one string, always through the tokenizer's own `apply_chat_template`. Stock templates
+do not mark the assistant's text, so the spans are found by rendering prefixes. The conversation before an assistant turn, with
+the generation prompt, ends where the turn begins, exactly as the model sees it when it generates. The conversation including
+the turn ends where the turn ends. Both must be prefixes of the whole. Where they are not, the template rewrites earlier turns
+(as those that strip old reasoning do). It is refused, since guessing would train on the wrong tokens. Templates that only end
+the last turn differently (Phi-3, OLMo) are accepted: there a turn ends with the special tokens that follow it in both texts, or
+with the one that ends the user's turn. What is learned must be in the text (rendered.py).
 
-The whole string is tokenised once and the spans are carried to tokens by character offsets. Tokenising the parts apart and
-joining them gives other tokens at the seams. A token that straddles the beginning of a span is learned: part of it is the
-assistant's. The token that ends the turn is the assistant's too, or a model would never learn to stop; white space after it is
-the template's. A template that ends the assistant's turn without a special token of its own is refused for the same reason.
+The whole string is tokenised once, and character offsets map the spans to tokens: tokenising the parts separately would give
+other tokens at the seams. A token across the beginning of a span is learned, since part of it is the assistant's. So is the
+token that ends the turn, or a model would never learn to stop; white space after it is the template's. For the same reason a
+template is refused if it ends the assistant's turn without its own special token.
 
-A template writes the beginning-of-sequence token itself, so none is added to it. Prompts with completions and plain texts have
-no template: they get that token where the tokenizer adds one on its own, and the end-of-sequence token by id.
+A template writes the beginning-of-sequence token itself, so none is added. Prompts with completions and plain texts have no
+template: they get that token if the tokenizer adds one by default, and the end-of-sequence token by id.
 """
 
 import os
@@ -38,11 +37,10 @@ _KEEP = "use another template (config.template), or take that out of the row"
 def encode(example: Example, tokenizer: Any, template: str | None = None, train_on: str = "assistant") -> dict[str, np.ndarray]:
     """{"tokens": [n] int32, "mask": [n] bool} of an example; the first token is never in the mask.
 
-    `template` is what `templates.jinja` takes: a name, a Jinja string, or None for the tokenizer's own. `train_on` picks what
-    is learned of a conversation: "assistant" every assistant turn, "last" the last of them, "completion" those of the row's
-    completion (the last where the row makes no difference), in all three save turns of weight 0; "all" everything. Of a prompt
-    with a completion it is the completion, or with "all" everything; of a plain text everything.
-    Raises UserError with the example's place.
+    template: as in `templates.jinja`: a name, a Jinja string, or None for the tokenizer's own. train_on: what is learned of a
+    conversation: "assistant" every assistant turn, "last" the last one, "completion" those of the row's completion (the last if
+    the row has no prompt apart), each without turns of weight 0; "all" everything. Of a prompt with a completion the completion
+    is learned, or with "all" everything; of a plain text everything. Raises UserError with the example's place.
     """
     if train_on not in TRAIN_ON:
         raise UserError(f"train_on={train_on!r} is not known; choose one of {', '.join(TRAIN_ON)}")
@@ -59,7 +57,7 @@ def encode(example: Example, tokenizer: Any, template: str | None = None, train_
 
 
 def encode_prompt(messages: str | Sequence[dict[str, str]], tokenizer: Any, template: str | None = None) -> np.ndarray:
-    """[n] int32: the messages, or one of the user, as generation sees them, the opening of the assistant's turn included."""
+    """[n] int32: the prompt for generation, with the opening of the assistant's turn. messages: a list, or one user message."""
     messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
     text = render(messages, tokenizer, template, True, "the prompt")
     rendered.check_prompt(messages, None, text, range(1, len(messages) + 1), "the prompt")
@@ -67,9 +65,7 @@ def encode_prompt(messages: str | Sequence[dict[str, str]], tokenizer: Any, temp
 
 
 def stop_ids(tokenizer: Any, template: str | None = None, ends: Sequence[int] = ()) -> tuple[int, ...]:
-    """The ids that end an assistant's turn: eos, the model's own `ends`, and the special token the template puts after the
-    turn's content; may be empty.
-    """
+    """The ids that end an assistant's turn, maybe none: eos, the model's `ends`, and the template's special token there."""
     ids = [*([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]), *ends]
     probe = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
     tail = render(probe, tokenizer, template, False, "the template").rpartition(_PROBE)[2].lstrip()
@@ -80,14 +76,14 @@ def stop_ids(tokenizer: Any, template: str | None = None, ends: Sequence[int] = 
 
 
 def show(tokens: np.ndarray, mask: np.ndarray, tokenizer: Any, colour: bool = True) -> str:
-    """The example (tokens, mask: [n]) as text, special tokens too; what is learned is green, or in ⟦ ⟧ without colour."""
+    """The example (tokens, mask: [n]) as text with special tokens; learned text is green, or in ⟦ ⟧ without colour."""
     left, right = ("\033[32m", "\033[0m") if colour else ("⟦", "⟧")
 
     def decode(stop: int) -> str:
         ids = np.asarray(tokens[:stop]).tolist()
         return printable(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    # Runs are cut out of the whole text: a run decoded alone would lose its leading space in some tokenizers.
+    # Runs are slices of the whole text: decoded alone, a run loses its leading space in some tokenizers.
     whole = decode(len(tokens))
     edges = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(tokens)]
     cuts = [len(os.path.commonprefix([decode(edge), whole])) for edge in edges]
@@ -99,8 +95,8 @@ def show(tokens: np.ndarray, mask: np.ndarray, tokenizer: Any, colour: bool = Tr
 
 
 def answer(example: Conversation, tokenizer: Any, template: str | None = None) -> tuple:
-    """(tokens, starts and ends [n], (begin, end), text): a conversation's text, where each of its tokens starts and ends in it,
-    and where its last assistant turn does, in characters.
+    """(tokens, starts, ends [n], (begin, end), text) of a conversation: its tokens, their spans in the text, and the span of
+    its last assistant turn, in characters.
     """
     example, whole = _rendered(example, tokenizer, template)
     turn = max(number for number, message in enumerate(example.messages) if message["role"] == "assistant")
@@ -108,7 +104,7 @@ def answer(example: Conversation, tokenizer: Any, template: str | None = None) -
 
 
 def _rendered(example: Conversation, tokenizer: Any, template: str | None) -> tuple[Conversation, str]:
-    """(the conversation as the template takes it, its text). Raises UserError where the text lacks something of the prompts."""
+    """(the conversation adapted to the template, its text). Raises UserError if the text lacks part of the prompts."""
     example = adapted(example, tokenizer, template)
     whole = render(example.messages, tokenizer, template, False, example.place, example.tools)
     rendered.check_prompt(example.messages, example.tools, whole, example.numbered, example.place)
@@ -116,7 +112,7 @@ def _rendered(example: Conversation, tokenizer: Any, template: str | None) -> tu
 
 
 def _conversation(example: Conversation, tokenizer: Any, template: str | None, train_on: str) -> tuple[np.ndarray, np.ndarray]:
-    """tokens, mask [n]: of the whole, the tokens that belong to the assistant's turns chosen by train_on."""
+    """tokens, mask [n] of the conversation; the mask has the tokens of the assistant's turns chosen by train_on."""
     example, whole = _rendered(example, tokenizer, template)
     tokens, starts, ends = _tokenise(whole, tokenizer, example.place)
     mask = np.zeros(len(tokens), np.bool_)
@@ -132,14 +128,14 @@ def _conversation(example: Conversation, tokenizer: Any, template: str | None, t
             continue
         begin, end = _span(example, turn, whole, tokenizer, template)
         if rendered.left_out(example.messages[turn], whole[begin:end]):
-            # What opens a turn for generation may be the turn's own beginning, such as <think>.
+            # The generation prompt may contain the turn's own beginning, such as <think>.
             bare = render(example.messages[:turn], tokenizer, template, False, example.place, example.tools)
-            _check_said(example, turn, whole[len(bare) if whole.startswith(bare) else begin : end])
-        # A special token may swallow the white space after it, into the span of the next turn, but it is the header's.
+            _check_rendered(example, turn, whole[len(bare) if whole.startswith(bare) else begin : end])
+        # A header's special token may include white space after it, in the span of the next turn, but is not the turn's.
         inside = (ends > begin) & (starts < end) & ~(is_special & (starts < begin))
         final = int(np.flatnonzero(inside)[-1]) if inside.any() else 0
-        own = begin + rendered.content_end(example.messages[turn]["content"], whole[begin:end])
-        if not inside.any() or not is_special[final] or starts[final] < own:
+        content_end = begin + rendered.content_end(example.messages[turn]["content"], whole[begin:end])
+        if not inside.any() or not is_special[final] or starts[final] < content_end:
             fault = "is the turn's own text" if inside.any() and is_special[final] else "is no special token"
             raise UserError(
                 f"{example.place}: the chat template ends the assistant's turn in {whole[begin:end][-12:]!r}, which {fault},"
@@ -150,8 +146,8 @@ def _conversation(example: Conversation, tokenizer: Any, template: str | None, t
     return tokens, mask
 
 
-def _check_said(example: Conversation, turn: int, text: str) -> None:
-    """Raises UserError where the text lacks a part of an assistant's turn."""
+def _check_rendered(example: Conversation, turn: int, text: str) -> None:
+    """Raises UserError if the text lacks a part of an assistant's turn."""
     if part := rendered.left_out(example.messages[turn], text):
         raise UserError(_left_out(example, turn, part, _KEEP))
 
@@ -171,7 +167,7 @@ def _chosen(turns: list[int], prompt: int | None, train_on: str) -> list[int]:
 
 
 def _span(example: Conversation, turn: int, whole: str, tokenizer: Any, template: str | None) -> tuple[int, int]:
-    """Where an assistant turn begins and ends in the rendered whole, in characters."""
+    """(begin, end) of an assistant turn in the rendered whole, in characters."""
 
     def rendering(messages: list, generate: bool = False) -> str:
         return render(messages, tokenizer, template, generate, example.place, example.tools)
@@ -187,12 +183,12 @@ def _span(example: Conversation, turn: int, whole: str, tokenizer: Any, template
         if stop is not None:
             return len(before), stop
     if not before.startswith(bare):
-        # Some end a text with the end-of-text token unless more is to come.
+        # Some templates end a text with the end-of-text token unless more follows.
         bare = os.path.commonprefix([bare, before])
-    _check_said(example, turn, through[len(bare) :] if through.startswith(bare) else through)
+    _check_rendered(example, turn, through[len(bare) :] if through.startswith(bare) else through)
     if whole.startswith(bare) and not whole.startswith(before):
         lead = before[len(os.path.commonprefix([before, whole])) :]
-        # A template may strip whatever is a whole thought.
+        # A template may strip a complete thought.
         thought = lead + ("-</think>" if "<think>" in lead else "")
         led = example.messages[turn] | {"content": thought + example.messages[turn]["content"]}
         remedy = "use another template"
@@ -214,10 +210,10 @@ def _span(example: Conversation, turn: int, whole: str, tokenizer: Any, template
 
 
 def _end_of_earlier(whole: str, through: str, before: str, bare: str, specials: tuple[str, ...]) -> int | None:
-    """Where a turn ends in the whole if the template ends the last turn otherwise than earlier ones (Phi-3, OLMo); None if
-    more than the end differs, or if earlier turns have none.
+    """The end of a turn in the whole if the template ends the last turn differently from earlier ones (Phi-3, OLMo).
 
-    through: the text up to and including the turn. before, bare: the text up to it, with and without the generation prompt.
+    None if more than the end differs, or if earlier turns have no end. through: the text up to and including the turn. before,
+    bare: the text before it, with and without the generation prompt.
     """
     body, bare_body = _body(through, len(before), specials), _body(bare, 0, specials)
     if whole[:body] != through[:body]:
@@ -226,7 +222,7 @@ def _end_of_earlier(whole: str, through: str, before: str, bare: str, specials: 
     common = 0
     while common < min(len(here), len(alone)) and here[common][0] == alone[common][0]:
         common += 1
-    # What ends the user's turn ends the assistant's as well, if it stands there.
+    # The mark that ends the user's turn also ends the assistant's, if it is there.
     users = _marks(before, bare_body, specials)
     if users and bare.startswith(before[: users[0][1]]) and [mark for mark, _ in here[common : common + 1]] == [users[0][0]]:
         common += 1
@@ -234,7 +230,7 @@ def _end_of_earlier(whole: str, through: str, before: str, bare: str, specials: 
 
 
 def _body(text: str, start: int, specials: tuple[str, ...]) -> int:
-    """Where the special tokens begin with which a text ends, white space aside, from start on."""
+    """The beginning, not before start, of the special tokens that end a text, ignoring white space."""
     end = len(text.rstrip())
     while mark := next((mark for mark in specials if text.endswith(mark, start, end)), None):
         end = len(text[: end - len(mark)].rstrip())
@@ -242,7 +238,7 @@ def _body(text: str, start: int, specials: tuple[str, ...]) -> int:
 
 
 def _marks(text: str, start: int, specials: tuple[str, ...]) -> list[tuple[str, int]]:
-    """The special tokens that follow each other from a place on, white space aside, each with its end."""
+    """The consecutive special tokens from a place on, ignoring white space, each with its end."""
     marks = []
     while True:
         start += len(text[start:]) - len(text[start:].lstrip())
@@ -254,13 +250,13 @@ def _marks(text: str, start: int, specials: tuple[str, ...]) -> list[tuple[str, 
 
 
 def _document(prompt: str, completion: str, tokenizer: Any, place: str) -> tuple[np.ndarray, np.ndarray]:
-    """tokens, mask [n]: [bos] + the strings tokenised as one + eos; in the mask the completion and eos."""
+    """tokens, mask [n]: [bos] + prompt and completion tokenised as one + eos; the mask has the completion and eos."""
     if tokenizer.eos_token_id is None:
         raise UserError(f"{place}: the tokenizer has no eos_token, so a model would never learn to stop; give it one")
     tokens, _, ends = _tokenise(prompt + completion, tokenizer, place)
     mask = ends > len(prompt)
     first = opening(tokenizer)
-    # A text that spells the special tokens out itself has them already.
+    # A text may spell out the special tokens itself.
     if first and tokens[:1].tolist() != first:
         tokens, mask = np.insert(tokens, 0, first), np.insert(mask, 0, False)
     if tokens[-1:].tolist() != [tokenizer.eos_token_id]:
@@ -269,7 +265,7 @@ def _document(prompt: str, completion: str, tokenizer: Any, place: str) -> tuple
 
 
 def _tokenise(text: str, tokenizer: Any, place: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """tokens [n] int32, and where each starts and ends in the text, in characters. No special token is added."""
+    """tokens [n] int32, and their starts and ends [n] in the text, in characters. No special token is added."""
     if not tokenizer.is_fast:
         raise UserError("the tokenizer gives no character offsets, which masks need; use one with a tokenizer.json")
     try:
@@ -281,5 +277,5 @@ def _tokenise(text: str, tokenizer: Any, place: str) -> tuple[np.ndarray, np.nda
 
 
 def specials(tokenizer: Any) -> dict[str, int]:
-    """Special and added tokens by their text: whatever a text cannot spell by accident of its characters."""
+    """{text: id} of special and added tokens."""
     return dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)) | tokenizer.get_added_vocab()

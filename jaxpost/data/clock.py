@@ -1,8 +1,7 @@
-"""A call that may not take longer than so many seconds, in any thread, for the cost of a dictionary entry.
+"""A time limit for a call, in any thread, at the cost of a dictionary entry.
 
-A template from elsewhere may loop for ever. One watching thread, there only while such calls are, raises an exception in the
-thread that is over its time. It arrives between two steps of Python; a single step in C (a huge product)
-ends first.
+A chat template may loop forever. One watching thread, alive only during such calls, raises an exception in a thread that is
+over its time. The exception arrives between two steps of Python; a single step in C (a huge product) ends first.
 """
 
 import ctypes
@@ -11,18 +10,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-TICK = 0.2  # seconds between two looks
+TICK = 0.2  # seconds between two checks
 _lock = threading.Lock()
-_running: dict[int, list] = {}  # thread -> [when its time is over, whether an exception was sent]
+_running: dict[int, list] = {}  # thread -> [deadline, whether an exception was sent]
 _watching: list[threading.Thread] = []
 
 
 class _Over(BaseException):
-    """The time is over. No Exception, so that nothing on the way takes it for a mistake of its own."""
+    """The time is over. No subclass of Exception, so that the call's own handlers do not catch it."""
 
 
 def within(seconds: float, call: Callable[[], Any]) -> Any:
-    """What call() gives. Raises TimeoutError where it takes longer. Calls within such a call are not supported."""
+    """The result of call(). Raises TimeoutError if it takes longer. Nested calls are not supported."""
     try:
         return _watched(seconds, call)
     except _Over:
@@ -33,7 +32,7 @@ def _watched(seconds: float, call: Callable[[], Any]) -> Any:
     me = threading.get_ident()
     with _lock:
         _running[me] = [time.monotonic() + seconds, False]
-        if not (_watching and _watching[0].is_alive()):  # after a fork it is not
+        if not (_watching and _watching[0].is_alive()):  # it is dead after a fork
             _watching[:] = [threading.Thread(target=_watch, daemon=True, name="jaxpost clock")]
             _watching[0].start()
     try:
@@ -41,7 +40,7 @@ def _watched(seconds: float, call: Callable[[], Any]) -> Any:
     finally:
         with _lock:
             if _running.pop(me)[1]:
-                _send(me, None)  # takes back an exception that has not arrived yet
+                _send(me, None)  # withdraws an exception that has not arrived yet
 
 
 def _watch() -> None:

@@ -1,8 +1,8 @@
-"""From a row to an example: the shape of a data set is recognised by its columns.
+"""From a row to an example: a row's columns determine its shape.
 
     chosen, rejected, [prompt | messages | conversations]   -> Preference
     prompt | messages | conversations, completions, ratings -> Preference: the best of several answers and the worst
-    messages | conversations | prompt, completion, with a verdict true or false in label or kto_tag   -> Rated
+    messages | conversations | prompt, completion, with true or false in label or kto_tag   -> Rated
     messages                               -> Conversation
     conversations                          -> Conversation: ShareGPT
     prompt, completion                     -> Completion: two strings (or, both being turns, a Conversation)
@@ -10,21 +10,19 @@
     question, answer                       -> Conversation: GSM8K, its answer with calculations and #### as it stands
     text                                   -> Text
 
-The shapes are tried in that order and the first whose columns are all there (and not null) wins. Beside turns, `system` is a
-system turn before them where they have none, and `tools` are the functions that they may call. Other columns are ignored, since
-data sets carry identifiers, sources and scores that training does not need. The manners in which turns are written down are
-those of `messages`.
+The shapes are tried in that order; the first whose columns are all present and not null is taken. Beside turns, `system` is a
+system turn if they have none, and `tools` are the functions that they may call. Other columns, such as identifiers, sources and
+scores, are ignored. `messages` has the formats of turns.
 
-A data set of other columns is read by naming them: `columns={"prompt": "problem", "completion": "solution"}` takes the prompt
-from the column problem. Where the named columns make a shape by themselves, nothing else of the row is looked at; otherwise the
-row's other columns stay beside them. So a shape may be chosen as well: `{"messages": "messages"}` learns rated conversations as
-plain ones, verdict or no.
+`columns={"prompt": "problem", "completion": "solution"}` reads the prompt from the column problem. If the named columns make a
+shape by themselves, the rest of the row is ignored; otherwise the row's other columns stay. So `columns` also chooses a shape:
+`{"messages": "messages"}` learns rated conversations as plain ones, with or without a label.
 
-How much better the chosen answer is, where a row says so, becomes a Preference's margin: of `margin`, of `score_chosen` and
-`score_rejected`, or of the ratings. `pair` and `labelled` take only what can be compared or is judged, and say what is missing:
-what the columns hold besides, here a `score` and in `row_types/steps.py` the verdicts on a solution's steps, is no shape.
+A Preference's margin is `margin`, or the difference of `score_chosen` and `score_rejected`, or of the ratings. `pair` and
+`labelled` take only rows with two answers or a judged one, and say what is missing. Other columns with judgements, here a
+`score` and in `row_types/steps.py` the labels of a solution's steps, make no shape.
 
-What is recognised is also checked here, once, so that nothing after this file has to wonder about roles, empty turns or types.
+Rows are also checked here, once, so that later code need not check roles, empty turns or types.
 """
 
 import math
@@ -49,11 +47,11 @@ COLUMNS = (
 
 
 class Conversation(NamedTuple):
-    """Turns in the form of `messages`: an optional system turn, then user and assistant in turn. Rendered by a chat template.
+    """Messages, rendered by a chat template: an optional system turn, then user and assistant alternate.
 
-    `prompt` is the number of messages that its row gave as the prompt, or None where the row made no such difference. `tools`
-    are the functions that the assistant may call, or None. `untrained` are the places of assistant turns of weight 0. `numbers`
-    are the numbers of the messages in their row, where they differ from 1, 2, ...
+    prompt: the number of messages in the row's prompt; None if the row has no prompt apart. tools: the functions that the
+    assistant may call, or None. untrained: the indices of assistant turns of weight 0. numbers: the messages' numbers in the
+    row, if not 1, 2, ...
     """
 
     messages: list[Message]
@@ -65,12 +63,12 @@ class Conversation(NamedTuple):
 
     @property
     def numbered(self) -> tuple[int, ...]:
-        """The number of each message in its row, from 1; 0 of one that is not the row's."""
+        """Each message's number in the row, from 1; 0 for one that is not in the row."""
         return self.numbers or tuple(range(1, len(self.messages) + 1))
 
 
 class Completion(NamedTuple):
-    """A prompt and what follows it, as plain strings: no template."""
+    """A prompt and its completion as plain strings, without a template."""
 
     prompt: str
     completion: str
@@ -78,21 +76,21 @@ class Completion(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A document of which every token is learned."""
+    """A document; every token is learned."""
 
     text: str
     place: str
 
 
 class Preference(NamedTuple):
-    """Two answers to one prompt, the first preferred. All three are lists of messages, in the form of `messages`.
+    """Two answers to one prompt, the first preferred. All three are lists of messages, in the format of `messages`.
 
-    `prompt_messages + chosen_messages` and `prompt_messages + rejected_messages` are conversations that `messages.check` lets
-    pass, save that an answer's last turn may be empty. Both answers begin with an assistant's turn; several turns are an answer
-    that goes on after its first. A prompt that the row gave as a string is one user turn, an answer given as a string one
-    assistant turn. Of whole conversations (lists, or HH-RLHF's transcripts) the prompt is what both begin with, up to the last
-    place where both go on with an assistant's turn. `tools` as in Conversation. An answer's turns keep a weight of 0. `margin`
-    is how much better the chosen one is, in the row's own unit; None where it does not say.
+    `prompt_messages + chosen_messages` and `prompt_messages + rejected_messages` are conversations that pass `messages.check`,
+    but an answer's last turn may be empty. Both answers begin with an assistant turn and may have several turns. A prompt that
+    is a string is one user turn, an answer that is a string one assistant turn. Of two whole conversations (lists, or HH-RLHF's
+    transcripts) the prompt is their common prefix, up to the last place where both continue with an assistant turn. tools: as
+    in Conversation. An answer's turns keep a weight of 0. margin: how much better the chosen answer is, in the row's unit, or
+    None.
     """
 
     prompt_messages: list[Message]
@@ -106,9 +104,8 @@ class Preference(NamedTuple):
 class Rated(NamedTuple):
     """One answer to a prompt and whether it is a good one (KTO). Prompt and completion are lists of messages.
 
-    `prompt + completion` is a conversation as in Preference. The completion begins with an assistant's turn: it is the row's
-    own completion, or of a conversation the last turn, which must be the assistant's. `label` is True for a good answer, or
-    the answer's score.
+    `prompt + completion` is a conversation as in Preference. The completion is the row's, or a conversation's last turn, and
+    begins with an assistant turn. label: True for a good answer, or the answer's score.
     """
 
     prompt: list[Message]
@@ -122,9 +119,9 @@ Example = Conversation | Completion | Text
 
 
 def recognise(record: Record, columns: Mapping[str, str] | None = None) -> Example | Preference | Rated:
-    """The example that a record holds; `columns` names the row's column for each column of a shape, where it differs.
+    """The example of a record. columns: {column of a shape: column of the row}, where they differ.
 
-    Raises UserError with the record's place if its columns are no known shape or its content breaks the rules of the shape.
+    Raises UserError with the record's place if its columns are no known shape or its content breaks the shape's rules.
     """
     row, place = renamed(record, columns), record.place
     if make := _shape(row):
@@ -135,7 +132,7 @@ def recognise(record: Record, columns: Mapping[str, str] | None = None) -> Examp
 
 
 def demonstration(record: Record, columns: Mapping[str, str] | None = None) -> Example:
-    """As `recognise`, for learning by imitation: refuses judged answers with the columns that make demonstrations of them."""
+    """As `recognise`, for imitation: refuses judged answers, and names the columns that would make them demonstrations."""
     example = recognise(record, columns)
     if isinstance(example, Preference):
         way = next((f"prompt={c},completion=chosen" for c in ("prompt", "conversations") if c in record.row), "messages=chosen")
@@ -148,14 +145,14 @@ def demonstration(record: Record, columns: Mapping[str, str] | None = None) -> E
     if isinstance(example, Rated):
         kept = [c for c in ("messages", "conversations", "prompt", "completion") if c in record.row]
         raise UserError(
-            f"{example.place}: an answer with a verdict (label or kto_tag), which only a preference objective learns from; to "
+            f"{example.place}: a judged answer (label or kto_tag), which only a preference objective learns from; to "
             f'imitate every one, the bad ones too, say config.columns="{",".join(f"{c}={c}" for c in kept)}"'
         )
     return example
 
 
 def pair(record: Record, columns: Mapping[str, str] | None = None) -> Preference:
-    """As `recognise`, for comparing answers: refuses what is no pair, a pair of equal answers, and an empty prompt."""
+    """As `recognise`, for comparisons: refuses rows without two answers, equal answers, and an empty prompt."""
     row = renamed(record, columns)
     for side, other in (("chosen", "rejected"), ("rejected", "chosen")):
         if row.get(side) is not None and row.get(other) is None:
@@ -174,19 +171,19 @@ def pair(record: Record, columns: Mapping[str, str] | None = None) -> Preference
 
 
 def labelled(record: Record, columns: Mapping[str, str] | None = None, scored: bool = False) -> Rated:
-    """The judged answer that a record holds: one with a verdict, or if scored with a number under `score`, which is its label.
+    """The judged answer of a record. Its label is true or false; if scored, the number under `score`.
 
-    Refuses rows without it, and an empty prompt.
+    Refuses rows without a label, and an empty prompt.
     """
     row, place = {c: value for c, value in renamed(record, columns).items() if value is not None}, record.place
     names, kind = (("score",), "a number") if scored else (("label", "kto_tag"), "true or false")
-    label = row.get("score") if scored else _verdict(row)
+    label = row.get("score") if scored else _label(row)
     if not (_is_number(label) if scored else isinstance(label, bool)):
-        given = next((f"{c} is {row[c]!r}, not {kind}" for c in names if c in row), f"there is no {names[0]}, {kind}")
+        fault = next((f"{c} is {row[c]!r}, not {kind}" for c in names if c in row), f"there is no {names[0]}, {kind}")
         remedy = f"write {names[0]} as {kind} beside prompt and completion, or messages"
         if lost := [c for c in names if record.row.get(c) is not None and c not in row]:
             remedy = f"config.columns leaves it out, so say {lost[0]}={lost[0]} there too"
-        raise UserError(f"{place}: {given}, and the objective learns from answers that are judged by it; {remedy}")
+        raise UserError(f"{place}: {fault}, and the objective learns from answers that are judged by it; {remedy}")
     if not _answered(row):
         raise UserError(
             f"{place}: no answer to judge in the columns {', '.join(map(str, row))}; name them, as in "
@@ -203,7 +200,7 @@ def _check_prompt(prompt: list[Message], place: str) -> None:
 
 
 def renamed(record: Record, columns: Mapping[str, str] | None) -> dict[str, Any]:
-    """The record's row as `columns` has it read; UserError with its place where that names a column that is not there."""
+    """The record's row renamed by `columns`. Raises UserError with its place if that names a missing column."""
     row, place = record
     if not columns:
         return row
@@ -212,29 +209,29 @@ def renamed(record: Record, columns: Mapping[str, str] | None) -> dict[str, Any]
 
 
 def _named(row: dict[str, Any], columns: Mapping[str, str], place: str) -> dict[str, Any]:
-    for target, own in columns.items():
+    for target, source in columns.items():
         if target not in COLUMNS:
             raise UserError(f"config.columns: no shape has a column {target!r}.{nearest(target, COLUMNS)}")
-        if own not in row:
+        if source not in row:
             has = ", ".join(map(str, row)) or "none"
-            raise UserError(f"{place}: no column {own!r}, which config.columns names; the row has {has}")
-    return {target: row[own] for target, own in columns.items()}
+            raise UserError(f"{place}: no column {source!r}, which config.columns names; the row has {has}")
+    return {target: row[source] for target, source in columns.items()}
 
 
 def _shape(row: dict[str, Any]):
-    """The maker of the first shape whose columns are all in the row, or None."""
+    """The function for the first shape whose columns are all in the row, or None."""
     present = {column for column, value in row.items() if value is not None}
     if {"chosen", "rejected"} <= present:
         return _preference
     if {"completions", "ratings"} <= present and present & {"prompt", "messages", "conversations"}:
         return _best_and_worst
-    if _answered(row) and isinstance(_verdict(row), bool):
+    if _answered(row) and isinstance(_label(row), bool):
         return _rated
     return next((make for needed, make in _MAKERS.items() if set(needed) <= present), None)
 
 
 def _answered(row: dict[str, Any]) -> bool:
-    """Whether there is an answer that a verdict may be about."""
+    """Whether the row has an answer that a label may be about."""
     present = {column for column, value in row.items() if value is not None}
     return bool(present & {"messages", "conversations"}) or {"prompt", "completion"} <= present
 
@@ -245,7 +242,7 @@ def _conversation(row: dict[str, Any], place: str) -> Conversation:
 
 
 def _with_system(messages: list[Message], row: dict[str, Any], place: str) -> list[Message]:
-    """The turns after the row's own column of what the system says, if it has one and they have none."""
+    """The turns after a system turn from the row's `system` column, if it has one and they have none."""
     system = string(row.get("system") or "", "system", place)
     before = [{"role": "system", "content": system}] if system and messages and messages[0]["role"] != "system" else []
     return before + messages
@@ -256,7 +253,7 @@ def _checked(messages: list[Message], place: str, tools: Any = None, prompt: int
 
 
 def conversation(messages: list[Message], place: str, prompt: int | None, tools: list | None) -> Conversation:
-    """A Conversation of checked messages, whose weights of 0 become its `untrained`."""
+    """A Conversation of checked messages; turns of weight 0 become its `untrained`."""
     untrained = tuple(i for i, message in enumerate(messages) if message.get("weight") == 0)
     return Conversation(unweighted(messages), place, prompt, tools, untrained)
 
@@ -311,7 +308,7 @@ def _preference(row: dict[str, Any], place: str) -> Preference:
             raise UserError(f"{place}: {side} has no turns; give an answer or remove the row")
         if not before and after[0]["role"] == "assistant":
             raise UserError(f"{place}: {side} is an answer without a prompt; give a column prompt, or whole conversations")
-        # Some data sets repeat the prompt in each answer; it then stands in front of the assistant's turn.
+        # Some data sets repeat the prompt in each answer, before the assistant's turn.
         whole.append(_with_system(after if after[0]["role"] != "assistant" else before + after, row, place))
     chosen, rejected, before = unweighted(whole[0]), unweighted(whole[1]), unweighted(before)
     for name, side in (("chosen", chosen), ("rejected", rejected)):
@@ -339,7 +336,7 @@ def _best_and_worst(row: dict[str, Any], place: str) -> Preference:
 
 
 def _margin(row: dict[str, Any]) -> float | None:
-    """What the row says of the distance between its answers; columns of these names that hold something else are ignored."""
+    """The margin between the row's answers; columns of these names without numbers are ignored."""
     if _is_number(row.get("margin")):
         return float(row["margin"])
     scores = row.get("score_chosen"), row.get("score_rejected")
@@ -351,7 +348,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _parting(chosen: list[Message], rejected: list[Message]) -> int:
-    """The number of messages of the common prompt; 0 where there is none."""
+    """The number of messages of the common prompt; 0 if there is none."""
     same = 0
     for one, other in zip(chosen, rejected, strict=False):
         if one != other:
@@ -373,16 +370,16 @@ def _rated(row: dict[str, Any], place: str) -> Rated:
     check(messages, place, empty=True)
     if start == len(messages) or messages[start]["role"] != "assistant":
         raise UserError(f"{place}: the answer that is judged must be an assistant's turn at the end; end the row with it")
-    return Rated(unweighted(messages[:start]), messages[start:], _verdict(row), place, definitions(row.get("tools"), place))
+    return Rated(unweighted(messages[:start]), messages[start:], _label(row), place, definitions(row.get("tools"), place))
 
 
-def _verdict(row: dict[str, Any]) -> Any:
+def _label(row: dict[str, Any]) -> Any:
     label, tag = row.get("label"), row.get("kto_tag")
     return label if isinstance(label, bool) else tag
 
 
 def turns_or(value: Any, column: str, place: str, role: str) -> list[Message]:
-    """The turns in a column, a plain string being one turn of the role."""
+    """The turns in a column; a plain string is one turn of the role."""
     if not isinstance(value, (str, list, dict)):
         raise UserError(f"{place}: {column} is {value!r}, neither text nor a list of messages; write it as one of these")
     if isinstance(value, str) and not value.startswith("\n\nHuman:"):

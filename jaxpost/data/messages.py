@@ -1,19 +1,19 @@
-"""Conversations in one form: whatever manner of writing turns down a data set has, the rest of the package sees this one.
+"""Conversations in one format, which all formats of data sets are converted to:
 
     {"role": "system" | "user" | "assistant" | "tool", "content": str}
 
-and, where the row has them: `reasoning_content` (what the assistant thought), `tool_calls` (a list of {"type": "function",
-"function": {"name", "arguments": {...}}}), `name` and `tool_call_id` (of a tool's turn), and on an assistant's turn `weight`: 0
-where the row says that this turn is not to be learned. Thoughts, calls, a call's arguments and that mark go by several keys
-(_THOUGHTS, _CALLS, _ARGUMENTS, _MARKS). Another key that holds text is refused, unless it is one that only describes the turn.
+A message may also have `reasoning_content` (the assistant's thought), `tool_calls` (a list of {"type": "function", "function":
+{"name", "arguments": {...}}}), `name` and `tool_call_id` (of a tool's turn), and on an assistant's turn `weight`: 0 if the row
+says not to learn it. Data sets use several keys for thoughts, calls, a call's arguments and the weight (_THOUGHTS, _CALLS,
+_ARGUMENTS, _MARKS). Other keys with text are refused, unless they only describe the turn.
 
-The manners are OpenAI's (role and content, the content maybe a list of parts), ShareGPT's (from and value; human, gpt, system,
-function_call, observation) and HH-RLHF's transcripts ("\\n\\nHuman: ... \\n\\nAssistant: ..."), in which successive turns of
-one speaker are one turn.
+The formats are OpenAI's (role and content, maybe a list of parts), ShareGPT's (from and value; human, gpt, system,
+function_call, observation) and HH-RLHF's transcripts ("\\n\\nHuman: ... \\n\\nAssistant: ..."), where consecutive turns of one
+speaker are one turn.
 
-`check` holds the rules of sequence: an optional system turn, then user and assistant in turn, where an assistant that calls
-tools hears from them before it goes on. The checks are strict on purpose: an empty assistant turn or two user turns in a row is
-a defect of the data that would otherwise be learned.
+`check` has the rules of sequence: an optional system turn, then user and assistant alternate, and tools answer an assistant's
+calls before its next turn. The checks are strict: an empty assistant turn or two user turns in a row is a defect of the data
+that would otherwise be learned.
 """
 
 import json
@@ -35,15 +35,15 @@ _SPEAKERS = {
     "observation": "tool",
     "tool": "tool",
 }
-# The keys under which data sets write a thought, calls, a call's arguments, and whether a turn is learned.
+# The keys of data sets for a thought, calls, a call's arguments, and whether a turn is learned.
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
 _CALLS = ("tool_calls", "function_call")
 _ARGUMENTS = ("arguments", "parameters", "input", "args")
 _MARKS = ("weight", "loss_weight", "loss", "train", "training", "trainable")
 _READ = frozenset({"role", "from", "content", "name", "tool_call_id", *_THOUGHTS, *_CALLS, *_MARKS})
-# axolotl's marks of what is learned within a turn.
+# axolotl's marks of learned parts of a turn.
 _UNSUPPORTED = ("train_detail", "training_detail")
-# What is said about a turn, and is no part of it.
+# Keys that describe a turn and are no part of it.
 _ABOUT = frozenset(
     [
         *(
@@ -90,15 +90,15 @@ _SPEECH = re.compile(r"\n\n(Human|Assistant):")
 
 
 def turns(value: Any, column: str, place: str) -> list[Message]:
-    """The turns that a column holds, in the one form: from a list of turns, one turn alone, or a transcript.
+    """The messages of a column that holds a list of turns, a single turn, or a transcript.
 
-    Raises UserError with the place, and with the number of the turn, for what is none of these. The sequence is not checked.
+    Raises UserError with the place and the number of the turn for anything else. Does not check the sequence.
     """
     if isinstance(value, str) and _SPEECH.match(value):
         return _transcript(value)
     if isinstance(value, dict):
         lengths = {len(part) if isinstance(part, list) else -1 for part in value.values()}
-        # A sequence of structures arrives from TFDS as a structure of sequences.
+        # TFDS gives a sequence of structures as a structure of sequences.
         together = len(lengths) == 1 and -1 not in lengths
         value = [dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)] if together else [value]
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
@@ -107,9 +107,9 @@ def turns(value: Any, column: str, place: str) -> list[Message]:
 
 
 def check(messages: list[Message], place: str, empty: bool = False) -> list[Message]:
-    """The messages, if their sequence follows the rules; UserError with the place and the turn if not.
+    """The messages. Raises UserError with the place and the turn if their sequence breaks the rules.
 
-    `empty` lets the last assistant turn say nothing, as a rejected answer may.
+    empty: whether the last assistant turn may be empty, as a rejected answer may.
     """
     expected = ("user",)
     for number, message in enumerate(messages, start=1):
@@ -140,7 +140,7 @@ def check(messages: list[Message], place: str, empty: bool = False) -> list[Mess
 
 
 def has_calls(value: Any) -> bool:
-    """Whether there is a tool call anywhere in a row's column, in any of the manners."""
+    """Whether a row's column has a tool call, in any format."""
     if isinstance(value, list):
         return any(map(has_calls, value))
     if not isinstance(value, dict):
@@ -150,7 +150,7 @@ def has_calls(value: Any) -> bool:
 
 
 def assistant(text: str) -> list[Message]:
-    """An answer: one turn of the assistant."""
+    """One assistant turn."""
     return [{"role": "assistant", "content": text}]
 
 
@@ -160,9 +160,10 @@ def unweighted(messages: list[Message]) -> list[Message]:
 
 
 def definitions(value: Any, place: str) -> list[dict[str, Any]] | None:
-    """The functions that a row's `tools` column defines, each {"type": "function", "function": {"name", ...}}; None if none.
+    """The functions in a row's `tools` column, each {"type": "function", "function": {"name", ...}}; None if none.
 
-    The column is a list, or JSON of one; a definition may leave out the envelope. Raises UserError with the place otherwise.
+    The column is a list, or JSON of one, of such objects or of their inner `function`. Raises UserError with the place
+    otherwise.
     """
     if isinstance(value, str) and value.strip():
         value = _json(value, "tools", place)
@@ -178,7 +179,7 @@ def definitions(value: Any, place: str) -> list[dict[str, Any]] | None:
 
 
 def string(value: Any, column: str, place: str) -> str:
-    """The value, if it is a string; UserError with the place if not."""
+    """The value. Raises UserError with the place if it is no string."""
     if isinstance(value, bytes):
         raise UserError(f"{place}: {column} is bytes that are no UTF-8; only text can be learned, so store it as UTF-8")
     if not isinstance(value, str):
@@ -188,7 +189,7 @@ def string(value: Any, column: str, place: str) -> str:
 
 
 def filled(value: Any, column: str, place: str) -> str:
-    """The value, if it is a string with more than white space; UserError with the place if not."""
+    """The value. Raises UserError with the place if it is no string, or only white space."""
     if not string(value, column, place).strip():
         raise UserError(f"{place}: {column} is empty, so there is nothing to learn; fill it in or remove the row")
     return value
@@ -207,18 +208,18 @@ def _transcript(text: str) -> list[Message]:
 
 
 def _turn(turn: dict[str, Any], where: str) -> Message:
-    given = {key: value for key, value in turn.items() if value is not None}
-    if "role" not in given and "from" in given:
-        given = _from_sharegpt(given, where)
-    # OpenAI's first manner of calling has a role for the function that answers.
-    role = "tool" if given.get("role") == "function" else given.get("role")
+    fields = {key: value for key, value in turn.items() if value is not None}
+    if "role" not in fields and "from" in fields:
+        fields = _from_sharegpt(fields, where)
+    # OpenAI's first format of calls has a role for the function that answers.
+    role = "tool" if fields.get("role") == "function" else fields.get("role")
     if role not in ROLES:
         remedy = "write it as system" if role == "developer" else "write it as one of these, or remove the row"
         raise UserError(f"{where}: role {role!r} is not supported; the roles are {', '.join(ROLES)}; {remedy}")
-    _check_keys(given, where)
-    content, thought, calls = _content(given.get("content"), any(given.get(key) for key in _CALLS), where)
-    thoughts = [thought, *(string(given.get(key) or "", key, where) for key in _THOUGHTS)]
-    called = [calls, *(_calls(given.get(key) or [], where) for key in _CALLS)]
+    _check_keys(fields, where)
+    content, thought, calls = _content(fields.get("content"), any(fields.get(key) for key in _CALLS), where)
+    thoughts = [thought, *(string(fields.get(key) or "", key, where) for key in _THOUGHTS)]
+    called = [calls, *(_calls(fields.get(key) or [], where) for key in _CALLS)]
     thought = _only(thoughts, "thoughts", where) or ""
     calls = _only(called, "tool calls", where) or []
     if (thought or calls) and role != "assistant":
@@ -227,15 +228,15 @@ def _turn(turn: dict[str, Any], where: str) -> Message:
     message |= {"reasoning_content": thought} if thought else {}
     message |= {"tool_calls": calls} if calls else {}
     if role == "tool":
-        message |= {key: string(given[key], key, where) for key in ("name", "tool_call_id") if key in given}
-    if role == "assistant" and not _is_learned(given, where):
+        message |= {key: string(fields[key], key, where) for key in ("name", "tool_call_id") if key in fields}
+    if role == "assistant" and not _is_learned(fields, where):
         message["weight"] = 0
     return message
 
 
-def _check_keys(given: dict[str, Any], where: str) -> None:
-    """Raises UserError for a key that carries text and that nothing reads: its text would be lost."""
-    for key, value in given.items():
+def _check_keys(fields: dict[str, Any], where: str) -> None:
+    """Raises UserError for a key with text that is not read: its text would be lost."""
+    for key, value in fields.items():
         if key in _UNSUPPORTED or (key not in _READ and key not in _ABOUT and _has_text(value)):
             raise UserError(
                 f"{where}: the key {key!r} of a turn is not read, so what it holds would be lost; write its text under content"
@@ -250,35 +251,35 @@ def _has_text(value: Any) -> bool:
 
 
 def _only(values: list, what: str, where: str) -> Any:
-    """The one value that is not empty, however often it is given; None where all are empty."""
+    """The value that is not empty; None if all are. Raises UserError if several differ."""
     values = [value for value in values if value]
     if any(value != values[0] for value in values):
         raise UserError(f"{where}: {what} are given in two places and differ; write them once")
     return values[0] if values else None
 
 
-def _is_learned(given: dict[str, Any], where: str) -> bool:
+def _is_learned(fields: dict[str, Any], where: str) -> bool:
     for key in _MARKS:
-        if key in given and given[key] not in (0, 1):
-            raise UserError(f"{where}: {key} {given[key]!r}; a turn is learned (1) or not (0), so give one of these")
-    return all(given.get(key, 1) for key in _MARKS)
+        if key in fields and fields[key] not in (0, 1):
+            raise UserError(f"{where}: {key} {fields[key]!r}; a turn is learned (1) or not (0), so give one of these")
+    return all(fields.get(key, 1) for key in _MARKS)
 
 
-def _from_sharegpt(given: dict[str, Any], where: str) -> dict[str, Any]:
+def _from_sharegpt(fields: dict[str, Any], where: str) -> dict[str, Any]:
     """A turn of ShareGPT's under the keys of OpenAI's."""
-    speaker = given["from"]
+    speaker = fields["from"]
     role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
     if role is None:
         raise UserError(f"{where}: from {speaker!r} is not supported; the speakers are {', '.join(_SPEAKERS)}")
-    kept = {key: value for key, value in given.items() if key not in ("from", "value")}
-    if "value" not in given and any(given.get(key) for key in _CALLS):
+    kept = {key: value for key, value in fields.items() if key not in ("from", "value")}
+    if "value" not in fields and any(fields.get(key) for key in _CALLS):
         return kept | {"role": role}
-    value, own = string(given.get("value"), "value", where), "content"
+    value, target = string(fields.get("value"), "value", where), "content"
     if speaker == "function_call":
-        value, own = _json(value, "a function_call", where), "function_call"
-    if own in kept:
-        raise UserError(f"{where}: value and {own} are both given; write the turn's text once")
-    return {"content": ""} | kept | {"role": role, own: value}
+        value, target = _json(value, "a function_call", where), "function_call"
+    if target in kept:
+        raise UserError(f"{where}: value and {target} are both given; write the turn's text once")
+    return {"content": ""} | kept | {"role": role, target: value}
 
 
 def _content(value: Any, calls: bool, where: str) -> tuple[str, str, list]:

@@ -1,18 +1,18 @@
-"""Several sources in one stream: lists, which are read one after the other, and mixtures, which are drawn from by weight.
+"""Several data sources in one stream: lists, which are concatenated, and mixtures, which are sampled by weight.
 
-In `config.data` sources are separated by commas, and a weight follows its source after an equals sign:
+In `config.data` commas separate sources, and a weight follows its source after an equals sign:
 
     a.jsonl,b.jsonl                one data set of two files, each row once an epoch
     a.jsonl=3,b.jsonl=1            a mixture: three rows in four from a.jsonl
     {"a.jsonl": 3, "b.jsonl": 1}   the same in a recipe; there a list takes a path with a comma or an equals sign in it too
 
-Weights are of rows, and a row is never of two sources. With packing every row is full, so they are shares of tokens; without,
-they are shares of examples. The order is Grain's: as even as the weights allow, so that every batch has nearly the proportions
-of the whole, and a row's source is a function of its place alone. Each source is permuted anew every time it has been gone
-through. So a mixture is random access like everything else here, and is resumed by the same integer.
+Weights are shares of rows, and a row has examples of one source. With packing rows are full, so they are shares of tokens;
+without, they are shares of examples. The order is Grain's: as even as the weights allow, so that every batch has nearly the
+proportions of the whole, and a row's source is a function of its index alone. Each source is shuffled again in every pass. So a
+mixture has random access, and one integer resumes it.
 
-An epoch of a mixture ends when every source has been gone through at least once: nothing is left out, and what weighs more than
-its size begins again before that.
+An epoch of a mixture ends when every source has been read at least once. A source with a weight above its share of the rows
+repeats before that.
 """
 
 import hashlib
@@ -29,11 +29,11 @@ from jaxpost.config.resolve import value_of
 from jaxpost.data import formats, readers
 from jaxpost.errors import UserError, printable
 
-MUCH = 0.1  # the share of examples dropped, or of tokens cut off, for their length from which on the start warns
+MUCH = 0.1  # warn from this share of examples dropped, or of tokens cut off, for their length
 
 
 class Part(NamedTuple):
-    """A source of a mixture, or the only one: its records, and what was wrong with the rows that were left out of them."""
+    """A source of a mixture, or the only one: its records, and the errors of rows that were left out."""
 
     name: str
     weight: float | None
@@ -42,10 +42,10 @@ class Part(NamedTuple):
 
 
 def read(data: Any, key: str, skip: bool) -> list[Part]:
-    """The parts of `config.<key>`: one for each weighted source, or a single one of all sources that have no weight.
+    """The parts of `config.<key>`: one for each weighted source, or one for all sources without weights.
 
-    data: a string, a list of strings and (path, weight) pairs, or a dict of weights, as above. With `skip` rows that cannot be
-    read are left out, and `unread` says why. Raises UserError for what is none of these, for weights of 0 or less, and as
+    data: a string, a list of strings and (path, weight) pairs, or a dict of weights, as above. With `skip`, rows that cannot be
+    read are left out, and `unread` has the errors. Raises UserError for other data, for weights of 0 or less, and as
     `readers.read`.
     """
     entries = list(_entries(data, key))
@@ -69,9 +69,9 @@ def read(data: Any, key: str, skip: bool) -> list[Part]:
 
 
 def mix(rows: Sequence[grain.MapDataset], weights: Sequence[float], seed: int) -> grain.MapDataset:
-    """The datasets' rows by weight (relative, above 0), shuffled by seed; as long as one epoch, and as endless when repeated.
+    """The datasets' rows by weight (relative, above 0), shuffled by seed. Its length is one epoch; it can be repeated.
 
-    rows: each with one row or more. Weights are honoured to a hundredth of the least of them.
+    rows: each with one row or more. Weights are exact to a hundredth of the smallest.
     """
     seeds = [int(np.random.SeedSequence([seed, k]).generate_state(1)[0]) for k in range(len(rows))]
     endless = [part.shuffle(s).repeat() for part, s in zip(rows, seeds, strict=True)]
@@ -80,19 +80,19 @@ def mix(rows: Sequence[grain.MapDataset], weights: Sequence[float], seed: int) -
 
 
 def divide(parts: Sequence[Part], chosen: np.ndarray) -> tuple[list[Part], list[Part]]:
-    """(kept, rest): the parts' records whose places in all of them together are in `chosen` (sorted), and the others.
+    """(kept, rest): the parts' records whose index in their concatenation is in `chosen` (sorted), and the others.
 
-    Parts without a kept record are not among the kept. Raises UserError for a part of which nothing is left.
+    `kept` has no parts without records. Raises UserError for a part with no record left in `rest`.
     """
     kept, rest, start = [], [], 0
     taken = set(chosen.tolist())
     for part in parts:
         places = range(start, start := start + len(part.records))
-        own = [part.records[i - places[0]] for i in places if i in taken]
+        held = [part.records[i - places[0]] for i in places if i in taken]
         others = [part.records[i - places[0]] for i in places if i not in taken]
         if not others:
             raise UserError(f"config.held_out: leaves nothing of {part.name} to train on; hold out less, or name eval_data")
-        kept += [part._replace(records=own, unread=[])] if own else []
+        kept += [part._replace(records=held, unread=[])] if held else []
         rest.append(part._replace(records=others))
     return kept, rest
 
@@ -105,9 +105,10 @@ def digest(digests: Sequence[str], weights: Sequence[float]) -> str:
 def report(
     what: str, part: Part, encoded: Any, rows: int, window: int, longest: int, columns: Sequence[str] | None = None
 ) -> None:
-    """Prints what became of a part's records (encoded: encoding.Encoded), and what was wrong with the first that was skipped.
+    """Prints the counts of a part's records (encoded: encoding.Encoded), and the error of the first that was skipped.
 
-    longest: the tokens that the model takes; columns: those that the settings name; with None what is not read goes unsaid.
+    longest: the longest document that the model takes, in tokens. columns: those that the settings name; with None unread
+    columns are not reported.
     """
     report = encoded.report | {"skipped": encoded.report["skipped"] + len(part.unread)}
     sizes = "{count:,} examples, {tokens:,} tokens ({trained_tokens:,} learned)".format(**report)
@@ -134,21 +135,21 @@ def report(
 
 
 def _unread(records: Sequence[readers.Record], columns: Sequence[str], most: int = 8) -> str:
-    """The columns of a first row that no shape of `formats` has, so that a thought in one of them is not lost unseen."""
+    """The columns of the first row that no shape of `formats` has, so that a thought in one of them is not lost silently."""
     row = records[0].row if records else {}
     names = [str(name) for name, value in row.items() if value is not None and name not in {*formats.COLUMNS, *columns}]
     return ", ".join(printable(name) for name in names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _fitting(widest: int, longest: int) -> str:
-    """Which window would hold the longest example."""
+    """The window that would hold the longest example, as text."""
     if widest > longest:
         return f"the longest needs a window of {widest:,}, and the model takes documents of {longest:,}"
     return f"--config.window={widest} holds the longest"
 
 
 def _too_long(dropped: int, whole: int, widest: int, window: int, longest: int, is_cut: bool) -> str:
-    """That much of the data is dropped for its length, and what to do about it; is_cut: other examples are truncated."""
+    """A warning about examples dropped for their length, with remedies. is_cut: whether other examples are truncated."""
     fitting = _fitting(widest, longest)
     ways = "" if is_cut else ", --config.too_long=truncate cuts examples, and split makes pieces of plain text"
     return f"{dropped:,} of {whole:,} examples are dropped, being too long for a window of {window:,}; {fitting}{ways}"
@@ -203,14 +204,14 @@ def _number(text: str) -> bool:
 
 
 def _epoch(lengths: Sequence[int], weights: Sequence[float]) -> int:
-    """The number of rows of a mixture after which all parts have been gone through."""
-    # Element n of this mixture says which part row n is from and how many rows of that part came before it.
+    """The number of rows of a mixture after which all parts have been read."""
+    # Element n of this mixture is (the part of row n, the number of that part's rows before it).
     counts = [grain.MapDataset.range(sys.maxsize).map(lambda i, k=k: (k, i)) for k in range(len(lengths))]
     order = grain.MapDataset.mix(counts, list(weights))
     ends = []
     for k, (length, weight) in enumerate(zip(lengths, weights, strict=True)):
         share = sum(weights) / weight
-        # Rows of a part keep to their even spacing within a few places, so the search is short; rounded weights may drift.
+        # Rows of a part are evenly spaced within a few places, so the search is short; rounded weights may drift.
         place = max(0, int((length - 1) * share * 0.98 - (len(lengths) + 2) * share))
         while order[place][0] != k or order[place][1] < length - 1:
             place += 1
@@ -219,7 +220,7 @@ def _epoch(lengths: Sequence[int], weights: Sequence[float]) -> int:
 
 
 class _Epoch(grain.MapDataset):
-    """The first `length` elements of an endless dataset; when it is repeated, the ones after them."""
+    """The first `length` elements of an endless dataset; repeated, it continues with the elements after them."""
 
     def __init__(self, parent: grain.MapDataset, length: int):
         super().__init__(parent)

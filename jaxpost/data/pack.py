@@ -1,14 +1,14 @@
 """Packing: many examples in one row, by a plan made before the first step.
 
-A streaming packer fills a row with whatever comes next and leaves the rest empty or cuts an example in two. Here the lengths
-of all examples are known (and cached), so the plan is made at once by best-fit decreasing: the longest examples first, each
-into the fullest row that still has room for it. That fills rows to about 0.98 and never splits an example, and since the plan
-is a list of rows, the n-th row can be built at random access, which is what makes the data's state one integer. Where the
-order of the examples is to be kept (a curriculum), rows are filled in that order, and are a little less full.
+A streaming packer fills a row with the next examples and leaves the rest empty or splits an example. Here the lengths of all
+examples are known (and cached), so the plan uses best-fit decreasing: the longest examples first, each into the fullest row
+with room for it. Rows are about 98% full and no example is split. The plan is a list of rows, so the n-th row can be built on
+its own, and the data's state is one integer. If the order of the examples must be kept (a curriculum), rows are filled in that
+order, and are a little less full.
 
-A packed row keeps its documents apart by two columns: `segments` counts them from 1 (attention stays within one), `positions`
-starts over at 0 in each. Padding is zero in every column; what is learned is said by `mask` alone, never by a padding id. A
-document's first token is never in the mask: the token before it belongs to somebody else.
+Two columns separate the documents of a row: `segments` counts them from 1 (attention stays within one), `positions` restarts at
+0 in each. Padding is zero in every column. `mask` alone says which tokens are learned, never a padding id. A document's first
+token is never in the mask: the token before it belongs to another document.
 """
 
 import bisect
@@ -31,7 +31,7 @@ def plan(lengths: Sequence[int], window: int, seed: int) -> list[np.ndarray]:
     shuffled = np.random.default_rng(seed).permutation(len(lengths))
     order = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
     bins: list[list[int]] = []
-    # There are never more distinct amounts of room than the window has tokens, so this sorted list stays short.
+    # There are at most `window` distinct amounts of room, so this sorted list stays short.
     rooms: list[int] = []
     bins_with: dict[int, list[int]] = {}
     for index in order.tolist():
@@ -54,7 +54,7 @@ def plan(lengths: Sequence[int], window: int, seed: int) -> list[np.ndarray]:
 
 
 def consecutive(lengths: Sequence[int], window: int) -> list[np.ndarray]:
-    """Rows as `plan` gives them, of examples in their own order: each row takes the next ones, as many as fit."""
+    """Rows as in `plan`, with examples in their own order: each row takes as many of the next ones as fit."""
     ends = np.cumsum(lengths, dtype=np.int64)
     rows, start = [], 0
     while start < len(ends):
@@ -68,29 +68,28 @@ def consecutive(lengths: Sequence[int], window: int) -> list[np.ndarray]:
 def pack(examples: Sequence[Row], window: int) -> Row:
     """One row of S = window tokens from examples ({tokens, mask}: [n]): tokens, segments, positions [S] int32, mask [S] bool.
 
-    Examples that consist of several documents bring their own segments, counted from 1, and positions; whatever other columns
-    [n, ...] they have, each has, and the row has them too.
-    Raises ValueError if the examples together are longer than the window.
+    Examples of several documents have their own segments, counted from 1, and positions. Other columns [n, ...] must be the
+    same for all examples, and the row has them too. Raises ValueError if the examples together are longer than the window.
     """
     total = sum(len(example["tokens"]) for example in examples)
     if total > window:
         raise ValueError(f"{len(examples)} examples of {total} tokens do not fit a window of {window}")
     row = empty(window, examples[0] if examples else {})
-    start = seen = 0
+    start = documents = 0
     for example in examples:
         size = len(example["tokens"])
-        own = {"segments": np.ones(size, np.int32), "positions": np.arange(size, dtype=np.int32)} | example
+        columns = {"segments": np.ones(size, np.int32), "positions": np.arange(size, dtype=np.int32)} | example
         for name, column in row.items():
-            column[start : start + size] = own[name] + seen if name == "segments" else own[name]
+            column[start : start + size] = columns[name] + documents if name == "segments" else columns[name]
         row["mask"][start] = False
         start += size
-        seen += int(own["segments"].max())
+        documents += int(columns["segments"].max())
     return row
 
 
 def empty(window: int, like: Row | None = None) -> Row:
-    """The padding row: all zeros, no segment, nothing to learn. The columns of `pack`, each [S], and those of an example."""
-    own = {"tokens": np.int32, "mask": np.bool_, "segments": np.int32, "positions": np.int32}
-    row = {name: np.zeros(window, dtype) for name, dtype in own.items()}
-    others = {name: column for name, column in (like or {}).items() if name not in own}
+    """The padding row: all zeros. It has the columns of `pack`, each [S], and the other columns of the example `like`."""
+    dtypes = {"tokens": np.int32, "mask": np.bool_, "segments": np.int32, "positions": np.int32}
+    row = {name: np.zeros(window, dtype) for name, dtype in dtypes.items()}
+    others = {name: column for name, column in (like or {}).items() if name not in dtypes}
     return row | {name: np.zeros((window, *column.shape[1:]), column.dtype) for name, column in others.items()}

@@ -1,9 +1,8 @@
-"""Reading data into records: the one place that knows file formats and the libraries behind `tfds:` and `hf:`.
+"""Reads data into records: the only file that knows file formats and the libraries behind `tfds:` and `hf:`.
 
-A record is a row and its place. The place travels with the row to the very end, so that whatever later refuses the row
-(an unknown column, an empty turn, an example too long for the window) can say where to look: "alpaca.json, row 17".
-Rows are counted from 1, as people count; in JSON lines and in text the count is the line's number, which is what an editor
-shows. Of a folder or a pattern the place names the file within it.
+A record is a row and its place. The place stays with the row, so that later errors (an unknown column, an empty turn, an
+example too long for the window) can say where to look: "alpaca.json, row 17". Rows are counted from 1; in JSON lines and text
+the count is the line number that an editor shows. For a folder or a pattern the place names the file within it.
 
     x.jsonl  x.json  x.txt             and each with .gz after it
     x.parquet  x.arrayrecord           an ArrayRecord's records are JSON objects
@@ -11,11 +10,11 @@ shows. Of a folder or a pattern the place names the file within it.
     tfds:NAME[/CONFIG][:VERSION]/SPLIT from TensorFlow Datasets, without TensorFlow; text arrives as bytes and is decoded
     hf:OWNER/NAME[/CONFIG][:SPLIT]     from the Hugging Face hub, where `datasets` is installed; the split is train if not given
 
-A text file holds one document a line, as the text loaders of other libraries have it; blank lines are passed over. A document
-with line breaks of its own belongs into JSON lines, under `text`.
+A text file has one document a line, as in other libraries; blank lines are skipped. Documents with line breaks belong in JSON
+lines, under `text`.
 
-Nothing here looks into a row: that is `formats`. Paths go through `etils.epath`, so gs:// paths are read like local ones.
-Records are a list in memory: a row of text is small beside the model that learns from it.
+`formats` interprets rows; this file does not. Paths go through `etils.epath`, so gs:// paths are read like local ones. Records
+are a list in memory: text is small compared with the model.
 """
 
 import gzip
@@ -35,7 +34,7 @@ from jaxpost.storage import cloud, host, network
 
 
 class Record(NamedTuple):
-    """A row as it stands in its file, and where it stands: `place` opens every message about it."""
+    """A row as in its file, and its place there, with which every message about it begins."""
 
     row: dict[str, Any]
     place: str
@@ -44,14 +43,14 @@ class Record(NamedTuple):
 class _File(NamedTuple):
     shown: str
     whole: str
-    read: Callable[[str], Iterator[Record | UserError]]  # of the name that places are to bear
+    read: Callable[[str], Iterator[Record | UserError]]  # takes the file's name for places
 
 
 def read(path: str | Sequence[str], bad: list[str] | None = None) -> list[Record]:
-    """All rows of a file, folder, pattern, `tfds:` or `hf:` name (see above), or of a list of them, one after the other.
+    """All rows of a file, folder, pattern, `tfds:` or `hf:` name (see above), or of a list of them, in order.
 
-    A row that cannot be read (broken JSON, no object) is refused; where `bad` is a list, its message is added to
-    that instead and the row is left out. Raises UserError, with file and place, for it and for whatever is missing or empty.
+    bad: a list for the messages of rows that cannot be read (broken JSON, no object), which are then left out; without it they
+    raise UserError, with file and place. So does whatever is missing or empty.
     """
     paths = [path] if isinstance(path, str) else list(path)
     files = [file for one in paths for file in _files(one)]
@@ -78,7 +77,7 @@ def read(path: str | Sequence[str], bad: list[str] | None = None) -> list[Record
 
 
 def _files(path: str) -> list[_File]:
-    """What a path stands for, in order. Raises UserError where there is nothing."""
+    """The files of a path, in order. Raises UserError if there are none."""
     if path.startswith(("tfds:", "hf:")):
         reader = _tfds if path.startswith("tfds:") else _hf
         return [_File(path, path, lambda name: reader(path, name))]
@@ -111,7 +110,7 @@ def _file(file: epath.Path, shown: str) -> _File:
 
 
 def _kind(file: epath.Path) -> Callable[[epath.Path, str], Iterator[Record | UserError]] | None:
-    """The reader of files of this name, or None."""
+    """The reader for files with this name, or None."""
     name = file.name.lower()
     zipped = name.endswith(".gz")
     suffix = Path(name.removesuffix(".gz")).suffix
@@ -119,7 +118,7 @@ def _kind(file: epath.Path) -> Callable[[epath.Path, str], Iterator[Record | Use
 
 
 def _text_of(file: epath.Path, name: str) -> str:
-    room = host.memory() // 4  # the text, its lines and the rows each need about as much again
+    room = host.memory() // 4  # the text, its lines and the rows each need about as much
     if file.stat().length > room:
         raise UserError(f"{name}: larger than {room:,} bytes, a quarter of the memory; cut it into files and train on some")
     if not file.name.lower().endswith(".gz"):
@@ -136,7 +135,7 @@ def _text_of(file: epath.Path, name: str) -> str:
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{name}: broken gzip ({error}); fetch or compress it again") from error
     try:
-        # A byte-order mark is what some editors and spreadsheets put first; JSON proper would refuse it.
+        # Some editors and spreadsheets write a byte-order mark, which JSON does not allow.
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
@@ -144,7 +143,7 @@ def _text_of(file: epath.Path, name: str) -> str:
 
 def _numbered(text: str, name: str) -> Iterator[tuple[str, str]]:
     """(line, place) of every line that is not blank."""
-    # Not str.splitlines: it also splits at U+2028 and kin, which JSON allows inside a string.
+    # Not str.splitlines: it also splits at U+2028 and the like, which JSON allows inside a string.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield line, f"{name}, line {number}"
@@ -191,13 +190,13 @@ def _rows(rows, name: str) -> Iterator[Record | UserError]:
 
 
 def _padded_rows(rows, name: str) -> Iterator[Record | UserError]:
-    """As _rows, of Arrow's tables. There all structures of a column have the same keys, with nulls where a row has none."""
+    """As _rows, for Arrow tables, where all structures of a column have the same keys, with nulls for missing ones."""
     for number, row in enumerate(rows, start=1):
         yield _record({column: _without_nulls(value) for column, value in row.items()}, f"{name}, row {number}")
 
 
 def _without_nulls(value: Any) -> Any:
-    """The value without keys of null at any depth; None for a structure of which nothing is left."""
+    """The value without null keys at any depth; None for a structure with no other keys."""
     if isinstance(value, (list, tuple)):
         return [_without_nulls(item) for item in value]
     if not isinstance(value, dict) or not value:
@@ -213,7 +212,7 @@ def _record(row: Any, place: str) -> Record | UserError:
 
 
 def _plain(value: Any) -> Any:
-    """The value in JSON's types, as the readers of binary formats do not give it; bytes that are no UTF-8 stay bytes."""
+    """A value of a binary format in JSON's types; bytes that are no UTF-8 stay bytes."""
     if isinstance(value, bytes):
         try:
             return value.decode()
@@ -256,7 +255,7 @@ def _tfds(path: str, name: str) -> Iterator[Record | UserError]:
     dataset, _, split = path.removeprefix("tfds:").rpartition("/")
     if not (dataset and split):
         raise UserError(f"{path}: a TFDS name and split are written tfds:NAME/SPLIT, such as tfds:gsm8k/train")
-    # Most builders of the library are in no register before their modules are imported.
+    # Most builders of the library are not registered before their modules are imported.
     base = dataset.partition("/")[0].partition(":")[0]
     folder = Path(library.__file__).parent
     if base.isidentifier() and base not in library.list_builders(with_community_datasets=False):

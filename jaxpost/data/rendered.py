@@ -1,9 +1,9 @@
-"""What a chat template makes of the turns, compared with what they hold.
+"""Checks that a chat template renders everything that the turns hold.
 
-A template may leave out what it does not know: a thought (`content.split('</think>')[-1]`), the words beside a tool call, a
-system turn. Nothing but a comparison with the rendered text shows that. White space does not count, since templates trim, and
-text may be written as JSON writes it, since templates use `tojson`. Each part of a turn needs a place of its own in the text:
-the answer "No" is not found in the argument "Norway". The longest part is looked for first, so that none takes another's place.
+A template may leave out what it does not know: a thought (`content.split('</think>')[-1]`), the text beside a tool call, a
+system turn. Only a comparison with the rendered text shows that. White space is ignored, since templates trim, and a text may
+be in JSON's spelling, since templates use `tojson`. Each part of a turn needs its own place in the text: the answer "No" does
+not match inside the argument "Norway". The longest part is matched first, so that none takes another's place.
 """
 
 import json
@@ -15,7 +15,7 @@ from jaxpost.data.messages import Message
 from jaxpost.errors import UserError
 
 _OPEN, _CLOSE = "<think>", "</think>"
-# Switches in a prompt's text that templates obey and take out (Qwen 3, SmolLM 3).
+# Switches in a prompt that templates act on and remove (Qwen 3, SmolLM 3).
 _SWITCHES = re.compile(r"/(?:no_)?think\b|/system_override\b")
 
 _PYTHON = {"true": "True", "false": "False", "null": "None"}
@@ -24,7 +24,7 @@ Part = tuple[str, str]  # a name for messages, the text
 
 
 def left_out(message: Message, text: str) -> str | None:
-    """The name of a part of an assistant's turn that its rendered text leaves out; None if all of the turn is in it."""
+    """The name of a part of an assistant's turn that is missing in its rendered text; None if nothing is."""
     alone = not (message.get("reasoning_content") or message.get("tool_calls"))
     if alone and message["content"].strip() in text:
         return None
@@ -33,13 +33,11 @@ def left_out(message: Message, text: str) -> str | None:
 
 
 def first_left_out(messages: Sequence[Message], text: str) -> tuple[int, str] | None:
-    """The first of several assistant's turns of which the text of them all leaves a part out, by its place among them, and the
-    name of the part; None if nothing is left out.
-    """
+    """(index, part): the first of the assistant's turns with a part missing in their joint text; None if nothing is."""
     rest = whole = _squashed(text)
     parts = [(turn, name, part) for turn, message in enumerate(messages) for name, part in _parts(message, whole)]
     missing = set()
-    # Of equal parts the later turn's comes first: it is the earlier ones that templates leave out.
+    # Of equal parts the later turn's is matched first: templates leave out earlier ones.
     for turn, name, part in sorted(parts, key=lambda part: (len(_squashed(part[2])), part[0]), reverse=True):
         spelling = next((spelling for spelling in _spellings(part) if spelling in rest), None)
         if spelling is None:
@@ -50,9 +48,9 @@ def first_left_out(messages: Sequence[Message], text: str) -> tuple[int, str] | 
 
 
 def check_prompt(messages: Sequence[Message], tools: list[dict[str, Any]] | None, text: str, numbers, place: str) -> None:
-    """Raises UserError where the rendered text lacks what a turn that is no assistant's says, or a tool's name.
+    """Raises UserError if the rendered text lacks the content of a turn other than the assistant's, or a tool's name.
 
-    numbers: of each message, its number in the row; 0 for one that is not the row's.
+    numbers: each message's number in the row; 0 for one that is not in the row.
     """
     whole = None
     for message, number in zip(messages, numbers, strict=True):
@@ -75,7 +73,7 @@ def check_prompt(messages: Sequence[Message], tools: list[dict[str, Any]] | None
 
 
 def content_end(content: str, text: str) -> int:
-    """Where a turn's content ends in its rendered text; 0 where it is not found as it stands."""
+    """The end of a turn's content in its rendered text; 0 if it is not there verbatim."""
     content = content.strip()
     for tail in (content, content.rpartition(_CLOSE)[2].strip(), content.rpartition("\n")[2]):
         if tail and (start := text.find(tail)) >= 0:
@@ -84,7 +82,7 @@ def content_end(content: str, text: str) -> int:
 
 
 def _parts(message: Message, text: str) -> list[Part]:
-    """All that an assistant's turn says; what the squashed text has as a whole is one part, else it is taken apart."""
+    """The parts of an assistant's turn. What the squashed text has in one piece is one part, else it is split."""
     content = message["content"]
     parts = [("the thought", message.get("reasoning_content", ""))]
     if _CLOSE not in content or _squashed(content) in text:
@@ -114,7 +112,7 @@ def _leaves(value: Any) -> list[str]:
 
 
 def _spellings(text: str) -> list[str]:
-    """A text as it stands, as JSON writes it and as Python does, without white space."""
+    """The spellings of a text: verbatim, in JSON and in Python, without white space."""
     text = text.strip()
     quoted = (json.dumps(text, ensure_ascii=False), json.dumps(text), repr(text))
     return [_squashed(text), *(_squashed(string[1:-1]) for string in quoted), *([_PYTHON[text]] if text in _PYTHON else [])]

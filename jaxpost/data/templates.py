@@ -1,11 +1,10 @@
-"""Chat templates: the four that are named here, the tokenizer's own, and what is done where one lacks a word for something.
+"""Chat templates: four named ones, the tokenizer's own, and substitutes for what a template does not support.
 
-A template is Jinja, and everything about it is in that one string. Variables of a template (`enable_thinking=False`) are set at
-its top by `jinja`, so that what is trained, sampled, saved in the workdir and exported is the same template, and generation
-from the workdir needs no option to be remembered.
+A template is one Jinja string. `jinja` sets a template's variables (`enable_thinking=False`) at its top, so that training,
+sampling, the workdir and the export have the same template, and generation from the workdir needs no options.
 
-Many templates know nothing of tools or of reasoning, and show that by leaving it out without a word. So they are tried on a
-probe: what does not come out again of a rendered probe is written into the turns themselves before they are rendered:
+Many templates silently leave out tools or reasoning. So each is tested with a probe: what is missing in the rendered probe is
+written into the turns before they are rendered:
 
     definitions   at the end of the system turn, or of a new one where the first user turn has none before it
                   "Functions that may be called, one a line:" and each as JSON on a line of its own
@@ -31,8 +30,8 @@ from jaxpost.data.formats import Conversation
 from jaxpost.data.messages import Message
 from jaxpost.errors import UserError
 
-# The day that templates which print today's (Llama 3.2, SmolLM 3) are given: what a run learns must not depend on when it was
-# begun, or continued. It is the one that Llama's template falls back to.
+# The date for templates that print today's (Llama 3.2, SmolLM 3): training must not depend on when a run starts or resumes. It
+# is the default of Llama's template.
 _DATE = datetime.date(2024, 7, 26)
 _PARTS = "".join(f" | replace('%{code}', {_DATE.strftime(f'%{code}')!r})" for code in "dbBmyYaAHMS")
 _TODAY = f"{{% macro strftime_now(form) %}}{{{{ form{_PARTS} }}}}{{% endmacro %}}{{{{ '' }}}}"
@@ -51,7 +50,7 @@ TEMPLATES = {
         "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
     ),
-    # Gemma has no system turn: what it would say opens the first user turn.
+    # Gemma has no system turn: its content opens the first user turn.
     "gemma": (
         "{{ bos_token or '' }}{% set lead = namespace(text='') %}{% for m in messages %}"
         "{% if m['role'] == 'system' %}{% set lead.text = m['content'] | trim + '\\n\\n' %}{% else %}"
@@ -64,33 +63,33 @@ _TOOL = {"type": "function", "function": {"name": "probe_tool", "description": "
 # Mistral's templates want nine letters and digits.
 _ID = "probe0001"
 _CALL = {"id": _ID, "type": "function", "function": {"name": "probe_call", "arguments": {"at": "probe_value"}}}
-SECONDS = 10.0  # that a template may take for one conversation; a usual one takes a thousandth
+SECONDS = 10.0  # the time limit of a template for one conversation; usual ones take a thousandth
 _HEADING = "Functions that may be called, one a line:"
 
 
 class Unusable(UserError):
-    """A template is no Jinja, or takes too long. It would with every row, so bad_rows="skip" does not help."""
+    """A template is no Jinja, or takes too long. It fails for every row, so bad_rows="skip" does not help."""
 
 
 def jinja(tokenizer: Any, template: str | None = None, options: Mapping[str, Any] | None = None) -> str:
-    """The Jinja of a template: a name in TEMPLATES, Jinja itself, or None for the tokenizer's own (`plain` where it has none).
+    """The Jinja of a template: a name in TEMPLATES, Jinja itself, or None for the tokenizer's own (`plain` if it has none).
 
-    Of a tokenizer with several templates the name may be one of theirs; see `_of_several` for what None is then.
-    `options` are values for variables that the template reads; they are set at its top.
-    Raises UserError for a name that is not in TEMPLATES and for an option that the template does not read.
+    The name may also be one of a tokenizer's several templates; for None see `_of_several`. `options` are values for variables
+    that the template reads; they are set at its top. Raises UserError for an unknown name and for an option that the template
+    does not read.
     """
-    own = tokenizer.chat_template if isinstance(tokenizer.chat_template, Mapping) else {}
+    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, Mapping) else {}
     if template is None:
-        text = _of_several(own) if own else tokenizer.chat_template or TEMPLATES["plain"]
-    elif template in own or template in TEMPLATES:
-        text = own.get(template) or TEMPLATES[template]
+        text = _of_several(named) if named else tokenizer.chat_template or TEMPLATES["plain"]
+    elif template in named or template in TEMPLATES:
+        text = named.get(template) or TEMPLATES[template]
     elif "{" in template:
         text = template
     else:
-        known = ", ".join([*own, *TEMPLATES])
+        names = ", ".join([*named, *TEMPLATES])
         of_file = f'; of a file its text, --config.template="$(cat {template})"' if os.path.isfile(template) else ""
-        raise UserError(f"chat template {template!r} is not known; give one of {known}, or a Jinja string{of_file}")
-    # A saved template begins with the options that its run had; new values take their place.
+        raise UserError(f"chat template {template!r} is not known; give one of {names}, or a Jinja string{of_file}")
+    # A saved template begins with the options of its run; new values replace them.
     top = ""
     if options and (held := re.match(r"((?:\{% set \w+ = .*? %\})+)\{\{ '' \}\}", text, re.DOTALL)):
         text = text[held.end() :]
@@ -101,30 +100,30 @@ def jinja(tokenizer: Any, template: str | None = None, options: Mapping[str, Any
         if not isinstance(value, (bool, int, float, str)):
             raise UserError(f"config.template_options.{name}: {value!r}; give true or false, a number or a string")
         top += f"{{% set {name} = {json.dumps(value)} %}}"
-    # A line break after a statement is swallowed, and the template's own first one must not be.
+    # Jinja drops a line break after a statement; {{ '' }} keeps the template's first one.
     return top + ("{{ '' }}" if top else "") + text
 
 
-def _of_several(own: Mapping[str, str]) -> str:
-    """One template of a tokenizer's named ones: `default`, and `tool_use` for rows with tools, as transformers chooses."""
-    if "default" not in own:
-        names = ", ".join(own)
+def _of_several(named: Mapping[str, str]) -> str:
+    """One template from a tokenizer's named ones: `default`, and `tool_use` for rows with tools, as in transformers."""
+    if "default" not in named:
+        names = ", ".join(named)
         raise UserError(
             f"the tokenizer has the chat templates {names}, and none is the default; choose one with config.template"
         )
-    if "tool_use" not in own:
-        return own["default"]
-    # A line break at the end of a template is swallowed, and so is one after a statement.
-    both = [f"{{{{ '' }}}}{own[name].removesuffix(chr(10))}" for name in ("tool_use", "default")]
+    if "tool_use" not in named:
+        return named["default"]
+    # Jinja drops a line break at the end of a template and after a statement.
+    both = [f"{{{{ '' }}}}{named[name].removesuffix(chr(10))}" for name in ("tool_use", "default")]
     return f"{{% if tools %}}{both[0]}{{% else %}}{both[1]}{{% endif %}}"
 
 
 def render(
     messages: Sequence[Message], tokenizer: Any, template: str | None, generate: bool, place: str, tools: list | None = None
 ) -> str:
-    """The messages as one string; `generate` opens the assistant's next turn. Raises UserError, with place, if it cannot be.
+    """The messages as one string; `generate` opens the assistant's next turn.
 
-    Where the template itself is at fault, whatever the row, the error is Unusable.
+    Raises UserError, with place, if the template refuses the messages, and Unusable if it fails for every row.
     """
     template = jinja(tokenizer, template)
     template = _TODAY + template if "strftime_now" in template else template
@@ -136,20 +135,20 @@ def render(
     except jinja2.TemplateSyntaxError as error:
         reason = f"by its line {error.lineno}: {error}"
         raise Unusable(f"the chat template is no Jinja, {reason}; mend it, or use another") from error
-    except Exception as error:  # a template is somebody's program, and may raise anything
+    except Exception as error:  # a template may raise anything
         reason = str(error) or type(error).__name__
         raise UserError(f"{place}: the chat template refuses the messages: {reason}; change them or the template") from error
 
 
 def adapted(example: Conversation, tokenizer: Any, template: str | None = None) -> Conversation:
-    """The conversation with whatever the template has no word for written into the turns; its counts follow suit."""
+    """The conversation with what the template does not support written into the turns, and its indices adapted."""
     template = jinja(tokenizer, template)
     with_tools = example.tools or any(m["role"] == "tool" or "tool_calls" in m for m in example.messages)
     if any("reasoning_content" in m for m in example.messages) and not _knows_reasoning(
         tokenizer, template, bool(example.tools)
     ):
         example = example._replace(messages=[_thinking(message) for message in example.messages])
-    # A template may know calls only where there are tools, as two in one do.
+    # A template may support calls only if there are tools, as one made of two does.
     if not with_tools or all(_knows_tools(tokenizer, template, tools) for tools in {True, bool(example.tools)}):
         return example
     written, places, numbers = [], [], []
@@ -221,7 +220,7 @@ def _knows_system(tokenizer: Any, template: str) -> bool:
 
 
 def _shows(tokenizer: Any, template: str, turns: list[Message], probes: tuple[str, ...], tools: bool = False) -> bool:
-    """Whether all probes come out of the rendered turns, which have a tool or not."""
+    """Whether all probes are in the rendered turns. tools: whether a tool is defined."""
     return _shown(tokenizer, template, json.dumps(turns), probes, tools)
 
 

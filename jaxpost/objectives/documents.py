@@ -1,8 +1,8 @@
-"""From tokens to documents: the numbers of a row's documents, [B,N] each, N = 2 ceil(S/2) + 1, in the order of `segments`.
+"""From tokens to documents: numbers of a row's documents, [B,N] each, N = 2 ceil(S/2) + 1, in the order of `segments`.
 
-Document 0 is the padding. A document counts where the mask keeps a token of it, and its completion is those tokens. A number
-that belongs to a document as a whole comes as a column too, the same at all of its tokens. Rows are never mixed, so what is
-made here is split over microbatches and devices as the rows are.
+Document 0 is the padding. A document's completion is its tokens in the mask; a document without any does not count. A number of
+a whole document is a column too, with the same value at each of its tokens. Rows are never mixed, so the results split over
+microbatches and devices as the rows do.
 """
 
 import jax
@@ -27,7 +27,7 @@ def lengths(batch: Batch) -> jax.Array:
 
 
 def counts(column: jax.Array, batch: Batch) -> jax.Array:
-    """[B,N] float32: at how many of each document's tokens a column [B,S] bool is set, whatever the mask keeps."""
+    """[B,N] float32: the number of tokens of each document at which a column [B,S] bool is set, learned or not."""
     return _reduced(jax.ops.segment_sum, column.astype(jnp.float32), batch["segments"])
 
 
@@ -45,12 +45,12 @@ def last(values: jax.Array, batch: Batch) -> jax.Array:
 
 
 def over_tokens(numbers: jax.Array, batch: Batch) -> jax.Array:
-    """The documents' numbers [B,N] -> [B,S]: each token has its document's."""
+    """The documents' numbers [B,N] -> [B,S], at each of their tokens."""
     return jnp.take_along_axis(numbers, batch["segments"], axis=1)
 
 
 def sides(numbers: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The documents' numbers [B,N] -> those of the chosen and of the rejected, each [B,P].
+    """The documents' numbers [B,N] -> (the chosen's, the rejected's), each [B,P].
 
     A pair is two consecutive documents of a row, the chosen (1, 3, ...) before the rejected (2, 4, ...).
     """
@@ -58,5 +58,5 @@ def sides(numbers: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def of_pairs(numbers: jax.Array) -> jax.Array:
-    """The pairs' numbers [B,P] -> [B,N]: both documents have their pair's; the padding has 0."""
+    """The pairs' numbers [B,P] -> [B,N], at both documents of each pair; 0 for the padding."""
     return jnp.pad(jnp.repeat(numbers, 2, axis=1), ((0, 0), (1, 0)))

@@ -1,20 +1,18 @@
-"""The one policy-gradient estimator: its parts, how they are added up, and how a choice of them becomes an objective.
+"""The one policy-gradient estimator: its parts, their aggregation, and how a choice of parts becomes an objective.
 
     grad = sum over tokens of  stable_mask * advantage / reference_policy * d policy
 
-A method is a choice: an advantage (`jaxpost.rollouts.advantages`), a surrogate and its weightings (`surrogates`), an
-aggregation (below), and what else it has (`terms`). So a method is a function of its settings that gives `Parts`, and
-`estimator` makes an objective of it:
+A method chooses an advantage (`jaxpost.rollouts.advantages`), a surrogate and its weightings (`surrogates`), an aggregation
+(below) and further terms (`terms`). It is a function from its settings to `Parts`, and `estimator` makes it an objective:
 
     @estimator
     def mine(*, high=0.5):
         return Parts("centred", partial(surrogates.clip, high=high), token_mean)
 
-What the objective reads, which leaves it adds to the parameters, which advantages it wants and whether it may take several
-steps a batch follow from its parts, and whether a completion has one advantage only: what `declare.objective` says of it are
-functions of its keywords.
+The parts determine what the objective declares (`declare.objective`): its columns, the leaves that it adds to the parameters,
+its advantages, whether it may take several steps a batch, and whether a completion has a single advantage.
 
-An aggregation gives a Term of the tokens' numbers [B,S]: how much a completion counts by its length is decided here.
+An aggregation reduces the tokens' numbers [B,S] to a Term. It decides how much a completion counts by its length.
 """
 
 import functools
@@ -32,32 +30,32 @@ from jaxpost.errors import UserError
 from jaxpost.metrics import Max, Min, masked_max, masked_mean
 from jaxpost.objectives import documents
 from jaxpost.objectives.logprobs import at_tokens, drawn, token_scores
-from jaxpost.objectives.surrogates import MOST, SURROGATES, WEIGHTINGS, Rollouts, Surrogate
+from jaxpost.objectives.surrogates import MAX_LOG_RATIO, SURROGATES, WEIGHTINGS, PolicyBatch, Surrogate
 from jaxpost.objectives.terms import TERMS, k3
 from jaxpost.types import Batch, Output, Term
 
 
 class Parts(NamedTuple):
-    """One choice of the estimator's parts; each a function of its table, with its settings bound by functools.partial."""
+    """One choice of the estimator's parts: functions of the tables, with their settings bound by functools.partial."""
 
     advantages: Mapping | str  # the config entry of the advantages
-    surrogate: Callable  # Rollouts -> Surrogate
+    surrogate: Callable  # PolicyBatch -> Surrogate
     aggregation: Callable  # (numbers [B,S], batch) -> Term
-    terms: tuple[Callable, ...] = ()  # Rollouts -> [B,S] or Term
-    weightings: tuple[Callable, ...] = ()  # Rollouts -> [B,S]
+    terms: tuple[Callable, ...] = ()  # PolicyBatch -> [B,S] or Term
+    weightings: tuple[Callable, ...] = ()  # PolicyBatch -> [B,S]
     reads: Mapping = {}  # columns that only the advantages or the metrics read
-    coefficient: float = 1.0  # of the policy term; the others have their own
+    coefficient: float = 1.0  # of the policy term; other terms have their own
 
     def used(self) -> "Parts":
         """Without the terms whose coefficient is 0."""
         return self._replace(terms=tuple(t for t in self.terms if options(t).get("coefficient", 1.0)))
 
     def gather(self, name: str) -> dict:
-        """What the parts declare under a name, together."""
+        """The union of what the parts declare under a name."""
         return functools.reduce(dict.__or__, [declared(p, name) for p in self._all()], {})
 
     def masks(self) -> tuple[str, ...]:
-        """The columns that say where the parts learn."""
+        """The mask columns of all parts."""
         return tuple(dict.fromkeys(mask for part in self._all() for mask in ("mask", *declared(part, "masks"))))
 
     def _all(self) -> tuple[Callable, ...]:
@@ -65,7 +63,7 @@ class Parts(NamedTuple):
 
 
 def plain(part: Callable) -> Callable:
-    """The function of a table that a part is, without its settings."""
+    """A part's function, without its settings."""
     return getattr(part, "func", part)
 
 
@@ -78,29 +76,29 @@ def options(part: Callable) -> dict:
 
 
 def _completions(batch: Batch, empty: bool) -> jax.Array:
-    """How many completions there are; empty: those of which the mask keeps nothing (a truncated one, say) count too.
+    """The number of completions. empty: whether those without a learned token count too, such as truncated ones.
 
-    Where the column `sampled` says which tokens the policy drew, a completion is a document that has one: demonstrations and
-    rows of data are none.
+    Where the column `sampled` marks the tokens that the policy drew, a completion is a document with such a token:
+    demonstrations and rows of data do not count.
     """
     if not empty:
-        held = jnp.sum(documents.lengths(batch) > 0, axis=1)
+        counted = jnp.sum(documents.lengths(batch) > 0, axis=1)
     elif "sampled" in batch:
-        held = jnp.sum(documents.counts(batch["sampled"], batch) > 0, axis=1)
+        counted = jnp.sum(documents.counts(batch["sampled"], batch) > 0, axis=1)
     else:
-        held = jnp.max(batch["segments"], axis=1)
-    return jnp.sum(held.astype(jnp.float32))
+        counted = jnp.max(batch["segments"], axis=1)
+    return jnp.sum(counted.astype(jnp.float32))
 
 
 def token_mean(numbers: jax.Array, batch: Batch) -> Term:
-    """The mean over all tokens of the global batch: every token counts the same, a long completion more than a short one."""
+    """The mean over all tokens of the global batch: each token counts the same, so that longer completions count more."""
     return Term(jnp.sum(jnp.where(batch["mask"], numbers, 0.0)), jnp.sum(batch["mask"].astype(jnp.float32)))
 
 
 def sequence_mean(numbers: jax.Array, batch: Batch, *, empty: bool = True) -> Term:
-    """The mean over completions of the mean over their tokens: a token of a long completion counts less.
+    """The mean over completions of the mean over their tokens: a token of a longer completion counts less.
 
-    empty: whether a completion of which the mask keeps nothing counts in the denominator; in TRL it does, in verl it does not.
+    empty: whether a completion without a learned token counts in the denominator, as in TRL; in verl it does not.
     """
     means = documents.sums(numbers, batch) / jnp.maximum(documents.lengths(batch), 1.0)
     return Term(jnp.sum(means), _completions(batch, empty))
@@ -112,9 +110,9 @@ def sequence_sum(numbers: jax.Array, batch: Batch, *, empty: bool = True) -> Ter
 
 
 def constant(numbers: jax.Array, batch: Batch, *, longest: int) -> Term:
-    """sequence_sum over a constant, the most tokens that a completion can have, whatever the batch has."""
-    found = sequence_sum(numbers, batch)
-    return found._replace(weight=found.weight * longest)
+    """sequence_sum divided by a constant, the largest number of tokens of a completion."""
+    total = sequence_sum(numbers, batch)
+    return total._replace(weight=total.weight * longest)
 
 
 AGGREGATIONS = {f.__name__: f for f in (token_mean, sequence_mean, sequence_sum, constant)}
@@ -125,59 +123,59 @@ AGGREGATIONS = {f.__name__: f for f in (token_mean, sequence_mean, sequence_sum,
 
 def _scores(logits: jax.Array, columns: dict) -> dict:
     """Log-probability and entropy of a token, both with their gradients."""
-    likely = jax.nn.log_softmax(logits / columns["temperature"][:, None], axis=-1)
+    logps = jax.nn.log_softmax(logits / columns["temperature"][:, None], axis=-1)
     hit = jnp.arange(logits.shape[-1]) == columns["tokens"][:, None]
-    return {"logps": jnp.sum(jnp.where(hit, likely, 0.0), axis=-1), "entropy": -jnp.sum(jnp.exp(likely) * likely, axis=-1)}
+    return {"logps": jnp.sum(jnp.where(hit, logps, 0.0), axis=-1), "entropy": -jnp.sum(jnp.exp(logps) * logps, axis=-1)}
 
 
-def _look(forward: Callable, params: Any, batch: Batch, parts: Parts) -> Rollouts:
+def _scored(forward: Callable, params: Any, batch: Batch, parts: Parts) -> PolicyBatch:
     output = forward(params, batch)
     mask = functools.reduce(jnp.logical_or, [batch[name] for name in parts.masks()])
-    return Rollouts(params, output, batch, **_measured(output, batch, mask, parts))
+    return PolicyBatch(params, output, batch, **_logps_and_entropy(output, batch, mask, parts))
 
 
-def _measured(output: Output, batch: Batch, mask: jax.Array, parts: Parts) -> dict:
+def _logps_and_entropy(output: Output, batch: Batch, mask: jax.Array, parts: Parts) -> dict:
     if any(declared(term, "differentiates_entropy") for term in parts.terms):
         return at_tokens(_scores, output, columns=drawn(batch), mask=mask)
-    found = token_scores(output, batch, mask)
-    return {k: found[k] for k in ("logps", "entropy")}
+    scores = token_scores(output, batch, mask)
+    return {k: scores[k] for k in ("logps", "entropy")}
 
 
-def _metrics(seen: Rollouts, found: Surrogate, parts: Parts) -> dict:
-    """What every policy gradient reports, under TRL's names; of tokens, each counting the same.
+def _metrics(batch: PolicyBatch, surrogate: Surrogate, parts: Parts) -> dict:
+    """The metrics of every policy gradient, under TRL's names, as means over tokens.
 
-    sampling/*: the trainer's probabilities against the sampler's, of the same weights. Where a correction has asked the trainer
-    it is of every step; else of those whose weights have sampled, which the scalar `fresh` says (all, if it is not there).
+    sampling/*: the trainer's probabilities against the sampler's, of the same weights. With a correction (`sampler_logps`) they
+    are reported at every step, else only while the weights are those that sampled: where the scalar `fresh` is absent or true.
     """
-    mask = seen.mask
-    if "sampler_logps" in seen.batch:
-        gap, fresh = seen.constant("old_logps") - seen.constant("sampler_logps"), mask
+    mask = batch.mask
+    if "sampler_logps" in batch.columns:
+        gap, fresh = batch.constant("old_logps") - batch.constant("sampler_logps"), mask
     else:
-        gap, fresh = jax.lax.stop_gradient(seen.drift), mask & seen.batch.get("fresh", True)
-    ratio, ways = jnp.exp(jnp.minimum(gap, MOST)), "sampling/importance_sampling_ratio"
+        gap, fresh = jax.lax.stop_gradient(batch.log_ratio), mask & batch.columns.get("fresh", True)
+    ratio, prefix = jnp.exp(jnp.minimum(gap, MAX_LOG_RATIO)), "sampling/importance_sampling_ratio"
     metrics = {
-        "entropy": masked_mean(seen.entropy, mask),
+        "entropy": masked_mean(batch.entropy, mask),
         "sampling/sampling_logp_difference/mean": masked_mean(jnp.abs(gap), fresh),
         "sampling/sampling_logp_difference/max": masked_max(jnp.abs(gap), fresh),
-        f"{ways}/min": Min(jnp.min(jnp.where(fresh, ratio, jnp.inf))),
-        f"{ways}/mean": masked_mean(ratio, fresh),
-        f"{ways}/max": Max(jnp.max(jnp.where(fresh, ratio, -jnp.inf))),
+        f"{prefix}/min": Min(jnp.min(jnp.where(fresh, ratio, jnp.inf))),
+        f"{prefix}/mean": masked_mean(ratio, fresh),
+        f"{prefix}/max": Max(jnp.max(jnp.where(fresh, ratio, -jnp.inf))),
     }
-    if "ref_logps" in seen.batch:
-        metrics["kl"] = masked_mean(k3(seen), mask)
-    if found.low is not None:
-        sides = {"low": found.low, "high": found.high, "region": found.low | found.high}
-        metrics |= {f"clip_ratio/{k}_mean": masked_mean(x, mask) for k, x in sides.items()}
+    if "ref_logps" in batch.columns:
+        metrics["kl"] = masked_mean(k3(batch), mask)
+    if surrogate.low is not None:
+        clipped = {"low": surrogate.low, "high": surrogate.high, "region": surrogate.low | surrogate.high}
+        metrics |= {f"clip_ratio/{k}_mean": masked_mean(x, mask) for k, x in clipped.items()}
     for term in parts.terms:
-        if of_term := declared(term, "metrics"):
-            metrics |= of_term(seen)
+        if term_metrics := declared(term, "metrics"):
+            metrics |= term_metrics(batch)
     return metrics
 
 
 def estimator(method: Callable) -> Callable:
     """The objective of a method: method(*, keywords) -> Parts. See the module's docstring."""
     keywords = [p for p in inspect.signature(method).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    placed = [inspect.Parameter(k, inspect.Parameter.POSITIONAL_OR_KEYWORD) for k in ("forward", "params", "batch", "key")]
+    positional = [inspect.Parameter(k, inspect.Parameter.POSITIONAL_OR_KEYWORD) for k in ("forward", "params", "batch", "key")]
 
     def parts(**settings) -> Parts:
         return method(**settings).used()
@@ -185,26 +183,26 @@ def estimator(method: Callable) -> Callable:
     @functools.wraps(method)
     def objective(forward, params, batch, key, **settings):
         chosen = parts(**settings)
-        seen = _look(forward, params, batch, chosen)
-        found = chosen.surrogate(seen)
-        loss = functools.reduce(lambda x, w: x * jax.lax.stop_gradient(w(seen)), chosen.weightings, found.loss)
+        scored = _scored(forward, params, batch, chosen)
+        surrogate = chosen.surrogate(scored)
+        loss = functools.reduce(lambda x, w: x * jax.lax.stop_gradient(w(scored)), chosen.weightings, surrogate.loss)
         terms = {"policy": chosen.aggregation(loss, batch)._replace(coefficient=chosen.coefficient)}
         for term in chosen.terms:
-            made = term(seen)
-            made = made if isinstance(made, Term) else chosen.aggregation(made, batch)
+            value = term(scored)
+            value = value if isinstance(value, Term) else chosen.aggregation(value, batch)
             scale = options(term).get("coefficient", 1.0)
-            terms[plain(term).__name__] = made._replace(coefficient=scale * made.coefficient)
-        return terms, _metrics(seen, found, chosen)
+            terms[plain(term).__name__] = value._replace(coefficient=scale * value.coefficient)
+        return terms, _metrics(scored, surrogate, chosen)
 
     def prepare(forward, params, batch, key, **settings):
         chosen = parts(**settings)
-        makers = [maker for p in (*chosen.weightings, *chosen.terms) if (maker := declared(p, "prepare"))]
-        seen = _look(forward, params, batch, chosen) if makers else None
-        return functools.reduce(dict.__or__, [maker(seen) for maker in makers], {})
+        prepares = [function for p in (*chosen.weightings, *chosen.terms) if (function := declared(p, "prepare"))]
+        scored = _scored(forward, params, batch, chosen) if prepares else None
+        return functools.reduce(dict.__or__, [function(scored) for function in prepares], {})
 
-    objective.__signature__ = prepare.__signature__ = inspect.Signature([*placed, *keywords])
+    objective.__signature__ = prepare.__signature__ = inspect.Signature([*positional, *keywords])
     objective.policy_parts = parts
-    says = declare.objective(
+    declaration = declare.objective(
         columns=lambda **settings: {**parts(**settings).gather("columns"), **parts(**settings).reads},
         leaves=lambda **settings: parts(**settings).gather("leaves"),
         masks=lambda **settings: parts(**settings).masks(),
@@ -213,24 +211,24 @@ def estimator(method: Callable) -> Callable:
         off_policy=lambda **settings: declared(parts(**settings).surrogate, "off_policy"),
         sequence_level=lambda **settings: declared(parts(**settings).surrogate, "sequence_level"),
     )
-    return says(objective)
+    return declaration(objective)
 
 
 # ------------------------------------------------------------------------------------------------ Parts from a config
 
 
 def inside(entry: Any) -> Parts:
-    """The Parts of an objective, from its config entry. Raises UserError for one that is no policy gradient of parts."""
+    """The Parts of an objective, from its config entry. Raises UserError for an objective that `estimator` did not make."""
     bound = resolve(entry, "objectives")
     if not hasattr(bound.func, "policy_parts"):
-        raise UserError(f"config: {entry!r} is no choice of the estimator's parts; policy_gradient.grpo is one.")
+        raise UserError(f"config: {entry!r} is no policy gradient made of parts; policy_gradient.grpo is one.")
     return bound.func.policy_parts(**bound.keywords)
 
 
 def part(table: Mapping, entry: Any, kind: str) -> Callable:
-    """A table's function with its settings bound; entry: its name, or {"name": ..., settings}.
+    """A table's function with its settings bound. entry: its name, or {"name": ..., settings}.
 
-    Raises UserError for an unknown name, setting, or one that is missing.
+    Raises UserError for an unknown name and an unknown or missing setting.
     """
     settings = {"name": entry} if isinstance(entry, str) else dict(entry)
     name = settings.pop("name", None)
@@ -240,9 +238,9 @@ def part(table: Mapping, entry: Any, kind: str) -> Callable:
 
 
 def added(table: Mapping, entries: Mapping, kind: str) -> tuple[Callable, ...]:
-    """Several functions of a table, {name: settings, or a number for its coefficient}. Raises UserError as `part` does."""
-    told = {k: v if isinstance(v, Mapping) else {"coefficient": v} for k, v in entries.items()}
-    return tuple(part(table, {"name": k, **v}, kind) for k, v in told.items())
+    """Several functions of a table. entries: {name: settings, or a coefficient}. Raises UserError as `part` does."""
+    settings = {k: v if isinstance(v, Mapping) else {"coefficient": v} for k, v in entries.items()}
+    return tuple(part(table, {"name": k, **v}, kind) for k, v in settings.items())
 
 
 TABLES = {"surrogate": SURROGATES, "aggregation": AGGREGATIONS, "weighting": WEIGHTINGS, "term": TERMS}

@@ -1,8 +1,8 @@
 """Log-probabilities without a [B,S,V] array: the head applied in chunks, forward and backward.
 
-Every loss over tokens needs a few numbers from each token's logits and none needs the logits themselves. `over_head` computes
-such numbers chunk by chunk, recomputing the logits in the backward pass. Rows are reordered so that the positions the mask
-keeps come first, and the loop ends where the last of them does: what the mask leaves out costs nothing.
+A loss over tokens needs a few numbers from each token's logits, never the logits themselves. `over_head` computes such numbers
+chunk by chunk and recomputes the logits in the backward pass. Rows are reordered so that positions in the mask come first, and
+the loop ends after the last of them: other positions cost nothing.
 """
 
 import functools
@@ -16,11 +16,11 @@ from jaxpost.declare import Column
 from jaxpost.models.heads import logits
 from jaxpost.types import Batch, Head, Output
 
-# Logits held at a time, in elements a batch shard (16 MiB in float32), or a quarter of the head's size if that is more: every
-# chunk reads the head and adds to its gradient, so a wide model's chunks must be long, or that is all that they do.
+# Logits held at a time, in elements a batch shard (16 MiB in float32), or a quarter of the head's size if that is more. Every
+# chunk reads the head and adds to its gradient: a wide model's chunks must be long to amortise that.
 CHUNK = 2**22
 
-# What an objective with a frozen reference declares: the model as the stage starts.
+# The column of an objective with a frozen reference: log-probabilities under the stage's first weights.
 REFERENCE = {"ref_logps": Column("BS", "float32", by="ref_logps")}
 
 
@@ -38,8 +38,8 @@ def over_head(fn: Callable, hidden: jax.Array, head: Head, columns: dict, mask: 
 def _width(batch: int, length: int, head: Head) -> int:
     """Positions of each row that go into one chunk."""
     vocab, channels = head.weight.shape
-    wanted = max(CHUNK, vocab * channels // 4) * sharding.batch_ways() // (batch * vocab)
-    return max(1, min(length, wanted))
+    positions = max(CHUNK, vocab * channels // 4) * sharding.batch_ways() // (batch * vocab)
+    return max(1, min(length, positions))
 
 
 def _layout(mask: jax.Array, head: Head):
@@ -52,20 +52,21 @@ def _layout(mask: jax.Array, head: Head):
 
 
 def _counted(mask: jax.Array, width: int):
-    """The scope of a loop over chunks, by whose name `jaxpost.fit` knows how long it is where everything is learned."""
+    """The scope of a loop over chunks; its name tells `jaxpost.fit` the largest number of trips."""
     return jax.named_scope(f"at_most_{-(-mask.shape[1] // width)}_times")
 
 
 def _take(x: jax.Array, order: jax.Array, width: int) -> jax.Array:
-    """x [B,S,...] in the given order, filled up to whole chunks with copies of its last place: whatever is computed of them is
-    dropped, and has no gradient, but must be as finite as the rest (a temperature of zero would not be).
+    """x [B,S,...] in this order, padded to whole chunks with copies of its last place.
+
+    Results of the padding are dropped and have no gradient, but must be finite: zeros would give a temperature of zero.
     """
     x = jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % width)] + [(0, 0)] * (x.ndim - 2), mode="edge")
 
 
 def _kept(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """x [B,S,...] where the mask is, zero elsewhere."""
+    """x [B,S,...] in the mask, zero elsewhere."""
     return jnp.where(mask.reshape(*mask.shape, *[1] * (x.ndim - 2)), x, 0)
 
 
@@ -142,9 +143,7 @@ _over_head.defvjp(_forward, _backward)
 
 
 def _score(logits: jax.Array, columns: dict) -> dict:
-    """What one pass over a token's logits gives: its log-probability, and without gradient the entropy and whether it is the
-    mode.
-    """
+    """A token's log-probability, and without gradient the entropy and whether the token is the mode."""
     logits = logits / columns["temperature"][:, None]
     norm = jax.nn.logsumexp(logits, axis=-1)
     # A masked sum, not a gather: it fuses with its neighbours and partitions over a split vocabulary.
@@ -158,14 +157,14 @@ def _score(logits: jax.Array, columns: dict) -> dict:
 def token_scores(output: Output, batch: Batch, mask: jax.Array | None = None) -> dict[str, jax.Array]:
     """logps, entropy and correct, each [B,S] float32 and each about the token at its own place; zero where the mask is.
 
-    mask [B,S] is batch["mask"] if not given. Logits are divided by batch["temperature"] where there is one, so that a policy is
-    scored as it was sampled. Only logps carries a gradient.
+    mask [B,S]: batch["mask"] by default. Logits are divided by batch["temperature"] where there is one, so that a policy is
+    scored as it was sampled. Only logps has a gradient.
     """
     return at_tokens(_score, output, columns=drawn(batch), mask=batch["mask"] if mask is None else mask)
 
 
 def drawn(batch: Batch) -> dict[str, jax.Array]:
-    """The columns that say what was drawn, and at what temperature."""
+    """The columns for scoring tokens: the ids, and the temperature at which they were drawn."""
     return {"tokens": batch["tokens"], "temperature": batch.get("temperature", jnp.float32(1.0))}
 
 
@@ -177,5 +176,5 @@ def at_tokens(fn: Callable, output: Output, *, columns: dict, mask: jax.Array, c
         return jnp.roll(x, -1, axis=1) if jnp.ndim(x) else x
 
     keep = before(mask).at[:, -1].set(False)
-    found = over_head(fn, output.hidden, output.head, {k: before(v) for k, v in columns.items()}, keep, constants)
-    return {k: jnp.roll(v, 1, axis=1) for k, v in found.items()}
+    results = over_head(fn, output.hidden, output.head, {k: before(v) for k, v in columns.items()}, keep, constants)
+    return {k: jnp.roll(v, 1, axis=1) for k, v in results.items()}

@@ -1,15 +1,15 @@
-"""What the losses over pairs share: the pairs of a batch, and how arithmetic on pairs becomes an objective.
+"""The pairs of a batch, and decorators that make a loss over pairs an objective.
 
-A pair is two consecutive documents of a row, the chosen before the rejected (`documents.sides`). A method of the family is a
-function of `Pairs` that gives each pair's loss [B,P], or several Terms of [B,P] arrays. `pairwise` makes an objective of it:
+A pair is two consecutive documents of a row, the chosen before the rejected (`documents.sides`). A method is a function from
+`Pairs` to the loss of each pair [B,P], or to several Terms of [B,P] arrays. `pairwise` makes it an objective:
 
     @pairwise
     def mine(pairs, *, beta=0.1):
         return -jax.nn.log_sigmoid(beta * (pairs.chosen - pairs.rejected))
 
-Each Term is a sum over pairs divided by the global batch's number of pairs (or by the weights that the method gives). `around`
-makes an objective of a function Pairs -> Pairs: it changes what another method sees. `composed` makes one of several methods.
-So every method takes every change, all of them score the tokens once, and what needs the whole batch is prepared for each.
+Each Term is a sum over pairs, divided by the global batch's number of pairs or by the method's own weights. `around` makes a
+function Pairs -> Pairs an objective, which changes the pairs that another method reads. `composed` combines several methods.
+Every change works with every method, and the tokens are scored once.
 """
 
 import dataclasses
@@ -36,10 +36,10 @@ def _itself(x):
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """The pairs of a batch; what is said of pairs is [B,P].
+    """The pairs of a batch; arrays over pairs are [B,P].
 
-    scores: the tokens' logps, entropy and correct [B,S]. emphasis [B,S]: how much each token's log-probability counts. score:
-    what a log-ratio becomes. weight [B,P]: how much each pair's loss counts. prepared: columns [B,P] made of the whole batch.
+    scores: the tokens' logps, entropy and correct [B,S]. emphasis [B,S]: the weight of each token's log-probability. score: a
+    function of the log-ratios. weight [B,P]: the weight of each pair's loss. prepared: columns [B,P] made from the whole batch.
     """
 
     output: Output
@@ -57,7 +57,7 @@ class Pairs:
 
     @property
     def real(self) -> jax.Array:
-        """[B,P] bool: whether there is a pair, both of its completions with tokens."""
+        """[B,P] bool: whether there is a pair, with tokens in both completions."""
         return (self.lengths[0] > 0) & (self.lengths[1] > 0)
 
     @functools.cached_property
@@ -77,7 +77,7 @@ class Pairs:
 
     @property
     def chosen(self) -> jax.Array:
-        """The chosen completion's score: its log-ratio, unless a divergence makes something else of it."""
+        """The chosen completion's score: its log-ratio, or a divergence's function of it."""
         return self.score(self.ratios[0])
 
     @property
@@ -86,12 +86,12 @@ class Pairs:
         return self.score(self.ratios[1])
 
     def means(self, sides: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """Numbers of both completions, a token."""
+        """Sums over both completions, divided by their lengths."""
         return tuple(x / jnp.maximum(n, 1.0) for x, n in zip(sides, self.lengths, strict=True))
 
     @property
     def nll(self) -> jax.Array:
-        """Negative log-likelihood of the chosen completion, all of its tokens at full weight."""
+        """Negative log-likelihood of the chosen completion, without emphasis."""
         return -documents.sides(documents.sums(self.scores["logps"], self.batch))[0]
 
     def constant(self, name: str) -> jax.Array:
@@ -100,28 +100,28 @@ class Pairs:
 
 
 class Part(NamedTuple):
-    """A method with its settings, and what it sees the pairs through (outermost first): one summand of an objective."""
+    """One summand of an objective: a method with its settings, and changes to the pairs that it reads (outermost first)."""
 
     name: str
     loss: Callable
     settings: dict
     columns: dict
-    rewards: Callable  # Pairs -> (chosen, rejected): what is reported, times the setting beta, as the implicit rewards
-    prepare: Callable | None  # Pairs -> columns [B,P], of the whole batch
-    through: tuple[Callable, ...] = ()
+    rewards: Callable  # Pairs -> (chosen, rejected); the reported rewards are these times the setting beta
+    prepare: Callable | None  # Pairs -> columns [B,P], from the whole batch
+    changes: tuple[Callable, ...] = ()
     coefficient: float = 1.0
 
-    def sees(self, pairs: Pairs) -> Pairs:
-        """The pairs as this method sees them."""
-        pairs = functools.reduce(lambda p, change: change(p), self.through, pairs)
-        own = f"{self.name}:"
-        prepared = {k.removeprefix(own): v for k, v in pairs.batch.items() if k.startswith(own)}
+    def changed(self, pairs: Pairs) -> Pairs:
+        """The pairs with this method's changes and prepared columns."""
+        pairs = functools.reduce(lambda p, change: change(p), self.changes, pairs)
+        prefix = f"{self.name}:"
+        prepared = {k.removeprefix(prefix): v for k, v in pairs.batch.items() if k.startswith(prefix)}
         return dataclasses.replace(pairs, prepared=prepared)
 
     def terms(self, pairs: Pairs) -> dict[str, Term]:
-        """The method's Terms, summed over the pairs that are there."""
-        found = self.loss(pairs, **self.settings)
-        named = {f"{self.name}/{k}": t for k, t in found.items()} if isinstance(found, dict) else {self.name: Term(found, 1.0)}
+        """The method's Terms, summed over the real pairs."""
+        loss = self.loss(pairs, **self.settings)
+        named = {f"{self.name}/{k}": t for k, t in loss.items()} if isinstance(loss, dict) else {self.name: Term(loss, 1.0)}
 
         def summed(t):
             value, weight = (jnp.sum(jnp.where(pairs.real, x, 0.0)) for x in (pairs.weight * t.sum, t.weight))
@@ -133,8 +133,8 @@ class Part(NamedTuple):
 def pairwise(loss=None, *, columns: dict = REFERENCE, rewards: Callable | None = None, prepare: Callable | None = None):
     """The objective of a method: loss(pairs, *, keywords) -> [B,P], or {name: Term of [B,P] arrays}.
 
-    columns: what it reads besides tokens, segments and mask. rewards: of which numbers the reported rewards are made; the
-    log-ratios if None. prepare: Pairs -> columns [B,P] of the whole batch, which it finds in pairs.prepared.
+    columns: what it reads besides tokens, segments and mask. rewards: as in Part; the log-ratios if None. prepare: Pairs ->
+    columns [B,P] from the whole batch, which the loss reads from pairs.prepared.
     """
     if loss is None:
         return functools.partial(pairwise, columns=columns, rewards=rewards, prepare=prepare)
@@ -143,17 +143,17 @@ def pairwise(loss=None, *, columns: dict = REFERENCE, rewards: Callable | None =
 
 
 def around(change: Callable) -> Callable:
-    """The objective of a change: change(pairs, *, of, keywords) -> Pairs, which the objective named by `of` then sees."""
+    """The objective of a change: change(pairs, *, of, keywords) -> Pairs, which the objective `of` then reads."""
 
     def parts(settings):
-        see = functools.partial(change, **settings)
-        return [part._replace(through=(see, *part.through)) for part in inside(settings["of"])]
+        bound = functools.partial(change, **settings)
+        return [part._replace(changes=(bound, *part.changes)) for part in inside(settings["of"])]
 
     return _objective(change, parts)
 
 
 def composed(make: Callable) -> Callable:
-    """The objective of several methods: make(*, keywords) -> their Parts."""
+    """The objective of several methods: make(*, keywords) -> [Part]."""
     return _objective(make, lambda settings: make(**settings))
 
 
@@ -166,34 +166,35 @@ def inside(entry: Any) -> list[Part]:
 
 
 def _objective(function: Callable, parts: Callable, prepares: bool = True) -> Callable:
-    """(forward, params, batch, key, *, the function's keywords) -> terms, metrics; parts: settings -> [Part]; prepares: whether
-    any of them may need the whole batch."""
-    takes = inspect.signature(function).parameters.values()
-    keywords = [p for p in takes if p.kind is p.KEYWORD_ONLY]
-    defaults = {p.name: p.default for p in keywords if p.default is not p.empty}
-    placed = [inspect.Parameter(k, inspect.Parameter.POSITIONAL_OR_KEYWORD) for k in ("forward", "params", "batch", "key")]
+    """(forward, params, batch, key, *, the function's keywords) -> terms, metrics.
 
-    def settled(options):
+    parts: settings -> [Part]. prepares: whether any of them may read the whole batch.
+    """
+    keywords = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    defaults = {p.name: p.default for p in keywords if p.default is not p.empty}
+    positional = [inspect.Parameter(k, inspect.Parameter.POSITIONAL_OR_KEYWORD) for k in ("forward", "params", "batch", "key")]
+
+    def parts_of(options):
         return parts({**defaults, **options})
 
     @functools.wraps(function)
     def objective(forward, params, batch, key, **options):
-        found, pairs = settled(options), _read(forward, params, batch)
-        terms = [part.terms(part.sees(pairs)) for part in found]
-        return functools.reduce(dict.__or__, terms), _metrics(found[0], found[0].sees(pairs))
+        summands, pairs = parts_of(options), _read(forward, params, batch)
+        terms = [part.terms(part.changed(pairs)) for part in summands]
+        return functools.reduce(dict.__or__, terms), _metrics(summands[0], summands[0].changed(pairs))
 
     def prepare(forward, params, batch, key, **options):
-        makers, columns = [part for part in settled(options) if part.prepare], {}
-        pairs = _read(forward, params, batch) if makers else None
-        for part in makers:
-            columns |= {f"{part.name}:{k}": v for k, v in part.prepare(part.sees(pairs)).items()}
+        prepared, columns = [part for part in parts_of(options) if part.prepare], {}
+        pairs = _read(forward, params, batch) if prepared else None
+        for part in prepared:
+            columns |= {f"{part.name}:{k}": v for k, v in part.prepare(part.changed(pairs)).items()}
         return columns
 
     def columns(**options):
-        return functools.reduce(dict.__or__, [part.columns for part in settled(options)])
+        return functools.reduce(dict.__or__, [part.columns for part in parts_of(options)])
 
-    objective.__signature__ = prepare.__signature__ = inspect.Signature([*placed, *keywords])
-    objective.pair_parts = lambda options: parts({**defaults, **options})
+    objective.__signature__ = prepare.__signature__ = inspect.Signature([*positional, *keywords])
+    objective.pair_parts = parts_of
     return declare.objective(rows="pairs", columns=columns, prepare=prepare if prepares else None)(objective)
 
 
@@ -203,7 +204,7 @@ def _read(forward: Callable, params: Any, batch: Batch) -> Pairs:
 
 
 def _metrics(part: Part, pairs: Pairs) -> dict:
-    """What every method reports, under TRL's names: of the first one's rewards, where there are several."""
+    """The metrics of every method, under TRL's names; of several methods the rewards are the first one's."""
     real, batch, beta = pairs.real, pairs.batch, part.settings.get("beta", 1.0)
     chosen, rejected = (beta * x for x in part.rewards(pairs))
     learned = batch["mask"] & (batch["segments"] % 2 == 1)

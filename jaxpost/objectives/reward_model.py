@@ -1,10 +1,10 @@
-"""Reward models: a scalar head on the hidden states, learned from comparisons, from numbers, or step by step.
+"""Reward models: a scalar head on the hidden states, trained on comparisons, ratings, labels or steps.
 
-The head is one more leaf of the parameters, params["reward_head"]["kernel"] [D,1], which these objectives declare (`leaves`)
-and start at zero: every reward is 0 at first. A document's reward is the head at the last token of its completion, the stop
-token: rewards(hidden)[last]. The hidden state at a token has seen it, unlike the one that predicts it.
+The head is one more leaf of the parameters, params["reward_head"]["kernel"] [D,1], which these objectives declare (`leaves`).
+It starts at zero, so every reward is 0 at first. A document's reward is the head at the last token of its completion, the stop
+token: rewards(hidden)[last]. The hidden state at a token depends on it, unlike the one that predicts it.
 
-A trained one scores by `token_rewards`. Losses are means over pairs, documents or steps of the global batch.
+A trained model scores by `token_rewards`. Losses are means over pairs, documents or steps of the global batch.
 """
 
 import jax
@@ -16,22 +16,22 @@ from jaxpost.models import heads
 from jaxpost.objectives import documents
 from jaxpost.types import Batch, Output, Params, Term
 
-# What the parameters need besides the model's: path -> (letters, the value to begin with). D is the model's width.
+# Leaves beside the model's: path -> (axis letters, first value). D is the model's width.
 LEAVES = {"reward_head/kernel": ("D1", 0.0)}
 LABELS, MARGINS = {"labels": Column("BS", "float32")}, {"margins": Column("BS", "float32")}
 
 
 def token_rewards(params: Params, output: Output) -> jax.Array:
-    """[B,S] float32: what the scalar head makes of each token's hidden state."""
+    """[B,S] float32: the scalar head at each token's hidden state."""
     return heads.scalar(output.hidden, params["reward_head"]["kernel"])
 
 
-def _of_documents(forward, params, batch: Batch) -> jax.Array:
+def _document_rewards(forward, params, batch: Batch) -> jax.Array:
     return documents.last(token_rewards(params, forward(params, batch)), batch)
 
 
-def _spread(rewards: jax.Array, real: jax.Array) -> dict:
-    """TRL's metrics of the rewards themselves."""
+def _reward_metrics(rewards: jax.Array, real: jax.Array) -> dict:
+    """TRL's metrics of the rewards."""
     return {
         "mean_reward": masked_mean(rewards, real),
         "min_reward": Min(jnp.min(jnp.where(real, rewards, jnp.inf))),
@@ -40,7 +40,7 @@ def _spread(rewards: jax.Array, real: jax.Array) -> dict:
 
 
 def _compared(forward, params, batch: Batch, margins: jax.Array | float, centring: float) -> tuple[dict, dict]:
-    rewards, lengths = _of_documents(forward, params, batch), documents.lengths(batch)
+    rewards, lengths = _document_rewards(forward, params, batch), documents.lengths(batch)
     (chosen, rejected), (n, m) = documents.sides(rewards), documents.sides(lengths)
     real = (n > 0) & (m > 0)
     pairs = jnp.sum(real.astype(jnp.float32))
@@ -48,16 +48,17 @@ def _compared(forward, params, batch: Batch, margins: jax.Array | float, centrin
     if centring:
         terms["centring"] = Term(jnp.sum(jnp.where(real, (chosen + rejected) ** 2, 0.0)), pairs, centring)
     metrics = {"accuracy": masked_mean(chosen > rejected, real), "margin": masked_mean(chosen - rejected, real)}
-    return terms, metrics | _spread(rewards, documents.of_pairs(real))
+    return terms, metrics | _reward_metrics(rewards, documents.of_pairs(real))
 
 
 @objective(rows="pairs", leaves=LEAVES)
 def bradley_terry(forward, params, batch, key, *, centring: float = 0.0):
-    """A model of comparisons:  L = -log s(R_c - R_r) + centring (R_c + R_r)^2.
+    """Comparisons:  L = -log s(R_c - R_r) + centring (R_c + R_r)^2.
 
-    Pairs lie as for preference.sigmoid: two consecutive documents of a row, the chosen first. centring keeps rewards around 0,
-    which comparisons leave open ("Helping or Herding? Reward Model Ensembles Mitigate but do not Eliminate Reward Hacking";
-    0.01 there). log 2 at the first step. Source: "Training language models to follow instructions with human feedback".
+    Pairs are laid out as for preference.sigmoid: two consecutive documents of a row, the chosen first. centring keeps rewards
+    near 0, since comparisons do not fix their mean ("Helping or Herding? Reward Model Ensembles Mitigate but do not Eliminate
+    Reward Hacking"; 0.01 there). log 2 at the first step. Source: "Training language models to follow instructions with human
+    feedback".
     """
     return _compared(forward, params, batch, 0.0, centring)
 
@@ -66,7 +67,7 @@ def bradley_terry(forward, params, batch, key, *, centring: float = 0.0):
 def offset(forward, params, batch, key, *, centring: float = 0.0):
     """Comparisons with a margin:  L = -log s(R_c - R_r - m) + centring (R_c + R_r)^2,  m the column `margins` [B,S].
 
-    It differs from bradley_terry in how far apart a pair should be, which the data says. Source: "Llama 2: Open Foundation and
+    It differs from bradley_terry in a margin for each pair, which the data gives. Source: "Llama 2: Open Foundation and
     Fine-Tuned Chat Models".
     """
     margins, _ = documents.sides(documents.constants(batch["margins"], batch))
@@ -74,10 +75,10 @@ def offset(forward, params, batch, key, *, centring: float = 0.0):
 
 
 def _labelled(forward, params, batch: Batch, loss) -> tuple[dict, dict]:
-    rewards, real = _of_documents(forward, params, batch), documents.lengths(batch) > 0
+    rewards, real = _document_rewards(forward, params, batch), documents.lengths(batch) > 0
     labels = documents.constants(batch["labels"], batch)
     total = jnp.sum(jnp.where(real, loss(rewards, labels), 0.0))
-    return {"reward": Term(total, jnp.sum(real.astype(jnp.float32)))}, _spread(rewards, real)
+    return {"reward": Term(total, jnp.sum(real.astype(jnp.float32)))}, _reward_metrics(rewards, real)
 
 
 @objective(rows="scored", columns=LABELS, leaves=LEAVES)
@@ -107,10 +108,10 @@ def _cross_entropy(rewards: jax.Array, labels: jax.Array) -> jax.Array:
 def process(forward, params, batch, key):
     """Steps of a solution:  L = -y_t log s(R_t) - (1 - y_t) log s(-R_t)  at the token t that ends each step.
 
-    labels [B,S]: at such a token whether the step is right (0 to 1), -1 at all others; a token must be in the mask too. It
-    differs from logistic in judging every step, not only the end. Source: "Let's Verify Step by Step".
+    labels [B,S]: at such a token whether the step is right (0 to 1), -1 at all others; only learned tokens count. It differs
+    from logistic in labelling every step, not only the end. Source: "Let's Verify Step by Step".
     """
     rewards, labels = token_rewards(params, forward(params, batch)), batch["labels"]
     ends = batch["mask"] & (labels >= 0)
     loss = Term(jnp.sum(jnp.where(ends, _cross_entropy(rewards, labels), 0.0)), jnp.sum(ends.astype(jnp.float32)))
-    return {"reward": loss}, {"accuracy": masked_mean((rewards > 0) == (labels > 0.5), ends), **_spread(rewards, ends)}
+    return {"reward": loss}, {"accuracy": masked_mean((rewards > 0) == (labels > 0.5), ends), **_reward_metrics(rewards, ends)}

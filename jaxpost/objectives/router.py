@@ -1,7 +1,7 @@
-"""Balancing the router of a mixture of experts, beside any other objective.
+"""Load balancing for the router of a mixture of experts, added to any other objective.
 
-A router left alone sends most tokens to few experts. The usual remedy adds a term that is smallest when probability and load
-are spread evenly; it is a Term like any other, with its own denominator.
+Without it a router sends most tokens to few experts. The term is smallest when probability and load are even; it is a Term like
+any other, with its own denominator.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from jaxpost.types import Term
 
 
 def _loads(forward, params, batch, key, *, of: Mapping | str = "sft.nll"):
-    """The other objective's columns, and router_load [B,L,E]: every row holds the whole batch's f."""
+    """The other objective's columns, and router_load [B,L,E]: f of the whole batch, in every row."""
     columns = with_prepared(resolve(of, "objectives"), forward, params, batch, key)
     picks = _router(forward(params, batch))["picks"]
     tokens = jnp.maximum(jnp.sum((batch["segments"] > 0).astype(jnp.float32)), 1.0)
@@ -25,23 +25,23 @@ def _loads(forward, params, batch, key, *, of: Mapping | str = "sft.nll"):
 
 
 def _masks(of: Mapping | str = "sft.nll", **_):
-    """The router has an opinion on every real token, beside what the other objective learns from."""
+    """The other objective's masks, and all real tokens, which the router learns from."""
     return *declared(resolve(of, "objectives"), "masks"), "segments"
 
 
 @objective(prepare=_loads, masks=_masks)
 def balanced(forward, params, batch, key, *, of: Mapping | str = "sft.nll", coefficient: float = 0.001):
-    """Another objective, and the load-balancing term of its router:
+    """Another objective plus a load-balancing term:
 
         L = L_of + coefficient * (1/L) sum_l E sum_e f_le P_le
 
-    f_le: how many of the batch's real tokens layer l sends to expert e, per token (they add up to the number chosen); P_le: the
-    mean probability that its router gives e. f is a constant of the whole global batch, taken by `prepare` in one more forward
-    pass; the gradient goes through P. Evenly spread, the term is the number chosen. of: the other objective, as a config entry.
+    f_le: the share of real tokens that layer l sends to expert e; these add up to k, the number of experts a token. P_le: the
+    mean probability of expert e. f is computed over the global batch by `prepare`, in one more forward pass, and has no
+    gradient; P has. With an even load the term is k. of: the other objective, as a config entry.
 
-    It differs from transformers' `router_aux_loss_coef` in that each layer is balanced by itself; with one layer the two are
-    equal. Raises UserError for a model without experts. Source: "Switch Transformers: Scaling to Trillion Parameter Models with
-    Simple and Efficient Sparsity", equations 4 to 6.
+    It differs from transformers' `router_aux_loss_coef` in balancing each layer by itself; with one layer the two are equal.
+    Raises UserError for a model without experts. Source: "Switch Transformers: Scaling to Trillion Parameter Models with Simple
+    and Efficient Sparsity", equations 4 to 6.
     """
     out = forward(params, batch)
     terms, metrics = resolve(of, "objectives")(lambda p, b: out if b is batch else forward(p, b), params, batch, key)

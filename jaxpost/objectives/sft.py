@@ -2,8 +2,8 @@
 
     grad = sum over tokens of  weight * d log p(token)
 
-Each function differs from its sibling in that weight alone, and each is a sum over the mask divided by the mask's size over the
-whole global batch, so a long example counts for its length however the batch is split.
+The functions differ in that weight alone. Each loss is a sum over the learned tokens, divided by their number in the global
+batch: a long example counts by its length, however the batch is split.
 """
 
 import jax
@@ -36,8 +36,8 @@ def nll(forward, params, batch, key):
 def dft(forward, params, batch, key):
     """Dynamic fine-tuning:  L = - sum_t m_t sg(p_t) log p_t / sum_t m_t,  whose gradient is that of -p_t.
 
-    It differs from nll in the token's own probability as its weight, taken as a constant (sg: no gradient), which cancels the
-    1/p_t hidden in the likelihood's gradient. Also reports nll, which the loss no longer is. Source: "On the Generalization of
+    It differs from nll in weighing each token by its own probability, without gradient (sg). That cancels the 1/p_t in the
+    gradient of log p_t. Also reports nll. Source: "On the Generalization of
     SFT: A Reinforcement Learning Perspective with Reward Rectification".
     """
     mask = batch["mask"]

@@ -1,14 +1,14 @@
-"""What a sampled token's loss is: the stabilisation and the reference policy of the policy-gradient estimator, as a table.
+"""Surrogates: the loss of a sampled token, that is `stable_mask` and `reference_policy` of the policy-gradient estimator.
 
     grad = sum over tokens of  stable_mask * advantage / reference_policy * d policy
 
-A surrogate is a function of the `Rollouts` of a batch that gives every token's loss; A is the token's advantage, r = policy /
-policy that sampled, n the tokens of its completion. With the sampling weights themselves r = 1 exactly, and each surrogate has
-the gradient -A d log policy, up to the constant its docstring states. A weighting is a function of the same that gives what
-every token's loss is multiplied by. `estimator` makes objectives of both.
+A surrogate maps a `PolicyBatch` to the loss of each token. A is the token's advantage, r the ratio of the policy to the policy
+that sampled, n the number of tokens of its completion. At the sampling weights r is exactly 1, and each surrogate has the
+gradient -A d log policy, up to the constant that its docstring states. A weighting maps a `PolicyBatch` to a factor for the
+loss of each token. `estimator` makes objectives of both.
 
-No ratio is larger than e^20, and beyond that it has no gradient: exp would overflow, and infinity times an advantage of zero is
-no number. Advantages, old log-probabilities and weightings are constants.
+Ratios are clamped at e^20, and have no gradient beyond it: exp would overflow, and infinity times a zero advantage is nan.
+Advantages, old log-probabilities and weightings have no gradient.
 """
 
 import dataclasses
@@ -24,66 +24,66 @@ from jaxpost.declare import part
 from jaxpost.objectives import documents
 from jaxpost.types import Batch, Output, Params
 
-MOST = 20.0  # nats
+MAX_LOG_RATIO = 20.0  # nats
 
 
 @dataclasses.dataclass(frozen=True)
-class Rollouts:
-    """A batch of completions and what the policy says of them now; arrays are [B,S], in nats, and mean something at the mask.
+class PolicyBatch:
+    """A batch of completions with the current policy's log-probabilities and entropies [B,S], in nats, valid at the mask.
 
     entropy has a gradient only where a term asks for it.
     """
 
     params: Params
     output: Output
-    batch: Batch
+    columns: Batch
     logps: jax.Array
     entropy: jax.Array
 
     @property
     def mask(self) -> jax.Array:
         """The sampled tokens."""
-        return self.batch["mask"]
+        return self.columns["mask"]
 
     def constant(self, name: str) -> jax.Array:
-        """A column of the batch where the mask is, zero elsewhere; it has no gradient."""
-        return jnp.where(self.mask, jax.lax.stop_gradient(self.batch[name]), 0.0)
+        """A column at the learned tokens, zero elsewhere, without gradient."""
+        return jnp.where(self.mask, jax.lax.stop_gradient(self.columns[name]), 0.0)
 
     @functools.cached_property
     def advantages(self) -> jax.Array:
-        """How much better than expected each token turned out."""
+        """A: how much better than expected each token turned out."""
         return self.constant("advantages")
 
     @functools.cached_property
-    def drift(self) -> jax.Array:
-        """log r: the policy's log-probability less that of the policy that sampled."""
+    def log_ratio(self) -> jax.Array:
+        """log r: the policy's log-probability minus that of the policy that sampled."""
         return jnp.where(self.mask, self.logps, 0.0) - self.constant("old_logps")
 
     @property
     def ratio(self) -> jax.Array:
         """r."""
-        return _exp(self.drift)
+        return _exp(self.log_ratio)
 
     @functools.cached_property
     def lengths(self) -> jax.Array:
-        """[B,N] float32: n of every document; 1 where there is no completion, to divide by."""
-        return jnp.maximum(documents.lengths(self.batch), 1.0)
+        """[B,N] float32: n of each document, at least 1, to divide by."""
+        return jnp.maximum(documents.lengths(self.columns), 1.0)
 
     def total(self, values: jax.Array) -> jax.Array:
-        """values summed over each completion, at each of its tokens."""
-        return self.spread(documents.sums(values, self.batch))
+        """The sum of values over each completion, at each of its tokens."""
+        return self.spread(documents.sums(values, self.columns))
 
     def mean(self, values: jax.Array) -> jax.Array:
         """The mean of values over each completion, at each of its tokens."""
-        return self.spread(documents.sums(values, self.batch) / self.lengths)
+        return self.spread(documents.sums(values, self.columns) / self.lengths)
 
     def spread(self, numbers: jax.Array) -> jax.Array:
-        """Numbers [B,N] of documents, at each of their tokens."""
-        return documents.over_tokens(numbers, self.batch)
+        """The documents' numbers [B,N] at each of their tokens."""
+        return documents.over_tokens(numbers, self.columns)
 
 
 class Surrogate(NamedTuple):
-    """Every token's loss [B,S], and where the ratio was too low or too high for it to have a gradient; None: it always has."""
+    """The loss of each token [B,S], and where it is clipped because its ratio is too low or too high; None: never."""
 
     loss: jax.Array
     low: jax.Array | None = None
@@ -91,12 +91,12 @@ class Surrogate(NamedTuple):
 
 
 def _exp(x: jax.Array) -> jax.Array:
-    return jnp.exp(jnp.minimum(x, MOST))
+    return jnp.exp(jnp.minimum(x, MAX_LOG_RATIO))
 
 
 def _clipped(ratio, advantages, low: float, high: float, dual: float | None = None, delta: float | None = None) -> Surrogate:
-    used = ratio if delta is None else jnp.minimum(ratio, delta)
-    loss = -jnp.minimum(used * advantages, jnp.clip(ratio, 1 - low, 1 + high) * advantages)
+    capped = ratio if delta is None else jnp.minimum(ratio, delta)
+    loss = -jnp.minimum(capped * advantages, jnp.clip(ratio, 1 - low, 1 + high) * advantages)
     if dual is not None:
         loss = jnp.where(advantages < 0, jnp.minimum(loss, -dual * advantages), loss)
     return Surrogate(loss, (ratio < 1 - low) & (advantages < 0), (ratio > 1 + high) & (advantages > 0))
@@ -105,116 +105,117 @@ def _clipped(ratio, advantages, low: float, high: float, dual: float | None = No
 # ---------------------------------------------------------------------------------------------------------- Surrogates
 
 
-def reinforce(seen: Rollouts) -> Surrogate:
-    """-A log policy: the reference is the policy itself, so that old rollouts are taken for new ones."""
-    return Surrogate(-seen.advantages * seen.logps)
+def reinforce(batch: PolicyBatch) -> Surrogate:
+    """-A log policy: the reference is the current policy, so that stale rollouts count as fresh ones."""
+    return Surrogate(-batch.advantages * batch.logps)
 
 
 @part(off_policy=True)
 def clip(
-    seen: Rollouts, *, low: float = 0.2, high: float = 0.2, dual: float | None = None, delta: float | None = None
+    batch: PolicyBatch, *, low: float = 0.2, high: float = 0.2, dual: float | None = None, delta: float | None = None
 ) -> Surrogate:
     """PPO's  -min(r A, clip(r, 1 - low, 1 + high) A).
 
-    dual: for A < 0 a loss of at most -dual A, above 1 + high (dual clip; verl's default is 3). delta: for A < 0 no gradient
-    where r is above it (two-sided clipping; above 1 + high).
+    dual: where A < 0 the loss is at most -dual A (dual clip; verl's default is 3). delta: where A < 0 there is no gradient
+    above r = delta (two-sided clipping). Both must be larger than 1 + high.
     """
-    return _clipped(seen.ratio, seen.advantages, low, high, dual, delta)
+    return _clipped(batch.ratio, batch.advantages, low, high, dual, delta)
 
 
 @part(off_policy=True)
-def gspo(seen: Rollouts, *, low: float = 3e-4, high: float = 4e-4) -> Surrogate:
+def gspo(batch: PolicyBatch, *, low: float = 3e-4, high: float = 4e-4) -> Surrogate:
     """clip with the sequence's ratio at every token, s = exp(mean over the completion of log r).
 
-    Its gradient goes through each token's own log-probability, with the weight s: the same as that of the sequence's loss where
-    A is constant, and it takes advantages of tokens too. low and high are of the scale of a mean: 0.2 would never clip.
+    The gradient goes through each token's own log-probability, weighted by s. Where A is constant, it equals the gradient of
+    the sequence's loss. Advantages may also differ by token. low and high have the scale of a mean: 0.2 would never clip.
     """
-    own = seen.logps - jax.lax.stop_gradient(seen.logps)
-    return _clipped(_exp(jax.lax.stop_gradient(seen.mean(seen.drift)) + own), seen.advantages, low, high)
+    zero = batch.logps - jax.lax.stop_gradient(batch.logps)  # carries the gradient
+    return _clipped(_exp(jax.lax.stop_gradient(batch.mean(batch.log_ratio)) + zero), batch.advantages, low, high)
 
 
 @part(off_policy=True, sequence_level=True)
-def sequence_clip(seen: Rollouts, *, low: float = 0.2, high: float = 0.2) -> Surrogate:
-    """clip of the completion as one action, r = exp(sum of log r); the tokens share its loss, a part of 1/n each.
+def sequence_clip(batch: PolicyBatch, *, low: float = 0.2, high: float = 0.2) -> Surrogate:
+    """clip of the completion as one action, r = exp(sum of log r); each token has 1/n of its loss.
 
-    For sums over the completion (sequence_sum, constant), whose loss is then the completion's. A is constant over it.
+    For aggregations that sum over the completion (sequence_sum, constant). A is constant over a completion.
     """
-    advantages = documents.constants(seen.advantages, seen.batch)
-    found = _clipped(_exp(documents.sums(seen.drift, seen.batch)), advantages, low, high)
-    return Surrogate(seen.spread(found.loss / seen.lengths), seen.spread(found.low), seen.spread(found.high))
+    advantages = documents.constants(batch.advantages, batch.columns)
+    clipped = _clipped(_exp(documents.sums(batch.log_ratio, batch.columns)), advantages, low, high)
+    return Surrogate(batch.spread(clipped.loss / batch.lengths), batch.spread(clipped.low), batch.spread(clipped.high))
 
 
 @part(off_policy=True)
-def cispo(seen: Rollouts, *, cap: float = 5.0) -> Surrogate:
-    """-min(r, cap) A log policy, the weight a constant: no token loses its gradient.
+def cispo(batch: PolicyBatch, *, cap: float = 5.0) -> Surrogate:
+    """-min(r, cap) A log policy, the weight without gradient: every token keeps its gradient.
 
-    cap is an absolute ratio, as TRL's epsilon_high is; elsewhere it is written 1 + high. There is no lower bound.
+    cap is an absolute ratio, as TRL's epsilon_high; others write 1 + high. There is no lower bound.
     """
-    weight = jax.lax.stop_gradient(jnp.minimum(seen.ratio, cap))
-    return Surrogate(-weight * seen.advantages * seen.logps)
+    weight = jax.lax.stop_gradient(jnp.minimum(batch.ratio, cap))
+    return Surrogate(-weight * batch.advantages * batch.logps)
 
 
 @part(off_policy=True)
-def sapo(seen: Rollouts, *, positive: float = 1.0, negative: float = 1.05) -> Surrogate:
-    """-f(r) A,  f(r) = 4/t s(t (r - 1)),  t = positive where A > 0, else negative: a soft gate where clip has an edge.
+def sapo(batch: PolicyBatch, *, positive: float = 1.0, negative: float = 1.05) -> Surrogate:
+    """-f(r) A,  f(r) = 4/t s(t (r - 1)),  t = positive where A > 0, else negative: a soft gate in place of the clip.
 
-    f'(1) = 1, while f(1) = 2/t.
+    f'(1) = 1 and f(1) = 2/t.
     """
-    t = jnp.where(seen.advantages > 0, positive, negative)
-    return Surrogate(-4 / t * jax.nn.sigmoid(t * (seen.ratio - 1)) * seen.advantages)
+    t = jnp.where(batch.advantages > 0, positive, negative)
+    return Surrogate(-4 / t * jax.nn.sigmoid(t * (batch.ratio - 1)) * batch.advantages)
 
 
 @part(off_policy=True)
-def gmpo(seen: Rollouts, *, low: float = 0.4, high: float = 0.4) -> Surrogate:
-    """-A times the geometric mean of the completion's ratios, each within e^-low and e^high where that makes the loss larger.
+def gmpo(batch: PolicyBatch, *, low: float = 0.4, high: float = 0.4) -> Surrogate:
+    """-A times the geometric mean of the completion's ratios, each clipped to [e^-low, e^high] where that raises the loss.
 
-    For means over the completion (sequence_mean): every token has its completion's loss. A is its mean over the tokens. The
-    gradient at r = 1 is that of -A mean of log policy.
+    For an aggregation that averages over the completion (sequence_mean): each token has its completion's loss. A is averaged
+    over the tokens. The gradient at r = 1 is that of -A mean of log policy.
     """
-    advantages = seen.mean(seen.advantages)
-    low_cut, high_cut = (seen.drift < -low) & (advantages < 0), (seen.drift > high) & (advantages > 0)
-    stable = jnp.where(low_cut, -low, jnp.where(high_cut, high, seen.drift))
-    return Surrogate(-_exp(seen.mean(stable)) * advantages, low_cut, high_cut)
+    advantages = batch.mean(batch.advantages)
+    low_cut, high_cut = (batch.log_ratio < -low) & (advantages < 0), (batch.log_ratio > high) & (advantages > 0)
+    stable = jnp.where(low_cut, -low, jnp.where(high_cut, high, batch.log_ratio))
+    return Surrogate(-_exp(batch.mean(stable)) * advantages, low_cut, high_cut)
 
 
 @part(off_policy=True)
-def vespo(seen: Rollouts, *, positive: Sequence[float] = (2.0, 3.0), negative: Sequence[float] = (3.0, 2.0)) -> Surrogate:
-    """-phi(w) A log policy,  phi(w) = w^k e^(l (1 - w)),  w the whole completion's ratio, phi a constant with phi(1) = 1.
+def vespo(batch: PolicyBatch, *, positive: Sequence[float] = (2.0, 3.0), negative: Sequence[float] = (3.0, 2.0)) -> Surrogate:
+    """-phi(w) A log policy,  phi(w) = w^k e^(l (1 - w)),  w the whole completion's ratio; phi(1) = 1, without gradient.
 
-    positive, negative: k and l where A >= 0, and where A < 0. A weight that fades on both sides of 1. Log-ratios are held
-    within 20 nats each and w above 1e-8, as TRL does. Source: "VESPO: Variational Sequence-Level Soft Policy Optimization for
-    Stable Off-Policy LLM Training".
+    positive, negative: k and l where A >= 0, and where A < 0. The weight falls off on both sides of 1. Log-ratios are clamped
+    at 20 nats each and w at 1e-8, as in TRL. Source: "VESPO: Variational Sequence-Level Soft Policy Optimization for Stable
+    Off-Policy LLM Training".
     """
-    k, decay = (jnp.where(seen.advantages >= 0, p, n) for p, n in zip(positive, negative, strict=True))
-    log_w = jnp.clip(seen.total(jnp.clip(seen.drift, -MOST, MOST)), math.log(1e-8), MOST)
+    k, decay = (jnp.where(batch.advantages >= 0, p, n) for p, n in zip(positive, negative, strict=True))
+    log_w = jnp.clip(batch.total(jnp.clip(batch.log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)), math.log(1e-8), MAX_LOG_RATIO)
     phi = jax.lax.stop_gradient(jnp.exp(decay + k * log_w - decay * jnp.exp(log_w)))
-    return Surrogate(-phi * seen.advantages * seen.logps)
+    return Surrogate(-phi * batch.advantages * batch.logps)
 
 
 # ---------------------------------------------------------------------------------------------------------- Weightings
 
 
-def _undecided(seen: Rollouts, *, share: float = 0.2) -> dict:
-    bound = jnp.nanquantile(jnp.where(seen.mask, seen.entropy, jnp.nan), 1 - share)
-    return {"undecided": seen.mask & (seen.entropy >= bound)}
+def _undecided(batch: PolicyBatch, *, share: float = 0.2) -> dict:
+    bound = jnp.nanquantile(jnp.where(batch.mask, batch.entropy, jnp.nan), 1 - share)
+    return {"undecided": batch.mask & (batch.entropy >= bound)}
 
 
 @part(prepare=_undecided)
-def top_entropy(seen: Rollouts, *, share: float = 0.2) -> jax.Array:
-    """1 for the tokens of the batch where the policy is least decided, a share of them, and 0 for the others.
+def top_entropy(batch: PolicyBatch, *, share: float = 0.2) -> jax.Array:
+    """1 for the share of the batch's tokens with the highest entropy, 0 for the others, which still count in the denominators.
 
-    They stay in the denominators. The bound is a quantile of the whole global batch, which costs a forward pass more. Source:
-    "Beyond the 80/20 Rule: High-Entropy Minority Tokens Drive Effective Reinforcement Learning for LLM Reasoning".
+    The threshold is a quantile over the global batch, which costs one more forward pass. Source: "Beyond the 80/20 Rule:
+    High-Entropy Minority Tokens Drive Effective Reinforcement Learning for LLM Reasoning".
     """
-    return seen.batch["undecided"].astype(jnp.float32)
+    return batch.columns["undecided"].astype(jnp.float32)
 
 
-def off_policy(seen: Rollouts, *, most: float = 0.1) -> jax.Array:
-    """0 for a completion with A < 0 whose mean of -log r is above `most` nats, else 1: what the policy has left behind already
-    is not pushed further. Source: "DeepSeek-V3.2: Pushing the Frontier of Open Large Language Models".
+def off_policy(batch: PolicyBatch, *, most: float = 0.1) -> jax.Array:
+    """0 for a completion with A < 0 whose mean of -log r is above `most` nats, which the policy has already left; else 1.
+
+    Source: "DeepSeek-V3.2: Pushing the Frontier of Open Large Language Models".
     """
-    gone = jax.lax.stop_gradient(-seen.mean(seen.drift)) > most
-    return jnp.where((seen.advantages < 0) & gone, 0.0, 1.0)
+    stale = jax.lax.stop_gradient(-batch.mean(batch.log_ratio)) > most
+    return jnp.where((batch.advantages < 0) & stale, 0.0, 1.0)
 
 
 SURROGATES = {f.__name__: f for f in (reinforce, clip, gspo, sequence_clip, cispo, sapo, gmpo, vespo)}

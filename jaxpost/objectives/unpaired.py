@@ -1,9 +1,9 @@
-"""Preference losses over single answers: each is good or bad by itself, and nothing is compared within a prompt.
+"""Preference losses over single answers: each is good or bad by itself, without a comparison within a prompt.
 
-Of a document, s is the log-ratio log policy / reference of its completion, summed over its tokens. The column `labels` [B,S],
-constant over a completion, says what it is: 1 desirable, 0 undesirable, -1 an answer to another prompt, which carries no loss
-and measures how far the policy has moved (kto's baseline). All read tokens, segments, mask, labels and `ref_logps` [B,S], and
-are means over the labelled documents of the global batch. Log-probabilities are in nats.
+s_i is the log-ratio log policy / reference of document i's completion, summed over tokens. The column `labels` [B,S], constant
+over a completion, is 1 for a desirable answer, 0 for an undesirable one, and -1 for an answer to another prompt, which has no
+loss and measures how far the policy has moved (kto's baseline). All read tokens, segments, mask, labels and `ref_logps` [B,S].
+Losses are means over the labelled documents of the global batch. Log-probabilities are in nats.
 """
 
 import jax
@@ -19,8 +19,9 @@ COLUMNS = {"labels": Column("BS", "float32"), **REFERENCE}
 
 
 def _ratios(forward, params, batch: Batch, learned: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, dict]:
-    """(log-ratios, log-probabilities, labels) [B,N] of the documents that the mask `learned` keeps, labels -1 for others; the
-    tokens' scores.
+    """(log-ratios, log-probabilities, labels) [B,N] of the documents with a token in `learned`, and the tokens' scores.
+
+    Labels of other documents are -1.
     """
     batch = batch | {"mask": learned}
     scores = token_scores(forward(params, batch), batch)
@@ -29,7 +30,7 @@ def _ratios(forward, params, batch: Batch, learned: jax.Array) -> tuple[jax.Arra
     return logps - documents.sums(jax.lax.stop_gradient(batch["ref_logps"]), batch), logps, labels, scores
 
 
-def _judged(forward, params, batch: Batch, beta: float, loss) -> tuple[dict, dict]:
+def _labelled(forward, params, batch: Batch, beta: float, loss) -> tuple[dict, dict]:
     """Terms and metrics of loss(log-ratios, labels) [B,N] over the labelled documents."""
     learned = batch["mask"] & (batch["labels"] >= 0)
     ratios, logps, labels, scores = _ratios(forward, params, batch, learned)
@@ -48,10 +49,10 @@ def _judged(forward, params, batch: Batch, beta: float, loss) -> tuple[dict, dic
 
 
 def _baseline(forward, params, batch, key):
-    """The clamped mean of the log-ratio over answers to other prompts, in the whole batch."""
-    moved, _, _, _ = _ratios(forward, params, batch, batch["mask"] & (batch["labels"] == -1))
-    there = documents.lengths(batch | {"mask": batch["mask"] & (batch["labels"] == -1)}) > 0
-    mean = jnp.sum(jnp.where(there, moved, 0.0)) / jnp.maximum(jnp.sum(there), 1)
+    """The mean log-ratio of answers to other prompts over the whole batch, at least 0."""
+    ratios, _, _, _ = _ratios(forward, params, batch, batch["mask"] & (batch["labels"] == -1))
+    mismatched = documents.lengths(batch | {"mask": batch["mask"] & (batch["labels"] == -1)}) > 0
+    mean = jnp.sum(jnp.where(mismatched, ratios, 0.0)) / jnp.maximum(jnp.sum(mismatched), 1)
     return {"kl_baseline": jnp.maximum(mean, 0.0)}
 
 
@@ -59,8 +60,8 @@ def _baseline(forward, params, batch, key):
 def kto(forward, params, batch, key, *, beta: float = 0.1, desirable: float = 1.0, undesirable: float = 1.0):
     """KTO:  L = w_d (1 - s(beta (s_i - z))) for a desirable answer, w_u (1 - s(beta (z - s_i))) for an undesirable one.
 
-    z = max(0, mean of s over the documents labelled -1), a constant of the whole global batch; 0 where there are none. It
-    differs from sigmoid in needing no pairs. desirable, undesirable: the weights; the paper wants w_d n_d / (w_u n_u) between 1
+    z = max(0, mean of s over the documents labelled -1), over the global batch, without gradient; 0 if there are none. It
+    differs from sigmoid in needing no pairs. desirable, undesirable: w_d and w_u; the paper keeps w_d n_d / (w_u n_u) between 1
     and 4/3. 1/2 at the first step. Source: "KTO: Model Alignment as Prospect Theoretic Optimization".
     """
     z = batch["kl_baseline"]
@@ -70,7 +71,7 @@ def kto(forward, params, batch, key, *, beta: float = 0.1, desirable: float = 1.
             good, desirable * jax.nn.sigmoid(beta * (z - ratios)), undesirable * jax.nn.sigmoid(beta * (ratios - z))
         )
 
-    terms, metrics = _judged(forward, params, batch, beta, loss)
+    terms, metrics = _labelled(forward, params, batch, beta, loss)
     return terms, metrics | {"kl": masked_mean(z, jnp.ones((), bool))}
 
 
@@ -78,18 +79,18 @@ def kto(forward, params, batch, key, *, beta: float = 0.1, desirable: float = 1.
 def apo_zero(forward, params, batch, key, *, beta: float = 0.1, desirable: float = 1.0, undesirable: float = 1.0):
     """APO-zero by single answers:  L = w_d (1 - s(beta s_i)) for a desirable one, w_u s(beta s_i) for an undesirable one.
 
-    It differs from kto in having no baseline, and so no use for documents labelled -1. Source: "Anchored Preference
-    Optimization and Contrastive Revisions: Addressing Underspecification in Alignment".
+    It differs from kto in having no baseline, so it needs no documents labelled -1. Source: "Anchored Preference Optimization
+    and Contrastive Revisions: Addressing Underspecification in Alignment".
     """
 
     def loss(ratios, good):
         return jnp.where(good, desirable * jax.nn.sigmoid(-beta * ratios), undesirable * jax.nn.sigmoid(beta * ratios))
 
-    return _judged(forward, params, batch, beta, loss)
+    return _labelled(forward, params, batch, beta, loss)
 
 
 def _shift(forward, params, batch, key):
-    """Halfway between the mean log-ratios of the desirable and of the undesirable, in the whole batch."""
+    """The midpoint of the mean log-ratios of desirable and undesirable answers over the whole batch."""
     ratios, _, labels, _ = _ratios(forward, params, batch, batch["mask"] & (batch["labels"] >= 0))
     means = [jnp.sum(jnp.where(labels == k, ratios, 0.0)) / jnp.maximum(jnp.sum(labels == k), 1) for k in (0, 1)]
     return {"shift": (means[0] + means[1]) / 2}
@@ -99,9 +100,9 @@ def _shift(forward, params, batch, key):
 def bco(forward, params, batch, key, *, beta: float = 0.1):
     """BCO:  L = -log s(beta s_i - d) for a desirable answer, -log s(d - beta s_i) for an undesirable one.
 
-    d = beta times the midpoint of the two labels' mean log-ratios, a constant of the whole global batch where the paper keeps a
-    running mean. It differs from kto in a logistic loss, and in where it puts the boundary. log 2 at the first step. Source:
-    "Binary Classifier Optimization for Large Language Model Alignment".
+    d = beta times the midpoint of the two labels' mean log-ratios, over the global batch, where the paper keeps a running mean.
+    It differs from kto in a logistic loss and in the place of the boundary. log 2 at the first step. Source: "Binary Classifier
+    Optimization for Large Language Model Alignment".
     """
     d = batch["shift"]
 
@@ -109,4 +110,4 @@ def bco(forward, params, batch, key, *, beta: float = 0.1):
         margin = beta * (ratios - d)
         return jax.nn.softplus(jnp.where(good, -margin, margin))
 
-    return _judged(forward, params, batch, beta, loss)
+    return _labelled(forward, params, batch, beta, loss)

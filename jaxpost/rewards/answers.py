@@ -1,18 +1,17 @@
-r"""What a completion's answer is, and which number it spells: one grammar for rewards, extraction and majority votes.
+r"""Finds a completion's answer and its number: one grammar for rewards, extraction and majority votes.
 
-**The marked answer** (`marked`). What stands after the last </think> is read alone, and nothing from a \boxed{ on that never
-closes. A mark is one of these, and the last of the first three decides, whatever it holds; the fourth has a say where there is
-none of them:
+**The marked answer** (`marked`). Only text after the last </think> is read, and none after a \boxed{ that never closes. The
+last mark of the first three kinds is the answer, whatever it holds; the fourth counts where there is none of them:
 
-    \boxed{72}, \fbox{72}          what is in the outermost braces
-    <answer>72</answer>            what is between the tags
-    #### 72                        the rest of the line. A line without a digit is a heading: of an answer ("#### Final
-                                   Answer"), which the next line gives, or of anything else, which is no mark; so is
-                                   "#### Step 2" and, where more lines follow, "#### 2. Words"
-    the answer is 72, answer: 72   what follows, unless it speaks of the answer (correct, found by ...) and does not give it
+    \boxed{72}, \fbox{72}          the text in the outermost braces
+    <answer>72</answer>            the text between the tags
+    #### 72                        the rest of the line. A line without a digit is a heading: "#### Final Answer" marks the
+                                   next line, other headings mark nothing; nor do "#### Step 2" and, if more lines follow,
+                                   "#### 2. Words"
+    the answer is 72, answer: 72   the text after it, unless that only comments on the answer (correct, found by ...)
 
-**The number** (`value`) is an exact fraction. Braces, $, \(, \text and other LaTeX of looks count as nothing, and so do the
-marks of a chat template (<|im_end|>).
+**The number** (`value`) is an exact fraction. Braces, $, \(, \text and other LaTeX for layout are ignored, and so are the marks
+of a chat template (<|im_end|>).
 
     answer   = clause { (". " | ", " | because | so | but | when ...) clause }
     group    = chain { ("," | ";" | "or" | "and") chain }      a number only if all of its chains are the same one
@@ -34,18 +33,18 @@ marks of a chat template (<|im_end|>).
 
 Which group is the answer:
 
-    a box, a record   the only one. What follows because, and a remark in words in parentheses, is none of it
-    ####, answer is   the first of the sentence that is no time or place of it (in 5 days, at 5). Where words lead to it (she
-                      has) or a verb links it to another number, the last equation of the sentence; else no number
-    <answer>, a text  the last, but for a time after it (72 pages after 5 days)
+    a box, a record   the only one. Text after `because` and remarks in parentheses do not count
+    ####, answer is   the first of the sentence that is no time or place (in 5 days, at 5). If words precede it (she has) or a
+                      verb links it to another number, the last equation of the sentence; else no number
+    <answer>, a text  the last, except a time after it (72 pages after 5 days)
     without a mark
 
-In a record nothing but "about" or a name and an equality may lead to the number: May 5, (B) 5 and at least 5 are none there.
-A number that is denied (not 5) is no answer. A bound is no number (less than 5, at least 5, 5 or more, 5+, x > 5), nor is a
-date, a decimal comma (1,5 is a list of two), a number word, a hexadecimal number, two quantities (2 hours 30 minutes), an
-ordinal outside of a mark, or what takes more than 500 digits or an exponent of more than three. Of a text without a mark the
-last 4,000 characters are read. A percentage is the number before its sign; `percentage` says that it is one. The upper half of
-the grammar is in sides.py and chains.py, the lower in numerals.py, its words in vocabulary.py.
+In a record only "about", or a name and an equality, may precede the number: May 5, (B) 5 and at least 5 have none. A negated
+number (not 5) is no answer. No numbers are: bounds (less than 5, at least 5, 5 or more, 5+, x > 5), dates, decimal commas (1,5
+is a list of two), number words, hexadecimal numbers, two quantities (2 hours 30 minutes), ordinals outside of a mark, more than
+500 digits, and exponents of more than three. Of a text without a mark the last 4,000 characters are read. A percentage is the
+number before its sign; `percentage` marks it. The upper half of the grammar is in sides.py and chains.py, the lower in
+numerals.py, its words in vocabulary.py.
 """
 
 import re
@@ -55,14 +54,14 @@ from jaxpost.rewards import sides
 from jaxpost.rewards.chains import Number
 from jaxpost.rewards.numerals import items
 
-_LONGEST = 4_000  # characters of a text that are read for its number: its last, or the first after a mark
+_LONGEST = 4_000  # characters that are searched for a number: the last of a text, or the first after a mark
 
 
 class Marked(NamedTuple):
-    """The part of a text that is its answer, and by which mark."""
+    """The part of a text that is its answer, and the kind of its mark."""
 
     text: str
-    kind: str  # box, line, tag, words, or none where the text marks nothing
+    kind: str  # box, line, tag, words, or none without a mark
 
     @property
     def takes(self) -> str:
@@ -72,7 +71,7 @@ class Marked(NamedTuple):
 
 # ------------------------------------------------------------------------------------------------------------ Which part
 
-_TURNS = re.compile(r"<[|｜][^<>\n]{1,40}[|｜]>|<end_of_turn>|</s>|<eos>")  # marks of templates, which nobody means
+_TURNS = re.compile(r"<[|｜][^<>\n]{1,40}[|｜]>|<end_of_turn>|</s>|<eos>")  # marks of templates
 _BRACES = re.compile(r"\\(?:boxed|fbox)[ ]*\{|\\[\\{}]|[{}]")
 _TAG = re.compile(r"<(/?)answer>")
 _WORDS = re.compile(r"\banswer(?:\s++is\b|\s*+[:=])([\s*:]*+)(?:[\s$*:]|\\[\[(])*+", re.IGNORECASE)
@@ -90,7 +89,7 @@ _OF_ANSWER = re.compile(r"answer|result|solution|conclusion", re.IGNORECASE)
 def marked(text: str, *, digits: bool = False) -> Marked:
     """The part of a text that it marks as its answer, or all of it; see the module's docstring.
 
-    digits: "the answer is ..." marks no answer where a sentence without a digit follows.
+    digits: "the answer is ..." marks no answer if a sentence without a digit follows.
     """
     _, _, spoken = _TURNS.sub("\n", text).rpartition("</think>")
     text = spoken if spoken.strip() else _TURNS.sub("\n", text)
@@ -152,9 +151,9 @@ def _headed(text: str) -> tuple[int, str, str] | None:
 
 
 def value(text: str, *, alone: bool = False) -> Number | None:
-    """The number that a text gives as its answer; None where it gives none, or what is no single number.
+    """The number that a text gives as its answer; None if it gives none or several.
 
-    alone: the text, or the part that it marks, is the answer and nothing else, as a record's is.
+    alone: all of the text, or of the part that it marks, is the answer, as in a record.
     """
     part = marked(text, digits=True)
     gold = alone and part.kind != "words"
@@ -166,7 +165,7 @@ def value(text: str, *, alone: bool = False) -> Number | None:
 
 
 def spelled(number: Number) -> str:
-    """The one spelling of a number's value before a sign of percentage: 18, -0.5, 1/3."""
+    """The canonical spelling of a number's value, without a percentage sign: 18, -0.5, 1/3."""
     above, below = number.value.as_integer_ratio()
     twos = fives = 0
     while below % 2 == 0:

@@ -1,17 +1,17 @@
-"""What sides.py puts together from a text's items: sides, chains of equalities, and groups of chains."""
+"""The structures that sides.py builds from a text's items: sides, chains of equalities, and groups of chains."""
 
 from fractions import Fraction
 from typing import NamedTuple
 
 
 class Number(NamedTuple):
-    """An exact number, and whether it is spelled as a percentage."""
+    """An exact number, and whether it is written as a percentage."""
 
     value: Fraction
     percentage: bool
 
     def equals(self, other: "Number") -> bool:
-        """Whether two numbers are equal; a percentage is so to the number before its sign, and to a hundredth of it."""
+        """Whether two numbers are equal. A percentage equals the number before its sign and a hundredth of it."""
         if self.percentage == other.percentage:
             return self.value == other.value
         of_hundred, plain = (self, other) if self.percentage else (other, self)
@@ -19,7 +19,7 @@ class Number(NamedTuple):
 
 
 class Side:
-    """What stands between two equality signs."""
+    """The part of a chain between two equality signs."""
 
     def __init__(self):
         self.number: Number | None = None
@@ -35,12 +35,12 @@ class Side:
 
     @property
     def computes(self) -> bool:
-        """Whether it is to be computed from its numbers, as 3 * 24 and 10% of the pages are."""
+        """Whether it is an expression to compute, such as 3 * 24 and 10% of the pages."""
         return self.count > 0 and not self.unknown and (self.part or self.bad or self.count > 1)
 
 
 class Ahead:
-    """What words and signs say of the next number."""
+    """What the words and signs before the next number say about it."""
 
     def __init__(self):
         self.words: list[str] = []
@@ -49,7 +49,7 @@ class Ahead:
 
 
 class Group:
-    """A list of chains, and where it stands."""
+    """A list of chains, and its place in the text."""
 
     def __init__(self, sides: list[Side], clause: int, sentence: int):
         self.values: list[Number | None] = []

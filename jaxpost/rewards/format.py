@@ -1,5 +1,6 @@
-r"""Whether a completion has the shape that was asked for: true or false, for a small weight beside that of a right answer, or
-for weight 0, which only counts.
+r"""Whether a completion has the required format: true or false.
+
+Give it a small weight beside that of a right answer, or weight 0, which only reports it.
 """
 
 import functools
@@ -11,8 +12,9 @@ from jaxpost.rewards import answers
 
 
 def tags(record: dict, completion: str, *, tags: str | Sequence[str] = ("think", "answer"), opened: bool = False) -> bool:
-    """Whether the completion is <think>...</think><answer>...</answer>: each tag opened and closed once, in this order, and
-    nothing but white space outside of them. opened: as `think` takes it, of the first tag.
+    """Whether the completion is <think>...</think><answer>...</answer>: each tag once, in this order, with white space around.
+
+    opened: as in `think`, for the first tag.
     """
     tags = (tags,) if isinstance(tags, str) else tuple(tags)
     pattern = _parts(tags)
@@ -25,21 +27,21 @@ def tags(record: dict, completion: str, *, tags: str | Sequence[str] = ("think",
 def think(record: dict, completion: str, *, opened: bool = False) -> bool:
     """Whether the completion is one <think>...</think> at its beginning and then an answer.
 
-    opened: the chat template writes the first tag, at the end of the prompt, so that the completion goes on inside of it. A
-    prompt of the record's that ends in the tag says so, too.
+    opened: the chat template writes the first tag at the end of the prompt, so the completion begins inside it. A record's
+    prompt that ends in the tag has the same effect.
     """
     parts = _parts(("think",)).split(_whole(record, completion, "think", opened))
     return parts[1::2] == ["think", "/think"] and not parts[0].strip() and bool(parts[4].strip())
 
 
 def boxed(record: dict, completion: str, *, most: int = 1) -> bool:
-    r"""Whether the completion gives its answer in \boxed{...}, as rewards/answers.py reads it, with at most so many boxes."""
+    r"""Whether the completion gives its answer in \boxed{...}, as rewards/answers.py reads it, with at most `most` boxes."""
     part = answers.marked(completion)
     return part.kind == "box" and bool(part.text.strip("{} \n")) and completion.count("\\boxed") <= most
 
 
 def _whole(record: dict, completion: str, tag: str, opened: bool) -> str:
-    """The completion with the tag that its prompt has opened."""
+    """The completion, after the tag if its prompt has opened it."""
     prompt = record.get("prompt")
     opened = opened or (isinstance(prompt, str) and prompt.rstrip().endswith(f"<{tag}>"))
     return f"<{tag}>{completion}" if opened else completion

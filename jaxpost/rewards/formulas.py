@@ -1,7 +1,7 @@
-r"""What math-verify is asked: a text's formula as LaTeX that it reads, or nothing where it would read another thing.
+r"""A text's formula as LaTeX for math-verify, where math-verify reads it correctly.
 
-math-verify takes a number out of words ("at least 5"), a ratio for a quotient and a sign that it does not know for none. So a
-text that is no formula is never shown to it: `in_words` says which one is none, `evaluates` which one may be a number.
+math-verify takes a number out of words ("at least 5"), reads a ratio as a quotient and drops signs that it does not know. So a
+text that is no formula never reaches it: `in_words` tells such a text, `evaluates` one that may be a number.
 """
 
 import re
@@ -42,13 +42,13 @@ _FORMULA = re.compile(rf"(?:(?!(?<![\\A-Za-z])(?!(?:{_FUNCTIONS})\b)[A-Za-z]{{3,
 
 
 def in_words(answer: str) -> bool:
-    """Whether an answer is no formula, so that only its words can be compared; what it sets off in dollars speaks for it."""
+    """Whether an answer is no formula, so that only its words can be compared. Of $...$ in it, only that part counts."""
     formula = " ".join(_formulas(answer)) or answer
     return bool(_NO_FORMULA.search(latex(_WORDED.sub(" ", formula).strip("$ \n"))))
 
 
 def evaluates(formula: str) -> bool:
-    """Whether a formula may be a number: it has no relation, unknown or word but a name before = and a unit at its end."""
+    """Whether a formula may be a number: without relations, unknowns and words, but for `name =` before it and a unit after."""
     name, _, formula = formula.rpartition("=")
     if re.search(r"[0-9<>!=]|\\not", name):
         return False
@@ -57,7 +57,7 @@ def evaluates(formula: str) -> bool:
 
 
 def spoken(text: str, *, whole: bool) -> str:
-    """The formula of a sentence: what it sets off last; else all of it where it is to be whole, or after its first words."""
+    """The formula of a sentence: its last $...$; else all of it if `whole`, or what follows its first words."""
     if formulas := _formulas(text):
         return formulas[-1]
     if not whole:

@@ -6,14 +6,14 @@
     record, test_records, reward = gym.task("chain_sum", max_terms=3)   a file my_task.py of this line and the import, for
                                                                         config.task = dict(name="my_task.py")
 
-Which problems are for training and which for testing, about one in ten, a hash of the problem decides, so that no choice of
-seeds leaks one into the other.
+A hash of the problem decides whether it is for training or testing (about one in ten), so that no choice of seeds leaks one
+into the other.
 
-Data sets are made and asked in a process of its own (sandbox.py). Some judge by evaluating what the model wrote, or search for
-long: that process is killed in time. And some depend on the order of Python's sets, which is the same in every such process. A
-record holds a problem's number, from which it is made again to be judged, since what is noted about one may be more than JSON.
+Data sets run in a child process (sandbox.py). Some judge by evaluating what the model wrote, or search for long: the child is
+killed in time. Some depend on the order of Python's sets, which is the same in every child. A record holds a problem's number,
+from which `score` makes the problem again, since a problem's metadata may not fit into JSON.
 
-A completion's answer is what it has between <answer> and </answer>, the last time, or all of it.
+A completion's answer is the text of its last <answer>...</answer>, or all of it.
 """
 
 import functools
@@ -28,13 +28,13 @@ from jaxpost.errors import UserError, first_line
 from jaxpost.rewards import sandbox
 
 SPLITS = ("train", "test")
-_DRAWS = 1000  # in search of a problem of a split, before there is taken to be none
+_DRAWS = 1000  # attempts to draw a problem of a split
 _PLACES = 2**31
-_MAKING = 60.0  # seconds that a problem may take to be made
+_MAKING = 60.0  # seconds to make a problem
 
 
 class Task(NamedTuple):
-    """What config.task may name: the functions of a task, for one data set of Reasoning Gym."""
+    """The functions of a task (config.task) for one data set of Reasoning Gym."""
 
     record: Callable
     test_records: Callable
@@ -44,28 +44,28 @@ class Task(NamedTuple):
 def task(name: str, **config: Any) -> Task:
     """The task of a data set, with the data set's own settings; `size` only matters to the few that are a list of problems.
 
-    A record has prompt, answer (the author's, one of maybe several), cell (the data set's name) and gym, from which `score`
-    makes the problem again. Raises UserError for an unknown data set or setting, and where reasoning-gym is not installed.
+    A record has prompt, answer (one of possibly several), cell (the data set's name) and gym, from which `score` makes the
+    problem again. Raises UserError for an unknown data set or setting, and where reasoning-gym is not installed.
     """
-    told = json.dumps(config, sort_keys=True)
-    if trouble := _asked("_trouble", name, told):
+    settings = json.dumps(config, sort_keys=True)
+    if trouble := _in_child("_trouble", name, settings):
         raise UserError(f"rewards.gym.task: {trouble}")
-    return Task(functools.partial(_record, name, told), functools.partial(_test_records, name, told), score)
+    return Task(functools.partial(_record, name, settings), functools.partial(_test_records, name, settings), score)
 
 
 def score(record: dict, completion: str, *, seconds: float = 5.0) -> float:
-    """0 to 1: what the data set makes of the completion's answer.
+    """The data set's score of the completion's answer, 0 to 1.
 
-    Raises UserError for a record that is not from `task`, TimeoutError where the time ran out, and RuntimeError with what the
+    Raises UserError for a record that is not from `task`, TimeoutError when the time runs out, and RuntimeError with what the
     data set raised.
     """
-    if not isinstance(made := record.get("gym"), dict):
-        raise UserError("rewards.gym.score: the record is none of rewards.gym.task's; take the task's own reward.")
-    arguments = [made["name"], made["config"], made["place"], record["prompt"], _answer(completion)]
-    return _asked("_judged", *arguments, seconds=seconds)
+    if not isinstance(origin := record.get("gym"), dict):
+        raise UserError("rewards.gym.score: the record is not from rewards.gym.task; take the task's own reward.")
+    arguments = [origin["name"], origin["config"], origin["place"], record["prompt"], _answer(completion)]
+    return _in_child("_score", *arguments, seconds=seconds)
 
 
-score.in_process = True  # it has a process of its own
+score.in_process = True  # it runs in its own child process
 score.ready = lambda **_: sandbox.warm(module="jaxpost.rewards.gym", package="reasoning_gym")
 
 
@@ -79,8 +79,8 @@ def _hash(*parts: Any) -> int:
     return int.from_bytes(hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest(), "big")
 
 
-def _asked(function: str, *args: Any, seconds: float = _MAKING) -> Any:
-    """What a function of this file gives in the child."""
+def _in_child(function: str, *args: Any, seconds: float = _MAKING) -> Any:
+    """The result of a function of this file, called in the child."""
     return sandbox.call(f"jaxpost.rewards.gym:{function}", args=list(args), seconds=seconds, package="reasoning_gym")
 
 
@@ -90,7 +90,7 @@ def _record(name: str, config: str, index: int, *, split: str = "train", seed: i
         raise UserError(f"split={split!r}: a task of reasoning-gym has the splits {' and '.join(SPLITS)}.")
     for draw in range(_DRAWS):
         place = _hash(name, seed, split, index, draw) % _PLACES
-        question, answer = _asked("_made", name, config, place)
+        question, answer = _in_child("_question_and_answer", name, config, place)
         if ("test" if _hash("problem", question) % 10 == 0 else "train") == split:
             gym = {"name": name, "config": config, "place": place}
             return {"prompt": question, "answer": answer, "cell": name, "gym": gym}
@@ -98,7 +98,7 @@ def _record(name: str, config: str, index: int, *, split: str = "train", seed: i
 
 
 def _test_records(name: str, config: str, per_cell: int, *, seed: int = 0) -> list[dict]:
-    """`per_cell` distinct test problems, or as many as are found."""
+    """`per_cell` distinct test problems, or fewer if there are not enough."""
     if per_cell < 1:
         raise UserError(f"per_cell={per_cell}: at least one test problem is needed.")
     drawn = (_record(name, config, i, split="test", seed=seed) for i in range(20 * per_cell))
@@ -108,7 +108,7 @@ def _test_records(name: str, config: str, per_cell: int, *, seed: int = 0) -> li
     return list(distinct.values())
 
 
-# What follows runs in the child.
+# The functions below run in the child.
 
 
 @functools.lru_cache(maxsize=64)
@@ -119,7 +119,7 @@ def _dataset(name: str, config: str) -> Any:
 
 
 def _trouble(name: str, config: str) -> str | None:
-    """What is wrong with a data set's name or settings, if anything."""
+    """The error in a data set's name or settings, if any."""
     from reasoning_gym.factory import DATASETS
 
     if name not in DATASETS:
@@ -132,19 +132,19 @@ def _trouble(name: str, config: str) -> str | None:
 
 
 def _problem(name: str, config: str, place: int) -> dict:
-    made = _dataset(name, config)
+    dataset = _dataset(name, config)
     try:
-        return made[place]
+        return dataset[place]
     except IndexError:  # a list, not a generator
-        return made[place % len(made)]
+        return dataset[place % len(dataset)]
 
 
-def _made(name: str, config: str, place: int) -> list[str]:
+def _question_and_answer(name: str, config: str, place: int) -> list[str]:
     problem = _problem(name, config, place)
     return [problem["question"], str(problem["answer"] or "")]
 
 
-def _judged(name: str, config: str, place: int, question: str, answer: str) -> float:
+def _score(name: str, config: str, place: int, question: str, answer: str) -> float:
     problem = _problem(name, config, place)
     if problem["question"] != question:
         raise RuntimeError(f"{name} makes another problem number {place} here; is its version the same?")

@@ -1,10 +1,10 @@
-"""Instructions that can be verified: one function a constraint, and `follows`, which holds a completion to a record's list.
+"""Verifiable instructions: one function a constraint, and `follows`, which checks a completion against a record's list.
 
     {"prompt": "...", "constraints": [{"kind": "includes", "words": ["fox", "moon"]}, {"kind": "full_stop"}]}
 
-A kind is a function of this file, which is a reward by itself too: dict(name="instructions.words", at_most=50). Case makes no
-difference to words and letters; a word is a run of letters and digits, an apostrophe or a hyphen within it included. Counts
-are from at_least to at_most. An empty completion follows only those that count, where none is enough.
+A kind is a function of this file, and a reward by itself too: dict(name="instructions.words", at_most=50). Words and letters
+are compared without case. A word is a run of letters and digits, with apostrophes or hyphens inside. Counts are from at_least
+to at_most. An empty completion only satisfies counts whose at_least is 0.
 
     words, sentences, paragraphs, lines, characters    how many (at_least, at_most)
     includes, excludes, in_order (words)               all of these words or phrases; none of them; all in this order
@@ -43,9 +43,9 @@ _FENCE = re.compile(r"\s*```(?:json)?[^\S\n]*\n(.*)```\s*", re.DOTALL | re.IGNOR
 
 
 def follows(record: dict, completion: str, *, strict: bool = False) -> float:
-    """The share of record["constraints"] that a completion follows; strict: 1 for all of them, else 0.
+    """The share of record["constraints"] that a completion satisfies; strict: 1 if it satisfies all, else 0.
 
-    Raises UserError for a record without constraints, an unknown kind and an argument that is wrong or missing.
+    Raises UserError for a record without constraints, an unknown kind and a wrong or missing argument.
     """
     constraints = record.get("constraints")
     if not isinstance(constraints, Sequence) or isinstance(constraints, str) or not constraints:
@@ -58,16 +58,16 @@ def follows(record: dict, completion: str, *, strict: bool = False) -> float:
 
 @functools.cache
 def _kinds() -> dict[str, Callable]:
-    """The constraints of this file. A record is data: it may name one of these, and nothing else."""
-    own = {k: v for k, v in globals().items() if inspect.isfunction(v) and v.__module__ == __name__ and v is not follows}
-    return {name: function for name, function in own.items() if not name.startswith("_")}
+    """The constraints of this file. A record is data: it may name these and nothing else."""
+    functions = {k: v for k, v in globals().items() if inspect.isfunction(v) and v.__module__ == __name__ and v is not follows}
+    return {name: function for name, function in functions.items() if not name.startswith("_")}
 
 
 def _holds(constraint: dict, record: dict, completion: str) -> bool:
     kind = constraint.get("kind") if isinstance(constraint, dict) else None
     if not isinstance(kind, str) or kind not in _kinds():
         raise UserError(f"record's constraint {constraint!r}: unknown kind.{nearest(str(kind), _kinds())}")
-    # Some data sets write down the arguments of all kinds, null where they are not this one's.
+    # Some data sets list the arguments of all kinds, null where they do not belong to this one.
     options = {k: v for k, v in constraint.items() if k != "kind" and v is not None}
     bound = bind(_kinds()[kind], options, f"a record's constraint {kind}")
     try:
@@ -102,91 +102,91 @@ def _phrase(phrase: str) -> re.Pattern:
 
 
 def _all(words: Sequence[str]) -> Sequence[str]:
-    """The words of a constraint; one that is no list would be taken for its letters."""
+    """The words of a constraint. Refuses a string, which would be read as its letters."""
     if isinstance(words, str) or not words:
         raise UserError(f"a constraint's words {words!r}: give a list of them.")
     return words
 
 
 def words(record: dict, completion: str, *, at_least: int = 0, at_most: float = math.inf) -> bool:
-    """Whether there are so many words."""
+    """Whether the number of words is within bounds."""
     return _within(len(_words(completion)), at_least, at_most)
 
 
 def sentences(record: dict, completion: str, *, at_least: int = 0, at_most: float = math.inf) -> bool:
-    """Whether there are so many sentences: what ends in . ! ? or … before white space, or with its line."""
+    """Whether the number of sentences is within bounds. A sentence ends in . ! ? or … before white space, or with its line."""
     return _within(len(_sentences(completion)), at_least, at_most)
 
 
 def paragraphs(record: dict, completion: str, *, at_least: int = 0, at_most: float = math.inf) -> bool:
-    """Whether there are so many paragraphs, with empty lines between them."""
+    """Whether the number of paragraphs, separated by empty lines, is within bounds."""
     return _within(len(_paragraphs(completion)), at_least, at_most)
 
 
 def lines(record: dict, completion: str, *, at_least: int = 0, at_most: float = math.inf) -> bool:
-    """Whether there are so many lines that are not empty."""
+    """Whether the number of lines that are not empty is within bounds."""
     return _within(sum(bool(line.strip()) for line in completion.splitlines()), at_least, at_most)
 
 
 def characters(record: dict, completion: str, *, at_least: int = 0, at_most: float = math.inf) -> bool:
-    """Whether there are so many characters, white space included."""
+    """Whether the number of characters, with white space, is within bounds."""
     return _within(len(completion), at_least, at_most)
 
 
 def includes(record: dict, completion: str, *, words: Sequence[str]) -> bool:
-    """Whether each of these words or phrases is there, as a whole."""
+    """Whether each of these words or phrases occurs, as a whole."""
     return all(_phrase(word).search(completion) for word in _all(words))
 
 
 def excludes(record: dict, completion: str, *, words: Sequence[str]) -> bool:
-    """Whether none of these words or phrases is there."""
+    """Whether none of these words or phrases occurs."""
     return bool(_words(completion)) and not any(_phrase(word).search(completion) for word in _all(words))
 
 
 def in_order(record: dict, completion: str, *, words: Sequence[str]) -> bool:
-    """Whether these words or phrases are there one after the other."""
+    """Whether these words or phrases occur in this order."""
     place = 0
     for word in _all(words):
-        if (found := _phrase(word).search(completion, place)) is None:
+        if (match := _phrase(word).search(completion, place)) is None:
             return False
-        place = found.end()
+        place = match.end()
     return True
 
 
 def keyword(record: dict, completion: str, *, word: str, at_least: int = 1, at_most: float = math.inf) -> bool:
-    """Whether the word or phrase is there so many times."""
+    """Whether the number of occurrences of the word or phrase is within bounds."""
     return _within(len(_phrase(word).findall(completion)), at_least, at_most)
 
 
 def letter(record: dict, completion: str, *, letter: str, at_least: int = 1, at_most: float = math.inf) -> bool:
-    """Whether the letter is there so many times."""
+    """Whether the number of occurrences of the letter is within bounds."""
     if len(letter) != 1:
         raise UserError(f"a constraint's letter {letter!r}: give one character.")
     return _within(completion.casefold().count(letter.casefold()), at_least, at_most)
 
 
 def capital_words(record: dict, completion: str, *, at_least: int = 1, at_most: float = math.inf) -> bool:
-    """Whether there are so many words in capitals; one letter is none."""
+    """Whether the number of words of two or more capitals is within bounds."""
     return _within(sum(w.isupper() and len(w) > 1 for w in _WORD.findall(completion)), at_least, at_most)
 
 
 def numbers(record: dict, completion: str, *, at_least: int = 1, at_most: float = math.inf) -> bool:
-    """Whether there are so many numbers in digits."""
+    """Whether the number of numbers in digits is within bounds."""
     return _within(len(re.findall(r"\d++(?:[.,]\d++)*+", completion)), at_least, at_most)
 
 
 def starts_with(record: dict, completion: str, *, text: str) -> bool:
-    """Whether the completion begins with the text, white space aside."""
+    """Whether the completion begins with the text, ignoring white space."""
     return completion.lstrip().casefold().startswith(text.casefold())
 
 
 def ends_with(record: dict, completion: str, *, text: str) -> bool:
-    """Whether the completion ends with the text, white space aside."""
+    """Whether the completion ends with the text, ignoring white space."""
     return completion.rstrip().casefold().endswith(text.casefold())
 
 
 def full_stop(record: dict, completion: str) -> bool:
-    """Whether the completion ends in one full stop; an ellipsis is none."""
+    """Whether the completion ends in a full stop, not in an ellipsis."""
     text = completion.rstrip()
     return text.endswith(".") and not text.endswith("..") and bool(_words(text))
 
@@ -207,7 +207,7 @@ def lower_case(record: dict, completion: str) -> bool:
 
 
 def upper_case(record: dict, completion: str) -> bool:
-    """Whether there are letters, and capital ones alone."""
+    """Whether there are letters, and only capital ones."""
     return completion.isupper()
 
 
@@ -218,35 +218,34 @@ def title_case(record: dict, completion: str) -> bool:
 
 
 def ascii(record: dict, completion: str) -> bool:
-    """Whether there is text, of ASCII letters alone; other characters, such as a long dash, may be there."""
+    """Whether there are letters, and only ASCII ones. Other characters may be outside of ASCII, such as a long dash."""
     letters = [c for c in completion if c.isalpha()]
     return bool(letters) and all(map(str.isascii, letters))
 
 
 def bullets(record: dict, completion: str, *, at_least: int = 1, at_most: float = math.inf) -> bool:
-    """Whether there are so many lines that begin with "* ", "- " or "• "."""
+    """Whether the number of lines that begin with "* ", "- " or "• " is within bounds."""
     return _within(len(re.findall(r"^[^\S\n]*+[*\-•][^\S\n]+\S", completion, re.MULTILINE)), at_least, at_most)
 
 
 def numbered(record: dict, completion: str, *, at_least: int = 1, at_most: float = math.inf) -> bool:
-    """Whether there are so many lines that begin with "1. ", "2. ", ... (or with brackets behind), in this order."""
-    found = re.findall(r"^[^\S\n]*+([0-9]{1,6})[.)][^\S\n]+\S", completion, re.MULTILINE)
-    return _within(len(found), at_least, at_most) and [int(x) for x in found] == list(range(1, len(found) + 1))
+    """Whether the number of lines that begin with "1. ", "2. ", ... (or "1) ", ...) in this order is within bounds."""
+    points = re.findall(r"^[^\S\n]*+([0-9]{1,6})[.)][^\S\n]+\S", completion, re.MULTILINE)
+    return _within(len(points), at_least, at_most) and [int(x) for x in points] == list(range(1, len(points) + 1))
 
 
 def headings(record: dict, completion: str, *, at_least: int = 1, at_most: float = math.inf) -> bool:
-    """Whether there are so many headings: lines that begin with # to ######."""
+    """Whether the number of headings, lines that begin with # to ######, is within bounds."""
     return _within(len(re.findall(r"^#{1,6}[^\S\n]+\S", completion, re.MULTILINE)), at_least, at_most)
 
 
 def highlights(record: dict, completion: str, *, at_least: int = 1, at_most: float = math.inf) -> bool:
-    """Whether there are so many parts *like this* or **like this**, each within a line."""
-    found = re.findall(r"(\*{1,2})(?=[^\s*])[^*\n]++\1", completion)
-    return _within(len(found), at_least, at_most)
+    """Whether the number of parts *like this* or **like this**, each within a line, is within bounds."""
+    return _within(len(re.findall(r"(\*{1,2})(?=[^\s*])[^*\n]++\1", completion)), at_least, at_most)
 
 
 def placeholders(record: dict, completion: str, *, at_least: int = 1, at_most: float = math.inf) -> bool:
-    """Whether there are so many placeholders [like this]."""
+    """Whether the number of placeholders [like this] is within bounds."""
     return _within(len(re.findall(r"\[[^\[\]\n]++\]", completion)), at_least, at_most)
 
 
@@ -256,25 +255,25 @@ def title(record: dict, completion: str) -> bool:
 
 
 def postscript(record: dict, completion: str, *, marker: str = "P.S.") -> bool:
-    """Whether a line after the first begins with the marker and goes on."""
+    """Whether a line after the first begins with the marker and has more text."""
     later = [line.strip() for line in completion.strip().split("\n")[1:]]
     return any(line.casefold().startswith(marker.casefold()) and len(line) > len(marker) for line in later)
 
 
 def quoted(record: dict, completion: str) -> bool:
-    """Whether all of it is within double quotes, straight or curly."""
+    """Whether the completion is in double quotes, straight or curly."""
     text = completion.strip()
     return len(text) > 2 and (text[0], text[-1]) in (('"', '"'), ("“", "”"))
 
 
 def json_value(record: dict, completion: str, *, keys: Sequence[str] = ()) -> bool:
-    """Whether all of it is one JSON value, in a fence of three backticks or not; an object that has these keys, if any."""
+    """Whether the completion is one JSON value, fenced or not; with `keys`, an object that has them."""
     fenced = _FENCE.fullmatch(completion)
     try:
-        found = json.loads(fenced[1] if fenced else completion, parse_constant=_no_constant)
+        value = json.loads(fenced[1] if fenced else completion, parse_constant=_no_constant)
     except (ValueError, RecursionError):
         return False
-    return not keys or (isinstance(found, dict) and all(key in found for key in _all(keys)))
+    return not keys or (isinstance(value, dict) and all(key in value for key in _all(keys)))
 
 
 def _no_constant(name: str):
@@ -282,7 +281,7 @@ def _no_constant(name: str):
 
 
 def repeats_prompt(record: dict, completion: str) -> bool:
-    """Whether the completion is the record's prompt, word for word, and then something else."""
+    """Whether the completion repeats the record's prompt word for word and then continues."""
     if not isinstance(prompt := record.get("prompt"), str):
         raise UserError(f"record with the keys {', '.join(record)}: there is no text under `prompt` to be repeated.")
     before, after = " ".join(prompt.split()), " ".join(completion.split())
@@ -290,7 +289,7 @@ def repeats_prompt(record: dict, completion: str) -> bool:
 
 
 def alternatives(record: dict, completion: str, *, count: int = 2, separator: str = "******") -> bool:
-    """Whether there are so many answers, all different, with the separator between them."""
+    """Whether there are `count` different answers with the separator between them."""
     if not separator:
         raise UserError("a constraint's separator is empty.")
     parts = [part.strip() for part in completion.split(separator)]
@@ -299,16 +298,16 @@ def alternatives(record: dict, completion: str, *, count: int = 2, separator: st
 
 def paragraph_starts(record: dict, completion: str, *, paragraph: int, word: str) -> bool:
     """Whether the n-th paragraph, counted from 1, begins with the word."""
-    found = _paragraphs(completion)
-    return 1 <= paragraph <= len(found) and _phrase(word).match(found[paragraph - 1]) is not None
+    parts = _paragraphs(completion)
+    return 1 <= paragraph <= len(parts) and _phrase(word).match(parts[paragraph - 1]) is not None
 
 
 def choice(record: dict, completion: str, *, options: Sequence[str]) -> bool:
-    """Whether one of these phrases is there, and no other of them."""
+    """Whether exactly one of these phrases occurs."""
     return sum(_phrase(option).search(completion) is not None for option in _all(options)) == 1
 
 
 def no_repeats(record: dict, completion: str) -> bool:
-    """Whether there are sentences, and none is there twice."""
-    found = [" ".join(_words(sentence)) for sentence in _sentences(completion)]
-    return bool(found) and len(set(found)) == len(found)
+    """Whether there are sentences, and none occurs twice."""
+    texts = [" ".join(_words(sentence)) for sentence in _sentences(completion)]
+    return bool(texts) and len(set(texts)) == len(texts)

@@ -1,12 +1,12 @@
-r"""Right or wrong: what a completion gives as its answer, against record["answer"].
+r"""Right or wrong: a completion's answer compared with record["answer"].
 
     exact      the same text, but for case, white space, quotes, LaTeX's fonts and a final full stop
     numeric    the same number, as an exact fraction
     verify     the same mathematics, as the package math-verify sees it (extra [rewards]), in a process that is killed
 
-Which part of a completion is its answer, and which text is a number, stands in rewards/answers.py. record["answer"] is read
-the same way, so that a whole solution of GSM8K may stand there; without a mark it is nothing but the answer. A percentage is
-equal to the number before its sign and to a hundredth of it: 50% to 50 and to 0.5.
+rewards/answers.py says which part of a completion is its answer, and which text is a number. record["answer"] is read the same
+way, so it may be a whole solution of GSM8K; without a mark all of it is the answer. A percentage equals the number before its
+sign and a hundredth of it: 50% equals 50 and 0.5.
 """
 
 import functools
@@ -18,8 +18,7 @@ from jaxpost.rewards import answers, formulas, sandbox
 
 
 def exact(record: dict, completion: str) -> bool:
-    """Whether the completion's answer is record["answer"]: as text, but for case, white space, quotes, fonts and a final full
-    stop.
+    """Whether the completion's answer is record["answer"] as text, ignoring case, white space, quotes, fonts and full stop.
 
     Raises UserError for a record without an answer.
     """
@@ -32,12 +31,12 @@ def numeric(record: dict, completion: str) -> bool:
     Raises UserError for a record without an answer, and ValueError for one whose answer is no single number.
     """
     _check(record)
-    given = answers.value(completion)
-    return given is not None and given.equals(_right(_answer(record)))
+    number = answers.value(completion)
+    return number is not None and number.equals(_right(_answer(record)))
 
 
 def _check(record: dict) -> None:
-    """Raises what `numeric` raises for a record, which needs no completion."""
+    """Raises the errors of `numeric` that concern the record alone."""
     if _right(_answer(record)) is None:
         raise ValueError(
             f"the record's answer {_answer(record)[:60]!r} is no single number; rewards.math.verify compares mathematics, "
@@ -49,23 +48,23 @@ numeric.check = _check
 
 
 def verify(record: dict, completion: str, *, seconds: float = 5.0) -> bool:
-    """Whether the completion's answer is mathematically that of record["answer"] (a number, LaTeX with or without its dollars,
-    or a solution that marks one), as math-verify finds within `seconds`. Two numbers are compared as `numeric` does; a ratio, a
-    time, a date, a range, a number with its base and what is said in words as `exact` does, but for spaces and braces.
+    """Whether the completion's answer equals record["answer"] mathematically, as math-verify decides within `seconds`.
 
-    Raises UserError for a record without an answer and where math-verify is not installed, TimeoutError where the time ran out,
-    and RuntimeError for an answer of the record's that it cannot read.
+    record["answer"] is a number, LaTeX with or without dollars, or a solution that marks one. Two numbers are compared as in
+    `numeric`. A ratio, a time, a date, a range, a number with its base and words are compared as in `exact`, ignoring spaces
+    and braces. Raises UserError for a record without an answer and where math-verify is not installed, TimeoutError when the
+    time runs out, and RuntimeError for a record's answer that it cannot read.
     """
     texts = [_answer(record), completion]
     return sandbox.call("jaxpost.rewards.math:_same", args=texts, seconds=seconds, package="math_verify")
 
 
-verify.in_process = True  # it has a process of its own
+verify.in_process = True  # it runs in its own child process
 verify.ready = lambda **_: sandbox.warm(module="jaxpost.rewards.math", package="math_verify")
 
 
 def extract(text: str) -> str | None:
-    """The number that `numeric` takes for a text's answer, in the one spelling of its value; None where there is none."""
+    """The number that `numeric` reads as a text's answer, in one canonical spelling; None if there is none."""
     number = answers.value(text)
     return None if number is None else answers.spelled(number)
 
@@ -81,7 +80,7 @@ def _right(answer: str) -> answers.Number | None:
     return answers.value(answer, alone=True)
 
 
-# LaTeX that sets words or letters in a font, innermost first; \mathbb and \mathcal mean something.
+# LaTeX fonts of words and letters, innermost first. \mathbb and \mathcal have a meaning and stay.
 _FONT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|sc|normal|up)?|math(?:rm|bf|it|sf|tt)|mbox|emph) ?\{([^{}]*)\}")
 
 
@@ -104,7 +103,7 @@ def _parsed(answer: str) -> list:
     from math_verify import parse
 
     answer = formulas.latex(answer)
-    # As mathematics first: in x^2 - 1 as text it would find a 1. Its own timers are off: a loop in C does not hear them.
+    # As mathematics first: in x^2 - 1 as text it would find a 1. Its own timers are off: they cannot stop a loop in C.
     for text in (answer,) if "$" in answer else (f"${answer}$", answer):
         if expressions := parse(text, parsing_timeout=None):
             return expressions
@@ -119,14 +118,14 @@ def _same(answer: str, completion: str) -> bool:
     """Runs in the child."""
     from math_verify import verify as equal
 
-    given, right = answers.value(completion), _right(answer)
-    if given is not None and right is not None:
-        return given.equals(right)
-    part, wanted = answers.marked(completion), answers.marked(answer).text
+    number, right = answers.value(completion), _right(answer)
+    if number is not None and right is not None:
+        return number.equals(right)
+    part, gold = answers.marked(completion), answers.marked(answer).text
     sentence = answers.marked(completion, digits=True).text if part.kind == "words" else part.text
-    if _bare(wanted) and _bare(wanted) in (_bare(part.text), _bare(sentence)):
+    if _bare(gold) and _bare(gold) in (_bare(part.text), _bare(sentence)):
         return True
-    if formulas.in_words(wanted):
+    if formulas.in_words(gold):
         return False
     formula = part.text if part.kind in ("box", "line", "tag") else formulas.spoken(sentence, whole=right is not None)
     if right is not None and (not formulas.evaluates(formula) or answers.value(formula, alone=True) is not None):

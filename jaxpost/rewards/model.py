@@ -1,10 +1,9 @@
 """A trained reward model as a reward.
 
-    dict(name="model.score", folder="WORKDIR")       the workdir of a run with reward_model.bradley_terry or one of its kin
+    dict(name="model.score", folder="WORKDIR")       the workdir of a run with an objective of reward_model
 
-It says of a completion what it said of those it learned from: prompt and completion are rendered by the template that it was
-trained with and read by its own tokenizer, and its head is read at the token that ends the completion. It computes on this
-process's own devices, many completions at a time: `score.many` is what a batch is judged by.
+Prompt and completion are rendered with the template that the model was trained with and its own tokenizer. The score is its
+head at the token that ends the completion. It runs on this process's devices; `score.many` scores a batch at once.
 """
 
 import functools
@@ -21,29 +20,29 @@ from jaxpost.errors import UserError
 from jaxpost.models import heads, loading
 
 ROWS = 8  # completions at a time, for each device
-_BUCKET = 64  # tokens that lengths are padded to a multiple of, so that few programs are compiled
+_BUCKET = 64  # lengths are padded to a multiple of this, so that few programs are compiled
 
 
 def score(record: dict, completion: str, *, folder: str) -> float:
-    """What the reward model in a workdir says of a completion of record["prompt"], a user's message or a list of turns.
+    """The score of a completion of record["prompt"] (a user's message or a list of turns) by the reward model in a workdir.
 
-    Raises UserError where the folder has no reward model or tokenizer, and for a record without a prompt; ValueError for what
-    is longer than the model's positions.
+    Raises UserError where the folder has no reward model or tokenizer, and for a record without a prompt; ValueError for a text
+    longer than the model's positions.
     """
-    (found,) = _many([record], [completion], folder=folder)
-    if isinstance(found, Exception):
-        raise found
-    return found
+    (value,) = _many([record], [completion], folder=folder)
+    if isinstance(value, Exception):
+        raise value
+    return value
 
 
 def _many(records: Sequence[dict], completions: Sequence[str], *, folder: str) -> list[float | Exception]:
-    """`score` of each, read side by side; an error in place of a score that there is none of."""
+    """`score` of each completion, in batches; the error in place of a missing score."""
     model, params, tokenizer, mesh = _opened(folder)
     most = model.arch.max_positions
     examples = [_encoded(r, c, tokenizer, folder) for r, c in zip(records, completions, strict=True)]
     lengths = [len(e["tokens"]) for e in examples]
-    found: list = [ValueError(f"prompt and completion have {n} tokens, the reward model takes {most}") for n in lengths]
-    # By length, so that rows side by side have little padding.
+    scores: list = [ValueError(f"prompt and completion have {n} tokens, the reward model takes {most}") for n in lengths]
+    # Sorted by length, so that batches have little padding.
     order = sorted((i for i, n in enumerate(lengths) if n <= most), key=lengths.__getitem__)
     rows = ROWS * mesh.size
     for part in (order[i : i + rows] for i in range(0, len(order), rows)):
@@ -57,8 +56,8 @@ def _many(records: Sequence[dict], completions: Sequence[str], *, folder: str) -
         with sharding.use(mesh):
             rewards = np.asarray(_rewards(model, params, sharding.distribute(batch, mesh, rows)))
         for row, i in enumerate(part):
-            found[i] = float(rewards[row, last[row]])
-    return found
+            scores[i] = float(rewards[row, last[row]])
+    return scores
 
 
 score.many = _many
@@ -67,8 +66,8 @@ score.ready = lambda *, folder: _opened(folder)
 
 @functools.lru_cache(maxsize=4)
 def _opened(folder: str) -> tuple:
-    """(transformer, weights, tokenizer, mesh) of a reward model, which stays in memory. Raises UserError for another model."""
-    # Each process judges its own completions: a mesh over all of them would have to be asked by all at once.
+    """(transformer, weights, tokenizer, mesh) of a reward model, kept in memory. Raises UserError for another model."""
+    # Each process scores its own completions: a mesh over all processes would need all of them at once.
     mesh = sharding.make_mesh(devices=jax.local_devices())
     spec, params = loading.open_model(folder, mesh)
     if "reward_head" not in params:

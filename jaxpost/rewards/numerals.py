@@ -1,8 +1,7 @@
 r"""From a text to numbers, words and signs: the lower half of the grammar that rewards/answers.py opens with.
 
-`items` cuts a text into tokens, which makes one of all spellings of a minus, a digit or a space, and then puts together what is
-one number: fractions, powers of ten, percentages and scales. What an exponent raises, other than a ten, is no number: its value
-is None, and so is that of a fraction of unknowns.
+`items` tokenises a text, normalising all spellings of a minus, a digit or a space, and then joins the tokens of one number:
+fractions, powers of ten, percentages and scales. Other powers and fractions of unknowns have the value None.
 """
 
 import re
@@ -77,7 +76,7 @@ _WORDS = {"plus": "+", "minus": "-", "negative": "-", "times": "×", "equals": "
 
 
 def _table(**kinds: str) -> dict[str, str]:
-    """From each of the words of a kind to the kind's sign."""
+    """{word: the sign of its kind}."""
     names = {"product": "×", "equal": "=", "relation": "<", "unit": "w", "stop": "\n", "opens": "(", "closes": ")"}
     names |= {"arrow": "→", "dots": "…"}
     return {word: names.get(kind, kind) for kind, words in kinds.items() for word in words.split()}
@@ -116,7 +115,7 @@ class _Token(NamedTuple):
 
 
 def _plain(match: re.Match) -> str:
-    """A character outside of ASCII as LaTeX or ASCII would have it."""
+    """A character outside of ASCII in LaTeX or ASCII."""
     char = match[0]
     if char[0] in "⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺":
         return f"^{{{char.translate(_RAISED)}}}"
@@ -165,7 +164,7 @@ def _tokens(text: str, wide: bool) -> list[_Token]:
 
 
 def _sign(char: str) -> str:
-    """The kind of a sign that no table names: mathematics of which nothing is known makes no number; others have no say."""
+    """The kind of a sign in no table: c for unknown mathematics, which makes no number; else itself, which is ignored."""
     return "c" if unicodedata.category(char) in ("Sm", "Mn", "Lm") and char not in "+<=>|~" else char
 
 
@@ -192,7 +191,7 @@ def _decimal(spelled: str) -> Fraction | None:
 
 
 def _group(tokens: list[_Token], at: int) -> tuple[list[_Token], int]:
-    """What the braces at a place hold, and the place after them; or one token, with its sign, where there are none."""
+    """(the tokens in the braces at a place, the place after them); without braces one token, with its sign."""
     if at < len(tokens) and tokens[at].kind == "{":
         depth, end = 1, at + 1
         while end < len(tokens) and depth and end - at < _MOST:
@@ -209,7 +208,7 @@ def items(text: str, *, wide: bool) -> list[Item]:
 
 
 def _items(tokens: list[_Token], depth: int = 0) -> list[Item]:
-    """The tokens with fractions, powers of ten, percentages, scales and the exponents of units put together."""
+    """The tokens, with fractions, powers of ten, percentages, scales and exponents of units joined."""
     items, at = [], 0
     while at < len(tokens):
         (kind, text, gap, money), at = tokens[at], at + 1
@@ -252,7 +251,7 @@ def _items(tokens: list[_Token], depth: int = 0) -> list[Item]:
 
 
 def _scale(items: list[Item], tokens: list[_Token], at: int) -> int:
-    """Applies what stands after the number at the end and scales it; how many tokens that takes."""
+    """Applies a percentage, a scale or a fraction's name to the number at the end; returns how many tokens that takes."""
     last = items[-1] if items else Item("", False)
     places = [place for place in range(at, min(at + 8, len(tokens))) if tokens[place].kind not in "{}" or place == at]
     texts = [tokens[place].text.casefold() for place in places]
@@ -282,7 +281,7 @@ def _scale(items: list[Item], tokens: list[_Token], at: int) -> int:
 
 
 def _alone(tokens: list[_Token], at: int) -> bool:
-    """Whether a letter after a sum of money is none of a unit's or a formula's, as in $5 m^2$."""
+    """Whether a letter after a sum of money belongs to no unit or formula, as it does in $5 m^2$."""
     return not tokens[at].money and (at + 1 == len(tokens) or not _goes_on(tokens[at + 1]))
 
 
@@ -339,7 +338,7 @@ def _fraction(tokens: list[_Token], at: int, depth: int) -> tuple[tuple[Fraction
         group, at = _group(tokens, at)
         unit &= bool(group) and all(t.kind in "w^n×{}" and (t.kind != "w" or is_unit(t.text)) for t in group)
         parts.append(_single(_items(group, depth + 1)) if depth < _DEEP else None)
-    if digits:  # \frac123 is 1/2 and then a 3, which nobody means
+    if digits:  # \frac123 is 1/2 followed by a 3: ambiguous
         return (None, False), at + 1
     above, below = parts if len(parts) == 2 else (None, None)
     value = above / below if above is not None and below else None
@@ -347,7 +346,7 @@ def _fraction(tokens: list[_Token], at: int, depth: int) -> tuple[tuple[Fraction
 
 
 def _single(items: list[Item]) -> Fraction | None:
-    """The number that items are, but for signs, parentheses and a unit."""
+    """The number that the items are, apart from signs, parentheses and a unit."""
     kinds = "".join(item.kind for item in items if item.kind not in "()")
     if any(item.kind == "w" and unknown(item.text, item.gap, "") for item in items) or not re.fullmatch("[-+]*nw*", kinds):
         return None
@@ -356,7 +355,7 @@ def _single(items: list[Item]) -> Fraction | None:
 
 
 def _raise(items: list[Item], group: list[_Token]) -> None:
-    """Applies an exponent to the number at the end: to a ten, with its factor; a circle is a unit, th makes an ordinal."""
+    """Applies an exponent to the number at the end. Only powers of ten have a value; ° is a unit, th makes an ordinal."""
     kinds = "".join(t.kind for t in group if t.kind not in "{}")
     if kinds and set(kinds) == {"w"}:
         if any(t.text in _ORDINALS for t in group):

@@ -1,13 +1,13 @@
-"""A function in a process of its own, under a clock that it cannot stop.
+"""Calls a function in a child process, with a time limit that it cannot escape.
 
-What a model writes may send an algebra system round for ever, or fill the memory, and neither an exception nor a timer in this
-process would reach a loop in C. So such a function runs in a child, which waits for calls and is killed when one takes too
-long; the next call starts another. Calls from several threads have a child each, so that none waits for a neighbour's.
+What a model writes may send an algebra system into an endless loop, or fill the memory. Neither an exception nor a timer in
+this process would stop a loop in C. So the function runs in a child, which waits for calls and is killed when one takes too
+long; the next call starts another. Calls from several threads have a child each, so that none waits for another.
 
-A child is a new interpreter, not a fork (jax's threads do not survive one) and not multiprocessing's, which would run the
-user's script again. It gets a function's name and plain arguments as a line of JSON, and answers with one. It limits its own
-memory, and refuses to write files, start programs or open connections from Python. That is a railing and no jail: code that a
-model wrote is not to be run here. And it dies by an alarm of its own soon after the clock, in case its parent was killed.
+A child is a new interpreter: jax's threads do not survive a fork, and multiprocessing would run the user's script again. It
+gets a function's name and plain arguments as a line of JSON, and answers with one. It limits its own memory, and refuses to
+write files, start programs or open connections from Python. That prevents accidents, not attacks: do not run code that a model
+wrote here. If its parent is killed, an alarm ends the child soon after the time limit.
 """
 
 import atexit
@@ -28,46 +28,47 @@ from typing import Any
 
 from jaxpost.errors import UserError
 
-START = 120.0  # seconds that the imports may take, on a busy machine
+START = 120.0  # seconds for the imports, on a busy machine
 MEMORY = 4 * 2**30  # bytes of address space
 _CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from jaxpost.rewards.sandbox import _serve; _serve()"
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-# What Python tells of itself before it does it; the child's audit hook refuses these.
+# Python's audit events that the child refuses.
 _REFUSED = ("socket.connect", "socket.bind", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.kill")
 _REFUSED += ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "shutil.")
 _idle: list["_Child"] = []
 
 
 def call(function: str, *, args: list, seconds: float, package: str = "") -> Any:
-    """What `module:function` gives for the arguments, in a child, within so many seconds; arguments and result are JSON.
+    """The result of `module:function` for the arguments, computed in a child; arguments and result are JSON.
 
-    package: imported there before the clock starts, as the function's module is. Raises UserError for a package that is not
-    installed, TimeoutError where the time ran out, and RuntimeError with what the function raised, or how its process died.
+    seconds: the time limit, without the imports of the function's module and of `package`. Raises UserError for a package that
+    is not installed, TimeoutError when the time runs out, and RuntimeError with what the function raised, or how its process
+    died.
     """
     _need(package)
-    child = _taken()
+    child = _idle_or_new()
     try:
         child.load(function.partition(":")[0], package)
-        found = child.ask([function, args, seconds], seconds)
-    except BaseException:  # that of a thread which is told to stop, too
+        answer = child.ask([function, args, seconds], seconds)
+    except BaseException:  # also the exception that stops a thread
         child.kill()
         raise
     _idle.append(child)
-    if "error" in found:
-        raise RuntimeError(found["error"])
-    return found["value"]
+    if "error" in answer:
+        raise RuntimeError(answer["error"])
+    return answer["value"]
 
 
 def warm(*, module: str, package: str = "") -> None:
-    """Has a child ready that holds the module and the package. Raises UserError for a package that is not installed."""
+    """Starts a child with the module and the package imported. Raises UserError for a package that is not installed."""
     _need(package)
-    child = _taken()
+    child = _idle_or_new()
     child.load(module, package)
     _idle.append(child)
 
 
 def close() -> None:
-    """Ends the children that wait for calls."""
+    """Ends the idle children."""
     while _idle:
         _idle.pop().kill()
 
@@ -81,7 +82,7 @@ def _need(package: str) -> None:
         raise UserError(f"the package {package} is not installed; pip install 'jaxpost[rewards]'.")
 
 
-def _taken() -> "_Child":
+def _idle_or_new() -> "_Child":
     try:
         return _idle.pop()
     except IndexError:
@@ -89,7 +90,7 @@ def _taken() -> "_Child":
 
 
 class _Child:
-    """An interpreter that finds modules where this one does, and answers calls."""
+    """An interpreter with this one's sys.path that answers calls."""
 
     def __init__(self):
         self.loaded: set[str] = set()
@@ -101,20 +102,20 @@ class _Child:
             stderr=subprocess.DEVNULL,
             bufsize=0,
             env=os.environ | _environment(),
-            start_new_session=True,  # an interrupt from the terminal is its parent's to deal with
+            start_new_session=True,  # the parent handles an interrupt from the terminal
         )
-        os.set_blocking(self.process.stdin.fileno(), False)  # a child that does not read must not keep its parent
+        os.set_blocking(self.process.stdin.fileno(), False)  # a child that does not read must not block its parent
 
     def load(self, *modules: str) -> None:
-        """Imports what it has not yet. Raises RuntimeError with what an import raised."""
+        """Imports new modules. Raises RuntimeError with what an import raised."""
         if new := [m for m in modules if m and m not in self.loaded]:
-            found = self.ask(["", [[entry or os.getcwd() for entry in sys.path], new], START], START)
-            if "error" in found:
-                raise RuntimeError(found["error"])
+            answer = self.ask(["", [[entry or os.getcwd() for entry in sys.path], new], START], START)
+            if "error" in answer:
+                raise RuntimeError(answer["error"])
             self.loaded.update(new)
 
     def ask(self, message: list, seconds: float) -> dict:
-        """The answer to a message. Raises TimeoutError, and RuntimeError where the process is gone."""
+        """The answer to a message. Raises TimeoutError, and RuntimeError if the process has died."""
         end = time.monotonic() + seconds
         what = message[0] or f"import {', '.join(message[1][1])}"
         left, answer = memoryview(json.dumps(message).encode() + b"\n"), b""
@@ -134,7 +135,7 @@ class _Child:
 
     @staticmethod
     def _wait(pipe, event: int, what: str, seconds: float, end: float) -> None:
-        """Waits until a pipe can be written or read. Raises TimeoutError at the end of the time."""
+        """Waits until a pipe can be written or read. Raises TimeoutError at `end`."""
         ready = select.poll()
         ready.register(pipe, event)
         if not ready.poll(max(0.0, end - time.monotonic()) * 1000):
@@ -150,11 +151,11 @@ class _Child:
 
 
 def _environment() -> dict[str, str]:
-    """The child's environment variables, beside this process's own."""
-    # One thread for linear algebra: its buffers count as memory. One hash seed: sets have one order in every child.
+    """The child's environment variables, besides this process's."""
+    # One thread for linear algebra: its buffers count as memory. One hash seed: sets have the same order in every child.
     quiet = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "JAX_PLATFORMS": "cpu"}
-    if not os.access(os.environ.get("MPLCONFIGDIR", ""), os.W_OK):  # else it is the user's own
-        quiet["MPLCONFIGDIR"] = tempfile.gettempdir()  # a folder that is there: matplotlib may make none in the child
+    if not os.access(os.environ.get("MPLCONFIGDIR", ""), os.W_OK):
+        quiet["MPLCONFIGDIR"] = tempfile.gettempdir()  # matplotlib may not make a folder in the child
     return quiet
 
 
@@ -163,18 +164,18 @@ def _refuse(event: str, args: tuple) -> None:
     writes = (isinstance(mode, str) and set(mode) & set("wax+")) or (isinstance(flags, int) and flags & _WRITES)
     writes = writes and args[0] != os.devnull
     if writes or event.startswith(_REFUSED):
-        raise PermissionError(f"{event} is refused to a function that reads a model's words")
+        raise PermissionError(f"{event} is refused to a function that reads a model's text")
 
 
 def _serve() -> None:
-    """The child: one line in, one line out, until there are no more."""
+    """The child's loop: one line in, one line out, until there are no more."""
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # what a function prints does not get between the answers
-    with contextlib.suppress(ImportError, ValueError, OSError):  # where the system has no such limit
+    os.dup2(2, 1)  # keeps what a function prints out of the answers
+    with contextlib.suppress(ImportError, ValueError, OSError):  # systems without this limit
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    tempfile.gettempdir()  # looked for by writing a probe, which could not be written any more
+    tempfile.gettempdir()  # it writes a probe file, which the audit hook would refuse
     sys.addaudithook(_refuse)
     for line in sys.stdin.buffer:
         name, args, seconds = json.loads(line)

@@ -15,7 +15,7 @@ _BREAKS = ("\n", "!", ";", "→")
 
 
 def read(parts: list[Item], *, takes: str, strict: bool = True, gold: bool = False) -> Number | None:
-    """The number that items give; None where they give none, or no single one.
+    """The number that the items give; None if they give none or several.
 
     takes: only, first or last, of the groups. strict: a comma after a number makes a list. gold: no word may lead to it.
     """
@@ -57,7 +57,7 @@ class _Reader:
         return self.items[at] if 0 <= at < len(self.items) else _NOTHING
 
     def _end(self, joined: bool = False) -> None:
-        """Ends a chain; the next one is of its group or not."""
+        """Ends a chain. joined: the next one is in its group."""
         self.side.foreign = self.ahead.foreign
         self.side.bad |= self.side.comma and self._named()  # (5, x)
         sides = [s for s in self.sides if s.count]
@@ -78,7 +78,7 @@ class _Reader:
         self.clause, self.sentence, self.call = self.clause + 1, self.sentence + sentence, 0
 
     def _item(self, at: int) -> int | None:
-        """Takes one item; gives the place after those that it skipped."""
+        """Reads one item; returns the place after those that it skipped."""
         item, side, before, next_ = self.items[at], self.side, self._at(at - 1), self._at(at + 1)
         term, glued = next_.kind in ("n", "+", "-", "(", "c"), not item.gap and not next_.gap
         after = side.count and not side.words  # right after a number
@@ -195,7 +195,7 @@ class _Reader:
         return None
 
     def _warns(self, item: Item, before: Item, next_: Item) -> None:
-        """What a word says of the number after it, or of the one before: less than 5, 5 at least."""
+        """Notes what a word says about the number after it or before it: less than 5, 5 at least."""
         side, ahead, word = self.side, self.ahead, item.text.casefold()
         if v.denies(word) or (word == "than" and before.text == "rather"):
             ahead.denied = True
@@ -216,7 +216,7 @@ class _Reader:
             ahead.foreign &= self.takes == "only"
 
     def _joins(self, at: int, word: str, following: str) -> bool:
-        """Takes a word that may make one of two numbers; whether it was all that there is to it."""
+        """Reads a word that may join two numbers; returns whether the word is done."""
         side, next_ = self.side, self._at(at + 1)
         if word in ("or", "and"):
             if side.count and side.words < 3 and following in v.MORE and not (word == "and" and following == "so"):
@@ -252,15 +252,15 @@ class _Reader:
         return False
 
     def _turns(self, at: int, word: str) -> int | None:
-        """Takes a word that opens another clause; what follows why, or which, tells of an answer that is there."""
+        """Reads a word that opens another clause. A clause after `because` or `which` explains an earlier answer."""
         side, group = self.side, self.groups[-1] if self.groups else None
-        given = any(s.count for s in self.sides)
+        counted = any(s.count for s in self.sides)
         if word == "which":
-            if given and side.computes:
+            if counted and side.computes:
                 side.comma = False
                 self._equals()
                 return None
-            if not given and group and group.clause == self.clause - 1 and group.computes and group.number is None:
+            if not counted and group and group.clause == self.clause - 1 and group.computes and group.number is None:
                 self.groups.pop()
                 return None
         if word in v.SO:
@@ -271,8 +271,8 @@ class _Reader:
             return None
         self._break()
         if word in v.WHY:
-            return self._passed(at) if given else None
-        if word == "which" and self._at(at - 1).kind == "," and self._at(at + 1).text.casefold() in v.IS and (given or group):
+            return self._passed(at) if counted else None
+        if word == "which" and self._at(at - 1).kind == "," and self._at(at + 1).text.casefold() in v.IS and (counted or group):
             end = self._passed(at, comma=True)
             return None if any(item.kind == "=" for item in self.items[at:end]) else end
         return None
@@ -288,7 +288,7 @@ class _Reader:
         return kind in _BREAKS or (kind == "." and self._at(at + 1).gap) or kind == "."
 
     def _comma(self, joins: bool) -> None:
-        """What may separate the members of a list."""
+        """Reads a separator of list members."""
         side = self.side
         if not side.count and not (self._named() and (self.depth or self.takes == "only")):
             side.words = 0
@@ -302,7 +302,7 @@ class _Reader:
             self._break()
 
     def _named(self) -> bool:
-        """Whether what stands after the last number, or before the first, is an unknown of its own."""
+        """Whether an unknown follows the last number or precedes the first."""
         side = self.side
         return self.ahead.foreign or (len(side.word) == 1 and side.words == 1 and side.word not in "ai")
 
@@ -322,7 +322,7 @@ class _Reader:
         self.ahead = Ahead()
 
     def _concludes(self) -> None:
-        """An arrow: an equality between numbers; from an equation with an unknown to what follows of it."""
+        """Reads an arrow: an equality between numbers, or the step from an equation with an unknown to its solution."""
         if any(s.unknown for s in self.sides):
             self.sides, self.ahead = [Side()], Ahead()
         elif self.side.comma:
@@ -355,7 +355,7 @@ class _Reader:
             self.ahead.foreign = side.unknown = True
 
     def _dash(self, item: Item, before: Item, even: bool) -> bool:
-        """Whether what may be a sign stands between words, or after an unknown."""
+        """Whether a possible sign is a dash between words or after an unknown."""
         says = before.text.casefold() in v.IS | v.FILLERS
         return before.kind == "w" and even and ((item.gap and not says) or len(before.text) == 1)
 

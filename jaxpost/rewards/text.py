@@ -1,6 +1,6 @@
-"""What can be said of a completion as text: how long it is, and how much of it was there before.
+"""Rewards on a completion's length and repetition.
 
-Lengths are in words, since a reward sees no tokens; a limit on tokens is the rollouts' own (`overlong`).
+Lengths are in words, since a reward sees no tokens. For a limit on tokens see the rollouts' step `overlong`.
 """
 
 import math
@@ -11,9 +11,7 @@ from jaxpost.errors import UserError
 
 
 def length(record: dict, completion: str, *, at_least: int = 0, at_most: float = math.inf, slack: int = 0) -> float:
-    """1 for a completion of at_least to at_most words; outside it falls on a straight line, to 0 at slack + 1 words too many or
-    too few.
-    """
+    """1 for a completion of at_least to at_most words, falling linearly to 0 at slack + 1 words too many or too few."""
     if not 0 <= at_least <= at_most or slack < 0:
         raise UserError(f"rewards.text.length: at_least={at_least}, at_most={at_most}, slack={slack} leave no length.")
     count = len(completion.split())
@@ -22,7 +20,7 @@ def length(record: dict, completion: str, *, at_least: int = 0, at_most: float =
 
 
 def repetition(record: dict, completion: str, *, ngram_size: int = 3, max_penalty: float = -1.0) -> float:
-    """max_penalty times the share of n-grams that are there already: 0 where none is said twice.
+    """max_penalty times the share of n-grams that repeat an earlier one: 0 without repetition.
 
     The n-grams are of words in lower case, where TRL takes tokens. Source: "Demystifying Long Chain-of-Thought Reasoning in
     LLMs", appendix C.2.
@@ -45,19 +43,19 @@ def cosine(
     min_value_correct: float = 0.5,
     max_value_correct: float = 1.0,
 ) -> float | None:
-    """A right answer is worth the more the shorter it is, a wrong one the less, along half a cosine:
+    """A cosine in the length: a right answer scores higher the shorter it is, a wrong one lower:
 
         R = a + (b - a) (1 + cos(pi min(words / max_len, 1))) / 2,   from b for no words to a for max_len
 
-    with a, b = min_value_correct, max_value_correct of a right answer, max_value_wrong, min_value_wrong of a wrong one. What is
-    right a reward says, more than a half; where that has no say (None), neither has this. Names and values are TRL's, where
+    with a, b = min_value_correct, max_value_correct for a right answer, max_value_wrong, min_value_wrong for a wrong one. An
+    answer is right if the reward `correct` gives more than 0.5; None if that gives None. Names and defaults are TRL's, where
     lengths are in tokens. Source: "Demystifying Long Chain-of-Thought Reasoning in LLMs", appendix C.1.
     """
     if max_len < 1:
         raise UserError(f"rewards.text.cosine: max_len={max_len} words; give 1 at least.")
-    verdict = resolve(correct, "rewards")(record, completion)
-    if verdict is None:
+    score = resolve(correct, "rewards")(record, completion)
+    if score is None:
         return None
-    long, short = (min_value_correct, max_value_correct) if verdict > 0.5 else (max_value_wrong, min_value_wrong)
+    long, short = (min_value_correct, max_value_correct) if score > 0.5 else (max_value_wrong, min_value_wrong)
     share = min(len(completion.split()) / max_len, 1.0)
     return long + (short - long) * (1 + math.cos(math.pi * share)) / 2

@@ -1,4 +1,4 @@
-"""The English words that change what a number beside them means; every other word is a unit or of no account."""
+"""The English words that change the meaning of a number beside them; every other word is a unit or ignored."""
 
 import re
 
@@ -7,7 +7,7 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# What multiplies the number before it, and what divides it.
+# Words that multiply or divide the number before them.
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 SCALES |= {"lakh": 10**5, "lac": 10**5, "crore": 10**7, "dozen": 12}
 SCALES |= {f"{word}s": factor for word, factor in SCALES.items()} | {"tens": 10}
@@ -22,20 +22,20 @@ POWERS = _words("squared cubed")  # of a number; "72 meters squared" is a unit
 MONTHS = _words("January February March April May June July August September October November December")
 MONTHS |= _words("Jan Feb Mar Apr Jun Jul Aug Sep Sept Oct Nov Dec")
 
-# What makes the number after it another one; it may have some of OF in between.
+# Words that change the number after them, maybe with some of OF in between.
 TAKES = _words("twice thrice double triple quadruple half third quarter root square cube log ln lg sqrt cbrt sin cos tan cot")
 TAKES |= _words("csc arcsin arccos arctan exp abs floor ceil ceiling gcd lcm reciprocal inverse factorial")
 OF = _words("of the a an as many much that number this those these his her their its")
 WHOLE = _words("the his her their its those these my our your all")  # 72 of the 100 pages
 
-# What denies or bounds the number after it.
+# Words that deny or bound the number after them.
 NOT = _words("not never neither nor cannot without except instead unlike")
 STILL = _words("equal to exactly quite only have has be just more than less really actually or least most at between")
 BEYOND = _words("under below above over nearly almost between exceeding exceeds beyond")
 MORE = _words("more less fewer greater higher lower larger smaller above below over under up beyond older younger so")
 MORE |= _words("longer shorter later earlier")
 
-# What stands between two numbers that are no single one: 3 to 5, 3 vs 5, 1 in 5.
+# Words between two numbers that do not make one: 3 to 5, 3 vs 5, 1 in 5.
 BETWEEN = _words("to through thru till until vs versus v")
 RATIO = _words("of in by per")
 IS = _words("is are was were be equals equal makes gives becomes totals")
@@ -46,7 +46,7 @@ SO = _words("so therefore thus hence")
 ASIDE = _words("but where while whereas if when")
 TIMES = _words("second seconds minute minutes hour hours day days week weeks month months year years")
 ADJUNCT = _words("after before within during since per every each")
-AROUND = _words("in at on by for with from") | ADJUNCT  # what leads to a number that a marked sentence does not mean
+AROUND = _words("in at on by for with from") | ADJUNCT  # before a number that is not a marked sentence's answer
 FILLERS = _words("a an the that about approximately approx exactly roughly around only just simply therefore thus indeed equal")
 FILLERS |= _words("to be then so also")
 # Words that keep two quantities apart: 72 pages of 5.
@@ -76,9 +76,9 @@ _EASTERN = re.compile(r"[百千万億亿兆백천만억조]")
 
 
 def unknown(word: str, apart: bool, following: str) -> bool:
-    """Whether a word after a number is no unit: an unknown, a digit of a base, a scale that is not read.
+    """Whether a word after a number is no unit: an unknown, a digit of a base, an unsupported scale.
 
-    apart: it does not touch the number. following: the kind of what comes next.
+    apart: it does not touch the number. following: the kind of the next item.
     """
     if (
         _XYZ.fullmatch(word)

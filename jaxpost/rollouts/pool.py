@@ -1,13 +1,13 @@
-"""Processes that judge completions, each killed when a reward in it takes too long.
+"""Worker processes that score completions, each killed when a reward in it takes too long.
 
-A thread cannot stop a reward that loops in C (a regular expression, a power of large numbers), and nothing in a process is safe
-from `os._exit`, a crash, a changed random state. So rewards run in workers: new interpreters (worker.py), no forks, since the
-threads of jax do not survive one, and not multiprocessing's, which would run the user's script again. A worker that dies, or
-outlasts a completion's clock, is killed with its process group; the completion is a failure, and others that it had go to the
-next worker. Records travel as pickles, so each completion is judged by its own copy.
+A thread cannot stop a reward that loops in C (a regular expression, a power of large numbers), and `os._exit`, a crash or a
+changed random state affects a whole process. So rewards run in workers (worker.py). These are new interpreters: jax's threads
+do not survive a fork, and multiprocessing would run the user's script again. A worker that dies or exceeds a completion's time
+limit is killed with its process group. That completion is a failure, and the worker's other completions go to the next one.
+Records are sent as pickles, so each completion is scored with its own copy.
 
-One pool serves the process. One thread of it starts the workers, since on Linux a worker dies with the thread that started it,
-and talks to all of them. Workers are started when completions wait, one after the other, and are kept for the next batch.
+There is one pool a process. One thread starts the workers, since on Linux a worker dies with the thread that started it, and
+communicates with all of them. Workers are started one after the other while completions wait, and kept for the next batch.
 """
 
 import atexit
@@ -38,21 +38,21 @@ import jax
 from jaxpost.errors import UserError
 from jaxpost.rollouts.worker import LOADED, Failure
 
-START = 120.0  # seconds that a worker's imports may take, on a busy machine
-GROW = 0.05  # seconds that a completion waits for the workers there are, before there is another
-CHUNK, BATCH = 64, 0.02  # completions that a worker is sent at a time: at most so many, and about so many seconds' worth
-PACE = 0.02  # seconds that a completion is taken to need by a worker that has judged none
-LARGEST = 2**26  # bytes that a reward may take as a pickle, since every worker has a copy
-_ANSWER = 2**16  # bytes of a worker's answer, at most
+START = 120.0  # seconds for a worker's imports, on a busy machine
+GROW = 0.05  # seconds that a completion waits before another worker is started
+CHUNK, BATCH = 64, 0.02  # completions that a worker is sent at a time: this many at most, for about this many seconds
+PACE = 0.02  # seconds a completion, assumed for a new worker
+LARGEST = 2**26  # bytes of a reward's pickle at most, since every worker has a copy
+_ANSWER = 2**16  # bytes of a worker's answer at most
 _CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from jaxpost.rollouts.worker import serve; "
 _CHILD += "serve(int(sys.argv[2]), int(sys.argv[3]))"
-# One hash seed: sets have one order in every worker. One thread for linear algebra: workers share the cores.
+# One hash seed: sets have the same order in every worker. One thread for linear algebra: workers share the cores.
 _QUIET = {"JAX_PLATFORMS": "cpu", "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
 class Payload(NamedTuple):
-    """Rewards as a worker gets them: their pickles by name, the files of modules that no sys.path leads to, which version of
-    their modules' files they are of, and the GiB of memory that they may take."""
+    """Rewards for a worker: their pickles by name, files of modules outside sys.path, modification times of their modules'
+    files, and their memory limit in GiB."""
 
     digest: str
     pickles: dict[str, bytes]
@@ -62,9 +62,9 @@ class Payload(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A completion to be judged by one reward of a payload, or with the name "" the payload to be loaded.
+    """A completion to score with one reward of a payload, or with the name "" a payload to load.
 
-    answer: takes the verdict, in the pool's thread; closed: set when nobody waits for it any more.
+    answer: called with the score, in the pool's thread. closed: set when nobody waits for it any more.
     """
 
     payload: Payload
@@ -77,36 +77,36 @@ class Job(NamedTuple):
     since: float
 
 
-def _load(what: Payload, answer: Callable[[Any], None]) -> Job:
+def _load(payload: Payload, answer: Callable[[Any], None]) -> Job:
     """The job of loading a payload."""
-    return Job(what, "", b"", "", START, answer, threading.Event(), time.monotonic())
+    return Job(payload, "", b"", "", START, answer, threading.Event(), time.monotonic())
 
 
 class _Held(Exception):
-    """A reward holds what cannot leave this process."""
+    """A reward holds an object that cannot leave this process."""
 
 
 class _Pickler(cloudpickle.Pickler):
     def persistent_id(self, thing: Any) -> None:
-        """Refuses arrays of the device."""
+        """Refuses device arrays."""
         if isinstance(thing, jax.Array):
             raise _Held("it holds arrays of jax, which stay on this process's device")
 
 
 def pickled(reward: Callable) -> bytes:
-    """A reward as a pickle: by its name where that can be imported, else as it is. Raises UserError where it cannot be sent."""
+    """A reward as a pickle: by name if it can be imported, else by value. Raises UserError if it cannot be sent."""
     content = io.BytesIO()
     try:
         _Pickler(content).dump(reward)
     except Exception as error:
         raise UserError(str(error) if isinstance(error, _Held) else f"it cannot be pickled ({error})") from error
     if content.tell() > LARGEST:
-        raise UserError(f"it holds {content.tell() >> 20} MiB, which each worker would have a copy of")
+        raise UserError(f"it holds {content.tell() >> 20} MiB, and each worker would need a copy")
     return content.getvalue()
 
 
 def payload(pickles: Mapping[str, bytes], rewards: Mapping[str, Callable], memory: float) -> Payload:
-    """The payload of rewards, {name: pickle} and {name: function}, that may take so many GiB."""
+    """The payload of rewards, {name: pickle} and {name: function}, with a memory limit in GiB."""
     files = {}
     for name, module in list(sys.modules.items()):
         path = getattr(module, "__file__", None)
@@ -120,7 +120,7 @@ def payload(pickles: Mapping[str, bytes], rewards: Mapping[str, Callable], memor
 
 
 class _Worker:
-    """A process, and the completions that it has been sent and not answered, in order."""
+    """A process, and the jobs that it has not answered yet, in order."""
 
     def __init__(self):
         self.link, other = socket.socketpair()
@@ -132,17 +132,17 @@ class _Worker:
             stderr=subprocess.DEVNULL,
             pass_fds=[other.fileno()],
             env=os.environ | _QUIET,
-            start_new_session=True,  # an interrupt from the terminal is its parent's to deal with
+            start_new_session=True,  # the parent handles an interrupt from the terminal
         )
         other.close()
         self.link.setblocking(False)
         self.jobs: collections.deque[Job] = collections.deque()
         self.loaded, self.versions = {}, {}
         self.outgoing, self.incoming, self.deadline = b"", b"", 0.0
-        self.sent, self.count, self.pace = 0.0, 0, PACE  # of the last jobs: when, how many, how long each took
+        self.sent, self.count, self.pace = 0.0, 0, PACE  # of the last jobs: time, number, seconds each
 
     def send(self, jobs: list[Job]) -> None:
-        """Asks for jobs of a payload that it has loaded, or for the loading of one."""
+        """Sends jobs of a payload that it has loaded, or the loading of one."""
         first = jobs[0].payload
         if jobs[0].name:
             self._write("judge", first.digest, [(job.name, job.record, job.completion) for job in jobs])
@@ -162,17 +162,17 @@ class _Worker:
         self.outgoing += len(content).to_bytes(8, "big") + content
 
     def write(self) -> None:
-        """Sends what can be sent without waiting."""
+        """Sends as much as possible without waiting."""
         try:
             while self.outgoing:
                 self.outgoing = self.outgoing[self.link.send(self.outgoing) :]
         except BlockingIOError:
             pass
-        except OSError:  # `read` says how it ended
+        except OSError:  # `read` reports how it ended
             self.outgoing = b""
 
     def read(self) -> str:
-        """Takes the answers that are there; what is wrong with the process, if anything."""
+        """Handles the answers that have arrived. Returns the process's error, or ""."""
         try:
             while content := self.link.recv(2**16):
                 self.incoming += content
@@ -184,7 +184,7 @@ class _Worker:
         except BlockingIOError:
             return ""
         except ValueError:
-            return "something was written among its verdicts"
+            return "something was written among its scores"
         except OSError:
             pass
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -192,7 +192,7 @@ class _Worker:
         return f"ended its process ({self.process.returncode}), as a crash, os._exit or too much memory does"
 
     def _answered(self, line: Any) -> None:
-        """Raises ValueError for what is no answer to the job that is due."""
+        """Handles one answer. Raises ValueError if it does not fit the first job."""
         name = self.jobs[0].name if self.jobs else None
         kinds = ("value", "user", "error") if name else ("errors",)
         if name is None or not isinstance(line, dict) or len(line) != 1 or not line.keys() <= set(kinds):
@@ -210,7 +210,7 @@ class _Worker:
             self.pace = (now - self.sent) / self.count
 
     def kill(self) -> None:
-        """Ends the process at once, with all that it started."""
+        """Ends the process and its children at once."""
         with contextlib.suppress(OSError):
             os.killpg(self.process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -219,7 +219,7 @@ class _Worker:
 
 
 class Pool:
-    """The workers, and what waits for one."""
+    """The workers, and the jobs that wait for one."""
 
     def __init__(self):
         self.lock, self.waiting, self.most = threading.Lock(), collections.deque(), 1
@@ -230,7 +230,7 @@ class Pool:
         self.process = os.getpid()
 
     def submit(self, jobs: list[Job], most: int) -> None:
-        """Has jobs done by `most` workers, or as many as others asked for."""
+        """Queues jobs, for at most `most` workers, or more if an earlier call allowed more."""
         with self.lock:
             self.waiting.extend(jobs)
             self.most = max(self.most, most)
@@ -240,14 +240,14 @@ class Pool:
                 self.thread.start()
         self.nudge()
 
-    def load(self, load: Payload, most: int) -> dict[str, str]:
-        """Has a worker load a payload; waits for it. By their names, why rewards of it cannot be loaded there."""
+    def load(self, payload: Payload, most: int) -> dict[str, str]:
+        """Loads a payload in a worker and waits for it. Returns {name: error} of rewards that cannot be loaded there."""
         answer = queue.SimpleQueue()
-        self.submit([_load(load, answer.put)], most)
+        self.submit([_load(payload, answer.put)], most)
         return answer.get()
 
     def nudge(self) -> None:
-        """Has the thread look at what has changed."""
+        """Wakes the thread."""
         with contextlib.suppress(BlockingIOError):
             self.wake.send(b".")
 
@@ -261,14 +261,14 @@ class Pool:
         while not self.ended:
             try:
                 self._turn(time.monotonic())
-            except Exception as error:  # nobody is left waiting, whatever it was
+            except Exception as error:  # answer every job, whatever happened
                 for worker in list(self.workers):
-                    self._lost(worker, Failure(f"RuntimeError: the worker cannot be talked to ({error})"))
+                    self._lost(worker, Failure(f"RuntimeError: the connection to the worker failed ({error})"))
                 while self.waiting:
                     self._failed(self.waiting.popleft(), Failure(f"RuntimeError: no worker can be started ({error})"))
 
     def _turn(self, now: float) -> None:
-        """Gives out what waits, hears what comes, ends who is overdue."""
+        """Assigns waiting jobs, reads answers, kills overdue workers."""
         with self.lock:
             self.waiting = collections.deque(job for job in self.waiting if not job.closed.is_set())
         for worker in list(self.workers):
@@ -283,9 +283,9 @@ class Pool:
             if key.data is None:
                 self.awake.recv(2**12)
         for worker in list(self.workers):
-            self._heard(worker)
+            self._read(worker)
 
-    def _heard(self, worker: _Worker) -> None:
+    def _read(self, worker: _Worker) -> None:
         loading = bool(worker.jobs) and not worker.jobs[0].name
         worker.write()
         if trouble := worker.read():
@@ -296,17 +296,17 @@ class Pool:
             self.grown = time.monotonic()
 
     def _lost(self, worker: _Worker, error: Failure) -> None:
-        """Kills a worker; the completion that it was at is a failure, and the others wait for the next."""
+        """Kills a worker. Its current completion is a failure; the others wait for the next worker."""
         self.workers.remove(worker)
         self.selector.unregister(worker.link)
         worker.kill()
-        # Where it was loading a payload, an earlier reward may have left something there: a worker that had none decides.
+        # If it was loading a payload, an earlier reward may be the cause: only a worker without others decides.
         if worker.jobs and (worker.jobs[0].name or len(worker.loaded) == 1):
             job = worker.jobs.popleft()
             self._failed(job, error)
-            if not job.name:  # it would end the next worker as well
-                own = [other for other in self.waiting if other.payload.digest == job.payload.digest]
-                for other in own:
+            if not job.name:  # it would end the next worker too
+                dependent = [other for other in self.waiting if other.payload.digest == job.payload.digest]
+                for other in dependent:
                     self.waiting.remove(other)
                     self._failed(other, error)
         with self.lock:
@@ -317,11 +317,11 @@ class Pool:
         job.answer(error if job.name else dict.fromkeys(job.payload.pickles, str(error)))
 
     def _able(self) -> list[_Worker]:
-        """The workers that have loaded what the first of the waiting jobs needs."""
+        """The workers that have loaded the payload of the first waiting job."""
         return [worker for worker in self.workers if self.waiting[0].payload.digest in worker.loaded]
 
     def _grows(self) -> float:
-        """When another worker is to load what the first of the waiting jobs needs, should it still wait then; 0 for never."""
+        """The time from which another worker may load the first waiting job's payload; 0: never."""
         if not self.waiting or any(worker.jobs and not worker.jobs[0].name for worker in self.workers):
             return 0.0
         able = self._able()
@@ -330,8 +330,8 @@ class Pool:
         return max(self.waiting[0].since, self.grown) + GROW if able and self.waiting[0].name else 1e-9
 
     def _assign(self, now: float) -> None:
-        """Gives waiting jobs to idle workers. Where there are too few, another is started, or loads what it has not got; jobs
-        wait until one is ready, which need not be the new one."""
+        """Gives waiting jobs to idle workers. If there are too few, starts another, or has one load the payload; jobs go to the
+        first that is ready."""
         while self.waiting:
             first, idle = self.waiting[0], [worker for worker in self.workers if not worker.jobs]
             for worker in idle:
@@ -349,10 +349,10 @@ class Pool:
                 idle = [_Worker()]
                 self.workers += idle
                 self.selector.register(idle[0].link, selectors.EVENT_READ, idle[0])
-            idle[0].send([_load(first.payload, lambda verdict: None) if first.name else self.waiting.popleft()])
+            idle[0].send([_load(first.payload, lambda result: None) if first.name else self.waiting.popleft()])
 
     def _chunk(self, pace: float) -> list[Job]:
-        """The next jobs, all of one payload, and a load by itself. pace: seconds that each may take."""
+        """The next jobs, all of one payload; a load is alone. pace: expected seconds of each."""
         jobs = [self.waiting.popleft()]
         count = min(CHUNK, int(BATCH / max(pace, 1e-6)), -(-(len(self.waiting) + 1) // self.most))
         while self.waiting and len(jobs) < count and jobs[0].name and self.waiting[0].name:
@@ -370,4 +370,4 @@ def shared() -> Pool:
     return pool
 
 
-os.register_at_fork(after_in_child=shared.cache_clear)  # a fork has no thread that would answer
+os.register_at_fork(after_in_child=shared.cache_clear)  # a fork does not have the pool's thread

@@ -1,20 +1,19 @@
-"""Completions judged by several rewards on the host while the device makes the next ones, and contained.
+"""Scores completions with several rewards on the host, while the device makes the next ones, and contains their failures.
 
-A reward is a function of the user's, called on what a model wrote, so it will one day raise, hang, end its process, or give
-something that is no number. None of that may stop a run, and none may pass unseen. Such a failure is scored as configured and
-told with its message; where a reward fails more often than the limit allows, the run stops, since it would be learning from
-failures. What the user has to put right (a UserError: a package or a column that is missing) is not contained: `results` raises
-it.
+A reward is a user's function on a model's output, so it may raise, hang, end its process, or return no number. Such a failure
+must not stop a run or pass unnoticed: it gets the configured score and its message is printed. If a reward fails more often
+than the limit allows, the run stops, since it would learn from failures. An error that the user has to fix (a UserError: a
+missing package or column) is not contained: `results` raises it.
 
-**Where a reward runs.** In a worker process (pool.py), which is killed when a completion takes more than its seconds. Three
-kinds stay in threads of this process: one that judges many completions at once (`many`), one that says so by an attribute
-`in_process = True`, because it needs the device or has a process of its own, and one that cannot be sent, of which a line on
-stderr tells. With workers=0 all of them do. Each completion is judged by a copy of its record of its own.
+**Where a reward runs.** In a worker process (pool.py), which is killed when a completion exceeds its time limit. Three kinds
+run in threads of this process: a reward that scores many completions at once (`many`); one with the attribute `in_process =
+True`, because it needs the device or has its own process; and one that cannot be sent, with a message on stderr. With workers=0
+all do. Each completion is scored with its own copy of its record.
 
-**The clock of a thread.** A thread cannot be killed, so one whose reward takes too long is given up: its verdict no longer
-counts, another thread takes its place, and it is sent an exception again and again until it ends. That stops a loop in Python;
-a loop in C goes on. A thread that is sent an exception may be anywhere, so it must hold nothing that others need: threads talk
-by queues alone, and who speaks for a job, its thread or the clock, is decided by one atomic operation.
+**The time limit of a thread.** A thread cannot be killed. One whose reward takes too long is abandoned: its score no longer
+counts, another thread replaces it, and it is sent an exception repeatedly until it ends. That stops a loop in Python, but not
+one in C. The exception may arrive anywhere, so threads hold no locks and communicate by queues alone. One atomic operation
+decides whether a job's thread or the clock reports its score.
 """
 
 import copy
@@ -41,12 +40,12 @@ from jaxpost.rollouts.worker import Failure, described, number
 
 WORKERS, THREADS = 4, 4
 MEMORY = 8.0  # GiB of a worker
-LARGEST = float(np.finfo(np.float32).max)  # a total beyond it is none that could be learned from
+LARGEST = float(np.finfo(np.float32).max)  # the largest total
 
 
 class Score(NamedTuple):
-    """What the rewards make of a completion: the weighted sum (nan where no reward that has a weight applies), what each gave
-    (None: not applicable), and what went wrong.
+    """The scores of a completion: the weighted sum (nan if no reward with a weight applies), each reward's score (None: not
+    applicable), and the messages of failures.
     """
 
     total: float
@@ -55,7 +54,7 @@ class Score(NamedTuple):
 
 
 class _Stop(BaseException):
-    """Sent to a thread that is given up; no `except Exception` of a reward's keeps it."""
+    """Sent to an abandoned thread; a reward's `except Exception` does not catch it."""
 
 
 class _Job:
@@ -65,23 +64,22 @@ class _Job:
         self.thread, self.started = None, math.inf
 
     def decide(self, who: str) -> bool:
-        """Whether it is `who` that speaks for the job; the first who asks."""
+        """Whether `who` reports the job's score: the first caller does."""
         return self.decided.setdefault("by", who) == who
 
 
 class Scorer:
-    """Judges completions by rewards: {name: (function, weight)}; of weight 0 a reward only counts.
+    """Scores completions with rewards: {name: (function, weight)}; with weight 0 a reward is only reported.
 
-    seconds: that a reward may take for one completion. failed: what a failure scores, before its weight. limit: the share of a
-    reward's verdicts in one `results` that may be failures, though one always may, unless the limit is 0. workers: processes at
-    most, of this and all other Scorers together; memory: GiB that each of them may allocate, on Linux, where 0 is no limit;
-    threads: for rewards that are judged in this process.
+    seconds: the time limit of a reward for one completion. failed: the score of a failure, before its weight. limit: the share
+    of a reward's scores in one `results` that may be failures; one failure is always allowed, unless the limit is 0. workers:
+    the most processes of all Scorers together. memory: GiB that each of them may allocate, on Linux; 0 is no limit. threads:
+    for rewards that run in this process.
 
-    A reward is (record, completion) -> a number, or None where it does not apply. It may carry three attributes, functions
-    with its own keywords: `ready()`, called here at once, so that what is missing is found early; `many(records, completions)`
-    -> one number, None or exception for each, which is called in its stead, once a `results` and without a clock; and
-    `check(record)`, which raises for a record that no completion could be judged by (see `check_record`).
-    Raises UserError for what is no reward, as a function that returns nothing.
+    A reward is (record, completion) -> a number, or None where it does not apply. It may have three attributes, functions with
+    the reward's keywords. `ready()` is called here, to report what is missing early. `many(records, completions)` -> a number,
+    None or an exception for each replaces it, once a `results` and without a time limit. `check(record)` raises for a record
+    that cannot be scored (see `check_record`). Raises UserError for an invalid reward, such as a function that returns nothing.
     """
 
     def __init__(
@@ -97,15 +95,15 @@ class Scorer:
     ):
         _check(rewards, seconds, failed, limit, workers, memory, threads)
         self.rewards, self.seconds, self.failed, self.limit = dict(rewards), seconds, failed, limit
-        self._many = {name: many for name, (reward, _) in self.rewards.items() if (many := _carried(reward, "many"))}
+        self._many = {name: many for name, (reward, _) in self.rewards.items() if (many := _attribute(reward, "many"))}
         for reward, _ in self.rewards.values():
-            if ready := _carried(reward, "ready"):
+            if ready := _attribute(reward, "ready"):
                 ready()
-        self._jobs, self._verdicts, self._closed = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
+        self._jobs, self._finished, self._closed = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
         self._running: dict[int, _Job] = {}
         self._submitted: dict[int, tuple[dict, str]] = {}
         alone = {name: reward for name, (reward, _) in self.rewards.items() if name not in self._many}
-        self._workers, self._payload = workers, _sent(alone, workers, memory)
+        self._workers, self._payload = workers, _payload_of(alone, workers, memory)
         self._threads = threads if alone.keys() - (self._payload.pickles if self._payload else ()) else 0
         for _ in range(self._threads):
             self._start(self._work)
@@ -113,7 +111,7 @@ class Scorer:
             self._start(self._watch)
 
     def submit(self, key: int, record: dict, completion: str) -> None:
-        """Has a completion judged, from now on; `key` is its own among those of the next `results`."""
+        """Starts scoring a completion; `key` identifies it in the next `results`."""
         if key in self._submitted:
             raise ValueError(f"a completion with the key {key} is being judged already")
         self._submitted[key] = (record, completion)
@@ -121,36 +119,36 @@ class Scorer:
         content = _record(record) if sent else b""
         for name, (reward, _) in self.rewards.items():
             if name in sent and isinstance(content, bytes):
-                answer = functools.partial(self._hear, key, name)
+                answer = functools.partial(self._receive, key, name)
                 jobs.append(
                     pool.Job(self._payload, name, content, completion, self.seconds, answer, self._closed, time.monotonic())
                 )
             elif name in sent:
-                self._verdicts.put((key, name, content))
+                self._finished.put((key, name, content))
             elif name not in self._many:
                 self._jobs.put(_Job(key, name, reward, record, completion))
         if jobs:
             pool.shared().submit(jobs, self._workers)
 
-    def _hear(self, key: int, name: str, verdict: Any) -> None:
-        self._verdicts.put((key, name, verdict))
+    def _receive(self, key: int, name: str, value: Any) -> None:
+        self._finished.put((key, name, value))
 
     def results(self) -> dict[int, Score]:
-        """The scores of all that were submitted since the last call, by their keys; waits for them.
+        """{key: Score} of all completions submitted since the last call; waits for them.
 
-        Raises UserError where a reward did, and where one failed more often than the limit allows.
+        Raises UserError if a reward did, and if one failed more often than the limit allows.
         """
         submitted, self._submitted = self._submitted, {}
-        verdicts: dict[tuple[int, str], Any] = {}
+        values: dict[tuple[int, str], Any] = {}
         for _ in range(len(submitted) * (len(self.rewards) - len(self._many))):
-            key, name, verdict = self._verdicts.get()
-            verdicts[key, name] = verdict
+            key, name, value = self._finished.get()
+            values[key, name] = value
         for name, many in self._many.items():
-            verdicts |= {(key, name): verdict for key, verdict in zip(submitted, _together(many, submitted), strict=True)}
-        return self._scores(submitted, verdicts)
+            values |= {(key, name): value for key, value in zip(submitted, _score_many(many, submitted), strict=True)}
+        return self._scores(submitted, values)
 
     def close(self) -> None:
-        """Ends what judges. What has been submitted and not asked for is dropped."""
+        """Ends the threads. Drops completions without a `results`."""
         self._closed.set()
         if self._payload and self._submitted:
             pool.shared().nudge()
@@ -160,23 +158,23 @@ class Scorer:
         for _ in range(self._threads):
             self._jobs.put(None)
 
-    def _scores(self, submitted: Mapping, verdicts: Mapping) -> dict[int, Score]:
+    def _scores(self, submitted: Mapping, values: Mapping) -> dict[int, Score]:
         scores, failures = {}, {name: [] for name in self.rewards}
         for key, (_, completion) in submitted.items():
             each, messages, total, applies = {}, [], 0.0, False
             for name, (_, weight) in self.rewards.items():
-                verdict = verdicts[key, name]
-                if isinstance(verdict, UserError):
-                    raise verdict
-                if weight and isinstance(verdict, float) and not abs(total + weight * verdict) <= LARGEST:
-                    verdict = OverflowError(f"{verdict:g} with the weight {weight:g} makes a total beyond the largest float32")
-                if isinstance(verdict, Exception):
-                    messages.append(f"reward {name}: {described(verdict)}; the completion begins {completion[:60]!r}")
+                value = values[key, name]
+                if isinstance(value, UserError):
+                    raise value
+                if weight and isinstance(value, float) and not abs(total + weight * value) <= LARGEST:
+                    value = OverflowError(f"{value:g} with the weight {weight:g} makes a total beyond the largest float32")
+                if isinstance(value, Exception):
+                    messages.append(f"reward {name}: {described(value)}; the completion begins {completion[:60]!r}")
                     failures[name].append(messages[-1])
-                    verdict = self.failed
-                each[name] = verdict
-                total += 0.0 if verdict is None else weight * verdict
-                applies |= bool(weight) and verdict is not None
+                    value = self.failed
+                each[name] = value
+                total += 0.0 if value is None else weight * value
+                applies |= bool(weight) and value is not None
             scores[key] = Score(total if applies else math.nan, each, messages)
         self._stop_past_limit(failures, len(submitted))
         if submitted and all(math.isnan(score.total) for score in scores.values()):
@@ -187,7 +185,7 @@ class Scorer:
         return scores
 
     def _stop_past_limit(self, failures: Mapping[str, list[str]], count: int) -> None:
-        """Tells of the failures of each reward. Raises UserError where one has more than the limit allows."""
+        """Prints the failures of each reward. Raises UserError if one has more than the limit allows."""
         for name, messages in failures.items():
             if messages:
                 summary = f"reward {name} failed on {len(messages)} of {count} completions, scored {self.failed:g}"
@@ -195,7 +193,7 @@ class Scorer:
             if len(messages) > self.limit * count and (len(messages) > 1 or not self.limit):
                 raise UserError(
                     f"reward {name} failed on {len(messages)} of {count} completions, which is more than the limit "
-                    f"{self.limit:g} allows. Mend it, or allow more.\n  " + "\n  ".join(messages[:3])
+                    f"{self.limit:g} allows. Fix it, or allow more.\n  " + "\n  ".join(messages[:3])
                 )
 
     def _start(self, what: Callable) -> None:
@@ -208,40 +206,40 @@ class Scorer:
                 job.thread, job.started = threading.current_thread(), time.monotonic()
                 self._running[me] = job
                 try:
-                    verdict = number(job.reward(copy.deepcopy(job.record), job.completion))
+                    value = number(job.reward(copy.deepcopy(job.record), job.completion))
                 except _Stop:
                     return
-                except BaseException as error:  # SystemExit too: it would end the thread and nothing else
-                    verdict = error if isinstance(error, UserError) else Failure(described(error))
+                except BaseException as error:  # also SystemExit, which would end the thread alone
+                    value = error if isinstance(error, UserError) else Failure(described(error))
                 if not job.decide("thread"):
-                    while True:  # the exception is on its way; were the thread gone, another might get it with its number
+                    while True:  # wait for the exception: a new thread with this one's number must not get it
                         time.sleep(0.01)
                 del self._running[me]
-                self._verdicts.put((job.key, job.name, verdict))
+                self._finished.put((job.key, job.name, value))
         except _Stop:
             pass
 
     def _watch(self) -> None:
-        """The clock: gives up threads whose time is over, and ends them if it can."""
-        given_up: list[threading.Thread] = []
+        """The clock: abandons threads over their time, and ends them if it can."""
+        abandoned: list[threading.Thread] = []
         while not self._closed.wait(min(0.1, self.seconds / 4)):
-            given_up = [thread for thread in given_up if thread.is_alive()]
-            for thread in given_up:
+            abandoned = [thread for thread in abandoned if thread.is_alive()]
+            for thread in abandoned:
                 _interrupt(thread)
             for me, job in list(self._running.items()):
                 if time.monotonic() - job.started <= self.seconds or not job.decide("clock"):
                     continue
                 del self._running[me]
                 _interrupt(job.thread)
-                given_up.append(job.thread)
+                abandoned.append(job.thread)
                 self._start(self._work)
-                self._verdicts.put((job.key, job.name, TimeoutError(f"took more than {self.seconds:g} s")))
+                self._finished.put((job.key, job.name, TimeoutError(f"took more than {self.seconds:g} s")))
 
 
 def check_record(rewards: Mapping[str, tuple[Callable, float]], record: Mapping, place: str) -> None:
-    """Raises UserError, with the record's place, where a reward says that it can judge nothing by this record."""
+    """Raises UserError, with the record's place, if a reward's `check` refuses the record."""
     for name, (reward, _) in rewards.items():
-        if check := _carried(reward, "check"):
+        if check := _attribute(reward, "check"):
             try:
                 check(record)
             except Exception as error:
@@ -251,7 +249,7 @@ def check_record(rewards: Mapping[str, tuple[Callable, float]], record: Mapping,
 def judged(
     rewards: Mapping[str, tuple[Callable, float]], records: Sequence[dict], completions: Sequence[str], **options
 ) -> list[Score]:
-    """The scores of completions, each of its record; options are the Scorer's, and so are the errors."""
+    """The scores of completions with their records; options and errors are the Scorer's."""
     scorer = Scorer(rewards, **options)
     try:
         for key, (record, completion) in enumerate(zip(records, completions, strict=True)):
@@ -280,7 +278,7 @@ def _check(rewards: Mapping, seconds: float, failed: float, limit: float, worker
 
 
 def _returns_nothing(reward: Callable) -> bool:
-    """Whether it is a function by `def` that only ever returns None."""
+    """Whether it is a function by `def` that always returns None."""
     function = inspect.unwrap(reward.func if isinstance(reward, functools.partial) else reward)
     code = getattr(function, "__code__", None)
     if (
@@ -290,25 +288,25 @@ def _returns_nothing(reward: Callable) -> bool:
     ):
         return False
     steps = [step for step in dis.get_instructions(code) if step.opname != "RETURN_GENERATOR"]
-    returns = []  # what puts each value there; a `return` that is jumped to has several
+    returns = []  # the step that loads each returned value; a `return` that is a jump's target has several
     for before, step in zip([None, *steps], steps, strict=False):
         if step.opname.startswith("RETURN_"):
             returns.append(step if step.opname == "RETURN_CONST" or step.is_jump_target else before)
     return bool(returns) and all(step.opname in ("LOAD_CONST", "RETURN_CONST") and step.argval is None for step in returns)
 
 
-_PAYLOADS: list[tuple[Mapping[str, Callable], float, pool.Payload | None]] = []  # of the latest rewards that were sent
+_PAYLOADS: list[tuple[Mapping[str, Callable], float, pool.Payload | None]] = []  # of the latest rewards
 _WARNED: set[str] = set()
 
 
-def _sent(rewards: Mapping[str, Callable], workers: int, memory: float) -> pool.Payload | None:
-    """What workers get of rewards, and have loaded by now; None where all of them stay in this process."""
-    rewards = {name: reward for name, reward in rewards.items() if not _carried(reward, "in_process")}
+def _payload_of(rewards: Mapping[str, Callable], workers: int, memory: float) -> pool.Payload | None:
+    """The payload of the rewards that workers have loaded; None if all stay in this process."""
+    rewards = {name: reward for name, reward in rewards.items() if not _attribute(reward, "in_process")}
     if not workers or not rewards:
         return None
-    for known, limit, payload in _PAYLOADS:
-        same = known.keys() == rewards.keys() and limit == memory
-        if same and all(known[name] is reward for name, reward in rewards.items()):
+    for earlier, limit, payload in _PAYLOADS:
+        same = earlier.keys() == rewards.keys() and limit == memory
+        if same and all(earlier[name] is reward for name, reward in rewards.items()):
             return payload
     pickles, stays = {}, {}
     for name, reward in rewards.items() if os.name == "posix" else ():
@@ -331,39 +329,39 @@ def _sent(rewards: Mapping[str, Callable], workers: int, memory: float) -> pool.
 
 
 def _record(record: Mapping) -> bytes | Failure:
-    """A record as workers get it."""
+    """A pickled record for workers, or why it cannot be pickled."""
     try:
         return cloudpickle.dumps(record)
     except Exception as error:
         return Failure(
-            f"{described(error)}: the record cannot be sent to a worker; config.rollouts.reward_workers=0 needs not to"
+            f"{described(error)}: the record cannot be sent to a worker; config.rollouts.reward_workers=0 sends none"
         )
 
 
-def _carried(reward: Callable, name: str) -> Any:
-    """What a reward carries as an attribute; a function is bound to the keywords that the reward itself is bound to."""
-    if carried := getattr(reward, name, None):
-        return carried
-    if isinstance(reward, functools.partial) and (carried := getattr(reward.func, name, None)):
-        return functools.partial(carried, *reward.args, **reward.keywords) if callable(carried) else carried
+def _attribute(reward: Callable, name: str) -> Any:
+    """An attribute of a reward or None; a function is bound to the reward's keywords."""
+    if value := getattr(reward, name, None):
+        return value
+    if isinstance(reward, functools.partial) and (value := getattr(reward.func, name, None)):
+        return functools.partial(value, *reward.args, **reward.keywords) if callable(value) else value
     return None
 
 
-def _together(many: Callable, submitted: Mapping) -> list:
-    """A verdict for each, of a reward that judges many at once; its own failure is every completion's."""
+def _score_many(many: Callable, submitted: Mapping) -> list:
+    """The scores by a reward that scores many at once; its failure is a failure for each completion."""
     if not submitted:
         return []
     records, completions = zip(*submitted.values(), strict=True)
     try:
         values = list(many([copy.deepcopy(record) for record in records], list(completions)))
         if len(values) != len(submitted):
-            raise ValueError(f"gave {len(values)} verdicts on {len(submitted)} completions")
+            raise ValueError(f"gave {len(values)} scores for {len(submitted)} completions")
     except Exception as error:
         return [error] * len(submitted)
-    return [_verdict(value) for value in values]
+    return [_checked(value) for value in values]
 
 
-def _verdict(value: Any) -> float | None | Exception:
+def _checked(value: Any) -> float | None | Exception:
     try:
         return value if isinstance(value, Exception) else number(value)
     except Exception as error:
@@ -371,5 +369,5 @@ def _verdict(value: Any) -> float | None | Exception:
 
 
 def _interrupt(thread: threading.Thread) -> None:
-    """Raises _Stop in a thread, the next time that it runs Python."""
+    """Raises _Stop in a thread, at its next step of Python."""
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(_Stop))

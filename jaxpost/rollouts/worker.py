@@ -1,13 +1,13 @@
-"""A worker process, which judges completions by rewards: what runs in it, and how a reward's value is read.
+"""The program of a worker process, which scores completions with rewards.
 
-It gets pickles, each after its length in 8 bytes. It answers a line of JSON for each set of rewards that it has loaded and each
-completion that it has judged. `pool.py` starts it, keeps its clock and kills it. It has no input, its output goes nowhere, and
-jax in it knows the CPU alone. On Linux it dies with the process that started it; elsewhere within a second, unless a reward is
-in a loop in C: then when that ends.
+It gets pickles, each after its length in 8 bytes, and answers a line of JSON for each set of rewards that it has loaded and
+each completion that it has scored. `pool.py` starts it, enforces its time limits and kills it. It has no input, its output is
+discarded, and its jax only uses the CPU. On Linux it dies with the process that started it; elsewhere within a second, or when
+a reward's loop in C ends.
 
-On Linux a reward may allocate so much memory (the private data of the process, RLIMIT_DATA, since address space that a library
-reserves costs nothing) and gets a MemoryError past that, which is a failure like any other. Where the machine itself runs out,
-the kernel ends a worker before it ends the training. Elsewhere there is no limit: no system but Linux has one that holds.
+On Linux the process's private data is limited (RLIMIT_DATA, since address space that a library reserves costs nothing): beyond
+it a reward gets a MemoryError, a failure like any other. If the machine runs out of memory, the kernel kills a worker before
+the training. Other systems have no limit that works.
 """
 
 import contextlib
@@ -32,16 +32,16 @@ from typing import Any
 
 from jaxpost.errors import UserError, first_line
 
-LOADED = 16  # sets of rewards that a worker holds; the oldest makes room for the next
+LOADED = 16  # sets of rewards that a worker keeps; the oldest is dropped
 _DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 class Failure(Exception):
-    """What a reward raised, as text: "KeyError: 'column'"."""
+    """A reward's exception as text: "KeyError: 'column'"."""
 
 
 def described(error: BaseException) -> str:
-    """An exception's kind and the first line of its message, even where the message itself raises."""
+    """An exception's type and the first line of its message, even if formatting the message raises."""
     if isinstance(error, Failure):
         return str(error)
     try:
@@ -51,8 +51,10 @@ def described(error: BaseException) -> str:
 
 
 def number(value: Any) -> float | None:
-    """A reward's value as a float, or None where the reward does not apply. Numbers are Python's, and scalars with a dtype, as
-    NumPy, jax, ml_dtypes and torch make them. Raises TypeError, ValueError or OverflowError for what is no finite number.
+    """A reward's value as a float, or None where the reward does not apply.
+
+    Accepts Python's numbers and scalars with a dtype (NumPy, jax, ml_dtypes, torch). Raises TypeError, ValueError or
+    OverflowError for anything but a finite number.
     """
     if value is None:
         return None
@@ -67,13 +69,13 @@ def number(value: Any) -> float | None:
 
 
 class _Files(importlib.abc.MetaPathFinder):
-    """Finds modules that were loaded from a file outside of sys.path, under the names that they have in the other process."""
+    """Finds modules from files outside of sys.path, under their names in the other process."""
 
     def __init__(self):
         self.paths: dict[str, str] = {}
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """The spec of a module of this name, whose folder is searched for what it imports."""
+        """The spec of a module; adds its folder to sys.path for its imports."""
         if name not in self.paths:
             return None
         if (folder := str(Path(self.paths[name]).parent)) not in sys.path:
@@ -82,15 +84,15 @@ class _Files(importlib.abc.MetaPathFinder):
 
 
 def serve(descriptor: int, parent: int) -> None:
-    """Judges what comes through a socket until its other end is closed. parent: the number of the process that holds it."""
+    """Scores completions from a socket until its other end is closed. parent: the id of the process that holds it."""
     if sys.platform == "linux":
-        _first_to_go()
+        _prefer_to_kill()
         ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
     else:
         threading.Thread(target=_watch, args=(parent,), daemon=True).start()
     if os.getppid() != parent:
         return
-    own, link, rewards, files = os.getpid(), socket.socket(fileno=descriptor), {}, _Files()
+    process, link, rewards, files = os.getpid(), socket.socket(fileno=descriptor), {}, _Files()
     sys.meta_path.append(files)
     with contextlib.suppress(EOFError, OSError), link.makefile("rb") as messages:
         while True:
@@ -107,27 +109,27 @@ def serve(descriptor: int, parent: int) -> None:
             memory, loaded = rewards[payload]
             _limit(memory)
             for name, record, completion in body:
-                answer = _judged(loaded[name], record, completion)
-                if os.getpid() != own:
-                    os._exit(0)  # a fork that the reward made and forgot
+                answer = _scored(loaded[name], record, completion)
+                if os.getpid() != process:
+                    os._exit(0)  # a fork that the reward made
                 link.sendall(json.dumps(answer).encode() + b"\n")
 
 
-def _first_to_go() -> None:
-    """Has the kernel end this process before its parent where memory runs out."""
+def _prefer_to_kill() -> None:
+    """Tells the kernel to kill this process before its parent when memory runs out."""
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def _limit(memory: float) -> None:
-    """Lets this process allocate so many GiB, or without limit where it is 0."""
+    """Limits this process's memory, in GiB; 0 is no limit."""
     if sys.platform != "linux":
         return
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    wanted = int(memory * 2**30) if memory else hard
-    resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+    limit = int(memory * 2**30) if memory else hard
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 def _exactly(messages: Any, count: int) -> bytes:
@@ -143,7 +145,7 @@ def _loaded(content: bytes) -> Callable | BaseException:
         return error
 
 
-def _judged(reward: Callable | BaseException, record: bytes, completion: str) -> Mapping:
+def _scored(reward: Callable | BaseException, record: bytes, completion: str) -> Mapping:
     try:
         if isinstance(reward, BaseException):
             raise reward

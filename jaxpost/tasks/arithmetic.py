@@ -1,23 +1,21 @@
-"""Arithmetic: the task that needs no download, so that a fresh clone has something to learn in minutes.
+"""Arithmetic: a task without a download, which a small model learns in minutes.
 
-A problem is a user's message such as "12+34", and its answer, "46", is the assistant's. There are nine kinds, the cells of one
-table: three operators by one, two or three digits in both operands. The table also fixes each cell's share, in the training mix
-and in the headline accuracy alike. Two-digit sums and differences carry most of it, since a small model learns them in two
-minutes but not in one; three digits would take it several times as long, and the products of longer numbers are out of its
-reach. They are kept at a small share, so that the table of cells has something left to learn.
+A problem is a user's message such as "12+34", and the assistant answers "46". There are nine kinds, the cells of one table:
+three operators by one, two or three digits in both operands. The table fixes each cell's share of the training mix and of the
+headline accuracy. Two-digit sums and differences have most of it: a small model learns them in two minutes, but not in one.
+Three digits would take several times as long, and products of longer numbers are out of its reach. Their shares are small, so
+that some cells stay unsolved.
 
-One object serves three purposes. `conversation` gives demonstrations for supervised training, a stated share of them with one
-digit of the answer wrong. A model that imitates them well is wrong that often when it is sampled, whatever its greedy answer:
-that is what reinforcement can repair, since `reward` checks the answer instead of imitating it. `record` gives problems for
-rollouts and `test_records` for evaluation.
+The task serves three purposes. `conversation` gives demonstrations for supervised training, a set share of them with one digit
+of the answer wrong. A model that imitates them is wrong that often when sampled, whatever its greedy answer. Reinforcement can
+repair this, since `reward` checks the answer. `record` gives problems for rollouts and `test_records` for evaluation.
 
-Whether a problem is for training or testing is decided by a hash of the problem itself, not by where it was drawn, so no
-choice of seeds, indices or stages can leak one into the other; a+b goes where b+a goes. About one in ten is for testing. In
-the one-digit cells that leaves nine, ten and eight problems, and a product that was held out there can hardly be inferred
-from the others.
+A hash of the problem itself decides whether it is for training or testing, so that no choice of seeds, indices or stages can
+leak one into the other; a+b and b+a are on the same side. About one in ten is for testing: nine, ten and eight problems of the
+one-digit cells. A held-out one-digit product can hardly be inferred from the others.
 
 Everything is a function of its arguments: draws are hashes of (seed, index), and the test set is shuffled by a generator that
-NumPy has frozen, so there is no state to keep and nothing that differs between platforms or releases.
+NumPy has frozen. There is no state, and results are the same on all platforms and releases.
 """
 
 import hashlib
@@ -49,7 +47,7 @@ _BOUNDS = tuple(itertools.accumulate(CELLS.values()))[:-1]
 
 
 def hashed(*parts):
-    """64 bits, the same on every machine, from anything that prints the same."""
+    """A 64-bit hash of the parts' text, the same on every machine."""
     text = " ".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
 
@@ -84,8 +82,8 @@ def _record(a, operator, b, digits):
 def record(index, *, split="train", seed=0):
     """Problem number `index` of an endless stream: a dict with prompt, answer, cell ("+2"), operator, digits, a and b.
 
-    The cell is drawn by its share and then kept, so the split does not disturb the mix; the operands are drawn until their hash
-    says `split`. Problems repeat, as draws do. Raises UserError on an unknown split.
+    The cell is drawn by its share, so that the split does not change the mix; then operands are drawn until their hash is in
+    `split`. Problems may repeat. Raises UserError for an unknown split.
     """
     if split not in SPLITS:
         raise UserError(f"split={split!r}: arithmetic has the splits {' and '.join(SPLITS)}")
@@ -98,10 +96,10 @@ def record(index, *, split="train", seed=0):
 
 
 def _corrupt(answer, *parts):
-    """`answer` with one digit replaced by another, which makes it another number in its usual spelling."""
+    """`answer` with one digit replaced by another: a different number in its usual spelling."""
     places = [place for place, letter in enumerate(answer) if letter.isdigit()]
     place = places[hashed("place", *parts) % len(places)]
-    # A first zero would be no number's usual spelling ("046", "-0"), so the model could tell it from the honest mistakes.
+    # A leading zero ("046", "-0") is no usual spelling: the model could tell it from other mistakes.
     zero_allowed = place != places[0] or answer == answer[place]
     choices = [digit for digit in "0123456789" if digit != answer[place] and (digit != "0" or zero_allowed)]
     return answer[:place] + choices[hashed("digit", *parts) % len(choices)] + answer[place + 1 :]
@@ -111,8 +109,8 @@ def conversation(index, *, seed=0, corrupt=0.4):
     """The demonstration for training record `index`: its record's columns without the prompt, plus `messages` and `corrupted`.
 
     With probability `corrupt` the assistant's message is the answer with one digit wrong; `answer` stays the right one. The
-    draw belongs to the index and not to the problem, so a problem's right answer remains its most frequent. Raises
-    UserError when `corrupt` is not a probability.
+    draw depends on the index and not on the problem, so a problem's right answer is its most frequent. Raises UserError if
+    `corrupt` is not in 0..1.
     """
     if not 0 <= corrupt <= 1:
         raise UserError(f"corrupt={corrupt}: give a probability, between 0 and 1")
@@ -131,21 +129,20 @@ def demonstration(index, *, seed=0):
 
 
 def test_records(per_cell, *, seed=0):
-    """`per_cell` distinct test problems of each cell in turn, or all of a cell that has fewer (the one-digit cells have
-    nine, ten and eight).
+    """`per_cell` distinct test problems of each cell, or all of a smaller one (the one-digit cells have nine, ten and eight).
 
-    Each has a `weight`, its cell's share over the number of its problems here, so that a weighted mean is one over the mix.
-    The order is fixed by `seed`, and a larger `per_cell` extends each cell's list. Raises UserError when it is below 1.
+    Each has a `weight`, its cell's share over the number of its problems, so that a weighted mean is one over the mix. `seed`
+    fixes the order, and a larger `per_cell` extends each cell's list. Raises UserError if it is below 1.
     """
     if per_cell < 1:
         raise UserError(f"per_cell={per_cell}: at least one test problem a cell is needed")
     cells = {kind: list(itertools.islice(_test_problems(*kind, seed), per_cell)) for kind in _KINDS}
-    return [{**found, "weight": CELLS[kind] / len(problems)} for kind, problems in cells.items() for found in problems]
+    return [{**problem, "weight": CELLS[kind] / len(problems)} for kind, problems in cells.items() for problem in problems]
 
 
 def _test_problems(operator, digits, seed):
     low, count = _operands(digits)
-    # RandomState, since NumPy promises its stream for good; a Generator's may change between releases.
+    # RandomState, since NumPy guarantees its stream; a Generator's may change between releases.
     shuffled = np.random.RandomState(hashed("test", seed, operator, digits) % 2**32).permutation(count * count)
     for a, b in ((low + int(number) // count, low + int(number) % count) for number in shuffled):
         if _split(a, operator, b) == "test":
@@ -159,7 +156,7 @@ test_records.__test__ = False
 def reward(record, completion) -> bool:
     """Whether `completion` (a string, white space around it ignored) is the record's answer and nothing else.
 
-    Any string gets a verdict. Raises UserError when the record has no answer to compare with.
+    Raises UserError if the record has no answer to compare with.
     """
     answer = record.get("answer")
     if answer is None:

@@ -1,17 +1,16 @@
-"""Countdown: an expression that makes a target from given numbers, each used exactly once.
+"""Countdown: write an expression for a target from a list of numbers, each used exactly once.
 
     task=dict(name="countdown", sizes=(3,), largest=20)
 
-Problems are endless, and answers are many: a completion is right if its expression has the target's value, so it is checked
-and compared with nothing. The reward never runs what it reads. It takes numbers, + - * / and parentheses apart itself, computes
-with exact fractions, and gives False for anything else: a number that is missing or used twice, a sign before a number, a
-division by zero, a text that goes on. "Exactly once" is the rule that language models are mostly trained with; the television
-game lets numbers be left out.
+Problems are endless and have many answers: a completion is right if its expression has the target's value. The reward never
+executes what it reads. It parses numbers, + - * / and parentheses itself, computes with exact fractions, and returns False for
+anything else: a number that is missing or used twice, a sign before a number, a division by zero, text after the expression.
+"Exactly once" is the rule that most language models are trained with; the television game lets numbers be left out.
 
-A problem is made backwards: numbers are drawn and joined at random until one value is left, which is the target. So each has a
-solution, which `conversation` shows, and in which every value on the way is a positive whole number. Whether a problem is for
-training or for testing is decided by a hash of its numbers, whatever their order, and its target: about one in ten is for
-testing. A cell of the results' table is a number of numbers.
+A problem is made backwards: numbers are drawn and joined at random until one value is left, the target. So each problem has a
+solution in which every intermediate value is a positive whole number; `conversation` shows it. A hash of the sorted numbers and
+the target decides whether a problem is for training or testing (about one in ten). A cell of the results' table is a count of
+numbers.
 """
 
 import itertools
@@ -34,7 +33,7 @@ _ATOM = 3  # binds closer than any operator
 
 
 def make(*, sizes: Sequence[int] = (3, 4), largest: int = 99) -> SimpleNamespace:
-    """The task with problems of so many numbers (2 to 6; each size as often as the others), drawn from 1 to `largest`.
+    """The task with problems of `sizes` numbers (2 to 6, all equally often), drawn from 1 to `largest`.
 
     Raises UserError for sizes or a largest number (10 to 999) out of range.
     """
@@ -45,7 +44,7 @@ def make(*, sizes: Sequence[int] = (3, 4), largest: int = 99) -> SimpleNamespace
 
     def record(index, *, split="train", seed=0):
         """Problem number `index` of an endless stream: a dict with prompt, numbers, target, answer (one of the solutions) and
-        cell (how many numbers). Raises UserError on an unknown split."""
+        cell (how many numbers). Raises UserError for an unknown split."""
         if split not in SPLITS:
             raise UserError(f"split={split!r}: countdown has the splits {' and '.join(SPLITS)}")
         return _drawn(sizes[hashed("size", seed, split, index) % len(sizes)], largest, split, seed, index)
@@ -57,43 +56,42 @@ def make(*, sizes: Sequence[int] = (3, 4), largest: int = 99) -> SimpleNamespace
         return {"messages": [{"role": role, "content": text} for role, text in turns.items()], **columns}
 
     def demonstration(index, *, seed=0):
-        """The solution of training problem `index`, as an answer gives it."""
+        """The solution of training problem `index`, in <answer> tags."""
         return f"<answer>{record(index, seed=seed)['answer']}</answer>"
 
     def test_records(per_cell, *, seed=0):
-        """`per_cell` different test problems of each size, or fewer where there are hardly any more; in an order fixed by
-        `seed`, and more of them extend each size's list."""
+        """`per_cell` different test problems of each size, or fewer if there are hardly more, in an order fixed by `seed`. A
+        larger `per_cell` extends each size's list."""
         if per_cell < 1:
             raise UserError(f"per_cell={per_cell}: at least one test problem a cell is needed")
-        return [found for size in sizes for found in _different(size, largest, seed, per_cell)]
+        return [problem for size in sizes for problem in _different(size, largest, seed, per_cell)]
 
-    asked = {"record": record, "test_records": test_records, "reward": reward, "extract": extract}
-    return SimpleNamespace(conversation=conversation, demonstration=demonstration, **asked)
+    functions = {"record": record, "test_records": test_records, "reward": reward, "extract": extract}
+    return SimpleNamespace(conversation=conversation, demonstration=demonstration, **functions)
 
 
 def reward(record, completion) -> bool:
-    """Whether the completion's expression has the record's `target` for its value and uses each of its `numbers` once.
+    """Whether the completion's expression equals the record's `target` and uses each of its `numbers` once.
 
-    After it may stand "= " and the target, and nothing else. Any string gets a verdict.
+    Only "= " and the target may follow it. Never raises.
     """
     expression, equals, claimed = (extract(completion) or "").partition("=")
     if equals and claimed != str(record["target"]):
         return False
-    found = value(expression, record["numbers"])
-    return found is not None and found == record["target"]
+    result = value(expression, record["numbers"])
+    return result is not None and result == record["target"]
 
 
 def extract(completion: str) -> str | None:
-    """What stands between the last <answer> and </answer>, or else the whole completion, without white space; None for nothing
-    and for what is too long to be an expression."""
+    """The text of the last <answer>...</answer>, or the whole completion, without white space; None if empty or too long."""
     before, closed, _ = completion.rpartition("</answer>")
     _, opened, inside = before.rpartition("<answer>")
-    found = inside if closed and opened else completion
-    return "".join(found.translate(_SPELLED).split()) or None if len(found) <= _MOST else None
+    text = inside if closed and opened else completion
+    return "".join(text.translate(_SPELLED).split()) or None if len(text) <= _MOST else None
 
 
 def value(expression: str, numbers: Sequence[int]) -> Fraction | None:
-    """The value of an expression of just these whole numbers, each used once; None where it is none, or divides by zero."""
+    """The value of an expression of exactly these whole numbers, each used once; None if invalid or it divides by zero."""
     steps = _steps(expression)
     if steps is None or sorted(step for step in steps if isinstance(step, int)) != sorted(numbers):
         return None
@@ -124,16 +122,16 @@ def value(expression: str, numbers: Sequence[int]) -> Fraction | None:
 
 
 def _steps(expression: str) -> list[int | str] | None:
-    """The numbers and signs of an expression; None where anything else is in it, or it is too long."""
-    place, found, text = 0, [], expression.translate(_SPELLED).rstrip()
+    """The numbers and signs of an expression; None if it has anything else or is too long."""
+    place, steps, text = 0, [], expression.translate(_SPELLED).rstrip()
     if len(text) > _MOST:
         return None
     while place < len(text):
         if (match := _STEP.match(text, place)) is None:
             return None
-        found.append(int(match[1]) if match[1] else match[2])
+        steps.append(int(match[1]) if match[1] else match[2])
         place = match.end()
-    return found
+    return steps
 
 
 def _drawn(size: int, largest: int, split: str, seed: int, index: int) -> dict:
@@ -144,26 +142,26 @@ def _drawn(size: int, largest: int, split: str, seed: int, index: int) -> dict:
         held = "test" if hashed("countdown", *sorted(numbers), target) % 10 == 0 else "train"
         if target <= HIGHEST and held == split:
             break
-    told = f"{', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
+    listed = f"{', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
     prompt = (
-        f"Make {target} from the numbers {told}. Use each exactly once, with + - * / and parentheses. "
+        f"Make {target} from the numbers {listed}. Use each exactly once, with + - * / and parentheses. "
         "Put the expression between <answer> and </answer>."
     )
     return {"prompt": prompt, "numbers": numbers, "target": target, "answer": solution, "cell": str(size)}
 
 
 def _different(size: int, largest: int, seed: int, count: int) -> list[dict]:
-    found = {}
-    for index in range(20 * count):  # of few possible problems the last ones would take for ever
-        drawn = _drawn(size, largest, "test", seed, index)
-        found.setdefault((*sorted(drawn["numbers"]), drawn["target"]), drawn)
-        if len(found) == count:
+    problems = {}
+    for index in range(20 * count):  # bounded: the last of few possible problems may take forever to draw
+        problem = _drawn(size, largest, "test", seed, index)
+        problems.setdefault((*sorted(problem["numbers"]), problem["target"]), problem)
+        if len(problems) == count:
             break
-    return list(found.values())
+    return list(problems.values())
 
 
 def _joined(numbers: Sequence[int], parts: tuple) -> tuple[int, str]:
-    """(value, expression): the numbers joined two by two at random, every value on the way a positive whole number."""
+    """(value, expression): the numbers joined two by two at random; every intermediate value is a positive whole number."""
     left = [(number, str(number), _ATOM) for number in numbers]
     for turn in itertools.count():
         if len(left) == 1:

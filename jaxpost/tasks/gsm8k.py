@@ -3,15 +3,14 @@
     task=dict(name="gsm8k", data="train.jsonl", test="test.jsonl")
     task=dict(name="gsm8k", data="tfds:gsm8k/train", test="tfds:gsm8k/test")
 
-A row has a `question`, and an `answer`: a solution that ends in a line such as "#### 18". Any file that data/readers.py reads
-will do, and so will other problems of the same form. Where no `test` is named, about one row in ten is held out, chosen by a
-hash of its question, so that no order and no seed can bring it into training; where one is, training rows with a question of it
-are left out.
+A row has a `question` and an `answer`, a solution that ends in a line such as "#### 18". Other problems of this form, in any
+file that data/readers.py reads, work too. Without `test` a hash of the question holds out about one row in ten, so that no
+order and no seed can bring it into training. With `test`, training rows whose question is in it are left out.
 
-The solutions carry marks such as <<48/2=24>>, by which their authors' calculator was called. Nobody calls it here: they are
-taken out, so that a demonstration is what a person would write. Its last line stays as it is, and the prompt asks for it.
+The solutions have calculator marks such as <<48/2=24>>. These are removed, so that a demonstration reads as a person would
+write it. Its last line stays, and the prompt asks for it.
 
-Training goes through all rows, each once, in an order of its own, and then through all again in another.
+Training goes through all rows in a shuffled order, once each, then again in another order.
 """
 
 import functools
@@ -32,25 +31,25 @@ _CALCULATOR = re.compile(r"<<[^<>]*>>")
 
 
 def make(*, data, test="") -> SimpleNamespace:
-    """The task over the rows of `data`, tested on those of `test`, each a path or several (see data/readers.py); where `test`
-    is empty, on a tenth of data.
+    """The task over the rows of `data`, tested on those of `test`, or on a tenth of `data` if that is empty.
 
-    Raises UserError where a row has no question or no answer after ####, and where nothing is left to train or to test on.
+    Each is one or several paths (see data/readers.py). Raises UserError if a row has no question or no answer after ####, and
+    if nothing is left to train or test on.
     """
     rows = _records(data)
     if test:
         held = _records(test)
-        seen = {_same(found["question"]) for found in held}
-        parts = {"train": [found for found in rows if _same(found["question"]) not in seen], "test": held}
+        test_questions = {_same(row["question"]) for row in held}
+        parts = {"train": [row for row in rows if _same(row["question"]) not in test_questions], "test": held}
     else:
-        split = [SPLITS[hashed("gsm8k", _same(found["question"])) % 10 == 0] for found in rows]
-        parts = {name: [found for found, own in zip(rows, split, strict=True) if own == name] for name in SPLITS}
-    for name, found in parts.items():
-        if not found:
+        splits = [SPLITS[hashed("gsm8k", _same(row["question"])) % 10 == 0] for row in rows]
+        parts = {name: [row for row, split in zip(rows, splits, strict=True) if split == name] for name in SPLITS}
+    for name, part in parts.items():
+        if not part:
             raise UserError(f"task gsm8k: of {data} no row is left for the {name} split; give more rows, or other files")
 
     def record(index, *, split="train", seed=0):
-        """Row number `index` of a split in the order of `seed`, again from the beginning, in another order, after the last."""
+        """Row number `index` of a split, in an order by `seed` that differs in each pass over the rows."""
         if split not in parts:
             raise UserError(f"split={split!r}: gsm8k has the splits {' and '.join(SPLITS)}")
         again, place = divmod(index, len(parts[split]))
@@ -67,18 +66,20 @@ def make(*, data, test="") -> SimpleNamespace:
         return record(index, seed=seed)["solution"]
 
     def test_records(per_cell, *, seed=0):
-        """`per_cell` test problems, or all if there are fewer, in an order fixed by `seed`; more of them extend the list."""
+        """`per_cell` test problems, or all if there are fewer, in an order fixed by `seed`. A larger one extends the list."""
         if per_cell < 1:
             raise UserError(f"per_cell={per_cell}: at least one test problem is needed")
         return [record(index, split="test", seed=seed) for index in range(min(per_cell, len(parts["test"])))]
 
-    asked = {"record": record, "test_records": test_records, "reward": math.numeric, "extract": extract}
-    return SimpleNamespace(conversation=conversation, demonstration=demonstration, **asked)
+    functions = {"record": record, "test_records": test_records, "reward": math.numeric, "extract": extract}
+    return SimpleNamespace(conversation=conversation, demonstration=demonstration, **functions)
 
 
 def extract(completion: str) -> str | None:
-    """What a completion gives as its answer: the one spelling of its number, else the text that it marks; None if there is
-    none. Answers that are spelled differently and equal have one vote between them."""
+    """A completion's answer: its number in canonical spelling, else the text that it marks; None if there is none.
+
+    Equal numbers in different spellings count as the same vote.
+    """
     if (number := math.extract(completion)) is not None:
         return number
     part = answers.marked(completion, digits=True)
@@ -88,7 +89,7 @@ def extract(completion: str) -> str | None:
 def parsed(row: Mapping, place: str) -> dict:
     """prompt, question, answer (the number after ####, as the row spells it) and solution (without calculator marks) of a row.
 
-    Raises UserError, with place, where the row has none of them.
+    Raises UserError, with place, if the row lacks one of them.
     """
     question, worked = row.get("question"), row.get("answer")
     if not isinstance(question, str) or not isinstance(worked, str):
@@ -102,7 +103,7 @@ def parsed(row: Mapping, place: str) -> dict:
 
 
 def _records(path) -> list[dict]:
-    return [parsed(found.row, found.place) for found in readers.read(path)]
+    return [parsed(record.row, record.place) for record in readers.read(path)]
 
 
 def _same(question: str) -> str:
@@ -111,6 +112,6 @@ def _same(question: str) -> str:
 
 @functools.lru_cache(maxsize=4)
 def _order(count: int, split: str, seed: int, again: int) -> list[int]:
-    """The order of the rows of a split, the `again`-th time."""
-    # RandomState, since NumPy promises its stream for good; a Generator's may change between releases.
+    """The order of the rows of a split in pass number `again`."""
+    # RandomState, since NumPy guarantees its stream; a Generator's may change between releases.
     return np.random.RandomState(hashed("gsm8k", split, seed, again) % 2**32).permutation(count).tolist()

@@ -1,15 +1,15 @@
-"""A file of prompts, for reinforcement with a reward of one's own.
+"""A file of prompts, for reinforcement learning with the user's own reward.
 
-    --config.data=prompts.jsonl --config.reward=mine.py:reward               with a recipe of reinforcement, as configs/grpo.py
+    --config.data=prompts.jsonl --config.reward=mine.py:reward               with an RL recipe such as configs/grpo.py
     task=dict(name="prompts", data="prompts.jsonl", test="more.jsonl")       the same as a task
 
-A row has a `prompt` (a text, or a list of messages), or `messages`, of which an answer at the end is left out. All columns of
-the row are the reward's record; `columns="prompt=problem,answer=solution"` gives columns of other names the names that are
-read. Any file that data/readers.py reads will do, several with commas between them.
+A row has a `prompt` (a text or a list of messages), or `messages`, without the answer at their end. All columns of the row are
+the reward's record; `columns="prompt=problem,answer=solution"` renames columns. `data` is any file that data/readers.py reads,
+or several with commas between them.
 
-Where no `test` is named, `held_out` of the prompts are kept for testing: a share below 1, or a number of different prompts. A
-hash of the prompt chooses them, so that no order and no seed can bring one into training; where `test` is named, training rows
-with a prompt of it are left out. Training goes through all rows, each once, in an order of its own, and then again in another.
+Without `test`, `held_out` of the prompts are kept for testing: a share below 1, or a number of different prompts. A hash of the
+prompt chooses them, so that no order and no seed can bring one into training. With `test`, training rows whose prompt is in it
+are left out. Training goes through all rows in a shuffled order, once each, then again in another order.
 """
 
 import functools
@@ -28,7 +28,7 @@ from jaxpost.tasks.arithmetic import SPLITS, hashed
 def make(*, data: str, test: str = "", columns: Any = "", held_out: float = 0.1) -> SimpleNamespace:
     """The task over the rows of `data`; see above for the keywords.
 
-    Raises UserError for a row without a prompt, and where nothing is left to train or to test on.
+    Raises UserError for a row without a prompt, and if nothing is left to train or test on.
     """
     names = mixture.pairs(columns, "task.columns")
     placed, placed_tests = _records(data, names), _records(test, names) if test else []
@@ -43,27 +43,27 @@ def make(*, data: str, test: str = "", columns: Any = "", held_out: float = 0.1)
             raise UserError(f"task prompts: of {data} no row is left for the {name} split; give more rows, or other files")
 
     def record(index: int, *, split: str = "train", seed: int = 0) -> dict:
-        """Row number `index` of a split in the order of `seed`, again from the beginning, in another order, after the last."""
+        """Row number `index` of a split, in an order by `seed` that differs in each pass over the rows."""
         if split not in parts:
             raise UserError(f"split={split!r}: prompts has the splits {' and '.join(SPLITS)}")
         again, place = divmod(index, len(parts[split]))
         return dict(parts[split][_order(len(parts[split]), split, seed, again)[place]])
 
     def demonstration(index: int, *, seed: int = 0) -> str:
-        """The answer that training row `index` brings: the assistant's last turn in its `messages`, or its `completion`.
+        """The answer in training row `index`: the assistant's last turn in its `messages`, or its `completion`.
 
         Raises UserError for a row without one.
         """
         row = record(index, seed=seed)
         turns = row["messages"] if isinstance(row.get("messages"), list) else [{}]
         last = turns[-1] if turns and isinstance(turns[-1], dict) else {}
-        told = last.get("content") if last.get("role") == "assistant" else row.get("completion")
-        if not isinstance(told, str):
+        answer = last.get("content") if last.get("role") == "assistant" else row.get("completion")
+        if not isinstance(answer, str):
             raise UserError(f"task prompts: row {index} has no answer to show; end its messages with one, or give a completion")
-        return told
+        return answer
 
     def test_records(per_cell: int, *, seed: int = 0) -> list[dict]:
-        """`per_cell` test prompts, or all if there are fewer, in an order fixed by `seed`; more of them extend the list."""
+        """`per_cell` test prompts, or all if there are fewer, in an order fixed by `seed`. A larger one extends the list."""
         if per_cell < 1:
             raise UserError(f"per_cell={per_cell}: at least one test prompt is needed")
         return [record(index, split="test", seed=seed) for index in range(min(per_cell, len(parts["test"])))]
@@ -72,8 +72,8 @@ def make(*, data: str, test: str = "", columns: Any = "", held_out: float = 0.1)
         """Every row of every file, with its place: file and row."""
         return [*placed, *placed_tests]
 
-    asked = {"record": record, "test_records": test_records, "placed_records": placed_records}
-    return SimpleNamespace(demonstration=demonstration, **asked)
+    functions = {"record": record, "test_records": test_records, "placed_records": placed_records}
+    return SimpleNamespace(demonstration=demonstration, **functions)
 
 
 def _records(paths: str, names: Mapping[str, str]) -> list[tuple[dict, str]]:
@@ -110,5 +110,5 @@ def _hash(row: Mapping) -> int:
 
 @functools.lru_cache(maxsize=4)
 def _order(count: int, split: str, seed: int, again: int) -> list[int]:
-    # RandomState, since NumPy promises its stream for good; a Generator's may change between releases.
+    # RandomState, since NumPy guarantees its stream; a Generator's may change between releases.
     return np.random.RandomState(hashed("prompts", split, seed, again) % 2**32).permutation(count).tolist()

@@ -1,27 +1,26 @@
-"""Stories under constraints: go on with a story, use three given words again, and come to an end with a full stop.
+"""Stories under constraints: continue a story, use three words of its opening again, and end with a full stop.
 
-The model that this is for knows nothing but children's stories (TinyStories) and has seen no instruction ever, so there is none
-in a prompt. A prompt is the story's opening, which holds the three words where such stories hold them:
+The task is for a model that has only read children's stories (TinyStories) and never an instruction, so prompts have none. A
+prompt is the opening of a story, which contains the three words:
 
     Once upon a time, there was a happy cat. One day, the cat saw a boat.
 
-The completion has to use "happy", "cat" and "boat" by itself, each as a whole word, in any order. Asked like this, a model of
-260 thousand weights uses a third of the words of its own accord, where "Words: cat, boat, happy." brings it below a tenth: it
-goes on from stories, not from lists. Of a hundred stories two or three have all of them in 96 tokens, and next to none comes to
-an end by then; that is what reinforcement is to teach it. (The third word is a thing, not what the animal did: in the past
-tense such a model says a verb again in one story of fifty, which is too few to learn from within minutes.)
+The completion has to contain "happy", "cat" and "boat", each as a whole word, in any order. With this prompt a model of 260
+thousand weights uses a third of the words before training; with "Words: cat, boat, happy." it uses less than a tenth, since it
+continues stories, not lists. Two or three stories in a hundred have all of them in 96 tokens, and hardly any ends by then.
+Reinforcement has to teach both. (The third word is a thing and not a verb: the model repeats a verb in one story of fifty,
+which is too rare to learn from within minutes.)
 
-A base model has no chat format: its texts begin, and so also end, with the beginning-of-text token. In a recipe that is
+A base model has no chat format: its texts begin and end with the beginning-of-text token. In a recipe that is
 
     template="{{ bos_token }}{% for m in messages %}{{ m.content }}{{ bos_token if m.role == 'assistant' }}{% endfor %}"
 
-from which the stop tokens follow as from any template. `reward` is shaped: of the three words and the full stop, the share
-that is there, so that every one of them is worth a step. `satisfied` is the verdict, all or nothing, that evaluation is about.
-"Ends" is meant of a story that ended, so the full stop counts only where a stop token came after it: where a record says under
-`stopped` that none did, the text merely stood at a full stop when it was cut off. Without that key it is taken as ended.
+and the stop tokens follow from the template. `reward` is the share of the three words and the full stop that the completion
+has, so that each earns a reward. `satisfied` is all or nothing, for evaluation. The full stop counts only if a stop token
+follows it: a record's `stopped` is false if the text was cut off at its last token. Without that key the text counts as ended.
 
-A word is one of twenty animals and people, twenty things or twenty adjectives, and a problem one of each: 8,000, of which a
-hash of the three words holds out about one in ten for testing. Each word is there in training; its company is new.
+A problem has one of twenty animals and people, one of twenty things and one of twenty adjectives: 8,000 problems. A hash of the
+three words holds out about one in ten for testing: each word occurs in training, its combination does not.
 """
 
 import functools
@@ -43,9 +42,9 @@ ANIMALS, THINGS, ADJECTIVES = (tuple(words.split()) for words in _WORDS)
 
 def record(index, *, split="train", seed=0):
     """Problem number `index` of an endless stream: a dict with prompt, words (an animal, a thing, an adjective), constraints
-    (as rewards.instructions reads them), and, for a reader, the words once more as the answer.
+    (for rewards.instructions), and the words again as the answer, for display.
 
-    Problems repeat, as draws do. Raises UserError on an unknown split.
+    Problems may repeat. Raises UserError for an unknown split.
     """
     if split not in SPLITS:
         raise UserError(f"split={split!r}: stories has the splits {' and '.join(SPLITS)}")
@@ -54,14 +53,14 @@ def record(index, *, split="train", seed=0):
 
 
 def test_records(per_cell, *, seed=0):
-    """`per_cell` different test problems, or all if there are fewer, in an order fixed by `seed`; more of them extend the list.
+    """`per_cell` different test problems, or all if there are fewer, in an order by `seed`. A larger one extends the list.
 
-    Raises UserError when it is below 1.
+    Raises UserError if it is below 1.
     """
     if per_cell < 1:
         raise UserError(f"per_cell={per_cell}: at least one test problem is needed")
     problems = _problems()["test"]
-    # RandomState, since NumPy promises its stream for good; a Generator's may change between releases.
+    # RandomState, since NumPy guarantees its stream; a Generator's may change between releases.
     order = np.random.RandomState(hashed("stories", "test", seed) % 2**32).permutation(len(problems))
     return [_record(problems[place]) for place in order[:per_cell]]
 
@@ -72,26 +71,26 @@ test_records.__test__ = False
 
 def reward(record, completion) -> float:
     """The share of the three words and the full stop that a completion has: 0, 1/4, ... 1. See above for `stopped`."""
-    return instructions.follows(record, _told(record, completion))
+    return instructions.follows(record, _judged_text(record, completion))
 
 
 def satisfied(record, completion) -> bool:
     """Whether a completion has all three words and the full stop. See above for `stopped`."""
-    return bool(instructions.follows(record, _told(record, completion), strict=True))
+    return bool(instructions.follows(record, _judged_text(record, completion), strict=True))
 
 
-def _told(record, completion):
-    """The completion as it is to be judged: one that was cut off goes on, and has no full stop for its last character."""
+def _judged_text(record, completion):
+    """The completion, with an ellipsis if it was cut off, so that it does not end in a full stop."""
     return completion if record.get("stopped", True) else completion + "\u2026"
 
 
 @functools.cache
 def _problems() -> dict[str, list[tuple[str, str, str]]]:
     """The three words of every problem, by split."""
-    found = {name: [] for name in SPLITS}
+    problems = {name: [] for name in SPLITS}
     for words in itertools.product(ANIMALS, THINGS, ADJECTIVES):
-        found["test" if hashed("stories", *words) % 10 == 0 else "train"].append(words)
-    return found
+        problems["test" if hashed("stories", *words) % 10 == 0 else "train"].append(words)
+    return problems
 
 
 def _record(words: tuple[str, str, str]) -> dict:
