@@ -11,9 +11,12 @@ From Python it is the same, with functions where a recipe has names:
     jaxpost.train("configs/sft.py", "runs/mine", model="FOLDER", data="FILE.jsonl", objective=my_loss)
 """
 
+import contextlib
+import copy
 import json
 import sys
 import types
+from collections.abc import Iterator
 
 import jax
 from absl import flags
@@ -21,6 +24,7 @@ from etils import epath
 
 from jaxpost import recipe, sharding
 from jaxpost.config import cli
+from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.reporting import report, writers
 from jaxpost.stages import annotate, datasets, evaluate, evaluation, generate, merge, records, select, train
@@ -64,7 +68,8 @@ def run(config, workdir, **changes) -> dict[str, float]:
         check_settings(config)
         this, plans = Run(workdir, root, mesh, stop, {}, {}), {}
         for name, settings in stages:
-            plans[name] = DO[settings.do].planned(name, settings, this)
+            with _named(name, stages):
+                plans[name] = DO[settings.do].planned(name, settings, this)
             this.outputs[name] = DO[settings.do].output(plans[name])
         trained = [plan for plan in plans.values() if isinstance(plan, Plan)]
         check_inputs(trained)
@@ -82,13 +87,25 @@ def run(config, workdir, **changes) -> dict[str, float]:
     return dict(this.outputs[stages[-1][0]].figures)
 
 
+@contextlib.contextmanager
+def _named(name: str, stages: list[tuple]) -> Iterator[None]:
+    """Errors of a stage begin with its name, where there are several."""
+    try:
+        yield
+    except UserError as error:
+        if len(stages) == 1 or f"config.{name}" in str(error):
+            raise
+        raise UserError(f"{name}: {error}") from error
+
+
 def _with_recipes(config):
     """The config with a finished run's workdir in place of each model that is named as a recipe, which is run if need be."""
-    changed, names = recipe.plain(config), ["", *config.stages]
-    for settings in (changed if not name else changed.get(name, {}) for name in names):
+    changed = copy.deepcopy(config)
+    for settings in (changed, *(changed[name] for name in config.stages if name in changed)):
         if str(settings.get("model", "")).startswith("recipe:"):
-            settings["model"] = _of_recipe(settings["model"].removeprefix("recipe:"), config.artefacts)
-    return recipe.make(**changed)
+            with settings.unlocked(), settings.ignore_type():
+                settings.model = _of_recipe(settings.model.removeprefix("recipe:"), config.artefacts)
+    return changed
 
 
 def _of_recipe(path: str, artefacts: str) -> str:

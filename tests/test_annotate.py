@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import stubs
 from test_pairs import MODEL, PLAIN, compared, pair, plan
+from test_row_types import ranked
+from toy_tokenizers import characters
 
 from jaxpost import annotate, export, metrics, optim, recipe, sharding, train
 from jaxpost.annotators import scores
@@ -339,6 +341,34 @@ def test_a_documents_value_is_stored_once_and_joined_as_if_each_token_had_it(tmp
         UserError, match=f"{often}: perplexity has a value for each token; take an annotator with one for each doc"
     ):
         annotations.per_example(often)
+
+
+def test_documents_of_lists_that_differ_in_length_keep_their_own_values(tmp_path):
+    lists = [{"prompt": "q", "answers": list("abcd"[:n]), "ranks": list(range(n))} for n in (3, 2, 4, 2) * 6]
+    made, s = plan(tmp_path, lists, ranked(tmp_path))
+    mesh, (spec, weights) = sharding.make_mesh(), with_table(made)
+    (folder,) = columns.make("perplexity", made, spec, lambda: weights, tmp_path / "c", mesh)
+    each = annotations.per_example(folder)["perplexity"]
+    assert np.isfinite(each).sum(axis=1).tolist() == [3, 2, 4, 2] * 6 and each.shape == (24, 4)
+    alone = answers(made)
+    by_answer = {letter: scores.perplexity(table, weights, x)["perplexity"][0, 0] for letter, x in alone.items()}
+    for values, row in zip(each, lists, strict=True):
+        np.testing.assert_allclose(values[: len(row["answers"])], [by_answer[a] for a in row["answers"]], rtol=1e-5)
+    joined, _ = datasets.batches(made.sets, s, mesh, {made.sets[0].encoded.digest: columns.by_token(folder)[0]})
+    batch = joined(None)
+    for letter, value in by_answer.items():
+        (token,) = characters().encode(letter, add_special_tokens=False)
+        np.testing.assert_allclose(batch["perplexity"][(batch["tokens"] == token) & batch["mask"]], value, rtol=1e-5)
+
+
+def answers(made) -> dict:
+    """{the answer's letter: its document as a batch} of the longest list of a plan's data."""
+    example = max((made.sets[0].encoded.examples[i] for i in range(24)), key=lambda example: len(example["tokens"]))
+    documents = [{k: jnp.asarray(x)[None] for k, x in document.items()} for document in examples.documents(example)]
+    return {
+        letter: document | {"segments": jnp.ones(document["mask"].shape, int)}
+        for letter, document in zip("abcd", documents, strict=True)
+    }
 
 
 def test_an_embedding_is_the_mean_hidden_state_of_the_learned_tokens_one_an_example():

@@ -20,6 +20,7 @@ from jaxpost import recipe, sharding, tokenizer, train
 from jaxpost.config import cli
 from jaxpost.errors import UserError
 from jaxpost.models import families
+from jaxpost.stages import records
 from jaxpost.stages.plan import plan_stage
 from jaxpost.tasks import arithmetic
 
@@ -340,7 +341,7 @@ def commands(folder) -> dict[str, tuple[list[str], list[str]]]:
     for name, text in texts.items():
         (folder / f"{name}.py").write_text(text)
     (folder / "other" / "checkpoints" / "train" / "2").mkdir(parents=True)
-    (folder / "other" / "config.json").write_text(recipe.make(**runs.settings(folder, steps=3)).to_json())
+    begun(folder / "other", runs.settings(folder, steps=2, seed=3))
     w, roles = folder / "w", holding(folder, [{"messages": CHAT[::-1]}])
     (folder / "weights").mkdir()
     weights = runs.settings(folder, model=checkpoint(folder / "cut", cut=100))
@@ -380,7 +381,7 @@ def commands(folder) -> dict[str, tuple[list[str], list[str]]]:
         "weights": (runs.command(runs.write(folder / "weights", weights), w), ["not a whole safetensors file", "again"]),
         "workdir": (
             runs.command(good, folder / "other"),
-            ["steps: 3 -> 2", f"--config.model={folder / 'other'}", "the optimizer, the schedule"],
+            ["seed: 3 -> 0", f"--config.model={folder / 'other'}", "the optimizer, the schedule"],
         ),
     }
 
@@ -404,13 +405,19 @@ def test_the_command_line_prints_one_message_and_fails(tmp_path, front):
     assert not (tmp_path / "w").exists()
 
 
+def begun(workdir, settings):
+    """A workdir whose only stage was begun with these settings."""
+    ((name, s),) = recipe.stages(recipe.make(**settings))
+    records.begin(epath.Path(workdir), name, s, None)
+
+
 def test_a_workdir_that_never_saved_takes_the_corrected_settings(tmp_path):
-    (tmp_path / "config.json").write_text(recipe.make(**runs.settings(tmp_path, steps=3)).to_json())
-    corrected = recipe.make(**runs.settings(tmp_path, steps=2))
-    train._compare(epath.Path(tmp_path), corrected)
+    begun(tmp_path, runs.settings(tmp_path, seed=3))
+    corrected = recipe.stages(recipe.make(**runs.settings(tmp_path, seed=2)))
+    records.check(epath.Path(tmp_path), corrected)
     (tmp_path / "checkpoints" / "train" / "2").mkdir(parents=True)
-    with pytest.raises(UserError, match="steps: 3 -> 2") as raised:
-        train._compare(epath.Path(tmp_path), corrected)
+    with pytest.raises(UserError, match="seed: 3 -> 2") as raised:
+        records.check(epath.Path(tmp_path), corrected)
     assert f"another workdir and model='{tmp_path}'" in str(raised.value)  # as Python has it
 
 
@@ -428,13 +435,13 @@ def test_other_settings_are_told_with_the_command_that_begins_a_run_from_these_w
     work = epath.Path(tmp_path / "w 1")
     (work / "checkpoints" / "train" / "2").mkdir(parents=True)
     (tmp_path / "w 1-2").mkdir()
-    (work / "config.json").write_text(recipe.make(steps=3).to_json())
-    given = ["--config=r.py", "--workdir", str(work), "--config.model.width=8", "--config.data=a b.jsonl", "--config.steps=2"]
+    begun(work, {"seed": 3})
+    given = ["--config=r.py", "--workdir", str(work), "--config.model.width=8", "--config.data=a b.jsonl", "--config.seed=2"]
     monkeypatch.setattr(sys, "orig_argv", ["/bin/python3", "-u", "-m", "jaxpost.train", *given])
     with pytest.raises(UserError) as raised:
-        train._compare(work, recipe.make(steps=2))
+        records.check(work, recipe.stages(recipe.make(seed=2)))
     (command,) = [line for line in str(raised.value).splitlines() if "-m jaxpost.train" in line]
-    rest = ["--config=r.py", "--config.data=a b.jsonl", "--config.steps=2", f"--workdir={work}-3", f"--config.model={work}"]
+    rest = ["--config=r.py", "--config.data=a b.jsonl", "--config.seed=2", f"--workdir={work}-3", f"--config.model={work}"]
     assert shlex.split(command) == ["/bin/python3", "-u", "-m", "jaxpost.train", *rest]
 
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import runs
+from ml_collections import ConfigDict
 
 import jaxpost
 from jaxpost import api, recipe, sharding, train
@@ -159,13 +160,9 @@ def test_the_best_figure_may_be_an_evals(tmp_path):
     evaluation.check(plan, mesh)
     for best in ("eval/other/mean", "eval/mine"):
         with pytest.raises(UserError, match=f"config.best: '{best}' is no figure of train's evaluations"):
-            evaluation.check(plan._replace(settings=recipe.make(**{**_settings(plan), "best": best})), mesh)
+            evaluation.check(plan._replace(settings=ConfigDict({**plan.settings, "best": best})), mesh)
     figures, rows = evaluation.run_evals(None, evaluation.planned(plan, mesh)[-1:])
     assert figures == {"mine/mean": 2.0} and rows[0]["eval"] == "mine"
-
-
-def _settings(plan):
-    return plan.settings.to_dict()
 
 
 def test_evals_of_a_stage_take_the_place_of_those_around_it_and_change_nothing_learned(tmp_path):

@@ -383,7 +383,7 @@ def test_a_report_says_where_the_memory_goes(report):
     matrices = 2 * 96 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64)
     assert hbm["weights"] == pieces == 4 * (matrices / 4 + 5 * 32)
     assert hbm["optimizer"] == 2 * hbm["weights"] + 8  # two moments, two counters
-    assert hbm["inputs"] == 16 / 4 * 32 * (3 * 4 + 1)
+    assert hbm["inputs"] == 16 / 4 * 32 * (3 * 4 + 1) + 8  # three columns of int32, a mask, and two scalars
     assert hbm["total"] == pytest.approx(sum(hbm[k] for k in hbm if k not in ("total", "limit")), rel=0.02)
     assert stage["fits"] and report["fits"] and stage["parameters"] == matrices + 5 * 32
 

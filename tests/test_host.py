@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import runs
+from etils import epath
 
 from jaxpost import recipe, train
 from jaxpost.errors import UserError
 from jaxpost.reporting import compare, report, writers
 from jaxpost.rollouts import resume
+from jaxpost.stages import records
 from jaxpost.storage import checkpoint, host
 
 
@@ -109,7 +111,7 @@ def test_a_damaged_config_of_a_workdir_is_named(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     (tmp_path / "checkpoints").mkdir()
     for reader in (
-        lambda: train._compare(train.epath.Path(tmp_path), recipe.make()),
+        lambda: records.check(epath.Path(tmp_path), recipe.stages(recipe.make())),
         lambda: checkpoint.find_step(tmp_path),
         lambda: report.write(tmp_path),
         lambda: (tmp_path / "metrics.jsonl").touch() or compare.read([tmp_path]),

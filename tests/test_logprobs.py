@@ -41,9 +41,9 @@ def _chunked(hidden, weight, tokens, mask, temperature=1.0, head=Head):
     return logprobs.token_scores(Output(hidden, head(weight)), batch, mask)
 
 
-def _written_out(hidden, weight, tokens, mask, temperature=1.0, scale=1.0, cap=None):
+def _written_out(hidden, weight, tokens, mask, temperature=1.0, cap=None):
     """The same, from all logits at once; a token's score stands at its own place, so the first has none."""
-    logits = scale * jnp.einsum("bsd,vd->bsv", hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    logits = jnp.einsum("bsd,vd->bsv", hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
     logits = logits if cap is None else cap * jnp.tanh(logits / cap)
     logps = jax.nn.log_softmax(logits[:, :-1] / temperature)
     found = {
@@ -82,12 +82,12 @@ def test_values_and_gradients_are_those_of_the_whole_softmax(monkeypatch, name, 
     assert np.any(expected[1][0]) == MASKS[name].any()
 
 
-def test_scale_and_soft_cap_reach_value_and_gradient(monkeypatch):
+def test_a_soft_cap_reaches_value_and_gradient(monkeypatch):
     monkeypatch.setattr(logprobs, "CHUNK", 2 * B * V)
     hidden, weight, tokens, pull = _case()
     arguments, mask = (hidden, weight, pull, tokens), jnp.asarray(MASKS["ragged"])
-    found = _with_gradients(_chunked, *arguments, mask, head=functools.partial(Head, scale=0.5, soft_cap=2.0))
-    expected = _with_gradients(_written_out, *arguments, mask, scale=0.5, cap=2.0)
+    found = _with_gradients(_chunked, *arguments, mask, head=functools.partial(Head, soft_cap=2.0))
+    expected = _with_gradients(_written_out, *arguments, mask, cap=2.0)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **NEAR), found, expected)
 
 

@@ -15,6 +15,7 @@ from jaxpost import recipe, sharding
 from jaxpost.data import chat, encoding, mixture, source, templates
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
+from jaxpost.stages import datasets
 from jaxpost.stages.plan import plan_stage
 
 
@@ -265,10 +266,10 @@ def test_columns_and_template_options_from_the_command_line_or_a_recipe(tmp_path
     base = {"data": str(tmp_path / "a.jsonl"), "template": template}
     for columns in ("question=ask,answer=reply", {"question": "ask", "answer": "reply"}):
         made = plan(tmp_path, **base, columns=columns)
-        assert made.spec.tokenizer.decode(made.example[0]["tokens"].tolist()) == "1+12<|end|>"
+        assert made.spec.tokenizer.decode(datasets.shown(made.sets)[0]["tokens"].tolist()) == "1+12<|end|>"
     for options in ("x=true", {"x": True}):
         made = plan(tmp_path, **base, columns="question=ask,answer=reply", template_options=options)
-        assert made.spec.tokenizer.decode(made.example[0]["tokens"].tolist()) == "-1+12<|end|>"
+        assert made.spec.tokenizer.decode(datasets.shown(made.sets)[0]["tokens"].tolist()) == "-1+12<|end|>"
     with pytest.raises(UserError, match=r"a.jsonl, line 1: columns not recognised: ask, reply; .*config.columns="):
         plan(tmp_path, **base)
     with pytest.raises(UserError, match="config.template_options: the chat template reads no variable 'y'"):

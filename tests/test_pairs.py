@@ -330,7 +330,7 @@ def test_a_stage_learns_from_the_row_type_that_its_objective_says(tmp_path):
     ):
         made, s = plan(tmp_path, ROWS, loss, held_out=8, **changes)
         batch = made.source(None) | scalars(0, 1)
-        assert batch.keys() == {"tokens", "mask", "segments", "positions", *more}
+        assert batch.keys() == {"tokens", "mask", "segments", "positions", "step", "progress", *more}
         shapes = {k: (x.shape, x.dtype) for k, x in columns(s, made.objective).items()}
         assert {k: v for k, v in shapes.items() if k != "ref_logps"} == {k: (x.shape, x.dtype) for k, x in batch.items()}
         assert ("ref_logps" in shapes) == (loss is compared)

@@ -312,7 +312,7 @@ def test_too_many_in_a_row_stop_the_run_with_the_batch_saved(tmp_path):
         train.run(poisoned(tmp_path, 1, max_skipped=3), tmp_path / "w")
     assert "lower the learning rate" in str(stopped.value)
     with np.load(tmp_path / "w" / "nonfinite-train-3-process0.npz") as batch:
-        assert set(batch) == {"tokens", "segments", "positions", "mask"}
+        assert set(batch) == {"tokens", "segments", "positions", "mask", "step", "progress"}
         assert batch["tokens"].shape == (16, 32) and batch["mask"].any()
 
 

@@ -12,11 +12,13 @@ from test_pairs import MODEL, PAIR, PLAIN, STEPS, compared, pair, plan
 from toy_tokenizers import characters
 
 import jaxpost
+from jaxpost import sharding
 from jaxpost.data import encoding, examples, row_types, source
 from jaxpost.data.readers import Record
 from jaxpost.declare import objective
 from jaxpost.errors import UserError
-from jaxpost.stages.plan import columns
+from jaxpost.stages import annotations, datasets
+from jaxpost.stages.plan import columns, scalars
 
 NAMES = sorted(path.stem for path in row_types.FOLDER.glob("[!_]*.py"))
 EVERY = {"demonstrations", "pairs", "labelled", "scored", "mismatched", "steps"}
@@ -178,11 +180,11 @@ def test_a_whole_row_type_lies_in_a_file_of_ones_own(tmp_path):
     mine = ranked(tmp_path)
     for shared in (False, True):
         made, s = plan(tmp_path, LISTS, mine, shared_prefix=shared)
-        batch = made.source(None)
+        batch = made.source(None) | scalars(0, 1)
         assert kinds(batch) == kinds(columns(s, made.objective))
         # qab</s> qc</s> qd</s>, the prompt of one token before each or copied into each branch.
         lists = [example for example in (made.sets[0].encoded.examples[i] for i in range(24)) if len(example["tokens"]) == 10]
-        assert lists[0]["ranks"].tolist() == [2] * 4 + [1] * 3 + [3] * 3 and len(made.example) == 3
+        assert lists[0]["ranks"].tolist() == [2] * 4 + [1] * 3 + [3] * 3 and len(datasets.shown(made.sets)) == 3
         assert (batch["segments"].max(axis=1) % 3 == 0).all()
     with pytest.raises(UserError, match="d.jsonl, line 1: give answers, and a rank for each"):
         plan(tmp_path, [LISTS[0] | {"ranks": [1]}, *LISTS], mine)
@@ -234,10 +236,10 @@ WEIGHED = [
 
 def test_a_number_of_the_rows_that_the_objective_reads_is_a_column(tmp_path):
     made, s = plan(tmp_path, WEIGHED, weighed, window=16, held_out=4)
-    batch = made.source(None)
-    assert batch["weight"].dtype == np.float32 and made.reads == ()
+    batch = made.source(None) | scalars(0, 1)
+    assert batch["weight"].dtype == np.float32
     assert kinds(batch) == kinds(columns(s, weighed))
-    assert made.held_out[0].keys() == batch.keys()
+    assert made.held_out[0].keys() | scalars(0, 1).keys() == batch.keys()
     seen = {}
     for row in range(8):
         for segment in range(1, batch["segments"][row].max() + 1):
@@ -262,14 +264,14 @@ def test_a_row_without_the_number_is_named_with_the_remedy(tmp_path):
         made, _ = plan(tmp_path, [*WEIGHED, broken], weighed, window=16, bad_rows="skip")
         assert made.sets[0].encoded.report["skipped"] == 1
     none = [{"prompt": "q", "completion": "a"}] * 8
-    assert plan(tmp_path, none, weighed, window=16)[0].reads == ("weight",), (
-        "left to annotations, which refuse it if there are none"
-    )
+    made, _ = plan(tmp_path, none, weighed, window=16)  # an annotation may make it
+    with pytest.raises(UserError, match="config.objective: it reads the column weight, which .* write a number of that name"):
+        annotations.planned(made, sharding.make_mesh())
 
 
 def test_row_columns_that_the_settings_ask_for_come_along(tmp_path):
     made, s = plan(tmp_path, WEIGHED, "sft.nll", window=16, row_columns="weight, hard")
-    batch = made.source(None)
+    batch = made.source(None) | scalars(0, 1)
     assert set(np.unique(batch["hard"])) == {0.0, 1.0} and "weight" in batch
     assert columns(s, made.objective).keys() == batch.keys()
     pairs = [pair("q", "a", "b", difficulty=3.5)] * 8

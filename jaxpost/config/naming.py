@@ -50,6 +50,7 @@ FOLDERS = {
 # name. Those in SEVERAL may hold a dict of entries under the user's own names.
 ENTRIES = {
     **{noun: f"{noun}s" for noun in ("objective", "reward", "adapter", "task")},
+    "annotator": "annotators",
     "annotations": "annotators",
     "evals": "evals",
     "order": "transforms",

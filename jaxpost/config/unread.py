@@ -61,6 +61,7 @@ _READ = {
     "merge": ("with", "of", "tokenizer", "dtype", "template", "template_options"),
     "evaluate": (*_MODEL, "evals", "eval_rows"),
 }
+_OF_RECIPES = ("stages", "result")  # which are settings of no stage
 _OTHER_STAGES = ("with", "of", "rows")  # settings that only stages that do not train read
 _WITHOUT_TASK = (_TESTED + _PROBLEMS, "where no config.task has problems to ask")
 _MIXED = ("rollouts", "data")
@@ -111,7 +112,7 @@ def check_around(shared: Mapping, stages: Mapping[str, dict], defaults: Mapping)
     """
     passed = {name: dict(_unread(settings, defaults)) for name, settings in stages.items()}
     for path, default in defaults.items() if stages else ():
-        if _differs(shared, path, default) and all(path in each for each in passed.values()):
+        if path not in _OF_RECIPES and _differs(shared, path, default) and all(path in each for each in passed.values()):
             name, why = next((name, each[path]) for name, each in passed.items())
             reader = f"any of {', '.join(stages)} ({name} has {_called(stages[name])}, {why})"
             raise _ignored(f"config.{path}", _value_at(shared, path), reader, default)
@@ -147,9 +148,9 @@ def _differs(settings: Mapping, path: str, default: Any) -> bool:
 
 
 def _value_at(tree: Mapping, path: str) -> Any:
-    """The value at a path such as rollouts.new."""
+    """The value at a path such as rollouts.new; of a function's keyword, where only its name is given, that name."""
     for part in path.split("."):
-        tree = tree[part]
+        tree = tree[part] if isinstance(tree, Mapping) else tree
     return tree
 
 

@@ -34,7 +34,7 @@ def planned(name: str, s, run: Run) -> Annotation:
     if not s["with"]:
         raise UserError(f"config.{name}.with: name the annotator, as 'perplexity'.")
     entry = named({"annotator": plain(s["with"])}, ())["annotator"]
-    return Annotation(name, s, train.planned(name, s, run), entry)
+    return Annotation(name, s, train.without_annotations(name, s, run), entry)
 
 
 def output(plan: Annotation) -> Output:
@@ -50,7 +50,7 @@ def make(plan: Annotation, run: Run) -> Output:
 def columns_of(plan: Annotation, run: Run, out) -> list[str]:
     """The folders under `out` of the columns, one a data set; those that are not there yet are made."""
     s = plan.settings
-    data = train.planned(plan.name, s, run) if plan.data.source is None else plan.data
+    data = train.without_annotations(plan.name, s, run) if plan.data.source is None else plan.data
     spec = run.starting(data.spec, s)
     # All that the folder has, whatever the stage's objective makes of it: a reward model's head too.
     spec = dataclasses.replace(spec, leaves=loading.carried(spec.folder, "leaves"))

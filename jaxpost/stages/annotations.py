@@ -352,15 +352,22 @@ def evaluation(plan) -> Callable:
 
 def per_example(folder) -> dict[str, np.ndarray]:
     """The columns of documents in one of `columns.make`'s folders, in the order of the data set's N examples: {name: [N, ...]};
-    where an example is two documents (of a pair the chosen, then the rejected) {name: [N, 2, ...]}.
+    where examples are up to K > 1 documents (of a pair the chosen, then the rejected) {name: [N, K, ...]}, nan past an
+    example's last.
 
     Raises UserError for columns with a value for each token, and for damaged ones.
     """
-    arrays, meta = columns.whole(folder)
+    arrays, _ = columns.whole(folder)
     if arrays.pop(columns.LENGTHS, None) is None:
         raise UserError(
             f"{folder}: {', '.join(arrays)} has a value for each token; take an annotator with one for each document, as "
             "perplexity, reward and embedding have."
         )
-    each = {name: x.reshape(meta["facts"]["examples"], -1, *x.shape[1:]) for name, x in arrays.items()}
-    return {name: x[:, 0] if x.shape[1] == 1 else x for name, x in each.items()}
+    counts = arrays.pop(columns.DOCUMENTS)
+    if (counts == 1).all():
+        return arrays
+    there = np.arange(counts.max()) < counts[:, None]
+    each = {name: np.full((*there.shape, *x.shape[1:]), np.nan, np.result_type(x, np.float32)) for name, x in arrays.items()}
+    for name, x in each.items():
+        x[there] = arrays[name]
+    return each

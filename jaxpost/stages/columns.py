@@ -5,6 +5,7 @@ columns of one annotator are an artefact (artefacts.py):
 
     OUT/<key>/<column>.npy             [T, ...]: T learned tokens; or [N, ...]: N documents
               document_lengths.npy     [N], of documents: how many learned tokens each has
+              documents.npy            [examples]: how many documents each example has
 
 whose key is a digest of the tokens (which are all that a model sees of text, tokenizer and template), of the annotator with its
 options and source, of the weights, and of the batches' shape. Rows are packed as the training's are, in batches of the
@@ -13,6 +14,7 @@ training's shape, so that the numbers are bit for bit those of the same program 
 
 import functools
 import io
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -35,7 +37,8 @@ from jaxpost.storage import artefacts, cloud, fingerprint
 from jaxpost.storage.artefacts import Artefact
 from jaxpost.types import Params
 
-LENGTHS = "document_lengths"  # beside columns of documents: how many tokens of each are learned
+# Beside columns of documents: how many tokens of each are learned, and how many documents each example has.
+LENGTHS, DOCUMENTS = "document_lengths", "documents"
 # A part is written after so many seconds, or bytes: what a kill costs.
 SECONDS, BYTES = 20.0, 2**26
 
@@ -64,7 +67,7 @@ def make(what: Mapping | Callable | str, plan, spec: loading.ModelSpec, params: 
     columns.
     """
     what, s = entry(what), plan.settings
-    annotator, short = resolve(what, "annotators"), what["name"].rpartition(".")[2]
+    annotator, short = resolve(what, "annotators"), re.split("[.:]", what["name"])[-1]
     # The annotator's source too: a user's own may change under its name.
     origin = {"what": {**what, "does": digest_of(annotator)}, "weights": identity(spec, s.seed)}
     origin |= {k: s[k] for k in ("window", "packing", "seed", "batch_size", "dtype")}
@@ -139,9 +142,7 @@ def _gather(one: datasets.Set, s, artefact: Artefact) -> None:
     parts = [artefact.folder / part["file"] for part in artefact.parts]
     with np.load(io.BytesIO(parts[0].read_bytes())) as part:
         kinds = {name: (part[name].shape[1:], part[name].dtype) for name in part.files}
-    counts = one.encoded.learned  # values of each example
-    if LENGTHS in kinds:
-        counts = np.full(len(counts), np.max(one.encoded.examples[0].get("segments", 1)))
+    counts = _documents(one) if LENGTHS in kinds else one.encoded.learned  # values of each example
     order = np.concatenate(datasets.bins(one, s))
     begins = (np.cumsum(counts) - counts)[order]
     before = np.cumsum(counts[order]) - counts[order]
@@ -159,7 +160,17 @@ def _gather(one: datasets.Set, s, artefact: Artefact) -> None:
             whole.flush()
             del whole
     about = {k: {"shape": list(shape), "dtype": str(dtype)} for k, (shape, dtype) in kinds.items() if k != LENGTHS}
-    artefact.finish([f"{name}.npy" for name in kinds], columns=about, examples=len(counts))
+    if LENGTHS in kinds:
+        kinds[DOCUMENTS] = ((), counts.dtype)
+        with cloud.local_target(artefact.folder / f"{DOCUMENTS}.npy") as target:
+            np.save(target, counts)
+    artefact.finish([f"{name}.npy" for name in kinds], columns=about)
+
+
+def _documents(one: datasets.Set) -> np.ndarray:
+    """How many documents with a learned token each example of a data set has: a list of answers has as many as it is long."""
+    rows = (one.encoded.examples[i] for i in range(len(one.encoded.learned)))
+    return np.array([len(np.unique(row["segments"][row["mask"]])) if "segments" in row else 1 for row in rows])
 
 
 def read(folder) -> dict[str, np.ndarray]:
@@ -167,8 +178,7 @@ def read(folder) -> dict[str, np.ndarray]:
     they stay there until used. Raises UserError where they are damaged.
     """
     arrays, _ = whole(folder)
-    arrays.pop(LENGTHS, None)
-    return arrays
+    return {name: x for name, x in arrays.items() if name not in (LENGTHS, DOCUMENTS)}
 
 
 def by_token(folder) -> tuple[dict[str, Any], dict]:
@@ -177,6 +187,7 @@ def by_token(folder) -> tuple[dict[str, Any], dict]:
     """
     arrays, meta = whole(folder)
     if (lengths := arrays.pop(LENGTHS, None)) is not None:
+        del arrays[DOCUMENTS]
         return {name: _Spread(values, np.cumsum(lengths)) for name, values in arrays.items()}, meta
     return arrays, meta
 

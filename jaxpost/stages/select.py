@@ -1,6 +1,6 @@
 """A stage that selects: rows of earlier ones or of files, by a transform (data/transforms/).
 
-    chosen={"do": "select", "data": "@drawn", "with": {"name": "select.top", "by": "score", "keep": 0.5}}
+    chosen={"do": "select", "data": "@drawn", "with": {"name": "select.top", "column": "score", "keep": 0.5}}
 
 A transform gives indices, weights or rows. What it chooses is written as files of rows, which a later stage names with an @.
 """

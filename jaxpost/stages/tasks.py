@@ -171,6 +171,7 @@ def demonstrations(task, model, s) -> Callable:
     jinja = datasets.template(model, s)
 
     def answer(i: int) -> np.ndarray:
+        i = _within_bound(i, s)
         place, text = f"task {s.task['name']}, the demonstration of problem {i}", task.demonstration(i, seed=s.seed)
         prompt = task.record(i, seed=s.seed)["prompt"]
         opening = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
@@ -184,6 +185,12 @@ def demonstrations(task, model, s) -> Callable:
     return answer
 
 
+def _within_bound(i: int, s) -> int:
+    """The problem that is drawn i-th: the first `config.task.problems` of them come round and round, or all if that is 0."""
+    bound = s.task.get("problems", 0)
+    return i % bound if bound else i
+
+
 def prompts(task, judges: Rewards, model, s, leave_out: bool, answers: Callable | None = None) -> Callable:
     """i -> (record, token ids) of the i-th training problem, or None for one that the settings leave out (too_long="drop",
     bad_rows="skip") where that is possible; some are looked at now. answers: i -> the ids of the answer to it, which are to fit
@@ -194,6 +201,7 @@ def prompts(task, judges: Rewards, model, s, leave_out: bool, answers: Callable 
         raise UserError(f"config.task.problems: {bound!r}; give how many problems to draw, or 0 for all that there are.")
 
     def prompt(i):
+        i = _within_bound(i, s)
         record, place = task.record(i, seed=s.seed), f"task {s.task['name']}, problem {i}"
         try:
             check_record(judges, record, place)

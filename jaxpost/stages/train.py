@@ -33,10 +33,14 @@ KEPT = ("adapter", "leaves", "base", "elsewhere")  # what checkpoints record of 
 
 
 def planned(name: str, s, run: Run) -> Plan:
+    """The stage, checked, with the annotations of its batches."""
+    return annotations.planned(without_annotations(name, s, run), run.mesh, run.models(s))
+
+
+def without_annotations(name: str, s, run: Run) -> Plan:
     """The stage, checked. Where an earlier stage is still to make its data, it is checked by rows such as that will give."""
     trial = [row for output in run.pending(s.data) for row in output.trial]
-    plan = plan_stage(name, s if trial else run.filled(s), run.mesh, trial)
-    return annotations.planned(plan, run.mesh, run.models(s))
+    return plan_stage(name, s if trial else run.filled(s), run.mesh, trial)
 
 
 def output(plan: Plan) -> Output:

@@ -18,6 +18,7 @@ def encode(record: Record, settings: Settings) -> Example:
 
 
 def rows_of(texts: Sequence[str], rewards: np.ndarray) -> Iterator[dict]:
-    """Every completion with its reward."""
+    """Every completion that says something, with its reward."""
     for text, reward in zip(texts, rewards, strict=True):
-        yield {"completion": messages.assistant(text), "score": float(reward)}
+        if text:
+            yield {"completion": messages.assistant(text), "score": float(reward)}
