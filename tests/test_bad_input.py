@@ -5,6 +5,7 @@ was compiled on the way. A handful start the real command, where a message must 
 """
 
 import json
+import runpy
 import shlex
 import sys
 
@@ -419,6 +420,14 @@ def test_a_workdir_that_never_saved_takes_the_corrected_settings(tmp_path):
     with pytest.raises(UserError, match="seed: 3 -> 2") as raised:
         records.check(epath.Path(tmp_path), corrected)
     assert f"another workdir and model='{tmp_path}'" in str(raised.value)  # as Python has it
+
+
+def test_an_error_in_a_library_that_a_recipe_calls_is_placed_in_the_recipe(tmp_path):
+    file = tmp_path / "r.py"
+    file.write_text('from pathlib import Path\nPath("x").parents[1]\n')
+    with pytest.raises(IndexError) as raised:
+        runpy.run_path(str(file))
+    assert f"{file}, line 2: IndexError" in cli._explain(raised.value, ["train"])
 
 
 @pytest.mark.parametrize("flag", ["--window=3", "--model=f"])

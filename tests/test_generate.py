@@ -44,7 +44,7 @@ def test_the_rows_that_completions_give_by_hand():
     assert rows("demonstrations", "q", texts, rewards) == [{"prompt": user, "completion": best}]
     assert rows("demonstrations", "q", texts, [1] * 5) == rows("demonstrations", "q", [], []) == []
     assert rows("demonstrations", "q", ["", "2"], [1, 0]) == []
-    found = rows("scored", "q", ["1", "2", "1"], [0.5, 0, 0.5])
+    found = rows("scored", "q", ["1", "2", "", "1"], [0.5, 0, 1, 0.5])
     assert [(row["completion"][0]["content"], row["score"]) for row in found] == [("1", 0.5), ("2", 0.0)]
     found = rows("mismatched", "q", ["1", "2", "1"], [1, 0, 1])
     assert [(row["completion"][0]["content"], row["label"]) for row in found] == [("1", True), ("2", False)]

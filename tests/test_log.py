@@ -121,7 +121,7 @@ ROWS = {
     "data": ({"loss": 2.5, "tokens_per_second": 9.0}, "train 3/9  loss 2.5  tokens_per_second 9"),
     "rollouts": (
         {"loss": 4e-8, "reward": 0.5, "completions/mean_length": 3.0, "kl": 0.25, "frac_reward_zero_std": 0.125, "mfu": 0.1},
-        "train 3/9  reward 0.5  length 3  kl 0.25  level groups 0.125  mfu 0.1",
+        "train 3/9  reward 0.5  length 3  kl 0.25  tied groups 0.125  mfu 0.1",
     ),
     "an evaluation": (
         {"eval/loss": 0.25, "eval/accuracy": 0.5, "eval/accuracy_low": 0.4, "eval/reward": 0.5},

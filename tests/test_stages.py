@@ -10,7 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 import jaxpost
-from jaxpost import recipe
+from jaxpost import recipe, train
 from jaxpost.config import links
 from jaxpost.errors import UserError
 from jaxpost.stages import records
@@ -37,6 +37,27 @@ def test_a_stage_starts_from_the_last_weights_or_from_those_that_it_names():
     assert [x.start for x in s.values()] == ["", "a", "a", "a", "", "b", "soup"]
     models = [recipe.plain(x.model) for x in s.values()]
     assert models == [MODEL, MODEL, MODEL, MODEL, "FOLDER", MODEL, MODEL]
+
+
+def test_a_recipe_may_train_nothing_and_name_an_objective_around_its_stages():
+    alone = recipe.make(model=MODEL, stages=("e",), e={"do": "evaluate", "evals": {"z": {"name": "perplexity", "data": "f"}}})
+    assert [name for name, _ in recipe.stages(alone)] == ["e"]
+    (_, a), (_, b) = settings_of(stages=("a", "b"), objective="sft.nll", b={"steps": 3}).items()
+    assert a.objective == b.objective == "sft.nll"
+
+
+def test_an_error_of_a_stage_names_it_where_there_are_several():
+    for stages, expected in (([("a", None), ("b", None)], "b: no"), ([("b", None)], "no")):
+        with pytest.raises(UserError, match=f"^{expected}$"), train._named("b", stages):
+            raise UserError("no")
+
+
+def test_a_recipe_for_a_model_leaves_the_stages_alone_that_are_not_run(monkeypatch):
+    monkeypatch.setattr(train, "_of_recipe", lambda path, artefacts: f"ran {path}")
+    config = recipe.make(stages=("a", "b"), a={"steps": 2}, b={"model": "recipe:r.py:x"})
+    config.stages = ("b",)
+    changed = train._with_recipes(config)
+    assert changed.b.model == "ran r.py:x" and changed.a.steps == 2 and config.b.model == "recipe:r.py:x"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -84,8 +85,8 @@ def _explain(error: Exception, argv: list[str]) -> str:
         absent = " Set it in the recipe; the command line only changes what is there."
         hint = absent if word in choices else recipe.hint(word, choices)
         return f"--{'.'.join(path)}: the recipe has no key {word!r} there.{hint}"
-    package = str(Path(__file__).parents[1])
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((package, "<"))]
+    libraries = (str(Path(__file__).parents[1]), sysconfig.get_path("stdlib"), "<")
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(libraries)]
     places = [f"{f.filename}, line {f.lineno}: " for f in frames if "site-packages" not in f.filename]
     return f"the recipe could not be read: {places[-1] if places else ''}{type(error).__name__}: {error}"
 

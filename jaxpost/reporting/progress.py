@@ -29,7 +29,7 @@ ROLLED = {
     "reward": "reward",
     "completions/mean_length": "length",
     "kl": "kl",
-    "frac_reward_zero_std": "level groups",  # the share of groups whose rewards are all equal, which teach nothing
+    "frac_reward_zero_std": "tied groups",  # the share of groups whose rewards are all equal, which teach nothing
 }
 
 
