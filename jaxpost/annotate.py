@@ -45,8 +45,10 @@ def annotate(config, what, *, workdir="", out="", stage="", **changes) -> list[s
     if not (workdir or out):
         raise UserError("--out=... is required where there is no --workdir: the folder for the columns.")
     stage = stage or names[0]
-    settings = {**recipe.plain(stages[stage]), "with": named({"annotator": what}, ())["annotator"]}
-    if settings["source"] == "rollouts" or any(links.references(settings["data"])):
+    settings = recipe.plain(stages[stage]) | {"with": named({"annotator": what}, ())["annotator"], "annotations": ""}
+    if settings["source"] == "rollouts" or any(
+        name for key in ("data", "eval_data") for name in links.references(settings[key])
+    ):
         raise UserError(f"--stage={stage}: its data are made only when it runs; name another.")
     settings["start"] = settings["start"] if workdir else ""
     mesh = sharding.make_mesh(**settings["mesh"])

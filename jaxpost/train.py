@@ -72,7 +72,7 @@ def run(config, workdir, **changes) -> dict[str, float]:
                 plans[name] = DO[settings.do].planned(name, settings, this)
             this.outputs[name] = DO[settings.do].output(plans[name])
         trained = [plan for plan in plans.values() if isinstance(plan, Plan)]
-        check_inputs(trained)
+        check_inputs(plans.values())
         for plan in trained:
             evaluation.check(plan, mesh)
         _claim(workdir, config)

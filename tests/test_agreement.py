@@ -5,6 +5,7 @@ What the other process sends is given here; tests/test_multiprocess.py has the c
 
 import dataclasses
 import json
+import types
 
 import llama_cases
 import pytest
@@ -70,6 +71,18 @@ def test_each_kind_of_input_is_compared(plans, monkeypatch, tmp_path, kind):
         other = other._replace(objective=lambda forward, params, batch, key: ({}, {}))
     message = disagreed(monkeypatch, one, other)
     assert f"process 0 and process 1 have other {kind}; {agreement._REMEDIES[kind]}" in message
+
+
+@pytest.mark.parametrize("kind", ["task", "functions"])
+def test_what_a_stage_that_generates_reads_is_compared_too(plans, monkeypatch, kind):
+    def generating(answer, reward):
+        samples = types.SimpleNamespace(prompt=lambda i: {"prompt": f"{i}", "answer": answer}, rewards={"own": (reward, 1.0)})
+        return types.SimpleNamespace(name="drawn", spec=plans("a").spec, samples=samples)
+
+    one = generating("1", lambda record, text: 1.0)
+    other = generating("2", lambda record, text: 1.0) if kind == "task" else generating("1", lambda record, text: 0.0)
+    assert f"drawn: process 0 and process 1 have other {kind}" in disagreed(monkeypatch, one, other)
+    assert not disagreed(monkeypatch, one, generating("1", lambda record, text: 1.0))
 
 
 def test_other_settings_are_named_even_those_that_change_nothing_learned(monkeypatch):

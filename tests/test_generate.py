@@ -154,6 +154,16 @@ def test_completions_that_are_all_alike_teach_nothing(tmp_path, stand_in):
     for _ in range(2):
         with pytest.raises(UserError, match="7 prompts, and in none do completions differ in their reward"):
             made(tmp_path, reward=lambda record, text: 1.0)
+    # What mends it may be nothing that the digest knows, as a file that the reward reads: the next attempt begins anew.
+    mended = tmp_path / "mended"
+
+    def function(record, text):
+        return float(int(text) > 4) if mended.exists() else 1.0
+
+    with pytest.raises(UserError, match="in none do completions differ"):
+        made(tmp_path, reward=function)
+    mended.touch()
+    assert len(made(tmp_path, reward=function)) == 3
 
 
 # ---- a stage
@@ -195,6 +205,8 @@ def test_what_cannot_be_generated_or_learned_from_it_is_refused(tmp_path):
         ({"annotations": "x"}, {}, "config.drawn.annotations: 'x' is not read by do='generate', which does not train"),
         ({"rows": "pear"}, {}, "unknown module 'pear' for row_types. Did you mean 'pairs'"),
         ({"rollouts": {"prompt_window": 2}}, {}, "its prompt has"),
+        ({"rollouts": {"new": 5000}}, {}, "prompt_window . new = .* tokens, but the model takes"),
+        ({"tokenizer": ""}, {}, "config.tokenizer: the model comes without one"),
         ({}, {"objective": {"name": "reward_model.process"}}, "the objective judges the steps of a solution"),
         ({}, {"train_on": "all"}, "config.train_on: 'all'"),
         ({}, {"window": 4}, "a row of an earlier stage, 0.*make the window"),

@@ -41,9 +41,15 @@ def check_settings(config) -> None:
 
 
 def check_inputs(plans) -> None:
-    """Raises UserError, on every process, where what they read for a stage differs, naming what. All must call it."""
+    """Raises UserError, on every process, where what they read for a stage differs, naming what. All must call it.
+
+    plans: of all stages; one that annotates has its data's, and of those that neither train, annotate nor generate the first
+    process alone reads what they read.
+    """
     if jax.process_count() == 1:
         return
+    plans = [getattr(plan, "data", plan) if hasattr(plan, "entry") else plan for plan in plans]
+    plans = [plan for plan in plans if hasattr(plan, "samples") or hasattr(plan, "sets")]
     digests = [json.loads(text) for text in sharding.each_text(json.dumps({plan.name: inputs(plan) for plan in plans}))]
     for number, other in enumerate(digests[1:], start=1):
         for plan, name in itertools.product(plans, _REMEDIES):
@@ -55,16 +61,19 @@ def check_inputs(plans) -> None:
 
 
 def inputs(plan) -> dict[str, str]:
-    """A digest of each kind of input that a stage read."""
-    spec, problems = plan.spec, plan.problems or {}
-    prompt = next((x for x in (getattr(getattr(s, "config", s), "prompt", None) for s in parts(plan.source)) if x), None)
+    """A digest of each kind of input that a stage read; plan: of one that trains, annotates or generates."""
+    spec, samples = plan.spec, getattr(plan, "samples", None)
+    problems = (None if samples else plan.problems) or {}
+    sources = [samples] if samples else [getattr(source, "config", source) for source in parts(plan.source)]
+    prompt = next((source.prompt for source in sources if hasattr(source, "prompt")), None)
     teachers = [loading.describe(name, text=False).folder for name in sorted(set(loading.others(spec).values()))]
-    words, rewards = spec.tokenizer, [reward for reward, _ in problems.get("rewards", {}).values()]
+    words = spec.tokenizer
+    rewards = [reward for reward, _ in (samples.rewards if samples else problems.get("rewards", {})).values()]
     read = {
-        "data": [plan.data, *(one.encoded.digest for one in plan.sets)],
+        "data": [] if samples else [plan.data, *(one.encoded.digest for one in plan.sets)],
         "task": ([prompt(i) for i in range(LOOK)] if prompt else []) + problems.get("records", [])[:LOOK],
         "tokenizer": [words.backend_tokenizer.to_str(), words.chat_template, words.special_tokens_map],
         "weights": [fingerprint.digest(folder) for folder in (spec.folder, *teachers) if folder is not None],
-        "functions": [plan.objective, *rewards],
+        "functions": rewards if samples else [plan.objective, *rewards],
     }
     return {name: digest_of(value) for name, value in read.items()}

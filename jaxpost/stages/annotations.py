@@ -161,7 +161,7 @@ def shapes(s, objective: Callable, own: Mapping, spec=None, weights_of: Models |
     weights_of = weights_of or models(s)
     stored = {}
     for folder in columns.folders(s.annotations) if isinstance(s.annotations, str) else ():
-        stored |= artefacts.read_meta(folder)["facts"]["columns"]
+        stored |= columns.shapes(folder)
     chosen, _ = choose(s, objective, own, stored, spec, weights_of)
     added = {name: x for one in chosen for name, x in one.columns.items() if name != SCORED}
     rows, length = own["tokens"].shape
@@ -181,7 +181,9 @@ def of_batches(plan) -> dict[str, jax.ShapeDtypeStruct]:
     stored = next(iter(plan.stored.values()), {})
     shape = plan.own["tokens"].shape
     held = {name: jax.ShapeDtypeStruct((*shape, *x.shape[1:]), x.dtype) for name, x in stored.items()}
-    return plan.own | held | {name: x for one in plan.annotations for name, x in one.columns.items()}
+    wanted = declared(plan.objective, "columns") if plan.source is None else {}  # rows that are still to be made may have them
+    expected = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, x in wanted.items() if x[:2] == ("BS", "float32")}
+    return expected | plan.own | held | {name: x for one in plan.annotations for name, x in one.columns.items()}
 
 
 def _traced(by: Any, weights: str, own: Mapping, spec, weights_of: Models) -> Annotation:

@@ -203,6 +203,14 @@ class _Spread:
         return self.values[np.searchsorted(self.ends, np.arange(tokens.start, tokens.stop), side="right")]
 
 
+def shapes(folder) -> dict[str, dict]:
+    """{name: {"shape": of one token's value, "dtype"}} of a folder's columns. Raises UserError where it is not finished."""
+    facts = artefacts.read_meta(folder).get("facts", {})
+    if "columns" not in facts:
+        raise UserError(f"{folder}: is not finished, or holds no columns; run the command that makes it again.")
+    return facts["columns"]
+
+
 def whole(folder) -> tuple[dict[str, np.ndarray], dict]:
     """(the arrays of a folder, its meta). Raises UserError where one is damaged."""
     meta, arrays = artefacts.check(folder), {}

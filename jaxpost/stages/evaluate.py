@@ -58,11 +58,11 @@ def make(plan: Evaluate, run: Run) -> Output:
         with run.stop.saving(f"{plan.name}, while it evaluated"):
             params = loading.weights(origin, run.mesh, s.seed)
             figures, rows = run_evals(_model(origin, params, run), plan.evals)
-        figures = {f"eval/{name}": value for name, value in figures.items()}
-        if jax.process_index() == 0:
-            artefact.add(".json", (json.dumps({"figures": figures, "rows": rows}) + "\n").encode())
-            artefact.finish()
-            _log(plan, run, figures, rows)
+            figures = {f"eval/{name}": value for name, value in figures.items()}
+            if jax.process_index() == 0:
+                artefact.add(".json", (json.dumps({"figures": figures, "rows": rows}) + "\n").encode())
+                artefact.finish()
+                _log(plan, run, figures, rows)
         sharding.agree(0.0)  # nobody reads before all is written
     content = json.loads((artefact.folder / artefact.parts[0]["file"]).read_text()) if artefact.parts else {"figures": figures}
     if jax.process_index() == 0:

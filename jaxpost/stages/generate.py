@@ -32,7 +32,7 @@ from jaxpost.rollouts.scoring import judged
 from jaxpost.sampling.decode import Completions, answers, in_chunks
 from jaxpost.stages import columns, datasets, tasks
 from jaxpost.stages.rollouts import sampling
-from jaxpost.stages.run import Output, Run
+from jaxpost.stages.run import Output, Run, check_room
 from jaxpost.storage.artefacts import Artefact
 from jaxpost.types import Params
 
@@ -76,6 +76,7 @@ class Plan(NamedTuple):
 def planned(name: str, s, run: Run) -> Plan:
     """Reads, resolves and checks what the settings name. Raises UserError for those that could give no rows."""
     spec = run.described(s)
+    check_room(spec, s.rollouts)
     row_type = row_types.load(s.rows)
     if row_type.rows_of is None:
         raise UserError(f"config.{name}.rows: {s.rows!r} has no rows_of(texts, rewards), which makes rows of completions.")
@@ -143,6 +144,8 @@ def draw(
     if progress["prompts"] < samples.count:
         return progress
     if not progress["rows"]:
+        if jax.process_index() == 0:
+            artefact.forget()  # what mends it may be nothing that the digest knows, as a file that the reward reads
         raise UserError(
             f"{samples.count:,} prompts, and in none do completions differ in their reward, so there is nothing to learn; give "
             "more prompts (config.task.examples), a larger group, or a model that is right now and then."

@@ -20,7 +20,7 @@ from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.recipe import plain
 from jaxpost.stages import columns
-from jaxpost.stages.run import Output, Run
+from jaxpost.stages.run import Output, Run, described
 from jaxpost.storage import checkpoint
 from jaxpost.types import TrainState
 
@@ -38,8 +38,9 @@ def planned(name: str, s, run: Run) -> Merge:
     """Resolves what is merged, and how. Raises UserError where one of the models is missing, or is an adapted one."""
     if not s.of:
         raise UserError(f"config.{name}.of: name the models to merge, as ('@sft', '@dpo').")
-    spec, function, models = run.described(s), resolve(plain(s["with"]), "merging"), run.models(s)
+    spec, function, models = described(s, run.mesh), resolve(plain(s["with"]), "merging"), run.models(s)
     for entry in s.of:
+        loading.check(models(entry))
         if models(entry).adapter:
             raise UserError(f"config.{name}.of: {entry} has an adapter; merge it into its weights first (jaxpost.export).")
     return Merge(name, s, spec, function)

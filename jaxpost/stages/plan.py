@@ -22,7 +22,7 @@ from jaxpost.models import loading
 from jaxpost.recipe import plain
 from jaxpost.reporting.profile import SKIPPED
 from jaxpost.stages import annotations, datasets, rollouts, tasks
-from jaxpost.stages.run import described
+from jaxpost.stages.run import check, check_room, described
 
 
 class Plan(NamedTuple):
@@ -50,11 +50,7 @@ def plan_stage(name: str, s, mesh, trial: Sequence[dict] = ()) -> Plan:
     earlier stage is still to make it.
     """
     spec, objective, trainable, trained = learned(described(s, mesh), s, mesh)
-    loading.check(spec)
-    if spec.tokenizer is None:
-        raise UserError(
-            "config.tokenizer: the model comes without one; name a folder that has one, or a function that makes one."
-        )
+    check(spec)
     if s.reward and not s.task and s.source == "data":
         raise UserError(
             "config.reward: source='data' without a config.task makes no completions that it could judge. To learn from "
@@ -75,9 +71,8 @@ def plan_stage(name: str, s, mesh, trial: Sequence[dict] = ()) -> Plan:
     elif not trial:
         source = rollouts.source(name, task, rewards, spec, s, objective, mesh)
         source = _mixed(source, sets, s, objective, mesh) if sets else source
-    most = spec.transformer.arch.max_positions
-    if task is not None and (longest := s.rollouts.prompt_window + s.rollouts.new) > most:
-        raise UserError(f"config.rollouts: prompt_window + new = {longest} tokens, but the model takes {most}.")
+    if task is not None:
+        check_room(spec, s.rollouts)
     if s.profile and steps and steps < (needed := s.profile + SKIPPED):
         raise UserError(f"config.profile: tracing {s.profile} steps takes {needed}, and there are {steps}; ask for fewer.")
     optim.make(s.optimizer, steps or 1000)

@@ -43,8 +43,10 @@ class Run(NamedTuple):
     evaluated: dict
 
     def described(self, s) -> loading.ModelSpec:
-        """The model that a stage's settings name, with a tokenizer. Raises UserError where it is missing or broken."""
-        return described(s, self.mesh)
+        """The model that a stage's settings name, with a tokenizer. Raises UserError where either is missing or broken."""
+        spec = described(s, self.mesh)
+        check(spec)
+        return spec
 
     def starting(self, spec: loading.ModelSpec, s) -> loading.ModelSpec:
         """The model that a stage starts from: the result of the stage that its settings name, or its own."""
@@ -86,8 +88,24 @@ class Run(NamedTuple):
         return [self.outputs[name] for name in links.references(value) if self.outputs[name].pending]
 
 
+def check(spec: loading.ModelSpec) -> None:
+    """Raises UserError for a model whose files do not fit it, and for one without a tokenizer."""
+    loading.check(spec)
+    if spec.tokenizer is None:
+        raise UserError(
+            "config.tokenizer: the model comes without one; name a folder that has one, or a function that makes one."
+        )
+
+
+def check_room(spec: loading.ModelSpec, r) -> None:
+    """Raises UserError for settings of rollouts whose prompts and completions together are longer than the model takes."""
+    most = spec.transformer.arch.max_positions
+    if (longest := r.prompt_window + r.new) > most:
+        raise UserError(f"config.rollouts: prompt_window + new = {longest} tokens, but the model takes {most}.")
+
+
 def described(s, mesh) -> loading.ModelSpec:
-    """As Run.described, without a run around it."""
+    """The model that a stage's settings name; its weights and its tokenizer may be missing."""
     options = {"attention": s.attention, "device": mesh.devices.flat[0]}
     return loading.describe(plain(s.model), s.tokenizer, s.dtype, s.remat, plain(s.adapter), **options)
 

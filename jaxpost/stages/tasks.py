@@ -41,7 +41,7 @@ def task(s):
     needed = (
         ["record", "test_records"]
         + ([] if s.reward else ["reward"])
-        + (["conversation"] if s.do == "train" and "data" in shares(s.source) and not s.data else [])
+        + (["conversation"] if s.do in ("train", "annotate") and "data" in shares(s.source) and not s.data else [])
     )
     if missing := [name for name in needed if not callable(getattr(task, name, None))]:
         raise UserError(f"config.task: {s.task['name']} has no function {missing[0]}; CONTRIBUTING.md lists what a task has.")

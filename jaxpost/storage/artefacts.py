@@ -85,6 +85,10 @@ class Artefact:
         for part in self.parts if named else ():
             (self.folder / part["file"]).unlink()
 
+    def forget(self) -> None:
+        """Removes the record of what was made, so that the next attempt begins anew."""
+        (self.folder / "meta.json").unlink(missing_ok=True)
+
     def _write(self, state: Mapping) -> None:
         content = json.dumps({"about": self.about, **state}, indent=2, default=str) + "\n"
         writers.replace(self.folder / "meta.json", content.encode())
