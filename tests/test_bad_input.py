@@ -430,6 +430,13 @@ def test_an_error_in_a_library_that_a_recipe_calls_is_placed_in_the_recipe(tmp_p
     assert f"{file}, line 2: IndexError" in cli._explain(raised.value, ["train"])
 
 
+def test_a_stage_that_the_recipe_lacks_is_told_where_it_is_written(monkeypatch):
+    monkeypatch.setattr(cli, "_recipe", lambda argv: recipe.make())
+    message = cli._explain(AttributeError("dpo"), ["train", "--config=r.py", "--config.dpo.steps=3"])
+    assert message.startswith("--config.dpo.steps: the recipe has no key 'dpo' there.")
+    assert message.endswith("A further stage is written in a recipe of your own (docs/stages.md).")
+
+
 @pytest.mark.parametrize("flag", ["--window=3", "--model=f"])
 def test_a_setting_that_is_given_as_a_flag_is_told_how(flag):
     with pytest.raises(flags.UnrecognizedFlagError) as raised:

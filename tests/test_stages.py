@@ -164,7 +164,7 @@ def test_a_workdir_takes_further_stages_and_steps(begun):
     ("changes", "message"),
     [
         ({"a": {"steps": 12}}, r"a has other settings \(steps: 10 -> 12\), and b has begun from what it was"),
-        ({"b": {"model": "@a", "steps": 4}}, "b has taken 5 of 5 steps, and with 4"),
+        ({"b": {"model": "@a", "steps": 4}}, "b has taken 5 steps, more than 4"),
         ({"b": {"model": "@a", "steps": 5, "seed": 1}}, "holds a run with other settings:\n  b.seed: 0 -> 1\nThe same"),
         ({"b": {"model": "FOLDER", "steps": 5}}, "b.model: '.absent.' -> 'FOLDER'"),
     ],
@@ -182,8 +182,18 @@ def test_more_steps_must_leave_the_learning_rates_that_were_used(tmp_path, monke
         if ok:
             records.begin(epath.Path(tmp_path / schedule), "train", s, ConfigDict({"steps": 20}))
             continue
-        with pytest.raises(UserError, match=f"train has taken 10 of 10 steps, and with 20 .* .schedule='{schedule}'."):
+        with pytest.raises(UserError, match=f"train has taken 10 of 10 steps, and with 20 .* schedule='{schedule}' and"):
             records.begin(epath.Path(tmp_path / schedule), "train", s, ConfigDict({"steps": 20}))
+
+
+def test_stages_that_a_command_leaves_out_are_named(tmp_path, capsys):
+    config = recipe.make(stages=("train", "dpo"), model=MODEL)
+    for name, s in recipe.stages(config):
+        records.begin(epath.Path(tmp_path), name, s, None)
+    assert records.left_out(epath.Path(tmp_path), recipe.stages(config)) == []
+    alone = recipe.make(model=MODEL)
+    train._claim(epath.Path(tmp_path), alone, recipe.stages(alone))
+    assert f"{tmp_path} has dpo too, which this command does not name" in capsys.readouterr().err
 
 
 def test_an_older_workdir_is_refused_by_its_version(tmp_path, monkeypatch):

@@ -84,7 +84,8 @@ def _explain(error: Exception, argv: list[str]) -> str:
         choices = _siblings(path, word)
         absent = " Set it in the recipe; the command line only changes what is there."
         hint = absent if word in choices else recipe.hint(word, choices)
-        return f"--{'.'.join(path)}: the recipe has no key {word!r} there.{hint}"
+        stage = " A further stage is written in a recipe of your own (docs/stages.md)." if word in path[1:-1] else ""
+        return f"--{'.'.join(path)}: the recipe has no key {word!r} there.{hint}{stage}"
     libraries = (str(Path(__file__).parents[1]), sysconfig.get_path("stdlib"), "<")
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(libraries)]
     places = [f"{f.filename}, line {f.lineno}: " for f in frames if "site-packages" not in f.filename]

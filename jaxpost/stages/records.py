@@ -56,6 +56,13 @@ def check(workdir: epath.Path, stages: list[tuple]) -> None:
 _NOT_ITS_OWN = ("stages", "artefacts")
 
 
+def left_out(workdir: epath.Path, stages: list[tuple]) -> list[str]:
+    """The stages that a workdir has begun and that are not among these."""
+    folder = workdir / "stages"
+    begun = sorted(path.stem for path in folder.glob("*.json")) if folder.exists() else []
+    return [name for name in begun if name not in dict(stages)]
+
+
 def begin(workdir: epath.Path, name: str, settings, plan) -> None:
     """Records the settings of a stage that begins or goes on. Raises UserError where it has grown and its learning rate at
     steps that are taken would have been another.
@@ -72,13 +79,15 @@ def begin(workdir: epath.Path, name: str, settings, plan) -> None:
 
 
 def _check_rates(workdir, name: str, settings, taken: int, before: int, steps: int) -> None:
+    if steps < taken:
+        raise UserError(f"{workdir}: {name} has taken {taken:,} steps, more than {steps:,}. {_new_run(workdir)}")
     old, new = (optim.schedule(settings.optimizer, n)(np.arange(taken)) for n in (before, steps))
-    if steps < taken or not np.array_equal(np.broadcast_to(old, taken), np.broadcast_to(new, taken)):
-        kind = settings.optimizer.schedule
+    if not np.array_equal(np.broadcast_to(old, taken), np.broadcast_to(new, taken)):
+        chosen = f"schedule={settings.optimizer.schedule!r} and warmup={settings.optimizer.warmup:g}"
         raise UserError(
             f"{workdir}: {name} has taken {taken:,} of {before:,} steps, and with {steps:,} their learning rates would have "
-            f"been others (schedule={kind!r}). More steps are possible where they are not, as with schedule='constant'. "
-            f"{_new_run(workdir)}"
+            f"been others, by {chosen}. Only a run that was begun with a constant schedule and a warm-up of 0, or of so many "
+            f"steps, takes more. {_new_run(workdir)}"
         )
 
 
