@@ -14,6 +14,7 @@ From Python it is the same, with functions where a recipe has names:
 import contextlib
 import copy
 import json
+import os
 import sys
 import types
 from collections.abc import Iterator
@@ -64,6 +65,8 @@ def run(config, workdir, **changes) -> dict[str, float]:
     root = cloud.path(config.artefacts) if config.artefacts else workdir
     cloud.check_bucket(workdir)
     check_writable(workdir)
+    if (special := set("*?[],") & set(str(root))) and any(settings.do != "train" for _, settings in stages):
+        raise UserError(f"--workdir={root}: {min(special)!r} has a meaning in names of data; give a folder without it.")
     records.check(workdir, stages)
     with disk_errors(workdir, CONTINUES), lock.held(workdir), sharding.use(mesh), StopRequest() as stop:
         check_settings(config)
@@ -76,6 +79,8 @@ def run(config, workdir, **changes) -> dict[str, float]:
         check_inputs(plans.values())
         for plan in trained:
             evaluation.check(plan, mesh)
+        for name, settings in stages:
+            records.check_steps(workdir, name, settings, plans[name])
         _claim(workdir, config, stages)
         _introduce(trained, config.result, workdir)
         for name, settings in stages:
@@ -113,7 +118,8 @@ def _of_recipe(path: str, artefacts: str) -> str:
     """The workdir of a recipe that is another's model, which is run on first use and kept."""
     config = recipe.opened(path)
     root = cloud.path(artefacts) if artefacts else cloud.cache_folder()
-    workdir = root / "recipes" / key(json.loads(config.to_json()))
+    # The folder that relative names are looked for in decides the run too.
+    workdir = root / "recipes" / key({"config": json.loads(config.to_json()), "folder": os.getcwd()})
     if jax.process_index() == 0:
         print(f"model recipe:{path}: {workdir}", file=sys.stderr)
     run(config, workdir)

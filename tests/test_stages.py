@@ -145,7 +145,9 @@ def begun(tmp_path, monkeypatch):
         stages = list(settings_of(**config).items())
         records.check(workdir, stages)
         for name, settings in stages:
-            records.begin(workdir, name, settings, ConfigDict({"steps": (steps or {}).get(name, settings.steps)}))
+            plan = ConfigDict({"steps": (steps or {}).get(name, settings.steps)})
+            records.check_steps(workdir, name, settings, plan)
+            records.begin(workdir, name, settings, plan)
 
     for name, settings in settings_of(**first).items():
         records.begin(workdir, name, settings, ConfigDict({"steps": settings.steps}))
@@ -164,7 +166,7 @@ def test_a_workdir_takes_further_stages_and_steps(begun):
     ("changes", "message"),
     [
         ({"a": {"steps": 12}}, r"a has other settings \(steps: 10 -> 12\), and b has begun from what it was"),
-        ({"b": {"model": "@a", "steps": 4}}, "b has taken 5 steps, more than 4"),
+        ({"b": {"model": "@a", "steps": 4}}, "b has taken 5 steps, and 4 are no more"),
         ({"b": {"model": "@a", "steps": 5, "seed": 1}}, "holds a run with other settings:\n  b.seed: 0 -> 1\nThe same"),
         ({"b": {"model": "FOLDER", "steps": 5}}, "b.model: '.absent.' -> 'FOLDER'"),
     ],
@@ -180,10 +182,10 @@ def test_more_steps_must_leave_the_learning_rates_that_were_used(tmp_path, monke
         s = settings_of(optimizer={"schedule": schedule, "warmup": 2})["train"]
         records.begin(epath.Path(tmp_path / schedule), "train", s, ConfigDict({"steps": 10}))
         if ok:
-            records.begin(epath.Path(tmp_path / schedule), "train", s, ConfigDict({"steps": 20}))
+            records.check_steps(epath.Path(tmp_path / schedule), "train", s, ConfigDict({"steps": 20}))
             continue
         with pytest.raises(UserError, match=f"train has taken 10 of 10 steps, and with 20 .* schedule='{schedule}' and"):
-            records.begin(epath.Path(tmp_path / schedule), "train", s, ConfigDict({"steps": 20}))
+            records.check_steps(epath.Path(tmp_path / schedule), "train", s, ConfigDict({"steps": 20}))
 
 
 def test_stages_that_a_command_leaves_out_are_named(tmp_path, capsys):

@@ -3,6 +3,8 @@
 A stage's settings have one key more than a recipe, `start`: the stage whose weights it starts from, "" for its own model.
 """
 
+import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -33,14 +35,26 @@ def linked(settings: dict, own_model: bool, before: Mapping[str, Mapping], place
     for key, kind in _INPUTS.items():
         for name in references(settings[key]):
             _check(name, kind, before, f"{place}.{key}")
-    for key in ("time_of", "tokens_of"):
+    for key, counted in (("time_of", ("train", "generate")), ("tokens_of", ("train",))):
         for name in names(settings[key]):
             _check(name, None, before, f"{place}.{key}")
+            if (does := before[name]["do"]) not in counted:
+                kinds = " or ".join(counted)
+                raise UserError(f"{place}.{key}: the stage {name!r} has do={does!r}; name stages with do={kinds}.")
     model, last = settings["model"], [name for name, s in before.items() if MAKES[s["do"]] == "weights"][-1:]
     start = next(references(model), "") if own_model else "".join(last)
     origin = settings["of"][0] if settings["do"] == "merge" and settings["of"] else f"@{start}" if start else model
     start = next(references(origin), "")
     return {**settings, "start": start, "model": before[start]["model"] if start else origin}
+
+
+def inputs(settings: Mapping) -> set[str]:
+    """The earlier stages whose outputs a stage with these settings takes, budgets and annotations' models among them."""
+    texts = {key: settings[key] for key in ("data", "eval_data", "annotations", "of", "evals", "objective")}
+    named = set(re.findall(r'"@(\w+)', json.dumps(texts, default=str)))
+    for key in _INPUTS:
+        named |= set(references(settings[key]))
+    return named | {settings["start"], *names(settings["time_of"]), *names(settings["tokens_of"])} - {""}
 
 
 def names(text: str) -> list[str]:

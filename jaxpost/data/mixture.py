@@ -19,7 +19,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -100,6 +100,12 @@ def divide(parts: Sequence[Part], chosen: np.ndarray) -> tuple[list[Part], list[
 def digest(digests: Sequence[str], weights: Sequence[float]) -> str:
     """One digest of a mixture's parts and their weights, in their order."""
     return hashlib.sha256(json.dumps([list(digests), list(weights)]).encode()).hexdigest()[:16]
+
+
+def digest_of_rows(rows: Iterable[Mapping]) -> str:
+    """One digest of rows in their order."""
+    lines = "\n".join(json.dumps(row, sort_keys=True, default=str) for row in rows)
+    return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
 def report(

@@ -93,6 +93,7 @@ class Batches(Silent):
             # Grain seeds epoch e with seed + e: unhashed, the second epoch of seed 0 would be the first of seed 1.
             rows = rows.shuffle(int(np.random.SeedSequence(seed).generate_state(1)[0]))
         self.like = lambda: (batch_size, rows[0])
+        self.epoch = len(rows)  # rows of one pass
         batches = _LocalBatches(rows.repeat(epochs), batch_size, start, stop)
         self._length = None if epochs is None else len(batches)
         self._iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))

@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jaxpost.config.naming import named
+from jaxpost.data import mixture
 from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.recipe import plain
-from jaxpost.stages import columns, train
+from jaxpost.stages import annotations, columns, train
 from jaxpost.stages.plan import Plan
 from jaxpost.stages.run import Output, Run
 
@@ -39,18 +40,20 @@ def planned(name: str, s, run: Run) -> Annotation:
 
 def output(plan: Annotation) -> Output:
     """What later stages are told before there are columns."""
-    return Output(pending=True)
+    return Output(pending=True, shapes=annotations.made_by(plan.entry, plan.data))
 
 
 def make(plan: Annotation, run: Run) -> Output:
     """Makes the columns that are not there yet."""
-    return Output(columns=",".join(columns_of(plan, run, run.root / "columns")))
+    data = train.without_annotations(plan.name, plan.settings, run) if plan.data.source is None else plan.data
+    folders = columns_of(plan._replace(data=data), run, run.root / "columns")
+    rows = [record.row for one in data.sets for record in one.records]
+    return Output(columns=",".join(folders), of=mixture.digest_of_rows(rows))
 
 
 def columns_of(plan: Annotation, run: Run, out) -> list[str]:
     """The folders under `out` of the columns, one a data set; those that are not there yet are made."""
-    s = plan.settings
-    data = train.without_annotations(plan.name, s, run) if plan.data.source is None else plan.data
+    s, data = plan.settings, plan.data
     spec = run.starting(data.spec, s)
     # All that the folder has, whatever the stage's objective makes of it: a reward model's head too.
     spec = dataclasses.replace(spec, leaves=loading.carried(spec.folder, "leaves"))

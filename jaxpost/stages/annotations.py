@@ -74,23 +74,27 @@ def models(s) -> Models:
 # ----------------------------------------------------------------------------------------------------------- Planning
 
 
-def planned(plan, mesh, weights_of: Models | None = None):
+def planned(plan, mesh, weights_of: Models | None = None, pending: Mapping[str, Any] | None = None):
     """The plan with the stored columns that config.annotations names in its batches, and `annotations` that make the others.
 
-    plan: a stages.plan.Plan; weights_of: name -> ModelSpec, for names such as "@stage" (`models` if None). Raises UserError
+    plan: a stages.plan.Plan; weights_of: name -> ModelSpec, for names such as "@stage" (`models` if None); pending: {name:
+    [B,S,...]} of columns that an earlier stage is still to make, as far as they are known, else None. Raises UserError
     for stored columns of other data, or of another model than the objective declares; for a column that the objective reads and
     nothing makes; and for an annotator or a model that does not go with the stage.
     """
     s, names, used = plan.settings, set(), []
     weights_of = weights_of or models(s)
-    if plan.sets and isinstance(s.annotations, str) and s.annotations:
+    if pending is not None:
+        one_token = {name: jax.ShapeDtypeStruct((1, *x.shape[2:]), x.dtype) for name, x in pending.items()}
+        plan, names = plan._replace(stored={"": one_token}), set(pending)
+    elif plan.sets and isinstance(s.annotations, str) and s.annotations:
         plan, used = _with_stored(plan, weights_of)
         names = set.intersection(*(set(of) for of in plan.stored.values()))
     chosen, lacking = choose(s, plan.objective, plan.own, names, plan.spec, weights_of)
     if plan.source is None:  # an earlier stage is still to make the data, whose rows may have the number
         wanted = declared(plan.objective, "columns")
         lacking = [name for name in lacking if wanted[name][:2] != ("BS", "float32")]
-    if lacking:
+    if lacking and pending is None:
         why = _LACKING["rollouts" if "rollouts" in shares(s.source) else "data"]
         by = f', or declare it as Column(..., by="{lacking[0]}")' if f"scores.{lacking[0]}" in known("annotators") else ""
         raise UserError(f"config.objective: it reads the column {lacking[0]}, which {why}{by}.")
@@ -103,7 +107,7 @@ def planned(plan, mesh, weights_of: Models | None = None):
     if plan.sets and used:  # a run is never continued with another model's columns of the same data
         plan = plan._replace(data=hashlib.sha256(" ".join([plan.data, *used]).encode()).hexdigest()[:16])
     plan = plan._replace(annotations=tuple(chosen))
-    return _joined(plan, plan.stored, mesh) if names else plan
+    return _joined(plan, plan.stored, mesh) if names and pending is None else plan
 
 
 _LACKING = {
@@ -111,6 +115,16 @@ _LACKING = {
     "data": "its batches do not have; write a number of that name in every row, or have jaxpost.annotate make it of the "
     "data, and name the folder in config.annotations",
 }
+
+
+def made_by(entry: Any, plan) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """The columns that an annotator makes of a planned stage's batches, as shapes; none where it cannot be traced yet, as where
+    it reads a leaf of weights that are still to be trained.
+    """
+    try:
+        return _traced(entry, "start", plan.own, plan.spec, models(plan.settings)).columns
+    except Exception:  # the stage itself reports what is wrong, when it runs
+        return {}
 
 
 def choose(s, objective: Callable, own: Mapping, stored: Collection, spec, weights_of: Models) -> tuple[list, list[str]]:

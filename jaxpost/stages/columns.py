@@ -45,9 +45,8 @@ SECONDS, BYTES = 20.0, 2**26
 
 def identity(spec: loading.ModelSpec, seed: int) -> dict[str, Any]:
     """What tells a stage's first weights from any others: a digest of their files, or what fresh ones are drawn from."""
-    drawn = {"config": dict(spec.config), "seed": seed} if spec.folder is None else {}
-    files = "" if spec.folder is None else fingerprint.digest(spec.folder)
-    return {"files": files, **drawn, "adapter": loading.recorded(spec.adapter)}
+    files = {"seed": seed} if spec.folder is None else {"files": fingerprint.digest(spec.folder)}
+    return {"files": "", "config": dict(spec.config), **files, "adapter": loading.recorded(spec.adapter)}
 
 
 def entry(annotator: Mapping | Callable | str) -> dict:

@@ -29,12 +29,15 @@ EXAMPLES = 10000  # of a task, where its settings do not say
 
 
 class Set(NamedTuple):
-    """One source of a stage, encoded: its name, its weight in the mixture (None for the only one), whether it is held out."""
+    """One source of a stage, encoded: its name, its weight in the mixture (None for the only one), whether it is held out, and
+    in a stage that annotates the rows that it was encoded from.
+    """
 
     name: str
     weight: float | None
     encoded: encoding.Encoded
     held_out: bool
+    records: Sequence[Record] = ()
 
 
 def row_type(objective: Callable) -> row_types.RowType:
@@ -77,7 +80,7 @@ def read(task, spec, s, objective: Callable) -> list[Set]:
             raise UserError(f"{what}: {error}{none}") from error
         if s.order and not held_out:  # other rows than packing by length makes, of the same tokens
             encoded = encoded._replace(digest=hashlib.sha256(f"{encoded.digest} in order".encode()).hexdigest()[:16])
-        one = Set(part.name, part.weight, encoded, held_out)
+        one = Set(part.name, part.weight, encoded, held_out, part.records if s.do == "annotate" else ())
         if jax.process_index() == 0:
             own = row_type(objective).digest  # a row type of one's own reads whatever keys it likes
             learned = None if held_out or own else [*options["columns"].values(), *options["row_columns"]]

@@ -6,13 +6,18 @@ Each of `evals` is a function of evals/, or of a user's file. Figures are eval/N
 row for every problem.
 """
 
+import hashlib
 import json
+import os
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from jaxpost import api, sharding
+from jaxpost.config.naming import digest_of
 from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.recipe import plain
@@ -52,6 +57,7 @@ def make(plan: Evaluate, run: Run) -> Output:
     """Runs the evals on the model, unless that was done before, and writes the figures to the log."""
     s, origin = plan.settings, run.starting(plan.spec, plan.settings)
     about = {"weights": columns.identity(origin, s.seed), "evals": {each.name: each.digest for each in plan.evals}}
+    about |= {"files": files(plain(s.evals)), "tokenizer": digest_of(plan.spec.tokenizer.backend_tokenizer.to_str())}
     artefact = Artefact(run.root, "figures", about)
     _, done = artefact.resume()
     if not done:
@@ -60,15 +66,32 @@ def make(plan: Evaluate, run: Run) -> Output:
             figures, rows = run_evals(_model(origin, params, run), plan.evals)
             figures = {f"eval/{name}": value for name, value in figures.items()}
             if jax.process_index() == 0:
-                artefact.add(".json", (json.dumps({"figures": figures, "rows": rows}) + "\n").encode())
-                artefact.finish()
-                _log(plan, run, figures, rows)
+                artefact.write(".json", (json.dumps({"figures": figures, "rows": rows}) + "\n").encode())
         sharding.agree(0.0)  # nobody reads before all is written
-    content = json.loads((artefact.folder / artefact.parts[0]["file"]).read_text()) if artefact.parts else {"figures": figures}
+    (part,) = artefact.folder.glob("part-*.json")
+    content = json.loads(part.read_text())
     if jax.process_index() == 0:
+        if not (done and _logged(plan, run)):
+            _log(plan, run, content["figures"], content["rows"])
         shown = {k: v for k, v in content["figures"].items() if not k.endswith(("_low", "_high", "_se"))}
         print(f"{plan.name}: " + "  ".join(f"{k} {v:.4g}" for k, v in shown.items()), file=sys.stderr)
     return Output(figures=content["figures"])
+
+
+def files(value: Any) -> dict[str, str]:
+    """{name: digest of its bytes} of the files that settings name, as FILE, FILE=WEIGHT or FILE:NAME, with commas between."""
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, (list, tuple)):
+        return {name: digest for each in value for name, digest in files(each).items()}
+    parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else []
+    names = {name for part in parts for name in (part, part.rpartition("=")[0], part.rpartition(":")[0]) if name}
+    return {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in sorted(names) if os.path.isfile(name)}
+
+
+def _logged(plan: Evaluate, run: Run) -> bool:
+    path = run.workdir / "metrics.jsonl"
+    return path.exists() and any(row["stage"] == plan.name for row in writers.read_rows(path))
 
 
 def _log(plan: Evaluate, run: Run, figures: dict, rows: list[dict]) -> None:

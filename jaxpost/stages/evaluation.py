@@ -49,6 +49,8 @@ def configured(
     has it called as the eval would be, with a model that may have no weights. An eval that takes a `template` and names none
     gets this one. about: what else decides the figures. Raises UserError, with the place, for whatever is wrong with an entry.
     """
+    if not isinstance(entries, Mapping):
+        raise UserError(f"{place}: {entries!r}; give a dict of evals by names of yours, as {{'sums': 'accuracy'}}.")
     evals = []
     for name, entry in entries.items():
         if not re.fullmatch(r"[\w-]+", name) or name in OWN:

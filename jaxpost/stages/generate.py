@@ -22,7 +22,7 @@ import tqdm
 
 from jaxpost import sharding
 from jaxpost.config.naming import digest_of
-from jaxpost.data import row_types
+from jaxpost.data import mixture, row_types
 from jaxpost.data.row_types import RowType
 from jaxpost.errors import UserError
 from jaxpost.models import loading
@@ -71,6 +71,7 @@ class Plan(NamedTuple):
     spec: loading.ModelSpec
     samples: Samples
     trial: tuple[dict, ...]
+    problems: Callable[[], str]
 
 
 def planned(name: str, s, run: Run) -> Plan:
@@ -84,7 +85,9 @@ def planned(name: str, s, run: Run) -> Plan:
         raise UserError(f"config.rollouts.group: {s.rollouts.group} leaves nothing to compare; take 2 at least.")
     if not s.task:
         raise UserError("config.task: generate needs a task, or config.data with prompts and config.reward.")
-    task = tasks.task(s)
+    task, count = tasks.task(s), s.task.get("examples", datasets.EXAMPLES)
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise UserError(f"config.task.examples: {count!r}; give how many problems to ask.")
     rewards = tasks.rewards(task, s.task["name"], plain(s.reward))
     tasks.check_rewards(s, rewards, learned=True)
     prompt = tasks.prompts(task, rewards, spec, s, leave_out=False)
@@ -94,7 +97,7 @@ def planned(name: str, s, run: Run) -> Plan:
         prompt=prompt,
         rewards=rewards,
         row_type=row_type,
-        count=s.task.get("examples", datasets.EXAMPLES),
+        count=count,
         group=s.rollouts.group,
         batch=s.eval_rows,
         seed=s.seed,
@@ -103,7 +106,13 @@ def planned(name: str, s, run: Run) -> Plan:
         options=sampling(spec, s),
     )
     trial = [row for i in range(8) for row in rows(row_type, prompt(i)[0]["prompt"], ["1", "2"], [1, 0])]
-    return Plan(name, s, spec, samples, tuple(trial))
+    records = functools.partial(_records, task, s, count)
+    return Plan(name, s, spec, samples, tuple(trial), records)
+
+
+def _records(task, s, count: int) -> str:
+    """A digest of the problems that are asked."""
+    return mixture.digest_of_rows(task.record(i, seed=s.seed) for i in range(count))
 
 
 def output(plan: Plan) -> Output:
@@ -120,7 +129,8 @@ def make(plan: Plan, run: Run) -> Output:
         "rows": [s.rows, plan.samples.row_type.digest],
         "step": plan.samples.step,
     }
-    about |= {"template": datasets.template(origin, s)}
+    words = plan.spec.tokenizer.backend_tokenizer.to_str()
+    about |= {"template": datasets.template(origin, s), "problems": plan.problems(), "tokenizer": digest_of(words)}
     about |= {"judge": digest_of([reward for reward, _ in plan.samples.rewards.values()])}
     about |= {k: plain(s[k]) for k in _DECIDING}
     artefact = Artefact(run.root, "rows", about)

@@ -61,7 +61,12 @@ def make(plan: Merge, run: Run) -> Output:
         if saved.latest() is not None and saved.meta(saved.latest()).get("merged") == origin:
             print(f"{plan.name}: merged before.", file=sys.stderr)
             return Output(spec=plan.spec)
-        params = plan.function(*(loading.weights(model, run.mesh, s.seed) for model in models))
+        if saved.latest() is not None:
+            raise UserError(
+                f"config.{plan.name}: the models that it merged, or how, have changed since, and {folder} has the weights of "
+                "before. Merge in a stage of another name, or in another workdir."
+            )
+        params = _merged(plan, [loading.weights(model, run.mesh, s.seed) for model in models])
         whole = loading.abstract(plan.spec.transformer, run.mesh, None, plan.spec.leaves)
         if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, whole):
             raise UserError(f"config.{plan.name}.with: it gives a tree of other shapes than {s.of[0]} has.")
@@ -72,3 +77,10 @@ def make(plan: Merge, run: Run) -> Output:
     finally:
         saved.close()
     return Output(spec=plan.spec)
+
+
+def _merged(plan: Merge, models: list):
+    try:
+        return plan.function(*models)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.{plan.name}.with: it failed with {type(error).__name__}: {error}") from error

@@ -59,7 +59,7 @@ def plan_stage(name: str, s, mesh, trial: Sequence[dict] = ()) -> Plan:
     task = tasks.task(s) if s.task else None
     rewards = None if task is None else tasks.rewards(task, s.task["name"], plain(s.reward))
     problems = None if task is None else tasks.problems(task, rewards, spec, s)
-    _check_source(s, task)
+    _check_source(s, task, mesh)
     source, sets, held_out, steps = None, [], [], s.steps
     if trial:
         datasets.check(trial, spec, s, objective)
@@ -83,8 +83,8 @@ def plan_stage(name: str, s, mesh, trial: Sequence[dict] = ()) -> Plan:
     return Plan(name, s, spec, objective, sets, source, steps, held_out, data, problems, trainable, trained, own)
 
 
-def _check_source(s, task) -> None:
-    """Raises UserError for a source that is none, or that lacks a task or a number of steps."""
+def _check_source(s, task, mesh) -> None:
+    """Raises UserError for a source that is none, that lacks a task or a number of steps, or whose shares are no whole rows."""
     for kind in shares(s.source):
         if kind not in ("data", "rollouts"):
             raise UserError(f"config.source: {kind!r} is neither 'data' nor 'rollouts'.")
@@ -92,6 +92,13 @@ def _check_source(s, task) -> None:
             raise UserError("config.task: rollouts need a task, for prompts and a reward.")
         if kind == "rollouts" and not s.steps:
             raise UserError("config.steps: rollouts have no epochs that could be told now; say how many steps to take.")
+    if len(shares(s.source)) > 1:
+        _rows(s, mesh)
+
+
+def _rows(s, mesh) -> dict[str, int]:
+    """{source: its rows of a batch} of several."""
+    return sources.counts(shares(s.source), s.batch_size, s.microbatches * mesh.shape["data"] * mesh.shape["fsdp"])
 
 
 def _mixed(drawn: sources.Source, sets: list[datasets.Set], s, objective: Callable, mesh) -> sources.Mixed:
@@ -102,9 +109,7 @@ def _mixed(drawn: sources.Source, sets: list[datasets.Set], s, objective: Callab
                 f"config.{key}: {s[key]!r}; rows of files beside rollouts have none. Leave it out: the task's test problems "
                 "evaluate."
             )
-    ways = s.microbatches * mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = sources.counts(shares(s.source), s.batch_size, ways)
-    data, _ = datasets.batches(sets, ConfigDict({**plain(s), "batch_size": rows["data"]}), mesh)
+    data, _ = datasets.batches(sets, ConfigDict({**plain(s), "batch_size": _rows(s, mesh)["data"]}), mesh)
     if "demonstrations" not in declared(objective, "masks"):
         raise UserError(
             "config.source: rows of data beside rollouts are learned where the column `demonstrations` is, and this objective "

@@ -15,7 +15,10 @@ from etils import epath
 
 from jaxpost import optim, recipe
 from jaxpost.config import cli, links
+from jaxpost.config.resolve import resolve
+from jaxpost.declare import declared
 from jaxpost.errors import UserError
+from jaxpost.recipe import plain
 from jaxpost.reporting import writers
 from jaxpost.storage import checkpoint
 from jaxpost.storage.host import read_object
@@ -44,7 +47,7 @@ def check(workdir: epath.Path, stages: list[tuple]) -> None:
             if name in begun:
                 raise _of_older(workdir)
             continue
-        if name not in begun:  # nothing of it is there yet
+        if name not in begun and not begun.keys() & _users(name, stages):  # nothing of it is there yet, or has been used
             continue
         changes = recipe.difference(read_object(record)["settings"], settings.to_dict(), free=(*recipe.FREE, *_NOT_ITS_OWN))
         if longer := [line for line in changes if line.split(":")[0] in LENGTHS]:
@@ -63,24 +66,31 @@ def left_out(workdir: epath.Path, stages: list[tuple]) -> list[str]:
     return [name for name in begun if name not in dict(stages)]
 
 
-def begin(workdir: epath.Path, name: str, settings, plan) -> None:
-    """Records the settings of a stage that begins or goes on. Raises UserError where it has grown and its learning rate at
-    steps that are taken would have been another.
-    """
+def check_steps(workdir: epath.Path, name: str, settings, plan) -> None:
+    """Raises UserError for a stage that has grown where its learning rate at steps that are taken would have been another."""
     path, steps = _path(workdir, name), getattr(plan, "steps", 0)
     if path.exists() and steps and (taken := _taken(workdir, name)) is not None:
-        before = read_object(path)["steps"]
-        if before and before != steps:
+        record = read_object(path)
+        if (before := record["steps"]) and before != steps:
             _check_rates(workdir, name, settings, taken, before, steps)
+            _check_last_batch(workdir, name, record, taken)
+
+
+def begin(workdir: epath.Path, name: str, settings, plan) -> None:
+    """Records the settings of a stage that begins or goes on."""
+    path, steps = _path(workdir, name), getattr(plan, "steps", 0)
+    if not steps and path.exists():  # an earlier stage is still to make its data
+        steps = read_object(path)["steps"]
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"settings": json.loads(settings.to_json()), "steps": steps}
+        rows = getattr(getattr(plan, "source", None), "epoch", 0)
+        content = {"settings": json.loads(settings.to_json()), "steps": steps, "rows": rows}
         writers.replace(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def _check_rates(workdir, name: str, settings, taken: int, before: int, steps: int) -> None:
-    if steps < taken:
-        raise UserError(f"{workdir}: {name} has taken {taken:,} steps, more than {steps:,}. {_new_run(workdir)}")
+    if steps <= taken:
+        raise UserError(f"{workdir}: {name} has taken {taken:,} steps, and {steps:,} are no more. {_new_run(workdir)}")
     old, new = (optim.schedule(settings.optimizer, n)(np.arange(taken)) for n in (before, steps))
     if not np.array_equal(np.broadcast_to(old, taken), np.broadcast_to(new, taken)):
         chosen = f"schedule={settings.optimizer.schedule!r} and warmup={settings.optimizer.warmup:g}"
@@ -91,16 +101,41 @@ def _check_rates(workdir, name: str, settings, taken: int, before: int, steps: i
         )
 
 
-def _check_unused(workdir, name: str, stages: list[tuple], begun: dict, longer: list[str]) -> None:
-    """Raises UserError for more steps of a stage that another one, which has begun, started from."""
-    users = [
-        other for other, s in stages if other in begun and name in (s.start, *links.names(s.time_of), *links.names(s.tokens_of))
-    ]
-    if users:
+def _check_last_batch(workdir, name: str, record: dict, taken: int) -> None:
+    """Raises UserError where the last batch of a stage's epochs was not full: further epochs would have filled it with rows."""
+    s, rows = record["settings"], record.get("rows", 0)
+    if not s["steps"] and taken == record["steps"] and (rest := rows * s["epochs"] % s["batch_size"]):
         raise UserError(
-            f"{workdir}: {name} has other settings ({'; '.join(longer)}), and {users[0]} has begun from what it was. "
+            f"{workdir}: the last batch of {name} had {rest} of {s['batch_size']} rows, which more epochs would have filled. "
             f"{_new_run(workdir)}"
         )
+
+
+def _check_unused(workdir, name: str, stages: list[tuple], begun: dict, longer: list[str]) -> None:
+    """Raises UserError for more steps of a stage that another one, which has begun, started from."""
+    if users := begun.keys() & _users(name, stages):
+        raise UserError(
+            f"{workdir}: {name} has other settings ({'; '.join(longer)}), and {min(users)} has begun from what it was. "
+            f"{_new_run(workdir)}"
+        )
+
+
+def _users(name: str, stages: list[tuple]) -> set[str]:
+    """The stages that take what a stage makes, directly or through others."""
+    users = set()
+    for other, settings in stages:  # in order: a stage takes from earlier ones only
+        if {name, *users} & (links.inputs(plain(settings)) | _weights_of(settings)):
+            users.add(other)
+    return users - {name}
+
+
+def _weights_of(settings) -> set[str]:
+    """The stages whose weights make columns of the objective."""
+    try:
+        columns = declared(resolve(plain(settings.objective), "objectives"), "columns")
+    except UserError:  # which planning reports
+        return set()
+    return {column.weights[1:] for column in columns.values() if column.weights.startswith("@")}
 
 
 def _of_others(workdir, name: str, changes: list[str]) -> UserError:

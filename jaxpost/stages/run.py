@@ -16,8 +16,9 @@ from jaxpost.storage import checkpoint
 
 class Output(NamedTuple):
     """What a stage hands on to later ones: its rows (a pattern of files), the folders of its columns with commas between, its
-    figures, the ModelSpec of its weights, the seconds that it took and the tokens that it trained on. Until the stage has run
-    `pending` is true, and `trial` has rows such as it will give.
+    figures, the ModelSpec of its weights, the seconds that it took and the tokens that it trained on; of columns, a digest of
+    the rows that they are `of`. Until the stage has run `pending` is true, `trial` has rows such as it will give, and `shapes`
+    the columns that it will make of a batch.
     """
 
     rows: str = ""
@@ -28,6 +29,8 @@ class Output(NamedTuple):
     tokens: int = 0
     pending: bool = False
     trial: tuple[dict, ...] = ()
+    of: str = ""
+    shapes: Mapping[str, Any] = {}
 
 
 class Run(NamedTuple):
@@ -60,6 +63,15 @@ class Run(NamedTuple):
             folders = ",".join(self.folders(folders))
         return ConfigDict({**plain(s), **files, "annotations": folders})
 
+    def without_pending(self, s) -> ConfigDict:
+        """A stage's settings without the evaluation's rows and the columns that earlier stages are still to make."""
+        s = ConfigDict(plain(s))
+        for key in ("eval_data", "annotations"):
+            if self.pending(plain(s[key])):
+                with s.ignore_type():
+                    s[key] = ""
+        return self.filled(s)
+
     def folders(self, value: str) -> list[str]:
         """The folders of columns that a setting names, with commas between several; an @NAME stands for an earlier stage's."""
         parts = [part.strip() for part in value.split(",") if part.strip()]
@@ -84,7 +96,7 @@ class Run(NamedTuple):
         return described
 
     def pending(self, value: Any) -> list[Output]:
-        """The outputs of stages that a setting names and that have not run."""
+        """The outputs of stages that a setting names (as @NAME in a text, a list, or a dict's keys) and that have not run."""
         return [self.outputs[name] for name in links.references(value) if self.outputs[name].pending]
 
 

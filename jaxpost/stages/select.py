@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxpost import sharding
+from jaxpost.config import links
 from jaxpost.config.naming import digest_of
 from jaxpost.config.resolve import resolve
 from jaxpost.data import mixture
@@ -39,6 +40,8 @@ def planned(name: str, s, run: Run) -> Selection:
     """Reads the rows and resolves the transform. Raises UserError for either."""
     if not s.data:
         raise UserError(f"config.{name}.data: give files or an earlier stage's rows, as @NAME, to select from.")
+    if not isinstance(s.annotations, str):
+        raise UserError(f"config.{name}.annotations: name stages that annotate, as '@NAME', or folders of columns.")
     function = resolve(plain(s["with"]), "transforms")
     pending = run.pending(s.data)
     rows = None if pending else _rows(s, run)
@@ -56,37 +59,56 @@ def make(plan: Selection, run: Run) -> Output:
     s = plan.settings
     rows = _rows(s, run) if plan.rows is None else plan.rows
     lines = [_line(row) for row in rows]
-    made = _columns(plain(run.filled(s).annotations), len(rows))
+    made = _columns(s, run, rows)
     about = {"rows": hashlib.sha256("\n".join(lines).encode()).hexdigest(), "with": digest_of(plan.function), "seed": s.seed}
     about |= {"columns": {k: hashlib.sha256(np.ascontiguousarray(v)).hexdigest() for k, v in made.items()}}
     artefact = Artefact(run.root, "rows", about)
     _, done = artefact.resume()
     if not done and jax.process_index() == 0:
-        selected = apply.apply(plan.function, rows, made, apply.key_of(s.seed))
+        selected = _selected(plan, rows, made)
         if not selected:
             raise UserError(f"config.{plan.name}.with: it selects none of {len(rows):,} rows; change its settings.")
-        artefact.add(".jsonl", "".join(_line(row) + "\n" for row in selected).encode())
-        artefact.finish(rows=len(selected), of=len(rows))
+        artefact.write(".jsonl", "".join(_line(row) + "\n" for row in selected).encode(), rows=len(selected), of=len(rows))
     sharding.agree(0.0)  # nobody reads before all is written
     return Output(rows=str(artefact.folder / "part-*.jsonl"))
 
 
-def _columns(folders: str, count: int) -> dict[str, np.ndarray]:
-    """The columns in folders, a value (or several) a row. Raises UserError where they are not of so many rows."""
-    made = {}
-    for folder in columns.folders(folders):
-        made |= annotations.per_example(folder)
+def _selected(plan: Selection, rows: list[dict], made: dict[str, np.ndarray]) -> list[dict]:
+    try:
+        return apply.apply(plan.function, rows, made, apply.key_of(plan.settings.seed))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"config.{plan.name}.with: it failed with {type(error).__name__}: {error}") from error
+
+
+def _columns(s, run: Run, rows: list[dict]) -> dict[str, np.ndarray]:
+    """The columns that config.annotations names, a value (or several) a row. Raises UserError where they are of other rows."""
+    made: dict[str, np.ndarray] = {}
+    for folder in columns.folders(run.filled(s).annotations):
+        each = annotations.per_example(folder)
+        if twice := made.keys() & each.keys():
+            raise UserError(f"config.annotations: {min(twice)} is there twice, in {folder} again; annotate the rows once.")
+        made |= each
     for name, values in made.items():
-        if len(values) != count:
+        if len(values) != len(rows):
             raise UserError(
-                f"config.annotations: {name} has values of {len(values):,} examples, and there are {count:,} rows. Annotate "
-                "all: too_long='truncate', held_out=0, bad_rows='stop'."
+                f"config.annotations: {name} has values of {len(values):,} examples, and there are {len(rows):,} rows. "
+                "Annotate all: too_long='truncate', held_out=0, bad_rows='stop'."
+            )
+    for name in links.references(s.annotations):
+        if run.outputs[name].of != mixture.digest_of_rows(rows):
+            raise UserError(
+                f"config.annotations: the columns of @{name} are of other rows than these, or of these in another order. "
+                "Annotate and select the same data, in the same order."
             )
     return made
 
 
 def _rows(s, run: Run) -> list[dict]:
     parts = mixture.read(plain(run.filled(s).data), "data", s.bad_rows == "skip")
+    if any(part.weight is not None for part in parts):
+        raise UserError("config.data: a selection takes every row once; leave the weights out.")
     return [dict(record.row) for part in parts for record in part.records]
 
 

@@ -21,7 +21,7 @@ from jaxpost.reporting import report
 from jaxpost.reporting.log import Log
 from jaxpost.reporting.profile import Profile
 from jaxpost.rollouts import resume
-from jaxpost.stages import annotations, datasets, evaluation
+from jaxpost.stages import annotations, datasets, evaluation, records
 from jaxpost.stages.plan import Plan, plan_stage, scalars
 from jaxpost.stages.run import Output, Run
 from jaxpost.stages.state import program, shapes
@@ -33,14 +33,24 @@ KEPT = ("adapter", "leaves", "base", "elsewhere")  # what checkpoints record of 
 
 
 def planned(name: str, s, run: Run) -> Plan:
-    """The stage, checked, with the annotations of its batches."""
-    return annotations.planned(without_annotations(name, s, run), run.mesh, run.models(s))
+    """The stage, checked, with the annotations of its batches; without a source while an earlier stage is still to make
+    something that it reads.
+    """
+    pending = run.pending(s.annotations) if isinstance(s.annotations, str) else []
+    columns = {name: x for output in pending for name, x in output.shapes.items()} if pending else None
+    return annotations.planned(without_annotations(name, s, run), run.mesh, run.models(s), columns)
 
 
 def without_annotations(name: str, s, run: Run) -> Plan:
     """The stage, checked. Where an earlier stage is still to make its data, it is checked by rows such as that will give."""
     trial = [row for output in run.pending(s.data) for row in output.trial]
-    return plan_stage(name, s if trial else run.filled(s), run.mesh, trial)
+    if trial:
+        return plan_stage(name, s, run.mesh, trial)
+    if not (run.pending(s.eval_data) or (isinstance(s.annotations, str) and run.pending(s.annotations))):
+        return plan_stage(name, run.filled(s), run.mesh)
+    plan = plan_stage(name, run.without_pending(s), run.mesh)
+    plan.source.close()
+    return plan._replace(settings=s, source=None, steps=s.steps)
 
 
 def output(plan: Plan) -> Output:
@@ -53,6 +63,8 @@ def make(plan: Plan, run: Run) -> Output:
     s = plan.settings
     if plan.source is None:
         plan = planned(plan.name, s, run)
+        records.check_steps(run.workdir, plan.name, s, plan)
+        records.begin(run.workdir, plan.name, s, plan)
         show(plan)
     saved = checkpoint.Checkpoints(run.workdir / "checkpoints" / plan.name, keep=s.keep, best=s.best, highest=s.highest)
     # Closed whatever happens: in a notebook the next attempt would meet the threads of this one, still writing.
@@ -79,10 +91,10 @@ def _steps(plan: Plan, run: Run, saved: checkpoint.Checkpoints) -> tuple[Output,
     """(what the stage hands on, None at its end or else the step that it was asked to stop at)."""
     s, mesh, stop, names = plan.settings, run.mesh, run.stop, [*run.outputs]
     latest, meta = _left(saved)
+    _check_data(plan, meta, saved)
     if meta["done"] and (s.time_of or s.tokens_of or latest >= plan.steps):
         print(f"{plan.name}: finished before, at step {latest}.", file=sys.stderr)
         return Output(figures=meta["results"], seconds=meta["seconds"], tokens=meta["num_tokens"]), None
-    _check_data(plan, meta, saved)
 
     # Set up: the state, where it was left or where it starts, and the step; the files taken back to there.
     tx = optim.make(s.optimizer, plan.steps)

@@ -76,6 +76,12 @@ class Artefact:
         self.parts.append({"file": name, "crc32c": _checksum(self.folder / name), "progress": progress})
         self._write({"parts": self.parts})
 
+    def write(self, suffix: str, content: bytes, **facts: Any) -> None:
+        """Writes an artefact of one part, in place of what an attempt that was killed has left."""
+        self.parts = []
+        self.add(suffix, content)
+        self.finish(**facts)
+
     def finish(self, files: Iterable[str] = (), **facts: Any) -> None:
         """Marks the artefact as done. files: names of files that replace the parts; facts: stored in the meta for readers."""
         self.folder.mkdir(parents=True, exist_ok=True)

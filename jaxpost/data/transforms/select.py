@@ -17,8 +17,10 @@ def top(rows: Sequence[dict], columns: Mapping, key, *, column: str, keep: int |
 def threshold(
     rows: Sequence[dict], columns: Mapping, key, *, column: str, least: float = -np.inf, most: float = np.inf
 ) -> np.ndarray:
-    """The rows whose number in a column lies in [least, most]."""
+    """The rows whose number in a column lies in [least, most]. Raises UserError for a column of several numbers a row."""
     numbers = np.asarray(columns[column])
+    if numbers.ndim != 1:
+        raise UserError(f"transform select.threshold: {column} has {list(numbers.shape[1:])} numbers a row; it takes one.")
     return np.flatnonzero((numbers >= least) & (numbers <= most))
 
 
