@@ -13,6 +13,7 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -21,7 +22,7 @@ from jaxpost.config.naming import named
 from jaxpost.config.resolve import find, nearest, value_of
 from jaxpost.config.settings import DEFAULTS, FREE, WHOLE, check
 from jaxpost.config.unread import GSM8K as GSM8K  # for recipes, which import nothing else
-from jaxpost.config.unread import adapted, check_around
+from jaxpost.config.unread import adapted, check_around, unread
 from jaxpost.errors import UserError
 
 
@@ -134,11 +135,13 @@ def stages(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
     whole = _merge(DEFAULTS, given, names + idle, "config")
     shared = {k: v for k, v in whole.items() if k not in names + idle}
     around, defaults = flat(shared), flat(DEFAULTS)
-    _check_reach({k: v for k, v in around.items() if k not in defaults or v != defaults[k]}, given, names)
     if whole["result"] not in ("", *names):
         raise UserError(f"config.result: no stage {whole['result']!r}.{nearest(whole['result'], names)}")
     each = {name: _merge(shared, whole.get(name, {}), (), f"config.{name}") for name in (*names, *idle) if names}
     check_around(shared, each, defaults)
+    ignored = {name: dict(unread(settings, defaults)) for name, settings in each.items()}
+    for path in (path for path, value in around.items() if path not in defaults or value != defaults[path]):
+        _check_reach(path, around[path], given, [name for name in names if path not in ignored[name]])
     done: dict[str, ConfigDict] = {}
     for name in names or ("train",):
         changes = given.get(name, {}) if names else {}
@@ -151,13 +154,12 @@ def stages(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
     return list(done.items())
 
 
-def _check_reach(given: Mapping, whole: Mapping, names: tuple[str, ...]) -> None:
-    """Raises UserError for a setting around the stages (given: flat) that reaches none of them, because each has its own."""
-    for key, value in given.items() if names else ():
-        own = [_own(whole.get(name, {}), key) for name in names]
-        if all(own):
-            told = ", ".join(f"config.{name}.{path}" for name, path in zip(names, own, strict=True))
-            raise UserError(f"config.{key}: {value!r} reaches no stage, since each has its own; change {told}.")
+def _check_reach(path: str, value: Any, whole: Mapping, readers: list[str]) -> None:
+    """Raises UserError for a setting around the stages that reaches none of those that read it, because each has its own."""
+    own = [_own(whole.get(name, {}), path) for name in readers]
+    if own and all(own):
+        places = ", ".join(f"config.{name}.{place}" for name, place in zip(readers, own, strict=True))
+        raise UserError(f"config.{path}: {value!r} reaches no stage, since each has its own; change {places}.")
 
 
 def _own(stage: Mapping, path: str) -> str:

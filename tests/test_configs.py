@@ -78,10 +78,12 @@ def test_two_steps(path, tmp_path):
         if config.task:
             config.task.examples, config.eval_per_cell = 200, 1
         each = [config[name] for name in config.stages] or [config]
-        if any(settings.get("source") == "samples" for settings in each):  # an untrained model is right about this now and then
+        if any(settings.get("do") == "generate" for settings in each):  # an untrained model is right about this now and then
             (tmp_path / "easy.py").write_text("def odd(record, completion) -> bool:\n    return len(completion) % 2 == 1\n")
             config.reward = f"{tmp_path / 'easy.py'}:odd"
-        for settings in each:
+        for settings in (settings for settings in each if settings.get("do") == "generate"):
+            settings.task.examples = 200
+        for settings in (settings for settings in each if settings.get("do", "train") == "train"):
             settings.steps, settings.batch_size, settings.optimizer.warmup = 2, 16, 0
     if path.stem == "distill":
         annotate.annotate(config, {"name": "topk", "k": 4}, out=tmp_path / "teacher")
@@ -89,7 +91,7 @@ def test_two_steps(path, tmp_path):
     train.run(config, tmp_path / "run")
     assert sharding.batch_ways() == 1, "the mesh must not outlive the run"
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    for stage in config.stages or ("train",):
+    for stage in [name for name in config.stages if config[name].get("do", "train") == "train"] or ("train",):
         losses = [row["loss"] for row in rows if row["stage"] == stage and "loss" in row]
         assert losses and all(abs(x) < 10 for x in losses)
 

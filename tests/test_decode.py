@@ -167,7 +167,7 @@ def test_completions_of_a_trained_model_are_equal_between_shapes(shared):
     rng = np.random.default_rng(0)
     chosen = [np.array([1, *rng.integers(3, 512, n)], np.int32) for n in range(2, 10)]
     about = {"model": model.transformer, "params": model.params}
-    plain = {"new": 48, "prompt_window": 16, "group": 4, "turns": 16, "stop": (1,), "policy": False}
+    plain = {"new": 48, "prompt_window": 16, "group": 4, "turns": 16, "stop": (1,)}
     first = sampled(chosen, **plain, **about)
     for way in (WAYS["mesh, refilled"], {"prompt_window": 24}):
         other = sampled(chosen, **{**plain, **way}, **about)

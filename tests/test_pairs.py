@@ -334,7 +334,9 @@ def test_a_stage_learns_from_the_row_type_that_its_objective_says(tmp_path):
         shapes = {k: (x.shape, x.dtype) for k, x in columns(s, made.objective).items()}
         assert {k: v for k, v in shapes.items() if k != "ref_logps"} == {k: (x.shape, x.dtype) for k, x in batch.items()}
         assert ("ref_logps" in shapes) == (loss is compared)
-        assert (batch["segments"].max(axis=1) % 2 == 0).all() and len(made.example) == 2 and len(made.held_out) == 1
+        assert (
+            (batch["segments"].max(axis=1) % 2 == 0).all() and len(datasets.shown(made.sets)) == 2 and len(made.held_out) == 1
+        )
     digests = {plan(tmp_path, rows, **kw)[0].data for rows in (ROWS, ROWS[::-1]) for kw in ({}, {"shared_prefix": True})}
     assert len(digests) == 4
 

@@ -190,7 +190,7 @@ def test_the_first_command_runs_with_little_to_do(tmp_path):
     little = [
         "sft.steps=4",
         "dpo.steps=2",
-        "dpo.task.examples=100",
+        "drawn.task.examples=100",
         f"reward={tmp_path / 'easy.py'}:odd",  # what an untrained model is right about now and then
         "grpo.steps=2",
         "grpo.batch_size=16",

@@ -7,6 +7,7 @@ import pytest
 import runs
 from test_configs import model_folder
 
+import jaxpost
 from jaxpost import optim, recipe, sharding
 from jaxpost.errors import UserError
 from jaxpost.models import loading
@@ -199,10 +200,10 @@ def test_a_run_goes_on_with_rewards_that_do_not_behave(tmp_path):
         tmp_path, source="rollouts", objective={"name": "policy_gradient.reinforce"}, steps=3, rollouts=limits
     )
     chosen |= {"task": {"name": str(tmp_path / "wild.py")}, "reward": several}
-    train.run(recipe.make(**chosen), tmp_path / "w")
+    jaxpost.train(recipe.make(**chosen), tmp_path / "w")
     rows = [row for row in runs.rows(tmp_path / "w" / "metrics.jsonl") if "loss" in row]
     assert [row["rewards/failures"] for row in rows] == [12, 4, 0]  # of problems 0 to 2, and of the fourth
     assert rows[0]["rewards/bad/mean"] == 0 and "rewards/good/mean" in rows[0]  # a failure counts 0, and None not at all
     assert rows[2]["rewards/bad/mean"] == 1 and all(np.isfinite(row["loss"]) for row in rows)
     with pytest.raises(UserError, match="reward bad failed on 12 of 16 completions, .*\n.*(a bug|took more|nan)"):
-        train.run(recipe.make(**{**chosen, "rollouts": {**limits, "failures": 0.5}}), tmp_path / "other")
+        jaxpost.train(recipe.make(**{**chosen, "rollouts": {**limits, "failures": 0.5}}), tmp_path / "other")

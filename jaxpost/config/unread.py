@@ -93,7 +93,7 @@ def adapted(settings: dict, paths: Iterable[str], defaults: Mapping, place: str)
     if (settings["do"] == "generate" or shares(settings["source"]).keys() == {"rollouts"}) and "data" in changed:
         settings = _of_prompts(settings, place)
         changed -= {"data", "eval_data", "columns", "held_out"}
-    for path, why in _unread(settings, defaults):
+    for path, why in unread(settings, defaults):
         if path in changed:
             raise _ignored(f"{place}.{path}", _value_at(settings, path), f"{_called(settings)}, {why}", defaults[path])
     # Rows of earlier stages have the standard names; `columns` around the stages is for other files.
@@ -110,7 +110,7 @@ def check_around(shared: Mapping, stages: Mapping[str, dict], defaults: Mapping)
     """Raises UserError for a setting around several stages that no stage reads. stages: {name: its settings}, including stages
     that a command leaves out, since the setting may be theirs.
     """
-    passed = {name: dict(_unread(settings, defaults)) for name, settings in stages.items()}
+    passed = {name: dict(unread(settings, defaults)) for name, settings in stages.items()}
     for path, default in defaults.items() if stages else ():
         if path not in _OF_RECIPES and _differs(shared, path, default) and all(path in each for each in passed.values()):
             name, why = next((name, each[path]) for name, each in passed.items())
@@ -118,7 +118,7 @@ def check_around(shared: Mapping, stages: Mapping[str, dict], defaults: Mapping)
             raise _ignored(f"config.{path}", _value_at(shared, path), reader, default)
 
 
-def _unread(settings: Mapping, defaults: Mapping) -> Iterator[tuple[str, str]]:
+def unread(settings: Mapping, defaults: Mapping) -> Iterator[tuple[str, str]]:
     """(path, reason) of each setting that a stage with these settings does not read, because of its `do` or its source."""
     if (read := _READ.get(settings["do"])) is not None:
         readable = {*read, "do"}
