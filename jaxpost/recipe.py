@@ -13,7 +13,6 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -139,9 +138,7 @@ def stages(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
         raise UserError(f"config.result: no stage {whole['result']!r}.{nearest(whole['result'], names)}")
     each = {name: _merge(shared, whole.get(name, {}), (), f"config.{name}") for name in (*names, *idle) if names}
     check_around(shared, each, defaults)
-    ignored = {name: dict(unread(settings, defaults)) for name, settings in each.items()}
-    for path in (path for path, value in around.items() if path not in defaults or value != defaults[path]):
-        _check_reach(path, around[path], given, [name for name in names if path not in ignored[name]])
+    _check_reach({k: v for k, v in around.items() if k not in defaults or v != defaults[k]}, given, names)
     done: dict[str, ConfigDict] = {}
     for name in names or ("train",):
         changes = given.get(name, {}) if names else {}
@@ -154,12 +151,17 @@ def stages(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
     return list(done.items())
 
 
-def _check_reach(path: str, value: Any, whole: Mapping, readers: list[str]) -> None:
-    """Raises UserError for a setting around the stages that reaches none of those that read it, because each has its own."""
-    own = [_own(whole.get(name, {}), path) for name in readers]
-    if own and all(own):
-        places = ", ".join(f"config.{name}.{place}" for name, place in zip(readers, own, strict=True))
-        raise UserError(f"config.{path}: {value!r} reaches no stage, since each has its own; change {places}.")
+def _check_reach(given: Mapping, whole: Mapping, names: tuple[str, ...]) -> None:
+    """Raises UserError for a setting around the stages (given: flat) that reaches none of those that read it, because each has
+    its own.
+    """
+    shared, defaults = _merge(DEFAULTS, {k: v for k, v in whole.items() if k in DEFAULTS}, (), "config"), flat(DEFAULTS)
+    ignored = {name: dict(unread(_merge(shared, whole.get(name, {}), (), f"config.{name}"), defaults)) for name in names}
+    for key, value in given.items():
+        own = {name: _own(whole.get(name, {}), key) for name in names if key not in ignored[name]}
+        if own and all(own.values()):
+            places = ", ".join(f"config.{name}.{path}" for name, path in own.items())
+            raise UserError(f"config.{key}: {value!r} reaches no stage, since each has its own; change {places}.")
 
 
 def _own(stage: Mapping, path: str) -> str:
