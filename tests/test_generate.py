@@ -174,6 +174,7 @@ DPO = {"data": "@drawn", "objective": "preference.sigmoid", "steps": 4, "save_ev
 def configured(folder, drawn=(), **changes):
     generated = {"do": "generate", "rows": "pairs", "task": {"name": str(folder / "task.py"), "examples": 60}, **dict(drawn)}
     settings = runs.settings(folder, stages=("sft", "drawn", "dpo"), best="", sft={"steps": 1}, held_out=0.0)
+    generated["rollouts"] = {"group": settings["rollouts"].pop("group"), **generated.get("rollouts", {})}
     return recipe.make(**settings, drawn=generated, dpo={**DPO, **changes})
 
 
