@@ -1,6 +1,8 @@
 """Stages: what they take from earlier ones, what a workdir records of them, and what may be added to a finished one."""
 
+import contextlib
 import json
+import types
 
 import jax
 import numpy as np
@@ -10,10 +12,12 @@ from etils import epath
 from ml_collections import ConfigDict
 
 import jaxpost
-from jaxpost import recipe, train
+from jaxpost import recipe, sharding, train
 from jaxpost.config import links
 from jaxpost.errors import UserError
-from jaxpost.stages import records
+from jaxpost.stages import evaluate, records
+from jaxpost.stages import train as stage_train
+from jaxpost.stages.run import Output, Run
 from jaxpost.storage import artefacts, checkpoint
 
 MODEL = {"model_type": "llama"}
@@ -69,6 +73,10 @@ def test_a_recipe_for_a_model_leaves_the_stages_alone_that_are_not_run(monkeypat
         ({"b": {"data": {"@rows": 1, "mine.jsonl": 2}}}, "config.b.data: no stage 'rows' comes before"),
         ({"b": {"do": "tran"}}, "config.b.do: 'tran'. Did you mean 'train'"),
         ({"b": {"time_of": "a, c"}}, "config.b.time_of: no stage 'c' comes before"),
+        (
+            {"a": {"do": "generate", "rows": "pairs"}, "b": {"tokens_of": "a"}},
+            "config.b.tokens_of: the stage 'a' has do='generate'; name stages with do=train",
+        ),
         ({"b": {"with": "arithmetic.soup"}}, "config.b.with: .* is not read by source='data', which trains"),
         (
             {"b": {"do": "merge", "of": ("@a",), "steps": 3}},
@@ -116,6 +124,44 @@ def test_an_artefact_is_named_for_what_makes_it_and_told_whole(tmp_path):
     with pytest.raises(UserError, match="whole.txt: damaged .* Delete "):
         artefacts.check(again.folder)
     assert again.resume(n=0) == ({"n": 0}, False) and not (again.folder / "whole.txt").exists()
+
+
+def test_an_artefact_of_one_part_replaces_what_a_killed_attempt_left(tmp_path):
+    artefact = artefacts.Artefact(tmp_path, "rows", {})
+    artefact.resume()
+    artefact.add(".jsonl", b"one")
+    again = artefacts.Artefact(tmp_path, "rows", {})
+    assert again.resume() == ({}, False)
+    again.write(".jsonl", b"two", rows=1)
+    assert [path.read_bytes() for path in again.folder.glob("part-*")] == [b"two"]
+
+
+def test_the_files_that_an_evals_settings_name_are_in_its_digest(tmp_path):
+    (tmp_path / "e.jsonl").write_text("1")
+    (tmp_path / "t.py").write_text("2")
+    evals = {
+        "a": {"name": "perplexity", "data": f"{tmp_path}/e.jsonl=2"},
+        "b": {"name": "accuracy", "task": f"{tmp_path}/t.py"},
+    }
+    before = evaluate.files(evals)
+    assert before.keys() == {f"{tmp_path}/e.jsonl", f"{tmp_path}/t.py"}
+    assert evaluate.files([f"{tmp_path}/t.py:f"]).keys() == {f"{tmp_path}/t.py"}
+    (tmp_path / "e.jsonl").write_text("3")
+    assert {name for name, digest in evaluate.files(evals).items() if digest != before[name]} == {f"{tmp_path}/e.jsonl"}
+
+
+def test_rows_that_an_earlier_stage_is_still_to_make_are_waited_for(tmp_path):
+    ((name, s),) = recipe.stages(recipe.make(**runs.settings(tmp_path, steps=1, held_out=0.0)))
+    mesh = sharding.make_mesh()
+    run = Run(tmp_path, tmp_path, mesh, None, {"kept": Output(pending=True)}, {})
+    with sharding.use(mesh):
+        waiting = stage_train.planned(name, ConfigDict({**s, "eval_data": "@kept"}), run)
+        assert waiting.source is None and waiting.sets and waiting.settings.eval_data == "@kept"
+        rows = tmp_path / "kept.jsonl"
+        rows.write_text('{"prompt": "1+1", "completion": "2"}\n' * 3)
+        run.outputs["kept"] = Output(rows=str(rows))
+        planned = stage_train.planned(name, waiting.settings, run)
+    assert planned.source is not None and len(planned.held_out) == 1
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"parts": 3}', '{"about": {}, "files": [{"file": "../x"}]}'])
@@ -196,6 +242,43 @@ def test_stages_that_a_command_leaves_out_are_named(tmp_path, capsys):
     alone = recipe.make(model=MODEL)
     train._claim(epath.Path(tmp_path), alone, recipe.stages(alone))
     assert f"{tmp_path} has dpo too, which this command does not name" in capsys.readouterr().err
+
+
+def test_a_stage_whose_output_was_used_keeps_its_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "_taken", lambda workdir, name: 3 if name in taken else None)
+
+    def stages(keep):
+        select = {"do": "select", "data": "x.jsonl", "with": {"name": "select.random", "keep": keep}}
+        return list(settings_of(stages=("a", "kept", "b"), a={}, kept=select, b={"data": "@kept", "steps": 3}).items())
+
+    for name, settings in stages(5):
+        records.begin(epath.Path(tmp_path), name, settings, ConfigDict({"steps": settings.steps}))
+    taken = {"a"}
+    records.check(epath.Path(tmp_path), stages(3))
+    taken = {"a", "b"}
+    with pytest.raises(UserError, match="kept.with.keep: 5 -> 3"):
+        records.check(epath.Path(tmp_path), stages(3))
+
+
+def test_the_users_of_a_stage_are_found_through_others_and_in_annotations():
+    select = {"do": "select", "data": "@drawn", "with": {"name": "select.random", "keep": 5}}
+    merged = {"do": "merge", "with": "arithmetic.soup", "of": ("@a", "@c")}
+    taught = {"model": "FOLDER", "annotations": {"t": {"name": "scores.logps", "weights": "@soup"}}}
+    names = ("a", "drawn", "kept", "b", "c", "soup", "d")
+    each = {"drawn": {"do": "generate", "rows": "pairs"}, "kept": select, "b": {"data": "@kept"}, "c": {"model": "FOLDER"}}
+    stages = list(settings_of(stages=names, a={}, soup=merged, d=taught, **each).items())
+    assert records._users("drawn", stages) == {"kept", "b"} and records._users("c", stages) == {"soup", "d"}
+    assert records._users("a", stages) == {"drawn", "kept", "b", "soup", "d"} and records._users("d", stages) == set()
+
+
+def test_more_epochs_need_a_last_batch_that_was_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "_taken", lambda workdir, name: 3)
+    s = settings_of(batch_size=2, epochs=1, optimizer={"schedule": "constant", "warmup": 0})["train"]
+    for rows, refused in ((5, True), (6, False)):
+        folder = epath.Path(tmp_path / str(rows))
+        records.begin(folder, "train", s, types.SimpleNamespace(steps=3, source=types.SimpleNamespace(epoch=rows)))
+        with pytest.raises(UserError, match="the last batch of train had 1 of 2 rows") if refused else contextlib.nullcontext():
+            records.check_steps(folder, "train", s, ConfigDict({"steps": 5 if refused else 6}))
 
 
 def test_an_older_workdir_is_refused_by_its_version(tmp_path, monkeypatch):

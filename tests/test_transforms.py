@@ -60,6 +60,8 @@ def test_what_is_selected_by_hand():
     assert select.top(DATA, columns, KEY, column="hard", keep=0.2, highest=False).tolist() == [0, 3]
     assert select.top(DATA, columns, KEY, column="even", keep=2).tolist() == [0, 2], "of equal ones the first"
     assert select.threshold(DATA, columns, KEY, column="hard", least=4, most=6).tolist() == [2, 5, 8]
+    with pytest.raises(UserError, match=r"select.threshold: pairs has \[2\] numbers a row; it takes one"):
+        select.threshold(DATA, {"pairs": np.zeros((len(DATA), 2))}, KEY, column="pairs", least=4)
     assert select.unique(DATA, columns, KEY, field="prompt").tolist() == [0, 1, 2, 3]
     drawn = select.random(DATA, columns, KEY, keep=0.5).tolist()
     assert len(drawn) == 5 and drawn != select.random(DATA, columns, apply.key_of(5), keep=0.5).tolist()
