@@ -37,7 +37,7 @@ from jaxpost.storage import cloud, compile_cache, lock
 from jaxpost.storage.artefacts import key
 from jaxpost.storage.host import CONTINUES, check_writable, disk_errors
 
-FEW = 20  # steps: whose epochs give fewer is told why
+FEW = 20  # steps; where epochs give fewer, a message says why
 # What a stage does: a module with `planned`, which checks it, `output`, what later ones are told of it, and `make`.
 DO = {
     "train": train,
@@ -76,7 +76,7 @@ def run(config, workdir, **changes) -> dict[str, float]:
                 plans[name] = DO[settings.do].planned(name, settings, this)
             this.outputs[name] = DO[settings.do].output(plans[name])
         trained = [plan for plan in plans.values() if isinstance(plan, Plan)]
-        check_inputs(plans.values())
+        check_inputs([plan.data if isinstance(plan, annotate.Annotation) else plan for plan in plans.values()])
         for plan in trained:
             evaluation.check(plan, mesh)
         for name, settings in stages:
@@ -130,8 +130,8 @@ def _claim(workdir: epath.Path, config, stages: list[tuple]) -> None:
     """Makes the workdir this config's, now that nothing is wrong with it."""
     if jax.process_index() == 0:
         if others := records.left_out(workdir, stages):
-            about = "the run's result is now that of the stages that it does name"
-            print(f"{workdir} has {', '.join(others)} too, which this command does not name: {about}.", file=sys.stderr)
+            about = "the run's result is that of the stages that it names"
+            print(f"{workdir} also has {', '.join(others)}, which this command does not name; {about}", file=sys.stderr)
         workdir.mkdir(parents=True, exist_ok=True)
         for name, content in (("config", json.loads(config.to_json())), ("environment", report.environment())):
             writers.replace(workdir / f"{name}.json", (json.dumps(content, indent=2) + "\n").encode())
@@ -153,9 +153,10 @@ def _introduce(plans: list[Plan], result: str, workdir: epath.Path) -> None:
         ends = [what for key, what in (("time_of", "time is up"), ("tokens_of", "tokens are used up")) if each.settings[key]]
         most = f"until the {' or the '.join(ends)}" if ends else steps
         print(f"{each.name}: {most} of {each.settings.batch_size} rows", file=sys.stderr)
-        if each.steps < FEW and not each.settings.steps and each.steps:
-            remedy = f"--config.epochs={each.settings.epochs * -(-FEW // each.steps)} would be more"
-            print(f"{each.name}: so few, because several short rows of the data share a row; {remedy}.", file=sys.stderr)
+        if each.steps and not each.settings.steps and each.steps < FEW:
+            more = each.settings.epochs * -(-FEW // each.steps)
+            why = f"short examples share a row of {each.settings.window} tokens"
+            print(f"{each.name}: an epoch is few steps where {why}; epochs={more} takes {FEW} or more", file=sys.stderr)
     train.show(plan)
 
 

@@ -56,6 +56,22 @@ def test_an_error_of_a_stage_names_it_where_there_are_several():
             raise UserError("no")
 
 
+def test_epochs_of_few_steps_are_explained(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.train, "show", lambda plan: None)
+    monkeypatch.setattr(train.loading, "keep_description", lambda *_: None)
+    monkeypatch.setattr(train.datasets, "template", lambda *_: "")
+    arch = types.SimpleNamespace(parameters=lambda: 7)
+
+    def shown(planned, **settings) -> str:
+        s = ConfigDict({"steps": 0, "epochs": 2, "window": 64, "batch_size": 8, "time_of": "", "tokens_of": "", **settings})
+        spec = types.SimpleNamespace(transformer=types.SimpleNamespace(arch=arch))
+        train._introduce([types.SimpleNamespace(name="a", steps=planned, settings=s, spec=spec, trained=7)], "", tmp_path)
+        return capsys.readouterr().err
+
+    assert "share a row of 64 tokens; epochs=14 takes 20 or more" in shown(3)
+    assert "share a row" not in shown(20) + shown(3, steps=3)
+
+
 def test_a_recipe_for_a_model_leaves_the_stages_alone_that_are_not_run(monkeypatch):
     monkeypatch.setattr(train, "_of_recipe", lambda path, artefacts: f"ran {path}")
     config = recipe.make(stages=("a", "b"), a={"steps": 2}, b={"model": "recipe:r.py:x"})
@@ -241,7 +257,7 @@ def test_stages_that_a_command_leaves_out_are_named(tmp_path, capsys):
     assert records.left_out(epath.Path(tmp_path), recipe.stages(config)) == []
     alone = recipe.make(model=MODEL)
     train._claim(epath.Path(tmp_path), alone, recipe.stages(alone))
-    assert f"{tmp_path} has dpo too, which this command does not name" in capsys.readouterr().err
+    assert f"{tmp_path} also has dpo, which this command does not name" in capsys.readouterr().err
 
 
 def test_a_stage_whose_output_was_used_keeps_its_settings(tmp_path, monkeypatch):

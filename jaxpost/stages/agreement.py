@@ -43,13 +43,12 @@ def check_settings(config) -> None:
 def check_inputs(plans) -> None:
     """Raises UserError, on every process, where what they read for a stage differs, naming what. All must call it.
 
-    plans: of all stages; one that annotates has its data's, and of those that neither train, annotate nor generate the first
-    process alone reads what they read.
+    plans: of all stages; those of stages that merge, select or evaluate are passed over, as the first process alone writes what
+    they make.
     """
+    plans = [plan for plan in plans if hasattr(plan, "samples") or hasattr(plan, "sets")]
     if jax.process_count() == 1:
         return
-    plans = [getattr(plan, "data", plan) if hasattr(plan, "entry") else plan for plan in plans]
-    plans = [plan for plan in plans if hasattr(plan, "samples") or hasattr(plan, "sets")]
     digests = [json.loads(text) for text in sharding.each_text(json.dumps({plan.name: inputs(plan) for plan in plans}))]
     for number, other in enumerate(digests[1:], start=1):
         for plan, name in itertools.product(plans, _REMEDIES):

@@ -118,12 +118,12 @@ _LACKING = {
 
 
 def made_by(entry: Any, plan) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """The columns that an annotator makes of a planned stage's batches, as shapes; none where it cannot be traced yet, as where
-    it reads a leaf of weights that are still to be trained.
+    """The columns that an annotator makes of a planned stage's batches, as shapes; none where it reads a leaf (a reward model's
+    head) of weights that are still to be trained.
     """
     try:
         return _traced(entry, "start", plan.own, plan.spec, models(plan.settings)).columns
-    except Exception:  # the stage itself reports what is wrong, when it runs
+    except (KeyError, UserError):
         return {}
 
 

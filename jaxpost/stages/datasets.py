@@ -82,8 +82,9 @@ def read(task, spec, s, objective: Callable) -> list[Set]:
             encoded = encoded._replace(digest=hashlib.sha256(f"{encoded.digest} in order".encode()).hexdigest()[:16])
         one = Set(part.name, part.weight, encoded, held_out, part.records if s.do == "annotate" else ())
         if jax.process_index() == 0:
-            own = row_type(objective).digest  # a row type of one's own reads whatever keys it likes
-            learned = None if held_out or own else [*options["columns"].values(), *options["row_columns"]]
+            # A row type of one's own reads whatever keys it likes, and a task's rows have what its reward reads.
+            unknown = held_out or row_type(objective).digest or not s.data
+            learned = None if unknown else [*options["columns"].values(), *options["row_columns"]]
             mixture.report(what, part, encoded, len(bins(one, s)), s.window, options["longest"], learned)
         check_ids(encoded.highest, spec.transformer.arch.vocab, spec.tokenizer, what)
         return one

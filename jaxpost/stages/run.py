@@ -57,6 +57,8 @@ class Run(NamedTuple):
 
     def filled(self, s) -> ConfigDict:
         """A stage's settings with the files and folders of earlier stages in place of their @names."""
+        for key in ("data", "eval_data", "annotations"):
+            assert not self.pending(plain(s[key])), f"{key}: {s[key]} is not made yet"
         files = {key: links.filled(plain(s[key]), lambda name: self.outputs[name].rows) for key in ("data", "eval_data")}
         folders = plain(s.annotations)
         if isinstance(folders, str):

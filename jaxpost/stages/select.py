@@ -58,14 +58,14 @@ def make(plan: Selection, run: Run) -> Output:
     """Applies the transform, unless that was done before."""
     s = plan.settings
     rows = _rows(s, run) if plan.rows is None else plan.rows
-    lines = [_line(row) for row in rows]
-    made = _columns(s, run, rows)
-    about = {"rows": hashlib.sha256("\n".join(lines).encode()).hexdigest(), "with": digest_of(plan.function), "seed": s.seed}
-    about |= {"columns": {k: hashlib.sha256(np.ascontiguousarray(v)).hexdigest() for k, v in made.items()}}
+    digest = mixture.digest_of_rows(rows)
+    values = _columns(s, run, rows, digest)
+    about = {"rows": digest, "with": digest_of(plan.function), "seed": s.seed}
+    about |= {"columns": {name: hashlib.sha256(np.ascontiguousarray(x)).hexdigest() for name, x in values.items()}}
     artefact = Artefact(run.root, "rows", about)
     _, done = artefact.resume()
     if not done and jax.process_index() == 0:
-        selected = _selected(plan, rows, made)
+        selected = _selected(plan, rows, values)
         if not selected:
             raise UserError(f"config.{plan.name}.with: it selects none of {len(rows):,} rows; change its settings.")
         artefact.write(".jsonl", "".join(_line(row) + "\n" for row in selected).encode(), rows=len(selected), of=len(rows))
@@ -73,36 +73,40 @@ def make(plan: Selection, run: Run) -> Output:
     return Output(rows=str(artefact.folder / "part-*.jsonl"))
 
 
-def _selected(plan: Selection, rows: list[dict], made: dict[str, np.ndarray]) -> list[dict]:
+def _selected(plan: Selection, rows: list[dict], values: dict[str, np.ndarray]) -> list[dict]:
+    """The rows that the transform gives. Raises UserError for whatever it fails with."""
     try:
-        return apply.apply(plan.function, rows, made, apply.key_of(plan.settings.seed))
+        return apply.apply(plan.function, rows, values, apply.key_of(plan.settings.seed))
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"config.{plan.name}.with: it failed with {type(error).__name__}: {error}") from error
 
 
-def _columns(s, run: Run, rows: list[dict]) -> dict[str, np.ndarray]:
-    """The columns that config.annotations names, a value (or several) a row. Raises UserError where they are of other rows."""
-    made: dict[str, np.ndarray] = {}
+def _columns(s, run: Run, rows: list[dict], digest: str) -> dict[str, np.ndarray]:
+    """The columns that config.annotations names, a value (or several) a row. Raises UserError where they are of other rows.
+
+    digest: of the rows.
+    """
+    columns_of_rows: dict[str, np.ndarray] = {}
     for folder in columns.folders(run.filled(s).annotations):
         each = annotations.per_example(folder)
-        if twice := made.keys() & each.keys():
+        if twice := columns_of_rows.keys() & each.keys():
             raise UserError(f"config.annotations: {min(twice)} is there twice, in {folder} again; annotate the rows once.")
-        made |= each
-    for name, values in made.items():
+        columns_of_rows |= each
+    for name, values in columns_of_rows.items():
         if len(values) != len(rows):
             raise UserError(
                 f"config.annotations: {name} has values of {len(values):,} examples, and there are {len(rows):,} rows. "
                 "Annotate all: too_long='truncate', held_out=0, bad_rows='stop'."
             )
     for name in links.references(s.annotations):
-        if run.outputs[name].of != mixture.digest_of_rows(rows):
+        if run.outputs[name].of != digest:
             raise UserError(
                 f"config.annotations: the columns of @{name} are of other rows than these, or of these in another order. "
                 "Annotate and select the same data, in the same order."
             )
-    return made
+    return columns_of_rows
 
 
 def _rows(s, run: Run) -> list[dict]:
