@@ -27,16 +27,16 @@ from jaxpost.reporting import table
 from jaxpost.stages.evaluation import configured, first_of_each_cell, run_evals
 
 
-def figures(model: api.Model, given) -> dict:
+def figures(model: api.Model, args) -> dict:
     """{figure: value} of all that the flags ask for. Raises UserError, in the words of the flags, for what is wrong."""
-    template = given.template or None
+    template = args.template or None
     try:
-        results = _of_flags(model, given, template)
+        results = _of_flags(model, args, template)
     except UserError as error:  # a recipe's settings and an eval's keywords are flags here
         message = re.sub(r"(--)?config\.(columns|template)\b", r"--\2", str(error))
         raise UserError(re.sub(r"(?<![\w.-])(window|task|reward|samples|k|lm_eval)(?==)", r"--\1", message)) from error
-    if given.evals:
-        named, rows = run_evals(model, configured(_entries(given.evals), model, template=template, place="--evals"))
+    if args.evals:
+        named, rows = run_evals(model, configured(_entries(args.evals), model, template=template, place="--evals"))
         results |= named
         if rows:
             problems = {(row["eval"], row.get("problem", i)) for i, row in enumerate(rows)}
@@ -44,20 +44,20 @@ def figures(model: api.Model, given) -> dict:
     return results
 
 
-def _of_flags(model: api.Model, given, template: str | None) -> dict:
+def _of_flags(model: api.Model, args, template: str | None) -> dict:
     results = {}
-    if given.data:
-        read = {"train_on": given.train_on, "columns": given.columns, "bad_rows": given.bad_rows, "template": template}
-        results |= dict(perplexity(model, data=given.data, window=given.window, **read))
+    if args.data:
+        read = {"train_on": args.train_on, "columns": args.columns, "bad_rows": args.bad_rows, "template": template}
+        results |= dict(perplexity(model, data=args.data, window=args.window, **read))
         if jax.process_index() == 0:
-            print(f"{given.data}: {results['documents']:,} documents, {results['tokens']:,} scored tokens", file=sys.stderr)
-    if given.task:
-        options = {"per_cell": given.per_cell, "new": given.new, "samples": given.samples, "ks": [int(k) for k in given.k]}
-        options |= {"task": entry_of(given.task, "--task"), "reward": given.reward, "template": template}
+            print(f"{args.data}: {results['documents']:,} documents, {results['tokens']:,} scored tokens", file=sys.stderr)
+    if args.task:
+        options = {"per_cell": args.per_cell, "new": args.new, "samples": args.samples, "ks": [int(k) for k in args.k]}
+        options |= {"task": entry_of(args.task, "--task"), "reward": args.reward, "template": template}
         results |= dict(accuracy(model, **options))
-        _show(given.task, results["problems"], results.pop("samples"))
-    if given.lm_eval:
-        results["lm_eval"] = find("harness.evaluate", "evals")(model, given.lm_eval, limit=given.limit)
+        _show(args.task, results["problems"], results.pop("samples"))
+    if args.lm_eval:
+        results["lm_eval"] = find("harness.evaluate", "evals")(model, args.lm_eval, limit=args.limit)
     return results
 
 
@@ -79,13 +79,13 @@ def _show(task: str, problems: int, samples: list[dict], most: int = 6) -> None:
 
 def main(_) -> None:
     """The command line; see the module's docstring."""
-    given = flags.FLAGS
+    args = flags.FLAGS
     (where,) = cli.required("model")
-    if not (given.data or given.task or given.lm_eval or given.evals):
+    if not (args.data or args.task or args.lm_eval or args.evals):
         raise UserError("nothing to evaluate on: give --data=FILE, --task=NAME, --lm_eval=TASK or --evals=JSON. See --help.")
-    if not all(k.isdigit() for k in given.k):
-        raise UserError(f"--k={','.join(given.k)}: give whole numbers, with commas between several.")
-    results = figures(api.load(where, dtype=given.dtype), given)
+    if not all(k.isdigit() for k in args.k):
+        raise UserError(f"--k={','.join(args.k)}: give whole numbers, with commas between several.")
+    results = figures(api.load(where, dtype=args.dtype), args)
     if jax.process_index() == 0:
         print(json.dumps(results, indent=2))
 

@@ -89,9 +89,9 @@ def _stage(s, mesh, machine: topology.Topology, prepared: program.Prepared, prog
     for number, traced in enumerate(prepared.programs, 1):
         progress(f"compiling {traced.name}, {number} of {len(prepared.programs)}")
         one = program.measured(s, mesh, machine, traced)
-        took = one["lower_seconds"] + one["compile_seconds"]
+        seconds = one["lower_seconds"] + one["compile_seconds"]
         progress(
-            f"{traced.name}: {_bytes(one['hbm']['total'])}{_outcome(one)}, in {took:.0f} s"
+            f"{traced.name}: {_bytes(one['hbm']['total'])}{_outcome(one)}, in {seconds:.0f} s"
         )  # at once: a later program may hang
         if "seconds" in one and traced.tokens:
             best = {k: one["seconds"][k] for k in ("overlapped", "serial")}

@@ -96,8 +96,8 @@ def mixed(sources: Mapping[str, tuple[Source, float]], batch_size: int) -> "Mixe
     """
     rows = counts({name: share for name, (_, share) in sources.items()}, batch_size)
     for name, (source, _) in sources.items():
-        if (own := len_of(source.columns)) != rows[name]:
-            raise UserError(f"sources: {name} gives {own} rows a batch, and its share of {batch_size} is {rows[name]}.")
+        if (count := len_of(source.columns)) != rows[name]:
+            raise UserError(f"sources: {name} gives {count} rows a batch, and its share of {batch_size} is {rows[name]}.")
     return Mixed({name: source for name, (source, _) in sources.items()})
 
 
@@ -186,7 +186,7 @@ def joined(columns: Sequence[Mapping[str, jax.ShapeDtypeStruct]]) -> dict[str, j
     def join(parts):
         return shaped((sum(x.shape[0] for x in parts), *parts[0].shape[1:]), parts[0].dtype)
 
-    return _together(columns, max(own["tokens"].shape[1] for own in columns), shaped, join)
+    return _together(columns, max(part["tokens"].shape[1] for part in columns), shaped, join)
 
 
 def _together(batches: Sequence[Mapping], width: int, blank, join) -> dict:

@@ -249,7 +249,7 @@ def axes_of(rows: np.ndarray, shape: dict[str, int]) -> str:
 
 def collectives(program: Program, shape: dict[str, int]) -> list[Collective]:
     """Every collective of a program on a mesh of this shape (axis -> size), largest first, except those within one device."""
-    entries, seen = [], set()
+    entries, keys = [], set()
     for visit in walk(program):
         i = visit.instruction
         if (kind := i.op.removesuffix("-start")) not in KINDS or "-done" in i.op:
@@ -258,9 +258,9 @@ def collectives(program: Program, shape: dict[str, int]) -> list[Collective]:
         size = _whole(kind, i, program.computations[visit.computation])
         key = (channel[1] if channel else i.name, kind, size, visit.loops)
         rows = groups(i.rest, math.prod(shape.values()))
-        if key in seen or rows.shape[1] < 2:
+        if key in keys or rows.shape[1] < 2:
             continue
-        seen.add(key)
+        keys.add(key)
         name = re.search(r'op_name="([^"]*)"', i.rest)
         group = _ring(rows) if kind == "collective-permute" else tuple(int(n) for n in rows[0])
         meant = _meant(kind, visit, program)

@@ -91,17 +91,17 @@ def encode_all(
     Raises UserError, with the record's place, for whatever cannot be encoded, and NothingToLearn where no example is left.
     """
     choices = (("too_long", too_long, TOO_LONG), ("bad_rows", bad_rows, BAD_ROWS), ("train_on", train_on, chat.TRAIN_ON))
-    for key, value, known in choices:
-        if value not in known:
-            raise UserError(f"{key}={value!r} is not known; choose one of {', '.join(known)}")
+    for key, value, allowed in choices:
+        if value not in allowed:
+            raise UserError(f"{key}={value!r} is not known; choose one of {', '.join(allowed)}")
     row_type, jinja, longest = row_types.load(row_type), templates.jinja(tokenizer, template), min(window, longest or window)
     reads = frozenset(reads)
     settings = Settings(tokenizer, jinja, train_on, window, longest, too_long, dict(columns or {}), shared, reads)
     row_type.check(settings)
     # The first call settles the tokenizer's truncation state here, in one thread; later ones may come from several at a time.
     tokenizer("")
-    own = settings._replace(tokenizer=None, reads=sorted(row_type.columns(reads)))
-    choices = (own, bad_rows, row_type.name, row_type.digest, list(row_columns))
+    key_settings = settings._replace(tokenizer=None, reads=sorted(row_type.columns(reads)))
+    choices = (key_settings, bad_rows, row_type.name, row_type.digest, list(row_columns))
     file = cloud.cache_folder() / f"{_key(records, tokenizer, choices)}.npz"
     stored = _load(file)
     if stored is None:
@@ -186,7 +186,7 @@ def _encoded(
     encode = row_type.encoder(records, settings)
     for record in records:
         try:
-            whole, own = encode(record), [_number(record, name) for name in row_columns]
+            whole, row_values = encode(record), [_number(record, name) for name in row_columns]
         except templates.Unusable:
             raise
         except UserError as error:
@@ -200,7 +200,7 @@ def _encoded(
         if with_call < 0 and fitted and messages.has_calls(record.row):
             with_call = len(kept)
         kept += fitted
-        numbers += [own] * len(fitted)
+        numbers += [row_values] * len(fitted)
         dropped += not fitted
         equal += not fitted and settings.too_long == "truncate" and examples.equal_once_cut(whole, settings)
         cut += bool(fitted) and fitted[0] is not whole
@@ -215,9 +215,9 @@ def _number(record: Record, name: str) -> float:
     """The number that a row has under a key. Raises UserError where it has none."""
     value = record.row.get(name)
     if not isinstance(value, (int, float)) or not math.isfinite(value):
-        have = f"{name} is {value!r}, no finite number" if value is not None else f"there is no number under {name}"
+        fault = f"{name} is {value!r}, no finite number" if value is not None else f"there is no number under {name}"
         raise UserError(
-            f"{record.place}: {have}, which the objective or config.row_columns reads from every row; write one, or leave the "
+            f"{record.place}: {fault}, which the objective or config.row_columns reads from every row; write one, or leave the "
             "column out"
         )
     return float(value)
@@ -247,11 +247,11 @@ def _load(file: epath.Path) -> dict[str, np.ndarray] | None:
 
 def _save(file: epath.Path, stored: dict[str, np.ndarray]) -> None:
     # Several processes may write it at the same time: each writes its own, and the last to rename wins with equal bytes.
-    own = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
+    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with own.open("wb") as stream:
+        with temporary.open("wb") as stream:
             np.savez(stream, **stored)
-        own.replace(file)
+        temporary.replace(file)
     except OSError as error:
         logging.warning("tokens are not cached, so the next start tokenises everything again: %s", error)

@@ -55,9 +55,9 @@ class Settings(NamedTuple):
 def check(settings: Settings) -> None:
     """Raises UserError for settings that mean nothing for a prompt with answers."""
     if settings.train_on not in _TRAIN_ON:
-        known = ", ".join(_TRAIN_ON)
+        choices = ", ".join(_TRAIN_ON)
         raise UserError(
-            f"config.train_on: {settings.train_on!r} of a prompt with judged answers; what is learned is one of {known}"
+            f"config.train_on: {settings.train_on!r} of a prompt with judged answers; what is learned is one of {choices}"
         )
     if settings.too_long == "split":
         raise UserError('too_long="split": pieces of a judged answer cannot be judged; choose error, truncate or drop')

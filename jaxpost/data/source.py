@@ -28,13 +28,13 @@ def split(count: int, held_out: int | float, seed: int) -> tuple[np.ndarray, np.
     """
     if held_out > 1 and held_out != int(held_out):
         raise UserError(f"held_out={held_out}: more than 1 is a number of examples, so give a whole one, or a share below 1.0")
-    wanted = max(round(held_out * count), int(held_out > 0)) if isinstance(held_out, float) else held_out
-    if not 0 <= wanted < count:
+    held_out_count = max(round(held_out * count), int(held_out > 0)) if isinstance(held_out, float) else held_out
+    if not 0 <= held_out_count < count:
         remedy = f"give a number of examples from 0 to {count - 1}, or a fraction below 1.0"
         remedy = remedy if count > 1 else "give 0, or name eval_data"
         raise UserError(f"held_out={held_out} of {count} examples leaves none to train on; {remedy}")
     order = np.random.default_rng(seed).permutation(count)
-    return np.sort(order[wanted:]), np.sort(order[:wanted])
+    return np.sort(order[held_out_count:]), np.sort(order[:held_out_count])
 
 
 def rows(examples: Sequence[pack.Row] | grain.MapDataset, lengths: Sequence[int], window: int, **options) -> grain.MapDataset:

@@ -169,12 +169,12 @@ def sampled(
     noise = {"temperature": temperature, "seed": seed, "step": step, "slots": rows}
     drawn = _drawn(model, params, records, rows=rows, options=options, group=n, **noise)
     scores = [_verdict(score, verifier) for score in everywhere(rewards, *zip(*drawn, strict=True))]
-    given = None if extract is None else [extract(text) for _, text in drawn]
-    by_problem = None if given is None else [given[i : i + n] for i in range(0, len(given), n)]
+    predictions = None if extract is None else [extract(text) for _, text in drawn]
+    by_problem = None if predictions is None else [predictions[i : i + n] for i in range(0, len(predictions), n)]
     weights, name = [r.get("weight", 1.0) for r in records], "pass" if verifier else "best"
     yield from pass_at_k.figures_of_whole(np.reshape(scores, (-1, n)), by_problem, ks=ks, weights=weights, name=name)
     table = [_row(i // n, record, text) for i, (record, text) in enumerate(drawn)]
-    extracted = [{}] * len(table) if given is None else [{"extracted": answer} for answer in given]
+    extracted = [{}] * len(table) if predictions is None else [{"extracted": answer} for answer in predictions]
     last = [{"stopped": record["stopped"], "reward": float(score)} for (record, _), score in zip(drawn, scores, strict=True)]
     yield "samples", [a | b | c for a, b, c in zip(table, extracted, last, strict=True)]
 
@@ -189,9 +189,9 @@ def _drawn(model, params, records: Sequence[dict], *, options: dict, group: int 
     drawn = []
     where = {"mesh": model.mesh, "tokenizer": model.tokenizer, "group": group}
     for which, completions in in_chunks(model.transformer, params, prompts, **where, **sampling):
-        own = [record for record in records[which] for _ in range(group)]
+        repeated_records = [record for record in records[which] for _ in range(group)]
         texts = answers(completions, model.tokenizer)
-        for record, text, stopped in zip(own, texts, completions.stopped.tolist(), strict=True):
+        for record, text, stopped in zip(repeated_records, texts, completions.stopped.tolist(), strict=True):
             drawn.append(({**record, "stopped": stopped}, text))
     return drawn
 

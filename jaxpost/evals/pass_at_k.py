@@ -51,16 +51,16 @@ def majority(verdicts: np.ndarray, given: Sequence[Sequence[Hashable | None]], k
     """
     verdicts = np.asarray(verdicts, np.float64)
     check(k, verdicts.shape[1])
-    return np.array([_majority(row, own, k) for row, own in zip(verdicts, given, strict=True)])
+    return np.array([_majority(row, answers, k) for row, answers in zip(verdicts, given, strict=True)])
 
 
-def _majority(verdicts: np.ndarray, given: Sequence[Hashable | None], k: int) -> float:
+def _majority(verdicts: np.ndarray, answers: Sequence[Hashable | None], k: int) -> float:
     judged = defaultdict(list)
-    for verdict, answer in zip(verdicts, given, strict=True):
+    for verdict, answer in zip(verdicts, answers, strict=True):
         judged[answer].append(verdict)
     silent = len(judged.pop(None, []))
-    counts = {answer: len(own) for answer, own in judged.items()}
-    worth = {answer: float(np.mean(own)) for answer, own in judged.items()}
+    counts = {answer: len(values) for answer, values in judged.items()}
+    worth = {answer: float(np.mean(values)) for answer, values in judged.items()}
     total = 0.0
     for answer in (a for a in counts if worth[a]):
         others = [counts[a] for a in counts if a != answer]
@@ -125,7 +125,7 @@ def figures_of_whole(
     whole = np.flatnonzero(np.isfinite(rewards).all(1))
     if not len(whole):
         raise UserError("samples: the reward gives None for some sample of every problem; one that applies returns a number.")
-    own = None if given is None else [given[i] for i in whole]
-    yield from figures(rewards[whole], own, ks=ks, weights=[weights[i] for i in whole], name=name)
+    answers = None if given is None else [given[i] for i in whole]
+    yield from figures(rewards[whole], answers, ks=ks, weights=[weights[i] for i in whole], name=name)
     if len(whole) < len(rewards):
         yield "left_out", float(len(rewards) - len(whole))

@@ -125,8 +125,8 @@ def _sums(model, pieces: Sequence[dict], count: int, window: int, rows: int, nam
             scores = {k: np.asarray(x) for k, x in scores.items()}
             scored, documents = scores.pop("mask"), scores.pop("documents")
             for key, values in {"tokens": scored, **scores}.items():
-                own = np.bincount(documents[scored], weights=values[scored].astype(np.float64), minlength=count)
-                sums[key] = sums.get(key, 0.0) + own
+                batch_sums = np.bincount(documents[scored], weights=values[scored].astype(np.float64), minlength=count)
+                sums[key] = sums.get(key, 0.0) + batch_sums
     return sums
 
 

@@ -233,8 +233,8 @@ def _items(tokens: list[_Token], depth: int = 0) -> list[Item]:
                 items.append(Item("c", False))
         elif kind == "_" and last.kind in ("w", "c"):
             _, at = _group(tokens, at)
-        elif (took := _scale(items, tokens, at - 1)) > 0:
-            at += took - 1
+        elif (length := _scale(items, tokens, at - 1)) > 0:
+            at += length - 1
         elif last.kind == "n" and not gap and low in _ORDINALS:
             items[-1] = last._replace(text="ordinal")
         elif kind == "/" and last.kind in ("n", "w") and at < len(tokens) and tokens[at].kind == "w":

@@ -25,10 +25,10 @@ def judge(record: dict, completion: str, reward: Callable) -> float:
     parameters = inspect.signature(reward).parameters.values()
     required = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty]
     if missing := [name for name in required if name not in columns]:
-        have = ", ".join(key for key in record if key != "stopped")
+        names = ", ".join(key for key in record if key != "stopped")
         name = getattr(reward, "func", reward).__name__
         raise UserError(
-            f"reward {name} reads the column {missing[0]!r}, which the problems do not have; theirs are {have}. "
+            f"reward {name} reads the column {missing[0]!r}, which the problems do not have; theirs are {names}. "
             f"Of a file of prompts, --config.columns={missing[0]}=NAME takes another column."
         )
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):

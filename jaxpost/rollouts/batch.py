@@ -89,7 +89,9 @@ class RolloutBatch:
         """
         groups = np.asarray(groups, int)
         rows = (groups[:, None] * self.group + np.arange(self.group)).reshape(-1) if rows is None else rows
-        own = {k: None if (x := getattr(self, k)) is None else x[rows] for k in ("learned", "counted", "weights", "assigned")}
+        arrays = {
+            k: None if (x := getattr(self, k)) is None else x[rows] for k in ("learned", "counted", "weights", "assigned")
+        }
         return self.replace(
             prompts=[self.prompts[i] for i in groups],
             records=[self.records[i] for i in groups],
@@ -98,7 +100,7 @@ class RolloutBatch:
             judged=self.scores.of(rows)._replace(failures=self.scores.failures),
             columns={k: x[rows] for k, x in self.columns.items()},
             shaping=tuple(x[rows] for x in self.shaping),
-            **own,
+            **arrays,
         )
 
     def stored(self) -> dict:
@@ -110,11 +112,11 @@ class RolloutBatch:
 
 def restored(stored: Mapping, problems: Sequence[tuple[Mapping, np.ndarray]]) -> RolloutBatch:
     """The batch of what a file kept, and of its problems, (record, prompt ids) each."""
-    own = dict(stored)
-    own |= {"completions": Completions(**own["completions"]), "judged": Scores(**own["judged"])}
-    own["figures"] = {name: float(x) for name, x in own.get("figures", {}).items()}
-    own["shaping"] = tuple(own["shaping"][str(i)] for i in range(len(own.get("shaping", {}))))
-    return RolloutBatch([ids for _, ids in problems], [record for record, _ in problems], **own)
+    fields = dict(stored)
+    fields |= {"completions": Completions(**fields["completions"]), "judged": Scores(**fields["judged"])}
+    fields["figures"] = {name: float(x) for name, x in fields.get("figures", {}).items()}
+    fields["shaping"] = tuple(fields["shaping"][str(i)] for i in range(len(fields.get("shaping", {}))))
+    return RolloutBatch([ids for _, ids in problems], [record for record, _ in problems], **fields)
 
 
 def joined(batches: Sequence[RolloutBatch]) -> RolloutBatch:
@@ -144,10 +146,10 @@ def figures(batch: RolloutBatch) -> dict[str, float]:
         "frac_reward_zero_std": 1 - differing(groups).mean(),
         "rewards/failures": scores.failures,
     }
-    own = drawn > 0 if batch.given.any() else slice(None)  # a demonstration is none of the policy's
-    if len(drawn[own]):
-        measured |= {f"completions/{k}_length": getattr(drawn[own], k)() for k in ("mean", "min", "max")}
-        measured["completions/clipped_ratio"] = (~batch.completions.stopped)[own].mean()
+    sampled = drawn > 0 if batch.given.any() else slice(None)  # a demonstration is none of the policy's
+    if len(drawn[sampled]):
+        measured |= {f"completions/{k}_length": getattr(drawn[sampled], k)() for k in ("mean", "min", "max")}
+        measured["completions/clipped_ratio"] = (~batch.completions.stopped)[sampled].mean()
     if not there.all():
         measured["completions/judged_ratio"] = there.mean()
     for name, values in scores.each.items() if len(scores.each) > 1 else ():

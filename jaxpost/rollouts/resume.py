@@ -100,8 +100,8 @@ def read_partial(folder, key: tuple[int, ...]) -> dict[int, Finished]:
     except DAMAGED:  # an archive without our arrays
         ended = None
     # A process that does not see the file has all of it made again.
-    known = sharding.everywhere(np.array([ended is not None], np.int32)).all()
-    return ended if known else {}
+    readable = sharding.everywhere(np.array([ended is not None], np.int32)).all()
+    return ended if readable else {}
 
 
 def _ended(stored: Mapping[str, np.ndarray]) -> dict[int, Finished]:
@@ -109,8 +109,8 @@ def _ended(stored: Mapping[str, np.ndarray]) -> dict[int, Finished]:
     ended = {}
     for row, place in enumerate(stored["places"]):
         length = int(columns["lengths"][row])
-        own = {name: columns[name][row, :length] for name in ("tokens", "logps")}
+        arrays = {name: columns[name][row, :length] for name in ("tokens", "logps")}
         rest = {"stopped": bool(columns["stopped"][row]), "text_length": int(columns["text_lengths"][row])}
         rest["given"] = int(columns["given"][row].sum())
-        ended[int(place)] = Finished(int(place), **own, **rest)
+        ended[int(place)] = Finished(int(place), **arrays, **rest)
     return ended

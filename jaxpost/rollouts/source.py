@@ -190,11 +190,11 @@ class Rollouts:
                 scorer.submit(one.index, record, self._text(one.tokens[: one.text_length]))
 
         noise = {"seed": c.seed, "step": self.calls, "group": group, "have": frozenset(before), "tokenizer": c.tokenizer}
-        given = {} if c.given is None else {"given": self._given(problems)}
+        prefixes = {} if c.given is None else {"given": self._given(problems)}
         try:
             for one in before.values():
                 judge(one)
-            for some in stream(c.model, self.params, prompts, mesh=c.mesh, **noise, **given, **c.sampling):
+            for some in stream(c.model, self.params, prompts, mesh=c.mesh, **noise, **prefixes, **c.sampling):
                 for one in some:
                     ended[one.index] = one
                     judge(one)
@@ -227,12 +227,12 @@ class Rollouts:
         """The first tokens of each completion, the same for a group."""
         c, takes = self.config, {}
         takes["progress"] = min(int(self.state.step) / max(c.length, 1), 1.0)
-        given = []
+        prefixes = []
         for number, (record, _) in problems.items():
             key = np.random.SeedSequence((c.seed, self.calls, number)).generate_state(2)
             ids = c.given(record, self.demonstration(number), key=key, **takes)
-            given += [np.asarray(ids, np.int32)] * c.rows.group
-        return given
+            prefixes += [np.asarray(ids, np.int32)] * c.rows.group
+        return prefixes
 
     def demonstration(self, number: int) -> np.ndarray:
         """The ids of the task's answer to a problem."""
@@ -263,10 +263,10 @@ class Rollouts:
         size, mesh, parts = self.config.rows.batch_size // self.config.microbatches, self.config.mesh, []
         local = slice(*sharding.local_rows(mesh, size))
         for first in range(0, len(columns["tokens"]), size):
-            own = {k: x[first : first + size][local] if np.ndim(x) else x for k, x in columns.items()}
+            chunk = {k: x[first : first + size][local] if np.ndim(x) else x for k, x in columns.items()}
             with sharding.use(mesh):
-                own = program(sharding.distribute(own, mesh, size))
-            parts.append({k: sharding.everywhere(x) for k, x in own.items()})
+                chunk = program(sharding.distribute(chunk, mesh, size))
+            parts.append({k: sharding.everywhere(x) for k, x in chunk.items()})
         return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
 
     # ---------------------------------------------------------------------------------------------- Learning from one
@@ -351,5 +351,5 @@ def _worth(batch: RolloutBatch) -> np.ndarray:
     if "advantages" not in batch.columns:
         rewards = np.nan_to_num(batch.rewards).reshape(len(batch.numbers), -1)
         return (rewards - rewards.mean(1, keepdims=True)).reshape(-1)
-    own = np.where(batch.real, batch.columns["advantages"], 0.0)
-    return own.sum(1) / np.maximum(batch.completions.lengths, 1)
+    advantages = np.where(batch.real, batch.columns["advantages"], 0.0)
+    return advantages.sum(1) / np.maximum(batch.completions.lengths, 1)

@@ -49,11 +49,11 @@ def resample(batch: RolloutBatch, *, rounds: int = 3) -> RolloutBatch:
     then others fill the batch. Scores decide, without what length adds. Source: "DAPO: An Open-Source LLM Reinforcement
     Learning System at Scale", whose dynamic sampling has no limit of rounds.
     """
-    wanted, batches, differs = len(batch.numbers), [batch], differing(batch.scores.totals.reshape(-1, batch.group))
-    while len(batches) <= rounds and differs.sum() < wanted:
+    target, batches, differs = len(batch.numbers), [batch], differing(batch.scores.totals.reshape(-1, batch.group))
+    while len(batches) <= rounds and differs.sum() < target:
         batches.append(batch.source.sample())
         differs = np.append(differs, differing(batches[-1].scores.totals.reshape(-1, batch.group)))
-    order = np.concatenate([np.flatnonzero(differs), np.flatnonzero(~differs)])[:wanted]
+    order = np.concatenate([np.flatnonzero(differs), np.flatnonzero(~differs)])[:target]
     counts = {"prompts_sampled": float(len(differs)), "prompts_level": float((~differs).sum())}
     return joined(batches).take(order).replace(figures={**batch.figures, **counts})
 
@@ -86,17 +86,17 @@ def exchange(batch: RolloutBatch, *, rule: Callable = failed) -> RolloutBatch:
         "completions/demonstration_ratio": float(replaced.mean()),
         "completions/dropped_ratio": float((verdicts == "drop").mean()),
     }
-    scores, own = batch.scores, {name: np.array(x) for name, x in batch.completions._asdict().items() if x is not None}
-    own["given"] = batch.given.copy()
+    scores, arrays = batch.scores, {name: np.array(x) for name, x in batch.completions._asdict().items() if x is not None}
+    arrays["given"] = batch.given.copy()
     for row in np.flatnonzero(replaced):
         ids = batch.source.demonstration(int(batch.numbers[row // batch.group]))
-        own["tokens"][row], own["logps"][row] = 0, 0.0
-        own["tokens"][row, : len(ids)], own["given"][row] = ids, np.arange(own["tokens"].shape[1]) < len(ids)
-        own["lengths"][row], own["stopped"][row] = len(ids), True
-        own["text_lengths"][row] = len(ids) - int(ids[-1] in batch.source.stop)
+        arrays["tokens"][row], arrays["logps"][row] = 0, 0.0
+        arrays["tokens"][row, : len(ids)], arrays["given"][row] = ids, np.arange(arrays["tokens"].shape[1]) < len(ids)
+        arrays["lengths"][row], arrays["stopped"][row] = len(ids), True
+        arrays["text_lengths"][row] = len(ids) - int(ids[-1] in batch.source.stop)
     each = {k: np.where(replaced, np.nan, x) for k, x in scores.each.items()}
     return batch.replace(
-        completions=batch.completions._replace(**own),
+        completions=batch.completions._replace(**arrays),
         judged=scores._replace(totals=np.where(replaced, np.nan, scores.totals), each=each),
         rewards=np.where(replaced, np.nan, batch.rewards),
         counted=batch.counted & (verdicts != "drop").reshape(-1),
@@ -117,8 +117,8 @@ def pairs(batch: RolloutBatch) -> RolloutBatch:
     rewards = np.nan_to_num(chosen.rewards).reshape(-1, 2)
     gap = np.repeat(rewards[:, 0] - rewards[:, 1], 2)
     margins = np.where(chosen.real, gap[:, None].astype(np.float32), np.float32(0))
-    own = chosen.replace(columns={**chosen.columns, "margins": margins}, figures={**batch.figures, **measured})
-    return _masked(own, gap >= LEVEL)
+    paired = chosen.replace(columns={**chosen.columns, "margins": margins}, figures={**batch.figures, **measured})
+    return _masked(paired, gap >= LEVEL)
 
 
 # --------------------------------------------------------------------------------------------------------- Rewards
@@ -154,10 +154,12 @@ def correction(batch: RolloutBatch, *, way: str = "truncate", cap: float = 2.0) 
     sampler's. See `corrected` for way and cap.
     """
     columns = dict(batch.columns)
-    own = np.where(batch.real, columns.pop("scored_logps"), np.float32(0))
+    trainer = np.where(batch.real, columns.pop("scored_logps"), np.float32(0))
     sampler = np.where(batch.real, batch.completions.logps, np.float32(0))
-    apart = np.where(batch.given, np.float32(0), own - sampler)
-    return batch.replace(columns={**columns, "sampler_logps": sampler, "old_logps": own}, weights=corrected(apart, way, cap))
+    apart = np.where(batch.given, np.float32(0), trainer - sampler)
+    return batch.replace(
+        columns={**columns, "sampler_logps": sampler, "old_logps": trainer}, weights=corrected(apart, way, cap)
+    )
 
 
 def corrected(apart: np.ndarray, way: str, cap: float) -> np.ndarray:
@@ -185,8 +187,8 @@ def advantages(batch: RolloutBatch, *, of: Callable) -> RolloutBatch:
 
 def estimated(batch: RolloutBatch, of: Callable) -> np.ndarray | dict[str, np.ndarray]:
     """What a function of `rollouts/advantages.py` gives for the batch: [P,G], or {column: [R,N]}."""
-    known = {"old_logps": batch.completions.logps, **batch.columns}
-    tokens = {k: np.where(batch.real, known[k], np.float32(0)) for k in ("old_logps", "ref_logps", "values") if k in known}
+    columns = {"old_logps": batch.completions.logps, **batch.columns}
+    tokens = {k: np.where(batch.real, columns[k], np.float32(0)) for k in ("old_logps", "ref_logps", "values") if k in columns}
     cells = [record.get("cell", "") for record in batch.records]
     return of(batch.rewards.reshape(-1, batch.group), {"mask": batch.drawn, "tasks": cells, **tokens})
 

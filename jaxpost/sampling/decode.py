@@ -89,17 +89,17 @@ def stream(
     """
     ways, turns = mesh.shape["data"] * mesh.shape["fsdp"], min(turns, new)
     columns, places = _laid_out(prompts, prompt_window, group, number, ways, have, new, given)
-    jobs, left, halted, begun, seen = len(places), int((places >= 0).sum()), np.zeros(len(places), bool), 0, None
+    jobs, left, halted, begun, snapshot = len(places), int((places >= 0).sum()), np.zeros(len(places), bool), 0, None
     sizes = {"slots": (slots := min(slots + -slots % ways, jobs) or jobs), "room": prompt_window + new, "new": new}
     noise, stop, amounts = np.array([seed, step], np.int32), np.array(stop, np.int32), processors.controls(**amounts)
     if left:
         state, *held = _begun(model, ready(model, params, mesh), columns, halted, sizes, mesh)
     while left:
-        before, more = seen, slots < jobs or begun < new
+        before, more = snapshot, slots < jobs or begun < new
         if more:  # without a queue it is known which segment is the last
             with sharding.use(mesh):  # not while the caller works
                 work = (*held, state, noise, stop, amounts, _put(halted, mesh))
-                state, seen = segment(model, *work, turns=turns, chain=chain)
+                state, snapshot = segment(model, *work, turns=turns, chain=chain)
             begun += turns
         # The device has the next segment while the host looks at the one before.
         if before is not None:
@@ -123,13 +123,13 @@ def _put(x: np.ndarray, mesh) -> jax.Array:
 
 def spread(prompts: int, group: int, ways: int) -> tuple[int, int]:
     """(prompts in a device's bank, completions in its queue), where `ways` devices share the completions of so many prompts."""
-    own = -(-prompts * group // ways)
+    share = -(-prompts * group // ways)
     last = prompts * group - 1
-    return max(min(i + own - 1, last) // group - i // group + 1 for i in range(0, last + 1, own)), own
+    return max(min(i + share - 1, last) // group - i // group + 1 for i in range(0, last + 1, share)), share
 
 
 def _laid_out(
-    prompts, window: int, group: int, number: int, ways: int, have: frozenset[int], new: int, given: Sequence[np.ndarray]
+    prompts, window: int, group: int, number: int, ways: int, skipped: frozenset[int], new: int, given: Sequence[np.ndarray]
 ) -> tuple[dict, np.ndarray]:
     """The prompts and the queue as columns, each device's part after the other's; [J]: the completion of each place of the
     queue, -1 for none. Devices get as many completions each; a prompt of which several have some is in the bank of each.
@@ -138,14 +138,14 @@ def _laid_out(
         if not 0 < len(prompt) <= window:
             raise UserError(f"a prompt has {len(prompt)} tokens; the prompt window takes 1 to {window}. Set prompt_window.")
     count = len(prompts) * group
-    held, own = spread(len(prompts), group, ways)
+    held, share = spread(len(prompts), group, ways)
     tokens, lengths = np.zeros((ways, held, window), np.int32), np.ones((ways, held), np.int32)
-    places, which, counts = np.full((ways, own), -1), np.zeros((ways, own)), np.zeros(ways)
+    places, which, counts = np.full((ways, share), -1), np.zeros((ways, share)), np.zeros(ways)
     for way in range(ways):
-        first = way * own // group
+        first = way * share // group
         for i, prompt in enumerate(prompts[first : first + held]):
             tokens[way, i, : len(prompt)], lengths[way, i] = prompt, len(prompt)
-        due = np.array([i for i in range(way * own, min((way + 1) * own, count)) if i not in have], int)
+        due = np.array([i for i in range(way * share, min((way + 1) * share, count)) if i not in skipped], int)
         places[way, : len(due)], which[way, : len(due)], counts[way] = due, due // group - first, len(due)
     numbers = number + np.maximum(places, 0)
     queue = {k: x.reshape(-1).astype(np.int32) for k, x in (("prompts", which), ("numbers", numbers), ("counts", counts))}
@@ -170,19 +170,19 @@ def _given(given: Sequence[np.ndarray], places: np.ndarray, count: int, new: int
     return {"given": tokens, "given_lengths": lengths}
 
 
-def _ended(seen: dict, places: np.ndarray, halted: np.ndarray, strings, tokenizer, given) -> list[Finished]:
+def _ended(snapshot: dict, places: np.ndarray, halted: np.ndarray, strings, tokenizer, given) -> list[Finished]:
     """What has ended since the host looked last; `halted` [J] is told of it, and of what a stop string ends."""
     ended = []
     for j in np.flatnonzero((places >= 0) & ~halted):
-        length, stopped = int(seen["lengths"][j]), bool(seen["stopped"][j])
+        length, stopped = int(snapshot["lengths"][j]), bool(snapshot["stopped"][j])
         text_length = length - stopped
-        cut = _cut(seen["tokens"][j, :text_length], strings, tokenizer) if strings and text_length else None
-        if not seen["done"][j] and cut is None:
+        cut = _cut(snapshot["tokens"][j, :text_length], strings, tokenizer) if strings and text_length else None
+        if not snapshot["done"][j] and cut is None:
             continue
         halted[j] = True
         if cut is not None:
             length, text_length, stopped = cut, cut, True
-        tokens, logps = (seen[k][j, :length] for k in ("tokens", "logps"))
+        tokens, logps = (snapshot[k][j, :length] for k in ("tokens", "logps"))
         begun = min(len(given[places[j]]), length) if len(given) else 0
         ended.append(Finished(int(places[j]), tokens, logps, stopped, text_length, begun))
     return ended

@@ -180,9 +180,9 @@ def segment(
 
     with _counted(1):
         _, state = jax.lax.while_loop(going, stretch, (0, _freed(state, halted)))
-    seen = {k: getattr(state, k) for k in ("tokens", "logps", "lengths", "stopped", "done")}
+    snapshot = {k: getattr(state, k) for k in ("tokens", "logps", "lengths", "stopped", "done")}
     # Every process looks at all of them.
-    return state, jax.tree.map(lambda x: sharding.shard(x, "SG"[: x.ndim]), seen)
+    return state, jax.tree.map(lambda x: sharding.shard(x, "SG"[: x.ndim]), snapshot)
 
 
 def _counted(times: int):
@@ -254,9 +254,9 @@ def _forced(s: State, queue: Queue, scores: jax.Array, token: jax.Array, logp: j
     """
     rows, place = _rows(queue.given, s.job), jnp.minimum(s.count, queue.given.shape[1] - 1)
     theirs = jnp.take_along_axis(rows, place[:, None], axis=1)
-    own = jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), theirs, axis=-1)[:, 0]
+    model_logp = jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), theirs, axis=-1)[:, 0]
     forced = s.count < _rows(queue.given_lengths, s.job)
-    return jnp.where(forced, theirs[:, 0], token), jnp.where(forced, own, logp)
+    return jnp.where(forced, theirs[:, 0], token), jnp.where(forced, model_logp, logp)
 
 
 def _record(s: State, scores: jax.Array, who: jax.Array, *, queue, key, stop, amounts, chain) -> State:

@@ -81,10 +81,10 @@ def load(name: str | ModuleType) -> RowType:
             "jaxpost/data/row_types/__init__.py says."
         )
     encoder = getattr(module, "encoder", None) or _each(module.encode)
-    given = {field: getattr(module, field) for field in RowType._fields[3:] if hasattr(module, field)}
+    fields = {field: getattr(module, field) for field in RowType._fields[3:] if hasattr(module, field)}
     file = Path(module.__file__)
     digest = "" if file.parent == FOLDER else hashlib.sha256(file.read_bytes()).hexdigest()
-    return RowType(name, encoder, digest, **given)
+    return RowType(name, encoder, digest, **fields)
 
 
 def _each(encode: Callable) -> Callable:

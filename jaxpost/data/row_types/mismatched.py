@@ -24,13 +24,13 @@ def encoder(records: Sequence[Record], settings: Settings) -> Callable[[Record],
     others = _others(records, settings.columns)
 
     def encode(record: Record) -> Example:
-        own = formats.labelled(record, settings.columns)
-        document = examples.answered(own.prompt, own.completion, settings, own.place, own.tools)
+        rated = formats.labelled(record, settings.columns)
+        document = examples.answered(rated.prompt, rated.completion, settings, rated.place, rated.tools)
         if (other := others.get(id(record))) is None:
-            raise UserError(f"{own.place}: there is no other prompt whose answer could be its mismatch; give more rows")
-        place = f"{own.place}, with the answer of {other.place}"
-        beside = examples.answered(own.prompt, other.completion, settings, place, own.tools)
-        return examples.of([document, beside], [float(own.label)])
+            raise UserError(f"{rated.place}: there is no other prompt whose answer could be its mismatch; give more rows")
+        place = f"{rated.place}, with the answer of {other.place}"
+        beside = examples.answered(rated.prompt, other.completion, settings, place, rated.tools)
+        return examples.of([document, beside], [float(rated.label)])
 
     return encode
 
@@ -46,9 +46,9 @@ def _others(records: Sequence[Record], columns: Mapping[str, str]) -> dict[int, 
     others: dict[int, Rated] = {}
     last = None
     # Twice round: what stands before the first is at the end.
-    for (_, before), (key, own) in zip([*sound[-1:], *sound, *sound], [*sound, *sound], strict=False):
-        other = before if before.prompt != own.prompt else last
-        if other is not None and other.prompt != own.prompt:
+    for (_, before), (key, rated) in zip([*sound[-1:], *sound, *sound], [*sound, *sound], strict=False):
+        other = before if before.prompt != rated.prompt else last
+        if other is not None and other.prompt != rated.prompt:
             others[key] = other
         last = others.get(key)
     return others

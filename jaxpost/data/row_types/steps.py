@@ -28,16 +28,18 @@ def encode(record: Record, settings: Settings) -> Example:
     Raises UserError with the record's place for a row that is no such solution, where the template changes the answer, and
     where one token ends two steps.
     """
-    own, steps, labels = _read(record, settings.columns)
-    example = Conversation([*own.prompt, *own.completion], own.place, len(own.prompt), own.tools)
+    rated, steps, labels = _read(record, settings.columns)
+    example = Conversation([*rated.prompt, *rated.completion], rated.place, len(rated.prompt), rated.tools)
     tokens, starts, ends, (begin, end), whole = chat.answer(example, settings.tokenizer, settings.template)
     first = whole.find("\n".join(steps), begin, end)
     if first < 0:
-        raise UserError(f"{own.place}: the chat template changes the answer, so its steps are not found; use another template")
+        raise UserError(
+            f"{rated.place}: the chat template changes the answer, so its steps are not found; use another template"
+        )
     stops = first + np.cumsum([len(step) + 1 for step in steps]) - 1
     places = [int(np.flatnonzero((starts < stop) & (ends >= stop))[-1]) for stop in stops]
     if len(set(places)) < len(places):
-        raise UserError(f"{own.place}: one token ends two steps; write these as one step, with one label")
+        raise UserError(f"{rated.place}: one token ends two steps; write these as one step, with one label")
     mask, values = np.zeros(len(tokens), np.bool_), np.zeros(len(tokens), np.float32)
     mask[places], values[places] = True, labels
     return examples.of([{"tokens": tokens, "mask": mask, "start": int(np.argmax(ends > begin))}], values)
