@@ -1,4 +1,4 @@
-"""The settings of a run: every key of the loop on one page, with its default.
+"""Recipes: how they are made, opened and changed, and the stages of one. config/settings.py has every key with its default.
 
 A recipe is a file with `get_config(arg) -> ConfigDict` that calls `make` with what it changes. Where a key holds a dict with a
 `name`, the name is a function's and the other keys are its keyword arguments; nothing of a method is described here.

@@ -9,7 +9,8 @@ The loop asks no source which kind it is; `data.source.Batches`, `rollouts.sourc
                         files of its `folder` when it returns
     close()             ends its threads
     metrics             {name: float} of the latest batch
-    rows, samples       all of the latest batch for the table of completions (table.py), and the first of it; [] for data
+    rows, samples       all of the latest batch for the table of completions (reporting/table.py), and the first of it; []
+                        for data
     columns             {name: ShapeDtypeStruct} of a whole batch
     evaluated(step, figures)    is told of each evaluation; what a source learns from it is part of its position
     folder              where it may keep files; set before the first call

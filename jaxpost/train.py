@@ -66,7 +66,8 @@ def run(config, workdir, **changes) -> dict[str, float]:
     cloud.check_bucket(workdir)
     check_writable(workdir)
     if (special := set("*?[],") & set(str(root))) and any(settings.do != "train" for _, settings in stages):
-        raise UserError(f"--workdir={root}: {min(special)!r} has a meaning in names of data; give a folder without it.")
+        place = "config.artefacts" if config.artefacts else "--workdir"
+        raise UserError(f"{place}={root}: {min(special)!r} has a meaning in names of data; give a folder without it.")
     records.check(workdir, stages)
     with disk_errors(workdir, CONTINUES), lock.held(workdir), sharding.use(mesh), StopRequest() as stop:
         check_settings(config)
@@ -82,7 +83,8 @@ def run(config, workdir, **changes) -> dict[str, float]:
         for name, settings in stages:
             records.check_steps(workdir, name, settings, plans[name])
         _claim(workdir, config, stages)
-        _introduce(trained, config.result, workdir)
+        _keep_description([p for p in plans.values() if isinstance(p, (Plan, merge.Merge))], config.result, workdir)
+        _introduce(trained)
         for name, settings in stages:
             records.begin(workdir, name, settings, plans[name])
             this.outputs[name] = DO[settings.do].make(plans[name], this)
@@ -137,12 +139,17 @@ def _claim(workdir: epath.Path, config, stages: list[tuple]) -> None:
             writers.replace(workdir / f"{name}.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
-def _introduce(plans: list[Plan], result: str, workdir: epath.Path) -> None:
+def _keep_description(plans: list, result: str, workdir: epath.Path) -> None:
+    """Writes the model's description beside the weights that the run ends with, of the stages that make weights."""
+    if jax.process_index() == 0 and plans:
+        last = next((p for p in plans if p.name == result), plans[-1])
+        loading.keep_description(last.spec, workdir, datasets.template(last.spec, last.settings))
+
+
+def _introduce(plans: list[Plan]) -> None:
     """Prints what is about to be trained on, one example with its mask."""
     if jax.process_index() != 0 or not plans:
         return
-    last = next((p for p in plans if p.name == result), plans[-1])
-    loading.keep_description(last.spec, workdir, datasets.template(last.spec, last.settings))
     plan = plans[0]
     arch = plan.spec.transformer.arch
     learned = "" if plan.trained == arch.parameters() else f", {plan.trained:,} learned"

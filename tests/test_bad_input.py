@@ -145,7 +145,7 @@ SETTINGS = {
     "more than all": (rolled(top_p=1.5), ["top_p=1.5", "1 at most"]),
     "a group of one": (rolled(group=1), ["config.rollouts.group: 1 leaves nothing to compare"]),
     "a pair of one": (rolled(group=1, objective="dpo"), ["config.rollouts.group: 1 is no pair"]),
-    "resampling of one": (rolled(group=1, resample=2, objective="reinforce_pp"), ["config.rollouts.resample", "always level"]),
+    "resampling of one": (rolled(group=1, resample=2, objective="reinforce_pp"), ["config.rollouts.resample", "always tied"]),
     "dropping all": (rolled(group=1, drop_level=True, objective="reinforce_pp"), ["config.rollouts.drop_level"]),
     "no time": (rolled(reward_seconds=0.0), ["config.rollouts.reward_seconds: 0"]),
     "failures": (rolled(failures=1.5), ["config.rollouts.failures: 1.5"]),

@@ -182,7 +182,7 @@ def reads(folder, changes: dict, rows: str) -> set[str]:
     """What planning a stage of these settings reads, and reading its data; nothing is compiled. rows: a file."""
     ((name, s),) = recipe.stages(recipe.make(**runs.settings(folder, **changes)))
     # What a prompt that is at fault makes a stage read; of rollouts besides what log.py reads of batches that have a table.
-    seen = {"bad_rows", "too_long"} if s.do == "generate" or s.source == "rollouts" else set()
+    seen = {"bad_rows", "too_long"} if s.source == "rollouts" else set()
     seen |= {"completions", "rollouts.correction_cap"} if s.source == "rollouts" else set()  # the cap of a correction
     mesh = sharding.make_mesh()
     if s.do == "generate":

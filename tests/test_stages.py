@@ -15,7 +15,7 @@ import jaxpost
 from jaxpost import recipe, sharding, train
 from jaxpost.config import links
 from jaxpost.errors import UserError
-from jaxpost.stages import evaluate, records
+from jaxpost.stages import annotate, evaluate, records
 from jaxpost.stages import train as stage_train
 from jaxpost.stages.run import Output, Run
 from jaxpost.storage import artefacts, checkpoint
@@ -50,22 +50,46 @@ def test_a_recipe_may_train_nothing_and_name_an_objective_around_its_stages():
     assert a.objective == b.objective == "sft.nll"
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("@r", ["R"]),
+        ("x, @r=3", ["x", ("R", 3.0)]),
+        ([" @r", ("@r", 2)], ["R", ("R", 2)]),
+        ({"@r": 1, "x": 2}, [("R", 1), ("x", 2)]),
+        ("x", "x"),
+    ],
+)
+def test_a_stages_rows_take_the_place_of_its_name(value, expected):
+    assert links.filled(value, {"r": "R"}.__getitem__) == expected
+
+
+def test_what_a_stage_would_not_read_is_refused():
+    for does, setting in (("generate", {"too_long": "drop"}), ("select", {"columns": "a=b"}), ("evaluate", {"eval_rows": 3})):
+        with pytest.raises(UserError, match=f"config.x.{next(iter(setting))}: .* is not read by do='{does}'"):
+            settings_of(stages=("a", "x"), a={}, x={"do": does, "data": "" if does != "select" else "f.jsonl", **setting})
+
+
+def test_an_unknown_annotator_is_refused_before_anything_runs(tmp_path):
+    run = Run(tmp_path, tmp_path, None, None, {}, {})
+    with pytest.raises(UserError, match="perplexty.*Did you mean"):
+        annotate.planned("x", {"with": "perplexty"}, run)
+
+
 def test_an_error_of_a_stage_names_it_where_there_are_several():
     for stages, expected in (([("a", None), ("b", None)], "b: no"), ([("b", None)], "no")):
         with pytest.raises(UserError, match=f"^{expected}$"), train._named("b", stages):
             raise UserError("no")
 
 
-def test_epochs_of_few_steps_are_explained(tmp_path, monkeypatch, capsys):
+def test_epochs_of_few_steps_are_explained(monkeypatch, capsys):
     monkeypatch.setattr(train.train, "show", lambda plan: None)
-    monkeypatch.setattr(train.loading, "keep_description", lambda *_: None)
-    monkeypatch.setattr(train.datasets, "template", lambda *_: "")
     arch = types.SimpleNamespace(parameters=lambda: 7)
 
     def shown(planned, **settings) -> str:
         s = ConfigDict({"steps": 0, "epochs": 2, "window": 64, "batch_size": 8, "time_of": "", "tokens_of": "", **settings})
         spec = types.SimpleNamespace(transformer=types.SimpleNamespace(arch=arch))
-        train._introduce([types.SimpleNamespace(name="a", steps=planned, settings=s, spec=spec, trained=7)], "", tmp_path)
+        train._introduce([types.SimpleNamespace(name="a", steps=planned, settings=s, spec=spec, trained=7)])
         return capsys.readouterr().err
 
     assert "share a row of 64 tokens; epochs=14 takes 20 or more" in shown(3)
@@ -216,12 +240,14 @@ def begun(tmp_path, monkeypatch):
     return go
 
 
-def test_a_workdir_takes_further_stages_and_steps(begun):
+def test_a_workdir_takes_further_stages_and_steps(begun, tmp_path):
     begun({})
     begun({"stages": ("a", "b", "c"), "c": {"steps": 7}})
     begun({"stages": ("a", "c", "b"), "c": {"steps": 7, "model": "@a"}})
     begun({"log_every": 3})
     begun({"b": {"model": "@a", "steps": 9}})
+    steps = {name: json.loads((tmp_path / "stages" / f"{name}.json").read_text())["steps"] for name in "abc"}
+    assert steps == {"a": 10, "b": 9, "c": 7}
 
 
 @pytest.mark.parametrize(
@@ -360,7 +386,8 @@ def test_two_rounds_of_self_training_in_one_recipe(tmp_path):
         facts[content["facts"].get("of", "drawn")] = content["facts"]["rows"]
     drawn = facts.pop("drawn")
     kept = facts.pop(drawn)
-    assert 0 < kept <= drawn and facts == {kept: kept // 2, kept // 2: 1} or kept % 2
+    half = max(1, round(kept / 2))
+    assert 0 < kept <= drawn and facts == {kept: half, half: 1}
     folders = [tmp_path / "w" / name for name in ("rows", "columns", "checkpoints")]
     made = {p: p.stat().st_mtime_ns for folder in folders for p in folder.rglob("*")}
     jaxpost.train(recipe.make(**settings), tmp_path / "w")

@@ -60,6 +60,8 @@ def test_what_is_selected_by_hand():
     assert select.top(DATA, columns, KEY, column="hard", keep=0.2, highest=False).tolist() == [0, 3]
     assert select.top(DATA, columns, KEY, column="even", keep=2).tolist() == [0, 2], "of equal ones the first"
     assert select.threshold(DATA, columns, KEY, column="hard", least=4, most=6).tolist() == [2, 5, 8]
+    with pytest.raises(UserError, match="the transform failed with ZeroDivisionError: "):
+        apply.apply(lambda *_: 1 // 0, DATA, {}, KEY)
     with pytest.raises(UserError, match=r"select.threshold: pairs has \[2\] numbers a row; it takes one"):
         select.threshold(DATA, {"pairs": np.zeros((len(DATA), 2))}, KEY, column="pairs", least=4)
     assert select.unique(DATA, columns, KEY, field="prompt").tolist() == [0, 1, 2, 3]
@@ -88,7 +90,7 @@ def test_what_a_result_means():
 def test_columns_are_the_numbers_of_all_rows_and_what_is_given():
     columns = apply.Columns([*DATA, {"hard": 3, "even": None}], {"hard": np.zeros((11, 2))}, [f"line {i}" for i in range(11)])
     assert columns.keys() == {"hard"} and columns["hard"].shape == (11, 2), "what is given goes before a row's own"
-    with pytest.raises(UserError, match="line 10: there is no number under 'even', .* Known: hard|Did you mean"):
+    with pytest.raises(UserError, match="line 10: there is no number under 'even', .* Known: hard"):
         columns["even"]
     with pytest.raises(UserError, match="row 1: there is no number under 'herd', .* Did you mean 'hard'"):
         select.top(DATA, apply.Columns(DATA), KEY, column="herd", keep=1)

@@ -4,8 +4,8 @@
     python -m jaxpost.annotate --config=RECIPE --out=FOLDER --what='{"name": "topk", "k": 64}' --config.model=TEACHER
 
 Each place of a column is about the token there; values in the batch's mask are kept. A number of a whole document has the same
-value at all of its tokens; `@annotator(per="document")` stores it once. annotations.py says when annotators run, and with which
-weights.
+value at all of its tokens; `@annotator(per="document")` stores it once. stages/annotations.py says when annotators run,
+and with which weights.
 """
 
 import functools

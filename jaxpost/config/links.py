@@ -71,9 +71,14 @@ def references(value: Any) -> Iterator[str]:
     else:
         entries = value if isinstance(value, (list, tuple)) else ()
     for entry in entries:
-        name = entry[0] if isinstance(entry, (list, tuple)) and entry else entry
-        if isinstance(name, str) and name.strip().startswith("@"):
-            yield name.strip().removeprefix("@").partition("=")[0].strip()
+        if name := _reference(entry[0] if isinstance(entry, (list, tuple)) and entry else entry):
+            yield name
+
+
+def _reference(entry: Any) -> str:
+    """The stage that an entry names, as "@NAME" or "@NAME=WEIGHT"; "" for a file."""
+    text = entry.strip() if isinstance(entry, str) else ""
+    return text[1:].partition("=")[0].strip() if text.startswith("@") else ""
 
 
 def filled(value: Any, files: Callable[[str], str]) -> Any:
@@ -85,7 +90,7 @@ def filled(value: Any, files: Callable[[str], str]) -> Any:
     else:
         entries = list(value.items()) if isinstance(value, Mapping) else list(value)
     pairs = [(entry, None) if isinstance(entry, str) else tuple(entry) for entry in entries]
-    paths = [(files(path[1:]) if path.startswith("@") else path, weight) for path, weight in pairs]
+    paths = [(files(name) if (name := _reference(path)) else path, weight) for path, weight in pairs]
     return [path if weight is None else (path, weight) for path, weight in paths]
 
 

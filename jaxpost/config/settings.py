@@ -62,11 +62,12 @@ DEFAULTS = {
     "shared_prefix": False,  # pairs: the prompt once, with both answers as branches behind it
     # Columns that models make: folders, or "@NAME" of an earlier stage, with commas between several; or annotators with the
     # weights that they take (start, current, or a model): {"harder": {"name": "perplexity", "weights": "FOLDER"}}
-    # (annotations.py).
+    # (stages/annotations.py).
     "annotations": "",
     "too_long": "error",  # an example longer than the window: error, truncate, split (into pieces), drop; a prompt is never cut
     # dict(name="arithmetic", ...): problems, demonstrations and a reward from one module. Of its keys `examples` is how many
-    # demonstrations or prompts of samples there are, `problems` how many problems are drawn, round and round (0: all).
+    # demonstrations there are, or prompts that `generate` asks, `problems` how many problems are drawn, round and round
+    # (0: all).
     "task": {},
     # What judges completions in place of the task's own reward: a function (record, completion) -> float or None, by name or as
     # a dict with one; or several, {"format": {"name": "format.tags", "weight": 0.2}, "right": "task"}, "task" being the task's
@@ -137,7 +138,7 @@ DEFAULTS = {
     # Every so many steps of rollouts, all completions with their rewards and advantages go to completions/STAGE/STEP.parquet,
     # and some are shown on a terminal.
     "completions": 0,
-    "profile": 0,  # steps of each stage to trace, once it is under way (profile.py)
+    "profile": 0,  # steps of each stage to trace, once it is under way (reporting/profile.py)
     "best": "eval/loss",  # the metric whose best checkpoint is kept too
     "highest": False,  # whether higher is better
     "eval_rows": 64,  # completions at a time, of evaluation and of generate

@@ -55,11 +55,11 @@ _ENCODED = (
     "objective",
 )
 _READ = {
-    "generate": (*_MODEL, "data", "bad_rows", "rows", "task", "reward", "too_long", *_PROBLEMS, *_SAMPLING),
+    "generate": (*_MODEL, "data", "rows", "task", "reward", *_PROBLEMS, *_SAMPLING),
     "annotate": (*_MODEL, *_ENCODED, "task", "with", "batch_size"),
-    "select": ("artefacts", "seed", *_ROWS, "annotations", "with"),
-    "merge": ("with", "of", "tokenizer", "dtype", "template", "template_options"),
-    "evaluate": (*_MODEL, "evals", "eval_rows"),
+    "select": ("artefacts", "seed", "data", "bad_rows", "annotations", "with"),
+    "merge": ("with", "of", "seed", "tokenizer", "dtype", "template", "template_options"),
+    "evaluate": (*_MODEL, "evals"),
 }
 _OF_RECIPES = ("stages", "result")  # which are settings of no stage
 _OTHER_STAGES = ("with", "of", "rows")  # settings that only stages that do not train read

@@ -28,6 +28,7 @@ class RolloutBatch:
     but counted pulls the others' share down, as a truncated one in DAPO does.
     columns: {name: [R,N] or [R,N,D]} that the batch will have, at the completions' tokens. figures: {name: float} for the log.
     shaping: numbers [R] that are added to the scores' totals, in this order; weights [R,N]: what advantages are multiplied by.
+    assigned [R]: rewards that a step put in place of the scores' totals, or None.
     source: the `Rollouts` that drew it, which steps ask for more groups, annotations and demonstrations.
     """
 

@@ -4,8 +4,8 @@
 
 which is called for each prompt that is asked, and gives what all completions of its group begin with, maybe nothing. record:
 the problem's; demonstration: the ids of the task's answer to it; progress: the share of the stage's steps that are done, in
-[0,1); key: uint32 [2], of the prompt and of how often was sampled (np.random.default_rng(key) takes it). A function that has no
-use for progress or key leaves them out of its signature.
+[0,1); key: uint32 [2], of the prompt and of how many times completions were sampled (np.random.default_rng(key) takes it). A
+function that has no use for progress or key leaves them out of its signature.
 
 Given tokens are decoded one a turn behind the prompt, which is read once for its group. They are in no policy mask and count in
 no denominator of rollouts; the column `demonstrations` marks them, for an objective that imitates (the term `sft`).
@@ -19,7 +19,7 @@ import numpy as np
 def share(
     record: Mapping, demonstration: np.ndarray, *, progress: float, key: np.ndarray, start: float = 1.0, end: float = 0.0
 ) -> np.ndarray:
-    """A beginning of the demonstration, whose expected share of it goes from `start` to `end` by a cosine over the stage.
+    """The first tokens of the demonstration. Their expected share of it goes from `start` to `end` by a cosine over the stage.
 
     How many tokens it has is binomial, so that lengths vary as the share does. Source: "UFT: Unifying Supervised and
     Reinforcement Fine-Tuning".

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jaxpost.config.naming import named
+from jaxpost.config.resolve import resolve
 from jaxpost.data import mixture
 from jaxpost.errors import UserError
 from jaxpost.models import loading
@@ -34,7 +34,8 @@ def planned(name: str, s, run: Run) -> Annotation:
     """Reads and checks the data and the annotator. Raises UserError for either."""
     if not s["with"]:
         raise UserError(f"config.{name}.with: name the annotator, as 'perplexity'.")
-    entry = named({"annotator": plain(s["with"])}, ())["annotator"]
+    entry = columns.entry(plain(s["with"]))
+    resolve(entry, "annotators")  # an unknown name or keyword is refused now
     return Annotation(name, s, train.without_annotations(name, s, run), entry)
 
 

@@ -1,7 +1,7 @@
 """Columns of a data set on disk: an annotator's numbers, computed once, in the order of the data set's examples.
 
 A column has a value for each token that is learned, or for each document, so it does not depend on how examples are packed. The
-columns of one annotator are an artefact (artefacts.py):
+columns of one annotator are an artefact (storage/artefacts.py):
 
     OUT/<key>/<column>.npy             [T, ...]: T learned tokens; or [N, ...]: N documents
               document_lengths.npy     [N], of documents: how many learned tokens each has

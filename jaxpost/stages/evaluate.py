@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxpost import api, sharding
+from jaxpost import sharding
 from jaxpost.config.naming import digest_of
 from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.recipe import plain
 from jaxpost.reporting import writers
 from jaxpost.stages import columns, datasets
-from jaxpost.stages.evaluation import Eval, configured, run_evals
+from jaxpost.stages.evaluation import Eval, configured, model_of, run_evals
 from jaxpost.stages.run import Output, Run
 from jaxpost.storage.artefacts import Artefact
 
@@ -44,7 +44,7 @@ def planned(name: str, s, run: Run) -> Evaluate:
         raise UserError(f"config.{name}.evals: name what to evaluate, as {example}.")
     spec = run.described(s)
     about = {key: plain(s[key]) for key in ("dtype", "attention", "mesh")}
-    evals = configured(plain(s.evals), _model(spec, None, run), template=datasets.template(spec, s), about=about)
+    evals = configured(plain(s.evals), model_of(spec, None, run.mesh), template=datasets.template(spec, s), about=about)
     return Evaluate(name, s, spec, evals)
 
 
@@ -63,7 +63,7 @@ def make(plan: Evaluate, run: Run) -> Output:
     if not done:
         with run.stop.saving(f"{plan.name}, while it evaluated"):
             params = loading.weights(origin, run.mesh, s.seed)
-            figures, rows = run_evals(_model(origin, params, run), plan.evals)
+            figures, rows = run_evals(model_of(origin, params, run.mesh), plan.evals)
             figures = {f"eval/{name}": value for name, value in figures.items()}
             if jax.process_index() == 0:
                 artefact.write(".json", (json.dumps({"figures": figures, "rows": rows}) + "\n").encode())
@@ -101,7 +101,3 @@ def _log(plan: Evaluate, run: Run, figures: dict, rows: list[dict]) -> None:
     writer.write(plan.name, 0, figures)
     writer.samples(plan.name, 0, rows)
     writer.close()
-
-
-def _model(spec: loading.ModelSpec, params, run: Run) -> api.Model:
-    return api.Model(spec.transformer, params, spec.tokenizer, spec.config, run.mesh, spec.ends)

@@ -104,7 +104,7 @@ def planned(plan: Plan, mesh) -> list[Eval]:
     if plan.problems:
         evals.append(Eval("", functools.partial(accuracy.graded, **plan.problems), digest_of([plan.problems, about])))
     template = datasets.template(spec, s) if s.evals else None
-    return evals + configured(recipe.plain(s.evals), _model(spec, None, mesh), template=template, about=about)
+    return evals + configured(recipe.plain(s.evals), model_of(spec, None, mesh), template=template, about=about)
 
 
 def check(plan: Plan, mesh) -> None:
@@ -145,7 +145,8 @@ def _eval_of(figure: str) -> str:
     return figure.removeprefix("eval/").partition("/")[0] if figure.count("/") > 1 else ""
 
 
-def _model(spec: loading.ModelSpec, params, mesh) -> api.Model:
+def model_of(spec: loading.ModelSpec, params, mesh) -> api.Model:
+    """The model that evals are called with; it may have no weights (None)."""
     return api.Model(spec.transformer, params, spec.tokenizer, spec.config, mesh, spec.ends)
 
 
@@ -164,7 +165,7 @@ class Evaluation:
         """The figures of the state at a step, {eval/figure: value}, written to the log with the first problem of each cell."""
         log.settle()
         params = combine(state.train if state.ema is None else state.ema, state.frozen)
-        figures, rows = self.run(_model(self.plan.spec, params, self.mesh), step)
+        figures, rows = self.run(model_of(self.plan.spec, params, self.mesh), step)
         best = self.plan.settings.best
         if _eval_of(best) in self.plan.settings.evals and best not in figures:
             raise UserError(f"config.best: {best!r} is no figure of that eval.{nearest(best, figures)}")

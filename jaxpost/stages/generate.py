@@ -38,7 +38,7 @@ from jaxpost.types import Params
 
 SECONDS = 20.0  # between parts: what a kill costs
 # The settings that decide what the rows are.
-_DECIDING = ("task", "tokenizer", "reward", "rollouts", "seed", "dtype", "too_long", "bad_rows")
+_DECIDING = ("task", "tokenizer", "reward", "rollouts", "seed", "dtype")
 
 
 class Samples(NamedTuple):

@@ -59,7 +59,8 @@ def make(plan: Merge, run: Run) -> Output:
     saved = checkpoint.Checkpoints(folder, keep=1)
     try:
         if saved.latest() is not None and saved.meta(saved.latest()).get("merged") == origin:
-            print(f"{plan.name}: merged before.", file=sys.stderr)
+            if jax.process_index() == 0:
+                print(f"{plan.name}: merged before.", file=sys.stderr)
             return Output(spec=plan.spec)
         if saved.latest() is not None:
             raise UserError(

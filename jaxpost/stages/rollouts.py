@@ -222,7 +222,7 @@ def _check_steps(config: RolloutConfig, s, objective: Callable) -> None:
     r, names = s.rollouts, [_named(step) for step in config.steps]
     for key in ("resample", "drop_level"):
         if (r[key] or key in names) and r.group == 1:
-            raise UserError(f"config.rollouts.{key}: a group of 1 is always level; take config.rollouts.group=2 at least.")
+            raise UserError(f"config.rollouts.{key}: a group of 1 is always tied; take config.rollouts.group=2 at least.")
     if config.rows.pairs and r.group == 1:
         raise UserError("config.rollouts.group: 1 is no pair; take 2 at least.")
     settled, batch = None, _trial(config, {"ref_logps", "values"} & {*declared(objective, "columns")})

@@ -53,7 +53,9 @@ class Run(NamedTuple):
 
     def starting(self, spec: loading.ModelSpec, s) -> loading.ModelSpec:
         """The model that a stage starts from: the result of the stage that its settings name, or its own."""
-        return starting(spec, s, self.workdir)
+        if not s.start:
+            return spec
+        return dataclasses.replace(spec, folder=checkpoint.find_step(self.workdir / "checkpoints" / s.start), hub="")
 
     def filled(self, s) -> ConfigDict:
         """A stage's settings with the files and folders of earlier stages in place of their @names."""
@@ -125,10 +127,3 @@ def described(s, mesh) -> loading.ModelSpec:
     """The model that a stage's settings name; its weights and its tokenizer may be missing."""
     options = {"attention": s.attention, "device": mesh.devices.flat[0]}
     return loading.describe(plain(s.model), s.tokenizer, s.dtype, s.remat, plain(s.adapter), **options)
-
-
-def starting(spec: loading.ModelSpec, s, workdir) -> loading.ModelSpec:
-    """As Run.starting, without a run around it."""
-    if not s.start:
-        return spec
-    return dataclasses.replace(spec, folder=checkpoint.find_step(epath.Path(workdir) / "checkpoints" / s.start), hub="")

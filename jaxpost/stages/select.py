@@ -65,22 +65,12 @@ def make(plan: Selection, run: Run) -> Output:
     artefact = Artefact(run.root, "rows", about)
     _, done = artefact.resume()
     if not done and jax.process_index() == 0:
-        selected = _selected(plan, rows, values)
+        selected = apply.apply(plan.function, rows, values, apply.key_of(s.seed))
         if not selected:
             raise UserError(f"config.{plan.name}.with: it selects none of {len(rows):,} rows; change its settings.")
         artefact.write(".jsonl", "".join(_line(row) + "\n" for row in selected).encode(), rows=len(selected), of=len(rows))
     sharding.agree(0.0)  # nobody reads before all is written
     return Output(rows=str(artefact.folder / "part-*.jsonl"))
-
-
-def _selected(plan: Selection, rows: list[dict], values: dict[str, np.ndarray]) -> list[dict]:
-    """The rows that the transform gives. Raises UserError for whatever it fails with."""
-    try:
-        return apply.apply(plan.function, rows, values, apply.key_of(plan.settings.seed))
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"config.{plan.name}.with: it failed with {type(error).__name__}: {error}") from error
 
 
 def _columns(s, run: Run, rows: list[dict], digest: str) -> dict[str, np.ndarray]:

@@ -22,6 +22,7 @@ from jaxpost.stages import datasets
 from jaxpost.tokenizer import check_ids
 
 Rewards = Mapping[str, tuple[Callable, float]]
+_LEFT_OUT = ', or have such problems left out and counted: config.too_long="drop"'
 LOOK = 256  # how many of a task's problems are looked at before anything is compiled
 
 
@@ -153,7 +154,7 @@ def _encoded(record: Mapping, place: str, model, s, jinja: str) -> np.ndarray:
     if len(ids) > s.rollouts.prompt_window:
         raise _TooLong(
             f"{place}: its prompt has {len(ids)} tokens; config.rollouts.prompt_window takes {s.rollouts.prompt_window}. Make "
-            'that longer, or have such problems left out and counted: config.too_long="drop".'
+            f"that longer{_LEFT_OUT if s.do == 'train' else ''}."
         )
     return ids
 
@@ -209,7 +210,7 @@ def prompts(task, judges: Rewards, model, s, leave_out: bool, answers: Callable 
             if answers and (length := len(answers(i))) > s.rollouts.new:
                 raise _TooLong(
                     f"{place}: its demonstration has {length} tokens; config.rollouts.new takes {s.rollouts.new}. Make that "
-                    'longer, or have such problems left out and counted: config.too_long="drop".'
+                    f"longer{_LEFT_OUT}."
                 )
             return record, ids
         except UserError as error:

@@ -93,8 +93,7 @@ def _steps(plan: Plan, run: Run, saved: checkpoint.Checkpoints) -> tuple[Output,
     latest, meta = _left(saved)
     _check_data(plan, meta, saved)
     if meta["done"] and (s.time_of or s.tokens_of or latest >= plan.steps):
-        print(f"{plan.name}: finished before, at step {latest}.", file=sys.stderr)
-        return Output(figures=meta["results"], seconds=meta["seconds"], tokens=meta["num_tokens"]), None
+        return _finished(plan, latest, meta), None
 
     # Set up: the state, where it was left or where it starts, and the step; the files taken back to there.
     tx = optim.make(s.optimizer, plan.steps)
@@ -137,6 +136,13 @@ def _steps(plan: Plan, run: Run, saved: checkpoint.Checkpoints) -> tuple[Output,
     profile.close(state)
     log.close()
     return Output(figures=results, seconds=log.seconds, tokens=log.num_tokens), None if done else at
+
+
+def _finished(plan: Plan, step: int, meta: dict) -> Output:
+    """What a stage hands on that was at its end already."""
+    if jax.process_index() == 0:
+        print(f"{plan.name}: finished before, at step {step}.", file=sys.stderr)
+    return Output(figures=meta["results"], seconds=meta["seconds"], tokens=meta["num_tokens"])
 
 
 def _left(saved: checkpoint.Checkpoints) -> tuple[int | None, dict]:

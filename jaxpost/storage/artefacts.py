@@ -8,7 +8,7 @@ output share one folder, and a folder is never continued with different inputs. 
 each, so a killed run continues after the last part. A damaged file and the parts after it are made again by the stage that
 makes them; a reader refuses them by name. Checkpoints are not artefacts: Orbax has them.
 
-kinds: rows, columns, figures.
+kinds: rows and figures; columns lie in a folder of their own, WORKDIR/columns or one that the user names, without a kind.
 """
 
 import hashlib

@@ -42,15 +42,19 @@ def _lacking(rows: Sequence[dict], key: str) -> int | None:
     return next((i for i, x in enumerate(values) if not isinstance(x, (int, float)) or not np.isfinite(x)), None)
 
 
-def apply(
-    function: Callable, rows: Sequence[dict], columns: Mapping, key: np.ndarray, places: Sequence[str] | None = None
-) -> list[dict]:
+def apply(function: Callable, rows: Sequence[dict], columns: Mapping, key: np.ndarray) -> list[dict]:
     """The rows that a transform makes: those that it picks, or all with its weights under "weight", or its own.
 
-    function: a transform whose keywords are bound; columns: {name: [N,...]} besides the rows' own numbers; key: uint32 [2];
-    places: the rows' files and lines, for errors. Raises UserError for a result that is none of the three.
+    function: a transform whose keywords are bound; columns: {name: [N,...]} besides the rows' own numbers; key: uint32 [2].
+    Raises UserError for a function that fails, and for a result that is none of the three.
     """
-    result = function(rows, Columns(rows, columns, places), key)
+    every = Columns(rows, columns)
+    try:
+        result = function(rows, every, key)
+    except UserError:
+        raise
+    except Exception as error:  # of somebody's function
+        raise UserError(f"the transform failed with {type(error).__name__}: {error}") from error
     if isinstance(result, list) and all(isinstance(row, dict) for row in result):
         return result
     numbers = np.asarray(result)
