@@ -48,9 +48,15 @@ def value_of(text: str) -> Any:
         return text
 
 
-def entry_of(text: str, place: str) -> Any:
-    """A name, or on the command line JSON of a dict with further keys. Raises UserError, with place, for broken JSON."""
-    return _json(text, place) if text.lstrip().startswith("{") else text
+def entry_of(value: Any, place: str) -> Any:
+    """An entry: as it is, or on the command line JSON of a dict. Raises UserError, with place, for broken JSON."""
+    return _json(value, place) if isinstance(value, str) and value.lstrip().startswith("{") else value
+
+
+def within(entry: Mapping | str, file: str) -> dict:
+    """An entry as a dict; a bare name is one of a file of its noun's folder: "by" within order is order.by."""
+    entry = {"name": entry} if isinstance(entry, str) else dict(entry)
+    return {**entry, "name": f"{file}.{entry['name']}"} if str(entry.get("name", "")).isidentifier() else entry
 
 
 def entries(value: Any, place: str) -> list:

@@ -72,7 +72,7 @@ def shares(source: Mapping | str) -> dict[str, float]:
     UserError for shares that do not add up to 1, and for sources that cannot be mixed.
     """
     source = source.to_dict() if hasattr(source, "to_dict") else source
-    source = entry_of(source, "config.source") if isinstance(source, str) else source
+    source = entry_of(source, "config.source")
     if isinstance(source, str):
         return {source: 1.0}
     amounts = {name: share for name, share in source.items() if isinstance(share, int | float)}

@@ -27,7 +27,7 @@ from etils import epath
 
 from jaxpost import sharding
 from jaxpost.config.naming import digest_of, named
-from jaxpost.config.resolve import resolve
+from jaxpost.config.resolve import resolve, within
 from jaxpost.data import source
 from jaxpost.declare import declared
 from jaxpost.errors import UserError
@@ -51,11 +51,7 @@ def identity(spec: loading.ModelSpec, seed: int) -> dict[str, Any]:
 
 def entry(annotator: Mapping | Callable | str) -> dict:
     """An annotator's config entry as a dict with its whole name; a bare name is one of annotators/scores.py."""
-    called = named({"annotator": annotator}, ())["annotator"]
-    called = {"name": called} if isinstance(called, str) else dict(called)
-    if str(called.get("name", "")).isidentifier():
-        called["name"] = f"scores.{called['name']}"
-    return called
+    return within(named({"annotator": annotator}, ())["annotator"], "scores")
 
 
 def make(what: Mapping | Callable | str, plan, spec: loading.ModelSpec, params: Callable[[], Params], out, mesh) -> list:

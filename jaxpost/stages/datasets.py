@@ -99,7 +99,7 @@ def _ordered(parts: Sequence[mixture.Part], s) -> mixture.Part:
             "config.order: the rows of a mixture are drawn by weight, so they have no one order; leave the weights out (files "
             "with commas between them are one data set), or learn from one after the other in stages."
         )
-    entry = entry_of(s.order, "config.order") if isinstance(s.order, str) else plain(s.order)
+    entry = entry_of(plain(s.order), "config.order")
     return parts[0]._replace(records=apply.in_order(entry, parts[0].records, seed=s.seed))
 
 

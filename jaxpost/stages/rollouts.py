@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxpost.config.resolve import entries, find, resolve
+from jaxpost.config.resolve import entries, entry_of, find, resolve, within
 from jaxpost.config.unread import shares
 from jaxpost.declare import declared
 from jaxpost.errors import UserError
@@ -17,7 +17,7 @@ from jaxpost.rollouts.scores import Scores
 from jaxpost.rollouts.source import RolloutConfig, Rollouts, Rows
 from jaxpost.sampling.decode import Completions
 from jaxpost.stages import datasets
-from jaxpost.stages.tasks import LOOK, Rewards, check_rewards, demonstrations, given, judging, prompts, stops
+from jaxpost.stages.tasks import LOOK, Rewards, check_rewards, demonstrations, judging, prompts, stops
 
 
 def sampling(model, s) -> dict:
@@ -40,16 +40,16 @@ def source(name: str, task, judges: Rewards, model, s, objective: Callable, mesh
     shape = rows(s, objective, chosen)
     check_rewards(s, judges, learned=shape.pairs or _compares(objective))
     _check_rollouts(s, objective, shape, chosen)
-    given = _given(r.given)
-    wanted = given is not None or any(_named(step) == "exchange" for step in chosen)
-    answers = demonstrations(task, model, s) if wanted else None
+    hint = _given(r.given)
+    answered = hint is not None or any(_named(step) == "exchange" for step in chosen)
+    answers = demonstrations(task, model, s) if answered else None
     config = RolloutConfig(
         model=model.transformer,
         tokenizer=model.tokenizer,
         mesh=mesh,
         prompt=prompts(task, judges, model, s, leave_out=True, answers=answers),
         demonstration=answers,
-        given=given,
+        given=hint,
         rewards=judges,
         steps=chosen,
         rows=shape,
@@ -135,14 +135,8 @@ def _step(entry: dict, r: Mapping, objective: Callable) -> Callable:
     if name == "advantages":
         entry = entry | {"of": _advantages(entry.get("of") or r.advantages, declared(objective, "advantages"))}
     if name == "exchange" and "rule" in entry:
-        entry = entry | {"rule": resolve(_of_module(entry["rule"], "steps"), "rollouts")}
-    return resolve(_of_module(entry, "steps"), "rollouts")
-
-
-def _of_module(entry: Mapping | str, module: str) -> dict:
-    """A config entry whose bare name is one of a module of rollouts/."""
-    entry = {"name": entry} if isinstance(entry, str) else dict(entry)
-    return {**entry, "name": f"{module}.{entry['name']}"} if str(entry.get("name", "")).isidentifier() else entry
+        entry = entry | {"rule": resolve(within(entry["rule"], "steps"), "rollouts")}
+    return resolve(within(entry, "steps"), "rollouts")
 
 
 def _named(step: Callable) -> str:
@@ -153,9 +147,9 @@ def _named(step: Callable) -> str:
 
 def _given(entry: Mapping | str) -> Callable | None:
     """The function of `config.rollouts.given`, which takes what it has keywords for of progress and key."""
-    if not (entry := given(plain(entry), "config.rollouts.given")):
+    if not (entry := entry_of(plain(entry), "config.rollouts.given")):
         return None
-    entry = _of_module(entry, "given")
+    entry = within(entry, "given")
     takes = inspect.signature(find(entry["name"], "rollouts")).parameters
     passed = {k: None for k in ("progress", "key") if k in takes}
     bound = resolve({**entry, **passed}, "rollouts")
@@ -166,9 +160,8 @@ def _advantages(entry: Mapping | str, own: Mapping | str) -> Callable:
     """The function of rollouts/advantages.py that the settings ask for, with those of the objective's own keywords that it
     takes too (beta, for which the objective asks for the reference), or the objective's own.
     """
-    entry = given(plain(entry), "config.rollouts.advantages") or own
-    own, entry = ({"name": x} if isinstance(x, str) else dict(x) for x in (own, entry))
-    own, entry = (_of_module(x, "advantages") for x in (own, entry))
+    entry = entry_of(plain(entry), "config.rollouts.advantages") or own
+    own, entry = (within(x, "advantages") for x in (own, entry))
     takes = inspect.signature(find(entry["name"], "rollouts")).parameters if isinstance(entry.get("name"), str) else {}
     return resolve({**{k: v for k, v in own.items() if k in takes}, **entry}, "rollouts")
 

@@ -54,18 +54,13 @@ def rewards(task, name: str, entries: Mapping | str = "") -> Rewards:
     or several: {name: entry with a weight}, where an entry called "task" is the task's own, and "task.NAME" another of its
     functions. A weight of 0 makes a reward a figure to be logged.
     """
-    entries = given(entries, "config.reward")
+    entries = entry_of(entries, "config.reward")
     if not entries:
         return {name.rpartition("/")[2].removesuffix(".py"): (_of_one(task.reward), 1.0)}
     if isinstance(entries, str) or "name" in entries:
         called = entries if isinstance(entries, str) else str(entries["name"])
         entries = {called.rpartition(":")[2].rpartition(".")[2]: entries}
     return {key: _reward(task, key, entry) for key, entry in entries.items()}
-
-
-def given(entry, place: str):
-    """An entry as the command line may give it, JSON for a dict."""
-    return entry_of(entry, place) if isinstance(entry, str) else entry
 
 
 def _reward(task, key: str, entry: Mapping | str) -> tuple[Callable, float]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpost.config.resolve import nearest, resolve
+from jaxpost.config.resolve import nearest, resolve, within
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
 
@@ -63,14 +63,6 @@ def apply(function: Callable, rows: Sequence[dict], columns: Mapping, key: np.nd
     return [rows[i] for i in _checked(numbers, len(rows))]
 
 
-def named(entry: Mapping | str, file: str) -> Callable:
-    """The transform of a config entry, its keywords bound; a bare name is one of data/transforms/FILE.py."""
-    entry = {"name": entry} if isinstance(entry, str) else dict(entry)
-    if str(entry.get("name", "")).isidentifier():
-        entry["name"] = f"{file}.{entry['name']}"
-    return resolve(entry, "transforms")
-
-
 def in_order(entry: Mapping | str, records: Sequence[Record], *, seed: int) -> list[Record]:
     """The records in the order of a transform's entry, a bare name being one of order.py.
 
@@ -78,7 +70,7 @@ def in_order(entry: Mapping | str, records: Sequence[Record], *, seed: int) -> l
     """
     rows = [record.row for record in records]
     columns = Columns(rows, places=[record.place for record in records])
-    order = _checked(np.asarray(named(entry, "order")(rows, columns, key_of(seed))), len(rows))
+    order = _checked(np.asarray(resolve(within(entry, "order"), "transforms")(rows, columns, key_of(seed))), len(rows))
     if len(order) != len(rows) or len(np.unique(order)) < len(rows):
         raise UserError(
             f"config.order: it gives {len(np.unique(order)):,} of {len(rows):,} rows, and an order has each row "
