@@ -24,7 +24,7 @@ MODEL = {
 
 
 def get_config(arg: str = ""):
-    sft = {"held_out": 0.01, "batch_size": 16, "steps": 1400, "eval_every": 200, "log_every": 50}
+    sft = {"held_out": 0.01, "batch_size": 16, "steps": 1200, "eval_every": 200, "log_every": 50}
     often = {"eval_every": 25, "log_every": 25}
     gentle = {"schedule": "linear", "warmup": 10, "b2": 0.98, "end": 0.1}
     return recipe.make(
@@ -32,7 +32,7 @@ def get_config(arg: str = ""):
         model=MODEL,
         tokenizer="tasks.arithmetic.tokenizer",
         remat="dots",  # on a CPU, reading less memory in the backward pass is worth a little more arithmetic
-        task={"name": "arithmetic", "examples": 50000, "corrupt": 0.3},
+        task={"name": "arithmetic", "examples": 40000, "corrupt": 0.3},
         window=64,
         rollouts={"group": 8, "prompt_window": 9, "new": 8, "temperature": 1.0},
         best="eval/reward",
@@ -54,7 +54,7 @@ def get_config(arg: str = ""):
             "objective": {"name": "policy_gradient.grpo", "beta": 0.0},
             "rollouts": {"resample": 3},
             "batch_size": 256,
-            "steps": 100,
+            "steps": 80,
             "optimizer": {"lr": 2e-4, **gentle},
             **often,
         },
