@@ -59,13 +59,15 @@ class Output(flax.struct.PyTreeNode):
     """A forward's result: final hidden states [B,S,D], the head that turns them into logits, the key/value cache.
 
     router (mixtures of experts, without a cache): {"probs", "picks"}, each [B,L,E] float32: for each row and layer, the
-    router's probabilities and its choices of each expert, summed over the row's real tokens.
+    router's probabilities and its choices of each expert, summed over the row's real tokens. taps: {site: activation} of the
+    sites that were asked for (models/sites.py).
     """
 
     hidden: jax.Array
     head: Head
     cache: Any = None
     router: Any = None
+    taps: Any = None
 
 
 class TrainState(flax.struct.PyTreeNode):

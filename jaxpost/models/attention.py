@@ -143,12 +143,18 @@ def cache_mask(positions: jax.Array, length: int, window: int | None = None) -> 
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float | None = None, cap: float | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    scale: float | None = None,
+    cap: float | None = None,
+    site: Callable | None = None,
 ) -> jax.Array:
     """Softmax attention, grouped: q [B,S,N,H], k and v [B,K,T,H], mask [B,S,T] -> [B,S,N,H]. Scores and softmax in float32.
 
-    scale: of the scores, 1 / sqrt(H) if None; cap: scores are cap * tanh(score / cap). A token that sees nothing (padding) gets
-    the mean of v, which is finite; nobody reads it.
+    scale: of the scores, 1 / sqrt(H) if None; cap: scores are cap * tanh(score / cap); site: ("pattern", weights [B,N,S,T]) ->
+    weights (sites.py). A token that sees nothing (padding) gets the mean of v, which is finite; nobody reads it.
     """
     b, s, n, h = q.shape
     heads = k.shape[1], n // k.shape[1]
@@ -160,6 +166,8 @@ def attend(
         scores = cap * jnp.tanh(scores / cap)
     scores = jnp.where(mask[:, None] if s == 1 else mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    if site is not None:
+        weights = site("pattern", weights.reshape(b, n, s, -1)).reshape(weights.shape)
     return jnp.einsum(f"{pairs},bkth->{inner}", weights, v).reshape(b, s, n, h)
 
 

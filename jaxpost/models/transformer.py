@@ -7,7 +7,7 @@ sampler reads every weight once a token, so it unstacks them first (see `unstack
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -30,6 +30,7 @@ from jaxpost.models.attention import (
 from jaxpost.models.einsum import project
 from jaxpost.models.families import Architecture
 from jaxpost.models.moe import MoE
+from jaxpost.models.sites import UNTOUCHED, Sites
 from jaxpost.types import Batch, Head, Output, Params
 
 ACTIVATIONS = {
@@ -92,7 +93,7 @@ class Attention(nn.Module):
     arch: Architecture
 
     @nn.compact
-    def __call__(self, x, positions, turn, sees, attend, cache):
+    def __call__(self, x, positions, turn, sees, attend, cache, site=UNTOUCHED):
         a = self.arch
         b, s, _ = x.shape
 
@@ -107,8 +108,8 @@ class Attention(nn.Module):
                 y = RMSNorm(a.eps, a.norm_offset, name=f"{name}_norm")(y)
             return y
 
-        q = rotate(heads("q", a.heads), turn)
-        k, v = rotate(heads("k", a.kv_heads), turn), heads("v", a.kv_heads)
+        q = site("q", rotate(heads("q", a.heads), turn))
+        k, v = site("k", rotate(heads("k", a.kv_heads), turn)), site("v", heads("v", a.kv_heads))
         axes, dtype = {"k": "BTKH", "v": "BTKH"}, x.dtype
         if cache is not None:
             axes = cache_axes()
@@ -117,7 +118,8 @@ class Attention(nn.Module):
             cache = {name: written(cache[name], new, positions, axes[name]) for name, new in (("k", k), ("v", v))}
             k, v = cache["k"], cache["v"]
         k, v = (jnp.einsum(f"{axes[name]}->BKTH", y.astype(dtype)) for name, y in (("k", k), ("v", v)))
-        y = attend(q.astype(dtype), k, v, sees).astype(x.dtype).reshape(b, s, -1)
+        around = {"site": site} if site.wants("pattern") else {}
+        y = site("head_out", attend(q.astype(dtype), k, v, sees, **around).astype(x.dtype)).reshape(b, s, -1)
         return Dense(a.width, a.o_bias, a.init_std, name="o")(y), cache
 
 
@@ -127,37 +129,40 @@ class MLP(nn.Module):
     arch: Architecture
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, site=UNTOUCHED):
         a = self.arch
         gate = Dense(a.mlp_width, a.mlp_bias, a.init_std, name="gate")(x)
         up = Dense(a.mlp_width, a.mlp_bias, a.init_std, name="up")(x)
-        hidden = sharding.shard(ACTIVATIONS[a.activation](gate) * up, "BSF")
+        hidden = site("mlp_act", sharding.shard(ACTIVATIONS[a.activation](gate) * up, "BSF"))
         return Dense(a.width, a.mlp_bias, a.init_std, name="down")(hidden)
 
 
 class Block(nn.Module):
     """x + attention, then x + feed-forward, each with a norm before it, after it, or both.
 
-    Returns x, the cache it wrote (or None), and the router's output (or None).
+    site: sees every activation that has a name (sites.py). Returns x, the cache it wrote (or None), and the router's output (or
+    None).
     """
 
     arch: Architecture
 
     @nn.compact
-    def __call__(self, x, positions, turn, sees, attend, cache=None):
+    def __call__(self, x, positions, turn, sees, attend, cache=None, site=UNTOUCHED):
         a, router = self.arch, None
+        x = site("resid_pre", x)
 
         def norm(name, when, y):
             return RMSNorm(a.eps, a.norm_offset, name=name)(y) if a.norms in (when, "both") else y
 
-        y, cache = Attention(a, name="attention")(norm("norm1", "pre", x), positions, turn, sees, attend, cache)
-        x = sharding.shard(x + norm("norm1_post", "post", y), "BSD")
+        y, cache = Attention(a, name="attention")(norm("norm1", "pre", x), positions, turn, sees, attend, cache, site)
+        x = site("resid_mid", sharding.shard(x + site("attn_out", norm("norm1_post", "post", y)), "BSD"))
         y = norm("norm2", "pre", x)
         if a.experts:
             y, router = MoE(a, ACTIVATIONS[a.activation], name="mlp")(y)
         else:
-            y = MLP(a, name="mlp")(y)
-        return sharding.shard(x + norm("norm2_post", "post", y), "BSD"), cache, router
+            y = MLP(a, name="mlp")(y, site)
+        y = site("mlp_out", norm("norm2_post", "post", y))
+        return site("resid_post", sharding.shard(x + y, "BSD")), cache, router
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,50 +196,54 @@ class Transformer:
             params["head"] = {"weight": a.init_std * jax.random.normal(head_key, (a.vocab, a.width))}
         return params
 
-    def forward(self, params: Params, batch: Batch, cache: Any = None) -> Output:
+    def forward(self, params: Params, batch: Batch, cache: Any = None, *, tap: Sequence[str] = (), patch: Any = None) -> Output:
         """Hidden states of a batch.
 
         Without a cache: tokens, positions and segments [B,S]; documents attend separately. With a cache (see `make_cache`):
         tokens and positions [B,S]; each token is written to the slot of its position and attends to the slots up to it.
         Optional with a cache: `room`, a scalar, the length that a document will have, if not the cache's; the cache's
-        `rotations`.
+        `rotations`. tap: the sites whose activations are returned as `taps`; patch: {site: value, or function} (sites.py).
         """
+        sites = Sites(tap, patch, self.arch.layers, batch, dense=not self.arch.experts)
         # The sampler's weights are whole along fsdp, so its rows need not move.
         find = sharding.lookup if cache is None else sharding.lookup_whole
         x = find(params["embed"]["weight"], batch["tokens"], self.dtype)
-        x = x * jnp.asarray(self.arch.embed_scale, x.dtype)
+        x = sites.outside("embed", x * jnp.asarray(self.arch.embed_scale, x.dtype))
         # What does not depend on the layer is computed once, outside of the scan: a table for each kind of layer.
-        tables, attend = self._tables(batch, cache)
+        tables, attend = self._tables(batch, cache, "xla" if sites.layer(0).wants("pattern") else self.kernel)
         positions = batch["positions"]
 
-        def block(x, layer, table, cache):
-            layer = sharding.gather(layer, self.dtype)
-            x, cache, router = Block(self.arch).apply({"params": layer}, x, positions, *table, attend, cache)
-            return x, cache, _over_tokens(router, batch.get("segments"))
+        def block(x, layer, table, cache, index):
+            layer, site = sharding.gather(layer, self.dtype), sites.layer(index)
+            x, cache, router = Block(self.arch).apply({"params": layer}, x, positions, *table, attend, cache, site)
+            return x, cache, _over_tokens(router, batch.get("segments")), site.taken
 
         if REMAT[self.remat] is not None and cache is None:
             block = jax.checkpoint(block, policy=REMAT[self.remat])
         if cache is None and not isinstance(params["layers"], tuple):
-            x, router = self._scan(block, x, params["layers"], tables)
+            x, router, taken = self._scan(block, x, params["layers"], tables, sites)
         else:
-            written, routers = [], []
+            written, routers, taken = [], [], {name: [] for name in sites.tapped}
             for i, layer in enumerate(unstack(params, self.arch.layers)["layers"]):
-                x, new, router = block(x, layer, tables[self.arch.kind(i)], None if cache is None else cache[i])
+                x, new, router, values = block(x, layer, tables[self.arch.kind(i)], None if cache is None else cache[i], i)
                 written.append(new)
                 routers.append(router)
+                for name in (name for name, tapped in sites.tapped.items() if i in tapped):
+                    taken[name].append(values[name])
             cache = None if cache is None else tuple(written)
             router = jax.tree.map(lambda *r: jnp.stack(r), *routers) if cache is None and self.arch.experts else None
         hidden = RMSNorm(self.arch.eps, self.arch.norm_offset).apply({"params": params["norm"]}, x)
+        hidden = sites.outside("final", hidden)
         name = "embed" if self.arch.tied else "head"
         weight = sharding.gather({name: params[name]}, self.dtype)[name]["weight"]
         router = jax.tree.map(lambda r: r.swapaxes(0, 1), router)
-        return Output(hidden, Head(weight, soft_cap=self.arch.logit_cap), cache, router)
+        return Output(hidden, Head(weight, soft_cap=self.arch.logit_cap), cache, router, sites.taps(taken))
 
-    def _tables(self, batch: Batch, cache: Any) -> tuple[list, Callable]:
+    def _tables(self, batch: Batch, cache: Any, kernel: str) -> tuple[list, Callable]:
         """(for each kind of layer (cosine and sine, what it sees), the attention function that takes the latter)."""
         a, positions = self.arch, batch["positions"]
         if cache is None:
-            masks, attention = over_rows(self.kernel, a, batch, self.dtype)
+            masks, attention = over_rows(kernel, a, batch, self.dtype)
             lengths = document_lengths(batch["segments"], positions)
         else:
             # While decoding, a document's final length is unknown; the room that it has stands for it.
@@ -248,17 +257,29 @@ class Transformer:
             turns = [rotary(kind.rope, a.head_width, positions, lengths) for kind in a.kinds]
         return list(zip(turns, masks, strict=True)), attention
 
-    def _scan(self, block, x, layers, tables: list):
-        """Runs the blocks one after the other as one loop; each kind of layer has its own table."""
-        if len(tables) == 1:
-            return jax.lax.scan(lambda x, layer: block(x, layer, tables[0], None)[::2], x, layers)
-        stacked = jax.tree.map(lambda *t: jnp.stack(t), *tables)
+    def _scan(self, block, x, layers, tables: list, sites: Sites):
+        """Runs the blocks one after the other as one loop; each kind of layer has its own table. Returns the last hidden states,
+        the routers' outputs [L,...], and {site: [one for each tapped layer, ...]}.
+        """
+        several = len(tables) > 1
+        stacked = jax.tree.map(lambda *t: jnp.stack(t), *tables) if several else None
+        # A buffer for the tapped layers alone goes through the loop: its stacked results would hold every layer's.
+        taken = {}
+        if sites.tapped:
+            first = jax.tree.map(lambda w: w[0], layers)
+            shapes = jax.eval_shape(lambda: block(x, first, tables[0], None, jnp.int32(0))[3])
+            taken = {k: jnp.zeros((len(sites.tapped[k]), *v.shape), v.dtype) for k, v in shapes.items()}
 
-        def turn(x, layer):
-            weights, kind = layer
-            return block(x, weights, jax.tree.map(lambda t: t[kind], stacked), None)[::2]
+        def turn(carry, layer):
+            (x, taken), (weights, kind, index) = carry, layer
+            table = jax.tree.map(lambda t: t[kind], stacked) if several else tables[0]
+            x, _, router, values = block(x, weights, table, None, index)
+            slots = sites.slots(index)
+            return (x, {k: held.at[slots[k]].set(values[k], mode="drop") for k, held in taken.items()}), router
 
-        return jax.lax.scan(turn, x, (layers, jnp.array(self.arch.pattern)))
+        kinds, indices = jnp.array(self.arch.pattern) if several else None, jnp.arange(self.arch.layers) if sites else None
+        (x, taken), router = jax.lax.scan(turn, (x, taken), (layers, kinds, indices))
+        return x, router, taken
 
     def rotations(self, cache: Any) -> list[tuple[jax.Array, jax.Array]]:
         """(cosine, sine), [T,1,R/2] each, of a cache's slots, for each kind of layer. A loop over tokens looks them up, since
