@@ -4,6 +4,8 @@
     model.generate("Once upon a time", new=40)           [text]
     model.logits(tokens)                                 [B,S,V]
     model.scores(tokens)["logps"]                        [B,S], without the [B,S,V]
+    model.tap("layers.3.head_out", ["Once upon a time"]) [B,S,N,H], an activation (models/sites.py)
+    model.patched({"layers.3.mlp_out": 0.0})             a model without that layer's feed-forward
     jax.grad(lambda p: loss(model.forward(p, batch)))(model.params)
 
 `params` is a plain tree of arrays in its place on the mesh, and `forward` a plain function of it, the same that objectives get.
@@ -21,11 +23,11 @@ import numpy as np
 
 from jaxpost import sharding
 from jaxpost.errors import UserError
-from jaxpost.models import loading
+from jaxpost.models import loading, protocol
+from jaxpost.models.composed import Patched
 from jaxpost.models.heads import logits
-from jaxpost.models.transformer import Transformer
 from jaxpost.objectives.logprobs import token_scores
-from jaxpost.sampling.text import completed, continuation
+from jaxpost.sampling.text import completed, continuation, encoded
 from jaxpost.storage import compile_cache
 from jaxpost.tokenizer import check_ids
 from jaxpost.types import Batch, Output, Params
@@ -35,7 +37,7 @@ from jaxpost.types import Batch, Output, Params
 class Model:
     """A model with its weights, its tokenizer (None where its folder has none), config.json's fields, and the mesh it is on."""
 
-    transformer: Transformer
+    transformer: protocol.Model
     # Left out of the repr, which a notebook prints: it would take pages.
     params: Params = dataclasses.field(repr=False)
     tokenizer: Any = dataclasses.field(repr=False)
@@ -47,15 +49,49 @@ class Model:
         """Final hidden states [B,S,D], and the head that makes logits of them; batch: tokens, segments, positions [B,S]."""
         return self.transformer.forward(params, batch)
 
-    def logits(self, tokens, lengths=None) -> jax.Array:
+    def logits(self, tokens, lengths=None, *, patch: Mapping | None = None) -> jax.Array:
         """Logits [B,S,V] float32 of ids [B,S]; each place's predict the next token.
 
         lengths [B]: the number of real tokens in each row, where rows are padded on the right; padding does not affect them,
-        and its logits mean nothing. This is a very large array; `scores` does without it.
+        and its logits mean nothing. patch: {site: value, or function} (models/sites.py). This is a very large array; `scores`
+        does without it.
         """
         batch, rows = self._batch(tokens, lengths)
         with sharding.use(self.mesh):
-            return _logits(self.transformer, self.params, batch)[:rows]
+            return _logits(self.transformer, self.params, batch, *_sorted(patch))[:rows]
+
+    def tap(self, sites: str | Sequence[str], prompts, lengths=None, *, patch: Mapping | None = None):
+        """The activations at `sites`, such as "layers.3.head_out" or "layers.*.resid_post" (models/sites.py): an array for one
+        name, else {name: array}.
+
+        prompts: ids [B,S] with `lengths` as in `logits`; or prompts as `complete` takes them, which `encoded` makes ids of. Past
+        a row's length activations mean nothing. patch: changes of other activations.
+        Raises UserError for a site that the model does not have.
+        """
+        if not (isinstance(prompts, np.ndarray | jax.Array) and prompts.ndim == 2):
+            prompts, lengths = self.encoded(prompts)
+        names = (sites,) if isinstance(sites, str) else tuple(sites)
+        batch, rows = self._batch(prompts, lengths)
+        with sharding.use(self.mesh):
+            taps = _tapped(self.transformer, self.params, batch, names, *_sorted(patch))
+        taps = {name: x[:, :rows] if ".*." in name else x[:rows] for name, x in taps.items()}
+        return taps[sites] if isinstance(sites, str) else taps
+
+    def patched(self, patch: Mapping) -> "Model":
+        """The model with {site: value, or function (value, batch) -> value} in every forward pass, generation included
+        (models/sites.py). A value is broadcast; in generation a site has the tokens of a prompt, or one token.
+        """
+        return dataclasses.replace(self, transformer=Patched(self.transformer, dict(patch)))
+
+    def encoded(self, prompts: str | Sequence, *, chat: bool = False, template: str | None = None) -> tuple:
+        """(ids [B,S] with zeros after, lengths [B]) of prompts as `complete` takes them."""
+        self.need_tokenizer()
+        ids = [encoded(self.tokenizer, prompt, chat, template) for prompt in _several(prompts)]
+        lengths = np.array([len(x) for x in ids])
+        tokens = np.zeros((len(ids), max(lengths, default=0)), np.int32)
+        for row, x in zip(tokens, ids, strict=True):
+            row[: len(x)] = x
+        return tokens, lengths
 
     def scores(self, tokens, lengths=None) -> dict[str, jax.Array]:
         """Scores of each token of ids [B,S] given those before it: its log-probability `logps`, the distribution's `entropy`,
@@ -84,8 +120,7 @@ class Model:
 
     def _completed(self, prompts, **options) -> list[tuple[np.ndarray, np.ndarray]]:
         self.need_tokenizer()
-        one = isinstance(prompts, (str, np.ndarray)) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
-        prompts = [prompts] if one else list(prompts)
+        prompts = _several(prompts)
         return completed(self.transformer, self.params, self.tokenizer, prompts, mesh=self.mesh, ends=self.ends, **options)
 
     def need_tokenizer(self) -> None:
@@ -98,12 +133,11 @@ class Model:
     def _batch(self, tokens, lengths, beyond: int = 0) -> tuple[dict, int]:
         """(columns on the mesh, number of given rows): one document a row, with rows of padding where the mesh needs more."""
         tokens = np.asarray(tokens)
-        arch = self.transformer.arch
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
             raise UserError(f"tokens are ids [B,S], all rows of one length; these are {tokens.dtype} of shape {tokens.shape}.")
-        check_ids(tokens, arch.vocab, self.tokenizer, "tokens")
+        check_ids(tokens, self.transformer.vocab, self.tokenizer, "tokens")
         rows, length = tokens.shape
-        if not 0 < length <= (most := arch.max_positions + beyond) or not rows:
+        if not 0 < length <= (most := self.transformer.max_positions + beyond) or not rows:
             raise UserError(f"tokens of shape {tokens.shape}: give rows of 1 to {most} tokens, and one at least.")
         lengths = np.full(rows, length) if lengths is None else np.asarray(lengths)
         if lengths.shape != (rows,) or not ((lengths >= 0) & (lengths <= length)).all():
@@ -116,14 +150,32 @@ class Model:
         return sharding.distribute({k: x[first:last] for k, x in padded.items()}, self.mesh, rows + extra), rows
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(model: Transformer, params: Params, batch: Batch) -> jax.Array:
-    out = model.forward(params, batch)
+def _several(prompts) -> list:
+    """Prompts as a list: a string, a conversation or ids are one."""
+    one = isinstance(prompts, (str, np.ndarray)) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
+    return [prompts] if one else list(prompts)
+
+
+def _sorted(patch: Mapping | None) -> tuple[dict, tuple]:
+    """(a patch's values, its functions): the former may change without a compilation."""
+    patch = patch or {}
+    functions = tuple((name, change) for name, change in patch.items() if callable(change))
+    return {name: jnp.asarray(change) for name, change in patch.items() if not callable(change)}, functions
+
+
+@functools.partial(jax.jit, static_argnames=("model", "functions"))
+def _logits(model: protocol.Model, params: Params, batch: Batch, values: dict, functions: tuple) -> jax.Array:
+    out = model.forward(params, batch, patch={**values, **dict(functions)})
     return sharding.shard(logits(out.hidden, out.head), "BSV")
 
 
+@functools.partial(jax.jit, static_argnames=("model", "sites", "functions"))
+def _tapped(model: protocol.Model, params: Params, batch: Batch, sites: tuple, values: dict, functions: tuple) -> dict:
+    return model.forward(params, batch, tap=sites, patch={**values, **dict(functions)}).taps
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _scores(model: Transformer, params: Params, batch: Batch) -> dict[str, jax.Array]:
+def _scores(model: protocol.Model, params: Params, batch: Batch) -> dict[str, jax.Array]:
     mask = (batch["segments"] > 0) & (jnp.arange(batch["tokens"].shape[1]) > 0)
     return token_scores(model.forward(params, batch), batch, mask)
 

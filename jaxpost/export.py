@@ -45,6 +45,10 @@ def export(checkpoint: str, out: str, *, mesh, dtype: str | None = None, adapter
             f"--checkpoint={checkpoint}: it has {', '.join(spec.leaves)} besides the model's weights, for which a language "
             "model of Hugging Face has no place; jaxpost.annotate --what=reward uses a reward model as it is."
         )
+    if not hasattr(spec.transformer, "arch"):
+        raise UserError(
+            f"--checkpoint={checkpoint}: its model is made by {spec.config['name']}; Hugging Face has no format for it."
+        )
     if adapter:
         base = loading.base_name(spec)
         return peft.save(folder, params, spec.transformer.arch, spec.adapter, base, loading.beside(spec))

@@ -26,7 +26,7 @@ from etils import epath
 from jaxpost import recipe, sharding
 from jaxpost.config import cli
 from jaxpost.errors import UserError
-from jaxpost.models import loading
+from jaxpost.models import checks, loading
 from jaxpost.reporting import report, writers
 from jaxpost.stages import annotate, datasets, evaluate, evaluation, generate, merge, records, select, train
 from jaxpost.stages.agreement import check_inputs, check_settings
@@ -151,10 +151,10 @@ def _introduce(plans: list[Plan]) -> None:
     if jax.process_index() != 0 or not plans:
         return
     plan = plans[0]
-    arch = plan.spec.transformer.arch
-    learned = "" if plan.trained == arch.parameters() else f", {plan.trained:,} learned"
+    count = checks.parameters(plan.spec.transformer)
+    learned = "" if plan.trained == count else f", {plan.trained:,} learned"
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    print(f"model: {arch.parameters():,} parameters{learned}, {devices}", file=sys.stderr)
+    print(f"model: {count:,} parameters{learned}, {devices}", file=sys.stderr)
     for each in plans:
         steps = f"{each.steps:,} steps" if each.steps else "as many steps as its data has,"
         ends = [what for key, what in (("time_of", "time is up"), ("tokens_of", "tokens are used up")) if each.settings[key]]

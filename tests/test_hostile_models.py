@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxpost import sharding, tokenizer
 from jaxpost.errors import UserError
-from jaxpost.models import families, hf, loading
+from jaxpost.models import checks, families, hf, loading
 from jaxpost.storage import host
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
@@ -149,6 +149,6 @@ def test_large_finite_weights_are_no_mistake():
 
 
 def test_a_checkpoint_that_is_not_finite_is_refused_by_name():
-    loading._check_finite({"norm": {"scale": jnp.ones(3)}, "codes": jnp.ones(3, jnp.int8)}, "W")
+    checks.check_finite({"norm": {"scale": jnp.ones(3)}, "codes": jnp.ones(3, jnp.int8)}, "W")
     with pytest.raises(UserError, match="W: 1 weights have values that are NaN or infinite, first norm/scale"):
-        loading._check_finite({"embed": jnp.ones(3), "norm": {"scale": jnp.array([1.0, jnp.nan])}}, "W")
+        checks.check_finite({"embed": jnp.ones(3), "norm": {"scale": jnp.array([1.0, jnp.nan])}}, "W")

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import small
 
+import jaxpost
+from jaxpost import sharding
 from jaxpost.errors import UserError
 from jaxpost.models.heads import logits
 from jaxpost.models.sites import LAYER
 from jaxpost.models.transformer import unstack
+from jaxpost.tasks import arithmetic
 
 MODEL = small.MODEL
 ARCH = MODEL.arch
@@ -177,3 +180,47 @@ def test_what_is_no_site_is_refused():
         run(patch={"layers.0.q": np.zeros(5)})
     with pytest.raises(UserError, match="a value of 3 layers, and the model has 2"):
         run(patch={"layers.*.q": np.zeros((3, 1, 1, 1, 1))})
+
+
+# -------------------------------------------------------------------------- From Python, as docs/analysis.md has it
+
+
+def loaded():
+    config = {"model_type": "llama", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3}
+    config |= {"num_attention_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3}
+    model = jaxpost.load(config, mesh=sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+    return dataclasses.replace(model, tokenizer=arithmetic.tokenizer())
+
+
+def test_logit_lens_and_tracing_in_a_few_lines():
+    model = loaded()
+    tokens, lengths = model.encoded(["12+34", "1+2"])
+    assert tokens.shape == (2, 5) and lengths.tolist() == [5, 3]
+    streams = model.tap("layers.*.resid_post", tokens, lengths)
+    plain = model.logits(tokens, lengths)
+    lens = [model.logits(tokens, lengths, patch={"layers.2.resid_post": stream}) for stream in streams]
+    close(lens[2], plain)
+    scale, head = model.params["norm"]["scale"], model.params["head"]["weight"]
+    normed = streams[0] * scale / np.sqrt(np.mean(np.square(streams[0]), -1, keepdims=True) + model.transformer.arch.eps)
+    close(lens[0], normed @ head.T, 1e-4)
+    # Tracing: noise on the first two tokens, then the clean stream of one layer at every place brings all of it back.
+    noise = 3 * jax.random.normal(jax.random.PRNGKey(0), streams.shape[1:])
+    noisy = {"embed": lambda x, batch: x + jnp.where((batch["positions"] < 2)[..., None], noise[: len(x)], 0.0)}
+    corrupt = model.logits(tokens, lengths, patch=noisy)
+    assert np.abs(corrupt - plain)[:, 1:].max() > 0.05
+    close(model.logits(tokens, lengths, patch={**noisy, "layers.1.resid_post": streams[1]})[0], plain[0], 1e-4)
+    seen = model.tap("layers.1.resid_post", ["12+34"], patch=noisy)
+    assert seen.shape == (1, 5, 16) and not np.allclose(seen[0], streams[1][0], atol=1e-3)
+
+
+def test_a_patched_model_generates_as_it_scores():
+    model = loaded()
+    direction = jnp.zeros(16).at[3].set(5.0)
+    steered = model.patched({"layers.1.resid_post": lambda x, batch: x + direction})
+    (ids,) = steered.complete(["12+34"], new=5)
+    prompt, _ = model.encoded("12+34")
+    row = np.concatenate([prompt[0], ids])[None]
+    patch = {"layers.1.resid_post": lambda x, batch: x + direction}
+    likeliest = np.argmax(model.logits(row, patch=patch)[0], axis=-1)
+    np.testing.assert_array_equal(likeliest[len(prompt[0]) - 1 : -1], ids)
+    assert ids.tolist() != model.complete(["12+34"], new=5)[0].tolist()

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxpost.declare import annotator
 from jaxpost.errors import UserError
+from jaxpost.models.heads import vocab
 from jaxpost.objectives import documents, logprobs, reward_model
 
 
@@ -70,8 +71,8 @@ def topk(forward, params, batch, *, k: int = 64, temperature: float = 1.0):
     Raises UserError for a k that is not between 1 and the vocabulary's size.
     """
     out = forward(params, batch)
-    if not 0 < k <= out.head.weight.shape[0]:
-        raise UserError(f"annotator topk: k={k}; give 1 to {out.head.weight.shape[0]}, the size of the vocabulary.")
+    if not 0 < k <= vocab(out.head):
+        raise UserError(f"annotator topk: k={k}; give 1 to {vocab(out.head)}, the size of the vocabulary.")
     columns = {"temperature": jnp.full(batch["mask"].shape, temperature, jnp.float32)}
     top = logprobs.at_tokens(_likeliest(k), out, columns=columns, mask=batch["mask"])
     return {"teacher_tokens": top["tokens"].astype(jnp.int32), "teacher_logps": top["logps"]}

@@ -21,7 +21,7 @@ from jaxpost.compiled import hlo, roofline
 from jaxpost.compiled.topology import Topology
 from jaxpost.config.startup import captured_stderr
 from jaxpost.config.unread import shares
-from jaxpost.errors import first_line
+from jaxpost.errors import UserError, first_line
 from jaxpost.models import hub_configs, loading
 from jaxpost.models.attention import cache_axes
 from jaxpost.sampling import decode, processors
@@ -61,7 +61,10 @@ def _described(s, mesh) -> loading.ModelSpec:
     named = (hub_configs.fields(s.model) or s.model) if isinstance(s.model, str) else s.model.to_dict()
     adapter = s.adapter.to_dict()
     device = mesh.devices.flat[0]
-    return loading.describe(named, "", s.dtype, s.remat, adapter, attention=s.attention, device=device, text=False)
+    spec = loading.describe(named, "", s.dtype, s.remat, adapter, attention=s.attention, device=device, text=False)
+    if not hasattr(spec.transformer, "arch"):
+        raise UserError("config.model: the work of a model that a function makes is not known; jaxpost.fit takes transformers.")
+    return spec
 
 
 class Prepared(NamedTuple):

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 # The nouns whose functions a recipe may name, and their positional arguments. A task is a module of several functions. A merge
-# takes further models after the first.
+# takes further models after the first, and a model's function only keywords.
 NOUNS = {
     "objective": ("forward", "params", "batch", "key"),
     "reward": ("record", "completion"),
@@ -32,6 +32,7 @@ NOUNS = {
     "annotator": ("forward", "params", "batch"),
     "eval": ("model",),
     "merge": ("params",),
+    "model": (),
     "processor": ("logits", "context"),
     "step": ("batch",),
     "task": None,
@@ -41,6 +42,7 @@ NOUNS = {
 # siblings.
 PLURALS = {"merge": "merging"}
 FOLDERS = {
+    "models": "models.composed",
     "processors": "sampling.processors",
     "row_types": "data.row_types",
     "steps": "rollouts.steps",

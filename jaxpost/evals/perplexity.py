@@ -73,7 +73,7 @@ def _encoded(
 ) -> tuple[encoding.Encoded, int]:
     """The file's examples, uncut, and the window. Raises what `perplexity` raises; of the model no weights are needed."""
     model.need_tokenizer()
-    most = model.transformer.arch.max_positions
+    most = model.transformer.max_positions
     window = min(WINDOW, most) if window is None else window
     if not 2 <= window <= most:
         raise UserError(f"window={window}: give 2 to {most} tokens, which is what the model takes.")
@@ -83,7 +83,7 @@ def _encoded(
     encoded = encoding.encode_all(part.records, model.tokenizer, template, train_on, window=2**31 - 1, **options)
     if (skipped := encoded.report["skipped"] + len(part.unread)) and jax.process_index() == 0:
         print(f"{data}: {skipped:,} skipped; the first: {(part.unread or [encoded.reason])[0]}", file=sys.stderr)
-    check_ids(encoded.highest, model.transformer.arch.vocab, model.tokenizer, data)
+    check_ids(encoded.highest, model.transformer.vocab, model.tokenizer, data)
     return encoded, window
 
 

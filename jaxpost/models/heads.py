@@ -1,4 +1,10 @@
-"""Heads as functions of data: the unembedding that an Output's Head describes, and a scalar head."""
+"""Heads as functions of data: the unembedding that an Output's head describes, and a scalar head.
+
+The head decides, as a weight's leaf does in einsum.py: a `Head` multiplies; any other node has `logits(hidden [R,D]) -> [R,V]
+float32` and `vocab`, and what scores, samples and distils asks no more of it. Its arrays are [V,D], or small.
+"""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -6,14 +12,21 @@ import jax.numpy as jnp
 from jaxpost.types import Head
 
 
-def logits(hidden: jax.Array, head: Head) -> jax.Array:
+def logits(hidden: jax.Array, head: Any) -> jax.Array:
     """hidden [..., D] -> logits [..., V] in float32. Callers keep the leading axes small: it is the largest array of a step."""
     flat = hidden.reshape(-1, hidden.shape[-1])
-    out = _product(flat, head.weight)
-    out = out.reshape(*hidden.shape[:-1], -1)
-    if head.soft_cap is not None:
-        out = head.soft_cap * jnp.tanh(out / head.soft_cap)
-    return out
+    out = _linear(flat, head) if isinstance(head, Head) else head.logits(flat)
+    return out.reshape(*hidden.shape[:-1], -1)
+
+
+def vocab(head: Any) -> int:
+    """V, the number of logits that a head gives."""
+    return head.weight.shape[0] if isinstance(head, Head) else head.vocab
+
+
+def _linear(hidden: jax.Array, head: Head) -> jax.Array:
+    out = _product(hidden, head.weight)
+    return out if head.soft_cap is None else head.soft_cap * jnp.tanh(out / head.soft_cap)
 
 
 def scalar(hidden: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -24,12 +24,12 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxpost import optim, sharding, tokenizer
-from jaxpost.config.resolve import find, nearest, resolve, trust
+from jaxpost.config.resolve import check_origin, find, nearest, resolve, trust
 from jaxpost.errors import UserError
-from jaxpost.models import families, hf, hub
+from jaxpost.models import checks, families, hf, hub, protocol
 from jaxpost.models.attention import KERNELS
 from jaxpost.models.transformer import REMAT, Transformer
-from jaxpost.storage import checkpoint, cloud, digests, fingerprint, host
+from jaxpost.storage import checkpoint, cloud, digests, fingerprint
 from jaxpost.types import Params
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -37,11 +37,12 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """A model without its weights: transformer, tokenizer (None if the folder has none), config.json's fields, and the folder
-    of the weights (of safetensors, or a checkpoint of ours), None for fresh ones.
+    """A model without its weights: the transformer (or what a function made in its place), tokenizer (None if there is none),
+    config.json's fields or the function's entry, and the folder of the weights (safetensors, or a checkpoint of ours), None for
+    fresh ones.
     """
 
-    transformer: Transformer
+    transformer: protocol.Model
     tokenizer: Any
     config: dict
     folder: epath.Path | None
@@ -77,6 +78,11 @@ def describe(
     trust(adapter or "")
     described, folder = _locate(model) if isinstance(model, str) else (None, None)
     config = hf.read_config(described) if described else dict(model)
+    if "name" in config and "model_type" not in config:
+        if described:
+            check_origin(config, "models", described / "config.json")
+        trust(config)
+        return _of_function(config, folder, tokenizer_name or described, dtype, adapter, text=text)
     config = families.language_part(config)
     arch = families.architecture(config, str(described / "config.json") if described else "config.model")
     words = _tokenizer(tokenizer_name or described) if text else None
@@ -90,6 +96,16 @@ def describe(
     transformer = Transformer(arch, _computable(dtype, device), remat, _kernel(attention, device))
     generation, ends = hf.read_generation(described, config, arch.vocab, own_tokenizer=not tokenizer_name)
     spec = ModelSpec(transformer, words, config, folder, name, generation=generation, ends=ends)
+    return dataclasses.replace(spec, adapter=_chosen(adapter, carried(folder)), leaves=carried(folder, "leaves"))
+
+
+def _of_function(entry: dict, folder, words: Any, dtype: str, adapter: Any, *, text: bool) -> ModelSpec:
+    """The model that a function makes, of its keywords; `dtype` is the recipe's unless the entry has one."""
+    options = {"dtype": dtype, **entry} if "dtype" in inspect.signature(find(entry["name"], "models")).parameters else entry
+    model = resolve(options, "models")()
+    protocol.check(model, f"config.model: {entry['name']}:")
+    words = _tokenizer(words or getattr(model, "tokenizer", None)) if text else None
+    spec = ModelSpec(model, words, dict(entry), folder)
     return dataclasses.replace(spec, adapter=_chosen(adapter, carried(folder)), leaves=carried(folder, "leaves"))
 
 
@@ -143,7 +159,7 @@ def check(spec: ModelSpec) -> None:
     if spec.folder is not None and not (spec.folder / "params").exists():
         hf.check(spec.folder, spec.transformer.arch)
     if spec.folder is None:
-        _check_memory(spec.transformer.arch)
+        checks.check_memory(spec.transformer)
     for name in others(spec).values():
         check(_other(name))
 
@@ -153,7 +169,7 @@ def others(spec: ModelSpec) -> dict[str, str]:
     return {path: first for path, (_, first) in spec.leaves.items() if isinstance(first, str)}
 
 
-def abstract(model: Transformer, mesh, adapter: Mapping | None = None, leaves: Mapping | None = None) -> Params:
+def abstract(model: protocol.Model, mesh, adapter: Mapping | None = None, leaves: Mapping | None = None) -> Params:
     """The tree of shapes, dtypes and shardings that the model's parameters have on a mesh, with an adapter around them.
 
     leaves: further leaves, path -> (letters, first value), where each letter (D, V) or digit gives a dimension's size. A first
@@ -163,12 +179,12 @@ def abstract(model: Transformer, mesh, adapter: Mapping | None = None, leaves: M
     shapes = jax.eval_shape(model.init, key)
     if adapter:
         shapes = jax.eval_shape(resolve(adapter, "adapters"), shapes, key)
-    sizes = {"D": model.arch.width, "V": model.arch.vocab}
+    sizes = {"D": model.width, "V": model.vocab}
     for path, (letters, first) in (leaves or {}).items():
         if isinstance(first, str):
-            other = _other(first).transformer.arch
-            if other.vocab != model.arch.vocab:
-                raise UserError(f"{first}: a vocabulary of {other.vocab} tokens, and the model's has {model.arch.vocab}.")
+            other = _other(first).transformer
+            if other.vocab != model.vocab:
+                raise UserError(f"{first}: a vocabulary of {other.vocab} tokens, and the model's has {model.vocab}.")
             sizes["T"] = other.width
         shape = tuple(sizes[c] if c in sizes else int(c) for c in letters)
         shapes |= unflatten_dict({path: jax.ShapeDtypeStruct(shape, jnp.float32)}, sep="/")
@@ -192,7 +208,7 @@ def weights(spec: ModelSpec, mesh, seed: int = 0) -> Params:
 def _other(name: str) -> ModelSpec:
     """The spec of a model whose head is a leaf. Raises UserError for a checkpoint of ours, and for capped logits."""
     spec = describe(name, text=False)
-    if (spec.folder / "params").exists():
+    if spec.folder is None or (spec.folder / "params").exists():
         raise UserError(f"{name}: a teacher is read from Hugging Face's files; make them with python -m jaxpost.export.")
     if spec.transformer.arch.logit_cap is not None:
         raise UserError(f"{name}: a teacher that caps its logits is more than its head; take distill.top_k.")
@@ -215,7 +231,9 @@ def _weights(spec: ModelSpec, mesh, seed: int) -> Params:
     shapes, around = abstract(spec.transformer, mesh), _around(spec, mesh, seed)
     if spec.folder is not None and not (spec.folder / "params").exists():
         return hf.load(spec.folder, spec.transformer.arch, shapes, then=around)
-    if spec.folder is None:
+    if spec.folder is None and hasattr(spec.transformer, "weights"):
+        params = jax.device_put(spec.transformer.weights(mesh, seed), jax.tree.map(lambda x: x.sharding, shapes))
+    elif spec.folder is None:
         places = jax.tree.map(lambda x: x.sharding, shapes)
         params = jax.jit(spec.transformer.init, out_shardings=places)(jax.random.PRNGKey(seed))
     else:
@@ -224,36 +242,12 @@ def _weights(spec: ModelSpec, mesh, seed: int) -> Params:
         below = base and weights(dataclasses.replace(within, folder=base_of(spec.folder, base)), mesh, seed)
         leaves = carried(spec.folder, "leaves")
         params = checkpoint.load_params(spec.folder, abstract(spec.transformer, mesh, inside, leaves), below)
-        _check_finite(params, spec.folder)
+        checks.check_finite(params, spec.folder)
         if inside:
             return params
     flat = flatten_dict(params, sep="/")
     del params
     return unflatten_dict({path: around(path, flat.pop(path)) for path in list(flat)}, sep="/")
-
-
-def _check_finite(params: Params, folder) -> None:
-    """Raises UserError for a checkpoint with NaN or infinity in its weights, naming the first such weight."""
-    named = {sharding.path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
-    named = {name: x for name, x in named.items() if jnp.issubdtype(x.dtype, jnp.floating)}
-    finite = jax.device_get(jax.jit(lambda leaves: {name: jnp.isfinite(x).all() for name, x in leaves.items()})(named))
-    if bad := [name for name in named if not finite[name]]:
-        raise UserError(
-            f"{folder}: {len(bad)} weights have values that are NaN or infinite, first {bad[0]}: its training diverged. Take "
-            "an earlier checkpoint, or train again with a lower learning rate."
-        )
-
-
-def _check_memory(arch: families.Architecture) -> None:
-    """Raises UserError for a fresh model whose float32 weights alone exceed the memory of all devices of this machine."""
-    device = jax.local_devices()[0]
-    room = (device.memory_stats() or {}).get("bytes_limit", 0) * jax.local_device_count()
-    room = (host.memory() if device.platform == "cpu" else room) * jax.process_count()
-    if room and (needed := 4 * arch.parameters()) > room:
-        raise UserError(
-            f"config.model: {arch.parameters():,} parameters ({hf.sizes(arch)}) take {needed / 2**30:,.0f} GiB in float32, and "
-            f"there are {room / 2**30:,.0f} GiB of memory; make it smaller."
-        )
 
 
 def _around(spec: ModelSpec, mesh, seed: int) -> Callable[[str, Any], Any]:

@@ -9,14 +9,15 @@
 
 A patch is a value, or a function (value, batch) -> value of the same shape; a value is broadcast to the site's shape, and that
 of `layers.*` begins with the axis L. A function finds its tokens by the batch: `jnp.where(batch["positions"] == 5, new, x)`
-with the axes that x has besides. A tap returns what the model goes on with, the patch included. `docs/analysis.md` has examples.
+with the axes that x has besides. A tap returns what the model goes on with, the patch included. `docs/analysis.md`
+has examples.
 
 Both work in the loop over stacked layers, under rematerialisation, with a cache, and are differentiable. Without them nothing
 is computed and nothing kept: the compiled program is the same as without this file.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -47,10 +48,10 @@ Patch = Any  # a number, an array, or a function (value, batch) -> value
 
 
 class Layer:
-    """The sites of one layer while it is computed: called with each value, it gives what the layer goes on with.
+    """The sites of one layer while it is computed: called with each value, it returns what the layer goes on with.
 
-    index: the layer's number, traced in the loop over stacked layers. `taken` has the values that are tapped, of layers that are
-    known not to be tapped none.
+    index: the layer's number, traced in the loop over stacked layers. `taken` holds the values of tapped sites; a traced index
+    may be that of a layer that is not tapped, so the caller chooses among them.
     """
 
     def __init__(self, patches: Mapping[str, list], tapped: Mapping[str, Sequence[int]], index: Any, batch: Mapping):

@@ -27,7 +27,7 @@ from jaxpost.models.attention import (
     rotate,
     written,
 )
-from jaxpost.models.einsum import project
+from jaxpost.models.einsum import project, transposed
 from jaxpost.models.families import Architecture
 from jaxpost.models.moe import MoE
 from jaxpost.models.sites import UNTOUCHED, Sites
@@ -176,6 +176,21 @@ class Transformer:
     remat: str = "none"
     kernel: str = "xla"
 
+    @property
+    def vocab(self) -> int:
+        """The size of the vocabulary."""
+        return self.arch.vocab
+
+    @property
+    def width(self) -> int:
+        """Channels of a hidden state."""
+        return self.arch.width
+
+    @property
+    def max_positions(self) -> int:
+        """The most tokens of a document."""
+        return self.arch.max_positions
+
     def init(self, key: jax.Array) -> Params:
         """Fresh float32 parameters: normal with the architecture's standard deviation, biases 0, norms that change nothing."""
         a = self.arch
@@ -258,8 +273,9 @@ class Transformer:
         return list(zip(turns, masks, strict=True)), attention
 
     def _scan(self, block, x, layers, tables: list, sites: Sites):
-        """Runs the blocks one after the other as one loop; each kind of layer has its own table. Returns the last hidden states,
-        the routers' outputs [L,...], and {site: [one for each tapped layer, ...]}.
+        """Runs the blocks one after the other as one loop; each kind of layer has its own table.
+
+        Returns the last hidden states, the routers' outputs [L,...], and {site: [one for each tapped layer, ...]}.
         """
         several = len(tables) > 1
         stacked = jax.tree.map(lambda *t: jnp.stack(t), *tables) if several else None
@@ -297,7 +313,19 @@ class Transformer:
         def empty(axes):
             return sharding.shard(jnp.zeros([sizes[letter] for letter in axes], self.dtype), axes)
 
-        return tuple({name: empty(axes) for name, axes in cache_axes().items()} for _ in range(self.arch.layers))
+        return jax.tree.map(empty, self.cache_axes())
+
+    def cache_axes(self) -> tuple:
+        """The axis letters of a cache's arrays."""
+        return tuple(cache_axes() for _ in range(self.arch.layers))
+
+    def prepared(self, params: Params) -> Params:
+        """The weights as decoding reads them: whole along fsdp, of the computation's numbers, a tree a layer."""
+        return transposed(sharding.gather(unstack(params, self.arch.layers), self.dtype))
+
+    def is_prepared(self, params: Params) -> bool:
+        """Whether the weights are a tree a layer."""
+        return isinstance(params["layers"], tuple)
 
 
 def _over_tokens(router: Any, segments: jax.Array | None) -> Any:

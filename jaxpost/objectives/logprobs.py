@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxpost import sharding
 from jaxpost.declare import Column
-from jaxpost.models.heads import logits
+from jaxpost.models.heads import logits, vocab
 from jaxpost.types import Batch, Head, Output
 
 # Logits held at a time, in elements a batch shard (16 MiB in float32), or a quarter of the head's size if that is more. Every
@@ -37,8 +37,8 @@ def over_head(fn: Callable, hidden: jax.Array, head: Head, columns: dict, mask: 
 
 def _width(batch: int, length: int, head: Head) -> int:
     """Positions of each row that go into one chunk."""
-    vocab, channels = head.weight.shape
-    positions = max(CHUNK, vocab * channels // 4) * sharding.batch_ways() // (batch * vocab)
+    size = sum(leaf.size for leaf in jax.tree.leaves(head))
+    positions = max(CHUNK, size // 4) * sharding.batch_ways() // (batch * vocab(head))
     return max(1, min(length, positions))
 
 
@@ -121,7 +121,12 @@ def _backward(fn, saved, cotangents):
     # One head gradient a batch shard, summed after the loop: summed inside it, every chunk would cost an all-reduce of [V,D].
     ways = sharding.batch_ways() if hidden.shape[0] % sharding.batch_ways() == 0 else 1
     split = lambda tree: jax.tree.map(lambda x: x.reshape(ways, x.shape[0] // ways, *x.shape[1:]), tree)  # noqa: E731
-    zeros = jax.tree.map(lambda w: sharding.shard(jnp.zeros((ways, *w.shape), jnp.float32), "BVD"), head)
+    letters = jax.tree.map(lambda w: "VD" if w.ndim == 2 else "." * w.ndim, head)
+
+    def pinned(x, axes):
+        return sharding.shard(x, f"B{axes}")
+
+    zeros = jax.tree.map(lambda w, axes: pinned(jnp.zeros((ways, *w.shape), jnp.float32), axes), head, letters)
 
     def gradient(head, h, c, g):
         return jax.vjp(lambda head, h: _apply(fn, h, head, c, constants), head, h)[1](g)
@@ -130,12 +135,12 @@ def _backward(fn, saved, cotangents):
         d_head, d_hidden = carry
         h, c, g = (split(_slice(x, i, width)) for x in inputs)
         part, d_h = jax.vmap(gradient, in_axes=(None, 0, 0, 0))(head, h, c, g)
-        d_head = jax.tree.map(lambda a, b: sharding.shard(a + b.astype(jnp.float32), "BVD"), d_head, part)
+        d_head = jax.tree.map(lambda a, b, axes: pinned(a + b.astype(jnp.float32), axes), d_head, part, letters)
         return d_head, _update(d_hidden, d_h.reshape(-1, *d_h.shape[2:]), i, width)
 
     with _counted(mask, width):
         d_head, d_hidden = jax.lax.fori_loop(0, trips, body, (zeros, jnp.zeros_like(inputs[0])))
-    d_head = jax.tree.map(lambda g, w: sharding.summed(g.astype(w.dtype), "VD"), d_head, head)
+    d_head = jax.tree.map(lambda g, w, axes: sharding.summed(g.astype(w.dtype), axes), d_head, head, letters)
     return _kept(_put_back(d_hidden, order), mask), d_head, None, None, None
 
 

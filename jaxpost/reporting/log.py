@@ -102,9 +102,9 @@ class Log:
             self.mark = None
 
     def _count(self, values: dict, seconds: float, wait: float) -> None:
-        arch = self.plan.spec.transformer.arch
+        arch = getattr(self.plan.spec.transformer, "arch", None)  # of other models the work is not known
         work = (values["num_tokens"], values.pop("num_trained"), values.pop("num_pairs"))
-        flops = model_flops(arch, *work, frozen=max(0.0, 1 - self.plan.trained / arch.parameters()))
+        flops = arch and model_flops(arch, *work, frozen=max(0.0, 1 - self.plan.trained / arch.parameters())) or 0.0
         self.since.update({"seconds": seconds, "wait": wait, "steps": 1, "tokens": work[0], "flops": flops})
 
     def _write(self, at: int, values: dict) -> None:
@@ -118,8 +118,9 @@ class Log:
             "step_time": since["seconds"] / since["steps"],
             "wait_time": since["wait"] / since["steps"],
             "tokens_per_second": since["tokens"] / since["seconds"],
-            "mfu": since["flops"] / since["seconds"] / self.peak,
         }
+        if since["flops"]:
+            values["mfu"] = since["flops"] / since["seconds"] / self.peak
         if self.writer:
             self.writer.write(self.plan.name, at, values)
         self.progress.show(at, values, self.seconds)

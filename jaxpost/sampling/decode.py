@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxpost import sharding
 from jaxpost.errors import UserError
-from jaxpost.models.transformer import Transformer
+from jaxpost.models.protocol import Sampled, check
 from jaxpost.sampling import processors
 from jaxpost.sampling.slots import Queue, begin, prefill, prepare, segment
 from jaxpost.types import Params
@@ -49,16 +49,17 @@ class Finished(NamedTuple):
     given: int = 0
 
 
-def ready(model: Transformer, params: Params, mesh) -> Params:
+def ready(model: Sampled, params: Params, mesh) -> Params:
     """What `prepare` makes of the weights, for several calls with the same ones. Idempotent."""
-    if isinstance(params["layers"], tuple):
+    check(model, "the sampler:", Sampled)
+    if model.is_prepared(params):
         return params
     with sharding.use(mesh):
         return prepare(model, params)
 
 
 def stream(
-    model: Transformer,
+    model: Sampled,
     params: Params,
     prompts: Sequence[np.ndarray],
     *,
@@ -200,14 +201,14 @@ def _cut(tokens: np.ndarray, strings: Sequence[str], tokenizer) -> int | None:
     return next(n for n in range(1, len(tokens) + 1) if has(n))
 
 
-def complete(model: Transformer, params: Params, prompts: Sequence[np.ndarray], *, new: int, **options) -> Completions:
+def complete(model: Sampled, params: Params, prompts: Sequence[np.ndarray], *, new: int, **options) -> Completions:
     """What `stream` gives, as a whole: the completions of all prompts, in their order, on every process."""
     ended = [one for some in stream(model, params, prompts, new=new, **options) for one in some]
     return together(sorted(ended, key=lambda one: one.index), new)
 
 
 def in_chunks(
-    model: Transformer,
+    model: Sampled,
     params: Params,
     prompts: Iterable[np.ndarray],
     *,

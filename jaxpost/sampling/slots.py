@@ -19,22 +19,20 @@ Slots, queue and bank are split over devices as rows are, and no device's slots 
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxpost import sharding
-from jaxpost.models.attention import cache_axes
-from jaxpost.models.einsum import transposed
 from jaxpost.models.heads import logits
-from jaxpost.models.transformer import Transformer, unstack
+from jaxpost.models.protocol import Sampled
 from jaxpost.sampling import processors
 from jaxpost.types import Params
 
 
 class Bank(NamedTuple):
-    """Prompts after prefill: {k, v} a layer (see `attention.cache_axes`), of P tokens, the logits [U,V] of the first token,
+    """Prompts after prefill: the model's cache (see `cache_axes` of it), of P tokens, the logits [U,V] of the first token,
     lengths [U].
     """
 
@@ -57,7 +55,7 @@ class Queue(NamedTuple):
 
 
 class State(NamedTuple):
-    """Decoding under way. Of the n slots: the cache {k, v} a layer, of T tokens, the last token drawn, the place of the
+    """Decoding under way. Of the n slots: the model's cache, of T tokens, the last token drawn, the place of the
     completion in its device's queue (-1 for none), how many tokens it has. [W]: how far each queue is. Of the J completions, as
     far as they are: tokens, logps [J,N], lengths [J], stopped [J], done [J].
     """
@@ -107,23 +105,23 @@ def _uniform(key: jax.Array, numbers: jax.Array, places: jax.Array) -> jax.Array
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
-def prepare(model: Transformer, params: Params) -> Params:
-    """The weights as decoding reads them: whole along fsdp, of the computation's numbers, a tree a layer."""
-    return transposed(sharding.gather(unstack(params, model.arch.layers), model.dtype))
+def prepare(model: Sampled, params: Params) -> Params:
+    """The weights as decoding reads them."""
+    return model.prepared(params)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "room"))
-def prefill(model: Transformer, params: Params, prompts: jax.Array, lengths: jax.Array, *, room: int) -> Bank:
+def prefill(model: Sampled, params: Params, prompts: jax.Array, lengths: jax.Array, *, room: int) -> Bank:
     """The bank of prompts [U,P] int32, right-padded, of true lengths [U] >= 1; room: tokens that prompt and completion take."""
     u, p = prompts.shape
     places = jnp.broadcast_to(jnp.arange(p), (u, p))
-    batch = {"tokens": prompts, "positions": places, "room": jnp.int32(room)}
+    batch = {"tokens": prompts, "positions": places, "lengths": lengths, "room": jnp.int32(room)}
     out = model.forward(params, batch, model.make_cache(u, p))
     return Bank(out.cache, logits(out.hidden[jnp.arange(u), lengths - 1], out.head), lengths)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "slots", "room", "new"))
-def begin(model: Transformer, done: jax.Array, *, slots: int, room: int, new: int) -> State:
+def begin(model: Sampled, done: jax.Array, *, slots: int, room: int, new: int) -> State:
     """Empty slots, and [J] completions of at most `new` tokens, of which those in `done` are not to be made."""
     jobs, none = done.shape[0], jnp.zeros((done.shape[0], new), jnp.float32)
     idle = jnp.zeros(slots, jnp.int32)
@@ -135,7 +133,7 @@ def begin(model: Transformer, done: jax.Array, *, slots: int, room: int, new: in
 
 @functools.partial(jax.jit, static_argnames=("model", "turns", "chain"), donate_argnames=("state",))
 def segment(
-    model: Transformer,
+    model: Sampled,
     params: Params,
     bank: Bank,
     queue: Queue,
@@ -155,7 +153,7 @@ def segment(
     """
     key = jax.random.fold_in(jax.random.PRNGKey(noise[0]), noise[1])
     record = functools.partial(_record, queue=queue, key=key, stop=stop, amounts=amounts, chain=chain)
-    refill = functools.partial(_refill, bank=bank, queue=queue, record=record)
+    refill = functools.partial(_refill, bank=bank, queue=queue, axes=model.cache_axes(), record=record)
     begins = _rows(bank.lengths, queue.prompts)  # [J]
     rotations = model.rotations(state.cache)
 
@@ -227,7 +225,7 @@ def _wanting(s: State, queue: Queue) -> jax.Array:
     return jnp.any(jnp.any(_idle(s), axis=1) & (s.taken < queue.counts))
 
 
-def _refill(s: State, bank: Bank, queue: Queue, record: Callable) -> State:
+def _refill(s: State, bank: Bank, queue: Queue, axes: Any, record: Callable) -> State:
     """Idle slots take the next of their queue: its prompt out of the bank, its first token drawn."""
     idle = _idle(s)
     turn = s.taken[:, None] + jnp.cumsum(idle, axis=1) - 1
@@ -237,13 +235,15 @@ def _refill(s: State, bank: Bank, queue: Queue, record: Callable) -> State:
     prompt = _rows(queue.prompts, job)
 
     def copied(held, banked, axes):
+        if "T" not in axes:  # a row's state, the prompt's as a whole
+            which = fresh.reshape(-1, *[1] * (held.ndim - 1))
+            return sharding.shard(jnp.where(which, _rows(banked, prompt), held), axes)
         time = axes.index("T")
         window = jax.lax.slice_in_dim(held, 0, banked.shape[time], axis=time)
         rows = jnp.where(fresh[:, None, None, None], _rows(banked, prompt), window)
         return sharding.shard(jax.lax.dynamic_update_slice_in_dim(held, rows, 0, time), axes)
 
-    layers = zip(s.cache, bank.cache, strict=True)
-    cache = tuple({n: copied(held[n], banked[n], axes) for n, axes in cache_axes().items()} for held, banked in layers)
+    cache = jax.tree.map(copied, s.cache, bank.cache, axes)
     s = s._replace(cache=cache, job=job, taken=taken, count=jnp.where(fresh, 0, s.count))
     return record(s, _rows(bank.scores, prompt), fresh)
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxpost import tokenizer
 from jaxpost.data.chat import encode_prompt, specials, stop_ids
 from jaxpost.errors import UserError
-from jaxpost.models.transformer import Transformer
+from jaxpost.models.protocol import Sampled
 from jaxpost.sampling.decode import Completions, complete
 from jaxpost.types import Params
 
@@ -24,7 +24,7 @@ _BUCKET = 32
 
 
 def completed(
-    model: Transformer,
+    model: Sampled,
     params: Params,
     text: Any,
     prompts: Sequence[str | list[dict] | np.ndarray],
@@ -46,12 +46,12 @@ def completed(
     template's. template: for `chat`, a name or Jinja; None is the tokenizer's own. The same seed, prompts and n give the same
     ids. Raises UserError for no or empty prompts, and where prompt and `new` exceed the model's positions.
     """
-    ids = [_encoded(text, p, chat, template) for p in prompts]
+    ids = [encoded(text, p, chat, template) for p in prompts]
     if not ids:
         raise UserError("nothing to complete: give at least one prompt.")
     for prompt in ids:
-        tokenizer.check_ids(prompt, model.arch.vocab, text, "a prompt")
-    longest, room = max(map(len, ids)), model.arch.max_positions
+        tokenizer.check_ids(prompt, model.vocab, text, "a prompt")
+    longest, room = max(map(len, ids)), model.max_positions
     new = min(DEFAULT_NEW, room - longest) if new is None else new
     if new < 1 or longest + new > room:
         raise UserError(
@@ -84,7 +84,8 @@ def _remedy(left: int) -> str:
     return f"set new to {left} or less." if left > 0 else "shorten the prompt."
 
 
-def _encoded(text: Any, prompt: str | list[dict] | np.ndarray, chat: bool, template: str | None) -> np.ndarray:
+def encoded(text: Any, prompt: str | list[dict] | np.ndarray, chat: bool = False, template: str | None = None) -> np.ndarray:
+    """The ids [n] of a prompt, as `completed` takes it. Raises UserError for an empty one and for one of another kind."""
     if isinstance(prompt, np.ndarray):
         if prompt.ndim != 1 or not prompt.size or not np.issubdtype(prompt.dtype, np.integer):
             raise UserError(

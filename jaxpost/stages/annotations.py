@@ -101,7 +101,7 @@ def planned(plan, mesh, weights_of: Models | None = None, pending: Mapping[str, 
     for name in dict.fromkeys(one.weights for one in chosen if one.weights not in OWN):
         spec = weights_of(name)
         loading.check(spec)
-        if (words := plan.spec.tokenizer.vocab_size) > (rows := spec.transformer.arch.vocab):
+        if (words := plan.spec.tokenizer.vocab_size) > (rows := spec.transformer.vocab):
             raise UserError(f"config.annotations: {name} has a vocabulary of {rows}, the tokenizer {words}: they are no pair.")
         used += [] if name.startswith("@") else [fingerprint.digest(spec.folder)]
     if plan.sets and used:  # a run is never continued with another model's columns of the same data

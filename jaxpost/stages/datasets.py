@@ -86,7 +86,7 @@ def read(task, spec, s, objective: Callable) -> list[Set]:
             unknown = held_out or row_type(objective).digest or not s.data
             learned = None if unknown else [*options["columns"].values(), *options["row_columns"]]
             mixture.report(what, part, encoded, len(bins(one, s)), s.window, options["longest"], learned)
-        check_ids(encoded.highest, spec.transformer.arch.vocab, spec.tokenizer, what)
+        check_ids(encoded.highest, spec.transformer.vocab, spec.tokenizer, what)
         return one
 
     return [data_set(part, False) for part in rest] + [data_set(part, True) for part in kept]
@@ -108,7 +108,7 @@ def _options(spec, s, objective: Callable, records: Sequence[Record]) -> dict:
     rows, reads = declared(objective, "rows"), declared(objective, "columns")
     options = {"window": s.window, "too_long": s.too_long, "bad_rows": s.bad_rows, "row_type": rows, "reads": reads}
     options |= {"columns": mixture.pairs(plain(s.columns), "columns"), "shared": s.shared_prefix}
-    return options | {"longest": spec.transformer.arch.max_positions, "row_columns": _row_columns(s, objective, records)}
+    return options | {"longest": spec.transformer.max_positions, "row_columns": _row_columns(s, objective, records)}
 
 
 def _row_columns(s, objective: Callable, records: Sequence[Record]) -> list[str]:

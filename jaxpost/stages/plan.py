@@ -18,7 +18,7 @@ from jaxpost.config.unread import shares
 from jaxpost.data.row_types import RowType
 from jaxpost.declare import declared
 from jaxpost.errors import UserError
-from jaxpost.models import loading
+from jaxpost.models import loading, protocol
 from jaxpost.recipe import plain
 from jaxpost.reporting.profile import SKIPPED
 from jaxpost.stages import annotations, datasets, rollouts, tasks
@@ -72,6 +72,7 @@ def plan_stage(name: str, s, mesh, trial: Sequence[dict] = ()) -> Plan:
         source = rollouts.source(name, task, rewards, spec, s, objective, mesh)
         source = _mixed(source, sets, s, objective, mesh) if sets else source
     if task is not None:
+        protocol.check(spec.transformer, "config.task: its problems are answered by sampling, and", protocol.Sampled)
         check_room(spec, s.rollouts)
     if s.profile and steps and steps < (needed := s.profile + SKIPPED):
         raise UserError(f"config.profile: tracing {s.profile} steps takes {needed}, and there are {steps}; ask for fewer.")
@@ -135,12 +136,13 @@ def learned(spec: loading.ModelSpec, s, mesh) -> tuple[loading.ModelSpec, Callab
         trainable = f"^(?!({'|'.join(others)})$)(?=.*({trainable}))"
     train, _ = optim.partition(loading.abstract(spec.transformer, mesh, spec.adapter, spec.leaves), trainable)
     _check_row_type(s, datasets.row_type(objective))
-    named, most = shares(s.source), spec.transformer.arch.max_positions
+    named, most = shares(s.source), spec.transformer.max_positions
     # Where several documents are one example, each is held to the model's positions where it is encoded.
     if "data" in named and datasets.row_type(objective).fills_window and s.window > most:
         raise UserError(f"config.window: {s.window} tokens, but the model takes {most}; give that at most.")
     longest = max(s.rollouts.prompt_window + s.rollouts.new if "rollouts" in named else 0, s.window if "data" in named else 0)
-    short = min((k.rope.original for k in spec.transformer.arch.kinds if k.rope.kind == "longrope"), default=longest)
+    kinds = getattr(getattr(spec.transformer, "arch", None), "kinds", ())
+    short = min((k.rope.original for k in kinds if k.rope.kind == "longrope"), default=longest)
     if s.shared_prefix and longest > short:
         raise UserError(
             f"config.shared_prefix: beyond {short} tokens a document's length decides how this model's tokens turn "

@@ -127,7 +127,7 @@ def stops(model, s, jinja: str) -> tuple[list[int], tuple[str, ...]]:
     """(ids, texts) that end a completion: the tokenizer's, model's and template's ids, or those that the settings give."""
     given = s.rollouts.stop
     ids = [int(x) for x in given if not isinstance(x, str)]
-    check_ids(np.array(ids, int), model.transformer.arch.vocab, model.tokenizer, "config.rollouts.stop")
+    check_ids(np.array(ids, int), model.transformer.vocab, model.tokenizer, "config.rollouts.stop")
     return ids or list(chat.stop_ids(model.tokenizer, jinja, model.ends)), tuple(x for x in given if isinstance(x, str))
 
 
@@ -143,7 +143,7 @@ def _encoded(record: Mapping, place: str, model, s, jinja: str) -> np.ndarray:
         ids = chat.encode_prompt(record["prompt"], model.tokenizer, jinja)
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
-    check_ids(ids, model.transformer.arch.vocab, model.tokenizer, place)
+    check_ids(ids, model.transformer.vocab, model.tokenizer, place)
     if not len(ids):
         raise UserError(f"{place}: its prompt has no token.")
     if len(ids) > s.rollouts.prompt_window:
