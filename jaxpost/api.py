@@ -64,8 +64,8 @@ class Model:
         """The activations at `sites`, such as "layers.3.head_out" or "layers.*.resid_post" (models/sites.py): an array for one
         name, else {name: array}.
 
-        prompts: ids [B,S] with `lengths` as in `logits`; or prompts as `complete` takes them, which `encoded` makes ids of. Past
-        a row's length activations mean nothing. patch: changes of other activations.
+        prompts: ids [B,S] with `lengths` as in `logits`; or prompts as `complete` takes them, which `encoded` turns into ids.
+        Past a row's length activations mean nothing. patch: changes of other activations.
         Raises UserError for a site that the model does not have.
         """
         if not (isinstance(prompts, np.ndarray | jax.Array) and prompts.ndim == 2):
