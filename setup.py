@@ -46,6 +46,7 @@ setup(
         "cuda": ["jax[cuda13]"],
         "fit": ["jax[tpu]"],  # the TPU compiler, libtpu, in the version that the installed jax names
         "gcs": ["gcsfs", "google-cloud-storage"],  # gs:// paths; the second is what Orbax asks for
+        "endpoint": ["openai"],  # completions of an OpenAI-compatible server, for do="generate"
         "hub": ["datasets"],  # hf:OWNER/NAME as data
         "rewards": ["math-verify", "reasoning-gym"],
         "eval": ["lm-eval"],
