@@ -2,22 +2,28 @@
 the same rows and counts.
 """
 
+import contextlib
 import itertools
 import json
+import re
+import types
 
 import numpy as np
 import pytest
 import runs
+from completion_server import serving
 from test_generate import drawn
+from test_prompts import LOOP, Reads, other
 
 import jaxpost
-from jaxpost import recipe
+from jaxpost import recipe, sharding
 from jaxpost.config.resolve import known, resolve
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.sampling import decode
 from jaxpost.stages import synthesis
+from jaxpost.stages.run import Run
 from jaxpost.storage.artefacts import Artefact
 from jaxpost.synthesis import filters, ledger, parsers, prompts
 from jaxpost.synthesis import rows as made
@@ -427,6 +433,38 @@ def test_settings_of_a_synthesis_are_refused_elsewhere(tmp_path):
             recipe.stages(recipe.make(stages=("x",), x={"do": "generate", "task": {"name": "arithmetic"}, key: value}))
         with pytest.raises(UserError, match=f"config.{key}.* is not read by source='data'"):
             recipe.stages(recipe.make(**{key: value}))
+
+
+@pytest.mark.parametrize("asked", ["the model", "an endpoint"])
+def test_every_setting_is_read_or_refused(tmp_path, stand_in, asked):
+    task = {"name": "arithmetic", "examples": 5}
+    fails = iter([True])
+
+    def pooled(record, pool=None):
+        return record["prompt"]
+
+    def failing_once(completion, record):
+        return {"text": 1 / 0 if next(fails, False) else completion}
+
+    base = {"do": "generate", "prompt": pooled, "parser": failing_once, "task": task}
+    base |= {"model": runs.MODEL, "tokenizer": "tasks.arithmetic.tokenizer"} if asked == "the model" else {}
+    seen, refused, paths = set(), set(), recipe.flat(recipe.DEFAULTS)
+    with serving(lambda body: "1") as server:
+        base |= {"endpoint": {"url": server.url, "model": "m"}} if asked == "an endpoint" else {}
+        ((name, s),) = recipe.stages(
+            recipe.make(**base, rollouts={"new": 2} | ({"prompt_window": 12} if "model" in base else {}))
+        )
+        stop = types.SimpleNamespace(asked=False, saving=lambda where: contextlib.nullcontext())
+        run = Run(tmp_path, tmp_path, sharding.make_mesh(), stop, {}, {})
+        synthesis.make(synthesis.planned(name, Reads(s, seen), run), run)
+    for path in paths.keys() - LOOP - {"source"}:
+        *around, key = path.split(".")
+        changed = {key: other(paths[path])}
+        try:
+            recipe.stages(recipe.make(**base | ({around[0]: changed} if around else changed)))
+        except UserError as error:
+            refused |= {path} if re.search(f"config.{path}: .*is not read by", str(error)) else set()
+    assert (seen & refused, paths.keys() - seen - refused - LOOP - {"source"}) == (set(), set())
 
 
 def test_a_later_stage_is_checked_by_the_parsers_example(tmp_path, stand_in):

@@ -4,6 +4,7 @@ A filter may take a second argument with a default, `pool` (pool.Pool): the rows
 a kind, not a case ("too short", not "3 words"), since rows are counted by it; the reason of False is the filter's name.
 """
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -64,8 +65,9 @@ def rouge_l(one: Sequence[str], other: Sequence[str], least: float = 0.0) -> flo
     return 2 * (len(one) - row.bit_count()) / whole
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
+@functools.lru_cache(maxsize=1 << 18)  # every row is compared with all that come after it
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"\w+", text.lower()))
 
 
 def _text(row: Mapping, field: str) -> str | None:
