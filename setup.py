@@ -48,6 +48,7 @@ setup(
         "gcs": ["gcsfs", "google-cloud-storage"],  # gs:// paths; the second is what Orbax asks for
         "endpoint": ["openai"],  # completions of an OpenAI-compatible server, for do="generate"
         "hub": ["datasets"],  # hf:OWNER/NAME as data
+        "retrieval": ["bm25s"],  # demonstrations by BM25
         "rewards": ["math-verify", "reasoning-gym"],
         "eval": ["lm-eval"],
         "test": [

@@ -18,7 +18,7 @@ from jaxpost.data.transforms import apply, coreset, decontaminate, duplicates, o
 from jaxpost.errors import UserError
 
 KEY = apply.key_of(3)
-DATA = [{"prompt": f"p{i % 4}", "hard": (7 * i) % 10, "even": i % 2 == 0, "text": "x"} for i in range(10)]
+DATA = [{"prompt": f"p{i % 4}", "hard": (7 * i) % 10, "even": i % 2 == 0, "completion": "x"} for i in range(10)]
 # Keywords that a transform needs.
 NEEDS = {
     "select.top": {"column": "hard", "keep": 0.3},
@@ -33,6 +33,9 @@ NEEDS = {
     "coreset.k_centre": {"column": "vectors", "keep": 4},
     "coreset.clusters": {"column": "vectors", "keep": 4, "clusters": 3},
     "weigh.quality": {"of": {"hard": 1.0, "surprise": -0.5}},
+    "episodes.random": {"k": 2},
+    "episodes.bm25": {"k": 2},
+    "episodes.nearest": {"k": 2, "column": "vectors"},
     "decontaminate.ngrams": {"against": str(Path(__file__).parent / "answers.jsonl"), "n": 3, "least": 2},
 }
 PLAIN = {"order.given", "duplicates.exact", "duplicates.near"}  # those that need none
