@@ -5,7 +5,10 @@ the same rows and counts.
 import contextlib
 import itertools
 import json
+import os
 import re
+import signal
+import time
 import types
 
 import numpy as np
@@ -133,7 +136,12 @@ def test_parsers_by_hand():
     assert listed == [{"instruction": "a\nb"}, {"instruction": "c"}]
     fenced = 'Sure:\n```json\n[{"a": 1}, {"a": 2}]\n```\nand\n```\n{"a": 3}\n```'
     assert parsers.json_rows(fenced, record, fields=["a"]) == [{"a": 1}, {"a": 2}, {"a": 3}]
-    for text, reason in (("{", "no JSON"), ("[1]", "JSON without objects"), ('{"b": ""}', "JSON without a field")):
+    for text, reason in (
+        ("{", "no JSON"),
+        ('{"b": NaN}', "no JSON"),
+        ("[1]", "JSON without objects"),
+        ('{"b": ""}', "JSON without a field"),
+    ):
         assert parsers.json_rows(text, record, fields=["b"]) == reason
     assert made.parsed(None, " yes ", {}, [{"role": "user", "content": "q"}]) == [
         {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "yes"}]}
@@ -141,6 +149,7 @@ def test_parsers_by_hand():
     for wrong in (None, [1], 3, ""):
         with pytest.raises(UserError, match="a parser gives rows"):
             made.parsed(lambda *_, wrong=wrong: wrong, "x", {}, [])
+    assert made.parsed(lambda *_: {"a": ("x\ud800", 1)}, "x", {}, []) == [{"a": ["x?", 1]}], "as a file gives it back"
     with pytest.raises(UserError, match="a row that JSON cannot hold"):
         made.parsed(lambda *_: {"a": {1}}, "x", {}, [])
 
@@ -274,6 +283,21 @@ def test_a_synthesis_that_is_killed_anywhere_ends_with_the_same_rows_and_counts(
             assert min(seen) == 29, "what was there is not asked again"
 
 
+@pytest.mark.parametrize("kind", ["each once", "rounds of rows"])
+def test_a_synthesis_that_is_asked_to_stop_goes_on_to_the_same_rows(tmp_path, kind):
+    prompt, changes = KINDS[kind]
+    whole = finished(tmp_path / "whole", plan(prompt, parse, **changes))
+    artefact = Artefact(tmp_path / "x", "rows", {"of": "x"})
+    for stops_after in (1, 9, 3):
+        calls = iter(range(100))
+        stopped = synthesis.produce(
+            plan(prompt, parse, **changes), artefact, scripted(), lambda calls=calls, last=stops_after: next(calls) == last - 1
+        )
+        meta = artefact.folder / "meta.json"
+        assert not meta.exists() or not json.loads(meta.read_text()).get("done")
+    assert stopped["draws"] < 40 and finished(tmp_path / "x", plan(prompt, parse, **changes)) == whole
+
+
 def test_a_budget_is_kept_to_the_row_and_the_completion(tmp_path):
     def text(completion, record):
         return {"text": completion}
@@ -340,6 +364,49 @@ def test_reasons_are_counted_apart_up_to_a_number():
 
 
 # ---- through the command, by the sampler
+
+RECIPE = """
+from jaxpost import recipe
+from jaxpost.synthesis import ledger
+
+ledger.SECONDS = 0.0  # a part for each round
+
+
+def get_config(arg=""):
+    return recipe.make(**{settings!r})
+
+
+def ask(record, pool=None):
+    return "{{}}+{{}}".format(record["n"], len(pool.rows) % 10)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_while_it_samples_goes_on_to_the_same_rows(tmp_path):
+    chosen = settings(
+        tmp_path, prompt=f"{tmp_path}/recipe.py:ask", round=4, rollouts={"group": 4, "prompt_window": 12, "new": 4}
+    )
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"n": i % 10}) + "\n" for i in range(120)))
+    (tmp_path / "recipe.py").write_text(RECIPE.format(settings=chosen))
+
+    def run(workdir, kill_at=None):
+        child = runs.start(runs.command(tmp_path / "recipe.py", workdir))
+        while kill_at and len(list(workdir.glob("rows/*/part-*"))) < kill_at and child.poll() is None:
+            time.sleep(0.005)
+        if kill_at:
+            assert child.poll() is None, child.stderr.read()
+            os.kill(child.pid, signal.SIGKILL)
+        _, told = child.communicate(timeout=200)
+        assert child.returncode == (-signal.SIGKILL if kill_at else 0), told
+        return told
+
+    told = run(tmp_path / "whole")
+    for kill_at in (3, 11, None):
+        again = run(tmp_path / "w", kill_at)
+    assert read(tmp_path / "w") == read(tmp_path / "whole") and len(read(tmp_path / "w")) > 50
+    assert told.split("rows/")[0].count("dropped") == again.split("rows/")[0].count("dropped") and "cut off" in again
+    metas = [json.loads(path.read_text())["facts"] for path in tmp_path.glob("*/rows/*/meta.json")]
+    assert metas[0] == metas[1] and len({row["prompt"][0]["content"] for row in read(tmp_path / "w")}) > 30
 
 
 def settings(folder, **changes) -> dict:

@@ -63,7 +63,7 @@ def numbered(completion: str, record: Mapping, *, field: str = "instruction", ke
     """A row of each item of a numbered list ("1. ...", "2) ..."), whose lines follow until the next number; what stands before
     the first number is left out.
     """
-    items = re.split(r"^\s*\d+\s*[.):]\s*", completion, flags=re.MULTILINE)[1:]
+    items = re.split(r"^[^\S\n]*\d+[^\S\n]*[.):]\s*", completion, flags=re.MULTILINE)[1:]
     rows = [{field: item.strip(), **_kept(record, keep)} for item in items if item.strip()]
     return rows or "no numbered item"
 
@@ -84,9 +84,13 @@ def json_rows(completion: str, record: Mapping, *, fields: Sequence[str] = (), k
 
 def _json(block: str) -> Any:
     try:
-        return json.loads(block)
+        return json.loads(block, parse_constant=_refused)  # NaN and Infinity are no JSON
     except (ValueError, RecursionError):
         return None
+
+
+def _refused(name: str) -> None:
+    raise ValueError(name)
 
 
 def _kept(record: Mapping, keep: Sequence[str]) -> dict:

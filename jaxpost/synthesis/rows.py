@@ -36,6 +36,7 @@ class Tally:
 
     def add(self, reason: str, place: str, what: Any) -> None:
         """Counts something that was dropped: a completion's text, a row, or a record."""
+        reason = reason[:_SHOWN]
         reason = reason if reason in self.dropped or len(self.dropped) < REASONS else OTHERS
         shown = what if isinstance(what, str) else json.dumps(what, ensure_ascii=False, default=str)
         entry = self.dropped.setdefault(reason, [0, place, shown[:_SHOWN]])
@@ -90,10 +91,14 @@ def parsed(parser: Callable | None, completion: str, record: Mapping, asked: lis
             f"config.parser: it gave {str(made)[:80]!r}; a parser gives rows (dicts), or a text: why there are none."
         )
     try:
-        # What a later run would read from the file: tuples are lists.
-        return [json.loads(json.dumps(row)) for row in made] or "no rows"
-    except (TypeError, ValueError) as error:
+        return [_stored(row) for row in made] or "no rows"
+    except TypeError as error:
         raise UserError(f"config.parser: it gave a row that JSON cannot hold ({error}).") from error
+
+
+def _stored(row: dict) -> dict:
+    """A row as a later run would read it from the file: tuples are lists, and half a surrogate pair is no letter."""
+    return json.loads(json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace"))
 
 
 def refused(filters: Mapping[str, Callable], row: dict, pool: Pool) -> str:

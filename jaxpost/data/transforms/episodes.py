@@ -111,7 +111,7 @@ def _best(scores: np.ndarray) -> np.ndarray:
 def _episodes(
     own: Sequence[_Example], others: Sequence[_Example], rank: Callable, k: int, same: str, learn: bool, between: str
 ) -> list[dict]:
-    """Each row with the first k others that may stand before it. rank: (row's place, candidates' places) -> these, best first."""
+    """Each row with the first k others that may stand before it. rank: (row's place, candidates' places) -> these in order."""
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise UserError(f"episodes: k={k!r}; give how many demonstrations a row gets.")
     groups: dict[str, list[int]] = {}
