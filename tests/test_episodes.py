@@ -24,24 +24,24 @@ def parts(row) -> list[str]:
 
 
 def test_demonstrations_are_drawn_from_other_rows():
-    made = episodes.random(ROWS, {}, KEY, k=3)
+    shown_rows = episodes.random(ROWS, {}, KEY, k=3)
     answers = {f"{row['prompt']}{row['completion']}": row for row in ROWS}
     counts = dict.fromkeys(answers, 0)
-    for row, own in zip(made, ROWS, strict=True):
+    for row, own in zip(shown_rows, ROWS, strict=True):
         *shown, last = parts(row)
         assert (last, row["completion"], row["n"]) == (own["prompt"], own["completion"], own["n"]) and len(set(shown)) == 3
         for text in shown:
             assert answers[text]["prompt"] != own["prompt"], "never the row itself, nor its prompt"
             counts[text] += 1
     assert sum(counts.values()) == 42 and max(counts.values()) < 14
-    assert made == episodes.random(ROWS, {}, KEY, k=3) != episodes.random(ROWS, {}, apply.key_of(4), k=3)
+    assert shown_rows == episodes.random(ROWS, {}, KEY, k=3) != episodes.random(ROWS, {}, apply.key_of(4), k=3)
     for row, own in zip(episodes.random(ROWS, {}, KEY, k=3, same="task"), ROWS, strict=True):
         assert all(answers[text]["task"] == own["task"] for text in parts(row)[:-1])
 
 
 def test_fewer_others_give_fewer_demonstrations_and_are_counted(capsys):
-    made = episodes.random(ROWS[:2], {}, KEY, k=3)
-    assert [parts(row) for row in made] == [["q1a1", "q0"], ["q0a0", "q1"]]
+    shown_rows = episodes.random(ROWS[:2], {}, KEY, k=3)
+    assert [parts(row) for row in shown_rows] == [["q1a1", "q0"], ["q0a0", "q1"]]
     assert "2 of 2 rows have fewer than 3 demonstrations" in capsys.readouterr().err
     assert episodes.random(ROWS[:1], {}, KEY, k=1)[0]["prompt"] == "q0"
 
@@ -49,9 +49,11 @@ def test_fewer_others_give_fewer_demonstrations_and_are_counted(capsys):
 def test_the_nearest_by_vectors_stand_last():
     vectors = np.array([[1.0, 0], [2, 0.2], [1, 1], [0, 1], [-1, 0]])
     rows = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(5)]
-    made = episodes.nearest(rows, {"v": vectors}, KEY, k=2, column="v", between="|")
+    shown_rows = episodes.nearest(rows, {"v": vectors}, KEY, k=2, column="v", between="|")
     assert (
-        made[0]["prompt"] == "q2a2|q1a1|q0" and made[3]["prompt"] in ("q1a1|q2a2|q3",) and made[4]["prompt"] == "q2a2|q3a3|q4"
+        shown_rows[0]["prompt"] == "q2a2|q1a1|q0"
+        and shown_rows[3]["prompt"] in ("q1a1|q2a2|q3",)
+        and shown_rows[4]["prompt"] == "q2a2|q3a3|q4"
     )
     with pytest.raises(UserError, match=r"v is \[5\]; it takes vectors"):
         episodes.nearest(rows, {"v": np.ones(5)}, KEY, k=2, column="v")
@@ -77,15 +79,15 @@ def test_the_most_similar_by_words_are_those_of_bm25():
     vocabulary = [f"w{i}" for i in range(30)]
     prompts = [" ".join(rng.choice(vocabulary, rng.integers(3, 12))) for _ in range(40)] + ["zz yy", "..."]
     rows = [{"prompt": prompt, "completion": f"#{i}"} for i, prompt in enumerate(prompts)]
-    made = episodes.bm25(rows, {}, KEY, k=4)
+    shown_rows = episodes.bm25(rows, {}, KEY, k=4)
     corpus = [[word for word in prompt.split() if word != "..."] for prompt in prompts]
-    for i, row in enumerate(made[:40]):
+    for i, row in enumerate(shown_rows[:40]):
         scores = np.array(bm25(corpus, corpus[i]))
         shown = [int(text.rpartition("#")[2]) for text in parts(row)[:-1]]
         others = np.delete(scores, i)
         np.testing.assert_allclose(scores[shown[::-1]], np.sort(others)[::-1][:4], rtol=1e-5)
         assert i not in shown
-    assert len(parts(made[40])) == len(parts(made[41])) == 5, "a row without known words gets the first others"
+    assert len(parts(shown_rows[40])) == len(parts(shown_rows[41])) == 5, "a row without known words gets the first others"
     assert (
         episodes.bm25([{"prompt": "?", "completion": "a"}, {"prompt": "!", "completion": "b"}], {}, KEY, k=1)[0]["prompt"]
         == "!b\n\n?"
@@ -131,7 +133,7 @@ def test_what_is_no_episode_is_refused():
     for rows, options, message in (
         (ROWS, {"k": 0}, "episodes: k=0"),
         (ROWS, {"k": 1, "same": "topic"}, "a row has nothing under 'topic'"),
-        ([{"text": "a"}], {"k": 1}, "row 1: an episode is made of prompts with answers"),
+        ([{"text": "a"}], {"k": 1}, "row 1: an episode is shown_rows of prompts with answers"),
         ([{"prompt": "a", "chosen": "b", "rejected": "c"}], {"k": 1}, "row 1: a pair of answers"),
     ):
         with pytest.raises(UserError, match=message):

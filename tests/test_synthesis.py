@@ -28,8 +28,7 @@ from jaxpost.sampling import decode
 from jaxpost.stages import synthesis
 from jaxpost.stages.run import Run
 from jaxpost.storage.artefacts import Artefact
-from jaxpost.synthesis import filters, ledger, parsers, prompts
-from jaxpost.synthesis import rows as made
+from jaxpost.synthesis import calls, filters, ledger, parsers, prompts
 from jaxpost.synthesis.endpoint import Answer
 from jaxpost.synthesis.pool import Pool
 
@@ -59,17 +58,17 @@ def test_discovery_finds_the_functions():
 def test_a_prompt_makes_messages_and_the_same_for_the_same_key(name):
     function = resolve({"name": name, **NEEDS.get(name, {})}, "prompts")
     pool = Pool(RECORDS, [{"instruction": "kept one"}, {"instruction": "kept two"}])
-    once, again = (made.messages(function, RECORDS[0], pool, "row 1") for _ in range(2))
+    once, again = (calls.messages(function, RECORDS[0], pool, "row 1") for _ in range(2))
     assert once == again and all(set(turn) == {"role", "content"} for turn in once)
 
 
 @pytest.mark.parametrize("name", known("parsers"))
 def test_a_parser_is_total_and_reads_its_example(name):
     function = resolve({"name": name, "keep": ["id"], **NEEDS.get(name, {})}, "parsers")
-    rows = made.parsed(function, function.func.example, RECORDS[3], [])
+    rows = calls.parsed(function, function.func.example, RECORDS[3], [])
     assert isinstance(rows, list) and rows and all(row["id"] == 3 for row in rows)
     for text in TEXTS:
-        rows = made.parsed(function, text, RECORDS[0], [])
+        rows = calls.parsed(function, text, RECORDS[0], [])
         assert (isinstance(rows, str) and rows) or all(isinstance(row, dict) for row in rows)
 
 
@@ -78,10 +77,10 @@ def test_a_filter_is_deterministic_and_says_why(name):
     function = resolve({"name": name, **NEEDS[name]}, "filters")
     pool = Pool(RECORDS, [{"text": "an image of a b"}])
     for row in ({"text": "a b"}, {"text": "an image of a b"}, {"text": "a"}, {"other": 1}, {"text": None}):
-        once, again = (made.refused({name: function}, row, pool) for _ in range(2))
+        once, again = (calls.refused({name: function}, row, pool) for _ in range(2))
         assert once == again and isinstance(once, str)
-    assert made.refused({name: function}, {"text": "quite new"}, pool) == ""
-    assert made.refused({name: function}, {"other": 1}, pool) == "nothing under text"
+    assert calls.refused({name: function}, {"text": "quite new"}, pool) == ""
+    assert calls.refused({name: function}, {"other": 1}, pool) == "nothing under text"
 
 
 # ---- values by hand
@@ -100,10 +99,10 @@ def test_prompts_by_hand():
     with pytest.raises(UserError, match="there is no prompt and there are no messages; the record has x"):
         prompts.own({"x": 1})
     with pytest.raises(UserError, match="row 3: the prompt failed with KeyError: 'y'"):
-        made.messages(lambda record: record["y"], {}, Pool([]), "row 3")
+        calls.messages(lambda record: record["y"], {}, Pool([]), "row 3")
     for wrong in (None, [], "", [{"role": "user"}], turns, [{"role": "user", "content": " "}]):
-        with pytest.raises(UserError, match="row 3: the prompt made"):
-            made.messages(lambda record, wrong=wrong: wrong, {}, Pool([]), "row 3")
+        with pytest.raises(UserError, match="row 3: the prompt gave"):
+            calls.messages(lambda record, wrong=wrong: wrong, {}, Pool([]), "row 3")
 
 
 def test_examples_are_of_other_records_and_of_kept_rows():
@@ -143,15 +142,15 @@ def test_parsers_by_hand():
         ('{"b": ""}', "JSON without a field"),
     ):
         assert parsers.json_rows(text, record, fields=["b"]) == reason
-    assert made.parsed(None, " yes ", {}, [{"role": "user", "content": "q"}]) == [
+    assert calls.parsed(None, " yes ", {}, [{"role": "user", "content": "q"}]) == [
         {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "yes"}]}
     ]
     for wrong in (None, [1], 3, ""):
-        with pytest.raises(UserError, match="a parser gives rows"):
-            made.parsed(lambda *_, wrong=wrong: wrong, "x", {}, [])
-    assert made.parsed(lambda *_: {"a": ("x\ud800", 1)}, "x", {}, []) == [{"a": ["x?", 1]}], "as a file gives it back"
+        with pytest.raises(UserError, match="config.parser: it gave .*; it gives rows"):
+            calls.parsed(lambda *_, wrong=wrong: wrong, "x", {}, [])
+    assert calls.parsed(lambda *_: {"a": ("x\ud800", 1)}, "x", {}, []) == [{"a": ["x?", 1]}], "as a file gives it back"
     with pytest.raises(UserError, match="a row that JSON cannot hold"):
-        made.parsed(lambda *_: {"a": {1}}, "x", {}, [])
+        calls.parsed(lambda *_: {"a": {1}}, "x", {}, [])
 
 
 def _rouge_l(one: list, other: list) -> float:
@@ -181,10 +180,10 @@ def test_filters_by_hand():
     assert filters.length({"t": "a"}, field="t", least=2) == "too short"
     assert filters.length({"t": [{"content": "a b c d"}]}, field="t", most=3) == "too long"
     assert filters.without({"t": "An Image."}, field="t", words=["image"]) == "an unwanted word"
-    assert made.refused({"odd": lambda row: False}, {}, pool) == "odd"
-    assert made.refused({"odd": lambda row: np.bool_(True), "why": lambda row, pool: "since"}, {}, pool) == "since"
+    assert calls.refused({"odd": lambda row: False}, {}, pool) == "odd"
+    assert calls.refused({"odd": lambda row: np.bool_(True), "why": lambda row, pool: "since"}, {}, pool) == "since"
     with pytest.raises(UserError, match="config.filters: odd gave None"):
-        made.refused({"odd": lambda row: None}, {}, pool)
+        calls.refused({"odd": lambda row: None}, {}, pool)
 
 
 # ---- a stage that is killed
@@ -198,14 +197,14 @@ def plan(prompt, parser=None, kept=None, count=40, **changes) -> synthesis.Synth
     chosen = {"group": 2, **changes.pop("rollouts", {})}
     s = recipe.make(do="generate", prompt="own", rollouts=chosen, **changes)
     records = [Record({"n": i}, f"line {i + 1}") for i in range(count)]
-    functions = made.Functions(prompt, parser, kept or {})
+    functions = calls.Functions(prompt, parser, kept or {})
     return synthesis.Synthesis("x", s, None, None, functions, records, ())
 
 
 def scripted(kill_at=None, ahead=7, seen=None):
     """Answers to draws, several ahead: what was asked, the draw's number and that of the completion; every ninth is cut off."""
 
-    def answered(draws, asked):
+    def complete(draws, before):
         draws, group = iter(draws), 2
         while part := list(itertools.islice(draws, ahead)):
             for draw in part:
@@ -213,13 +212,13 @@ def scripted(kill_at=None, ahead=7, seen=None):
                     seen.append(draw.number)
                 if draw.number == kill_at:
                     raise Killed
-                text = draw.asked[-1]["content"]
+                text = draw.messages[-1]["content"]
                 yield [
                     Answer(f"{text}: {7 * draw.number % 23} {j}", 3, "cut off" if draw.number % 9 == 8 else "")
                     for j in range(group)
                 ]
 
-    return answered
+    return complete
 
 
 def parse(completion, record):
@@ -342,7 +341,7 @@ def test_records_that_cannot_be_asked_are_left_out_and_counted(tmp_path):
     def some(record):
         return f"about {record['n']}" if record["n"] % 3 else ""
 
-    with pytest.raises(UserError, match="line 1: the prompt made ''"):
+    with pytest.raises(UserError, match="line 1: the prompt gave ''"):
         finished(tmp_path / "a", plan(some))
     for budget in ({}, {"rows": 60}):
         one, seen = tmp_path / str(len(budget)), []
@@ -356,10 +355,10 @@ def test_records_that_cannot_be_asked_are_left_out_and_counted(tmp_path):
 
 
 def test_reasons_are_counted_apart_up_to_a_number():
-    tally = made.Tally()
+    tally = ledger.Tally()
     for i in range(100):
         tally.add(f"reason {i}", f"line {i}", {"a": i})
-    assert len(tally.dropped) == made.REASONS + 1 and tally.dropped[made.OTHERS] == [60, "line 40", '{"a": 40}']
+    assert len(tally.dropped) == ledger.REASONS + 1 and tally.dropped[ledger.OTHERS] == [60, "line 40", '{"a": 40}']
     assert tally.lines()[0].startswith("60 dropped: other reasons (first line 40: ")
 
 
@@ -396,15 +395,15 @@ def test_a_process_that_is_killed_while_it_samples_goes_on_to_the_same_rows(tmp_
         if kill_at:
             assert child.poll() is None, child.stderr.read()
             os.kill(child.pid, signal.SIGKILL)
-        _, told = child.communicate(timeout=200)
-        assert child.returncode == (-signal.SIGKILL if kill_at else 0), told
-        return told
+        _, printed = child.communicate(timeout=200)
+        assert child.returncode == (-signal.SIGKILL if kill_at else 0), printed
+        return printed
 
-    told = run(tmp_path / "whole")
+    printed = run(tmp_path / "whole")
     for kill_at in (3, 11, None):
         again = run(tmp_path / "w", kill_at)
     assert read(tmp_path / "w") == read(tmp_path / "whole") and len(read(tmp_path / "w")) > 50
-    assert told.split("rows/")[0].count("dropped") == again.split("rows/")[0].count("dropped") and "cut off" in again
+    assert printed.split("rows/")[0].count("dropped") == again.split("rows/")[0].count("dropped") and "cut off" in again
     metas = [json.loads(path.read_text())["facts"] for path in tmp_path.glob("*/rows/*/meta.json")]
     assert metas[0] == metas[1] and len({row["prompt"][0]["content"] for row in read(tmp_path / "w")}) > 30
 
@@ -413,7 +412,7 @@ def settings(folder, **changes) -> dict:
     (folder / "d.jsonl").write_text("".join(json.dumps({"n": i}) + "\n" for i in range(20)))
     stage = {"do": "generate", "prompt": {"name": "fill", "template": "{{ n }}+{{ n }}"}, "data": str(folder / "d.jsonl")}
     stage |= {"rollouts": {"group": 2, "prompt_window": 12, "new": 2}, "eval_rows": 8, **changes}
-    return {"stages": ("made",), "model": runs.MODEL, "tokenizer": "tasks.arithmetic.tokenizer", "made": stage}
+    return {"stages": ("drawn",), "model": runs.MODEL, "tokenizer": "tasks.arithmetic.tokenizer", "drawn": stage}
 
 
 @pytest.fixture
@@ -445,8 +444,8 @@ def test_records_of_a_task_and_of_an_earlier_stage(tmp_path, stand_in):
     task = {"name": "arithmetic", "examples": 6}
     chosen = settings(tmp_path, data="", task=task, prompt=f"{tmp_path}/mine.py:ask")
     chosen["stages"] += ("kept", "again")
-    chosen["kept"] = {"do": "select", "data": "@made", "with": {"name": "select.random", "keep": 4}}
-    ask = {"do": "generate", "data": "@kept", "prompt": "own", "parser": "text", "rollouts": {**chosen["made"]["rollouts"]}}
+    chosen["kept"] = {"do": "select", "data": "@drawn", "with": {"name": "select.random", "keep": 4}}
+    ask = {"do": "generate", "data": "@kept", "prompt": "own", "parser": "text", "rollouts": {**chosen["drawn"]["rollouts"]}}
     jaxpost.train(recipe.make(**chosen, again={**ask, "eval_rows": 8}), tmp_path / "w")
     parts = [part.read_text().splitlines() for part in (tmp_path / "w" / "rows").glob("*/part-*.jsonl")]
     counts = sorted(len(part) for part in parts)
@@ -477,9 +476,9 @@ def test_records_of_a_task_and_of_an_earlier_stage(tmp_path, stand_in):
         ({"budget": {"words": 1}}, "unknown key 'words'"),
         (
             {"reward": "text.x"},
-            "config.made.reward: .* is not read by do='generate', whose rows its prompt, parser and filters make",
+            "config.drawn.reward: .* is not read by do='generate', whose rows its prompt, parser and filters make",
         ),
-        ({"rows": "pairs"}, "config.made.rows: .* is not read"),
+        ({"rows": "pairs"}, "config.drawn.rows: .* is not read"),
         ({"prompt": ""}, "prompts of do='generate'|file of prompts has no reward"),
         ({"endpoint": {"url": "http://x", "modl": "m"}}, "which config.endpoint gives|whose completions config.endpoint gives"),
         (
@@ -538,7 +537,7 @@ def test_a_later_stage_is_checked_by_the_parsers_example(tmp_path, stand_in):
     chosen = settings(tmp_path, parser={"name": "numbered", "field": "odd"})
     chosen["stages"] += ("sft",)
     with pytest.raises(UserError, match="a row of an earlier stage, 0: columns not recognised: odd"):
-        jaxpost.train(recipe.make(**chosen, sft={"data": "@made", "window": 32}), tmp_path / "w")
+        jaxpost.train(recipe.make(**chosen, sft={"data": "@drawn", "window": 32}), tmp_path / "w")
 
 
 def test_a_function_of_a_notebook_is_named_in_the_record(tmp_path, stand_in):
@@ -546,6 +545,6 @@ def test_a_function_of_a_notebook_is_named_in_the_record(tmp_path, stand_in):
         return str(record["n"])
 
     config = recipe.make(**settings(tmp_path, prompt=ask, filters=[lambda row: row["completion"][0]["content"] != "3"]))
-    assert config.made.prompt["name"].startswith("ask#")
+    assert config.drawn.prompt["name"].startswith("ask#")
     jaxpost.train(config, tmp_path / "w")
     assert "3" not in {row["completion"][0]["content"] for row in read(tmp_path / "w")}

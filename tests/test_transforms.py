@@ -183,10 +183,10 @@ def test_what_is_tested_is_taken_out_and_named(tmp_path, capsys):
     ]
     options = {"against": str(tmp_path / "test.jsonl"), "of": ["question"]}
     assert decontaminate.ngrams(rows, {}, KEY, **options).tolist() == [1, 3, 4]
-    told = capsys.readouterr().err
-    assert f"2 of 5 rows hold what {options['against']} has" in told
-    assert "row 1: 81% of its words, as 'w3 w4 w5 w6 w7 w8 w9 w10 w11 w12 w13 w14 w15' of test.jsonl, line 1" in told
-    assert "row 3: 80% of its words, as 'a b c d e f g h' of test.jsonl, line 2" in told
+    printed = capsys.readouterr().err
+    assert f"2 of 5 rows hold what {options['against']} has" in printed
+    assert "row 1: 81% of its words, as 'w3 w4 w5 w6 w7 w8 w9 w10 w11 w12 w13 w14 w15' of test.jsonl, line 1" in printed
+    assert "row 3: 80% of its words, as 'a b c d e f g h' of test.jsonl, line 2" in printed
     assert decontaminate.ngrams(rows, {}, KEY, **options, share=0.805).tolist() == [1, 2, 3, 4]
     assert decontaminate.ngrams(rows, {}, KEY, **options, n=12).tolist() == [3, 4]
     marked = decontaminate.ngrams(rows, {}, KEY, **options, mark=True)
@@ -306,12 +306,12 @@ def test_batches_come_in_the_order_of_a_column_and_epochs_repeat_it(tmp_path, pa
 @pytest.mark.parametrize("packing", [True, False])
 def test_rows_are_learned_in_the_order_of_the_file_wherever_a_run_goes_on(tmp_path, packing):
     options = {"window": 16, "row_columns": "hard", "epochs": 2, "batch_size": 8, "packing": packing, "order": "given"}
-    made, _ = plan(tmp_path, HARD, "sft.nll", **options)
-    each = [difficulties(made.source, 1) for _ in range(len(made.source))]
+    planned, _ = plan(tmp_path, HARD, "sft.nll", **options)
+    each = [difficulties(planned.source, 1) for _ in range(len(planned.source))]
     assert sum(each, []) == [row["hard"] for row in HARD] * 2
     for start in range(len(each)):
-        made.source.position = start
-        assert [difficulties(made.source, 1) for _ in each[start:]] == each[start:]
+        planned.source.position = start
+        assert [difficulties(planned.source, 1) for _ in each[start:]] == each[start:]
 
 
 def test_an_order_is_named_by_a_function_a_file_or_json(tmp_path):

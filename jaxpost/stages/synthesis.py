@@ -38,14 +38,14 @@ from jaxpost.sampling import decode
 from jaxpost.stages import columns, datasets, tasks
 from jaxpost.stages.rollouts import sampling
 from jaxpost.stages.run import Output, Run, check_room
-from jaxpost.storage.artefacts import Artefact
+from jaxpost.storage.artefacts import Artefact, key
+from jaxpost.synthesis import calls
 from jaxpost.synthesis import endpoint as servers
-from jaxpost.synthesis import rows as synthesis
 from jaxpost.synthesis.endpoint import Answer, Request
 from jaxpost.synthesis.ledger import START, Draw, Ledger
 from jaxpost.synthesis.pool import Pool
 
-LOOK = 256  # records whose prompts are made before anything is asked
+LOOK = 256  # records whose prompts are tried before anything is asked
 _SAMPLED = ("group", "new", "temperature", "top_p", "stop")
 _DRAWN = (*_SAMPLED, "prompt_window", "top_k", "min_p", "processors")
 
@@ -59,7 +59,7 @@ class Synthesis(NamedTuple):
     settings: Any
     spec: loading.ModelSpec | None
     endpoint: servers.Endpoint | None
-    functions: synthesis.Functions
+    functions: calls.Functions
     records: list[Record] | None
     trial: tuple[dict, ...]
 
@@ -82,10 +82,11 @@ def planned(name: str, s, run: Run) -> Synthesis:
         raise UserError(f"config.budget.completions: {s.budget.completions} is less than one prompt's rollouts.group.")
     pending = run.pending(s.data)
     records = None if pending else _records(s, run)
-    looked = [Record(row, f"a row of an earlier stage, {i}") for i, row in enumerate(r for o in pending for r in o.trial)]
     plan = Synthesis(name, s, spec, endpoint, functions, records, ())
-    asked = _tried(plan, looked if pending else records)
-    return plan._replace(trial=_trial(functions.parser, looked if pending else records, asked))
+    rows = [row for earlier in pending for row in earlier.trial]
+    first = [Record(row, f"a row of an earlier stage, {i}") for i, row in enumerate(rows)] if pending else records[:LOOK]
+    _check_prompts(plan, first)
+    return plan._replace(trial=_trial(functions.parser, first))
 
 
 def output(plan: Synthesis) -> Output:
@@ -98,16 +99,17 @@ def make(plan: Synthesis, run: Run) -> Output:
     s = plan.settings
     if plan.records is None:
         plan = plan._replace(records=_records(s, run))
-        _tried(plan, plan.records)
-    artefact = Artefact(run.root, "rows", _about(plan, run))
-    # Weights are read only if something is left to do.
-    answered = functools.partial(_asked_server, plan, run.root / "answers") if plan.endpoint else _Sampler(plan, run)
+        _check_prompts(plan, plan.records[:LOOK])
+    artefact = Artefact(run.root, "rows", about := _about(plan, run))
+    if len(set(sharding.each_text(key(about)))) > 1:
+        raise UserError(f"{plan.name}: the processes have other records, functions or weights; give every host the same.")
+    complete = functools.partial(_by_endpoint, plan, run.root / "answers") if plan.endpoint else _Sampler(plan, run)
     with run.stop.saving(f"{plan.name}, while it generated"):
-        progress = produce(plan, artefact, answered, lambda: run.stop.asked)
+        progress = produce(plan, artefact, complete, lambda: run.stop.asked)
     return Output(rows=str(artefact.folder / "part-*.jsonl"), seconds=progress["seconds"])
 
 
-def _functions(name: str, s) -> synthesis.Functions:
+def _functions(name: str, s) -> calls.Functions:
     if not s.prompt:
         raise UserError(f"config.{name}.prompt: say how a record becomes messages, as 'own' or {{'name': 'fill', ...}}.")
     prompt = resolve(plain(entry_of(s.prompt, "config.prompt")), "prompts")
@@ -118,7 +120,7 @@ def _functions(name: str, s) -> synthesis.Functions:
         while called in filters:
             called += "'"
         filters[called] = resolve(entry, "filters")
-    return synthesis.Functions(prompt, parser, filters)
+    return calls.Functions(prompt, parser, filters)
 
 
 def _records(s, run: Run) -> list[Record]:
@@ -138,28 +140,26 @@ def _records(s, run: Run) -> list[Record]:
     return [Record(task.record(i, seed=s.seed), f"task {s.task['name']}, problem {i}") for i in range(count)]
 
 
-def _tried(plan: Synthesis, records: Sequence[Record]) -> list[list[dict]]:
-    """The messages of the first records: what is wrong with the prompt is said before anything is asked."""
+def _check_prompts(plan: Synthesis, records: Sequence[Record]) -> None:
+    """Makes the messages of some records. Raises UserError where a prompt fails, or leaves out all."""
     pool = Pool([record.row for record in records])
-    draws = [_drawn(plan, pool, record, i, (0, 0)) for i, record in enumerate(records[:LOOK])]
-    asked = [draw.asked for draw in draws if draw.asked is not None]
-    if draws and not asked:
+    draws = [_drawn(plan, pool, record, number, (0, 0)) for number, record in enumerate(records)]
+    if draws and all(draw.messages is None for draw in draws):
         raise UserError(f"config.{plan.name}.prompt: none of the first {len(draws)} records can be asked.")
-    return asked
 
 
-def _trial(parser: Callable | None, records: Sequence[Record], asked: Sequence[list[dict]]) -> tuple[dict, ...]:
-    """Rows such as the parser gives, of its example; none where it has none."""
+def _trial(parser: Callable | None, records: Sequence[Record]) -> tuple[dict, ...]:
+    """Rows such as the parser gives, of its example and the first record; none where it has none."""
     example = "a" if parser is None else getattr(getattr(parser, "func", parser), "example", None)
-    if example is None or not asked:
+    if example is None or not records:
         return ()
     try:
-        made = synthesis.parsed(parser, example, records[0].row, asked[0])
+        rows = calls.parsed(parser, example, records[0].row, [{"role": "user", "content": "a"}])
     except UserError:
         raise
     except Exception as error:  # of somebody's function
         raise UserError(f"config.parser: it fails on its example with {type(error).__name__}: {first_line(error)}") from error
-    return () if isinstance(made, str) else tuple(made)
+    return () if isinstance(rows, str) else tuple(rows)
 
 
 def _about(plan: Synthesis, run: Run) -> dict:
@@ -171,11 +171,11 @@ def _about(plan: Synthesis, run: Run) -> dict:
         "budget": plain(s.budget),
         "seed": s.seed,
         "skip": s.bad_rows == "skip",
-        "round": s.round if synthesis.reads_pool(f.prompt) else 0,
+        "round": s.round if calls.reads_pool(f.prompt) else 0,
     }
     if plan.endpoint:
-        asked = {"model": plan.endpoint.model, "options": plan.endpoint.options}
-        return about | asked | {"rollouts": {name: plain(s.rollouts[name]) for name in _SAMPLED}}
+        server = {"model": plan.endpoint.model, "options": plan.endpoint.options}
+        return about | server | {"rollouts": {name: plain(s.rollouts[name]) for name in _SAMPLED}}
     origin = run.starting(plan.spec, s)
     about |= {"weights": columns.identity(origin, s.seed), "template": datasets.template(origin, s), "dtype": s.dtype}
     about |= {"tokenizer": digest_of(plan.spec.tokenizer.backend_tokenizer.to_str()), "step": _step(plan.name)}
@@ -194,21 +194,21 @@ def _drawn(plan: Synthesis, pool: Pool, record: Record, number: int, repeat: tup
     s = plan.settings
     pool.key = np.random.SeedSequence([s.seed, number]).generate_state(2)
     try:
-        asked = synthesis.messages(plan.functions.prompt, record.row, pool, record.place)
+        messages = calls.messages(plan.functions.prompt, record.row, pool, record.place)
         if plan.spec is not None:
-            _ids(plan, asked, record.place)
+            _ids(plan, messages, record.place)
     except UserError:
         if s.bad_rows != "skip":
             raise
-        asked = None
-    return Draw(number, record, asked, repeat, pool.key)
+        messages = None
+    return Draw(number, record, messages, repeat, pool.key)
 
 
-def _ids(plan: Synthesis, asked: list[dict], place: str) -> np.ndarray:
+def _ids(plan: Synthesis, messages: list[dict], place: str) -> np.ndarray:
     """The token ids of messages. Raises UserError for those that are longer than the prompt's window."""
     s = plan.settings
     try:
-        ids = chat.encode_prompt(asked, plan.spec.tokenizer, datasets.template(plan.spec, s))
+        ids = chat.encode_prompt(messages, plan.spec.tokenizer, datasets.template(plan.spec, s))
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
     if not 0 < len(ids) <= s.rollouts.prompt_window:
@@ -227,7 +227,7 @@ def _draws(plan: Synthesis, pool: Pool, start: int) -> Iterator[list[Draw]]:
         text = json.dumps(record.row, sort_keys=True, default=str)
         before.append(seen.get(text, 0))
         seen[text] = before[-1] + 1
-    size = s.round if synthesis.reads_pool(plan.functions.prompt) else 1
+    size = s.round if calls.reads_pool(plan.functions.prompt) else 1
     for first in range(start, sys.maxsize if budgeted else len(records), size):
         numbers = range(first, first + size if budgeted else min(first + size, len(records)))
         places = [divmod(number, len(records)) for number in numbers]
@@ -237,7 +237,7 @@ def _draws(plan: Synthesis, pool: Pool, start: int) -> Iterator[list[Draw]]:
         ]
 
 
-# ---- where completions come from: (draws, asked) -> the answers to each draw that has messages, in order
+# ---- where completions come from: (draws, prompts asked before) -> the answers to each draw, in order
 
 
 class _Sampler:
@@ -246,13 +246,13 @@ class _Sampler:
     def __init__(self, plan: Synthesis, run: Run):
         self.plan, self.run, self.params = plan, run, None
 
-    def __call__(self, draws: Iterable[Draw], asked: int) -> Iterator[list[Answer]]:
+    def __call__(self, draws: Iterable[Draw], before: int) -> Iterator[list[Answer]]:
         plan, s, mesh = self.plan, self.plan.settings, self.run.mesh
         if self.params is None:
             origin = self.run.starting(plan.spec, s)
             self.params = decode.ready(plan.spec.transformer, loading.weights(origin, mesh, s.seed), mesh)
-        prompts = (_ids(plan, draw.asked, draw.record.place) for draw in draws)
-        noise = {"seed": s.seed, "step": _step(plan.name), "number": asked * s.rollouts.group, "group": s.rollouts.group}
+        prompts = (_ids(plan, draw.messages, draw.record.place) for draw in draws)
+        noise = {"seed": s.seed, "step": _step(plan.name), "number": before * s.rollouts.group, "group": s.rollouts.group}
         options = {"tokenizer": plan.spec.tokenizer, **noise, **sampling(plan.spec, s)}
         rows = max(1, s.eval_rows // s.rollouts.group)
         for _, completions in decode.in_chunks(plan.spec.transformer, self.params, prompts, mesh=mesh, rows=rows, **options):
@@ -262,7 +262,7 @@ class _Sampler:
             yield from (each[i : i + s.rollouts.group] for i in range(0, len(each), s.rollouts.group))
 
 
-def _asked_server(plan: Synthesis, folder: epath.Path, draws: Iterable[Draw], asked: int) -> Iterator[list[Answer]]:
+def _by_endpoint(plan: Synthesis, folder: epath.Path, draws: Iterable[Draw], before: int) -> Iterator[list[Answer]]:
     """Completions by the endpoint; what it has answered before lies in the folder."""
     s, r = plan.settings, plan.settings.rollouts
     shared = {"temperature": r.temperature, "max_tokens": r.new, "top_p": r.top_p if r.top_p < 1 else None}
@@ -270,7 +270,7 @@ def _asked_server(plan: Synthesis, folder: epath.Path, draws: Iterable[Draw], as
 
     def requests(draw: Draw) -> list[Request]:
         seeds = [np.random.SeedSequence([s.seed, *draw.repeat, j]).generate_state(1)[0] >> 1 for j in range(r.group)]
-        return [Request(draw.asked, int(seed), draw.record.place) for seed in seeds]
+        return [Request(draw.messages, int(seed), draw.record.place) for seed in seeds]
 
     return servers.answers(plan.endpoint, map(requests, draws), shared, folder, s.bad_rows == "skip")
 
@@ -278,65 +278,66 @@ def _asked_server(plan: Synthesis, folder: epath.Path, draws: Iterable[Draw], as
 # ---- the loop
 
 
-def produce(plan: Synthesis, artefact: Artefact, answered: Callable, stopped: Callable[[], bool]) -> dict[str, float]:
+def produce(plan: Synthesis, artefact: Artefact, complete: Callable, stopped: Callable[[], bool]) -> dict[str, float]:
     """Makes the rows that are not there yet, until all are there or `stopped`; how far it is then.
 
-    answered: (draws, how many were asked before) -> the answers to each, in order. All processes call it and do the same; the
+    complete: (draws, prompts asked before) -> the answers to each, in order. All processes call it and do the same; the
     first one writes. Raises UserError where nothing is kept, and keeps what is there where anything else stops it.
     """
     progress, done = artefact.resume(**START)
     if done:
         return progress
-    made = Ledger(plan, artefact, progress)
+    ledger = Ledger(plan, artefact, progress)
     try:
-        ended = _filled(made, answered, stopped)
+        ended = _filled(ledger, complete, stopped)
     finally:
-        made.write()
-    if ended and not made.progress["rows"]:
+        ledger.write()
+        ledger.bar.close()
+    if ended and not ledger.progress["rows"]:
         if jax.process_index() == 0:
             artefact.forget()  # what mends it may be nothing that the digest knows, as a file that a filter reads
-        raise UserError("\n  ".join([f"config.{made.line()}; there is nothing to learn.", *made.tally.lines()[:10]]))
+        raise UserError("\n  ".join([f"config.{ledger.line()}; there is nothing to learn.", *ledger.tally.lines()[:10]]))
     if ended and jax.process_index() == 0:
-        artefact.finish(rows=made.progress["rows"], dropped=made.tally.dropped)
-        print("\n  ".join([f"{made.line()}; {artefact.folder}", *made.tally.lines()]), file=sys.stderr)
-    return {name: type(value)(sharding.agree(float(value))) for name, value in made.progress.items()}
+        artefact.finish(rows=ledger.progress["rows"], dropped=ledger.tally.dropped)
+        print("\n  ".join([f"{ledger.line()}; {artefact.folder}", *ledger.tally.lines()]), file=sys.stderr)
+    return {name: type(value)(sharding.agree(float(value))) for name, value in ledger.progress.items()}
 
 
-def _filled(made: Ledger, answered: Callable, stopped: Callable[[], bool]) -> bool:
+def _filled(ledger: Ledger, complete: Callable, stopped: Callable[[], bool]) -> bool:
     """Asks, and takes what is answered, until the synthesis has ended; False where it was stopped before."""
-    pooled = synthesis.reads_pool(made.plan.functions.prompt)
-    rounds: Iterator[Iterable[Draw]] = _draws(made.plan, made.pool, made.progress["draws"])
+    pooled = calls.reads_pool(ledger.plan.functions.prompt)
+    rounds: Iterator[Iterable[Draw]] = _draws(ledger.plan, ledger.pool, ledger.progress["draws"])
     if not pooled:  # prompts do not depend on rows, so nothing ends a round
         rounds = iter([itertools.chain.from_iterable(rounds)])
-    while not made.ended() and (draws := next(rounds, None)) is not None:
+    while not ledger.ended() and (draws := next(rounds, None)) is not None:
         waiting: collections.deque[Draw] = collections.deque()
-        with contextlib.closing(answered(_sent(draws, waiting, made), made.progress["asked"])) as each:
+        with contextlib.closing(complete(_sent(draws, waiting, ledger), ledger.progress["prompts"])) as each:
             for answers in each:
-                while (draw := waiting.popleft()).asked is None:
-                    made.leave_out(draw)
-                made.take(draw, answers)
-                if made.ended():
+                while (draw := waiting.popleft()).messages is None:
+                    ledger.leave_out(draw)
+                ledger.take(draw, answers)
+                if ledger.ended():
                     break
                 if not pooled:
-                    made.commit()
-                    made.write_if_due()
+                    ledger.commit()
+                    ledger.write_if_due()
                 if stopped():
                     return False
-        while waiting and waiting[0].asked is None and not made.ended():
-            made.leave_out(waiting.popleft())
-        made.commit()
-        made.write_if_due()
+        while waiting and waiting[0].messages is None and not ledger.ended():
+            ledger.leave_out(waiting.popleft())
+        ledger.commit()
+        ledger.write_if_due()
     return True
 
 
-def _sent(draws: Iterable[Draw], waiting: collections.deque, made: Ledger) -> Iterator[Draw]:
+def _sent(draws: Iterable[Draw], waiting: collections.deque, ledger: Ledger) -> Iterator[Draw]:
     """The draws that are asked, as many as the budget has completions for; `waiting` gets these and those that are left out."""
-    left, in_vain = made.prompts_left(), 0
+    left, in_vain = ledger.prompts_left(), 0
     for draw in draws if left else ():
         waiting.append(draw)
-        in_vain = in_vain + 1 if draw.asked is None else 0
-        if draw.asked is not None:
+        in_vain = in_vain + 1 if draw.messages is None else 0
+        if draw.messages is not None:
             yield draw
             left -= 1
-        if not left or in_vain > len(made.plan.records):
+        if not left or in_vain > len(ledger.plan.records):
             return

@@ -173,10 +173,17 @@ async def _asked(endpoint, client, gate, body: dict, file: epath.Path, place: st
             except _Fault as error:
                 if attempt == endpoint.retries:
                     raise UserError(_hidden(_used_up(endpoint, place, error), secret)) from None
-                pause = min(endpoint.patience, FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1.0)
-                await asyncio.sleep(max(pause, min(error.after, endpoint.patience)))
+                await asyncio.sleep(_pause(endpoint, attempt, error.after))
     _write(file, answer)
     return answer
+
+
+def _pause(endpoint: Endpoint, attempt: int, after: float) -> float:
+    """Seconds before the next attempt: doubled each time, drawn so that requests do not come back together, at least `after`,
+    and up to `patience`.
+    """
+    pause = FIRST_PAUSE * 2**attempt * random.uniform(0.5, 1.0)
+    return min(max(pause, after), endpoint.patience)
 
 
 def _used_up(endpoint: Endpoint, place: str, error: _Fault) -> str:

@@ -54,9 +54,9 @@ def tagged(
     tags = tags or {"question": "prompt", "answer": "completion"}
     between = r"\s*".join(rf"<{re.escape(tag)}>((?:(?!</?{re.escape(tag)}>).)*)</{re.escape(tag)}>" for tag in tags)
     groups = re.findall(between, completion, re.DOTALL)
-    rows = [[part.strip() for part in ([group] if isinstance(group, str) else group)] for group in groups]
-    made = [{**dict(zip(tags.values(), row, strict=True)), **_kept(record, keep)} for row in rows if all(row)]
-    return made or "no tags"
+    texts = [[part.strip() for part in ([group] if isinstance(group, str) else group)] for group in groups]
+    rows = [{**dict(zip(tags.values(), parts, strict=True)), **_kept(record, keep)} for parts in texts if all(parts)]
+    return rows or "no tags"
 
 
 def numbered(completion: str, record: Mapping, *, field: str = "instruction", keep: Sequence[str] = ()) -> Rows:

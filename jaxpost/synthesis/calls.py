@@ -1,21 +1,19 @@
-"""From completions to rows: parsed, filtered, counted.
+"""The functions of a synthesis, called: messages of a record, rows of a completion, and whether a row is kept.
 
-What a parser or a filter does with a model's text may fail, as anybody's code may. A failure gives no row, is counted under its
-own reason, and where more than a share of the completions fail the synthesis stops, since its rows would be those of a mistake.
+What a parser or a filter does with a model's text may fail, as anybody's code may. A failure gives no row and is counted; where
+more than a share of the completions fail the synthesis stops, since its rows would be those of a mistake.
 """
 
+import copy
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from jaxpost.errors import UserError, first_line
 from jaxpost.synthesis.pool import Pool
 
-REASONS = 40  # different ones that are counted apart
-OTHERS = "other reasons"
 FEW = 20  # completions: a share of failures is of so many at least
-_SHOWN = 160  # letters of a completion or row
 
 
 class Functions(NamedTuple):
@@ -28,26 +26,6 @@ class Functions(NamedTuple):
     filters: Mapping[str, Callable]
 
 
-class Tally:
-    """What was dropped: {reason: [how often, where first, what first]}, in the order of their first time."""
-
-    def __init__(self, dropped: Mapping[str, Sequence] | None = None):
-        self.dropped = {reason: list(entry) for reason, entry in (dropped or {}).items()}
-
-    def add(self, reason: str, place: str, what: Any) -> None:
-        """Counts something that was dropped: a completion's text, a row, or a record."""
-        reason = reason[:_SHOWN]
-        reason = reason if reason in self.dropped or len(self.dropped) < REASONS else OTHERS
-        shown = what if isinstance(what, str) else json.dumps(what, ensure_ascii=False, default=str)
-        entry = self.dropped.setdefault(reason, [0, place, shown[:_SHOWN]])
-        entry[0] += 1
-
-    def lines(self) -> list[str]:
-        """A line for each reason, the most frequent first."""
-        counted = sorted(self.dropped.items(), key=lambda item: -item[1][0])
-        return [f"{count:,} dropped: {reason} (first {place}: {what!r})" for reason, (count, place, what) in counted]
-
-
 def reads_pool(function: Callable) -> bool:
     """Whether a prompt or a filter has a second argument, the pool."""
     takes = inspect.signature(function).parameters.values()
@@ -56,42 +34,43 @@ def reads_pool(function: Callable) -> bool:
 
 def messages(prompt: Callable, record: Mapping, pool: Pool, place: str) -> list[dict]:
     """The messages that a prompt makes of a record. Raises UserError, with the place, where it fails or makes none."""
+    own = copy.deepcopy(record)
     try:
-        made = prompt(record, pool) if reads_pool(prompt) else prompt(record)
+        result = prompt(own, pool) if reads_pool(prompt) else prompt(own)
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
     except Exception as error:  # of somebody's function
         raise UserError(f"{place}: the prompt failed with {type(error).__name__}: {first_line(error)}") from error
-    turns = [{"role": "user", "content": made}] if isinstance(made, str) else made
+    turns = [{"role": "user", "content": result}] if isinstance(result, str) else result
     sound = isinstance(turns, list) and all(
         isinstance(t, dict) and all(isinstance(t.get(k), str) for k in ("role", "content")) for t in turns
     )
     if not sound or not turns or not turns[-1]["content"].strip() or turns[-1]["role"] == "assistant":
         raise UserError(
-            f"{place}: the prompt made {str(made)[:80]!r}; it makes a text, or a list of {{'role', 'content'}} whose last one "
-            "is not the assistant's and not empty."
+            f"{place}: the prompt gave {str(result)[:80]!r}; it gives a text, or a list of {{'role', 'content'}} whose last "
+            "one is not the assistant's and not empty."
         )
     return turns
 
 
 def parsed(parser: Callable | None, completion: str, record: Mapping, asked: list[dict]) -> list[dict] | str:
-    """The rows of a completion, or why there is none. Raises UserError for a parser that gives neither.
+    """The rows of a completion, or why there is none. asked: the messages that it answers. Raises UserError for a parser that
+    gives neither.
 
     Without a parser a completion is the answer to what was asked: one row of prompt and completion, both messages.
     """
     completion = completion.strip()
     if parser is None:
-        return [{"prompt": asked, "completion": [{"role": "assistant", "content": completion}]}] if completion else "empty"
-    made = parser(completion, record)
-    made = [made] if isinstance(made, dict) else made
-    if isinstance(made, str) and made:
-        return made
-    if not isinstance(made, list) or not all(isinstance(row, dict) for row in made):
-        raise UserError(
-            f"config.parser: it gave {str(made)[:80]!r}; a parser gives rows (dicts), or a text: why there are none."
-        )
+        answer = [{"role": "assistant", "content": completion}]
+        return [{"prompt": asked, "completion": answer}] if completion else "empty"
+    result = parser(completion, copy.deepcopy(record))
+    rows = [result] if isinstance(result, dict) else result
+    if isinstance(rows, str) and rows:
+        return rows
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"config.parser: it gave {str(result)[:80]!r}; it gives rows (dicts), or a text: why there are none.")
     try:
-        return [_stored(row) for row in made] or "no rows"
+        return [_stored(row) for row in rows] or "no rows"
     except TypeError as error:
         raise UserError(f"config.parser: it gave a row that JSON cannot hold ({error}).") from error
 
