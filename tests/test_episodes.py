@@ -133,7 +133,7 @@ def test_what_is_no_episode_is_refused():
     for rows, options, message in (
         (ROWS, {"k": 0}, "episodes: k=0"),
         (ROWS, {"k": 1, "same": "topic"}, "a row has nothing under 'topic'"),
-        ([{"text": "a"}], {"k": 1}, "row 1: an episode is shown_rows of prompts with answers"),
+        ([{"text": "a"}], {"k": 1}, "row 1: an episode is made of prompts with answers"),
         ([{"prompt": "a", "chosen": "b", "rejected": "c"}], {"k": 1}, "row 1: a pair of answers"),
     ):
         with pytest.raises(UserError, match=message):

@@ -534,10 +534,20 @@ def test_every_setting_is_read_or_refused(tmp_path, stand_in, asked):
 
 
 def test_a_later_stage_is_checked_by_the_parsers_example(tmp_path, stand_in):
-    chosen = settings(tmp_path, parser={"name": "numbered", "field": "odd"})
+    (tmp_path / "mine.py").write_text(
+        "def parse(completion, record):\n    return {'odd': completion}\n\n\nparse.example = '1'\n"
+    )
+    chosen = settings(tmp_path, parser=f"{tmp_path}/mine.py:parse")
     chosen["stages"] += ("sft",)
     with pytest.raises(UserError, match="a row of an earlier stage, 0: columns not recognised: odd"):
         jaxpost.train(recipe.make(**chosen, sft={"data": "@drawn", "window": 32}), tmp_path / "w")
+
+
+def test_an_example_that_the_tokenizer_has_no_tokens_for_checks_nothing(tmp_path):
+    run = Run(tmp_path, tmp_path, sharding.make_mesh(), None, {}, {})
+    for parser, count in (("tagged", 0), ("", 1)):
+        ((name, s),) = recipe.stages(recipe.make(**settings(tmp_path, parser=parser)))
+        assert len(synthesis.planned(name, s, run).trial) == count
 
 
 def test_a_function_of_a_notebook_is_named_in_the_record(tmp_path, stand_in):

@@ -44,6 +44,7 @@ from jaxpost.synthesis import endpoint as servers
 from jaxpost.synthesis.endpoint import Answer, Request
 from jaxpost.synthesis.ledger import START, Draw, Ledger
 from jaxpost.synthesis.pool import Pool
+from jaxpost.tokenizer import encode
 
 LOOK = 256  # records whose prompts are tried before anything is asked
 _SAMPLED = ("group", "new", "temperature", "top_p", "stop")
@@ -85,8 +86,7 @@ def planned(name: str, s, run: Run) -> Synthesis:
     plan = Synthesis(name, s, spec, endpoint, functions, records, ())
     rows = [row for earlier in pending for row in earlier.trial]
     first = [Record(row, f"a row of an earlier stage, {i}") for i, row in enumerate(rows)] if pending else records[:LOOK]
-    _check_prompts(plan, first)
-    return plan._replace(trial=_trial(functions.parser, first))
+    return plan._replace(trial=_trial(plan, first, _prompts(plan, first)))
 
 
 def output(plan: Synthesis) -> Output:
@@ -99,7 +99,7 @@ def make(plan: Synthesis, run: Run) -> Output:
     s = plan.settings
     if plan.records is None:
         plan = plan._replace(records=_records(s, run))
-        _check_prompts(plan, plan.records[:LOOK])
+        _prompts(plan, plan.records[:LOOK])
     artefact = Artefact(run.root, "rows", about := _about(plan, run))
     if len(set(sharding.each_text(key(about)))) > 1:
         raise UserError(f"{plan.name}: the processes have other records, functions or weights; give every host the same.")
@@ -140,26 +140,36 @@ def _records(s, run: Run) -> list[Record]:
     return [Record(task.record(i, seed=s.seed), f"task {s.task['name']}, problem {i}") for i in range(count)]
 
 
-def _check_prompts(plan: Synthesis, records: Sequence[Record]) -> None:
-    """Makes the messages of some records. Raises UserError where a prompt fails, or leaves out all."""
+def _prompts(plan: Synthesis, records: Sequence[Record]) -> list[list[dict]]:
+    """The messages of these records. Raises UserError where a prompt fails, or leaves out all."""
     pool = Pool([record.row for record in records])
     draws = [_drawn(plan, pool, record, number, (0, 0)) for number, record in enumerate(records)]
-    if draws and all(draw.messages is None for draw in draws):
+    prompts = [draw.messages for draw in draws if draw.messages is not None]
+    if draws and not prompts:
         raise UserError(f"config.{plan.name}.prompt: none of the first {len(draws)} records can be asked.")
+    return prompts
 
 
-def _trial(parser: Callable | None, records: Sequence[Record]) -> tuple[dict, ...]:
-    """Rows such as the parser gives, of its example and the first record; none where it has none."""
-    example = "a" if parser is None else getattr(getattr(parser, "func", parser), "example", None)
-    if example is None or not records:
+def _trial(plan: Synthesis, records: Sequence[Record], prompts: Sequence[list[dict]]) -> tuple[dict, ...]:
+    """Rows such as the parser gives, of its example; none where it has no example that the tokenizer has tokens for."""
+    parser = plan.functions.parser
+    example = "1" if parser is None else getattr(getattr(parser, "func", parser), "example", None)
+    if example is None or not prompts or not (plan.spec is None or _has_tokens(plan.spec.tokenizer, example)):
         return ()
     try:
-        rows = calls.parsed(parser, example, records[0].row, [{"role": "user", "content": "a"}])
+        rows = calls.parsed(parser, example, records[0].row, prompts[0])
     except UserError:
         raise
     except Exception as error:  # of somebody's function
         raise UserError(f"config.parser: it fails on its example with {type(error).__name__}: {first_line(error)}") from error
     return () if isinstance(rows, str) else tuple(rows)
+
+
+def _has_tokens(tokenizer: Any, text: str) -> bool:
+    try:
+        return bool(encode(tokenizer, text))
+    except UserError:
+        return False
 
 
 def _about(plan: Synthesis, run: Run) -> dict:
