@@ -481,10 +481,6 @@ def test_records_of_a_task_and_of_an_earlier_stage(tmp_path, stand_in):
         ({"rows": "pairs"}, "config.drawn.rows: .* is not read"),
         ({"prompt": ""}, "prompts of do='generate'|file of prompts has no reward"),
         ({"endpoint": {"url": "http://x", "modl": "m"}}, "which config.endpoint gives|whose completions config.endpoint gives"),
-        (
-            {"parser": {"name": "split", "fill": {"c": "context"}}},
-            "config.parser: it fails on its example with KeyError: 'context'",
-        ),
     ],
 )
 def test_what_cannot_give_rows_is_refused_before_anything_is_drawn(tmp_path, changes, message):
@@ -541,6 +537,12 @@ def test_a_later_stage_is_checked_by_the_parsers_example(tmp_path, stand_in):
     chosen["stages"] += ("sft",)
     with pytest.raises(UserError, match="a row of an earlier stage, 0: columns not recognised: odd"):
         jaxpost.train(recipe.make(**chosen, sft={"data": "@drawn", "window": 32}), tmp_path / "w")
+
+
+def test_a_parser_that_fails_on_its_example_is_refused(tmp_path):
+    (tmp_path / "mine.py").write_text("def parse(completion, record):\n    return record['x']\n\n\nparse.example = '1'\n")
+    with pytest.raises(UserError, match="config.parser: it fails on its example with KeyError: 'x'"):
+        jaxpost.train(recipe.make(**settings(tmp_path, parser=f"{tmp_path}/mine.py:parse")), tmp_path / "w")
 
 
 def test_an_example_that_the_tokenizer_has_no_tokens_for_checks_nothing(tmp_path):

@@ -116,10 +116,10 @@ def _functions(name: str, s) -> calls.Functions:
     parser = resolve(plain(entry_of(s.parser, "config.parser")), "parsers") if s.parser else None
     filters: dict[str, Callable] = {}
     for entry in entries(plain(s.filters), "config.filters"):
-        called = entry if isinstance(entry, str) else entry.get("name", "")
-        while called in filters:
-            called += "'"
-        filters[called] = resolve(entry, "filters")
+        unique = entry if isinstance(entry, str) else entry.get("name", "")
+        while unique in filters:
+            unique += "'"
+        filters[unique] = resolve(entry, "filters")
     return calls.Functions(prompt, parser, filters)
 
 

@@ -10,6 +10,8 @@ import json
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import numpy as np
+
 from jaxpost.errors import UserError, first_line
 from jaxpost.synthesis.pool import Pool
 
@@ -86,7 +88,7 @@ def refused(filters: Mapping[str, Callable], row: dict, pool: Pool) -> str:
         verdict = function(row, pool) if reads_pool(function) else function(row)
         if isinstance(verdict, str) and verdict:
             return verdict
-        if not isinstance(verdict, bool) and type(verdict).__name__ not in ("bool", "bool_"):
+        if not isinstance(verdict, (bool, np.bool_)):
             raise UserError(
                 f"config.filters: {name} gave {verdict!r}; a filter gives True, False, or a text: the reason why not."
             )

@@ -122,7 +122,7 @@ def answers(
     loop, waiting, left = asyncio.new_event_loop(), collections.deque(), iter(groups)
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    secret = os.environ.get(endpoint.key, "")
+    secret = os.environ.get(endpoint.key, "").strip()
     client = _library().AsyncOpenAI(base_url=endpoint.url, api_key=secret or "none", max_retries=0, timeout=endpoint.seconds)
     gate = asyncio.Semaphore(endpoint.concurrency)
 
@@ -202,7 +202,7 @@ async def _attempt(endpoint: Endpoint, client, body: Mapping) -> Answer:
     try:
         call = client.chat.completions.with_raw_response.create(**named, extra_body=rest)
         response = await asyncio.wait_for(call, endpoint.seconds)
-        return _answer(json.loads(response.text))
+        return _answer(json.loads(response.content))
     except library.APIStatusError as error:
         status, reason = error.status_code, f"status {error.status_code}, {first_line(error)}"
         if status in _AGAIN or status >= 500:

@@ -80,7 +80,7 @@ class Ledger:
         self.committed: list[str] = []  # of rows that are not written
         self.state: dict = {}  # what is written with them
         self.mark, self.written = time.monotonic(), progress["seconds"]
-        shown = {"total": self.budget.rows or None, "initial": progress["rows"], "disable": None}
+        shown = {"total": self.budget.rows or None, "initial": progress["rows"], "disable": jax.process_index() > 0 or None}
         self.bar = tqdm.tqdm(desc=plan.name, unit=" rows", **shown)
 
     def take(self, draw: Draw, answers: Sequence[Answer]) -> None:
