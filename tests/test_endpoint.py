@@ -190,6 +190,14 @@ def test_a_stage_asks_an_endpoint_without_a_model_and_keeps_what_is_there(tmp_pa
         assert server.attempts.total() == before, "nothing is made twice"
 
 
+def test_another_parser_and_a_larger_budget_ask_only_what_is_new(tmp_path):
+    with serving(echo) as server:
+        jaxpost.train(recipe.make(**settings(tmp_path, server, budget={"completions": 30})), tmp_path / "w")
+        before = server.attempts.total()
+        jaxpost.train(recipe.make(**settings(tmp_path, server, parser="text")), tmp_path / "w")
+        assert (before, server.attempts.total()) == (30, 40)
+
+
 def test_another_port_goes_on_with_what_is_there(tmp_path):
     with serving(echo) as server:
         jaxpost.train(recipe.make(**settings(tmp_path, server)), tmp_path / "w")

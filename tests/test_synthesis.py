@@ -539,6 +539,12 @@ def test_a_later_stage_is_checked_by_the_parsers_example(tmp_path, stand_in):
         jaxpost.train(recipe.make(**chosen, sft={"data": "@drawn", "window": 32}), tmp_path / "w")
 
 
+def test_processes_that_were_given_other_records_are_refused(tmp_path, stand_in, monkeypatch):
+    monkeypatch.setattr(sharding, "each_text", lambda text: [text, "another"])
+    with pytest.raises(UserError, match="drawn: the processes have other records, functions or weights"):
+        jaxpost.train(recipe.make(**settings(tmp_path)), tmp_path / "w")
+
+
 def test_a_parser_that_fails_on_its_example_is_refused(tmp_path):
     (tmp_path / "mine.py").write_text("def parse(completion, record):\n    return record['x']\n\n\nparse.example = '1'\n")
     with pytest.raises(UserError, match="config.parser: it fails on its example with KeyError: 'x'"):

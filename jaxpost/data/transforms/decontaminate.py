@@ -64,7 +64,7 @@ def _tested(records: Sequence[readers.Record], n: int, least: int, fields: Seque
         own = words.split(words.text(row, fields))
         if len(own) >= least:
             grams = tested.setdefault(min(n, len(own)), {})
-            for gram in sorted(words.grams(own, n)):
+            for gram in words.grams(own, n):
                 grams.setdefault(gram, place)
     return tested
 
