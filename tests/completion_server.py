@@ -25,6 +25,9 @@ class Server(ThreadingHTTPServer):
         self.served, self.under_way, self.most, self.keys = 0, 0, 0, set()
         self.lock, self.over = threading.Lock(), threading.Event()
 
+    def handle_error(self, request, client_address):
+        """A client that is killed, or has what it wants, closes its connections."""
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/v1"

@@ -132,6 +132,7 @@ def test_demonstrations_of_a_pool_and_through_a_stage(tmp_path):
 def test_what_is_no_episode_is_refused():
     for rows, options, message in (
         (ROWS, {"k": 0}, "episodes: k=0"),
+        (ROWS, {"k": 1, "learn": True}, "episodes: learn=True is for conversations"),
         (ROWS, {"k": 1, "same": "topic"}, "a row has nothing under 'topic'"),
         ([{"text": "a"}], {"k": 1}, "row 1: an episode is made of prompts with answers"),
         ([{"prompt": "a", "chosen": "b", "rejected": "c"}], {"k": 1}, "row 1: a pair of answers"),

@@ -5,7 +5,7 @@ among those that are most like the row, by words (BM25) or by vectors; the most 
 row itself, nor one with the same prompt. With `same` it has the row's value under a key, such as its task.
 
 A conversation gets further turns in front, after its system turn, whose answers are not learned (weight 0) unless `learn` says
-so. A prompt and a completion that are texts get theirs joined with `between`, and then only the completion is learned.
+so. A prompt and a completion that are texts get theirs joined with `between`; only the completion is learned.
 """
 
 import importlib
@@ -45,7 +45,6 @@ def random(
     """k demonstrations drawn without replacement, or all that there are."""
     own, others = _examples(rows, pool)
     rng = np.random.default_rng(key)
-
     return _episodes(own, others, lambda i, candidates: rng.permutation(candidates), k, same, learn, between)
 
 
@@ -143,6 +142,8 @@ def _joined(one: _Example, shown: Sequence[_Example], learn: bool, between: str)
     """The row with its demonstrations; keys that make no example stay."""
     kept = {name: value for name, value in one.row.items() if name not in formats.COLUMNS}
     if isinstance(one.example, formats.Completion):
+        if learn:
+            raise UserError("episodes: learn=True is for conversations; of prompts and completions only these are learned.")
         before = [f"{other.example.prompt}{other.example.completion}" for other in shown]
         return {**kept, "prompt": between.join([*before, one.example.prompt]), "completion": one.example.completion}
     system = one.example.messages[:1] if one.example.messages[0]["role"] == "system" else []
