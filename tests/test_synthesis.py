@@ -473,6 +473,7 @@ def test_records_of_a_task_and_of_an_earlier_stage(tmp_path, stand_in):
         ({"data": ""}, "config.data: give records"),
         ({"data": {"a.jsonl": 1}}, "a.jsonl"),
         ({"budget": {"completions": 1}}, "config.budget.completions: 1 is less than one prompt's rollouts.group"),
+        ({"round": 8}, "config.round: 8 is of no use, since the prompt reads no pool"),
         ({"budget": {"words": 1}}, "unknown key 'words'"),
         (
             {"reward": "text.x"},

@@ -33,7 +33,7 @@ from jaxpost.data import chat, mixture
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError, first_line
 from jaxpost.models import loading
-from jaxpost.recipe import plain
+from jaxpost.recipe import DEFAULTS, plain
 from jaxpost.sampling import decode
 from jaxpost.stages import columns, datasets, tasks
 from jaxpost.stages.rollouts import sampling
@@ -81,6 +81,8 @@ def planned(name: str, s, run: Run) -> Synthesis:
         sampling(spec, s)
     if 0 < s.budget.completions < s.rollouts.group:
         raise UserError(f"config.budget.completions: {s.budget.completions} is less than one prompt's rollouts.group.")
+    if s.round != DEFAULTS["round"] and not calls.reads_pool(functions.prompt):
+        raise UserError(f"config.round: {s.round} is of no use, since the prompt reads no pool; leave it out.")
     pending = run.pending(s.data)
     records = None if pending else _records(s, run)
     plan = Synthesis(name, s, spec, endpoint, functions, records, ())
