@@ -60,6 +60,8 @@ setup(
             "gcsfs",
             "google-cloud-storage",
             "gcp-storage-emulator",
+            "openai",
+            "bm25s",
         ],
         "parity": ["torch==2.13.0"],  # only to make golden values again
     },

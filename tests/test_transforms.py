@@ -142,8 +142,9 @@ def test_orders_over_a_taxonomy_by_hand():
 
 
 def test_duplicates_by_hand():
-    rows = [{"text": text, "n": i} for i, text in enumerate(["A b, c!", "a B c", "a b d", "", "...", "a b c d"])]
-    assert duplicates.exact(rows, {}, KEY).tolist() == [0, 2, 3, 5]
+    rows = [{"text": text, "n": i} for i, text in enumerate(["A b, c!", " a B,\tC!", "a b c", "", " ", "46-20", "46+20"])]
+    assert duplicates.exact(rows, {}, KEY).tolist() == [0, 2, 3, 5, 6]
+    assert duplicates.near(rows[3:], {}, KEY).tolist() == [0, 2, 3], "signs tell problems apart"
     assert duplicates.exact([{"messages": [{"role": "user", "content": "a"}]}, {"text": "user a"}], {}, KEY).tolist() == [0, 1]
     assert duplicates.exact([{"a": "x", "b": "y"}, {"a": "x", "b": "z"}], {}, KEY, fields=["a"]).tolist() == [0]
     assert words.text({"a": ["x", {"role": "user", "content": "y"}], "b": 3, "c": "z"}) == "x\ny\nz"

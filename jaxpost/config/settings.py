@@ -189,15 +189,8 @@ COUNTS = (
     *("prompt_window", "new", "group", "segment", "minibatches"),
 )
 
-WHOLE = (
-    "columns",
-    "template_options",
-    "annotations",
-    "source",
-    "evals",
-    "with",
-    "endpoint",
-)  # dicts of names: a change replaces all
+# Dicts of names: a change replaces all.
+WHOLE = ("columns", "template_options", "annotations", "source", "evals", "with", "endpoint")
 _KINDS = {bool: (bool,), int: (int,), float: (float, int), str: (str,), tuple: (tuple, list), dict: (Mapping,)}
 
 

@@ -57,16 +57,16 @@ _ENCODED = (
 _BUDGET = tuple(f"budget.{what}" for what in ("rows", "completions", "tokens"))
 # Kinds of do="generate" besides rows of a task's judged completions.
 _SYNTHESIS, _ENDPOINT = "generate by prompt", "generate by endpoint"
-_MADE = ("data", "bad_rows", "task", "prompt", "parser", "filters", "budget", "round")
+_BY_PROMPT = ("data", "bad_rows", "task", "prompt", "parser", "filters", "budget", "round")
 _REASONS = {
     _SYNTHESIS: "whose rows its prompt, parser and filters make",
     _ENDPOINT: "whose completions config.endpoint gives",
 }
 _READ = {
     "generate": (*_MODEL, "data", "rows", "task", "reward", "prompt", "endpoint", *_PROBLEMS, *_SAMPLING),
-    _SYNTHESIS: (*_MODEL, *_MADE, "eval_rows", *_of_rollouts("prompt_window", "new", "stop", "failures"), *_SAMPLING),
+    _SYNTHESIS: (*_MODEL, *_BY_PROMPT, "eval_rows", *_of_rollouts("prompt_window", "new", "stop", "failures"), *_SAMPLING),
     _ENDPOINT: (
-        *("artefacts", "seed", "endpoint", *_MADE),
+        *("artefacts", "seed", "endpoint", *_BY_PROMPT),
         *_of_rollouts("group", "new", "temperature", "top_p", "stop", "failures"),
     ),
     "annotate": (*_MODEL, *_ENCODED, "task", "with", "batch_size"),

@@ -1,6 +1,6 @@
 """Rows that say the same as an earlier one: (rows, columns, key, *, ...) -> indices [K] int of those that do not.
 
-`select.unique` drops equal values of a field; here equality is up to case, punctuation and spaces, or up to a few words.
+`select.unique` drops equal values of a field; here equality is up to case and spaces, or up to a few words.
 """
 
 import hashlib
@@ -15,10 +15,10 @@ _PRIME = np.uint64((1 << 31) - 1)  # products of two numbers below it fit 64 bit
 
 
 def exact(rows: Sequence[dict], columns: Mapping, key, *, fields: Sequence[str] = ()) -> np.ndarray:
-    """The first row of each text, whatever its case, punctuation and spaces. fields: as `words.text` has them."""
+    """The first row of each text, whatever its case and spaces. fields: as `words.text` has them."""
     first: dict[tuple, int] = {}
     for i, row in enumerate(rows):
-        first.setdefault(tuple(words.split(words.text(row, fields))), i)
+        first.setdefault(tuple(words.text(row, fields).lower().split()), i)
     return np.array([*first.values()], np.int64)
 
 
@@ -32,8 +32,8 @@ def near(
     n: int = 3,
     permutations: int = 128,
 ) -> np.ndarray:
-    """The rows without those whose n-grams of words have a Jaccard similarity of at least `threshold` with an earlier row's
-    that is kept.
+    """The rows without those whose n-grams of words and signs have a Jaccard similarity of at least `threshold` with an earlier
+    row's that is kept.
 
     Candidates are found by MinHash ("On the resemblance and containment of documents") with `permutations` hash functions in
     bands; each is then compared exactly, so no row is dropped by chance, and one at the threshold is missed with a probability
@@ -45,7 +45,7 @@ def near(
             f"duplicates.near: threshold={threshold}, n={n}, permutations={permutations}; give a threshold above 0 and up to "
             "1, and numbers of at least 1."
         )
-    grams = [words.grams(words.split(words.text(row, fields)), n) for row in rows]
+    grams = [words.grams(words.split(words.text(row, fields), signs=True), n) for row in rows]
     signatures, size = _signatures(grams, key, permutations), _band(threshold, permutations)
     kept: list[int] = []
     buckets: dict[tuple, list[int]] = {}

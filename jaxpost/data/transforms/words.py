@@ -19,9 +19,11 @@ def _strings(value: Any) -> list[str]:
     return [text for item in value for text in _strings(item)] if isinstance(value, (list, tuple)) else []
 
 
-def split(content: str) -> list[str]:
-    """The words of a text in lower case, without punctuation."""
-    return re.findall(r"\w+", content.lower())
+def split(content: str, signs: bool = False) -> list[str]:
+    """The words of a text in lower case; with `signs` each sign between them is a word too, without them they are left out. A
+    script without spaces has long words.
+    """
+    return re.findall(r"\w+|[^\w\s]" if signs else r"\w+", content.lower())
 
 
 def grams(words: Sequence[str], n: int) -> set[tuple[str, ...]]:
