@@ -311,6 +311,19 @@ def test_a_budget_is_kept_to_the_row_and_the_completion(tmp_path):
     assert len(records.records) == 40
 
 
+def test_a_budget_of_tokens_needs_a_server_that_counts_them(tmp_path):
+    def complete(draws, before):
+        return ([Answer("x", None)] * 2 for _ in draws)
+
+    for budget, message in (({"tokens": 9}, "config.budget.tokens: the endpoint does not say how many"), ({"rows": 9}, None)):
+        artefact = Artefact(tmp_path, "rows", {"of": message})
+        if message is None:
+            assert synthesis.produce(plan(alone, budget=budget), artefact, complete, lambda: False)["rows"] == 9
+            continue
+        with pytest.raises(UserError, match=message):
+            synthesis.produce(plan(alone, budget=budget), artefact, complete, lambda: False)
+
+
 def test_a_synthesis_with_nothing_new_ends_and_one_with_nothing_at_all_is_an_error(tmp_path, capsys):
     def same(completion, record):
         return {"text": str(record["n"] % 5)}
