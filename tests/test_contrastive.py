@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 import stubs
 
 from jaxpost import sharding
@@ -14,6 +15,8 @@ from jaxpost.data.row_types import lists
 from jaxpost.declare import declared, objective
 from jaxpost.errors import UserError
 from jaxpost.metrics import values
+from jaxpost.models import families
+from jaxpost.models.transformer import Transformer
 from jaxpost.objectives import contrastive, documents, unpaired
 from jaxpost.step import gradients, with_prepared
 from jaxpost.types import Term
@@ -180,6 +183,23 @@ def test_losses_within_a_list_are_their_equations():
         found, grads, _ = split(name, params, batch, **options)
         assert float(found) == pytest.approx(float(value), rel=1e-6), name
         same(grads, expected)
+
+
+@pytest.mark.slow
+def test_memory_falls_with_the_microbatches(monkeypatch):
+    monkeypatch.setattr(contrastive, "SCORED", 2**16)  # a bound of its own, which microbatches do not change
+    fields = {**runs.MODEL, "vocab_size": 32, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+    model = Transformer(families.architecture({**fields, "max_position_embeddings": 64}))
+    params, columns = jax.eval_shape(model.init, KEY), batch_of("contrastive.info_nce")
+    batch = {k: jax.ShapeDtypeStruct((64, 64), x.dtype) for k, x in columns.items() if x.ndim}
+    frozen, method = jax.tree.map(lambda _: None, params), resolve("contrastive.info_nce", "objectives")
+
+    def bytes_of(microbatches):
+        step = jax.jit(lambda p, b: gradients(model.forward, method, p, frozen, b, KEY, microbatches)[:2])
+        return step.lower(params, batch).compile().memory_analysis().temp_size_in_bytes
+
+    whole, four, sixteen = map(bytes_of, (1, 4, 16))
+    assert four < 0.4 * whole and sixteen < 0.4 * four
 
 
 def test_a_batch_with_more_documents_than_a_row_may_have_does_not_train():

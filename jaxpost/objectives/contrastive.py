@@ -32,7 +32,7 @@ SCORES = COLUMNS | {"scores": Column("BS", "float32")}
 MASKS = ("segments",)  # all tokens of a document make its embedding
 TEMPERATURE = 0.05
 LOWEST = -1e30  # the logarithm of nothing, finite so that its gradient is 0
-SCORED = 2**24  # scores of queries by passages that a device holds at a time
+SCORED = 2**22  # scores of queries by passages that a device holds at a time: 16 MiB
 
 
 class Lists(NamedTuple):
