@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import jax
 import numpy as np
@@ -284,3 +285,23 @@ def test_negatives_are_the_nearest_that_do_not_answer():
     with pytest.raises(UserError, match=r"it takes a vector for each text of a list, \[N,K,D\]"):
         resolve("mine.negatives", "transforms")(rows, {"embedding": vectors[:, 0]}, None)
     assert lists.most(1024) == 64
+
+
+# ------------------------------------------------------------------------------------------------------- MTEB
+
+
+def test_mteb_runs_a_task_on_the_models_search(monkeypatch):
+    pytest.importorskip("mteb")
+    from mteb.mocks.mock_tasks.reranking import MockRerankingTask
+    from mteb.mocks.mock_tasks.retrieval import MockRetrievalTask
+
+    from jaxpost.evals import benchmark
+
+    mocks = {"one": MockRetrievalTask, "other": MockRerankingTask}
+    monkeypatch.setattr(benchmark, "get_task", lambda name: mocks[name]())
+    figures = dict(benchmark.mteb(Placed(), tasks=["one", "other"]))
+    assert figures.keys() > {"one/test/ndcg_at_10", "other/test/map_at_100"} and "torch" not in sys.modules
+    # Two queries, each with one of two passages; the longer passage comes first for both.
+    assert figures["one/test/mrr_at_10"] == pytest.approx((1 + 1 / 2) / 2)
+    with pytest.raises(UserError, match="tasks: third"):
+        benchmark.mteb.check(Placed(), tasks=["third"])
