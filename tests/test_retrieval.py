@@ -8,18 +8,20 @@ import jax
 import numpy as np
 import pytest
 import runs
-from test_pairs import PLAIN
+import transformers
+from test_pairs import MODEL, PLAIN
 from toy_tokenizers import characters
 
 import jaxpost
-from jaxpost import sharding
+from jaxpost import export, sharding, tokenizer
 from jaxpost.config.resolve import resolve
-from jaxpost.data import encoding, source
+from jaxpost.data import chat, encoding, source
 from jaxpost.data.nearest import nearest
 from jaxpost.data.readers import Record
 from jaxpost.data.row_types import lists
 from jaxpost.data.transforms import apply
 from jaxpost.errors import UserError
+from jaxpost.models import hf, loading
 from jaxpost.tasks import arithmetic
 
 
@@ -28,10 +30,14 @@ def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXPOST_CACHE", str(tmp_path / "cache"))
 
 
+def one_device():
+    return sharding.make_mesh(devices=jax.devices()[:1])
+
+
 @pytest.fixture(scope="module")
 def model():
     fields = {**runs.MODEL, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "initializer_range": 0.5}
-    loaded = jaxpost.load(fields, mesh=sharding.make_mesh(devices=jax.devices()[:1]))
+    loaded = jaxpost.load(fields, mesh=one_device())
     return dataclasses.replace(loaded, tokenizer=arithmetic.tokenizer())
 
 
@@ -305,3 +311,28 @@ def test_mteb_runs_a_task_on_the_models_search(monkeypatch):
     assert figures["one/test/mrr_at_10"] == pytest.approx((1 + 1 / 2) / 2)
     with pytest.raises(UserError, match="tasks: third"):
         benchmark.mteb.check(Placed(), tasks=["third"])
+
+
+# ----------------------------------------------------------------------------------------- sentence-transformers
+
+
+def test_an_exported_model_ends_texts_as_it_was_trained_to(tmp_path):
+    spec = loading.describe(MODEL)
+    hf.save(tmp_path / "in", loading.weights(spec, one_device()), spec.transformer.arch, MODEL)
+    tokenizer.save(characters(), tmp_path / "in")
+    names = export.export(str(tmp_path / "in"), str(tmp_path / "out"), mesh=one_device(), pooling="mean", normalise=False)
+    assert {"modules.json", "1_Pooling", "model.safetensors", "tokenizer.json"} <= set(names)
+    modules = json.loads((tmp_path / "out" / "modules.json").read_text())
+    assert [module["type"].rpartition(".")[2] for module in modules] == ["Transformer", "Pooling"]
+    pooling = json.loads((tmp_path / "out" / "1_Pooling" / "config.json").read_text())
+    assert pooling["pooling_mode_mean_tokens"] and not pooling["pooling_mode_lasttoken"]
+    # What sentence-transformers asks of the tokenizer: to pad, and to cut.
+    text = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    batch = text(["ab", "a"], padding=True, truncation=True, max_length=16)
+    expected = [chat.encode_text(one, characters()).tolist() for one in ("ab", "a")]
+    assert batch["input_ids"][0] == expected[0] and batch["input_ids"][1][:3] == expected[1]
+    assert batch["attention_mask"][1] == [1, 1, 1, 0]
+    cut = text("ab" * 99, truncation=True, max_length=16)["input_ids"]
+    assert len(cut) == 16 and cut[-1] == text.eos_token_id
+    one, other = (jaxpost.load(str(tmp_path / name), mesh=one_device()) for name in ("in", "out"))
+    assert np.array_equal(one.embed(["ab"], pooling="mean"), other.embed(["ab"], pooling="mean"))

@@ -93,7 +93,8 @@ def _similarities(vectors: jax.Array, lists: Lists) -> jax.Array:
 # ------------------------------------------------------------------------------------------------ The whole batch
 
 
-def _leaves(*, temperature: float = TEMPERATURE, learned: bool = False, **_) -> dict:
+def leaves(*, temperature: float = TEMPERATURE, learned: bool = False, **_) -> dict:
+    """The parameter of a learned temperature, log 1/t, as `declare.objective` takes it."""
     return {"contrastive/log_scale": ("1", -math.log(temperature))} if learned else {}
 
 
@@ -174,7 +175,7 @@ def _told_apart(own: Lists, lists: Lists) -> jax.Array:
     return (own.roles == QUERY)[:, :, None, None] & (lists.roles > QUERY) & ~answers & ~copies
 
 
-@objective(rows="lists", columns=COLUMNS, masks=MASKS, leaves=_leaves, prepare=_coupled, gather=_gathered)
+@objective(rows="lists", columns=COLUMNS, masks=MASKS, leaves=leaves, prepare=_coupled, gather=_gathered)
 def info_nce(
     forward,
     params,
