@@ -49,6 +49,7 @@ setup(
         "hub": ["datasets"],  # hf:OWNER/NAME as data
         "rewards": ["math-verify", "reasoning-gym"],
         "eval": ["lm-eval"],
+        "retrieval": ["ir-measures", "bm25s", "faiss-cpu", "mteb-core"],  # none of which needs torch
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",  # two processes, for tests are mostly Python and compilation, a core each

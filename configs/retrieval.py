@@ -1,9 +1,9 @@
 """An embedding model of a Hugging Face checkpoint, from lists: a query, passages that answer it, and perhaps some that do not.
 
-    python -m jaxpost.train --config=configs/retrieval.py --workdir=/tmp/retrieval --config.model=FOLDER --config.data=FILE.jsonl
+    python -m jaxpost.train --config=configs/retrieval.py --workdir=/tmp/lists --config.model=FOLDER --config.data=FILE.jsonl
 
-A row is {"query": ..., "positives": [...], "negatives": [...]}. Each query is told from the passages of all rows of a batch, so a
-larger batch_size is a harder task; with more microbatches it costs no memory. `:listwise`, `:distilled` or another loss of
+A row is {"query": ..., "positives": [...], "negatives": [...]}. Each query is told from the passages of all rows of a batch, so
+a larger batch_size is a harder task; with more microbatches it costs no memory. `:listwise`, `:distilled` or another loss of
 objectives/contrastive.py after the file name takes that one; its keywords are settings (--config.objective.pooling=mean).
 """
 

@@ -106,15 +106,17 @@ class Model:
     ) -> np.ndarray:
         """Embeddings [N,D] float32 of texts: strings, or conversations (lists of messages).
 
-        pooling: "last" or "mean", as the model was trained (`objectives.documents.pooled`). normalise: whether each has length 1.
-        instruction: stands in front of each string, or is the system turn. template: for messages, a name or Jinja. too_long:
-        "error", or "truncate" what exceeds the model's positions; the last token stays. rows: texts at a time, which changes
-        nothing. Raises UserError for an empty text, one that is too long, and without a tokenizer.
+        pooling: "last" or "mean", as the model was trained (`objectives.documents.pooled`). normalise: whether each has length
+        1. instruction: stands in front of each string, or is the system turn. template: for messages, a name or Jinja.
+        too_long: "error", or "truncate" what exceeds the model's positions; the last token stays. rows: texts at a time, which
+        changes nothing. Raises UserError for an empty text, one that is too long, and without a tokenizer.
         """
         self.need_tokenizer()
         texts = [texts] if isinstance(texts, str) else list(texts)
         if pooling not in documents.POOLINGS or too_long not in ("error", "truncate"):
-            raise UserError(f"embed: pooling={pooling!r} is {' or '.join(documents.POOLINGS)}, too_long={too_long!r} error or truncate.")
+            raise UserError(
+                f"embed: pooling={pooling!r} is {' or '.join(documents.POOLINGS)}, too_long={too_long!r} error or truncate."
+            )
         jinja, most = templates.jinja(self.tokenizer, template), self.transformer.arch.max_positions
         options = {"template": jinja, "instruction": instruction}
         ids = [chat.encode_text(x, self.tokenizer, place=f"text {i + 1}", **options) for i, x in enumerate(texts)]

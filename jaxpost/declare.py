@@ -67,8 +67,8 @@ def objective(
     leaves: {path: (axis letters, first value)} that it adds to the parameters; a first value that is a name is another model's.
     masks: the columns [B,S] of the tokens that it learns from; where all are 0 no gradient may flow.
     prepare: (forward, params, batch, key) -> columns of the whole batch, without gradient, before it is split.
-    gather: (forward, params, batch, key) -> small columns [b, ...] of a microbatch's rows, without gradient. `prepare` finds them
-    in its batch, for all rows. So the forward passes that it needs take a microbatch's memory, not the whole batch's.
+    gather: (forward, params, batch, key) -> small columns [b, ...] of a microbatch's rows, without gradient, which the batch of
+    `prepare` has for all rows. So the model runs on a microbatch at a time.
 
     For rollouts alone: advantages, the config entry of the advantages unless the settings name others; off_policy, whether it
     corrects for several steps a batch; sequence_level, whether a completion has one advantage instead of one for each token.

@@ -73,7 +73,9 @@ def _gathered(gather: Callable, forward: Callable, params, batch: Batch, key, mi
     def part(rows: Batch) -> dict:
         columns, count = gather(forward, params, rows, key), len(rows["mask"])
         if wrong := [k for k, x in columns.items() if x.shape[:1] != (count,)]:
-            raise UserError(f"the objective's gather returns a column {wrong[0]} that is no [{count},...], a value for each row.")
+            raise UserError(
+                f"the objective's gather returns a column {wrong[0]} that is no [{count},...], a value for each row."
+            )
         return columns
 
     if microbatches == 1:

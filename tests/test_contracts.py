@@ -82,7 +82,7 @@ def _three_steps(name, batches, microbatches=1, mesh="one"):
 
 
 def _batches(name, arrange=lambda rows: rows, shape=(stubs.ROWS, stubs.LENGTH)):
-    """Two batches as the objective declares them: documents, pairs or lists of them, with the columns that it reads and no others."""
+    """Two batches as the objective declares them: documents, pairs or lists, with the columns that it reads and no others."""
     layouts = {"pairs": (stubs.PAIRS, 2), "lists": (stubs.LISTS, 3)}
     layout = layouts.get(declared(OBJECTIVES[name], "rows"), (stubs.PLAN, 1))
     columns = declared(OBJECTIVES[name], "columns")
@@ -248,7 +248,9 @@ def test_no_gradient_where_the_mask_is_zero(name):
 @every_objective
 def test_weights_come_from_masks_alone(name):
     objective, (batch, _) = OBJECTIVES[name], _batches(name)
-    prepared = jax.jit(with_prepared, static_argnums=(0, 1))(objective, stubs.forward, stubs.init(), batch, jax.random.PRNGKey(0))
+    prepared = jax.jit(with_prepared, static_argnums=(0, 1))(
+        objective, stubs.forward, stubs.init(), batch, jax.random.PRNGKey(0)
+    )
 
     def weights(params):
         return {k: t.weight for k, t in objective(stubs.forward, params, prepared, jax.random.PRNGKey(0))[0].items()}

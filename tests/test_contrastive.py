@@ -71,8 +71,14 @@ def info_nce(params, batch, *, temperature=0.05, learned=False, symmetric=False,
     positives = [k for k in every if docs[k][2] == 2]
     asked = [query[docs[p][4]] for p in positives]
     among = np.array([[d == p or told_apart(q, d) for d in every] for p, q in zip(positives, asked, strict=True)])
-    askers = np.array([[o == q or (docs[o][2] == 1 and told_apart(o, p)) for o in every] for p, q in zip(positives, asked, strict=True)])
-    own, asked, positives = scores[np.array(asked), np.array(positives)], scores[np.array(asked)], scores[:, np.array(positives)].T
+    askers = np.array(
+        [[o == q or (docs[o][2] == 1 and told_apart(o, p)) for o in every] for p, q in zip(positives, asked, strict=True)]
+    )
+    own, asked, positives = (
+        scores[np.array(asked), np.array(positives)],
+        scores[np.array(asked)],
+        scores[:, np.array(positives)].T,
+    )
     loss = jax.nn.logsumexp(jnp.where(among, asked, -jnp.inf), axis=1) - own
     if symmetric:
         loss = (loss + jax.nn.logsumexp(jnp.where(askers, positives, -jnp.inf), axis=1) - own) / 2

@@ -100,7 +100,9 @@ def test_what_is_no_list_is_refused_with_its_place():
             encode(row, window=128)
     with pytest.raises(UserError, match="config.columns: no shape has a column 'querry'. Did you mean 'query'"):
         encode(LIST, columns={"querry": "q"})
-    assert encode({"anchor": "q", "positive": "a"}, columns={"query": "anchor", "positives": "positive"}, reads=()).lengths[0] == 6
+    assert (
+        encode({"anchor": "q", "positive": "a"}, columns={"query": "anchor", "positives": "positive"}, reads=()).lengths[0] == 6
+    )
 
 
 def test_a_text_that_is_cut_keeps_its_end_and_rows_keep_to_their_documents():

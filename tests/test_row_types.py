@@ -30,7 +30,12 @@ ROWS = {
     "pairs": [pair("pq"[i % 2] * (1 + i % 3), "ab" * (1 + i % 5), "c" * (1 + i % 4), margin=i) for i in range(24)],
     "steps": [STEPS, {"prompt": "p", "completions": ["x", "y" * 18], "labels": [False, True]}] * 4,
     "lists": [
-        {"query": "q" * (1 + i % 2), "positives": ["ab" * (1 + i % 3)], "negatives": ["c"] * (i % 3), "scores": [1.0] * (1 + i % 3)}
+        {
+            "query": "q" * (1 + i % 2),
+            "positives": ["ab" * (1 + i % 3)],
+            "negatives": ["c"] * (i % 3),
+            "scores": [1.0] * (1 + i % 3),
+        }
         for i in range(24)
     ],
     "demonstrations": [{"prompt": row["prompt"], "completion": row["completion"]} for row in JUDGED],

@@ -137,7 +137,9 @@ def _opened(stored: dict, row_type: RowType, settings: Settings, row_columns: tu
     highest, widest, lost = int(stored["tokens"].max()), int(stored["widest"]), int(stored["lost"])
     digest = _digest(stored, row_type, settings.shared, row_columns)
     documents = stored["counts"], row_type.most(settings.window) if row_type.most else None
-    return Encoded(laid_out, lengths, learned, report, digest, reason, highest, widest, with_call, lost, row_columns, *documents)
+    return Encoded(
+        laid_out, lengths, learned, report, digest, reason, highest, widest, with_call, lost, row_columns, *documents
+    )
 
 
 def _check_columns(row: pack.Row, row_type: RowType, settings: Settings, row_columns: Sequence[str]) -> None:

@@ -81,7 +81,9 @@ def _task(name: str):
     except KeyError as error:
         raise UserError(f"tasks: {error.args[0]}") from error
     if task.metadata.type not in KINDS:
-        raise UserError(f"tasks: {name} is of the kind {task.metadata.type}, and without torch MTEB runs {' and '.join(KINDS)}.")
+        raise UserError(
+            f"tasks: {name} is of the kind {task.metadata.type}, and without torch MTEB runs {' and '.join(KINDS)}."
+        )
     return task
 
 

@@ -57,9 +57,9 @@ def ranking(
 ) -> Iterator[tuple[str, Any]]:
     """(each measure, with NAME_low and NAME_high; queries; passages) by the embeddings of a model, the closest passages first.
 
-    measures: names of ir-measures. instruction, passage_instruction, pooling, normalise, rows: as `Model.embed` takes them; texts
-    that are too long are cut. exact: passages up to which search is exact; above it is faiss's, which may miss some. Raises
-    UserError for what is wrong with a file, and for an unknown measure.
+    measures: names of ir-measures. instruction, passage_instruction, pooling, normalise, rows: as `Model.embed` takes them;
+    texts that are too long are cut. exact: passages up to which search is exact; above it is faiss's, which may miss some.
+    Raises UserError for what is wrong with a file, and for an unknown measure.
     """
     collection = read(corpus, queries, qrels)
     options = {"pooling": pooling, "normalise": normalise, "rows": rows, "too_long": "truncate"}
@@ -151,7 +151,7 @@ def _judged(collection: Collection, numbers: np.ndarray, measures: Sequence[str]
     yield "queries", len(asked)
     yield "passages", len(ids)
     first = next(iter(each.values()))
-    yield "samples", [_sample(i, query, order, collection, first[query]) for i, (query, order) in enumerate(zip(asked, orders, strict=True))]
+    yield "samples", [_sample(i, q, orders[i], collection, first[q]) for i, q in enumerate(asked)]
 
 
 def _sample(number: int, query: str, order: Sequence[str], collection: Collection, reward: float) -> dict:

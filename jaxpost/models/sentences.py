@@ -1,4 +1,4 @@
-"""What sentence-transformers reads beside a Hugging Face folder: which modules a sentence goes through, and how it is pooled."""
+"""What sentence-transformers reads beside a Hugging Face folder: its modules, and how a sentence is pooled."""
 
 import json
 

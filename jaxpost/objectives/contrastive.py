@@ -1,16 +1,17 @@
 """Contrastive losses: embeddings of a query and of passages, drawn together or apart.
 
-A row of data is a list (data/row_types/lists.py): a query q, positives p that answer it, negatives n that do not. s(q, p) is the
-inner product of their embeddings, a cosine unless normalise is False. A document's embedding is pooled from the final hidden
-states of its tokens (`documents.pooled`): pooling="last" or "mean".
+A row of data is a list (data/row_types/lists.py): a query q, positives p that answer it, negatives n that do not. s(q, p) is
+the inner product of their embeddings, a cosine unless normalise is False. A document's embedding is pooled from the final
+hidden states of its tokens (`documents.pooled`): pooling="last" or "mean".
 
     objective={"name": "contrastive.info_nce", "temperature": 0.02}
     objective={"name": "contrastive.distilled", "pooling": "mean"}
 
 All read tokens, segments and the columns roles and ids [B,S], which are constant over a document. info_nce compares the rows of
-the whole batch. Its loss and the loss's gradient by each embedding are computed once, from embeddings that are made a microbatch
-at a time. Then each microbatch embeds its documents again and follows that gradient. This is exact, and is the method of "Scaling
-Deep Contrastive Learning Batch Size under Memory Limited Setup" (GradCache). The other losses stay within a list.
+the whole batch. Its loss and the loss's gradient by each embedding are computed once, from embeddings that are made a
+microbatch at a time. Then each microbatch embeds its documents again and follows that gradient. This is exact, and is the
+method of "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (GradCache). The other losses stay within a
+list.
 """
 
 import math
@@ -190,12 +191,12 @@ def info_nce(
 ):
     """InfoNCE:  L = - log e^{s(q,p)/t} / (e^{s(q,p)/t} + sum over n of e^{s(q,n)/t}),  a mean over the batch's positives.
 
-    n: the negatives of q's own list, and the passages of all other lists in the global batch. Left out are other positives of the
-    same query, and passages with the id of one of its list's positives: these answer q too. temperature: t; with learned=True only
-    its first value, and 1/t, at most 100, is a parameter ("Learning Transferable Visual Models From Natural Language
-    Supervision"). symmetric: the mean of this and of the same with the roles of queries and positives exchanged, where negatives
-    play no part. normalise=False with temperature 1 is DPR's inner product. Source: "Representation Learning with Contrastive
-    Predictive Coding".
+    n: the negatives of q's own list, and the passages of all other lists in the global batch. Left out are other positives of
+    the same query, and passages with the id of one of its list's positives: these answer q too. temperature: t; with
+    learned=True only its first value, and 1/t, at most 100, is a parameter ("Learning Transferable Visual Models From Natural
+    Language Supervision"). symmetric: the mean of this and of the same with the roles of queries and positives exchanged, where
+    negatives play no part. normalise=False with temperature 1 is DPR's inner product. Source: "Representation Learning with
+    Contrastive Predictive Coding".
     """
     lists, vectors = _lists(batch), _vectors(forward, params, batch, pooling, normalise)
     scale = jnp.float32(_scale(params, temperature, learned))
@@ -227,7 +228,7 @@ def _pairs(lists: Lists) -> jax.Array:
 
 
 def _compared(vectors: jax.Array, lists: Lists, far: jax.Array, margin: float) -> tuple[dict, dict]:
-    """Terms and metrics of  max(0, margin + far(p) - far(n)),  a mean over the pairs of a positive and a negative of its list."""
+    """Terms and metrics of  max(0, margin + far(p) - far(n)),  a mean over the lists' pairs of a positive and a negative."""
     real = _pairs(lists)
     loss = jnp.where(real, jax.nn.relu(margin + far[:, :, None] - far[:, None, :]), 0.0)
     metrics = {"accuracy": masked_mean(far[:, :, None] < far[:, None, :], real)} | _similarity_metrics(vectors, lists)
@@ -264,9 +265,7 @@ def _log_shares(scores: jax.Array, passages: jax.Array, together: jax.Array) -> 
 
 
 @objective(rows="lists", columns=COLUMNS, masks=MASKS)
-def listwise(
-    forward, params, batch, key, *, temperature: float = TEMPERATURE, pooling: str = "last", normalise: bool = True
-):
+def listwise(forward, params, batch, key, *, temperature: float = TEMPERATURE, pooling: str = "last", normalise: bool = True):
     """A softmax over one list:  L = - log e^{s(q,p)/t} / (e^{s(q,p)/t} + sum over its own n of e^{s(q,n)/t}).
 
     It differs from info_nce in comparing nothing with other rows. Source: "Learning to Rank: From Pairwise Approach to Listwise

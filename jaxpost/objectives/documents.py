@@ -1,5 +1,4 @@
-"""From tokens to documents: numbers of a row's documents, [B,N] each, N = 2 ceil(S/2) + 1, in the order of `segments`; and their
-vectors [B,N,D].
+"""From tokens to documents: numbers of a row's documents, [B,N] each, N = 2 ceil(S/2) + 1, in the order of `segments`.
 
 Document 0 is the padding. A document's completion is its tokens in the mask; a document without any does not count. A number of
 a whole document is a column too, with the same value at each of its tokens. Rows are never mixed, so the results split over
@@ -66,8 +65,8 @@ def pooled(hidden: jax.Array, batch: Batch, *, pooling: str, tokens: jax.Array |
     """hidden [B,S,D] -> a vector of each document [B,N,D] float32; 0 where there is none.
 
     pooling: "last" takes the hidden state of the document's last token, which has read all others; "mean" averages over its
-    tokens. tokens [B,S] bool: the tokens that count, those of the mask for example; None is all of them. count: N, as in `whole`.
-    Raises UserError for another pooling.
+    tokens. tokens [B,S] bool: the tokens that count, those of the mask for example; None is all of them. count: N, as in
+    `whole`. Raises UserError for another pooling.
     """
     segments = batch["segments"]
     tokens = segments > 0 if tokens is None else tokens

@@ -2,8 +2,8 @@
 
     {"query": "the capital of France", "positives": ["Paris is ..."], "negatives": ["Lyon is ...", "Bonn was ..."]}
 
-Each text is a document of its own: a string, which gets the end-of-sequence token, or a list of messages, which the chat template
-renders. The query comes first, then the positives, then the negatives. What else a row may have:
+Each text is a document of its own: a string, which gets the end-of-sequence token, or a list of messages, which the chat
+template renders. The query comes first, then the positives, then the negatives. What else a row may have:
 
     instruction                                in front of the query: a string as it is, the system turn of messages
     query_id, positive_ids, negative_ids       text or numbers. Passages with the same id are the same passage, and queries with
@@ -70,9 +70,10 @@ def parsed(row: Mapping[str, Any], place: str) -> List:
         raise UserError(f"{place}: instruction is {instruction!r}; write it as text, or leave it out")
     positives, negatives = _passages(row, "positives", place), _passages(row, "negatives", place)
     if row.get("query") is None or not positives:
+        lacking = "query" if row.get("query") is None else "positives"
         raise UserError(
-            f"{place}: the objective learns from lists, and there is no {'positives' if row.get('query') else 'query'}; write a "
-            "query, positives and perhaps negatives, or name them, as in config.columns='query=anchor,positives=positive'"
+            f"{place}: the objective learns from lists, and there is no {lacking}; write a query, positives and perhaps negatives, "
+            "or name them, as in config.columns='query=anchor,positives=positive'"
         )
     ids = _ids(row, "positive_ids", positives, place) + _ids(row, "negative_ids", negatives, place)
     query_id = row.get("query_id")

@@ -2,6 +2,8 @@
 
     near={"do": "annotate", "with": {"name": "embedding", "pooling": "last"}, "objective": "contrastive.info_nce"},
     hard={"do": "select", "annotations": "@near", "with": "mine.negatives"},
+
+An annotator embeds the texts of every row, and the transform compares them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,7 +39,9 @@ def negatives(
     parsed = [lists.parsed(row, f"row {i + 1}") for i, row in enumerate(rows)]
     vectors = np.asarray(columns[column], np.float32)
     if vectors.ndim != 3 or vectors.shape[1] < 1 + max(len(one.passages) for one in parsed):
-        raise UserError(f"mine.negatives: {column} is {list(vectors.shape)}; it takes a vector for each text of a list, [N,K,D].")
+        raise UserError(
+            f"mine.negatives: {column} is {list(vectors.shape)}; it takes a vector for each text of a list, [N,K,D]."
+        )
     vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
     places: dict[int, tuple[int, int]] = {}  # of each passage, by its id, where it comes first: row and number
     answers: dict[int, set[int]] = {}  # ids of what answers each query
