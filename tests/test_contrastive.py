@@ -63,16 +63,16 @@ def info_nce(params, batch, *, temperature=0.05, learned=False, symmetric=False,
             answers.setdefault(number, set()).add(name)
     ids = [d[3] for d in docs]
 
-    def told_apart(q, d):
+    def is_negative(q, d):
         same_query = docs[d][2] == 2 and ids[query[docs[d][4]]] == ids[q]
         return docs[d][2] > 1 and not same_query and ids[d] not in answers[docs[q][4]]
 
     scores, every = scale * vectors @ vectors.T, range(len(docs))
     positives = [k for k in every if docs[k][2] == 2]
     asked = [query[docs[p][4]] for p in positives]
-    among = np.array([[d == p or told_apart(q, d) for d in every] for p, q in zip(positives, asked, strict=True)])
+    among = np.array([[d == p or is_negative(q, d) for d in every] for p, q in zip(positives, asked, strict=True)])
     askers = np.array(
-        [[o == q or (docs[o][2] == 1 and told_apart(o, p)) for o in every] for p, q in zip(positives, asked, strict=True)]
+        [[o == q or (docs[o][2] == 1 and is_negative(o, p)) for o in every] for p, q in zip(positives, asked, strict=True)]
     )
     own, asked, positives = (
         scores[np.array(asked), np.array(positives)],
@@ -139,8 +139,8 @@ def test_by_hand():
     roles = jnp.array([[0, 1, 2, 3, 1, 2, 3]])
     start = jnp.array([[0, 1, 1, 1, 4, 4, 4]])
     ids = jnp.array([[0, 1, 2, 3, 4, 5, 2]])  # the last negative is the first list's positive
-    made = contrastive.Lists(roles, start, ids, jnp.take_along_axis(ids, start, axis=1))
-    nats, first = contrastive._nats(vectors, jnp.float32(1.0), made, False)
+    batch = contrastive.Lists(roles, start, ids, jnp.take_along_axis(ids, start, axis=1))
+    nats, first = contrastive._nats(vectors, jnp.float32(1.0), batch, False)
     # The first query is told from two of the other three passages, both at a right angle; the second from three.
     assert nats[0, 2] == pytest.approx(np.log(np.e + 2) - 1, rel=1e-6)
     assert nats[0, 5] == pytest.approx(np.log(2 * np.e + 2) - 1, rel=1e-6)
@@ -250,10 +250,12 @@ def test_what_is_gathered_lies_in_the_order_of_the_rows_and_sees_one_microbatch(
     assert declared(resolve({"name": "router.balanced", "of": "contrastive.info_nce"}, "objectives"), "gather") is not None
 
 
-def test_a_wrong_gather_is_refused():
+def test_a_wrong_gather_and_a_wrong_temperature_are_refused():
     def scalar(forward, params, batch, key):
         return {"mean": jnp.mean(batch["mask"])}
 
+    with pytest.raises(UserError, match="a temperature of 0; give a number above 0"):
+        declared(resolve({"name": "contrastive.info_nce", "temperature": 0, "learned": True}, "objectives"), "leaves")
     with pytest.raises(UserError, match="declare prepare=... too"):
         objective(gather=scalar)
     wrong = objective(prepare=lambda forward, params, batch, key: {}, gather=scalar)(lambda forward, params, batch, key: None)

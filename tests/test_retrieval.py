@@ -13,7 +13,7 @@ from test_pairs import MODEL, PLAIN
 from toy_tokenizers import characters
 
 import jaxpost
-from jaxpost import export, sharding, tokenizer
+from jaxpost import export, recipe, sharding, tokenizer
 from jaxpost.config.resolve import resolve
 from jaxpost.data import chat, encoding, source
 from jaxpost.data.nearest import nearest
@@ -233,6 +233,8 @@ def test_wrong_files_and_measures_are_refused(tmp_path):
     assert ranking.read(paths["corpus"], paths["queries"], str(tmp_path / "test.tsv")).grades == {"q0": {"d0": 1}}
     for changes, message in (
         ({"corpus": [{"text": "a"}]}, "corpus.jsonl, line 1: there is no _id"),
+        ({"queries": [FILES["queries"][0]] * 2}, "queries.jsonl, line 2: an earlier row has the _id 'q0' too"),
+        ({"corpus": [{"_id": 1, "text": ""}]}, "corpus.jsonl, line 1: text is ''"),
         ({"queries": FILES["queries"][:1]}, "no query 'q1' in"),
         ({"qrels": [{"query-id": "q0", "corpus-id": "d9", "score": 1}]}, "no passage 'd9' in"),
         ({"qrels": [{"query-id": "q0", "corpus-id": "d1", "score": 0.5}]}, "a whole number as score"),
@@ -293,6 +295,41 @@ def test_negatives_are_the_nearest_that_do_not_answer():
     with pytest.raises(UserError, match=r"it takes a vector for each text of a list, \[N,K,D\]"):
         resolve("mine.negatives", "transforms")(rows, {"embedding": vectors[:, 0]}, None)
     assert lists.most(1024) == 64
+
+
+@pytest.mark.slow
+def test_a_recipe_mines_negatives_and_learns_from_them(tmp_path):
+    rows = [{"query": f"{i}+1", "positives": [f"{i + 1}"]} for i in range(16)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = recipe.make(
+        stages=("near", "hard", "again"),
+        model=runs.MODEL,
+        tokenizer="tasks.arithmetic.tokenizer",
+        data=str(tmp_path / "d.jsonl"),
+        objective={"name": "contrastive.info_nce", "learned": True, "temperature": 0.1},
+        window=32,
+        batch_size=8,
+        near={"do": "annotate", "with": {"name": "embedding", "pooling": "last"}},
+        hard={"do": "select", "annotations": "@near", "with": {"name": "mine.negatives", "count": 2, "margin": -2.0}},
+        again={"data": "@hard", "steps": 3, "microbatches": 1, "log_every": 1, "optimizer": {"lr": 1e-2, "warmup": 0}},
+    )
+    jaxpost.train(config, tmp_path / "run")
+    (file,) = (tmp_path / "run" / "rows").glob("*/part-*.jsonl")
+    mined = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["query"] for row in mined] == [row["query"] for row in rows]
+    assert all(len(row["negatives"]) == 2 and row["positives"][0] not in row["negatives"] for row in mined)
+    vectors = jaxpost.load(runs.MODEL, mesh=one_device())
+    vectors = dataclasses.replace(vectors, tokenizer=arithmetic.tokenizer())
+    queries, answers = vectors.embed([row["query"] for row in rows]), vectors.embed([row["positives"][0] for row in rows])
+    scores = queries @ answers.T - 9 * np.eye(16)
+    assert [row["negatives"][0] for row in mined] == [rows[i]["positives"][0] for i in scores.argmax(1)]
+    log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in log if "loss" in row]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert log[-1].get("temperature", 0.1) != 0.1
+    with pytest.raises(UserError, match="contrastive/log_scale besides the model's weights"):
+        export.export(str(tmp_path / "run"), str(tmp_path / "out"), mesh=one_device())
+    assert "modules.json" in export.export(str(tmp_path / "run"), str(tmp_path / "out"), mesh=one_device(), pooling="last")
 
 
 # ------------------------------------------------------------------------------------------------------- MTEB

@@ -17,6 +17,7 @@ from jaxpost.errors import UserError
 
 KEY = apply.key_of(3)
 DATA = [{"prompt": f"p{i % 4}", "hard": (7 * i) % 10, "even": i % 2 == 0, "text": "x"} for i in range(10)]
+DATA = [row | {"query": f"q{i}", "positives": [f"a{i}"]} for i, row in enumerate(DATA)]
 # Keywords that a transform needs.
 NEEDS = {
     "select.top": {"column": "hard", "keep": 0.3},
@@ -24,6 +25,7 @@ NEEDS = {
     "select.random": {"keep": 4},
     "select.unique": {"field": "prompt"},
     "order.by": {"column": "hard"},
+    "mine.negatives": {},
 }
 NAMES = known("transforms")
 
@@ -43,7 +45,7 @@ def test_discovery_finds_transforms_and_nothing_else():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_transform_is_deterministic_and_gives_what_it_may(name):
     function, rows = resolve({"name": name, **NEEDS.get(name, {})}, "transforms"), [dict(row) for row in DATA]
-    columns = {"surprise": np.arange(10.0)}
+    columns = {"surprise": np.arange(10.0), "embedding": np.random.default_rng(0).normal(size=(10, 2, 3))}
     once, again = (apply.apply(function, rows, columns, KEY) for _ in range(2))
     assert once == again and rows == DATA, "the same for the same key, and nothing is changed"
     result = np.asarray(function(rows, apply.Columns(rows, columns), KEY))

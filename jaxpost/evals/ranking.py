@@ -86,15 +86,15 @@ def bm25(
     index = bm25s.BM25()
     index.index(words(collection.passages), show_progress=False)
     k = min(DEPTH + 1, len(collection.passages))
-    found, scores = index.retrieve(words(collection.queries), k=k, show_progress=False)
+    numbers, scores = index.retrieve(words(collection.queries), k=k, show_progress=False)
     # Of equal scores the passage of the lower number first, as in `nearest`.
-    order = np.lexsort((found, -scores), axis=1)
-    yield from _judged(collection, np.take_along_axis(found, order, axis=1), measures)
+    order = np.lexsort((numbers, -scores), axis=1)
+    yield from _judged(collection, np.take_along_axis(numbers, order, axis=1), measures)
 
 
 def read(corpus: str, queries: str, qrels: str) -> Collection:
     """The files of a collection. Raises UserError for a row without its fields, and for a judgement of what is not there."""
-    passages = {_id(record): f"{record.row.get('title') or ''} {_text(record)}".strip() for record in readers.read(corpus)}
+    passages, texts = _by_id(corpus), _by_id(queries)
     grades: dict[str, dict[str, int]] = {}
     for record in _judgements(qrels):
         query, passage, grade = (record.row.get(field) for field in ("query-id", "corpus-id", "score"))
@@ -103,7 +103,6 @@ def read(corpus: str, queries: str, qrels: str) -> Collection:
         if str(passage) not in passages:
             raise UserError(f"{record.place}: no passage {passage!r} in {corpus}; take the judgement out, or add the passage")
         grades.setdefault(str(query), {})[str(passage)] = int(grade)
-    texts = {_id(record): _text(record) for record in readers.read(queries)}
     if lacking := grades.keys() - texts.keys():
         raise UserError(f"{qrels}: no query {min(lacking)!r} in {queries}; take its judgements out, or add the query")
     return Collection(passages, {name: text for name, text in texts.items() if name in grades}, grades)
@@ -119,17 +118,18 @@ def _judgements(path: str) -> list[readers.Record]:
     return [readers.Record(row, f"{file.name}, line {line}") for line, row in enumerate(rows, start=2)]
 
 
-def _id(record: readers.Record) -> str:
-    if record.row.get("_id") is None:
-        raise UserError(f"{record.place}: there is no _id; give each passage and each query one")
-    return str(record.row["_id"])
-
-
-def _text(record: readers.Record) -> str:
-    text = record.row.get("text")
-    if not isinstance(text, str) or not (text.strip() or str(record.row.get("title") or "").strip()):
-        raise UserError(f"{record.place}: text is {text!r}; write the text of the passage or query")
-    return text
+def _by_id(path: str) -> dict[str, str]:
+    """{id: title and text} of a file's rows."""
+    texts: dict[str, str] = {}
+    for row, place in readers.read(path):
+        name, text = row.get("_id"), row.get("text")
+        if name is None or str(name) in texts:
+            fault = "there is no _id" if name is None else f"an earlier row has the _id {name!r} too"
+            raise UserError(f"{place}: {fault}; give each passage and each query one of its own")
+        texts[str(name)] = f"{row.get('title') or ''} {text}".strip() if isinstance(text, str) else ""
+        if not texts[str(name)]:
+            raise UserError(f"{place}: text is {text!r}; write the text of the passage or query, or take the row out")
+    return texts
 
 
 def _judged(collection: Collection, numbers: np.ndarray, measures: Sequence[str]) -> Iterator[tuple[str, Any]]:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxpost import sharding
 from jaxpost.data.row_types.lists import NEGATIVE, POSITIVE, QUERY, most
 from jaxpost.declare import Column, objective
+from jaxpost.errors import UserError
 from jaxpost.metrics import Mean, masked_mean
 from jaxpost.objectives import documents
 from jaxpost.types import Batch, Term
@@ -96,13 +97,19 @@ def _similarities(vectors: jax.Array, lists: Lists) -> jax.Array:
 
 def leaves(*, temperature: float = TEMPERATURE, learned: bool = False, **_) -> dict:
     """The parameter of a learned temperature, log 1/t, as `declare.objective` takes it."""
-    return {"contrastive/log_scale": ("1", -math.log(temperature))} if learned else {}
+    return {"contrastive/log_scale": ("1", math.log(_inverse(temperature)))} if learned else {}
+
+
+def _inverse(temperature: float) -> float:
+    if not temperature > 0:
+        raise UserError(f"config.objective: a temperature of {temperature!r}; give a number above 0.")
+    return 1 / temperature
 
 
 def _scale(params, temperature: float, learned: bool) -> jax.Array | float:
     """1 / temperature; a learned one is at most 100."""
     if not learned:
-        return 1 / temperature
+        return _inverse(temperature)
     return jnp.exp(jnp.minimum(params["contrastive"]["log_scale"][0], math.log(100.0)))
 
 
@@ -131,44 +138,42 @@ def _coupled(
 def _nats(vectors: jax.Array, scale: jax.Array, lists: Lists, symmetric: bool) -> tuple[jax.Array, jax.Array]:
     """([B,N] the loss of each positive and 0 elsewhere, whether its score is above those of all negatives)."""
     own = scale * _similarities(vectors, lists)
-    from_query, hardest, from_passage = _against(vectors, scale, lists)
+    from_query, highest, from_passage = _against(vectors, scale, lists)
     nats = jax.nn.softplus(lists.of_query(from_query) - own)
     if symmetric:
         nats = (nats + jax.nn.softplus(from_passage - own)) / 2
-    return jnp.where(lists.positive, nats, 0.0), own > lists.of_query(hardest)
+    return jnp.where(lists.positive, nats, 0.0), own > lists.of_query(highest)
 
 
 def _against(vectors: jax.Array, scale: jax.Array, lists: Lists) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """[B,N] each, of the scores that a query and a positive have with all that they must be told from: of a query log-sum-exp
-    and the highest one over the batch's passages that do not answer it; of a positive log-sum-exp over the batch's queries that
-    it does not answer.
+    """Three [B,N] of the scaled scores of queries with their negatives: of each query log-sum-exp over its negatives, and the
+    highest; of each positive log-sum-exp over the queries that it is a negative of.
 
     Queries are taken a group of rows at a time, and their scores are computed again for the gradient.
     """
     rows, count, _ = vectors.shape
-    scores_at_once = SCORED * sharding.batch_ways()
-    groups = next((g for g in range(1, rows) if rows % g == 0 and (rows * count) ** 2 // g <= scores_at_once), rows)
+    limit = SCORED * sharding.batch_ways()
+    groups = next((g for g in range(1, rows) if rows % g == 0 and (rows * count) ** 2 // g <= limit), rows)
 
     def deal(x):
         return x.reshape(rows // groups, groups, *x.shape[1:]).swapaxes(0, 1)
 
-    def group(so_far, part):
+    def group(to_queries, part):
         queries, own = part
-        scores = scale * jnp.einsum("gnd,bmd->gnbm", queries, vectors)
-        told_apart = _told_apart(own, lists)
-        among = jnp.where(told_apart, scores, LOWEST)
-        to_queries = jax.nn.logsumexp(jnp.where(lists.positive, among, LOWEST), axis=(0, 1))
-        return jnp.logaddexp(so_far, to_queries), (jax.nn.logsumexp(among, axis=(2, 3)), jnp.max(among, axis=(2, 3)))
+        scores = scale * jnp.einsum("gnd,bmd->gnbm", queries, vectors, precision="highest")
+        scores = jnp.where(_negatives(own, lists), scores, LOWEST)
+        to_these = jax.nn.logsumexp(jnp.where(lists.positive, scores, LOWEST), axis=(0, 1))
+        return jnp.logaddexp(to_queries, to_these), (jax.nn.logsumexp(scores, axis=(2, 3)), jnp.max(scores, axis=(2, 3)))
 
     nothing = jnp.full((rows, count), LOWEST)
     from_passage, parts = jax.lax.scan(jax.checkpoint(group), nothing, jax.tree.map(deal, (vectors, lists)))
-    from_query, hardest = (x.swapaxes(0, 1).reshape(rows, count) for x in parts)
-    return from_query, jax.lax.stop_gradient(hardest), from_passage
+    from_query, highest = (x.swapaxes(0, 1).reshape(rows, count) for x in parts)
+    return from_query, jax.lax.stop_gradient(highest), from_passage
 
 
-def _told_apart(own: Lists, lists: Lists) -> jax.Array:
-    """[g,N,B,N] bool: whether a query of a group's rows is to be told from a passage of the batch. It is not from positives of
-    the same query, nor from passages with the id of one of its list's positives.
+def _negatives(own: Lists, lists: Lists) -> jax.Array:
+    """[g,N,B,N] bool: whether a passage of the batch is a negative of a query of a group's rows. Positives of the same query
+    are none, nor are passages with the id of one of its list's positives.
     """
     answers = (own.queries[:, :, None, None] == lists.queries) & lists.positive
     same = (own.ids[:, :, None, None] == lists.ids) & own.positive[:, :, None, None]
@@ -272,7 +277,7 @@ def listwise(forward, params, batch, key, *, temperature: float = TEMPERATURE, p
     Approach".
     """
     lists, vectors = _lists(batch), _vectors(forward, params, batch, pooling, normalise)
-    scores = _similarities(vectors, lists) / temperature
+    scores = _similarities(vectors, lists) * _inverse(temperature)
     own = lists.together & lists.negative[:, None, :]
     rest = jax.nn.logsumexp(jnp.where(own, scores[:, None, :], LOWEST), axis=2)
     real = lists.positive & jnp.any(own, axis=2)
@@ -302,7 +307,7 @@ def distilled(
     lists, vectors = _lists(batch), _vectors(forward, params, batch, pooling, normalise)
     passages = lists.roles > QUERY
     given = documents.whole(batch["scores"], batch, lists.roles.shape[1])
-    teacher = _log_shares(given / teacher_temperature, passages, lists.together)
-    student = _log_shares(_similarities(vectors, lists) / temperature, passages, lists.together)
+    teacher = _log_shares(given * _inverse(teacher_temperature), passages, lists.together)
+    student = _log_shares(_similarities(vectors, lists) * _inverse(temperature), passages, lists.together)
     term = Term(jnp.sum(jnp.exp(teacher) * (teacher - student)), _count(lists.roles == QUERY))
     return {"distilled": term}, _similarity_metrics(vectors, lists)

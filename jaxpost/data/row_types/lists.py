@@ -72,8 +72,8 @@ def parsed(row: Mapping[str, Any], place: str) -> List:
     if row.get("query") is None or not positives:
         lacking = "query" if row.get("query") is None else "positives"
         raise UserError(
-            f"{place}: the objective learns from lists, and there is no {lacking}; write a query, positives and perhaps negatives, "
-            "or name them, as in config.columns='query=anchor,positives=positive'"
+            f"{place}: the objective learns from lists, and there is no {lacking}; write a query, positives and perhaps "
+            "negatives, or name them, as in config.columns='query=anchor,positives=positive'"
         )
     ids = _ids(row, "positive_ids", positives, place) + _ids(row, "negative_ids", negatives, place)
     query_id = row.get("query_id")

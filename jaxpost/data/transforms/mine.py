@@ -52,11 +52,11 @@ def negatives(
     ids = list(places)
     passages = np.stack([vectors[i, number + 1] for i, number in places.values()])
     most = min(len(ids), last + max(map(len, answers.values())))
-    scores, found = nearest(vectors[:, 0], passages, most)
+    scores, numbers = nearest(vectors[:, 0], passages, most)
     mined = []
     for i, one in enumerate(parsed):
         own = vectors[i, 1 : 1 + len(one.positives)] @ vectors[i, 0]
-        below = [(ids[j], score) for score, j in zip(scores[i], found[i], strict=True) if ids[j] not in answers[one.query_id]]
+        below = [(ids[j], score) for score, j in zip(scores[i], numbers[i], strict=True) if ids[j] not in answers[one.query_id]]
         chosen = [name for name, score in below[first - 1 : last] if score < own.max() - margin][:count]
         mined.append(_with_negatives(rows[i], [places[name] for name in chosen], rows, parsed))
     return mined
