@@ -57,9 +57,8 @@ def export(
             f"--out={out}: is not empty (it holds {held[0]}); nothing is overwritten, give a folder that is new or empty."
         )
     spec, params = loading.open_model(checkpoint, mesh)
-    if pooling is not None:  # an embedding has no use for the temperature that its loss learned
-        spec = dataclasses.replace(spec, leaves={k: v for k, v in spec.leaves.items() if k != TEMPERATURE})
-        params = {k: v for k, v in params.items() if k != TEMPERATURE.partition("/")[0]}
+    if pooling is not None:
+        spec, params = _embedding_model(spec, params, checkpoint)
     if spec.leaves:
         raise UserError(
             f"--checkpoint={checkpoint}: it has {', '.join(spec.leaves)} besides the model's weights, for which a language "
@@ -69,12 +68,7 @@ def export(
         base = loading.base_name(spec)
         return peft.save(folder, params, spec.transformer.arch, spec.adapter, base, loading.beside(spec))
     if pooling is not None:
-        longest = spec.transformer.arch.max_positions
-        if spec.tokenizer is None:
-            raise UserError(f"--checkpoint={checkpoint}: it has no tokenizer, which an embedding model needs.")
-        spec = dataclasses.replace(spec, tokenizer=tokenizer.ending(spec.tokenizer, longest))
-        width = spec.transformer.arch.width
-        sentences.save(folder, width=width, longest=longest, pooling=pooling, normalise=normalise)
+        sentences.save(folder, spec.transformer.arch, pooling=pooling, normalise=normalise)
     special = {} if spec.tokenizer is None else _special_ids(spec.tokenizer)
     # Ids that config.json already has stay: they do not change the forward, and others may rely on them.
     hf.save(folder, params, spec.transformer.arch, {**special, **spec.config}, dtype)
@@ -85,6 +79,16 @@ def export(
     if fields := special | spec.generation | ends:
         (folder / "generation_config.json").write_text(json.dumps(fields, indent=2) + "\n")
     return sorted(p.name for p in folder.iterdir())
+
+
+def _embedding_model(spec: loading.ModelSpec, params: Any, checkpoint: str) -> tuple[loading.ModelSpec, Any]:
+    """(spec, params) without the temperature that only the loss reads, and with a tokenizer that ends texts."""
+    if spec.tokenizer is None:
+        raise UserError(f"--checkpoint={checkpoint}: it has no tokenizer, which an embedding model needs.")
+    ending = tokenizer.ending(spec.tokenizer, spec.transformer.arch.max_positions)
+    leaves = {k: v for k, v in spec.leaves.items() if k != TEMPERATURE}
+    params = {k: v for k, v in params.items() if k != TEMPERATURE.partition("/")[0]}
+    return dataclasses.replace(spec, tokenizer=ending, leaves=leaves), params
 
 
 def _special_ids(text: Any) -> dict[str, int]:

@@ -4,25 +4,24 @@ import json
 
 from etils import epath
 
+from jaxpost.models.families import Architecture
+
 _MODULES = "sentence_transformers.models."
 
 
-def save(folder, *, width: int, longest: int, pooling: str, normalise: bool) -> None:
-    """Writes modules.json and its kin into a folder that has the model and its tokenizer.
-
-    width: of the model; longest: the most tokens of a sentence; pooling: "last" or "mean", over all tokens.
-    """
+def save(folder, arch: Architecture, *, pooling: str, normalise: bool) -> None:
+    """Writes modules.json and its kin beside a model and its tokenizer. pooling: "last" or "mean", over all tokens."""
     folder = epath.Path(folder)
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), *[("2_Normalize", "Normalize")] * normalise]
     modes = ("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
     chosen = {"last": "lasttoken", "mean": "mean_tokens"}[pooling]
-    pooled = {"word_embedding_dimension": width, **{f"pooling_mode_{mode}": mode == chosen for mode in modes}}
+    pooled = {"word_embedding_dimension": arch.width, **{f"pooling_mode_{mode}": mode == chosen for mode in modes}}
     files = {
         "modules.json": [
             {"idx": i, "name": str(i), "path": path, "type": _MODULES + kind} for i, (path, kind) in enumerate(modules)
         ],
         "1_Pooling/config.json": pooled | {"include_prompt": True},
-        "sentence_bert_config.json": {"max_seq_length": longest, "do_lower_case": False},
+        "sentence_bert_config.json": {"max_seq_length": arch.max_positions, "do_lower_case": False},
         "config_sentence_transformers.json": {"similarity_fn_name": "cosine" if normalise else "dot"},
     }
     for path, _ in modules:
