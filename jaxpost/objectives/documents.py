@@ -50,7 +50,8 @@ def _at_last(values: jax.Array, tokens: jax.Array, segments: jax.Array, count: i
     places = jnp.where(tokens, jnp.arange(values.shape[1]), -1)
     place = _reduced(jax.ops.segment_max, places, segments, count)
     place = place.reshape(*place.shape, *[1] * (values.ndim - 2))
-    return jnp.where(place >= 0, jnp.take_along_axis(values, jnp.maximum(place, 0), axis=1), 0)
+    nothing = 0.0 if jnp.issubdtype(values.dtype, jnp.floating) else 0
+    return jnp.where(place >= 0, jnp.take_along_axis(values, jnp.maximum(place, 0), axis=1), nothing)
 
 
 def whole(column: jax.Array, batch: Batch, count: int | None = None) -> jax.Array:
