@@ -85,12 +85,12 @@ def info_nce(params, batch, *, temperature=0.05, learned=False, symmetric=False,
     return jnp.mean(loss)
 
 
-def same(found, expected):
+def same(grads, expected):
     def leaf(path, a, b):
         gap, size = np.linalg.norm(a - b), np.linalg.norm(b)
         assert gap <= ROUNDING * size + 1e-12, f"{sharding.path_name(path)}: {gap:.1e} of {size:.1e}"
 
-    jax.tree_util.tree_map_with_path(leaf, jax.device_get(found), jax.device_get(expected))
+    jax.tree_util.tree_map_with_path(leaf, jax.device_get(grads), jax.device_get(expected))
 
 
 def split(name, params, batch, microbatches=1, **options):
@@ -115,11 +115,11 @@ def test_the_gradient_is_that_of_the_whole_loss_whatever_the_microbatches(option
         params["contrastive"] = {"log_scale": jnp.array([np.log(10.0)], jnp.float32)}
     value, expected = jax.jit(jax.value_and_grad(functools.partial(info_nce, batch=batch, **options)))(params)
     for microbatches in (4,) if options else (1, 4, 16):
-        loss, found, measured = split("contrastive.info_nce", params, batch, microbatches, **options)
+        loss, grads, measured = split("contrastive.info_nce", params, batch, microbatches, **options)
         assert float(loss) == pytest.approx(float(value), rel=1e-6), "the loss itself, not its linear form"
-        same(found, expected)
+        same(grads, expected)
     if options.get("learned"):
-        assert abs(float(found["contrastive"]["log_scale"][0])) > 1e-3
+        assert abs(float(grads["contrastive"]["log_scale"][0])) > 1e-3
         assert values(measured)["temperature"] == pytest.approx(0.1)
 
 
@@ -127,9 +127,9 @@ def test_groups_of_queries_change_nothing(monkeypatch):
     batch, params = batch_of("contrastive.info_nce"), stubs.init()
     loss, expected, _ = split("contrastive.info_nce", params, batch, symmetric=True)
     monkeypatch.setattr(contrastive, "SCORED", 1)
-    again, found, _ = split("contrastive.info_nce", params, batch, symmetric=True)
+    again, grads, _ = split("contrastive.info_nce", params, batch, symmetric=True)
     assert float(again) == pytest.approx(float(loss), rel=1e-6)
-    same(found, expected)
+    same(grads, expected)
 
 
 def test_by_hand():
@@ -186,8 +186,8 @@ def test_losses_within_a_list_are_their_equations():
             pooling, normalise = "mean", False
         whole = lambda p: loss(embedded(p, batch, pooling, normalise))  # noqa: B023, E731
         value, expected = jax.jit(jax.value_and_grad(whole))(params)
-        found, grads, _ = split(name, params, batch, **options)
-        assert float(found) == pytest.approx(float(value), rel=1e-6), name
+        loss_value, grads, _ = split(name, params, batch, **options)
+        assert float(loss_value) == pytest.approx(float(value), rel=1e-6), name
         same(grads, expected)
 
 
@@ -244,9 +244,9 @@ def test_what_is_gathered_lies_in_the_order_of_the_rows_and_sees_one_microbatch(
         return {"one": Term(jnp.sum(batch["doubled"]), jnp.float32(1.0))}, {}
 
     batch = stubs.pack(stubs.documents(1)) | {"rows": np.arange(stubs.ROWS)}
-    made = with_prepared(mine, stubs.forward, {}, batch, KEY, 4)
-    assert made["doubled"].tolist() == [2 * (10 * i + 1.25) for i in range(stubs.ROWS)]
-    assert set(seen) == {(4, stubs.LENGTH)} and "numbers" not in made
+    prepared = with_prepared(mine, stubs.forward, {}, batch, KEY, 4)
+    assert prepared["doubled"].tolist() == [2 * (10 * i + 1.25) for i in range(stubs.ROWS)]
+    assert set(seen) == {(4, stubs.LENGTH)} and "numbers" not in prepared
     assert declared(resolve({"name": "router.balanced", "of": "contrastive.info_nce"}, "objectives"), "gather") is not None
 
 

@@ -16,7 +16,7 @@ reciprocal rank, whose mean is MRR), AP (whose mean is MAP). Each is a mean over
 
 import csv
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import ir_measures
@@ -192,7 +192,7 @@ def _package(name: str):
 
 
 def _check(package: str = "") -> Callable:
-    def check(model, corpus: str, queries: str, qrels: str, measures: Sequence[str] = MEASURES, **_: Mapping) -> None:
+    def check(model, corpus: str, queries: str, qrels: str, measures: Sequence[str] = MEASURES, **_: Any) -> None:
         if package:
             _package(package)
         else:
