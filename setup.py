@@ -48,9 +48,9 @@ setup(
         "gcs": ["gcsfs", "google-cloud-storage"],  # gs:// paths; the second is what Orbax asks for
         "endpoint": ["openai"],  # completions of an OpenAI-compatible server, for do="generate"
         "hub": ["datasets"],  # hf:OWNER/NAME as data
-        "retrieval": ["bm25s"],  # demonstrations by BM25
         "rewards": ["math-verify", "reasoning-gym"],
         "eval": ["lm-eval"],
+        "retrieval": ["ir-measures", "bm25s", "faiss-cpu", "mteb-core"],  # none of which needs torch
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",  # two processes, for tests are mostly Python and compilation, a core each
@@ -62,6 +62,7 @@ setup(
             "gcp-storage-emulator",
             "openai",
             "bm25s",
+            "ir-measures",
         ],
         "parity": ["torch==2.13.0"],  # only to make golden values again
     },

@@ -6,6 +6,7 @@
     model.scores(tokens)["logps"]                        [B,S], without the [B,S,V]
     model.tap("layers.3.head_out", ["Once upon a time"]) [B,S,N,H], an activation (models/sites.py)
     model.patched({"layers.3.mlp_out": 0.0})             a model without that layer's feed-forward
+    model.embed(["a text", "another"])                   [2,D]
     jax.grad(lambda p: loss(model.forward(p, batch)))(model.params)
 
 `params` is a plain tree of arrays in its place on the mesh, and `forward` a plain function of it, the same that objectives get.
@@ -22,15 +23,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpost import sharding
+from jaxpost.data import chat, templates
 from jaxpost.errors import UserError
 from jaxpost.models import loading, protocol
 from jaxpost.models.composed import Patched
 from jaxpost.models.heads import logits
+from jaxpost.objectives import documents
 from jaxpost.objectives.logprobs import token_scores
 from jaxpost.sampling.text import completed, continuation, encoded
 from jaxpost.storage import compile_cache
 from jaxpost.tokenizer import check_ids
 from jaxpost.types import Batch, Output, Params
+
+WIDTH = 64  # texts that are embedded are padded to a multiple of it, so that few programs are compiled
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -123,6 +128,55 @@ class Model:
         prompts = _several(prompts)
         return completed(self.transformer, self.params, self.tokenizer, prompts, mesh=self.mesh, ends=self.ends, **options)
 
+    def embed(
+        self,
+        texts: str | Sequence,
+        *,
+        pooling: str = "last",
+        normalise: bool = True,
+        instruction: str = "",
+        template: str | None = None,
+        too_long: str = "error",
+        rows: int = 32,
+    ) -> np.ndarray:
+        """Embeddings [N,D] float32 of texts: strings, or conversations (lists of messages).
+
+        pooling: "last" or "mean", as the model was trained (`objectives.documents.pooled`). normalise: whether each has length
+        1. instruction: stands in front of each string, or is the system turn. template: for messages, a name or Jinja.
+        too_long: "error", or "truncate" what exceeds the model's positions; the last token stays. rows: texts at a time, which
+        changes nothing. Raises UserError for an empty text, one that is too long, and without a tokenizer.
+        """
+        self.need_tokenizer()
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if pooling not in documents.POOLINGS or too_long not in ("error", "truncate"):
+            raise UserError(
+                f"embed: pooling={pooling!r} is {' or '.join(documents.POOLINGS)}, too_long={too_long!r} error or truncate."
+            )
+        jinja, most = templates.jinja(self.tokenizer, template), self.transformer.max_positions
+        options = {"template": jinja, "instruction": instruction}
+        ids = [chat.encode_text(x, self.tokenizer, place=f"text {i + 1}", **options) for i, x in enumerate(texts)]
+        for i, one in enumerate(ids):
+            if len(one) > most and too_long == "error":
+                raise UserError(f"text {i + 1}: it has {len(one)} tokens and the model takes {most}; say too_long='truncate'.")
+        ids = [one if len(one) <= most else np.append(one[: most - 1], one[-1:]) for one in ids]
+        # A text's width depends on itself alone, and so does its embedding.
+        widths = np.array([min(most, len(one) + -len(one) % WIDTH) for one in ids], int)
+        vectors = np.zeros((len(ids), self.transformer.width), np.float32)
+        for width in np.unique(widths):
+            same = np.flatnonzero(widths == width)
+            for members in (same[first : first + rows] for first in range(0, len(same), rows)):
+                vectors[members] = self._pooled([ids[i] for i in members], width, rows, pooling, normalise)
+        return vectors
+
+    def _pooled(self, ids: list[np.ndarray], width: int, rows: int, pooling: str, normalise: bool) -> np.ndarray:
+        """The embeddings of at most `rows` texts of at most `width` tokens."""
+        tokens, lengths = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
+        for row, one in enumerate(ids):
+            tokens[row, : len(one)], lengths[row] = one, len(one)
+        batch, _ = self._batch(tokens, lengths)
+        with sharding.use(self.mesh):
+            return sharding.everywhere(_embeddings(self.transformer, self.params, batch, pooling, normalise))[: len(ids)]
+
     def need_tokenizer(self) -> None:
         """Raises UserError for a model without a tokenizer."""
         if self.tokenizer is None:
@@ -178,6 +232,13 @@ def _tapped(model: protocol.Model, params: Params, batch: Batch, sites: tuple, v
 def _scores(model: protocol.Model, params: Params, batch: Batch) -> dict[str, jax.Array]:
     mask = (batch["segments"] > 0) & (jnp.arange(batch["tokens"].shape[1]) > 0)
     return token_scores(model.forward(params, batch), batch, mask)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def _embeddings(model: protocol.Model, params: Params, batch: Batch, pooling: str, normalise: bool) -> jax.Array:
+    """[B,D]: of rows of one document each."""
+    vectors = documents.pooled(model.forward(params, batch).hidden, batch, pooling=pooling, count=2)[:, 1]
+    return documents.unit(vectors) if normalise else vectors
 
 
 def load(where: str | Mapping, *, mesh=None, dtype: str = "float32", adapter: Mapping | str | None = None) -> Model:

@@ -22,6 +22,7 @@ _DEFAULTS = {
     "leaves": {},
     "masks": ("mask",),
     "prepare": None,
+    "gather": None,
     "advantages": "leave_one_out",
     "off_policy": False,
     "sequence_level": False,
@@ -29,7 +30,7 @@ _DEFAULTS = {
     "differentiates_entropy": False,
     "per": "token",
 }
-_FUNCTIONS = ("prepare", "metrics")  # the value is a function, bound to the keywords that it takes
+_FUNCTIONS = ("prepare", "gather", "metrics")  # the value is a function, bound to the keywords that it takes
 _ATTRIBUTES = ("prepare", "columns", "data", "leaves")  # older versions read these from the function itself
 
 
@@ -54,21 +55,27 @@ def objective(
     leaves: Mapping | Callable | None = None,
     masks: tuple[str, ...] | Callable | None = None,
     prepare: Callable | None = None,
+    gather: Callable | None = None,
     advantages: Mapping | str | Callable | None = None,
     off_policy: bool | Callable | None = None,
     sequence_level: bool | Callable | None = None,
 ) -> Callable:
     """Declares an objective. A field left out is inherited, or has the default of a function without the decorator.
 
-    rows: the row type that it learns from: demonstrations, pairs, labelled, mismatched, scored or steps.
+    rows: the row type that it learns from: demonstrations, pairs, labelled, mismatched, scored, steps or lists.
     columns: {name: Column, or (axis letters, dtype)} that it reads besides tokens, segments, positions and mask.
     leaves: {path: (axis letters, first value)} that it adds to the parameters; a first value that is a name is another model's.
     masks: the columns [B,S] of the tokens that it learns from; where all are 0 no gradient may flow.
     prepare: (forward, params, batch, key) -> columns of the whole batch, without gradient, before it is split.
+    gather: (forward, params, batch, key) -> small columns [b, ...] of a microbatch's rows, without gradient, which the batch of
+    `prepare` has for all rows. So the model runs on a microbatch at a time.
 
     For rollouts alone: advantages, the config entry of the advantages unless the settings name others; off_policy, whether it
     corrects for several steps a batch; sequence_level, whether a completion has one advantage instead of one for each token.
+    Raises UserError for a gather without a prepare.
     """
+    if gather is not None and prepare is None:
+        raise UserError("@objective(gather=...): declare prepare=... too, which makes columns of what gather returns.")
     return _declaring(locals())
 
 

@@ -5,10 +5,15 @@
 An adapter is merged into its base weights, and quantised weights become floats again; `--adapter` only writes the adapter, in
 the `peft` library's format.
 
+    python -m jaxpost.export --checkpoint=WORKDIR --out=FOLDER --pooling=last
+
+writes an embedding model, which sentence-transformers opens: `--pooling` says how it was trained (objectives/contrastive.py).
+
 The folder gets config.json, safetensors, the tokenizer with its chat template, and generation_config.json with the ids that end
 an answer, so that a server stops where training taught the model to stop.
 """
 
+import dataclasses
 import json
 from typing import Any
 
@@ -19,18 +24,30 @@ from jaxpost.adapters import peft
 from jaxpost.config import cli
 from jaxpost.data.chat import stop_ids
 from jaxpost.errors import UserError
-from jaxpost.models import hf, loading
+from jaxpost.models import hf, loading, sentences
+from jaxpost.objectives import contrastive, documents
 from jaxpost.storage import cloud
 
+TEMPERATURE = next(iter(contrastive.leaves(learned=True)))
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def export(checkpoint: str, out: str, *, mesh, dtype: str | None = None, adapter: bool = False) -> list[str]:
+def export(
+    checkpoint: str,
+    out: str,
+    *,
+    mesh,
+    dtype: str | None = None,
+    adapter: bool = False,
+    pooling: str | None = None,
+    normalise: bool = True,
+) -> list[str]:
     """Writes the model of a workdir, of one checkpoint in it, or of a Hugging Face folder to `out`; returns the files' names.
 
     Where a run kept a running mean of the weights, the mean is written. dtype: one of DTYPES; None is config.json's, else
-    float32. adapter: whether to write only the adapter. Raises UserError if `out` is not empty, and for a checkpoint that
-    cannot be read.
+    float32. adapter: whether to write only the adapter. pooling: one of documents.POOLINGS, for an embedding model;
+    normalise: whether its embeddings have length 1. Raises UserError if `out` is not empty, and for a checkpoint that cannot be
+    read.
     """
     folder = cloud.path(out)
     if folder.exists() and not folder.is_dir():
@@ -40,6 +57,8 @@ def export(checkpoint: str, out: str, *, mesh, dtype: str | None = None, adapter
             f"--out={out}: is not empty (it holds {held[0]}); nothing is overwritten, give a folder that is new or empty."
         )
     spec, params = loading.open_model(checkpoint, mesh)
+    if pooling is not None:
+        spec, params = _embedding_model(spec, params, checkpoint)
     if spec.leaves:
         raise UserError(
             f"--checkpoint={checkpoint}: it has {', '.join(spec.leaves)} besides the model's weights, for which a language "
@@ -52,6 +71,8 @@ def export(checkpoint: str, out: str, *, mesh, dtype: str | None = None, adapter
     if adapter:
         base = loading.base_name(spec)
         return peft.save(folder, params, spec.transformer.arch, spec.adapter, base, loading.beside(spec))
+    if pooling is not None:
+        sentences.save(folder, spec.transformer.arch, pooling=pooling, normalise=normalise)
     special = {} if spec.tokenizer is None else _special_ids(spec.tokenizer)
     # Ids that config.json already has stay: they do not change the forward, and others may rely on them.
     hf.save(folder, params, spec.transformer.arch, {**special, **spec.config}, dtype)
@@ -64,6 +85,16 @@ def export(checkpoint: str, out: str, *, mesh, dtype: str | None = None, adapter
     return sorted(p.name for p in folder.iterdir())
 
 
+def _embedding_model(spec: loading.ModelSpec, params: Any, checkpoint: str) -> tuple[loading.ModelSpec, Any]:
+    """(spec, params) without the temperature that only the loss reads, and with a tokenizer that ends texts."""
+    if spec.tokenizer is None:
+        raise UserError(f"--checkpoint={checkpoint}: it has no tokenizer, which an embedding model needs.")
+    ending = tokenizer.ending(spec.tokenizer, spec.transformer.arch.max_positions)
+    leaves = {k: v for k, v in spec.leaves.items() if k != TEMPERATURE}
+    params = {k: v for k, v in params.items() if k != TEMPERATURE.partition("/")[0]}
+    return dataclasses.replace(spec, tokenizer=ending, leaves=leaves), params
+
+
 def _special_ids(text: Any) -> dict[str, int]:
     ids = {f"{name}_token_id": getattr(text, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     return {k: v for k, v in ids.items() if v is not None}
@@ -72,7 +103,11 @@ def _special_ids(text: Any) -> dict[str, int]:
 def main(_) -> None:
     """The command line; see the module's docstring."""
     where, out = cli.required("checkpoint", "out")
-    names = export(where, out, mesh=sharding.make_mesh(), dtype=flags.FLAGS.dtype, adapter=flags.FLAGS.adapter)
+    given = flags.FLAGS
+    if given.adapter and given.pooling:
+        raise UserError("--pooling: an embedding model is whole; leave --adapter out.")
+    options = {"dtype": given.dtype, "adapter": given.adapter, "pooling": given.pooling, "normalise": given.normalise}
+    names = export(where, out, mesh=sharding.make_mesh(), **options)
     print(f"{out}: {', '.join(names)}")
 
 
@@ -85,6 +120,8 @@ The checkpoint is a workdir of jaxpost.train (its last stage's newest is taken),
 
     python -m jaxpost.export --checkpoint=WORKDIR --out=FOLDER --adapter
 
+    python -m jaxpost.export --checkpoint=WORKDIR --out=FOLDER --pooling=last
+
 The folder opens with transformers.AutoModelForCausalLM.from_pretrained, and with jaxpost.generate --model.
 """
 
@@ -94,5 +131,7 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string("out", None, "The folder to write; it must be new or empty.")
     flags.DEFINE_bool("adapter", False, "Write the adapter alone, as peft has it.")
+    flags.DEFINE_enum("pooling", None, documents.POOLINGS, "Write an embedding model for sentence-transformers, pooled so.")
+    flags.DEFINE_bool("normalise", True, "With --pooling: embeddings have length 1.")
     flags.DEFINE_enum("dtype", None, DTYPES, "Number format of the weights (default: what config.json names, else float32).")
     cli.run(main, ABOUT, model=True)

@@ -2,7 +2,8 @@
 
 An objective returns Terms and metrics. The loss is sum_k coefficient_k * sum_k / weight_k, with each weight taken over the
 global batch. Weights come from masks alone, so they are known before the first microbatch, and gradients of microbatches add.
-An objective's `prepare` makes columns that need the whole batch (a sort, a baseline, the other rows' embeddings).
+An objective's `prepare` makes columns that need the whole batch (a sort, a baseline, the other rows' embeddings). What it needs
+of the model, its `gather` computes a microbatch at a time.
 """
 
 import contextlib
@@ -54,14 +55,43 @@ def contributions(terms: dict, weights: dict) -> dict:
     return {k: t.coefficient * t.sum / jnp.where(weights[k] > 0, weights[k], 1.0) for k, t in terms.items()}
 
 
-def with_prepared(objective: Callable, forward: Callable, params, batch: Batch, key) -> Batch:
-    """The batch with the columns of the objective's `prepare`, if it has one."""
-    prepare = declared(objective, "prepare")
+def with_prepared(objective: Callable, forward: Callable, params, batch: Batch, key, microbatches: int = 1) -> Batch:
+    """The batch with the columns of the objective's `prepare`, if it has one; its `gather` runs first, in so many parts."""
+    prepare, gather = declared(objective, "prepare"), declared(objective, "gather")
     if prepare is None:
         return batch
+    constant = jax.lax.stop_gradient(params)
     with _reading(batch):
-        columns = prepare(forward, jax.lax.stop_gradient(params), batch, key)
+        gathered = {} if gather is None else _gathered(gather, forward, constant, batch, key, microbatches)
+        columns = prepare(forward, constant, {**batch, **gathered}, key)
     return {**batch, **jax.lax.stop_gradient(columns)}
+
+
+def _gathered(gather: Callable, forward: Callable, params, batch: Batch, key, microbatches: int) -> dict:
+    """The columns [B,...] of a `gather`, computed for the rows of one microbatch after the other."""
+
+    def part(rows: Batch) -> dict:
+        columns, count = gather(forward, params, rows, key), len(rows["mask"])
+        if wrong := [k for k, x in columns.items() if x.shape[:1] != (count,)]:
+            raise UserError(
+                f"the objective's gather returns a column {wrong[0]} that is no [{count},...], a value for each row."
+            )
+        return columns
+
+    if microbatches == 1:
+        return part(batch)
+    rows, scalars = _dealt(batch, microbatches)
+    parts = jax.lax.map(lambda rows: part({**rows, **scalars}), rows)
+    return {k: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]) for k, x in parts.items()}
+
+
+def _dealt(batch: Batch, microbatches: int) -> tuple[Batch, Batch]:
+    """(the columns of rows as [M,B/M,...], the scalars); row i is in microbatch i % M, which keeps every device busy."""
+
+    def deal(x):
+        return x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1)
+
+    return {k: deal(x) for k, x in batch.items() if x.ndim}, {k: x for k, x in batch.items() if not x.ndim}
 
 
 def gradients(
@@ -69,11 +99,11 @@ def gradients(
 ):
     """(loss, gradients of `train`, metrics) of a global batch, computed in `microbatches` parts.
 
-    The result does not depend on their number M, which must divide the batch's rows: sums add and weights are global. Row i
-    goes to microbatch i % M, which keeps every device busy. term_norms: whether metrics include the norm of each term's
-    gradient, grad_norm/TERM, if there are several terms; each costs a backward pass and its memory.
+    The result does not depend on their number, which must divide the batch's rows: sums add and weights are global. term_norms:
+    whether metrics include the norm of each term's gradient, grad_norm/TERM, if there are several terms; each costs a backward
+    pass and its memory.
     """
-    batch = with_prepared(objective, forward, combine(train, frozen), _numbered(batch), key)
+    batch = with_prepared(objective, forward, combine(train, frozen), _numbered(batch), key, microbatches)
     # Only the weights are used. They depend on masks alone, so the compiler drops this forward pass.
     terms, _ = evaluated(objective, forward, combine(train, frozen), batch, key)
     weights = {k: jax.lax.stop_gradient(t.weight) for k, t in terms.items()}
@@ -88,11 +118,7 @@ def gradients(
         (loss, (shares, metrics)), grads = differentiate(train, batch)
         return loss, _summed(grads), {**_term_metrics(shares), **_norms(grads), **metrics}
 
-    def deal(x):
-        return x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1)
-
-    rows = {k: deal(x) for k, x in batch.items() if x.ndim}
-    scalars = {k: x for k, x in batch.items() if not x.ndim}
+    rows, scalars = _dealt(batch, microbatches)
 
     def body(carry, rows):
         (loss, (shares, metrics)), grads = differentiate(train, {**rows, **scalars})

@@ -25,6 +25,7 @@ import tempfile
 
 import numpy as np
 from etils import epath
+from tokenizers import processors
 
 from jaxpost.errors import UserError, first_line
 from jaxpost.storage.host import check_regular
@@ -223,6 +224,23 @@ def _begins_with(tokenizer, token):
     texts = (tokenizer.decode([number]) for number in range(len(tokenizer)) if number not in special)
     text = next((text for text in texts if text.strip() and _encodes(tokenizer, text)), "")
     return tokenizer(text)["input_ids"][:1] == [token]
+
+
+def ending(tokenizer, longest):
+    """A copy of the tokenizer that ends a text with the end-of-sequence token, as `chat.encode_text` does, that cuts it to
+    `longest` tokens, and that can pad. Raises UserError where there is no such token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no eos_token, in which a text that is embedded ends; give it one.")
+    ender, ids = copy.deepcopy(tokenizer), [*opening(tokenizer), tokenizer.eos_token_id]
+    *first, last = tokenizer.convert_ids_to_tokens(ids)
+    texts = {"single": [*first, "$A", last], "pair": [*first, "$A", last, "$B", last]}
+    marks = list(zip([*first, last], ids, strict=True))
+    ender.backend_tokenizer.post_processor = processors.TemplateProcessing(**texts, special_tokens=list(dict.fromkeys(marks)))
+    ender.model_max_length = longest
+    if ender.pad_token is None:
+        ender.pad_token = tokenizer.eos_token
+    return ender
 
 
 def carrying(tokenizer, template):

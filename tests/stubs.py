@@ -63,6 +63,22 @@ PAIRS = (
 )
 
 
+# The same for lists, a query before a positive and a negative.
+LISTS = (
+    (5, 4, 7),
+    (2, 3, 2, 4, 2, 2),
+    (9, 3, 4),
+    (3, 8, 3),
+    (2, 2, 2, 2, 3, 2),
+    (6, 5, 5),
+    (7, 2, 3),
+    (4, 5, 3),
+    (3, 3, 6),
+    (2, 11, 2),
+    (4, 4, 4),
+)
+
+
 def init(seed: int = 0) -> dict:
     """Parameters of the stub, float32, at a scale where no softmax is flat; scalar heads and a teacher's are among them."""
     rng = np.random.default_rng(seed)
@@ -120,6 +136,7 @@ def documents(seed: int = 0, plan=PLAN, together: int = 1, columns: dict | None 
             }
             frozen = _frozen(rng, mask)
             if columns is not None:
+                frozen |= _listed(n, i % together, (seed, number))
                 frozen = {k: frozen.get(k, _drawn(k, c, mask, (seed, number))) for k, c in columns.items()}
             row[-1].append(document | frozen) if i % together else row.append([document | frozen])
             number += 1
@@ -141,6 +158,17 @@ def _frozen(rng, mask: np.ndarray) -> dict:
         "teacher_hidden": rng.normal(size=(n, TEACHER)).astype(np.float32),
         "teacher_tokens": np.argsort(rng.random((n, VOCAB)))[:, :TOP].astype(np.int32),
         "teacher_logps": np.log(likely).astype(np.float32),
+    }
+
+
+def _listed(n: int, place: int, seed: tuple[int, int]) -> dict:
+    """What a list says of its document at a place; some passages of different lists have the same id."""
+    rng = np.random.default_rng(seed)
+    role, number, score = min(place + 1, 3), rng.integers(1, 12), rng.normal()
+    return {
+        "roles": np.full(n, role, np.int32),
+        "ids": np.full(n, number + 100 * (role == 1), np.int32),
+        "scores": np.full(n, score, np.float32),
     }
 
 

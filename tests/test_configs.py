@@ -46,6 +46,9 @@ def data_file(path: Path, shape: str) -> str:
         wrong = [row["messages"][:-1] + [{"role": "assistant", "content": "0" * (1 + i % 2)}] for i, row in enumerate(rows)]
         rows = [{"chosen": row["messages"], "rejected": other} for row, other in zip(rows, wrong, strict=True)]
         rows = [row for row in rows if row["chosen"] != row["rejected"]]
+    elif shape == "lists":
+        turns = [[turn["content"] for turn in row["messages"]] for row in rows]
+        rows = [{"query": asked, "positives": [answer], "negatives": [answer + "0"]} for asked, answer in turns]
     elif shape != "demonstrations":
         rows = [{"messages": row["messages"], "label": i % 3 > 0} for i, row in enumerate(rows)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

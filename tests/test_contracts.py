@@ -18,7 +18,7 @@ import stubs
 from jaxpost import metrics, sharding
 from jaxpost.config import resolve
 from jaxpost.declare import Column, declared
-from jaxpost.step import gradients, make_step
+from jaxpost.step import gradients, make_step, with_prepared
 from jaxpost.types import Head, Output, TrainState
 
 ROUNDING = 1e-5
@@ -36,7 +36,7 @@ OBJECTIVES = _objectives()
 REPRESENTATIVES = {
     *("sft.nll", "policy_gradient.grpo", "policy_gradient.ppo", "router.balanced", *stubs.TOYS),
     *("preference.sigmoid", "preference.aot_unpaired", "preference.weighted", "unpaired.kto"),
-    *("reward_model.bradley_terry", "distill.forward_kl"),
+    *("reward_model.bradley_terry", "distill.forward_kl", "contrastive.info_nce"),
 }
 every_objective = pytest.mark.parametrize(
     "name", [n if n in REPRESENTATIVES else pytest.param(n, marks=pytest.mark.slow) for n in OBJECTIVES]
@@ -82,8 +82,9 @@ def _three_steps(name, batches, microbatches=1, mesh="one"):
 
 
 def _batches(name, arrange=lambda rows: rows, shape=(stubs.ROWS, stubs.LENGTH)):
-    """Two batches as the objective declares them: documents, or pairs of them, with the columns that it reads and no others."""
-    layout = (stubs.PAIRS, 2) if declared(OBJECTIVES[name], "rows") == "pairs" else (stubs.PLAN, 1)
+    """Two batches as the objective declares them: documents, pairs or lists, with the columns that it reads and no others."""
+    layouts = {"pairs": (stubs.PAIRS, 2), "lists": (stubs.LISTS, 3)}
+    layout = layouts.get(declared(OBJECTIVES[name], "rows"), (stubs.PLAN, 1))
     columns = declared(OBJECTIVES[name], "columns")
     return [stubs.pack(arrange(stubs.documents(seed, *layout, columns)), shape) for seed in (1, 2)]
 
@@ -215,6 +216,8 @@ LOOKS_AT = {
     "preference.sft": lambda b: b["mask"] & (b["segments"] % 2 == 1),
     "policy_gradient": lambda b: b["mask"] & False,  # nothing where the ratio is clipped
     "policy_gradient.reinforce": lambda b: b["mask"],
+    "contrastive": _last,
+    "contrastive.margin": lambda b: b["mask"] & False,
 }
 
 
@@ -245,9 +248,9 @@ def test_no_gradient_where_the_mask_is_zero(name):
 @every_objective
 def test_weights_come_from_masks_alone(name):
     objective, (batch, _) = OBJECTIVES[name], _batches(name)
-    prepared = batch
-    if prepare := declared(objective, "prepare"):
-        prepared = batch | jax.jit(prepare, static_argnums=0)(stubs.forward, stubs.init(), batch, jax.random.PRNGKey(0))
+    prepared = jax.jit(with_prepared, static_argnums=(0, 1))(
+        objective, stubs.forward, stubs.init(), batch, jax.random.PRNGKey(0)
+    )
 
     def weights(params):
         return {k: t.weight for k, t in objective(stubs.forward, params, prepared, jax.random.PRNGKey(0))[0].items()}

@@ -48,11 +48,20 @@ def given(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evals")
     (folder / "data.jsonl").write_text("".join(json.dumps({"text": f"{i}+{i}-{i % 7}"}) + "\n" for i in range(7, 20)))
     (folder / "digits.yaml").write_text(YAML.format(data=folder / "data.jsonl"))
+    collection = {
+        "corpus": [{"_id": i, "text": f"{17 * i}+{i}3-40"} for i in range(9)],
+        "queries": [{"_id": i, "text": f"{17 * i}+{i}3"} for i in range(3)],
+        "qrels": [{"query-id": i, "corpus-id": i, "score": 1} for i in range(3)],
+    }
+    for name, rows in collection.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     needs = {"task": "arithmetic", "data": str(folder / "data.jsonl"), "tasks": [str(folder / "digits.yaml")]}
+    needs |= {name: str(folder / f"{name}.jsonl") for name in collection}
     return {**needs, "per_cell": 1, "new": 4, "window": 8}
 
 
-CASES = [(name, {}) for name in known("evals")] + [("accuracy", {"samples": 3, "ks": (1, 3)})]
+# MTEB's tasks are downloaded; test_retrieval.py has one of its mocks.
+CASES = [(name, {}) for name in known("evals") if name != "benchmark.mteb"] + [("accuracy", {"samples": 3, "ks": (1, 3)})]
 
 
 @pytest.mark.parametrize(

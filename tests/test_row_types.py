@@ -21,7 +21,7 @@ from jaxpost.stages import annotations, datasets
 from jaxpost.stages.plan import columns, scalars
 
 NAMES = sorted(path.stem for path in row_types.FOLDER.glob("[!_]*.py"))
-EVERY = {"demonstrations", "pairs", "labelled", "scored", "mismatched", "steps"}
+EVERY = {"demonstrations", "pairs", "labelled", "scored", "mismatched", "steps", "lists"}
 JUDGED = [
     {"prompt": "q" * (1 + i % 4), "completion": "abcdef"[: 1 + i % 6] * 2, "label": i % 3 > 0, "score": i / 4}
     for i in range(24)
@@ -29,6 +29,15 @@ JUDGED = [
 ROWS = {
     "pairs": [pair("pq"[i % 2] * (1 + i % 3), "ab" * (1 + i % 5), "c" * (1 + i % 4), margin=i) for i in range(24)],
     "steps": [STEPS, {"prompt": "p", "completions": ["x", "y" * 18], "labels": [False, True]}] * 4,
+    "lists": [
+        {
+            "query": "q" * (1 + i % 2),
+            "positives": ["ab" * (1 + i % 3)],
+            "negatives": ["c"] * (i % 3),
+            "scores": [1.0] * (1 + i % 3),
+        }
+        for i in range(24)
+    ],
     "demonstrations": [{"prompt": row["prompt"], "completion": row["completion"]} for row in JUDGED],
 }
 
@@ -46,7 +55,7 @@ def encode(rows, **options):
 def layouts(name):
     """Options of `encode_all` for each layout that a row type has."""
     for shared in {False, row_types.load(name).shareable}:
-        for reads in ((), ("margins",)):
+        for reads in ((), ("margins", "scores")):
             yield {"row_type": name, "shared": shared, "reads": reads}
 
 

@@ -19,6 +19,7 @@ from jaxpost.errors import UserError
 
 KEY = apply.key_of(3)
 DATA = [{"prompt": f"p{i % 4}", "hard": (7 * i) % 10, "even": i % 2 == 0, "completion": "x"} for i in range(10)]
+DATA = [row | {"query": f"q{i}", "positives": [f"a{i}"]} for i, row in enumerate(DATA)]
 # Keywords that a transform needs.
 NEEDS = {
     "select.top": {"column": "hard", "keep": 0.3},
@@ -37,6 +38,7 @@ NEEDS = {
     "episodes.bm25": {"k": 2},
     "episodes.nearest": {"k": 2, "column": "vectors"},
     "decontaminate.ngrams": {"against": str(Path(__file__).parent / "answers.jsonl"), "n": 3, "least": 2},
+    "mine.negatives": {},
 }
 PLAIN = {"order.given", "duplicates.exact", "duplicates.near"}  # those that need none
 NAMES = known("transforms")
@@ -59,6 +61,7 @@ def test_a_transform_is_deterministic_and_gives_what_it_may(name):
     function, rows = resolve({"name": name, **NEEDS.get(name, {})}, "transforms"), [dict(row) for row in DATA]
     columns = {"surprise": np.arange(10.0), "rate": np.linspace(0, 1, 10)}
     columns["vectors"] = np.random.default_rng(0).normal(size=(10, 4))
+    columns["embedding"] = np.random.default_rng(0).normal(size=(10, 2, 3))
     once, again = (apply.apply(function, rows, columns, KEY) for _ in range(2))
     assert once == again and rows == DATA, "the same for the same key, and nothing is changed"
     result = np.asarray(function(rows, apply.Columns(rows, columns), KEY))

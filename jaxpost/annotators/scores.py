@@ -56,12 +56,14 @@ def reward(forward, params, batch):
 
 
 @annotator(per="document")
-def embedding(forward, params, batch):
-    """embedding [B,S,D] float32: the mean of the final hidden states at the document's learned tokens."""
-    hidden = forward(params, batch).hidden.astype(jnp.float32)
-    sums = jax.vmap(documents.sums, in_axes=(2, None), out_axes=2)(hidden, batch)
-    means = sums / jnp.maximum(documents.lengths(batch), 1.0)[..., None]
-    return {"embedding": jnp.take_along_axis(means, batch["segments"][..., None], axis=1)}
+def embedding(forward, params, batch, *, pooling: str = "mean", prompt: bool = False):
+    """embedding [B,S,D] float32: the mean of the final hidden states at the document's learned tokens, or that at the last.
+
+    pooling: as in `documents.pooled`. prompt: whether the mean counts the document's other tokens too, as embedding models do.
+    """
+    tokens = batch["segments"] > 0 if prompt else batch["mask"]
+    vectors = documents.pooled(forward(params, batch).hidden, batch, pooling=pooling, tokens=tokens)
+    return {"embedding": jnp.take_along_axis(vectors, batch["segments"][..., None], axis=1)}
 
 
 def topk(forward, params, batch, *, k: int = 64, temperature: float = 1.0):

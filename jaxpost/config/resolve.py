@@ -224,7 +224,7 @@ def _module(name: str) -> ModuleType | None:
 
 def _extra(package: str) -> str:
     """How to install a package that belongs to an extra; "" for any other."""
-    extra = {"lm_eval": "eval"}.get(package.partition(".")[0])
+    extra = {"lm_eval": "eval", "ir_measures": "retrieval", "mteb": "retrieval"}.get(package.partition(".")[0])
     return f"; pip install 'jaxpost[{extra}]'" if extra else ""
 
 

@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 
 from jaxpost.data import parts, rendered
-from jaxpost.data.formats import Completion, Conversation, Example
+from jaxpost.data.formats import Completion, Conversation, Example, Text
+from jaxpost.data.messages import check, filled, turns
 from jaxpost.data.templates import adapted, render
 from jaxpost.errors import UserError, printable
 from jaxpost.tokenizer import encoding, opening
@@ -65,6 +66,28 @@ def encode_prompt(messages: str | Sequence[dict[str, str]], tokenizer: Any, temp
     text = render(messages, tokenizer, template, True, "the prompt")
     rendered.check_prompt(messages, None, text, range(1, len(messages) + 1), "the prompt")
     return _tokenise(text, tokenizer, "the prompt")[0]
+
+
+def encode_text(
+    text: str | list | dict, tokenizer: Any, template: str | None = None, *, instruction: str = "", place: str = "the text"
+) -> np.ndarray:
+    """[n] int32: all of a text to be embedded. Of a string [bos] + it + eos, so that all end in the same token; of messages the
+    conversation, with the opening of the assistant's turn if it does not end with one.
+
+    instruction: stands in front of a string as it is, or is the system turn of messages. Raises UserError with the place.
+    """
+    if isinstance(text, str):
+        return encode(Text(instruction + filled(text, "text", place), place), tokenizer)["tokens"]
+    messages = turns(text, "text", place)
+    if instruction and messages[:1] and messages[0]["role"] == "system":
+        raise UserError(f"{place}: there is an instruction and a system turn; leave one of them out")
+    messages = [{"role": "system", "content": instruction}] * bool(instruction) + messages
+    if messages and messages[-1]["role"] == "assistant":
+        return encode(Conversation(check(messages, place), place), tokenizer, template, "all")["tokens"]
+    try:
+        return encode_prompt(messages, tokenizer, template)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
 
 
 def stop_ids(tokenizer: Any, template: str | None = None, ends: Sequence[int] = ()) -> tuple[int, ...]:

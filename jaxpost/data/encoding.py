@@ -48,7 +48,7 @@ class Encoded(NamedTuple):
     Of those dropped, `report` has under equal how many had answers that were equal once cut. `digest` is one of all tokens,
     masks and numbers in their order, `highest` the largest token id, `widest` the tokens of the longest example before it was
     made to fit, `with_call` the number of the first example with a tool call, or None, `lost` how many tokens to be learned
-    were cut off.
+    were cut off. documents: [N] int32, how many each example has; most: how many a row may have, or None.
     """
 
     examples: grain.MapDataset
@@ -62,6 +62,8 @@ class Encoded(NamedTuple):
     with_call: int | None = None
     lost: int = 0
     row_columns: tuple[str, ...] = ()
+    documents: np.ndarray | None = None
+    most: int | None = None
 
 
 def encode_all(
@@ -134,7 +136,10 @@ def _opened(stored: dict, row_type: RowType, settings: Settings, row_columns: tu
     with_call = int(stored["with_call"]) if stored["with_call"] >= 0 else None
     highest, widest, lost = int(stored["tokens"].max()), int(stored["widest"]), int(stored["lost"])
     digest = _digest(stored, row_type, settings.shared, row_columns)
-    return Encoded(laid_out, lengths, learned, report, digest, reason, highest, widest, with_call, lost, row_columns)
+    documents = stored["counts"], row_type.most(settings.window) if row_type.most else None
+    return Encoded(
+        laid_out, lengths, learned, report, digest, reason, highest, widest, with_call, lost, row_columns, *documents
+    )
 
 
 def _check_columns(row: pack.Row, row_type: RowType, settings: Settings, row_columns: Sequence[str]) -> None:

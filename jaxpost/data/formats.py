@@ -20,14 +20,13 @@ shape by themselves, the rest of the row is ignored; otherwise the row's other c
 `{"messages": "messages"}` learns rated conversations as plain ones, with or without a label.
 
 A Preference's margin is `margin`, or the difference of `score_chosen` and `score_rejected`, or of the ratings. `pair` and
-`labelled` take only rows with two answers or a judged one, and say what is missing. Other columns with judgements, here a
-`score` and in `row_types/steps.py` the labels of a solution's steps, make no shape.
+`labelled` take only rows with two answers or a judged one, and say what is missing. Other columns with judgements make no shape.
 
 Rows are also checked here, once, so that later code need not check roles, empty turns or types.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxpost.config.resolve import nearest
@@ -180,7 +179,7 @@ def labelled(record: Record, columns: Mapping[str, str] | None = None, scored: b
     row, place = {c: value for c, value in renamed(record, columns).items() if value is not None}, record.place
     names, kind = (("score",), "a number") if scored else (("label", "kto_tag"), "true or false")
     label = row.get("score") if scored else _label(row)
-    if not (_is_number(label) if scored else isinstance(label, bool)):
+    if not (is_number(label) if scored else isinstance(label, bool)):
         fault = next((f"{c} is {row[c]!r}, not {kind}" for c in names if c in row), f"there is no {names[0]}, {kind}")
         remedy = f"write {names[0]} as {kind} beside prompt and completion, or messages"
         if lost := [c for c in names if record.row.get(c) is not None and c not in row]:
@@ -201,19 +200,19 @@ def _check_prompt(prompt: list[Message], place: str) -> None:
         raise UserError(f"{place}: the prompt is empty, so there is nothing to answer; fill it in or remove the row")
 
 
-def renamed(record: Record, columns: Mapping[str, str] | None) -> dict[str, Any]:
-    """The record's row renamed by `columns`. Raises UserError with its place if that names a missing column."""
+def renamed(record: Record, columns: Mapping[str, str] | None, known: Sequence[str] = COLUMNS) -> dict[str, Any]:
+    """The record's row renamed by `columns`, to known names. Raises UserError with its place if that names a missing column."""
     row, place = record
     if not columns:
         return row
-    named = _named(row, columns, place)
+    named = _named(row, columns, place, known)
     return named if _shape(named) else {k: v for k, v in row.items() if k not in columns.values()} | named
 
 
-def _named(row: dict[str, Any], columns: Mapping[str, str], place: str) -> dict[str, Any]:
+def _named(row: dict[str, Any], columns: Mapping[str, str], place: str, known: Sequence[str]) -> dict[str, Any]:
     for target, source in columns.items():
-        if target not in COLUMNS:
-            raise UserError(f"config.columns: no shape has a column {target!r}.{nearest(target, COLUMNS)}")
+        if target not in known:
+            raise UserError(f"config.columns: no shape has a column {target!r}.{nearest(target, known)}")
         if source not in row:
             has = ", ".join(map(str, row)) or "none"
             raise UserError(f"{place}: no column {source!r}, which config.columns names; the row has {has}")
@@ -328,7 +327,7 @@ def _best_and_worst(row: dict[str, Any], place: str) -> Preference:
     answers, ratings = row["completions"], row["ratings"]
     if not isinstance(answers, list) or not isinstance(ratings, list) or len(answers) != len(ratings):
         raise UserError(f"{place}: completions and ratings must be lists of the same length, a rating for each answer")
-    if not all(map(_is_number, ratings)):
+    if not all(map(is_number, ratings)):
         raise UserError(f"{place}: a rating is no number; write them all as numbers, or remove the row")
     if len(set(ratings)) < 2:
         raise UserError(f"{place}: the ratings tell no answer from another, so none is preferred; remove the row")
@@ -339,13 +338,14 @@ def _best_and_worst(row: dict[str, Any], place: str) -> Preference:
 
 def _margin(row: dict[str, Any]) -> float | None:
     """The margin between the row's answers; columns of these names without numbers are ignored."""
-    if _is_number(row.get("margin")):
+    if is_number(row.get("margin")):
         return float(row["margin"])
     scores = row.get("score_chosen"), row.get("score_rejected")
-    return float(scores[0] - scores[1]) if all(map(_is_number, scores)) else None
+    return float(scores[0] - scores[1]) if all(map(is_number, scores)) else None
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether the value is a finite number; true and false are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

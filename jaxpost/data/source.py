@@ -43,11 +43,26 @@ def rows(examples: Sequence[pack.Row] | grain.MapDataset, lengths: Sequence[int]
     return placed.map(lambda members: pack.pack([examples[int(i)] for i in members], window))
 
 
-def bins(lengths: Sequence[int], window: int, *, packing: bool = True, seed: int, in_order: bool = False) -> list[np.ndarray]:
-    """The examples of each row, by number: packed by a plan, or in their order where that is to be kept; or one a row."""
+def bins(
+    lengths: Sequence[int],
+    window: int,
+    *,
+    packing: bool = True,
+    seed: int,
+    in_order: bool = False,
+    documents: Sequence[int] | None = None,
+    most: int | None = None,
+) -> list[np.ndarray]:
+    """The examples of each row, by number: packed by a plan, or in their order where that is to be kept; or one a row.
+
+    most: the most documents of a row, of which each example has so many: `documents` [N].
+    """
     if not packing:
         return list(np.arange(len(lengths))[:, None])
-    return pack.consecutive(lengths, window) if in_order else pack.plan(lengths, window, seed)
+    planned = pack.consecutive(lengths, window) if in_order else pack.plan(lengths, window, seed)
+    if most is None:
+        return planned
+    return [row[part] for row in planned for part in pack.consecutive(np.asarray(documents)[row], most)]
 
 
 def columns(

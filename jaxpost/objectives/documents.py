@@ -8,11 +8,14 @@ microbatches and devices as the rows do.
 import jax
 import jax.numpy as jnp
 
+from jaxpost.errors import UserError
 from jaxpost.types import Batch
 
+POOLINGS = ("last", "mean")
 
-def _reduced(reduce, values: jax.Array, segments: jax.Array) -> jax.Array:
-    count = 2 * ((segments.shape[1] + 1) // 2) + 1
+
+def _reduced(reduce, values: jax.Array, segments: jax.Array, count: int | None = None) -> jax.Array:
+    count = count or 2 * ((segments.shape[1] + 1) // 2) + 1
     return jax.vmap(lambda v, s: reduce(v, s, num_segments=count))(values, segments)
 
 
@@ -39,9 +42,49 @@ def constants(column: jax.Array, batch: Batch) -> jax.Array:
 
 def last(values: jax.Array, batch: Batch) -> jax.Array:
     """values [B,S] at the last token of each document's completion -> [B,N]; 0 where there is none."""
-    places = jnp.where(batch["mask"], jnp.arange(values.shape[1]), -1)
-    place = _reduced(jax.ops.segment_max, places, batch["segments"])
-    return jnp.where(place >= 0, jnp.take_along_axis(values, jnp.maximum(place, 0), axis=1), 0.0)
+    return _at_last(values, batch["mask"], batch["segments"])
+
+
+def _at_last(values: jax.Array, tokens: jax.Array, segments: jax.Array, count: int | None = None) -> jax.Array:
+    """values [B,S,...] at the last of each document's `tokens` [B,S] bool -> [B,N,...]; 0 where there is none."""
+    places = jnp.where(tokens, jnp.arange(values.shape[1]), -1)
+    place = _reduced(jax.ops.segment_max, places, segments, count)
+    place = place.reshape(*place.shape, *[1] * (values.ndim - 2))
+    nothing = 0.0 if jnp.issubdtype(values.dtype, jnp.floating) else 0
+    return jnp.where(place >= 0, jnp.take_along_axis(values, jnp.maximum(place, 0), axis=1), nothing)
+
+
+def whole(column: jax.Array, batch: Batch, count: int | None = None) -> jax.Array:
+    """A column [B,S] that is constant over each document, learned or not -> [B,N] of its dtype; 0 where there is none.
+
+    count: N, where rows have fewer documents than tokens would allow.
+    """
+    return _at_last(column, batch["segments"] > 0, batch["segments"], count)
+
+
+def pooled(hidden: jax.Array, batch: Batch, *, pooling: str, tokens: jax.Array | None = None, count: int | None = None):
+    """hidden [B,S,D] -> a vector of each document [B,N,D] float32; 0 where there is none.
+
+    pooling: "last" takes the hidden state of the document's last token, which has read all others; "mean" averages over its
+    tokens. tokens [B,S] bool: the tokens that count, those of the mask for example; None is all of them. count: N, as in
+    `whole`. Raises UserError for another pooling.
+    """
+    segments = batch["segments"]
+    tokens = segments > 0 if tokens is None else tokens
+    hidden = hidden.astype(jnp.float32)
+    if pooling == "last":
+        return _at_last(hidden, tokens, segments, count)
+    if pooling != "mean":
+        raise UserError(f"pooling={pooling!r}: give one of {', '.join(POOLINGS)}.")
+    total = _reduced(jax.ops.segment_sum, jnp.where(tokens[..., None], hidden, 0.0), segments, count)
+    size = _reduced(jax.ops.segment_sum, tokens.astype(jnp.float32), segments, count)
+    return total / jnp.maximum(size, 1.0)[..., None]
+
+
+def unit(vectors: jax.Array) -> jax.Array:
+    """Vectors [...,D] divided by their length; zeros stay zeros, and have no gradient."""
+    squares = jnp.sum(vectors**2, axis=-1, keepdims=True)
+    return jnp.where(squares == 0, 0.0, vectors * jax.lax.rsqrt(jnp.where(squares == 0, 1.0, squares)))
 
 
 def over_tokens(numbers: jax.Array, batch: Batch) -> jax.Array:

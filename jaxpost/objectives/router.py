@@ -11,17 +11,17 @@ import jax.numpy as jnp
 from jaxpost.config.resolve import resolve
 from jaxpost.declare import declared, objective
 from jaxpost.errors import UserError
-from jaxpost.step import with_prepared
 from jaxpost.types import Term
 
 
 def _loads(forward, params, batch, key, *, of: Mapping | str = "sft.nll"):
     """The other objective's columns, and router_load [B,L,E]: f of the whole batch, in every row."""
-    columns = with_prepared(resolve(of, "objectives"), forward, params, batch, key)
+    prepare = declared(resolve(of, "objectives"), "prepare")
+    columns = prepare(forward, params, batch, key) if prepare else {}
     picks = _router(forward(params, batch))["picks"]
     tokens = jnp.maximum(jnp.sum((batch["segments"] > 0).astype(jnp.float32)), 1.0)
     load = jnp.broadcast_to(jnp.sum(picks, axis=0) / tokens, picks.shape)
-    return {**{k: v for k, v in columns.items() if k not in batch}, "router_load": load}
+    return {**columns, "router_load": load}
 
 
 def _masks(of: Mapping | str = "sft.nll", **_):

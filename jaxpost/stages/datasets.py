@@ -84,7 +84,8 @@ def read(task, spec, s, objective: Callable) -> list[Set]:
         if jax.process_index() == 0:
             # A row type of one's own reads whatever keys it likes, and a task's rows have what its reward reads.
             unknown = held_out or row_type(objective).digest or not s.data
-            learned = None if unknown else [*options["columns"].values(), *options["row_columns"]]
+            keys = row_type(objective).keys
+            learned = None if unknown else [*options["columns"].values(), *options["row_columns"], *keys]
             mixture.report(what, part, encoded, len(bins(one, s)), s.window, options["longest"], learned)
         check_ids(encoded.highest, spec.transformer.vocab, spec.tokenizer, what)
         return one
@@ -194,7 +195,8 @@ def bins(one: Set, s) -> list[np.ndarray]:
 
 
 def _packing(one: Set, s) -> dict:
-    return {"packing": s.packing, "seed": s.seed, "in_order": bool(s.order) and not one.held_out}
+    limits = {"documents": one.encoded.documents, "most": one.encoded.most}
+    return {"packing": s.packing, "seed": s.seed, "in_order": bool(s.order) and not one.held_out, **limits}
 
 
 def _joined(example: dict, annotations: Mapping[str, Any], start: int, stop: int) -> dict:

@@ -102,7 +102,7 @@ def _columns(s, run: Run, rows: list[dict], digest: str) -> dict[str, np.ndarray
 
 
 def _rows(s, run: Run) -> list[dict]:
-    parts = mixture.read(plain(run.filled(s).data), "data", s.bad_rows == "skip")
+    parts = mixture.read(plain(run.without_pending(s).data), "data", s.bad_rows == "skip")
     if any(part.weight is not None for part in parts):
         raise UserError("config.data: a selection takes every row once; leave the weights out.")
     return [dict(record.row) for part in parts for record in part.records]

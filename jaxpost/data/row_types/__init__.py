@@ -13,6 +13,8 @@ A row type is a module. What it leaves out is as `data/examples.py` has it, of a
     shareable = False                           whether an example has a prompt to share (config.shared_prefix)
     completions = 0                             how many completions of a group a row of rollouts has: 1 each, 2 compared
     fills_window = False                        whether one document may be as long as the window
+    most(window) -> int                         the most documents of a row of this many tokens; without it there is no limit
+    keys = ()                                   keys of a row that it reads besides those of data/formats.py
 
 `settings` are examples.Settings, `record` is (row, place). A whole row type, a list of answers each with a rank:
 
@@ -61,6 +63,8 @@ class RowType(NamedTuple):
     shareable: bool = False
     completions: int = 0
     fills_window: bool = False
+    most: Callable[[int], int] | None = None
+    keys: tuple[str, ...] = ()
 
     def further(self, shared: bool, reads: frozenset[str], row_columns: Sequence[str] = ()) -> examples.Row:
         """The columns of an example besides those of every row, with no token in them."""
