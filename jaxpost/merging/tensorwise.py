@@ -141,7 +141,7 @@ def merged(merge: Callable, name: str, models: Sequence[Mapping[str, Any]], laye
     out = np.empty(shape, dtype)
 
     def piece(first: int) -> None:
-        rows = slice(first, first + length)
+        rows = slice(first, min(first + length, shape[0]))
         arrays = [float32(source[rows]) for source in sources]
         given = {key: of and [float32(x[rows] if takes.elementwise else x[:]) for x in of] for key, of in statistics.items()}
         out[rows] = rounded(_apply(merge, name, arrays, settings | given), dtype, name)
