@@ -19,7 +19,7 @@ def linear(tensor: np.ndarray, *others: np.ndarray, weight: Sequence[float] = 1.
     increasing inference time". Raises UserError for weights that sum to 0 where they are to be normalized.
     """
     total = _weighted([tensor, *others], weight)
-    return total / np.float32(_divisor(weight)) if normalize else total
+    return np.divide(total, np.float32(_divisor(weight)), out=total) if normalize else total
 
 
 @tensorwise(base=True, each=("weight",), elementwise=True)
@@ -36,15 +36,18 @@ def task_arithmetic(
     It differs from `linear` in what it sums: the changes, not the weights. strength: lambda; a negative one takes tasks away.
     weight: of each tuned model. Source: "Editing Models with Task Arithmetic". Raises UserError as `linear` does.
     """
-    total = _weighted([x - base for x in (tuned, *others)], weight)
-    return base + np.float32(strength / (_divisor(weight) if normalize else 1.0)) * total
+    total = _weighted([np.subtract(x, base, out=x) for x in (tuned, *others)], weight)
+    total *= np.float32(strength / (_divisor(weight) if normalize else 1.0))
+    return np.add(base, total, out=total)
 
 
 def _weighted(arrays: Sequence[np.ndarray], weight: Sequence[float]) -> np.ndarray:
-    total = np.float32(weight[0]) * arrays[0]
-    for w, x in zip(weight[1:], arrays[1:], strict=True):
-        total += np.float32(w) * x
-    return total
+    """sum_i w_i x_i, in place of the first array; the others are changed."""
+    for w, x in zip(weight, arrays, strict=True):
+        x *= np.float32(w)
+    for x in arrays[1:]:
+        arrays[0] += x
+    return arrays[0]
 
 
 def _divisor(weight: Sequence[float]) -> float:

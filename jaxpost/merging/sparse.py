@@ -13,12 +13,12 @@ restores the sum of magnitudes, which is mergekit's `rescale: true`. consensus, 
 "count" of their signs; 0 elects plus. All raise UserError for a density outside of 0 to 1 and for unknown words.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from jaxpost.errors import UserError
-from jaxpost.merging.tensorwise import tensorwise
+from jaxpost.merging.tensorwise import BLOCK, tensorwise
 
 RESCALE, CONSENSUS = ("", "density", "l1"), ("sum", "count")
 
@@ -40,9 +40,9 @@ def ties(
     Source: "TIES-Merging: Resolving Interference When Merging Models", which trims over the whole model and averages with equal
     weights.
     """
-    masks = [largest(np.abs(x - base), int(d * x.size)) for x, d in zip((tuned, *others), _shares(density), strict=True)]
-    deltas = _kept(base, (tuned, *others), masks, density, rescale)
-    return base + _elected(deltas, weight, strength, normalize, consensus)
+    deltas = _changes(base, tuned, *others)
+    masks = (largest(x, int(share * x.size)) for x, share in zip(deltas, _shares(density), strict=True))
+    return _elected(base, _kept(deltas, masks, density, rescale), weight, strength, normalize, consensus)
 
 
 @tensorwise(base=True, each=("weight", "density"))
@@ -62,8 +62,8 @@ def dare_linear(
     With rescale="density", as in the paper, the mean over seeds is the whole change. The seed and the tensor's name decide
     which elements stay. Source: "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch".
     """
-    masks = _drawn((tuned, *others), density, seed)
-    return base + _summed(_kept(base, (tuned, *others), masks, density, rescale), weight, strength, normalize)
+    deltas = _changes(base, tuned, *others)
+    return _summed(base, _kept(deltas, _drawn(deltas, density, seed), density, rescale), weight, strength, normalize)
 
 
 @tensorwise(base=True, each=("weight", "density"))
@@ -80,9 +80,9 @@ def dare_ties(
     seed: int = 0,
 ) -> np.ndarray:
     """DARE with TIES' sign: as `dare_linear`, and only the changes that agree with the elected sign are summed."""
-    masks = _drawn((tuned, *others), density, seed)
-    deltas = _kept(base, (tuned, *others), masks, density, rescale)
-    return base + _elected(deltas, weight, strength, normalize, consensus)
+    deltas = _changes(base, tuned, *others)
+    kept = _kept(deltas, _drawn(deltas, density, seed), density, rescale)
+    return _elected(base, kept, weight, strength, normalize, consensus)
 
 
 @tensorwise(base=True, each=("weight", "density", "gamma"))
@@ -102,8 +102,8 @@ def breadcrumbs(
     Of `size` elements the int(gamma * size) largest go, and int(density * size) of the next stay; where that is more than there
     are, fewer of the largest go. Source: "Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks".
     """
-    masks = _middle(base, (tuned, *others), density, gamma)
-    return base + _summed(_kept(base, (tuned, *others), masks, density, rescale), weight, strength, normalize)
+    deltas = _changes(base, tuned, *others)
+    return _summed(base, _kept(deltas, _middle(deltas, density, gamma), density, rescale), weight, strength, normalize)
 
 
 @tensorwise(base=True, each=("weight", "density", "gamma"))
@@ -120,77 +120,105 @@ def breadcrumbs_ties(
     consensus: str = "sum",
 ) -> np.ndarray:
     """Model breadcrumbs with TIES' sign: as `breadcrumbs`, and only the changes that agree with the elected sign are summed."""
-    masks = _middle(base, (tuned, *others), density, gamma)
-    deltas = _kept(base, (tuned, *others), masks, density, rescale)
-    return base + _elected(deltas, weight, strength, normalize, consensus)
+    deltas = _changes(base, tuned, *others)
+    kept = _kept(deltas, _middle(deltas, density, gamma), density, rescale)
+    return _elected(base, kept, weight, strength, normalize, consensus)
 
 
-def largest(magnitude: np.ndarray, count: int) -> np.ndarray:
-    """Which elements are the `count` largest, bool of magnitude's shape; of equal ones the first are taken."""
-    flat = magnitude.reshape(-1)
-    if count <= 0 or count >= flat.size:
-        return np.full(magnitude.shape, count > 0)
-    least = np.partition(flat, flat.size - count)[flat.size - count]
-    mask = flat > least
-    mask[np.flatnonzero(flat == least)[: count - np.count_nonzero(mask)]] = True
-    return mask.reshape(magnitude.shape)
+def largest(array: np.ndarray, count: int) -> np.ndarray:
+    """Which elements are the `count` largest in magnitude, bool of the array's shape; of equal ones the first are taken."""
+    if count <= 0 or count >= array.size:
+        return np.full(array.shape, count > 0)
+    magnitude = np.abs(array).reshape(-1)
+    magnitude.partition(array.size - count)
+    least = magnitude[array.size - count]
+    np.abs(array.reshape(-1), out=magnitude)
+    mask = magnitude > least
+    mask[np.flatnonzero(magnitude == least)[: count - np.count_nonzero(mask)]] = True
+    return mask.reshape(array.shape)
 
 
-def _middle(base: np.ndarray, tuned: Sequence, density: Sequence[float], gamma: Sequence[float]) -> list[np.ndarray]:
+def _changes(base: np.ndarray, *tuned: np.ndarray) -> list[np.ndarray]:
+    """The task vectors, in place of the tuned models."""
+    return [np.subtract(x, base, out=x) for x in tuned]
+
+
+def _middle(deltas: Sequence, density: Sequence[float], gamma: Sequence[float]) -> Iterator[np.ndarray]:
     """The elements that breadcrumbs keeps of each task vector."""
-    masks = []
-    for x, share, top in zip(tuned, _shares(density), _shares(gamma, "gamma"), strict=True):
-        magnitude, keep = np.abs(x - base), int(share * x.size)
+    for x, share, top in zip(deltas, _shares(density), _shares(gamma, "gamma"), strict=True):
+        keep = int(share * x.size)
         outliers = min(int(top * x.size), x.size - keep)
-        masks.append(largest(magnitude, outliers + keep) & ~largest(magnitude, outliers))
-    return masks
+        yield largest(x, outliers + keep) & ~largest(x, outliers)
 
 
-def _drawn(tuned: Sequence, density: Sequence[float], seed: int) -> list[np.ndarray]:
+def _drawn(deltas: Sequence, density: Sequence[float], seed: int) -> Iterator[np.ndarray]:
     """Elements of each task vector, drawn one by one."""
-    draws = (np.random.default_rng([seed, number]) for number in range(len(tuned)))
-    return [rng.random(x.shape, np.float32) < d for rng, x, d in zip(draws, tuned, _shares(density), strict=True)]
+    for number, (x, share) in enumerate(zip(deltas, _shares(density), strict=True)):
+        rng = np.random.default_rng([seed, number])
+        pieces = [rng.random(min(BLOCK, x.size - start), np.float32) < share for start in range(0, x.size, BLOCK)]
+        yield np.concatenate(pieces).reshape(x.shape)
 
 
-def _kept(base: np.ndarray, tuned: Sequence, masks: Sequence, density: Sequence[float], rescale: str) -> list[np.ndarray]:
-    """The task vectors with zeros outside of the masks, rescaled."""
+def _kept(deltas: list, masks: Iterable[np.ndarray], density: Sequence[float], rescale: str) -> list[np.ndarray]:
+    """The task vectors with zeros outside of the masks, rescaled; in place."""
     if rescale not in RESCALE:
         raise UserError(f"rescale={rescale!r}: give one of {', '.join(map(repr, RESCALE))}.")
-    deltas = []
-    for x, mask, share in zip(tuned, masks, density, strict=True):
-        delta = x - base
-        before = np.abs(delta).sum(dtype=np.float64) if rescale == "l1" else 0.0
+    for delta, mask, share in zip(deltas, masks, density, strict=True):
+        before = _norm(delta) if rescale == "l1" else 0.0
         delta *= mask
         if rescale == "density" and share > 0:
             delta /= np.float32(share)
-        if rescale == "l1" and min(before, after := np.abs(delta).sum(dtype=np.float64)) >= 1e-7:
+        if rescale == "l1" and min(before, after := _norm(delta)) >= 1e-7:
             delta *= np.float32(before / after)
-        deltas.append(delta)
     return deltas
 
 
-def _summed(deltas: Sequence, weight: Sequence[float], strength: float, normalize: bool) -> np.ndarray:
-    """lambda * sum_i w_i delta_i, over sum_i w_i if normalize."""
+def _norm(array: np.ndarray) -> float:
+    """The sum of magnitudes."""
+    flat = array.reshape(-1)
+    return sum(float(np.abs(flat[start : start + BLOCK]).sum(dtype=np.float64)) for start in range(0, flat.size, BLOCK))
+
+
+def _summed(base: np.ndarray, deltas: Sequence, weight: Sequence[float], strength: float, normalize: bool) -> np.ndarray:
+    """base + lambda * sum_i w_i delta_i, over sum_i w_i if normalize."""
     divisor = sum(weight) if normalize else 1.0
     if abs(divisor) < 1e-8:
         raise UserError(f"weight={list(weight)}: they sum to 0, and are to be normalized.")
-    return np.float32(strength / divisor) * sum(np.float32(w) * x for w, x in zip(weight, deltas, strict=True))
+    return _added(base, deltas, lambda pieces: np.float32(strength / divisor) * _total(weight, pieces))
 
 
-def _elected(deltas: Sequence, weight: Sequence[float], strength: float, normalize: bool, consensus: str) -> np.ndarray:
-    """The same, of those alone whose sign is that of most."""
+def _elected(
+    base: np.ndarray, deltas: Sequence, weight: Sequence[float], strength: float, normalize: bool, consensus: str
+) -> np.ndarray:
+    """The same, of those changes alone whose sign is that of most."""
     if consensus not in CONSENSUS:
         raise UserError(f"consensus={consensus!r}: give one of {', '.join(map(repr, CONSENSUS))}.")
-    weighted = [np.float32(w) * x for w, x in zip(weight, deltas, strict=True)]
-    votes = sum(weighted) if consensus == "sum" else sum(map(np.sign, weighted))
-    plus = votes >= 0
-    agree = [np.where(plus, x > 0, x < 0) for x in weighted]
-    total = sum(x * mask for x, mask in zip(weighted, agree, strict=True))
-    if normalize:
-        divisor = sum(np.float32(w) * mask for w, mask in zip(weight, agree, strict=True))
-        divisor[divisor == 0] = 1.0
-        total /= divisor
-    return np.float32(strength) * total
+
+    def agreed(pieces: Sequence[np.ndarray]) -> np.ndarray:
+        weighted = [np.float32(w) * x for w, x in zip(weight, pieces, strict=True)]
+        votes = sum(weighted) if consensus == "sum" else sum(map(np.sign, weighted))
+        plus = votes >= 0
+        agree = [((x > 0) == plus) & (x != 0) for x in weighted]
+        total = sum(x * mask for x, mask in zip(weighted, agree, strict=True))
+        if normalize:
+            divisor = _total(weight, agree)
+            divisor[divisor == 0] = 1.0
+            total /= divisor
+        return np.float32(strength) * total
+
+    return _added(base, deltas, agreed)
+
+
+def _total(weight: Sequence[float], arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return sum(np.float32(w) * x for w, x in zip(weight, arrays, strict=True))
+
+
+def _added(base: np.ndarray, deltas: Sequence, change: Callable) -> np.ndarray:
+    """base + change(deltas), in place and in pieces, which need no memory to speak of."""
+    flat, changes = base.reshape(-1), [delta.reshape(-1) for delta in deltas]
+    for start in range(0, flat.size, BLOCK):
+        flat[start : start + BLOCK] += change([x[start : start + BLOCK] for x in changes])
+    return base
 
 
 def _shares(values: Sequence[float], name: str = "density") -> Sequence[float]:

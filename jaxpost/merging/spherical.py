@@ -22,10 +22,13 @@ def slerp(base: np.ndarray, other: np.ndarray, *, t: float) -> np.ndarray:
     norms = [np.sqrt(_inner(x, x)) for x in (base, other)]
     cosine = _inner(base, other) / np.prod([norm if norm > 1e-8 else 1.0 for norm in norms])
     if abs(cosine) > COLINEAR:
-        return np.float32(1 - t) * base + np.float32(t) * other
-    angle = np.arccos(cosine)
-    shares = np.sin((1 - t) * angle) / np.sin(angle), np.sin(t * angle) / np.sin(angle)
-    return np.float32(shares[0]) * base + np.float32(shares[1]) * other
+        shares = 1 - t, t
+    else:
+        angle = np.arccos(cosine)
+        shares = np.sin((1 - t) * angle) / np.sin(angle), np.sin(t * angle) / np.sin(angle)
+    base *= np.float32(shares[0])
+    other *= np.float32(shares[1])
+    return np.add(base, other, out=base)
 
 
 @tensorwise(base=True)
@@ -40,7 +43,7 @@ def model_stock(
     """
     tuned = [first, second, *others]
     shape = base.shape if filter_wise and base.ndim > 1 else (1, base.size)
-    deltas = [(x - base).reshape(shape[0], -1) for x in tuned]
+    deltas = [np.subtract(x, base, out=x).reshape(shape[0], -1) for x in tuned]
     norms = [np.sqrt(_inner(x, x, rows=True)) for x in deltas]
     cosines = [
         np.clip(_inner(deltas[i], deltas[j], rows=True) / np.maximum(norms[i] * norms[j], 1e-6), -1, 1)
@@ -49,8 +52,10 @@ def model_stock(
     cosine, count = np.mean(cosines, axis=0), len(tuned)
     divisor = 1 + (count - 1) * cosine  # 0 only where the changes cancel, so that the mean is the base
     t = np.where(divisor > 1e-6, count * cosine / np.maximum(divisor, 1e-6), 0.0).astype(np.float32)
-    mean = sum(deltas) / np.float32(count)
-    return base + (t[:, None] * mean).reshape(base.shape)
+    for delta in deltas[1:]:
+        deltas[0] += delta
+    deltas[0] *= t[:, None] / np.float32(count)
+    return np.add(base, deltas[0].reshape(base.shape), out=base)
 
 
 def _inner(one: np.ndarray, other: np.ndarray, rows: bool = False) -> np.ndarray:

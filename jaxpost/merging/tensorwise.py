@@ -7,10 +7,12 @@ each tensor from the models' tensors of the same name is written as a function o
     @tensorwise(base=True, each=("weight",))
     def mine(base, *tuned, weight=1.0): ...      arrays in float32, all of one shape -> an array of that shape
 
-The decorator makes a merge of it. Every keyword may go by the tensor's name or depth (coefficients.py). So the same function
-serves a dict of arrays, a stage, and files that are read and written one tensor after another.
+The arrays are the function's own, so it may change them. The decorator makes a merge of it. Every keyword may go by the
+tensor's name or depth (coefficients.py). So the same function serves a dict of arrays, a stage, and files that are read and
+written one tensor after another.
 """
 
+import collections
 import functools
 import hashlib
 import inspect
@@ -20,7 +22,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from jaxpost.errors import UserError
@@ -29,6 +30,7 @@ from jaxpost.models import tensors
 from jaxpost.types import Params
 
 BLOCK = 2**18  # numbers of each model that an elementwise merge computes with at a time: they stay in the processor's cache
+AHEAD = 2  # tensors that are computed while an earlier one is written
 
 
 class Tensorwise(NamedTuple):
@@ -124,7 +126,7 @@ def check(merge: Callable, names: Iterable[str], count: int, layers: int) -> Non
         given = {key: _statistics(merge, key, name, count) for key in takes.statistics}
         settings |= {key: of and [np.eye(2, dtype=np.float32)] * len(of) for key, of in given.items()}
         if (kind := repr({key: value for key, value in settings.items() if key != "seed"})) not in tried:
-            _apply(merge, name, arrays, settings)
+            _apply(merge, name, [x.copy() for x in arrays], settings)
             tried.add(kind)
 
 
@@ -159,7 +161,7 @@ _POOL = ThreadPoolExecutor(os.cpu_count())
 def stream(
     merge: Callable, models: Sequence[Mapping[str, Any]], names: Iterable[str], layers: int, dtype: Any = np.float32
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, tensor) of a merge, in the order of the names; the next is computed while the last is used.
+    """(name, tensor) of a merge, in the order of the names; the next ones are computed while the last is used.
 
     A merge without `tensorwise` gets all tensors of all models at once.
     """
@@ -168,14 +170,15 @@ def stream(
         result = _whole(merge, models)
         yield from ((name, rounded(result[name], dtype, name)) for name in names)
         return
-    ahead, names = ThreadPoolExecutor(1), list(names)
-    waiting = ahead.submit(merged, merge, names[0], models, layers, dtype)
-    for name, following in zip(names, [*names[1:], None], strict=True):
-        array = waiting.result()
-        if following is not None:
-            waiting = ahead.submit(merged, merge, following, models, layers, dtype)
-        yield name, array
-    ahead.shutdown()
+    with ThreadPoolExecutor(AHEAD) as pool:
+        waiting = collections.deque()
+        for name in names:
+            waiting.append((name, pool.submit(merged, merge, name, models, layers, dtype)))
+            if len(waiting) > AHEAD:
+                name, result = waiting.popleft()
+                yield name, result.result()
+        for name, result in waiting:
+            yield name, result.result()
 
 
 def _whole(merge: Callable, models: Sequence[Mapping[str, Any]]) -> Params:
@@ -189,11 +192,8 @@ def _whole(merge: Callable, models: Sequence[Mapping[str, Any]]) -> Params:
 
 
 def float32(array: Any) -> np.ndarray:
-    """The numbers in float32."""
-    array = np.asarray(array)
-    if array.dtype == ml_dtypes.bfloat16:  # several times faster than ml_dtypes' own cast
-        return np.left_shift(array.view(np.uint16), 16, dtype=np.uint32).view(np.float32)
-    return array.astype(np.float32, copy=False)
+    """A copy in float32, in the order of the files."""
+    return np.array(array, np.float32, order="C")
 
 
 def rounded(array: Any, dtype: Any, name: str) -> np.ndarray:
@@ -244,9 +244,10 @@ def _statistics(merge: Callable, key: str, name: str, count: int) -> list | None
 
 def _apply(merge: Callable, name: str, arrays: list, settings: dict) -> np.ndarray:
     takes = declaration(merge)
+    shape = arrays[0].shape
     result = _called(merge, name, lambda: np.asarray(takes.function(*arrays, **settings)))
-    if result.shape != arrays[0].shape:
-        raise UserError(f"{_name(merge)}: {name} of shape {arrays[0].shape} comes out as {result.shape}.")
+    if result.shape != shape:
+        raise UserError(f"{_name(merge)}: {name} of shape {shape} comes out as {result.shape}.")
     return result
 
 
