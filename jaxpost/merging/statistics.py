@@ -21,7 +21,7 @@ def fisher(
 ) -> np.ndarray:
     """Fisher merging:  sum_i w_i F_i theta_i / sum_i w_i F_i,  elementwise, F the diagonal of the Fisher information.
 
-    information: F of each model, of the tensors' shapes (`jaxpost.stages.information` makes them). floor: the least F; where
+    information: F of each model, of the tensors' shapes (stages/information.py makes it). floor: the least F; where
     all have it, the merge is the weighted mean. Source: "Merging Models with Fisher-Weighted Averaging". Raises UserError for a
     tensor without information.
     """

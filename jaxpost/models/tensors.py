@@ -18,7 +18,7 @@ from jaxpost.errors import UserError
 from jaxpost.models import hf, loading, safetensors_io
 from jaxpost.models.families import Architecture, tensor_names
 from jaxpost.models.layout import Part, Place, places
-from jaxpost.storage import checkpoint, cloud
+from jaxpost.storage import artefacts, checkpoint, cloud
 from jaxpost.types import Params
 
 
@@ -79,8 +79,12 @@ def opened(spec: loading.ModelSpec) -> dict[str, Lazy]:
 
 @functools.lru_cache(maxsize=64)
 def in_folder(where: str) -> dict[str, Lazy]:
-    """The tensors of every safetensors file in a folder, whatever they are. Raises UserError where there is none."""
+    """The tensors of every safetensors file in a folder, whatever they are. Raises UserError where there is none, and for an
+    artefact that is damaged or unfinished.
+    """
     folder = cloud.path(where)
+    if (folder / "meta.json").exists():
+        artefacts.check(folder)
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     if not files:
         raise UserError(f"{where}: no folder with a safetensors file.")
