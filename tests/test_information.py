@@ -80,7 +80,7 @@ def test_it_is_stored_once_and_fisher_merging_reads_it(folders, tmp_path, capsys
     data = tmp_path / "data.jsonl"
     rows = [{"prompt": f"{i}+{i}", "completion": f"{2 * i}"} for i in range(5)]
     data.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    common = {"data": str(data), "window": 16, "batch_size": 8, "steps": 1, "labels": "data", "objective": "sft.nll"}
+    common = {"data": str(data), "window": 16, "batch_size": 8, "labels": "data", "objective": "sft.nll"}
     made = [information.fisher(None, tmp_path / "out", model=folder, **common) for folder in folders[:2]]
     assert capsys.readouterr().err.count("information of 5 examples") == 2
     assert information.fisher(None, tmp_path / "out", model=folders[0], **common) == made[0]

@@ -139,23 +139,46 @@ def merged(merge: Callable, name: str, models: Sequence[Mapping[str, Any]], laye
     takes, sources = declaration(merge), [model[name] for model in models]
     settings, shape = _settings(merge, name, len(models), layers), tuple(sources[0].shape)
     statistics = {key: _statistics(merge, key, name, len(models)) for key in takes.statistics}
-    length = max(1, BLOCK // max(1, math.prod(shape[1:]))) if takes.elementwise else shape[0]
-    out = np.empty(shape, dtype)
-
-    def piece(first: int) -> None:
-        rows = slice(first, min(first + length, shape[0]))
-        arrays = [float32(source[rows]) for source in sources]
-        given = {key: of and [float32(x[rows] if takes.elementwise else x[:]) for x in of] for key, of in statistics.items()}
-        out[rows] = rounded(_apply(merge, name, arrays, settings | given), dtype, name)
 
     if takes.elementwise:
-        list(_POOL.map(piece, range(0, shape[0], length)))
-    else:
-        piece(0)
+        out = np.empty(shape, dtype)
+
+        def compute(rows: slice) -> None:
+            arrays = [np.array(source[rows], np.float32, order="C") for source in sources]
+            given = {key: of and [np.array(x[rows], np.float32, order="C") for x in of] for key, of in statistics.items()}
+            out[rows] = rounded(_apply(merge, name, arrays, settings | given), dtype, name)
+
+        _in_pieces(shape, compute)
+        return out
+    given = {key: of and [_whole_array(x) for x in of] for key, of in statistics.items()}
+    result = _apply(merge, name, [_whole_array(source) for source in sources], settings | given)
+    out = result if result.dtype == dtype else np.empty(shape, dtype)
+
+    def finish(rows: slice) -> None:
+        out[rows] = rounded(result[rows], dtype, name)
+
+    _in_pieces(shape, finish)
     return out
 
 
 _POOL = ThreadPoolExecutor(os.cpu_count())
+
+
+def _in_pieces(shape: tuple[int, ...], function: Callable[[slice], None]) -> None:
+    """Calls function(rows) for pieces of an array, in threads."""
+    length = max(1, BLOCK // max(1, math.prod(shape[1:])))
+    list(_POOL.map(function, (slice(at, min(at + length, shape[0])) for at in range(0, shape[0], length))))
+
+
+def _whole_array(source: Any) -> np.ndarray:
+    """A copy in float32 of what gives rows when it is sliced, in the order of the files."""
+    out = np.empty(source.shape, np.float32)
+
+    def copy(rows: slice) -> None:
+        out[rows] = source[rows]
+
+    _in_pieces(source.shape, copy)
+    return out
 
 
 def stream(
@@ -183,17 +206,12 @@ def stream(
 
 def _whole(merge: Callable, models: Sequence[Mapping[str, Any]]) -> Params:
     """The tensors of a merge that takes whole models. Raises UserError where it gives other names or shapes."""
-    arrays = [{name: float32(source[:]) for name, source in model.items()} for model in models]
+    arrays = [{name: _whole_array(source) for name, source in model.items()} for model in models]
     shapes = {name: x.shape for name, x in arrays[0].items()}
     result = _called(merge, "the merge", lambda: merge(*arrays))
     if not isinstance(result, Mapping) or {name: np.shape(x) for name, x in result.items()} != shapes:
         raise UserError(f"{_name(merge)}: it gives other names or shapes than the first model has.")
     return result
-
-
-def float32(array: Any) -> np.ndarray:
-    """A copy in float32, in the order of the files."""
-    return np.array(array, np.float32, order="C")
 
 
 def rounded(array: Any, dtype: Any, name: str) -> np.ndarray:

@@ -128,6 +128,10 @@ def _of_checkpoint(folder: epath.Path, arch: Architecture) -> dict[str, Lazy]:
 
 def _joined(leaf: Callable[[str], np.ndarray], parts: tuple[Part, ...], rows: slice) -> np.ndarray:
     """Rows of the tensor that parts of a tree's leaves make, in the files' order of elements."""
-    arrays = [leaf(part.path)[part.place] for part in parts]
-    arrays = [x.T if part.transposed else x for x, part in zip(arrays, parts, strict=True)]
-    return np.ascontiguousarray((arrays[0] if len(arrays) == 1 else np.concatenate(arrays))[rows])
+    start, stop, _ = rows.indices(parts[-1].last)
+    pieces = []
+    for path, place, transposed, first, last in parts:
+        if max(start, first) < min(stop, last):
+            array = leaf(path)[place].T if transposed else leaf(path)[place]
+            pieces.append(array[max(start - first, 0) : stop - first])
+    return np.ascontiguousarray(np.concatenate(pieces))
