@@ -22,9 +22,9 @@ from jaxpost.config import cli
 from jaxpost.config.resolve import entry_of, resolve
 from jaxpost.errors import UserError
 from jaxpost.merging import tensorwise
-from jaxpost.models import hf, loading, tensors
+from jaxpost.models import hf, layout, loading, tensors
 from jaxpost.stages import merge as merging
-from jaxpost.storage import cloud
+from jaxpost.storage import checkpoint, cloud
 
 
 def merge(what: Any, of: Sequence[str], out: str, *, base: str = "", dtype: str | None = None) -> list[str]:
@@ -35,7 +35,7 @@ def merge(what: Any, of: Sequence[str], out: str, *, base: str = "", dtype: str 
     dtype: one of export.DTYPES; None is config.json's, else float32. Raises UserError, before any weights are read, for models
     that differ in architecture or tokenizer, for keywords that do not suit the method, and where `out` is not empty.
     """
-    folder = cloud.path(out)
+    folder = checkpoint.absolute(cloud.path(out))
     export.check_empty(folder, f"--out={out}")
     function = resolve(merging.entry(what), "merging")
     takes_base = getattr(tensorwise.declaration(function), "base", bool(base))
@@ -55,7 +55,7 @@ def merge(what: Any, of: Sequence[str], out: str, *, base: str = "", dtype: str 
     if place != folder and place.exists():
         place.rmtree()
     place.mkdir(parents=True, exist_ok=True)
-    where = tensors.places(arch)
+    where = layout.places(arch)
     stream = tensorwise.stream(function, [tensors.opened(spec) for spec in specs], where, arch.layers, kind)
     hf.write_shards(place, {name: (kind, shape) for name, (shape, _) in where.items()}, (array for _, array in stream))
     export.describe(place, first)

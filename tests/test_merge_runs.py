@@ -25,7 +25,7 @@ from jaxpost.errors import UserError
 from jaxpost.merging import sparse
 from jaxpost.models import hf, layout, loading, tensors
 from jaxpost.stages import merge as stage
-from jaxpost.storage import checkpoint
+from jaxpost.storage import checkpoint, fingerprint
 from jaxpost.types import TrainState
 
 TIES = {"name": "ties", "density": {"mlp": 0.5, "": [0.2, 0.8]}, "weight": [1.0, 0.5]}
@@ -46,17 +46,28 @@ def folders(tmp_path_factory):
     return [folder_of(place / f"model{seed}", seed) for seed in range(3)]
 
 
-def workdir_of(path, folder: str, *, mean: str = ""):
-    """A workdir whose checkpoint has a folder's weights; mean: a folder whose layers are the running mean of the layers."""
+def workdir_of(path, folder: str, *, mean: str = "", base: str = "", head: float = 0.0):
+    """A workdir whose checkpoint has a folder's weights. mean: a folder whose layers are the running mean of the layers; base:
+    a folder that all but the layers are frozen in; head: a reward head's weights.
+    """
     spec, params = loading.open_model(folder, one_device())
     loading.keep_description(spec, path, templates.jinja(spec.tokenizer))
     (path / "config.json").write_text(json.dumps({"stages": ["train"]}))
-    nothing = jax.tree.map(lambda _: None, params)
+    meta, frozen = {"done": True}, jax.tree.map(lambda _: None, params)
+    if base:
+        params, frozen = {**frozen, "layers": params["layers"]}, {**params, "layers": frozen["layers"]}
+        meta |= {"base": {"reference": base, "hash": fingerprint.digest(base), "beside": []}}
+    if head:
+        params, frozen = (
+            tree | {"reward_head": {"kernel": x}} for tree, x in ((params, jnp.full((16, 1), head)), (frozen, None))
+        )
+        meta |= {"leaves": {"reward_head/kernel": ("D1", 0.0)}}
+    nothing = jax.tree.map(lambda _: None, params, is_leaf=lambda x: x is None)
     ema = {**nothing, "layers": loading.open_model(mean, one_device())[1]["layers"]} if mean else None
     count = jnp.asarray(3)
     rest = {"opt_state": (), "ema": ema, "key": jax.random.PRNGKey(0), "skipped": count, "streak": count}
     saved = checkpoint.Checkpoints(path / "checkpoints" / "train")
-    saved.save(TrainState(step=count, train=params, frozen=nothing, **rest), {"done": True})
+    saved.save(TrainState(step=count, train=params, frozen=frozen, **rest), meta)
     saved.close()
     return str(path)
 
@@ -89,6 +100,13 @@ def test_a_checkpoint_is_read_tensor_by_tensor_with_its_running_mean(folders, tm
     opened = tensors.opened(loading.describe(where))
     first, mean = file_of(folders[0]), file_of(folders[1])
     equal({k: x[:] for k, x in opened.items()}, {k: (mean if ".layers." in k else first)[k] for k in first})
+
+
+def test_frozen_tensors_of_a_checkpoint_are_read_where_they_are(folders, tmp_path):
+    where = workdir_of(tmp_path, folders[0], base=folders[0])
+    equal({k: x[:] for k, x in tensors.opened(loading.describe(where)).items()}, file_of(folders[0]))
+    held = checkpoint.shapes(checkpoint.find_step(where))
+    assert held and all(path.startswith("layers/") for path in held)
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +142,24 @@ def test_a_stage_gives_what_the_command_gives(folders, merged, tmp_path):
     assert {len(x.sharding.device_set) for x in jax.tree.leaves(split)} == {8}
     jaxpost.train(settings, tmp_path / "w")  # merged before
     assert checkpoint.steps(tmp_path / "w" / "checkpoints" / "soup") == [0]
-    changed = recipe.make(stages=("soup",), soup={"do": "merge", "with": "linear", "of": tuple(folders)})
-    with pytest.raises(UserError, match="soup"):
-        jaxpost.train(changed, tmp_path / "w")
+
+
+def test_a_stage_merges_heads_too_and_the_command_has_no_place_for_them(folders, tmp_path):
+    models = []
+    for number, head in enumerate((1.0, 3.0)):
+        (tmp_path / str(number)).mkdir()
+        models.append(workdir_of(tmp_path / str(number), folders[number], head=head))
+    soup = {"do": "merge", "with": {"name": "linear", "weight": {"reward": 1.0, "": [3.0, 3.0]}}, "of": tuple(models)}
+    jaxpost.train(recipe.make(stages=("soup",), soup=soup), tmp_path / "w")
+    params = loading.open_model(str(tmp_path / "w"), one_device())[1]
+    np.testing.assert_array_equal(params["reward_head"]["kernel"], np.full((16, 1), 2.0))
+    one, two = (loading.open_model(folder, one_device())[1] for folder in folders[:2])
+    np.testing.assert_allclose(params["embed"]["weight"], (one["embed"]["weight"] + two["embed"]["weight"]) / 2, rtol=1e-6)
+    with pytest.raises(UserError, match="it has reward_head/kernel besides the model's weights"):
+        merge.merge("linear", models, str(tmp_path / "out"))
+    plain = recipe.make(stages=("soup",), soup={**soup, "of": (models[0], folders[1])})
+    with pytest.raises(UserError, match="only one of .* has reward_head/kernel"):
+        jaxpost.train(plain, tmp_path / "w2")
 
 
 def test_a_merge_of_whole_models_gets_all_tensors_and_must_give_them_back(folders, tmp_path):

@@ -436,7 +436,7 @@ def test_models_that_differ_are_refused_by_tensor():
         (sparse.breadcrumbs, {"gamma": -0.1}, "breadcrumbs: gamma=-0.1: give a share"),
         (spherical.model_stock, {}, "model_stock: it takes 3 or more models, the base first; 2 given"),
         (statistics.fisher, {"information": [{}, {}]}, "fisher: information has nothing of a tensor"),
-        (statistics.fisher, {"information": [UNIFORM[0], {}]}, "information number 2 has nothing of model.embed_tokens.weight"),
+        (statistics.fisher, {"information": [UNIFORM[0], {}]}, "information number 2 has nothing of model.norm.weight"),
         (statistics.fisher, {"information": UNIFORM}, "fisher: information is a list of 2, one folder"),
         (statistics.fisher, {"information": ["/nowhere", "/nowhere"]}, "/nowhere: no folder with a safetensors file"),
     ],
@@ -477,12 +477,12 @@ def test_a_function_of_ones_own_gets_one_tensor_at_a_time_and_must_keep_its_shap
     def flat(tensor, *others):
         return tensor.ravel()
 
-    with pytest.raises(UserError, match=r"flat: model.embed_tokens.weight of shape \(2, 2\) comes out as \(4,\)"):
+    with pytest.raises(UserError, match=r"flat: model.layers.0.self_attn.q_proj.weight of shape \(6, 4\) comes out as \(24,\)"):
         flat(ONE)
 
     @tensorwise()
     def failing(tensor, *others):
         return tensor[7]
 
-    with pytest.raises(UserError, match="failing: model.embed_tokens.weight failed with IndexError"):
+    with pytest.raises(UserError, match="failing: model.norm.weight failed with IndexError"):
         failing(ONE)

@@ -29,7 +29,7 @@ from jaxpost.merging import coefficients
 from jaxpost.models import tensors
 from jaxpost.types import Params
 
-BLOCK = 2**18  # numbers of each model that an elementwise merge computes with at a time: they stay in the processor's cache
+BLOCK = 2**18  # numbers of a tensor that are read, computed with or rounded at a time: they stay in the processor's cache
 AHEAD = 2  # tensors that are computed while an earlier one is written
 
 
@@ -62,7 +62,7 @@ def tensorwise(
             models, bound = [params, *others], functools.partial(merge, **settings)
             check_alike(models)
             layers = 1 + max((coefficients.layer_of(name) or 0 for name in params), default=0)
-            check(bound, params, len(models), layers)
+            check(bound, {name: tuple(x.shape) for name, x in params.items()}, len(models), layers)
             dtypes = {name: np.dtype(x.dtype) for name, x in params.items()}
             return {name: merged(bound, name, models, layers, dtypes[name]) for name in params}
 
@@ -104,30 +104,35 @@ def check_alike(models: Sequence[Mapping[str, Any]]) -> None:
                 )
 
 
-def check(merge: Callable, names: Iterable[str], count: int, layers: int) -> None:
-    """Tries a merge's settings for every tensor on arrays of four numbers. Raises UserError where they or the number of models
-    do not suit it.
+def check(merge: Callable, shapes: Mapping[str, tuple[int, ...]], count: int, layers: int) -> None:
+    """Tries a merge on random numbers: of all tensors for which its settings are the same, on the smallest of as many axes.
+    Raises UserError where the settings or the number of models do not suit it.
     """
     takes = declaration(merge)
     parameters = inspect.signature(takes.function if takes else merge).parameters.values()
     placed = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     most = math.inf if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(placed)
     if not len(placed) <= count <= most:
-        wanted = len(placed) if most == len(placed) else f"{len(placed)} or more"
-        raise UserError(
-            f"{_name(merge)}: it takes {wanted} models{', the base first' if _has_base(takes) else ''}; {count} given."
-        )
+        wanted = f"{len(placed)} models" if most == len(placed) else f"{len(placed)} or more models"
+        wanted += ", the base first" if takes and takes.base else ""
+        raise UserError(f"{_name(merge)}: it takes {wanted}; {count} given.")
     if takes is None:
         return
-    arrays = [np.arange(4, dtype=np.float32).reshape(2, 2) ** number for number in range(1, count + 1)]
-    tried = set()
-    for name in names:
+    rng, tried = np.random.default_rng(0), set()
+    for name, shape in sorted(shapes.items(), key=lambda item: math.prod(item[1])):
         settings = _settings(merge, name, count, layers)
         given = {key: _statistics(merge, key, name, count) for key in takes.statistics}
-        settings |= {key: of and [np.eye(2, dtype=np.float32)] * len(of) for key, of in given.items()}
-        if (kind := repr({key: value for key, value in settings.items() if key != "seed"})) not in tried:
-            _apply(merge, name, [x.copy() for x in arrays], settings)
+        about = {key: value for key, value in settings.items() if key != "seed"}
+        kind = repr((len(shape), about, {key: of is None for key, of in given.items()}))
+        if kind not in tried:
+            settings |= {key: of and [_ones(x.shape) for x in of] for key, of in given.items()}
+            _apply(merge, name, [rng.normal(size=shape).astype(np.float32) for _ in range(count)], settings)
             tried.add(kind)
+
+
+def _ones(shape: tuple[int, ...]) -> np.ndarray:
+    """Positive numbers; a square matrix of them has an inverse."""
+    return np.ones(shape, np.float32) + (np.eye(*shape, dtype=np.float32) if len(shape) == 2 else 0)
 
 
 def merged(merge: Callable, name: str, models: Sequence[Mapping[str, Any]], layers: int, dtype: Any = np.float32) -> np.ndarray:
@@ -281,7 +286,3 @@ def _called(merge: Callable, name: str, call: Callable) -> Any:
 
 def _name(merge: Callable) -> str:
     return getattr(getattr(merge, "func", merge), "__name__", "merge")
-
-
-def _has_base(takes: Tensorwise | None) -> bool:
-    return takes is not None and takes.base

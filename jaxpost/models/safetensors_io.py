@@ -89,7 +89,7 @@ def write(file: epath.Path, about: Mapping[str, tuple[Any, tuple[int, ...]]], ar
         stream.write(len(text).to_bytes(_HEADER, "little") + text)
         for array, (name, (dtype, shape)) in zip(arrays, about.items(), strict=True):
             assert (array.dtype, array.shape) == (np.dtype(dtype), tuple(shape)), name
-            stream.write(np.ascontiguousarray(array).view(np.uint8).data)
+            stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 class Row:

@@ -23,7 +23,7 @@ from jaxpost.config.naming import digest_of, named
 from jaxpost.config.resolve import known, resolve
 from jaxpost.errors import UserError
 from jaxpost.merging import tensorwise
-from jaxpost.models import loading, tensors
+from jaxpost.models import layout, loading, tensors
 from jaxpost.recipe import plain
 from jaxpost.stages import columns
 from jaxpost.stages.run import Output, Run, described
@@ -48,11 +48,14 @@ def planned(name: str, s, run: Run) -> Merge:
         raise UserError(f"config.{name}.of: name the models to merge, as ('@sft', '@dpo').")
     spec = described(s, run.mesh)
     function = resolve(entry(plain(s["with"])), "merging")
-    models = {model: run.outputs[model[1:]].spec if model[0] == "@" else loading.describe(model) for model in s.of}
-    for model in models.values():
+    earlier = {f"@{stage}": output.spec for stage, output in run.outputs.items()}
+    models = [(model, earlier.get(model) or loading.describe(model)) for model in s.of]
+    for _, model in models:
         loading.check(model)
-    check(function, [(model, models[model]) for model in s.of], f"config.{name}.of")
-    return Merge(name, s, dataclasses.replace(spec, leaves=_own_leaves(spec)), function)
+    # The stage's settings describe the model that the first one was trained from, which may lack leaves that it has.
+    spec = dataclasses.replace(spec, leaves=_own_leaves(models[0][1]))
+    check(function, models, f"config.{name}.of", _shapes_of_leaves(spec, run.mesh))
+    return Merge(name, s, spec, function)
 
 
 def entry(what: Mapping | Callable | str) -> dict:
@@ -63,9 +66,15 @@ def entry(what: Mapping | Callable | str) -> dict:
     return {**what, "name": whole[0]} if len(whole) == 1 else what
 
 
-def check(function: Callable, models: Sequence[tuple[str, loading.ModelSpec]], place: str) -> None:
+def check(
+    function: Callable,
+    models: Sequence[tuple[str, loading.ModelSpec]],
+    place: str,
+    leaves: Mapping[str, tuple[int, ...]] | None = None,
+) -> None:
     """Raises UserError where the function does not suit (name, spec) models, or where they are not of one kind: where an
-    adapter is around one, where its architecture or tokenizer differs from the first one's. Reads no weights.
+    adapter is around one, where its architecture or tokenizer differs from the first one's. A model without a tokenizer suits
+    any. leaves: {path: shape} beside the model's own. Reads no weights.
     """
     (first_name, first), *_ = models
     for name, spec in models:
@@ -79,12 +88,18 @@ def check(function: Callable, models: Sequence[tuple[str, loading.ModelSpec]], p
         if first.tokenizer is not None and spec.tokenizer is not None:
             _check_tokenizers(first_name, first.tokenizer, name, spec.tokenizer, place)
     arch = first.transformer.arch
-    tensorwise.check(function, tensors.places(arch), len(models), arch.layers)
+    shapes = {name: shape for name, (shape, _) in layout.places(arch, leaves).items()}
+    tensorwise.check(function, shapes, len(models), arch.layers)
 
 
 def _own_leaves(spec: loading.ModelSpec) -> dict:
     """The leaves beside the model's own that belong to it; a teacher's head is the teacher's."""
     return {path: leaf for path, leaf in spec.leaves.items() if path not in loading.others(spec)}
+
+
+def _shapes_of_leaves(spec: loading.ModelSpec, mesh) -> dict[str, tuple[int, ...]]:
+    whole = flatten_dict(loading.abstract(spec.transformer, mesh, None, spec.leaves), sep="/")
+    return {path: whole[path].shape for path in spec.leaves}
 
 
 def _difference(one, other) -> str:
@@ -141,12 +156,12 @@ def make(plan: Merge, run: Run) -> Output:
 
 def _merged(plan: Merge, models: Sequence[loading.ModelSpec], mesh) -> Any:
     """The merged parameters in their place on the mesh, one after the other."""
-    arch, leaves = plan.spec.transformer.arch, plan.spec.leaves
-    shapes = flatten_dict(loading.abstract(plan.spec.transformer, mesh, None, leaves), sep="/")
-    where = tensors.places(arch, {path: shapes[path].shape for path in leaves})
+    arch = plan.spec.transformer.arch
+    where = layout.places(arch, _shapes_of_leaves(plan.spec, mesh))
+    whole = flatten_dict(loading.abstract(plan.spec.transformer, mesh, None, plan.spec.leaves), sep="/")
     stream = tensorwise.stream(plan.function, [tensors.opened(model) for model in models], where, arch.layers)
 
     def kept(path: str, array: np.ndarray) -> jax.Array:
-        return sharding.assembled(array.shape, shapes[path].sharding, array.__getitem__)
+        return sharding.assembled(array.shape, whole[path].sharding, array.__getitem__)
 
     return tensors.to_tree(stream, where, kept)

@@ -323,9 +323,9 @@ def load_leaf(step_folder, path: str) -> np.ndarray:
     tree = ocp.PyTreeCheckpointHandler().metadata(folder / item).tree
     keys = [name] if name in tree else path.split("/")
     wanted = functools.reduce(lambda inner, key: {key: inner}, reversed(keys), ocp.RestoreArgs(restore_type=np.ndarray))
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        args = ocp.args.PyTreeRestore(item=jax.tree.map(lambda _: 0, wanted), restore_args=wanted, partial_restore=True)
-        return jax.tree.leaves(reader.restore(folder / item, args=args))[0]
+    args = ocp.args.PyTreeRestore(item=jax.tree.map(lambda _: 0, wanted), restore_args=wanted, partial_restore=True)
+    # The handler itself: a checkpointer waits for the other processes, which may read the leaves in another order.
+    return jax.tree.leaves(ocp.PyTreeCheckpointHandler().restore(folder / item, args=args))[0]
 
 
 def _stored(folder: epath.Path) -> dict[str, Any]:
