@@ -5,6 +5,7 @@ files each layer and expert has a tensor of its own, kernels are [out, in], and 
 tensor.
 """
 
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -38,8 +39,7 @@ def places(arch: Architecture, leaves: Mapping[str, tuple[int, ...]] | None = No
 
     leaves: parameters beside the model's own {path: shape}; each is a tensor under its path.
     """
-    key = jax.eval_shape(lambda: jax.random.PRNGKey(0))
-    shapes = {path: x.shape for path, x in flatten_dict(jax.eval_shape(Transformer(arch).init, key), sep="/").items()}
+    shapes = _shapes(arch)
     groups: dict[str, list] = {}
     for path, tensor in tensor_names(arch).items():
         groups.setdefault(tensor.name, []).append((path, tensor))
@@ -55,3 +55,10 @@ def places(arch: Architecture, leaves: Mapping[str, tuple[int, ...]] | None = No
             parts = sorted(parts, key=lambda part: part.first)
             out[template.format(*place)] = Place((parts[-1].last, *inner[1:]), tuple(parts))
     return out | {path: Place(shape, (Part(path, (), False, 0, shape[0]),)) for path, shape in (leaves or {}).items()}
+
+
+@functools.lru_cache(maxsize=8)
+def _shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of the parameters."""
+    key = jax.eval_shape(lambda: jax.random.PRNGKey(0))
+    return {path: x.shape for path, x in flatten_dict(jax.eval_shape(Transformer(arch).init, key), sep="/").items()}
