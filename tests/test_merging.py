@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jaxpost.config.naming import digest_of
 from jaxpost.config.resolve import fits, known, resolve
 from jaxpost.errors import UserError
 from jaxpost.merging import arithmetic, coefficients, sparse, spherical, statistics
@@ -215,7 +216,9 @@ def test_equal_magnitudes_keep_the_first_and_a_vote_of_nothing_is_plus():
 
 
 @pytest.mark.parametrize("elect", [False, True])
-@pytest.mark.parametrize("case", [{}, {"density": (0.4, 0.4)}, {"gamma": 0.3}, {"gamma": (0.0, 0.2), "weight": (1.0, -0.5)}])
+@pytest.mark.parametrize(
+    "case", [{}, {"density": 0.9, "gamma": 0.3}, {"gamma": 0.3}, {"gamma": (0.0, 0.2), "weight": (1.0, -0.5)}]
+)
 def test_breadcrumbs(case, elect):
     settings = {"density": 0.5, "gamma": 0.1, "weight": (1.0, 1.0), **case}
     expected = {}
@@ -261,6 +264,7 @@ def test_dare_is_a_sum_of_what_was_drawn(elect, rescale):
     drawn = [sparse.dare_linear(base, *far, density=0.5, weight=w, rescale="") for w in ((1, 0), (0, 1))]
     drawn = [{k: np.round(x[k] - base[k]) for k in SHAPES} for x in drawn]
     assert set(np.unique(np.concatenate([x.ravel() for x in drawn[0].values()]))) == {0.0, 1.0}
+    assert any((drawn[0][k] != drawn[1][k]).any() for k in SHAPES), "each model has draws of its own"
     expected = {}
     for key in SHAPES:
         base_, *tuned = (wide(m[key]) for m in (ONE, TWO, THREE))
@@ -283,6 +287,8 @@ def test_slerp(t):
 def test_slerp_of_colinear_and_of_zero_tensors():
     one, two = ({"w": np.array(x, np.float32)} for x in ([1.0, 2.0, 3.0], [2.0, 4.0, 6.001]))
     np.testing.assert_allclose(spherical.slerp(one, two, t=0.25)["w"], 0.75 * one["w"] + 0.25 * two["w"], rtol=1e-6)
+    opposite = {"w": -2 * one["w"]}  # no arc is between them
+    np.testing.assert_allclose(spherical.slerp(one, opposite, t=0.5)["w"], -0.5 * one["w"], rtol=1e-6)
     rotated = {"w": np.array([-2.0, 1.0, 0.0], np.float32)}  # of the length of its partner, and so are all between
     between = spherical.slerp({"w": np.array([1.0, 2.0, 0.0], np.float32)}, rotated, t=0.3)["w"]
     np.testing.assert_allclose(np.linalg.norm(between), math.sqrt(5), rtol=1e-6)
@@ -456,6 +462,17 @@ def test_the_number_of_models_is_that_of_the_functions_arguments():
 def test_a_merge_takes_further_models_and_keyword_settings():
     assert fits(lambda params, *others, strength=1.0: params, "merging") and fits(lambda params: params, "merging")
     assert not fits(lambda params, other, *more: params, "merging") and not fits(lambda: None, "merging")
+
+
+def test_a_merge_of_a_notebook_is_recorded_by_what_it_does():
+    def version(share):
+        @tensorwise()
+        def mine(tensor, other):
+            return tensor + share * other
+
+        return digest_of(mine)
+
+    assert version(0.5) == version(0.5) != version(0.25)
 
 
 def test_a_method_may_be_named_without_its_file():
