@@ -104,11 +104,21 @@ def _shapes_of_leaves(spec: loading.ModelSpec, mesh) -> dict[str, tuple[int, ...
 
 def _difference(one, other) -> str:
     """The first constant in which two architectures differ, with both values; "" where they are alike."""
-    for field in dataclasses.fields(one):
-        a, b = getattr(one, field.name), getattr(other, field.name)
-        if a != b and field.name not in ("init_std", "max_positions"):
-            return f"{field.name} is {a} and {b}"
-    return ""
+    one, other = _flat(one), _flat(other)
+    differing = [name for name in one | other if one.get(name) != other.get(name)]
+    differing = [name for name in differing if name not in ("init_std", "max_positions")]
+    return f"{differing[0]} is {one.get(differing[0])} and {other.get(differing[0])}" if differing else ""
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """{path: constant} of an architecture, as {"kinds.0.rope.theta": 10000.0}."""
+    if isinstance(value, tuple):
+        items = list(value._asdict().items()) if hasattr(value, "_asdict") else list(enumerate(value))
+    elif dataclasses.is_dataclass(value):
+        items = list(vars(value).items())
+    else:
+        return {name: value}
+    return {path: x for key, inner in items for path, x in _flat(inner, f"{name}.{key}".lstrip(".")).items()}
 
 
 def _check_tokenizers(first_name: str, first: Any, name: str, other: Any, place: str) -> None:
