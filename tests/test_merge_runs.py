@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import toy_tokenizers
 import transformers
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from test_entry_points import MODEL, command, one_device
 from tokenizers import Tokenizer
 
@@ -142,6 +142,22 @@ def test_a_stage_gives_what_the_command_gives(folders, merged, tmp_path):
     assert {len(x.sharding.device_set) for x in jax.tree.leaves(split)} == {8}
     jaxpost.train(settings, tmp_path / "w")  # merged before
     assert checkpoint.steps(tmp_path / "w" / "checkpoints" / "soup") == [0]
+
+
+@pytest.mark.parametrize("name", ["phi3/long", "qwen3_moe/normalised"])
+def test_experts_and_fused_projections_are_merged_as_the_files_have_them(name, tmp_path):
+    for number in range(3):
+        cases.write(tmp_path / str(number), name)
+        rng = np.random.default_rng(number)
+        weights = {k: x + rng.integers(-2, 3, x.shape).astype(x.dtype) / 8 for k, x in file_of(tmp_path / str(number)).items()}
+        save_file(weights, tmp_path / str(number) / "model.safetensors")
+    models = [str(tmp_path / str(number)) for number in range(3)]
+    expected = sparse.ties(*map(file_of, models), density=0.3)
+    merge.merge({"name": "ties", "density": 0.3}, models[1:], str(tmp_path / "out"), base=models[0], dtype="float32")
+    equal(file_of(tmp_path / "out"), expected)
+    specs = [loading.describe(model) for model in models]
+    plan = stage.Merge("soup", None, specs[0], resolve({"name": "sparse.ties", "density": 0.3}, "merging"))
+    equal(tensors.of_tree(stage._merged(plan, specs, one_device()), specs[0].transformer.arch), expected)
 
 
 def test_a_stage_merges_heads_too_and_the_command_has_no_place_for_them(folders, tmp_path):
