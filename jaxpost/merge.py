@@ -3,9 +3,9 @@
     python -m jaxpost.merge --with=ties --base=FOLDER --of=FOLDER2 --of=FOLDER3 --out=FOLDER4
 
 A model is a Hugging Face folder, a name on the hub, a workdir, or one checkpoint in a workdir. They are read one tensor after
-another and the result is written as it is computed, so memory holds the largest tensor of each model, whatever their size
-(of a workdir the largest parameter, with all its layers). Sums are float32 and rounded once. The folder appears under its name
-when it is whole.
+another and the result is written as it is computed, so memory holds a few of the largest tensors, however many there are (of a
+workdir two parameters, with all their layers). Sums are float32 and rounded once. The folder appears under its name when it is
+whole.
 
 --with is a method of merging/ (linear, task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, breadcrumbs_ties, slerp,
 model_stock, fisher, regmean), FILE.py:function, or a JSON object with its name and keywords, such as

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxpost.errors import UserError
+from jaxpost.merging.coefficients import Each
 from jaxpost.merging.tensorwise import tensorwise
 
 
 @tensorwise(each=("weight",), elementwise=True)
-def linear(tensor: np.ndarray, *others: np.ndarray, weight: Sequence[float] = 1.0, normalize: bool = True) -> np.ndarray:
+def linear(tensor: np.ndarray, *others: np.ndarray, weight: Each = 1.0, normalize: bool = True) -> np.ndarray:
     """The weighted mean, a model soup:  sum_i w_i theta_i / sum_i w_i;  without `normalize` the sum alone.
 
     weight: of each model. Source: "Model soups: averaging weights of multiple fine-tuned models improves accuracy without
@@ -27,7 +28,7 @@ def task_arithmetic(
     base: np.ndarray,
     tuned: np.ndarray,
     *others: np.ndarray,
-    weight: Sequence[float] = 1.0,
+    weight: Each = 1.0,
     strength: float = 1.0,
     normalize: bool = False,
 ) -> np.ndarray:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from jaxpost.errors import UserError
+from jaxpost.merging.coefficients import Each
 from jaxpost.merging.tensorwise import BLOCK, tensorwise
 
 RESCALE, CONSENSUS = ("", "density", "l1"), ("sum", "count")
@@ -28,8 +29,8 @@ def ties(
     base: np.ndarray,
     tuned: np.ndarray,
     *others: np.ndarray,
-    weight: Sequence[float] = 1.0,
-    density: Sequence[float] = 0.2,
+    weight: Each = 1.0,
+    density: Each = 0.2,
     strength: float = 1.0,
     normalize: bool = True,
     rescale: str = "",
@@ -50,8 +51,8 @@ def dare_linear(
     base: np.ndarray,
     tuned: np.ndarray,
     *others: np.ndarray,
-    weight: Sequence[float] = 1.0,
-    density: Sequence[float] = 0.5,
+    weight: Each = 1.0,
+    density: Each = 0.5,
     strength: float = 1.0,
     normalize: bool = False,
     rescale: str = "density",
@@ -71,8 +72,8 @@ def dare_ties(
     base: np.ndarray,
     tuned: np.ndarray,
     *others: np.ndarray,
-    weight: Sequence[float] = 1.0,
-    density: Sequence[float] = 0.5,
+    weight: Each = 1.0,
+    density: Each = 0.5,
     strength: float = 1.0,
     normalize: bool = False,
     rescale: str = "density",
@@ -90,9 +91,9 @@ def breadcrumbs(
     base: np.ndarray,
     tuned: np.ndarray,
     *others: np.ndarray,
-    weight: Sequence[float] = 1.0,
-    density: Sequence[float] = 0.9,
-    gamma: Sequence[float] = 0.01,
+    weight: Each = 1.0,
+    density: Each = 0.9,
+    gamma: Each = 0.01,
     strength: float = 1.0,
     normalize: bool = False,
     rescale: str = "",
@@ -111,9 +112,9 @@ def breadcrumbs_ties(
     base: np.ndarray,
     tuned: np.ndarray,
     *others: np.ndarray,
-    weight: Sequence[float] = 1.0,
-    density: Sequence[float] = 0.9,
-    gamma: Sequence[float] = 0.01,
+    weight: Each = 1.0,
+    density: Each = 0.9,
+    gamma: Each = 0.01,
     strength: float = 1.0,
     normalize: bool = False,
     rescale: str = "",

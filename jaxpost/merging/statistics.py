@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jaxpost.errors import UserError
+from jaxpost.merging.coefficients import Each
 from jaxpost.merging.tensorwise import tensorwise
 
 
@@ -16,7 +17,7 @@ def fisher(
     tensor: np.ndarray,
     *others: np.ndarray,
     information: Sequence[Mapping[str, np.ndarray] | str],
-    weight: Sequence[float] = 1.0,
+    weight: Each = 1.0,
     floor: float = 1e-6,
 ) -> np.ndarray:
     """Fisher merging:  sum_i w_i F_i theta_i / sum_i w_i F_i,  elementwise, F the diagonal of the Fisher information.
@@ -36,7 +37,7 @@ def regmean(
     tensor: np.ndarray,
     *others: np.ndarray,
     moments: Sequence[Mapping[str, np.ndarray] | str],
-    weight: Sequence[float] = 1.0,
+    weight: Each = 1.0,
     diagonal: float = 0.1,
 ) -> np.ndarray:
     """RegMean:  W = (sum_i w_i G_i)^-1 sum_i w_i G_i W_i,  W [in, out] a linear layer, G = X^T X of the layer's inputs.

@@ -3,11 +3,12 @@
 `opened` reads nothing until a tensor is sliced. `of_tree` and `to_tree` turn a tree into such a dict and back.
 """
 
+import dataclasses
 import functools
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +23,8 @@ from jaxpost.storage import artefacts, checkpoint, cloud
 from jaxpost.types import Params
 
 
-class Lazy(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Lazy:
     """A tensor that is read when it is sliced along its first axis: x[first:last]."""
 
     shape: tuple[int, ...]
@@ -69,8 +71,8 @@ def to_tree(
 def opened(spec: loading.ModelSpec) -> dict[str, Lazy]:
     """The tensors of a model's folder of safetensors or of a checkpoint, with the leaves beside the model's own by their paths.
 
-    Of a checkpoint the last parameter that was read stays in memory, with all its layers. Raises UserError for files that do
-    not fit the model, for quantised ones, and for an adapter.
+    Of a checkpoint the last two parameters that were read stay in memory, with all their layers. Raises UserError for files
+    that do not fit the model, for quantised ones, and for an adapter.
     """
     if spec.adapter:
         raise UserError(f"{spec.folder}: has an adapter; merge it into its weights first: python -m jaxpost.export.")
@@ -109,7 +111,8 @@ def _of_checkpoint(folder: epath.Path, arch: Architecture) -> dict[str, Lazy]:
     where = places(arch, {path: shape for path, shape in held.items() if path not in own})
     below = _opened(loading.base_of(folder, base), arch) if base else {}
     most = max(len(place.parts) for place in where.values())
-    lock, load = threading.Lock(), functools.lru_cache(maxsize=most)(functools.partial(checkpoint.load_leaf, folder))
+    # Two tensors at a time may be read, and those of one parameter follow each other.
+    load, lock = functools.lru_cache(maxsize=2 * most)(functools.partial(checkpoint.load_leaf, folder)), threading.Lock()
 
     def leaf(path: str) -> np.ndarray:
         with lock:  # several threads slice one parameter

@@ -85,7 +85,7 @@ def check(
         if _own_leaves(first).keys() != _own_leaves(spec).keys():
             only = min(_own_leaves(first).keys() ^ _own_leaves(spec).keys())
             raise UserError(f"{place}: only one of {first_name} and {name} has {only}.")
-        if first.tokenizer is not None and spec.tokenizer is not None:
+        if spec is not first and first.tokenizer is not None and spec.tokenizer is not None:
             _check_tokenizers(first_name, first.tokenizer, name, spec.tokenizer, place)
     arch = first.transformer.arch
     shapes = {name: shape for name, (shape, _) in layout.places(arch, leaves).items()}
