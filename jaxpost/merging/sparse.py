@@ -13,6 +13,7 @@ restores the sum of magnitudes, which is mergekit's `rescale: true`. consensus, 
 "count" of their signs; 0 elects plus. All raise UserError for a density outside of 0 to 1 and for unknown words.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -185,7 +186,7 @@ def _summed(base: np.ndarray, deltas: Sequence, weight: Sequence[float], strengt
     divisor = sum(weight) if normalize else 1.0
     if abs(divisor) < 1e-8:
         raise UserError(f"weight={list(weight)}: they sum to 0, and are to be normalized.")
-    return _added(base, deltas, lambda pieces: np.float32(strength / divisor) * _total(weight, pieces))
+    return _added(base, deltas, lambda pieces: np.float32(strength / divisor) * _total(_weighted(weight, pieces)))
 
 
 def _elected(
@@ -196,22 +197,26 @@ def _elected(
         raise UserError(f"consensus={consensus!r}: give one of {', '.join(map(repr, CONSENSUS))}.")
 
     def agreed(pieces: Sequence[np.ndarray]) -> np.ndarray:
-        weighted = [np.float32(w) * x for w, x in zip(weight, pieces, strict=True)]
-        votes = sum(weighted) if consensus == "sum" else sum(map(np.sign, weighted))
-        plus = votes >= 0
+        weighted = _weighted(weight, pieces)
+        plus = _total(weighted if consensus == "sum" else map(np.sign, weighted)) >= 0
         agree = [((x > 0) == plus) & (x != 0) for x in weighted]
-        total = sum(x * mask for x, mask in zip(weighted, agree, strict=True))
+        for x, mask in zip(weighted, agree, strict=True):
+            x *= mask
+        total = _total(weighted)
         if normalize:
-            divisor = _total(weight, agree)
-            divisor[divisor == 0] = 1.0
-            total /= divisor
+            divisor = _total(_weighted(weight, agree))
+            total /= divisor + (divisor == 0)
         return np.float32(strength) * total
 
     return _added(base, deltas, agreed)
 
 
-def _total(weight: Sequence[float], arrays: Sequence[np.ndarray]) -> np.ndarray:
-    return sum(np.float32(w) * x for w, x in zip(weight, arrays, strict=True))
+def _weighted(weight: Sequence[float], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    return [np.float32(w) * x for w, x in zip(weight, arrays, strict=True)]
+
+
+def _total(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    return functools.reduce(np.add, arrays)
 
 
 def _added(base: np.ndarray, deltas: Sequence, change: Callable) -> np.ndarray:
