@@ -18,6 +18,7 @@ import json
 from typing import Any
 
 from absl import flags
+from etils import epath
 
 from jaxpost import sharding, tokenizer
 from jaxpost.adapters import peft
@@ -50,39 +51,57 @@ def export(
     read.
     """
     folder = cloud.path(out)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out={out}: is a file; give a folder that is new or empty.")
-    if folder.exists() and (held := sorted(p.name for p in folder.iterdir())):
-        raise UserError(
-            f"--out={out}: is not empty (it holds {held[0]}); nothing is overwritten, give a folder that is new or empty."
-        )
+    check_empty(folder, f"--out={out}")
     spec, params = loading.open_model(checkpoint, mesh)
     if pooling is not None:
         spec, params = _embedding_model(spec, params, checkpoint)
-    if spec.leaves:
-        raise UserError(
-            f"--checkpoint={checkpoint}: it has {', '.join(spec.leaves)} besides the model's weights, for which a language "
-            "model of Hugging Face has no place; jaxpost.annotate --what=reward uses a reward model as it is."
-        )
-    if not hasattr(spec.transformer, "arch"):
-        raise UserError(
-            f"--checkpoint={checkpoint}: its model is made by {spec.config['name']}; Hugging Face has no format for it."
-        )
+    check_leaves(spec, f"--checkpoint={checkpoint}")
     if adapter:
         base = loading.base_name(spec)
         return peft.save(folder, params, spec.transformer.arch, spec.adapter, base, loading.beside(spec))
     if pooling is not None:
         sentences.save(folder, spec.transformer.arch, pooling=pooling, normalise=normalise)
-    special = {} if spec.tokenizer is None else _special_ids(spec.tokenizer)
-    # Ids that config.json already has stay: they do not change the forward, and others may rely on them.
-    hf.save(folder, params, spec.transformer.arch, {**special, **spec.config}, dtype)
+    hf.save(folder, params, spec.transformer.arch, config_of(spec), dtype)
+    describe(folder, spec)
+    return sorted(p.name for p in folder.iterdir())
+
+
+def check_empty(folder: epath.Path, place: str) -> None:
+    """Raises UserError for a folder that holds something, and for a file."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{place}: is a file; give a folder that is new or empty.")
+    if folder.exists() and (held := sorted(p.name for p in folder.iterdir())):
+        raise UserError(
+            f"{place}: is not empty (it holds {held[0]}); nothing is overwritten, give a folder that is new or empty."
+        )
+
+
+def check_leaves(spec: loading.ModelSpec, place: str) -> None:
+    """Raises UserError for a model with weights that a Hugging Face folder has no place for."""
+    if spec.leaves:
+        raise UserError(
+            f"{place}: it has {', '.join(spec.leaves)} besides the model's weights, for which a language "
+            "model of Hugging Face has no place; jaxpost.annotate --what=reward uses a reward model as it is."
+        )
+    if not hasattr(spec.transformer, "arch"):
+        raise UserError(f"{place}: its model is made by {spec.config['name']}; Hugging Face has no format for it.")
+
+
+def config_of(spec: loading.ModelSpec) -> dict:
+    """config.json's fields with the tokenizer's special ids. Those that it already has stay: they do not change the forward,
+    and others may rely on them.
+    """
+    return {**_special_ids(spec.tokenizer), **spec.config}
+
+
+def describe(folder: epath.Path, spec: loading.ModelSpec) -> None:
+    """Writes the tokenizer and generation_config.json, with the ids that end an answer."""
     if spec.tokenizer is not None:
         tokenizer.save(spec.tokenizer, folder)
     ends = spec.ends if spec.tokenizer is None else stop_ids(spec.tokenizer, ends=spec.ends)
     ends = {"eos_token_id": list(ends) if len(ends) > 1 else ends[0]} if ends else {}
-    if fields := special | spec.generation | ends:
+    if fields := _special_ids(spec.tokenizer) | spec.generation | ends:
         (folder / "generation_config.json").write_text(json.dumps(fields, indent=2) + "\n")
-    return sorted(p.name for p in folder.iterdir())
 
 
 def _embedding_model(spec: loading.ModelSpec, params: Any, checkpoint: str) -> tuple[loading.ModelSpec, Any]:
@@ -96,7 +115,7 @@ def _embedding_model(spec: loading.ModelSpec, params: Any, checkpoint: str) -> t
 
 
 def _special_ids(text: Any) -> dict[str, int]:
-    ids = {f"{name}_token_id": getattr(text, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    ids = {} if text is None else {f"{name}_token_id": getattr(text, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     return {k: v for k, v in ids.items() if v is not None}
 
 

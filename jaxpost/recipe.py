@@ -216,10 +216,20 @@ def _replaces(key: str, value) -> bool:
 
 
 def _stored(key: str, value):
-    """The value as a ConfigDict takes it: no key with a dot, such as a file's name."""
+    """The value as a ConfigDict takes it: no key with a dot, such as a file's name or a pattern."""
+    if key == "with":
+        return _undotted(value)
     if isinstance(value, Mapping):
         return tuple(value.items()) if key in ("data", "eval_data") else dict(value)
     return {"name": value} if key == "task" and value and isinstance(value, str) else value
+
+
+def _undotted(value):
+    """The value with pairs in place of each dict that has a key with a dot."""
+    if isinstance(value, Mapping):
+        items = {key: _undotted(inner) for key, inner in value.items()}
+        return tuple(items.items()) if any("." in key for key in items) else items
+    return tuple(map(_undotted, value)) if isinstance(value, (list, tuple)) else value
 
 
 def difference(old: Mapping, new: Mapping, free: Sequence[str] = FREE) -> list[str]:

@@ -184,3 +184,12 @@ def test_packing_is_measured(tmp_path):
     assert done.returncode == 0, done.stderr
     fills = [float(line.split("|")[3]) for line in done.stdout.splitlines() if line.startswith(("| packed", "| padded"))]
     assert fills[0] > 0.9 > 0.5 > fills[1] > 0
+
+
+@pytest.mark.slow
+def test_merging_is_measured():
+    sizes = ["--layers=2", "--width=64", "--vocab=100", "--rounds=1", "--method=linear", "--method=ties"]
+    done = subprocess.run([sys.executable, FOLDER / "merge.py", *sizes], capture_output=True, text=True, cwd=ROOT, env=ONE)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("|")]
+    assert lines == ["method", "---", "linear", "ties"]

@@ -92,6 +92,7 @@ def parameters(where):
             "export",
             ["Hugging Face folder", "--checkpoint=/tmp", "--checkpoint: ", "--out: ", "--dtype: <bfloat16|float16|float32>"],
         ),
+        ("merge", ["Merges the weights", "--with: ", "--of: ", "--base: ", "--out: ", "--dtype: <bfloat16|float16|float32>"]),
     ],
 )
 def test_help_says_what_it_does_with_an_example_and_every_flag(module, wanted):

@@ -24,7 +24,7 @@ KNOWN_TO = {
 }
 SERVICES = ("data", "sampling", "models")
 CORE = ("config", "storage", "reporting")
-ENTRY_POINTS = ("train", "api", "annotate", "generate", "evaluate", "export", "fit", "report")
+ENTRY_POINTS = ("train", "api", "annotate", "generate", "evaluate", "export", "merge", "fit", "report")
 # What runs or compiles whole stages.
 WHOLE_STAGES = ("compiled/program",)
 # One page of what is looked up there: a zoo.

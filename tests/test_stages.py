@@ -35,7 +35,7 @@ def test_a_stage_starts_from_the_last_weights_or_from_those_that_it_names():
         b={"data": "@drawn"},
         c={"model": "@a"},
         d={"model": "FOLDER"},
-        soup={"do": "merge", "with": "arithmetic.soup", "of": ("@b", "@c")},
+        soup={"do": "merge", "with": "arithmetic.linear", "of": ("@b", "@c")},
         e={},
     )
     assert [x.start for x in s.values()] == ["", "a", "a", "a", "", "b", "soup"]
@@ -117,7 +117,7 @@ def test_a_recipe_for_a_model_leaves_the_stages_alone_that_are_not_run(monkeypat
             {"a": {"do": "generate", "rows": "pairs"}, "b": {"tokens_of": "a"}},
             "config.b.tokens_of: the stage 'a' has do='generate'; name stages with do=train",
         ),
-        ({"b": {"with": "arithmetic.soup"}}, "config.b.with: .* is not read by source='data', which trains"),
+        ({"b": {"with": "arithmetic.linear"}}, "config.b.with: .* is not read by source='data', which trains"),
         (
             {"b": {"do": "merge", "of": ("@a",), "steps": 3}},
             "config.b.steps: 3 is not read by do=.merge.",
@@ -304,7 +304,7 @@ def test_a_stage_whose_output_was_used_keeps_its_settings(tmp_path, monkeypatch)
 
 def test_the_users_of_a_stage_are_found_through_others_and_in_annotations():
     select = {"do": "select", "data": "@drawn", "with": {"name": "select.random", "keep": 5}}
-    merged = {"do": "merge", "with": "arithmetic.soup", "of": ("@a", "@c")}
+    merged = {"do": "merge", "with": "arithmetic.linear", "of": ("@a", "@c")}
     taught = {"model": "FOLDER", "annotations": {"t": {"name": "scores.logps", "weights": "@soup"}}}
     names = ("a", "drawn", "kept", "b", "c", "soup", "d")
     each = {"drawn": {"do": "generate", "rows": "pairs"}, "kept": select, "b": {"data": "@kept"}, "c": {"model": "FOLDER"}}
@@ -353,7 +353,7 @@ def test_a_finished_run_takes_a_merge_and_more_steps_and_shares_its_start(tmp_pa
     folders = {name: tmp_path / "w" / "checkpoints" / name for name in ("soup", "one", "two")}
     first = jaxpost.load(str(folders["one"])).params
     settings["stages"] = ("one", "two", "soup")
-    settings["soup"] = {"do": "merge", "with": "arithmetic.soup", "of": ("@one", "@two")}
+    settings["soup"] = {"do": "merge", "with": "arithmetic.linear", "of": ("@one", "@two")}
     settings["two"] |= {"steps": 3}
     jaxpost.train(recipe.make(**settings), tmp_path / "w")
     assert {p: p.stat().st_mtime_ns for p in (shared / "checkpoints").rglob("*")} == before  # made once

@@ -151,6 +151,8 @@ def _described(thing: Any, within: tuple) -> str:
         return text([(k, v) for k, v in thing.items()])
     if isinstance(thing, ModuleType):
         return thing.__name__
+    if isinstance(thing, inspect.Signature):
+        return str(thing)
     if isinstance(thing, CodeType):
         return text([thing.co_code.hex(), thing.co_names, thing.co_varnames, thing.co_consts])
     if isinstance(thing, functools.partial):

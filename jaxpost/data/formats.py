@@ -20,7 +20,7 @@ shape by themselves, the rest of the row is ignored; otherwise the row's other c
 `{"messages": "messages"}` learns rated conversations as plain ones, with or without a label.
 
 A Preference's margin is `margin`, or the difference of `score_chosen` and `score_rejected`, or of the ratings. `pair` and
-`labelled` take only rows with two answers or a judged one, and say what is missing. Other columns with judgements make no shape.
+`labelled` take only rows with two answers or a judged one, and say what is missing. Other judgements make no shape.
 
 Rows are also checked here, once, so that later code need not check roles, empty turns or types.
 """

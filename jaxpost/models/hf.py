@@ -10,7 +10,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -25,6 +25,7 @@ from jaxpost.errors import UserError
 from jaxpost.models import safetensors_io
 from jaxpost.models.einsum import dense
 from jaxpost.models.families import Architecture, Tensor, tensor_names
+from jaxpost.models.layout import places
 from jaxpost.storage import cloud
 from jaxpost.storage.host import check_regular, read_object
 from jaxpost.types import Params
@@ -32,7 +33,6 @@ from jaxpost.types import Params
 SHARD_BYTES = 5 * 2**30
 _STACKED = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj")
 _ROUTER = re.compile(r"model\.layers\.(\d+)\.mlp\.gate\.weight")
-_DTYPES = ("F64", "F32", "F16", "BF16")
 _UNUSED = (".rotary_emb.inv_freq",)  # a constant that old exports stored
 # In a multimodal model the language model has other names; the rest is not read.
 _LANGUAGE = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.lm_head.": "lm_head."}
@@ -236,8 +236,7 @@ def _read(folder: epath.Path, slices: dict, tensor: Tensor, leaf, dtype) -> jax.
     for name in _each(tensor, leaf.shape):
         if tuple(got := slices[name].get_shape()) != (total, *want[1:]):
             raise UserError(f"{folder}: {name} has shape {tuple(got)}, the config says {(total, *want[1:])}.")
-        if (held := slices[name].get_dtype()) not in _DTYPES:
-            raise UserError(f"{folder}: {name} holds {held}, not one of {', '.join(_DTYPES)}; quantised weights are not read.")
+        dtype_of(folder, name, slices[name])
 
     def piece(index):
         inner = tuple(index[lead:])
@@ -255,6 +254,14 @@ def _read(folder: epath.Path, slices: dict, tensor: Tensor, leaf, dtype) -> jax.
     # One device's piece at a time, so the host holds no more than that.
     place = getattr(leaf, "sharding", None) or sharding.single()
     return sharding.assembled(leaf.shape, place, piece)
+
+
+def dtype_of(folder: epath.Path, name: str, tensor) -> np.dtype:
+    """The number format of a tensor in a file. Raises UserError for one that is quantised."""
+    if (held := tensor.get_dtype()) not in safetensors_io.DTYPES:
+        formats = ", ".join(safetensors_io.DTYPES)
+        raise UserError(f"{folder}: {name} holds {held}, not one of {formats}; quantised weights are not read.")
+    return np.dtype(safetensors_io.DTYPES[held])
 
 
 def check_finite(values: np.ndarray, where, name: str) -> None:
@@ -282,18 +289,30 @@ def save(folder: str | epath.Path, params: Params, arch: Architecture, config: d
     dtype: "float32", "bfloat16" or "float16"; None keeps the config's, else float32. Files above 5 GiB are split, with an
     index.
     """
-    folder = cloud.path(folder)
+    folder, kind = cloud.path(folder), format_of(config, dtype)
+    save_config(folder, arch, config, dtype)
+    about = {name: (kind, shape) for name, (shape, _) in places(arch).items()}
+    return write_shards(folder, about, (array for _, array in _tensors(params, arch, kind)))
+
+
+def save_config(folder: epath.Path, arch: Architecture, config: dict, dtype: str | None = None) -> None:
+    """Writes config.json for weights of this dtype, as `save` takes it."""
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
-    kind = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}.get(dtype)
-    if kind is None:
-        raise UserError(f"export: dtype {dtype!r} is not one of float32, bfloat16, float16.")
+    dtype = np.dtype(format_of(config, dtype)).name
     config = portable({k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")} | {"dtype": dtype})
     config["architectures"] = config.get("architectures") or [
         f"{_CLASSES.get(arch.family, arch.family.capitalize())}ForCausalLM"
     ]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return _write_shards(folder, _tensors(params, arch, kind))
+
+
+def format_of(config: dict, dtype: str | None = None) -> Any:
+    """numpy's type of a dtype's name; None is the config's, else float32. Raises UserError for one that is not written."""
+    dtype = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
+    kind = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}.get(dtype)
+    if kind is None:
+        raise UserError(f"export: dtype {dtype!r} is not one of float32, bfloat16, float16.")
+    return kind
 
 
 def portable(config: dict) -> dict:
@@ -339,29 +358,25 @@ def _tensors(params: Params, arch: Architecture, kind):
             yield template.format(*place), np.ascontiguousarray(arrays[0] if len(arrays) == 1 else np.concatenate(arrays))
 
 
-def _write_shards(folder: epath.Path, tensors) -> list[str]:
-    groups, size = [{}], 0
-    temporary = []
-
-    def flush():
-        temporary.append((folder / f"part-{len(temporary)}.safetensors", list(groups[-1])))
-        cloud.save_tensors(groups[-1], temporary[-1][0])
-
-    total = 0
-    for name, array in tensors:
-        if groups[-1] and size + array.nbytes > SHARD_BYTES:
-            flush()
-            groups, size = [{}], 0
-        groups[-1][name] = array
-        size += array.nbytes
-        total += array.nbytes
-    flush()
-    count = len(temporary)
+def write_shards(
+    folder: epath.Path, about: Mapping[str, tuple[Any, tuple[int, ...]]], arrays: Iterable[np.ndarray]
+) -> list[str]:
+    """Writes the tensors {name: (dtype, shape)}, whose arrays come in that order and are written one by one; returns the files'
+    names. Files above 5 GiB are split, with an index.
+    """
+    groups, size, total = [{}], 0, 0
+    for name, (dtype, shape) in about.items():
+        length = math.prod(shape) * np.dtype(dtype).itemsize
+        if groups[-1] and size + length > SHARD_BYTES:
+            groups, size = [*groups, {}], 0
+        groups[-1][name] = (dtype, shape)
+        size, total = size + length, total + length
+    count, arrays = len(groups), iter(arrays)
     names = ["model.safetensors"] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    for (path, _), name in zip(temporary, names, strict=True):
-        path.rename(folder / name)
+    for name, group in zip(names, groups, strict=True):
+        safetensors_io.write(folder / name, group, itertools.islice(arrays, len(group)))
     if count > 1:
-        where = {tensor: name for (_, held), name in zip(temporary, names, strict=True) for tensor in held}
+        where = {tensor: name for name, group in zip(names, groups, strict=True) for tensor in group}
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     return names

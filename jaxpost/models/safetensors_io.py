@@ -1,4 +1,4 @@
-"""The tensors of a safetensors file, read lazily and in part, wherever the file is.
+"""The tensors of a safetensors file, read lazily and in part, and written one after another, wherever the file is.
 
 On a disk the safetensors library maps the file into memory. From gs:// the header is read, and then the needed rows of each
 tensor as one range of the object: nothing is downloaded to a disk first, and each host only reads what its own devices hold.
@@ -7,7 +7,7 @@ Columns are cut on the host, so a weight whose columns are split over devices is
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from jaxpost.errors import UserError
 from jaxpost.storage import cloud
 
-_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _HEADER = 8  # bytes that hold the length of the JSON header after them
 
 
@@ -66,7 +66,7 @@ class _Slice:
         return self.entry["dtype"]
 
     def __getitem__(self, index) -> np.ndarray:
-        shape, kind = self.entry["shape"], np.dtype(_DTYPES[self.entry["dtype"]])
+        shape, kind = self.entry["shape"], np.dtype(DTYPES[self.entry["dtype"]])
         index = index if isinstance(index, tuple) else (index,)
         if not shape:
             return np.frombuffer(_range(self.file, self.start, self.start + kind.itemsize), kind).reshape(())
@@ -74,6 +74,22 @@ class _Slice:
         row = math.prod(shape[1:]) * kind.itemsize
         read = _range(self.file, self.start + first * row, self.start + last * row) if last > first else b""
         return np.frombuffer(read, kind).reshape(max(last - first, 0), *shape[1:])[:, *index[1:]]
+
+
+def write(file: epath.Path, about: Mapping[str, tuple[Any, tuple[int, ...]]], arrays: Iterable[np.ndarray]) -> None:
+    """Writes a file of the tensors {name: (dtype, shape)}, whose arrays come in that order, one in memory at a time."""
+    names = {np.dtype(kind): name for name, kind in DTYPES.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, (dtype, shape) in about.items():
+        start, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+        header[name] = {"dtype": names[np.dtype(dtype)], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _HEADER)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(_HEADER, "little") + text)
+        for array, (name, (dtype, shape)) in zip(arrays, about.items(), strict=True):
+            assert (array.dtype, array.shape) == (np.dtype(dtype), tuple(shape)), name
+            stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 class Row:

@@ -14,6 +14,7 @@ is damaged, readers take the one before, and the loop moves it aside.
 """
 
 import asyncio
+import functools
 import sys
 from typing import Any
 
@@ -308,6 +309,28 @@ def load_params(step_folder, abstract: Params, below: Params = None) -> Params:
 
         params = reader.restore(folder / "params", abstract) if below is None else _over(some("params"), below)
         return _over(some("ema"), params) if (folder / "ema").exists() else params
+
+
+def shapes(step_folder) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of the leaves that one checkpoint holds itself, with / between the names."""
+    return {path.replace(".", "/"): tuple(x.shape) for path, x in _stored(absolute(step_folder) / "params").items()}
+
+
+def load_leaf(step_folder, path: str) -> np.ndarray:
+    """One leaf of a checkpoint, on the host: the running mean where it has one, else the weight."""
+    folder, name = absolute(step_folder), path.replace("/", ".")
+    item = "ema" if (folder / "ema").exists() and name in _stored(folder / "ema") else "params"
+    tree = ocp.PyTreeCheckpointHandler().metadata(folder / item).tree
+    keys = [name] if name in tree else path.split("/")
+    wanted = functools.reduce(lambda inner, key: {key: inner}, reversed(keys), ocp.RestoreArgs(restore_type=np.ndarray))
+    args = ocp.args.PyTreeRestore(item=jax.tree.map(lambda _: 0, wanted), restore_args=wanted, partial_restore=True)
+    # The handler itself: a checkpointer waits for the other processes, which may read the leaves in another order.
+    return jax.tree.leaves(ocp.PyTreeCheckpointHandler().restore(folder / item, args=args))[0]
+
+
+def _stored(folder: epath.Path) -> dict[str, Any]:
+    """{path with dots: shape and dtype} of an item's leaves."""
+    return {k: x for k, x in _flat(ocp.PyTreeCheckpointHandler().metadata(folder).tree).items() if hasattr(x, "shape")}
 
 
 def _check_shapes(folder: epath.Path, flat: dict[str, Any], *, whole: bool) -> None:

@@ -1,0 +1,64 @@
+"""Where the tensors of Hugging Face's files are in our trees.
+
+In a tree the layers of a parameter are stacked along a leading axis, experts along a second, and kernels are [in, out]. In the
+files each layer and expert has a tensor of its own, kernels are [out, in], and some families fuse several projections in one
+tensor.
+"""
+
+import functools
+import itertools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+from flax.traverse_util import flatten_dict
+
+from jaxpost.models.families import Architecture, tensor_names
+from jaxpost.models.transformer import Transformer
+
+
+class Part(NamedTuple):
+    """Rows [first, last) of a tensor: in a tree the leaf at `path`, at `place` of its leading axes."""
+
+    path: str
+    place: tuple[int, ...]
+    transposed: bool
+    first: int
+    last: int
+
+
+class Place(NamedTuple):
+    """A tensor's shape in the files, and the parts of a tree that it is made of."""
+
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+
+def places(arch: Architecture, leaves: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Place]:
+    """{name: Place} of all tensors of a model; those of one parameter are side by side, in the order of layers and experts.
+
+    leaves: parameters beside the model's own {path: shape}; each is a tensor under its path.
+    """
+    shapes = _shapes(arch)
+    groups: dict[str, list] = {}
+    for path, tensor in tensor_names(arch).items():
+        groups.setdefault(tensor.name, []).append((path, tensor))
+    out = {}
+    for template, members in groups.items():
+        for place in itertools.product(*map(range, (arch.layers, arch.experts)[: template.count("{}")])):
+            parts = []
+            for path, tensor in members:
+                inner = shapes[path][len(place) :]
+                inner = inner[::-1] if tensor.transposed else inner
+                first, last, _ = tensor.rows or (0, inner[0], inner[0])
+                parts.append(Part(path, place, tensor.transposed, first, last))
+            parts = sorted(parts, key=lambda part: part.first)
+            out[template.format(*place)] = Place((parts[-1].last, *inner[1:]), tuple(parts))
+    return out | {path: Place(shape, (Part(path, (), False, 0, shape[0]),)) for path, shape in (leaves or {}).items()}
+
+
+@functools.lru_cache(maxsize=8)
+def _shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of the parameters."""
+    key = jax.eval_shape(lambda: jax.random.PRNGKey(0))
+    return {path: x.shape for path, x in flatten_dict(jax.eval_shape(Transformer(arch).init, key), sep="/").items()}
