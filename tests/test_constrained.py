@@ -65,7 +65,8 @@ def test_after_each_beginning_a_trie_allows_what_its_sequences_have_there(sequen
     beyond = [b + (x,) for b in beginnings for x in range(VOCAB) if b + (x,) not in beginnings]
     assert allowed(trie, beyond, VOCAB) == [{STOP}] * len(beyond)
     assert constrained.trie.admits(*columns(beginnings), **trie.arrays).all()
-    assert not constrained.trie.admits(*columns(beyond), **trie.arrays).any()
+    over = [b in map(tuple, sequences) and x == STOP for *b, x in beyond for b in [tuple(b)]]  # whole ones, with their end
+    assert constrained.trie.admits(*columns(beyond), **trie.arrays).tolist() == over and any(over)
 
 
 def restricted_logps(drawn, sequences, temperature: float, chosen=None) -> np.ndarray:
@@ -103,6 +104,10 @@ def test_given_tokens_are_gone_on_from_and_others_refused():
     begun = [sequences[i][: rng.integers(0, 3)] for i in rng.integers(0, len(sequences), COUNT * GROUP)]
     given = [np.array(ids, np.int32) for ids in begun]
     drawn = sampled(chain=chained("trie", sequences), slots=2, temperature=3.0, given=given)
+    over = sampled(
+        chain=chained("trie", sequences), slots=2, temperature=3.0, given=[np.array([*sequences[0], STOP])] * COUNT * GROUP
+    )
+    assert {tuple(row[:n]) for row, n in zip(over.tokens.tolist(), over.lengths, strict=True)} == {(*sequences[0], STOP)}
     for row, n, ids in zip(drawn.tokens, drawn.lengths, begun, strict=True):
         assert row[: len(ids)].tolist() == ids and row[: n - 1].tolist() in sequences and row[n - 1] == STOP
     given[7] = np.array([4, 4, 4, 4], np.int32)
@@ -144,6 +149,9 @@ def test_an_index_counts_and_allows_what_a_plain_search_does(vocab, seed):
         {x for x in set(kinds.tolist()) if occurrences(documents, (*row, int(x)))} | ({0} if row else set()) for row in rows
     ]
     assert allowed(processor, rows, vocab) == wanted
+    over = [*[(*row, 0) for row in rows if row], (0,)]
+    admitted = [occurrences(documents, row[:-1]) > 0 and len(row) > 1 for row in over]
+    assert constrained.substring.admits(*columns(over), **processor.arrays).tolist() == admitted
 
 
 @pytest.mark.parametrize("changes", [{"slots": 2}, {"sizes": (2, 2, 2)}], ids=["refilled", "devices"])

@@ -130,7 +130,9 @@ def _trie_table(about: About, *, texts: str | Sequence) -> dict[str, Trie]:
 
 @jax.jit
 def _is_beginning(tokens: jax.Array, counts: jax.Array, *, table: Trie) -> jax.Array:
-    return _walked(table, tokens, counts) >= 0
+    ended = _ended(table.stop, tokens, counts)
+    node = _walked(table, tokens, counts - ended)
+    return (node >= 0) & (~ended | table.whole[node])
 
 
 trie.prepare, trie.admits = _trie_table, _is_beginning
@@ -248,8 +250,9 @@ def _corpus_index(about: About, *, texts: str | Sequence) -> dict[str, Index]:
 
 @jax.jit
 def _occurs(tokens: jax.Array, counts: jax.Array, *, index: Index) -> jax.Array:
-    low, high = _searched(index, tokens, counts)
-    return high > low
+    ended = _ended(index.stop, tokens, counts)
+    low, high = _searched(index, tokens, counts - ended)
+    return (high > low) & (~ended | (counts > 1))
 
 
 substring.prepare, substring.admits = _corpus_index, _occurs
@@ -277,6 +280,12 @@ def _encoded(texts: str | Sequence, about: About, place: str) -> list[tuple[list
     if not encoded:
         raise UserError(f"processors: {place}: has no texts; give one at least.")
     return encoded
+
+
+def _ended(stop: jax.Array, tokens: jax.Array, counts: jax.Array) -> jax.Array:
+    """[R] bool: whether the last of the first `counts` tokens of rows [R,N] is an end token."""
+    last = jnp.take_along_axis(tokens, jnp.maximum(counts - 1, 0)[:, None], axis=1)[:, 0]
+    return (counts > 0) & jnp.isin(last, stop)
 
 
 def _lines(name: str, place: str) -> list[str]:

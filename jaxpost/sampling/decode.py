@@ -85,11 +85,9 @@ def stream(
     params: the model's, or what `ready` made of them. slots: how many are under way at a time, 0 for all of them; number: the
     first one's, for its noise; turns: of a segment; strings: texts that end a completion, which keeps them (the tokenizer says
     what a text is); have: completions that are there already and are left out; given: of each completion the ids that it begins
-    with; amounts and chain: see `processors`. Raises UserError for a prompt that is empty or longer than the window, and for
-    given tokens that a processor does not allow.
+    with; amounts and chain: see `processors`. Raises UserError for a prompt or given ids that cannot be.
     """
-    chain = placed(chain, mesh)
-    processors.check_given(given, chain)
+    processors.check_given(given, chain := placed(chain, mesh))
     ways, turns = mesh.shape["data"] * mesh.shape["fsdp"], min(turns, new)
     columns, places = _laid_out(prompts, prompt_window, group, number, ways, have, new, given)
     jobs, left, halted, begun, snapshot = len(places), int((places >= 0).sum()), np.zeros(len(places), bool), 0, None

@@ -53,17 +53,8 @@ def completed(
     length_penalty: see beam.py. The same seed, prompts and n give the same ids. Raises UserError for no or empty prompts,
     where prompt and `new` exceed the model's positions, and for settings of both a search and a sample.
     """
-    if beams and (temperature or n > beams):
-        raise UserError(
-            f"beams={beams} with temperature={temperature} and n={n}: a search draws nothing and gives `beams` at most."
-        )
-    if not beams and length_penalty != 1.0:
-        raise UserError(f"length_penalty={length_penalty} is of a beam search; give beams too.")
-    ids = [_encoded(text, p, chat, template) for p in prompts]
-    if not ids:
-        raise UserError("nothing to complete: give at least one prompt.")
-    for prompt in ids:
-        tokenizer.check_ids(prompt, model.arch.vocab, text, "a prompt")
+    _check_search(beams, length_penalty, temperature, n)
+    ids = _checked([_encoded(text, p, chat, template) for p in prompts], model.arch.vocab, text)
     longest, room = max(map(len, ids)), model.arch.max_positions
     new = min(DEFAULT_NEW, room - longest) if new is None else new
     if new < 1 or longest + new > room:
@@ -80,6 +71,25 @@ def completed(
     else:
         completions = complete(model, params, ids, group=n, temperature=temperature, seed=seed, **options)
     return [(ids[i // n], row) for i, row in enumerate(_shown(completions, text))]
+
+
+def _check_search(beams: int, length_penalty: float, temperature: float, n: int) -> None:
+    """Raises UserError for settings of both a search and a sample."""
+    if beams and (temperature or n > beams):
+        raise UserError(
+            f"beams={beams} with temperature={temperature} and n={n}: a search draws nothing and gives `beams` at most."
+        )
+    if not beams and length_penalty != 1.0:
+        raise UserError(f"length_penalty={length_penalty} is of a beam search; give beams too.")
+
+
+def _checked(ids: list[np.ndarray], vocab: int, text: Any) -> list[np.ndarray]:
+    """The prompts. Raises UserError for none, and for an id that the model does not have."""
+    if not ids:
+        raise UserError("nothing to complete: give at least one prompt.")
+    for prompt in ids:
+        tokenizer.check_ids(prompt, vocab, text, "a prompt")
+    return ids
 
 
 def _best(completed: Completed, n: int) -> Completions:
