@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import runs
 
+import jaxpost
 from jaxpost import optim, recipe
 from jaxpost.errors import UserError
 
@@ -190,3 +192,36 @@ def test_a_recipe_names_functions_of_its_own():
     assert names == [f"{__name__}.scaled"] * 2 and config.optimizer.gradients["name"] == f"{__name__}.momentum"
     tx = optim.make(recipe.plain(config.optimizer), 10)
     assert len(tx.init(tree(0))) == 5  # momentum, the clip, AdamW, and two
+
+
+FILE = """
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def momentum(*, decay=0.5):
+    return optax.trace(decay)
+
+
+def only_later(updates, params, step, *, first):
+    return jax.tree.map(lambda x: jnp.where(step < first, 0.0, x), updates)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_its_groups_and_what_its_functions_keep(tmp_path):
+    """Four steps and then four more are the eight of a run that went on, bit for bit."""
+    (tmp_path / "own.py").write_text(FILE)
+    optimizer = {"lr": 1e-2, "warmup": 0, "schedule": "constant", "groups": [{"paths": "^embed/", "lr": 0.0}]}
+    own = {"gradients": f"{tmp_path}/own.py:momentum", "updates": [{"name": f"{tmp_path}/own.py:only_later", "first": 6}]}
+    chosen = runs.settings(tmp_path, optimizer=optimizer | own)
+    weights = {}
+    for name, lengths in (("whole", (8,)), ("parts", (4, 8))):
+        for steps in lengths:
+            jaxpost.train(recipe.make(**chosen, steps=steps), tmp_path / name)
+            weights[name, steps] = jax.device_get(jaxpost.load(str(tmp_path / name)).params)
+    jax.tree.map(np.testing.assert_array_equal, weights["whole", 8], weights["parts", 8])
+    begun, after = weights["parts", 4], weights["parts", 8]
+    np.testing.assert_array_equal(begun["embed"]["weight"], after["embed"]["weight"])  # its group has a rate of 0
+    assert all((x != y).any() for x, y in zip(*(jax.tree.leaves(w["layers"]) for w in (begun, after)), strict=True))

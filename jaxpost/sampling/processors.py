@@ -84,7 +84,7 @@ def _processor(entry: Any, about: About) -> Processor:
     if prepare := getattr(function, "prepare", None):
         return Processor(function, bind(prepare, options, f"processors: {name}")(about))
     if callable(name):
-        return bound(bind(name, options, f"processors: {name.__name__}") if options else name)
+        return bound(bind(name, options, f"processors: {getattr(name, '__name__', name)}") if options else name)
     return bound(resolve(entry, "processors"))
 
 
