@@ -3,6 +3,7 @@
 Both are held against a plain search through the texts, over all that a completion may be so far, and through the whole sampler.
 """
 
+import dataclasses
 import itertools
 import sys
 
@@ -14,8 +15,11 @@ import sampler_cases as cases
 from sampler_cases import COUNT, GROUP, NEW, STOP, sampled
 from toy_tokenizers import characters
 
+import jaxpost
 from jaxpost.errors import UserError
+from jaxpost.evals.accuracy import accuracy
 from jaxpost.sampling import constrained, processors, slots
+from jaxpost.tasks import arithmetic
 
 VOCAB = 17
 
@@ -122,6 +126,17 @@ def test_another_table_of_about_the_size_compiles_nothing():
     before = slots.segment._cache_size()
     sampled(chain=chains[1], slots=2), sampled(chain=chains[3], slots=2)
     assert slots.segment._cache_size() == before
+
+
+def test_an_eval_keeps_to_the_texts():
+    fields = {"model_type": "llama", "vocab_size": 32, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    loaded = jaxpost.load(fields | {"num_attention_heads": 2, "max_position_embeddings": 32}, mesh=cases.mesh(1, 1, 1))
+    model, texts = dataclasses.replace(loaded, tokenizer=arithmetic.tokenizer()), ["46", "4", "123"]
+    trie = {"name": "constrained.trie", "texts": texts}
+    figures = dict(accuracy(model, task="arithmetic", per_cell=3, new=6, processors=[trie]))
+    assert {row["completion"] for row in figures["samples"]} == set(texts)
+    with pytest.raises(UserError, match="'123' takes 4 tokens with its end, and a completion may have 3"):
+        accuracy.check(model, task="arithmetic", new=3, processors=[trie])
 
 
 # ------------------------------------------------------------------------------------------------------------- FM-index
