@@ -169,7 +169,9 @@ def test_an_index_counts_and_allows_what_a_plain_search_does(vocab, seed):
     assert constrained.substring.admits(*columns(over), **processor.arrays).tolist() == admitted
 
 
-@pytest.mark.parametrize("changes", [{"slots": 2}, {"sizes": (2, 2, 2)}], ids=["refilled", "devices"])
+@pytest.mark.parametrize(
+    "changes", [{"slots": 2}, pytest.param({"sizes": (2, 2, 2)}, marks=pytest.mark.slow)], ids=["refilled", "devices"]
+)
 def test_every_completion_occurs_in_the_corpus(changes):
     documents = titles(count=12)
     drawn = sampled(chain=chained("substring", documents), temperature=3.0, **changes)

@@ -27,8 +27,8 @@ class Trie(NamedTuple):
     order of their tokens; edge e leads to node e + 1.
 
     starts [nodes + 1], tokens [edges] int32; whole [nodes] bool: whether a sequence ends there; stop [n] int32: the ids that
-    end a completion. halvings [L]: of a search among the edges of any node that L tokens lead to; widest [F]: as many numbers
-    from 0 as the most edges of a node.
+    end a completion. halvings [L]: of a search among the edges of any node that L tokens lead to. first [ids] bool: whether an
+    id begins a sequence; widest [F]: as many numbers from 0 as the most edges of a node but the first, which has far more.
     """
 
     starts: jax.Array
@@ -36,6 +36,7 @@ class Trie(NamedTuple):
     whole: jax.Array
     stop: jax.Array
     halvings: jax.Array
+    first: jax.Array
     widest: jax.Array
 
 
@@ -49,16 +50,21 @@ def trie(logits: jax.Array, context: Mapping[str, jax.Array], *, table: Trie | N
         return logits
     table = jax.tree.map(jnp.asarray, table)
     node = _walked(table, context["tokens"], context["counts"])
-    first = table.starts[jnp.maximum(node, 0)]
-    count = jnp.where(node < 0, 0, table.starts[jnp.maximum(node, 0) + 1] - first)
-    inside = table.widest < count[:, None]
-    edges = jnp.where(inside, first[:, None] + table.widest, 0)
-    ids = jnp.where(inside, table.tokens[edges], logits.shape[1])
-    rows = jnp.arange(len(logits))[:, None]
-    allowed = jnp.zeros(logits.shape, bool).at[rows, ids].set(True, mode="drop")
+    start, end = _edges(table, node)
+    inside = table.widest < jnp.where(node > 0, end - start, 0)[:, None]
+    vocab, rows = logits.shape[1], jnp.arange(len(logits))[:, None]
+    ids = jnp.where(inside, table.tokens[jnp.where(inside, start[:, None] + table.widest, 0)], vocab)
+    following = jnp.zeros(logits.shape, bool).at[rows, ids].set(True, mode="drop")
+    first = jnp.pad(table.first, (0, max(vocab - len(table.first), 0)))[:vocab]
+    allowed = jnp.where(node[:, None] == 0, first, following)
     ends = (node < 0) | table.whole[jnp.maximum(node, 0)]
     allowed = allowed.at[rows, table.stop].max(ends[:, None])
     return jnp.where(allowed, logits, -jnp.inf)
+
+
+def _edges(table: Trie, node: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(first, one past the last) of the edges of nodes [R]; any for those below 0."""
+    return table.starts[jnp.maximum(node, 0)], table.starts[jnp.maximum(node, 0) + 1]
 
 
 def _walked(table: Trie, tokens: jax.Array, counts: jax.Array) -> jax.Array:
@@ -72,7 +78,7 @@ def _walked(table: Trie, tokens: jax.Array, counts: jax.Array) -> jax.Array:
 
     def step(place, node):
         token = tokens[:, place]
-        start, end = table.starts[jnp.maximum(node, 0)], table.starts[jnp.maximum(node, 0) + 1]
+        start, end = _edges(table, node)
         edge, _, _ = jax.lax.fori_loop(0, table.halvings[jnp.minimum(place, deepest)], halve, (start, end, token))
         child = jnp.where((node >= 0) & (edge < end) & (table.tokens[edge] == token), edge + 1, -1)
         return jnp.where(place < counts, child, node)
@@ -103,14 +109,16 @@ def table_of(sequences: Sequence[Sequence[int]], stop: Sequence[int]) -> Trie:
     parents, tokens = np.concatenate(parents), np.concatenate(tokens)
     starts = np.searchsorted(parents, np.arange(count + 1))
     whole = np.isin(np.arange(count), np.concatenate([*ends, node]))
-    widest = _power(int(np.bincount(parents).max()))
+    number, first = np.bincount(parents), np.zeros(_power(int(tokens.max()) + 1), bool)
+    first[tokens[parents == 0]] = True
     return Trie(
         starts=_padded(starts, len(tokens)),
         tokens=_padded(tokens, 0),
         whole=_padded(whole, False),
         stop=np.array(stop, np.int32),
         halvings=_padded(np.array(halvings), 0),
-        widest=np.arange(widest, dtype=np.int32),
+        first=first,
+        widest=np.arange(_power(int(number[1:].max(initial=8))), dtype=np.int32),
     )
 
 
