@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import toy_tokenizers
 import transformers
+from tokenizers import normalizers
 
 import jaxpost
 from jaxpost import export, sharding
 from jaxpost.errors import UserError
 from jaxpost.models import hf
-from jaxpost.tokenizer import encode, save
+from jaxpost.tokenizer import encode, load, save
 
 ADD = ["<think>", "bcc", "été"]
 
@@ -88,6 +89,23 @@ def test_an_export_with_tokens_opens_in_transformers(tmp_path):
     assert new.generate("x", new=3) == given.generate("x", new=3)
     with pytest.raises(UserError, match="--add: an adapter has no embedding"):
         export.export(str(tmp_path / "old"), str(tmp_path / "other"), mesh=old.mesh, tokens=options, adapter=True)
+
+
+def test_a_token_is_found_where_a_tokenizer_changes_texts_first(tmp_path):
+    """As Llama's does, which puts a mark in front of a text and in place of spaces."""
+    words = toy_tokenizers.characters(adds_bos=False)
+    words.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("_"), normalizers.Replace(" ", "_")])
+    old = dataclasses.replace(model(True), tokenizer=words)
+    new = old.with_tokens(["ab", " cd"], by="merged")
+    for tokenizer in (new.tokenizer, _kept(new.tokenizer, tmp_path)):
+        x, ab, cd = (tokenizer.convert_tokens_to_ids(token) for token in ("x", "ab", " cd"))
+        assert encode(tokenizer, "xab cdx")[-4:] == [ab, cd, *encode(tokenizer, "x")] and x in encode(tokenizer, "xab cdx")
+    np.testing.assert_allclose(weights(new, "embed")[ab], weights(old, "embed")[encode(words, "ab")].mean(0), atol=1e-6)
+
+
+def _kept(words, folder):
+    save(words, folder)
+    return load(folder)
 
 
 def test_what_cannot_be_added_is_refused(tmp_path):

@@ -46,9 +46,7 @@ def grown(
     the tokenizer cannot encode, and for weights inside an adapter.
     """
     _check_new(add, words, multiple)
-    adapted = copy.deepcopy(words)
-    adapted.add_tokens(list(add), special_tokens=special)
-    ids = np.array(adapted.convert_tokens_to_ids(list(add)))
+    adapted, ids = _with_tokens(words, add, special)
     vocab = max(model.arch.vocab, int(ids.max()) + 1)
     vocab += -vocab % multiple
     old, rows, pieces = np.array(sorted(i for i in words.get_vocab().values() if i < model.arch.vocab)), {}, None
@@ -78,6 +76,16 @@ def _check_new(add: Sequence[str], words: Any, multiple: int) -> None:
             raise UserError(f"add: {token!r} is {'named twice' if token in add[:i] else 'a token already'}; leave it out.")
     if multiple < 1:
         raise UserError(f"multiple: {multiple}; it is 1 at least.")
+
+
+def _with_tokens(words: Any, add: Sequence[str], special: bool) -> tuple[Any, np.ndarray]:
+    """(a copy of the tokenizer with further tokens, their ids [n])."""
+    from tokenizers import AddedToken
+
+    adapted = copy.deepcopy(words)
+    # Normalised, a token would get what the tokenizer puts in front of texts, and be found in none.
+    adapted.add_tokens([AddedToken(token, normalized=False, special=special) for token in add], special_tokens=special)
+    return adapted, np.array(adapted.convert_tokens_to_ids(list(add)))
 
 
 def _with_rows(weight: jax.Array, *, old, ids, vocab: int, pieces: list | None, given: np.ndarray | None) -> jax.Array:
