@@ -43,8 +43,8 @@ class Completed(NamedTuple):
 
 
 class _Search(NamedTuple):
-    """A search under way: the cache of U x W rows, their last tokens [U,W], their tokens [U,W,N], log-probabilities [U,W] and
-    how many tokens they all have; and what is complete.
+    """A search under way: the cache of U x W rows, their last tokens [U,W], all their tokens [U,W,N], their log-probabilities
+    [U,W], how many tokens they have, and what is complete.
     """
 
     cache: tuple
@@ -101,14 +101,15 @@ def _searched(model, params, bank: Bank, stop, penalty, chain, *, beams: int, ne
     prompts = len(bank.lengths)
     lengths = jnp.repeat(bank.lengths, beams)
     about = {"prompts": jnp.repeat(bank.prompts, beams, axis=0), "prompt_lengths": lengths} if chain else {}
-    choose = functools.partial(_chosen, stop=stop, penalty=penalty, chain=chain, about=about)
+    axes = tuple(cache_axes() for _ in bank.cache)  # the cache's tree, with letters in place of arrays
+    choose = functools.partial(_chosen, stop=stop, penalty=penalty, chain=chain, about=about, axes=axes)
 
     def copied(held, banked, axes):
         rows = jnp.repeat(banked, beams, axis=0)
-        return sharding.shard(jax.lax.dynamic_update_slice_in_dim(held, rows, 0, axes.index("T")), axes)
+        rows = jax.lax.dynamic_update_slice_in_dim(held, rows, 0, axes.index("T")) if "T" in axes else rows
+        return sharding.shard(rows, axes)
 
-    layers = zip(model.make_cache(prompts * beams, room), bank.cache, strict=True)
-    cache = tuple({n: copied(held[n], banked[n], axes) for n, axes in cache_axes().items()} for held, banked in layers)
+    cache = jax.tree.map(copied, model.make_cache(prompts * beams, room), bank.cache, axes)
     rotations = model.rotations(cache)
 
     def turn(s: _Search):
@@ -133,7 +134,7 @@ def _searched(model, params, bank: Bank, stop, penalty, chain, *, beams: int, ne
     return jax.tree.map(lambda x: sharding.shard(x, "SGS"[: x.ndim]), completed)
 
 
-def _chosen(s: _Search, scores: jax.Array, *, stop, penalty, chain, about: dict) -> _Search:
+def _chosen(s: _Search, scores: jax.Array, *, stop, penalty, chain, about: dict, axes) -> _Search:
     """The search with one more token for each beam, from the model's logits [U x W,V]."""
     prompts, beams, new = s.tokens.shape
     logps, vocab = jax.nn.log_softmax(scores, axis=-1), scores.shape[-1]
@@ -158,8 +159,7 @@ def _chosen(s: _Search, scores: jax.Array, *, stop, penalty, chain, about: dict)
         rows = _of_prompts(x.reshape(prompts, beams, *x.shape[1:]), parents)
         return sharding.shard(rows.reshape(x.shape), axes)
 
-    cache = tuple({name: followed(layer[name], axes) for name, axes in cache_axes().items()} for layer in s.cache)
-    return _Search(cache, *_pinned((token, tokens, logps)), count, _pinned(completed))
+    return _Search(jax.tree.map(followed, s.cache, axes), *_pinned((token, tokens, logps)), count, _pinned(completed))
 
 
 def _merged(old: Completed, new: Completed) -> Completed:
