@@ -49,6 +49,7 @@ setup(
         "hub": ["datasets"],  # hf:OWNER/NAME as data
         "rewards": ["math-verify", "reasoning-gym"],
         "eval": ["lm-eval"],
+        "constraints": ["pydivsufsort"],  # suffix arrays, for constrained.substring
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",  # two processes, for tests are mostly Python and compilation, a core each
@@ -58,6 +59,7 @@ setup(
             "gcsfs",
             "google-cloud-storage",
             "gcp-storage-emulator",
+            "pydivsufsort",
         ],
         "parity": ["torch==2.13.0"],  # only to make golden values again
     },

@@ -7,9 +7,15 @@ the `peft` library's format.
 
 The folder gets config.json, safetensors, the tokenizer with its chat template, and generation_config.json with the ids that end
 an answer, so that a server stops where training taught the model to stop.
+
+`--add` adds tokens to the vocabulary, which a run may then train: `--checkpoint` may be a Hugging Face folder too
+(jaxpost/models/vocabulary.py).
 """
 
+import dataclasses
 import json
+import types
+from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
@@ -19,18 +25,27 @@ from jaxpost.adapters import peft
 from jaxpost.config import cli
 from jaxpost.data.chat import stop_ids
 from jaxpost.errors import UserError
-from jaxpost.models import hf, loading
+from jaxpost.models import hf, loading, vocabulary
 from jaxpost.storage import cloud
+from jaxpost.types import Params
 
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def export(checkpoint: str, out: str, *, mesh, dtype: str | None = None, adapter: bool = False) -> list[str]:
+def export(
+    checkpoint: str,
+    out: str,
+    *,
+    mesh,
+    dtype: str | None = None,
+    adapter: bool = False,
+    tokens: Mapping[str, Any] = types.MappingProxyType({}),
+) -> list[str]:
     """Writes the model of a workdir, of one checkpoint in it, or of a Hugging Face folder to `out`; returns the files' names.
 
     Where a run kept a running mean of the weights, the mean is written. dtype: one of DTYPES; None is config.json's, else
-    float32. adapter: whether to write only the adapter. Raises UserError if `out` is not empty, and for a checkpoint that
-    cannot be read.
+    float32. adapter: whether to write only the adapter. tokens: of tokens to add, what `vocabulary.grown` takes: add, by,
+    multiple, special. Raises UserError if `out` is not empty, and for a checkpoint that cannot be read.
     """
     folder = cloud.path(out)
     if folder.exists() and not folder.is_dir():
@@ -49,6 +64,8 @@ def export(checkpoint: str, out: str, *, mesh, dtype: str | None = None, adapter
         raise UserError(
             f"--checkpoint={checkpoint}: its model is made by {spec.config['name']}; Hugging Face has no format for it."
         )
+    if tokens:
+        spec, params = _grown(spec, params, mesh, tokens, adapter)
     if adapter:
         base = loading.base_name(spec)
         return peft.save(folder, params, spec.transformer.arch, spec.adapter, base, loading.beside(spec))
@@ -64,6 +81,15 @@ def export(checkpoint: str, out: str, *, mesh, dtype: str | None = None, adapter
     return sorted(p.name for p in folder.iterdir())
 
 
+def _grown(spec: loading.ModelSpec, params: Params, mesh, tokens: Mapping, adapter: bool) -> tuple[loading.ModelSpec, Params]:
+    """The model with further tokens. Raises UserError where there is no tokenizer, or only an adapter would be written."""
+    if adapter or spec.tokenizer is None:
+        why = "an adapter has no embedding" if adapter else "the model has no tokenizer"
+        raise UserError(f"--add: {why} that tokens could be added to; leave it out.")
+    model, params, words, config = vocabulary.grown(spec.transformer, params, spec.tokenizer, spec.config, mesh, **tokens)
+    return dataclasses.replace(spec, transformer=model, tokenizer=words, config=config), params
+
+
 def _special_ids(text: Any) -> dict[str, int]:
     ids = {f"{name}_token_id": getattr(text, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     return {k: v for k, v in ids.items() if v is not None}
@@ -72,7 +98,11 @@ def _special_ids(text: Any) -> dict[str, int]:
 def main(_) -> None:
     """The command line; see the module's docstring."""
     where, out = cli.required("checkpoint", "out")
-    names = export(where, out, mesh=sharding.make_mesh(), dtype=flags.FLAGS.dtype, adapter=flags.FLAGS.adapter)
+    options = flags.FLAGS
+    tokens = {key: options[key].value for key in ("add", "by", "multiple", "special")} if options.add else {}
+    if not tokens and (options["by"].present or options["multiple"].present or options.special):
+        raise UserError("--by, --multiple and --special are about added tokens; give --add=TOKEN too.")
+    names = export(where, out, mesh=sharding.make_mesh(), dtype=options.dtype, adapter=options.adapter, tokens=tokens)
     print(f"{out}: {', '.join(names)}")
 
 
@@ -84,6 +114,7 @@ The checkpoint is a workdir of jaxpost.train (its last stage's newest is taken),
     python -m jaxpost.export --checkpoint=/tmp/quickstart/checkpoints/reinforce --out=/tmp/arithmetic --dtype=bfloat16
 
     python -m jaxpost.export --checkpoint=WORKDIR --out=FOLDER --adapter
+    python -m jaxpost.export --checkpoint=FOLDER --out=LARGER --add="<think>" --add="</think>" --by=merged --multiple=64
 
 The folder opens with transformers.AutoModelForCausalLM.from_pretrained, and with jaxpost.generate --model.
 """
@@ -94,5 +125,13 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string("out", None, "The folder to write; it must be new or empty.")
     flags.DEFINE_bool("adapter", False, "Write the adapter alone, as peft has it.")
+    flags.DEFINE_multi_string("add", [], "A token to add to the vocabulary; for several, give it several times")
+    flags.DEFINE_string(
+        "by",
+        "mean",
+        "The rows of added tokens: mean (of all), merged (of the tokens that their text was), a .npy or .npz file.",
+    )
+    flags.DEFINE_integer("multiple", 1, "With --add: a number that the vocabulary becomes a multiple of.", lower_bound=1)
+    flags.DEFINE_bool("special", False, "With --add: decoding for a reader leaves the tokens out.")
     flags.DEFINE_enum("dtype", None, DTYPES, "Number format of the weights (default: what config.json names, else float32).")
     cli.run(main, ABOUT, model=True)

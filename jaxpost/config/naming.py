@@ -43,7 +43,7 @@ NOUNS = {
 PLURALS = {"merge": "merging"}
 FOLDERS = {
     "models": "models.composed",
-    "processors": "sampling.processors",
+    "processors": "sampling",
     "row_types": "data.row_types",
     "steps": "rollouts.steps",
     "transforms": "data.transforms",
@@ -55,9 +55,11 @@ ENTRIES = {
     "annotator": "annotators",
     "annotations": "annotators",
     "evals": "evals",
+    "gradients": "updates",
     "order": "transforms",
     "processors": "processors",
     "steps": "steps",
+    "updates": "updates",
 }
 WITH = {"annotate": "annotators", "select": "transforms", "merge": "merging"}  # stage -> what its setting `with` names
 SEVERAL = ("reward", "evals", "annotations")
@@ -99,7 +101,7 @@ def named(settings: Mapping, keys: Container[str]) -> dict:
         elif key == "with" and value and (callable(value) or (isinstance(value, Mapping) and callable(value.get("name")))):
             entry = value if isinstance(value, Mapping) else {"name": value}
             out[key] = {**entry, "name": name_of(entry["name"], WITH.get(settings.get("do"), ""))}
-        elif isinstance(value, Mapping) and (key not in keys or key == "rollouts"):
+        elif isinstance(value, Mapping) and (key not in keys or key in ("rollouts", "optimizer")):
             out[key] = named(value, keys)
     return out
 
