@@ -46,7 +46,9 @@ setup(
         "cuda": ["jax[cuda13]"],
         "fit": ["jax[tpu]"],  # the TPU compiler, libtpu, in the version that the installed jax names
         "gcs": ["gcsfs", "google-cloud-storage"],  # gs:// paths; the second is what Orbax asks for
+        "endpoint": ["openai"],  # completions of an OpenAI-compatible server, for do="generate"
         "hub": ["datasets"],  # hf:OWNER/NAME as data
+        "retrieval": ["bm25s"],  # demonstrations by BM25
         "rewards": ["math-verify", "reasoning-gym"],
         "eval": ["lm-eval"],
         "constraints": ["pydivsufsort"],  # suffix arrays, for constrained.substring
@@ -60,6 +62,8 @@ setup(
             "google-cloud-storage",
             "gcp-storage-emulator",
             "pydivsufsort",
+            "openai",
+            "bm25s",
         ],
         "parity": ["torch==2.13.0"],  # only to make golden values again
     },

@@ -48,8 +48,9 @@ def report(
     mesh = sharding.make_mesh(**config.mesh, devices=machine.devices)
     figures = {"topology": machine.name, "devices": len(machine.devices), "mesh": dict(mesh.shape), "stages": []}
     for name, settings in recipe.stages(config):
-        if settings.do not in ("train", "generate"):
-            progress(f"{name}: is not compiled (do={settings.do!r})")
+        if settings.do not in ("train", "generate") or settings.endpoint:
+            why = "its completions are an endpoint's" if settings.endpoint else f"do={settings.do!r}"
+            progress(f"{name}: is not compiled ({why})")
             continue
         prepared = program.prepared(settings, mesh)
         stage = {

@@ -12,7 +12,7 @@ import runs
 
 import jaxpost
 from jaxpost import recipe, sharding
-from jaxpost.data import row_types
+from jaxpost.data import readers, row_types
 from jaxpost.errors import UserError
 from jaxpost.sampling import decode
 from jaxpost.sampling.decode import Completions
@@ -129,6 +129,14 @@ def test_a_killed_run_goes_on_after_its_last_part(tmp_path, monkeypatch, stand_i
     stand_in(lambda *a, **k: drawn(*a, killed=seen.append, **k))
     # With less room than before, so that fewer are made at a time.
     assert made(tmp_path / "x", count=30, batch=4) == whole and before >= 3 and min(seen) == 64
+
+
+def test_a_part_without_rows_is_no_file_of_rows(tmp_path, monkeypatch, stand_in):
+    monkeypatch.setattr(generate, "SECONDS", 0.0)  # a part for each prompt, of which four give no row
+    rows = made(tmp_path, batch=4)
+    (folder,) = (tmp_path / "rows").iterdir()
+    assert [record.row for record in readers.read(str(folder / "part-*.jsonl"))] == rows
+    assert len(list(folder.glob("part-*"))) == 7
 
 
 def test_a_run_that_is_asked_to_stop_keeps_what_it_has(tmp_path, stand_in):

@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(path.relative_to(PACKAGE)) for path in FILES]
 
 # Families are folders of methods that do not know of each other; data and sampling serve them all.
-FAMILIES = ("objectives", "rollouts", "rewards", "adapters", "merging", "evals", "tasks", "annotators")
+FAMILIES = ("objectives", "rollouts", "rewards", "adapters", "merging", "evals", "tasks", "annotators", "synthesis")
 # An annotator writes down what objectives compute, a task has a reward, and an eval has completions judged.
 KNOWN_TO = {
     "annotators": ("annotators", "objectives"),

@@ -27,15 +27,15 @@ from jaxpost.types import Head, Output
 SMALL = cases.MODEL
 
 
-def contrast(large, tuned, base):
-    """The large model's logits, moved as tuning moved the small one's: proxy tuning."""
-    return large + 0.7 * (tuned - base)
+def contrast(large, small):
+    """Contrastive decoding's logits: what the large model likes more than the small one does."""
+    return 1.7 * large - 0.7 * small
 
 
 WIDE = dataclasses.replace(SMALL, arch=dataclasses.replace(SMALL.arch, width=24, layers=1, logit_cap=3.0))
 EACH = {
     "Transformer": SMALL,
-    "Fused": composed.Fused((WIDE, SMALL, SMALL), contrast),
+    "Fused": composed.Fused((WIDE, SMALL), contrast),
     "Patched": composed.Patched(
         SMALL, {"layers.1.resid_pre": lambda x, batch: x + 0.5 * jnp.cos(batch["positions"])[..., None]}
     ),
@@ -176,9 +176,9 @@ def test_a_fused_model_says_what_its_parts_say_and_its_gradient_is_theirs():
     value, own = jax.jit(jax.value_and_grad(together))(params)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), own, grads)
-    tapped = model.forward(params, batch, tap=("1.layers.0.q", "2.layers.0.q"), patch={"2.layers.0.q": 0.0}).taps
-    assert tapped["1.layers.0.q"].any() and not tapped["2.layers.0.q"].any()
-    with pytest.raises(UserError, match="'layers.0.q' names none of 3 models"):
+    tapped = model.forward(params, batch, tap=("0.layers.0.q", "1.layers.0.q"), patch={"1.layers.0.q": 0.0}).taps
+    assert tapped["0.layers.0.q"].any() and not tapped["1.layers.0.q"].any()
+    with pytest.raises(UserError, match="'layers.0.q' names none of 2 models"):
         model.forward(params, batch, tap=("layers.0.q",))
 
 

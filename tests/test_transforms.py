@@ -10,21 +10,35 @@ import numpy as np
 import pytest
 from test_pairs import plan
 
+import jaxpost
+from jaxpost import recipe
 from jaxpost.config.resolve import known, resolve
 from jaxpost.data import pack
-from jaxpost.data.transforms import apply, order, select
+from jaxpost.data.transforms import apply, coreset, decontaminate, duplicates, order, select, weigh, words
 from jaxpost.errors import UserError
 
 KEY = apply.key_of(3)
-DATA = [{"prompt": f"p{i % 4}", "hard": (7 * i) % 10, "even": i % 2 == 0, "text": "x"} for i in range(10)]
+DATA = [{"prompt": f"p{i % 4}", "hard": (7 * i) % 10, "even": i % 2 == 0, "completion": "x"} for i in range(10)]
 # Keywords that a transform needs.
 NEEDS = {
     "select.top": {"column": "hard", "keep": 0.3},
     "select.threshold": {"column": "hard", "least": 4},
     "select.random": {"keep": 4},
     "select.unique": {"field": "prompt"},
+    "select.quantiles": {"column": "hard", "low": 0.25, "high": 0.75},
+    "select.uncertain": {"column": "rate", "keep": 3},
     "order.by": {"column": "hard"},
+    "order.round_robin": {"field": "prompt"},
+    "order.stratified": {"field": "prompt"},
+    "coreset.k_centre": {"column": "vectors", "keep": 4},
+    "coreset.clusters": {"column": "vectors", "keep": 4, "clusters": 3},
+    "weigh.quality": {"of": {"hard": 1.0, "surprise": -0.5}},
+    "episodes.random": {"k": 2},
+    "episodes.bm25": {"k": 2},
+    "episodes.nearest": {"k": 2, "column": "vectors"},
+    "decontaminate.ngrams": {"against": str(Path(__file__).parent / "answers.jsonl"), "n": 3, "least": 2},
 }
+PLAIN = {"order.given", "duplicates.exact", "duplicates.near"}  # those that need none
 NAMES = known("transforms")
 
 
@@ -37,13 +51,14 @@ def _cache(tmp_path, monkeypatch):
 
 
 def test_discovery_finds_transforms_and_nothing_else():
-    assert {*NEEDS, "order.as_given"} == set(NAMES)
+    assert {*NEEDS, *PLAIN} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_transform_is_deterministic_and_gives_what_it_may(name):
     function, rows = resolve({"name": name, **NEEDS.get(name, {})}, "transforms"), [dict(row) for row in DATA]
-    columns = {"surprise": np.arange(10.0)}
+    columns = {"surprise": np.arange(10.0), "rate": np.linspace(0, 1, 10)}
+    columns["vectors"] = np.random.default_rng(0).normal(size=(10, 4))
     once, again = (apply.apply(function, rows, columns, KEY) for _ in range(2))
     assert once == again and rows == DATA, "the same for the same key, and nothing is changed"
     result = np.asarray(function(rows, apply.Columns(rows, columns), KEY))
@@ -96,6 +111,155 @@ def test_columns_are_the_numbers_of_all_rows_and_what_is_given():
         select.top(DATA, apply.Columns(DATA), KEY, column="herd", keep=1)
 
 
+def test_difficulty_and_uncertainty_by_hand():
+    columns = {"hard": [0, 7, 4, 1, 8, 5, 2, 9, 6, 3], "rate": [0, 0.5, 0.9, 0.4, 1.0, 0.6]}
+    assert select.quantiles(DATA, columns, KEY, column="hard", low=0.3, high=0.6).tolist() == [2, 5, 9]
+    thirds = [
+        select.quantiles(DATA, columns, KEY, column="hard", low=a, high=b) for a, b in ((0, 0.33), (0.33, 0.66), (0.66, 1))
+    ]
+    assert sorted(np.concatenate(thirds).tolist()) == list(range(10)), "neighbouring ranges share no row and leave out none"
+    assert select.uncertain(DATA[:6], columns, KEY, column="rate", keep=3).tolist() == [1, 3, 5]
+    assert select.uncertain(DATA[:6], columns, KEY, column="rate", keep=4).tolist() == [1, 2, 3, 5]
+    with pytest.raises(UserError, match="hard has 0 to 9; it takes shares"):
+        select.uncertain(DATA, columns, KEY, column="hard", keep=3)
+    with pytest.raises(UserError, match="give 0 <= low < high <= 1"):
+        select.quantiles(DATA, columns, KEY, column="hard", low=0.5, high=0.5)
+
+
+def test_orders_over_a_taxonomy_by_hand():
+    rows = [{"topic": topic} for topic in "aaaabbc"]
+    assert order.round_robin(rows, {}, KEY, field="topic").tolist() == [0, 4, 6, 1, 5, 2, 3]
+    # a at 1/8, 3/8, 5/8, 7/8; b at 1/4, 3/4; c at 1/2.
+    assert order.stratified(rows, {}, KEY, field="topic").tolist() == [0, 4, 1, 6, 2, 5, 3]
+    many = [{"topic": "abc"[min(i // 100, 2)]} for i in range(600)]
+    spread = order.stratified(many, {}, KEY, field="topic")
+    for start in range(0, 600, 60):
+        topics = [many[i]["topic"] for i in spread[start : start + 60]]
+        assert abs(topics.count("a") - 10) <= 1 and abs(topics.count("c") - 40) <= 1
+    for function in (order.round_robin, order.stratified):
+        with pytest.raises(UserError, match="row 2 has nothing under 'topic'"):
+            function([{"topic": 1}, {}], {}, KEY, field="topic")
+
+
+def test_duplicates_by_hand():
+    rows = [{"text": text, "n": i} for i, text in enumerate(["A b, c!", " a B,\tC!", "a b c", "", " ", "46-20", "46+20"])]
+    assert duplicates.exact(rows, {}, KEY).tolist() == [0, 2, 3, 5, 6]
+    assert duplicates.near(rows[3:], {}, KEY).tolist() == [0, 2, 3], "signs tell problems apart"
+    assert duplicates.exact([{"messages": [{"role": "user", "content": "a"}]}, {"text": "user a"}], {}, KEY).tolist() == [0, 1]
+    assert duplicates.exact([{"a": "x", "b": "y"}, {"a": "x", "b": "z"}], {}, KEY, fields=["a"]).tolist() == [0]
+    assert words.text({"a": ["x", {"role": "user", "content": "y"}], "b": 3, "c": "z"}) == "x\ny\nz"
+
+
+def test_near_duplicates_are_those_of_the_exact_jaccard():
+    rng, vocabulary = np.random.default_rng(0), [f"w{i}" for i in range(2000)]
+    rows = [{"text": " ".join(rng.choice(vocabulary, 60))} for _ in range(150)]
+    for i in range(150):  # copies of which more and more words are others
+        copy = rows[i]["text"].split()
+        for place in rng.choice(60, i // 15, replace=False):
+            copy[place] = "other"
+        rows.append({"text": " ".join(copy)})
+    rows = [rows[i] for i in rng.permutation(300)]
+    grams = [set(zip(*(row["text"].split()[k:] for k in range(3)), strict=False)) for row in rows]
+    for threshold in (0.5, 0.8, 1.0):
+        kept: list[int] = []
+        for i, own in enumerate(grams):
+            if all(len(own & grams[j]) / len(own | grams[j]) < threshold for j in kept):
+                kept.append(i)
+        assert duplicates.near(rows, {}, KEY, threshold=threshold).tolist() == kept and 150 < len(kept) < 300
+    assert duplicates.near([{"text": ""}, {"text": "a"}, {"text": "a"}, {"text": " "}], {}, KEY).tolist() == [0, 1]
+    for wrong, message in (({"threshold": 0}, "threshold=0"), ({"threshold": 0.02}, "128 permutations miss rows at thr")):
+        with pytest.raises(UserError, match=message):
+            duplicates.near(rows, {}, KEY, **wrong)
+
+
+def test_what_is_tested_is_taken_out_and_named(tmp_path, capsys):
+    test = " ".join(f"w{i}" for i in range(20))
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": test, "id": "q1"}) + '\n{"question": "a b c d e f g h"}\n')
+    rows = [
+        {"text": "x y " + " ".join(f"W{i}," for i in range(3, 16)) + " z"},  # thirteen of its words, w3 to w15, of sixteen
+        {"text": " ".join(f"w{i}" for i in range(12))},  # twelve are no 13-gram
+        {"text": "so: A b c d e f g H? i"},  # a tested text of eight words, whole
+        {"text": "a b c d e f g"},
+        {"text": ""},
+    ]
+    options = {"against": str(tmp_path / "test.jsonl"), "of": ["question"]}
+    assert decontaminate.ngrams(rows, {}, KEY, **options).tolist() == [1, 3, 4]
+    printed = capsys.readouterr().err
+    assert f"2 of 5 rows hold what {options['against']} has" in printed
+    assert "row 1: 81% of its words, as 'w3 w4 w5 w6 w7 w8 w9 w10 w11 w12 w13 w14 w15' of test.jsonl, line 1" in printed
+    assert "row 3: 80% of its words, as 'a b c d e f g h' of test.jsonl, line 2" in printed
+    assert decontaminate.ngrams(rows, {}, KEY, **options, share=0.805).tolist() == [1, 2, 3, 4]
+    assert decontaminate.ngrams(rows, {}, KEY, **options, n=12).tolist() == [3, 4]
+    marked = decontaminate.ngrams(rows, {}, KEY, **options, mark=True)
+    assert [row["contaminated_by"] for row in marked] == ["test.jsonl, line 1", "", "test.jsonl, line 2", "", ""]
+    assert [row["contaminated_share"] for row in marked] == [13 / 16, 0, 8 / 10, 0, 0] and "contaminated" not in rows[0]
+    with pytest.raises(UserError, match="no row of .*test.jsonl has a text of 8 words; name its fields"):
+        decontaminate.ngrams(rows, {}, KEY, against=options["against"], of=["id"])
+    with pytest.raises(UserError, match="give least up to n"):
+        decontaminate.ngrams(rows, {}, KEY, **options, n=5)
+
+
+def test_a_core_set_covers_what_is_there():
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(5, 8)) * 20
+    labels = np.repeat(np.arange(5), [100, 50, 5, 2, 1])
+    vectors = {"v": centres[labels] + rng.normal(size=(158, 8)) * 0.1}
+    options = {"column": "v", "normalise": False}
+    chosen = coreset.k_centre(labels, vectors, KEY, keep=5, **options)
+    assert sorted(labels[chosen].tolist()) == [0, 1, 2, 3, 4], "one of each cluster, the least one too"
+    # The greedy rule, row by row.
+    order_, first = [], np.random.default_rng(KEY).integers(158)
+    for _ in range(9):
+        order_.append(int(first))
+        distances = np.linalg.norm(vectors["v"][:, None] - vectors["v"][order_], axis=2).min(1)
+        first = np.argmax(distances)
+    assert coreset.k_centre(labels, vectors, KEY, keep=9, **options).tolist() == sorted(order_)
+    chosen = coreset.clusters(labels, vectors, KEY, keep=10, clusters=5, **options)
+    assert np.bincount(labels[chosen], minlength=5).tolist() == [3, 2, 2, 2, 1], "as many of each, as far as there are"
+    near = vectors["v"] - np.array([vectors["v"][labels == k].mean(0) for k in range(5)])[labels]
+    own = np.flatnonzero(labels == 0)
+    assert set(chosen[labels[chosen] == 0]) == set(own[np.argsort((near[own] ** 2).sum(1))[:3]])
+    hard = coreset.clusters(labels, vectors, KEY, keep=10, clusters=5, hard=True, **options)
+    assert set(hard[labels[hard] == 0]) == set(own[np.argsort(-(near[own] ** 2).sum(1))[:3]])
+    same = {"v": np.ones((6, 3))}
+    for function, more in ((coreset.k_centre, {}), (coreset.clusters, {"clusters": 3})):
+        assert len(set(function(DATA[:6], same, KEY, column="v", keep=4, **more).tolist())) == 4, "equal rows are still rows"
+        with pytest.raises(UserError, match=r"v is \[6\]; it takes finite vectors"):
+            function(DATA[:6], {"v": np.ones(6)}, KEY, column="v", keep=4, **more)
+    with pytest.raises(UserError, match="clusters=7 of 6 rows"):
+        coreset.clusters(DATA[:6], same, KEY, column="v", keep=4, clusters=7)
+
+
+def test_weights_of_quality_by_hand():
+    columns = {"a": np.array([0.0, 1, 2, 3]), "b": np.array([5.0, 5, 9, 9]), "same": np.ones(4)}
+    z = (columns["a"] - 1.5) / np.sqrt(1.25) - 0.5 * np.array([-1, -1, 1, 1])
+    expected = np.exp(z / 2) / np.exp(z / 2).mean()
+    weights = weigh.quality(DATA[:4], columns, KEY, of={"a": 1, "b": -0.5, "same": 3}, temperature=2)
+    np.testing.assert_allclose(weights, expected, rtol=1e-12)
+    cut = weigh.quality(DATA[:4], columns, KEY, of={"a": 1}, temperature=0.01, most=3)
+    np.testing.assert_allclose(cut, [0, 0, 2, 2], atol=1e-12)
+    assert weigh.quality(DATA[:4], columns, KEY, of={"same": 1}).tolist() == [1] * 4
+    for wrong in ({"of": {}}, {"of": {"a": 1}, "temperature": 0}, {"of": {"a": 1}, "most": 0.5}):
+        with pytest.raises(UserError, match="weigh.quality: of="):
+            weigh.quality(DATA[:4], columns, KEY, **wrong)
+
+
+def test_a_selection_is_made_again_when_a_file_that_it_reads_has_changed(tmp_path):
+    (tmp_path / "d.jsonl").write_text("".join(f'{{"text": "one two three w{i}"}}\n' for i in range(4)))
+    test = tmp_path / "test.jsonl"
+    transform = {"name": "decontaminate.ngrams", "against": str(test), "n": 4, "least": 4}
+    config = recipe.make(stages=("clean",), clean={"do": "select", "data": str(tmp_path / "d.jsonl"), "with": transform})
+    with pytest.raises(UserError, match="test.jsonl: no such file"):
+        jaxpost.train(config, tmp_path / "w")
+    for tested, left in (("one two three w0", 3), ("one two three w1 one two three w2", 2)):
+        test.write_text(json.dumps({"text": tested}) + "\n")
+        for _ in range(2):
+            jaxpost.train(config, tmp_path / "w")
+        counts = [len(part.read_text().splitlines()) for part in (tmp_path / "w" / "rows").glob("*/part-*.jsonl")]
+        assert left in counts
+    assert sorted(counts) == [2, 3]
+
+
 # ---- an order of batches
 
 
@@ -140,6 +304,17 @@ def test_batches_come_in_the_order_of_a_column_and_epochs_repeat_it(tmp_path, pa
     assert sorted(shuffled.held_out[0]["hard"].max(1).tolist()) == sorted(made.held_out[0]["hard"].max(1).tolist())
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_are_learned_in_the_order_of_the_file_wherever_a_run_goes_on(tmp_path, packing):
+    options = {"window": 16, "row_columns": "hard", "epochs": 2, "batch_size": 8, "packing": packing, "order": "given"}
+    planned, _ = plan(tmp_path, HARD, "sft.nll", **options)
+    each = [difficulties(planned.source, 1) for _ in range(len(planned.source))]
+    assert sum(each, []) == [row["hard"] for row in HARD] * 2
+    for start in range(len(each)):
+        planned.source.position = start
+        assert [difficulties(planned.source, 1) for _ in each[start:]] == each[start:]
+
+
 def test_an_order_is_named_by_a_function_a_file_or_json(tmp_path):
     def backwards(rows, columns, key):
         return np.arange(len(rows))[::-1]
@@ -147,7 +322,7 @@ def test_an_order_is_named_by_a_function_a_file_or_json(tmp_path):
     options = {"window": 16, "row_columns": "hard"}
     seen = {}
     for name, given in (
-        ("given", "as_given"),
+        ("given", "given"),
         ("down", '{"name": "by", "column": "hard", "descending": true}'),
         ("back", backwards),
         ("named", {"name": "order.by", "column": "hard"}),
@@ -164,16 +339,16 @@ def test_what_is_no_order_of_the_data_is_refused(tmp_path):
     (tmp_path / "e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in HARD))
     mixture = f"{tmp_path}/d.jsonl=1,{tmp_path}/e.jsonl=3"
     for given, changes, message in (
-        ("as_given", {"data": mixture}, "config.order: the rows of a mixture are drawn by weight, so they have no one order"),
+        ("given", {"data": mixture}, "config.order: the rows of a mixture are drawn by weight, so they have no one order"),
         ({"name": "by", "column": "heavy"}, {}, "d.jsonl, line 1: there is no number under 'heavy'"),
         (
             {"name": "select.top", "column": "hard", "keep": 4},
             {},
             "config.order: it gives 4 of 40 rows, and an order has",
         ),
-        ("backwards", {}, "transforms.order has no 'backwards'. Known: as_given, by"),
+        ("backwards", {}, "transforms.order has no 'backwards'. Known: by, given, round_robin, stratified"),
         (lambda rows, columns, key: np.ones(40), {}, "a transform returns indices"),
-        ("as_given", {"source": "rollouts", "data": ""}, "config.order: .* is not read by source='rollouts'"),
+        ("given", {"source": "rollouts", "data": ""}, "config.order: .* is not read by source='rollouts'"),
     ):
         with pytest.raises(UserError, match=message):
             plan(tmp_path, HARD, "sft.nll", order=given, **{"window": 16, **changes})

@@ -31,9 +31,12 @@ NOUNS = {
     "adapter": ("params", "key"),
     "annotator": ("forward", "params", "batch"),
     "eval": ("model",),
+    "filter": ("row",),
     "merge": ("params",),
     "model": (),
+    "parser": ("completion", "record"),
     "processor": ("logits", "context"),
+    "prompt": ("record",),
     "step": ("batch",),
     "task": None,
     "transform": ("rows", "columns", "key"),
@@ -43,7 +46,10 @@ NOUNS = {
 PLURALS = {"merge": "merging"}
 FOLDERS = {
     "models": "models.composed",
+    "filters": "synthesis.filters",
+    "parsers": "synthesis.parsers",
     "processors": "sampling",
+    "prompts": "synthesis.prompts",
     "row_types": "data.row_types",
     "steps": "rollouts.steps",
     "transforms": "data.transforms",
@@ -51,10 +57,11 @@ FOLDERS = {
 # The settings that hold entries (a name, or a dict with `name` and keywords), or lists of entries, and the plural of what they
 # name. Those in SEVERAL may hold a dict of entries under the user's own names.
 ENTRIES = {
-    **{noun: f"{noun}s" for noun in ("objective", "reward", "adapter", "task")},
+    **{noun: f"{noun}s" for noun in ("objective", "reward", "adapter", "task", "prompt", "parser")},
     "annotator": "annotators",
     "annotations": "annotators",
     "evals": "evals",
+    "filters": "filters",
     "gradients": "updates",
     "order": "transforms",
     "processors": "processors",

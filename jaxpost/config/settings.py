@@ -17,6 +17,18 @@ DEFAULTS = {
     "with": "",  # the function that annotate, select and merge apply, by name or as a dict with one
     "of": (),  # merge: the models, each like `model`
     "rows": "demonstrations",  # generate: the row type of the rows that a prompt's completions give (stages/generate.py)
+    # generate with a `prompt`: a function of synthesis/prompts.py, by name or as a dict with one, makes messages of each record
+    # of `data`, or else of the task; `parser` makes rows of a completion ("" is the answer as it stands), `filters` say which
+    # rows are kept: names with commas, or a list of names and dicts (stages/synthesis.py).
+    "prompt": "",
+    "parser": "",
+    "filters": "",
+    # The records are asked round and round until one of these is reached; without any, each record is asked once.
+    "budget": {"rows": 0, "completions": 0, "tokens": 0},
+    "round": 32,  # prompts of a round: a prompt that reads the rows kept so far sees those of earlier rounds
+    # Completions of an OpenAI-compatible server in place of the model's: dict(url="http://HOST/v1", model="NAME"), and further
+    # keywords of synthesis/endpoint.py.
+    "endpoint": "",
     # Where artefacts go, shared with other runs: what another run has made there is taken. "" is the workdir.
     "artefacts": "",
     # The model: a folder with config.json and safetensors, a workdir, a name on the hub, the fields of a config.json to start
@@ -175,23 +187,26 @@ FREE = (
     "completions",
     "rollouts.reward_workers",
     "rollouts.reward_memory",
+    *(f"endpoint.{key}" for key in ("url", "key", "concurrency", "seconds", "retries", "patience")),
 )
 
 # Counts, which must be at least 1; other numbers must not be negative.
 COUNTS = (
-    *("window", "batch_size", "microbatches", "epochs", "keep", "max_skipped", "eval_rows", "eval_per_cell"),
+    *("window", "batch_size", "microbatches", "epochs", "keep", "max_skipped", "eval_rows", "eval_per_cell", "round"),
     *("prompt_window", "new", "group", "segment", "minibatches"),
 )
 
-WHOLE = ("columns", "template_options", "annotations", "source", "evals", "with")  # dicts of names: a change replaces all
+# Dicts of names: a change replaces all.
+WHOLE = ("columns", "template_options", "annotations", "source", "evals", "with", "endpoint")
 _KINDS = {bool: (bool,), int: (int,), float: (float, int), str: (str,), tuple: (tuple, list), dict: (Mapping,)}
 
 
 def check(key: str, default, value, place: str) -> None:
     """Raises UserError for a value that is not of its default's type, and for a number out of range."""
-    whole = ("model", "objective", "reward", "adapter", "advantages", "given", "task", "order", *WHOLE)
+    whole = ("model", "objective", "reward", "adapter", "advantages", "given", "task", "order", "prompt", "parser", *WHOLE)
     kinds = (str, Mapping) if key in whole else _KINDS[type(default)]
-    if key in ("data", "eval_data", "processors", "steps", "groups", "gradients", "updates") and default == "":
+    lists = ("data", "eval_data", "processors", "steps", "filters", "groups", "gradients", "updates")
+    if key in lists and default == "":
         kinds = (str, tuple, list) if key == "steps" else (str, Mapping, tuple, list)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         expected = " or ".join("dict" if k is Mapping else k.__name__ for k in kinds)

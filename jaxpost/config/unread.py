@@ -54,15 +54,29 @@ _ENCODED = (
     *(*_ROWS, *_PACKED, "row_columns", "eval_data", "held_out", "split_seed", "train_on", "too_long", "shared_prefix"),
     "objective",
 )
+_BUDGET = tuple(f"budget.{what}" for what in ("rows", "completions", "tokens"))
+# Kinds of do="generate" besides rows of a task's judged completions.
+_SYNTHESIS, _ENDPOINT = "generate by prompt", "generate by endpoint"
+_BY_PROMPT = ("data", "bad_rows", "task", "prompt", "parser", "filters", "budget", "round")
+_REASONS = {
+    _SYNTHESIS: "whose rows its prompt, parser and filters make",
+    _ENDPOINT: "whose completions config.endpoint gives",
+}
 _READ = {
-    "generate": (*_MODEL, "data", "rows", "task", "reward", *_PROBLEMS, *_SAMPLING),
+    "generate": (*_MODEL, "data", "rows", "task", "reward", "prompt", "endpoint", *_PROBLEMS, *_SAMPLING),
+    _SYNTHESIS: (*_MODEL, *_BY_PROMPT, "eval_rows", *_of_rollouts("prompt_window", "new", "stop", "failures"), *_SAMPLING),
+    _ENDPOINT: (
+        *("artefacts", "seed", "endpoint", *_BY_PROMPT),
+        *_of_rollouts("group", "new", "temperature", "top_p", "stop", "failures"),
+    ),
     "annotate": (*_MODEL, *_ENCODED, "task", "with", "batch_size"),
     "select": ("artefacts", "seed", "data", "bad_rows", "annotations", "with"),
     "merge": ("with", "of", "seed", "tokenizer", "dtype", "template", "template_options"),
     "evaluate": (*_MODEL, "evals"),
 }
 _OF_RECIPES = ("stages", "result")  # which are settings of no stage
-_OTHER_STAGES = ("with", "of", "rows")  # settings that only stages that do not train read
+# Settings that only stages that do not train read.
+_OTHER_STAGES = ("with", "of", "rows", "prompt", "parser", "filters", "round", "endpoint", *_BUDGET)
 _WITHOUT_TASK = (_TESTED + _PROBLEMS, "where no config.task has problems to ask")
 _MIXED = ("rollouts", "data")
 
@@ -90,7 +104,7 @@ def adapted(settings: dict, paths: Iterable[str], defaults: Mapping, place: str)
     {path: value}. place: as "config.sft". Raises UserError for a setting that the stage would not read.
     """
     changed = {path for path in paths if path in defaults and _differs(settings, path, defaults[path])}
-    if (settings["do"] == "generate" or shares(settings["source"]).keys() == {"rollouts"}) and "data" in changed:
+    if (_kind(settings) == "generate" or shares(settings["source"]).keys() == {"rollouts"}) and "data" in changed:
         settings = _of_prompts(settings, place)
         changed -= {"data", "eval_data", "columns", "held_out"}
     for path, why in unread(settings, defaults):
@@ -99,6 +113,13 @@ def adapted(settings: dict, paths: Iterable[str], defaults: Mapping, place: str)
     # Rows of earlier stages have the standard names; `columns` around the stages is for other files.
     of_stages = "columns" not in paths and any(references(settings["data"]))
     return settings | ({"columns": defaults["columns"]} if of_stages else {})
+
+
+def _kind(settings: Mapping) -> str:
+    """What a stage does, as _READ names it: its `do`, and how rows are generated."""
+    if settings["do"] != "generate" or not (settings["prompt"] or settings["endpoint"]):
+        return settings["do"]
+    return _ENDPOINT if settings["endpoint"] else _SYNTHESIS
 
 
 def _called(settings: Mapping) -> str:
@@ -120,10 +141,10 @@ def check_around(shared: Mapping, stages: Mapping[str, dict], defaults: Mapping)
 
 def unread(settings: Mapping, defaults: Mapping) -> Iterator[tuple[str, str]]:
     """(path, reason) of each setting that a stage with these settings does not read, because of its `do` or its source."""
-    if (read := _READ.get(settings["do"])) is not None:
+    if (read := _READ.get(kind := _kind(settings))) is not None:
         readable = {*read, "do"}
         others = (path for path in defaults if not readable & {path, path.partition(".")[0]})
-        yield from ((path, "which does not train") for path in others)
+        yield from ((path, _REASONS.get(kind, "which does not train")) for path in others)
         return
     names = shares(settings["source"])
     # A dict of annotators works on any batch; folders hold columns of rows in files.

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpost.data import rendered
+from jaxpost.data import parts, rendered
 from jaxpost.data.formats import Completion, Conversation, Example
 from jaxpost.data.templates import adapted, render
 from jaxpost.errors import UserError, printable
@@ -40,7 +40,8 @@ def encode(example: Example, tokenizer: Any, template: str | None = None, train_
     template: as in `templates.jinja`: a name, a Jinja string, or None for the tokenizer's own. train_on: what is learned of a
     conversation: "assistant" every assistant turn, "last" the last one, "completion" those of the row's completion (the last if
     the row has no prompt apart), each without turns of weight 0; "all" everything. Of a prompt with a completion the completion
-    is learned, or with "all" everything; of a plain text everything. Raises UserError with the example's place.
+    is learned, or with "all" everything; of a plain text everything; of parts those that say so. Raises UserError with the
+    example's place.
     """
     if train_on not in TRAIN_ON:
         raise UserError(f"train_on={train_on!r} is not known; choose one of {', '.join(TRAIN_ON)}")
@@ -48,6 +49,8 @@ def encode(example: Example, tokenizer: Any, template: str | None = None, train_
         tokens, mask = _conversation(example, tokenizer, template, train_on)
     elif isinstance(example, Completion):
         tokens, mask = _document(example.prompt, example.completion, tokenizer, example.place)
+    elif isinstance(example, parts.Parts):
+        tokens, mask = parts.encode(example, tokenizer)
     else:
         tokens, mask = _document("", example.text, tokenizer, example.place)
     if train_on == "all":

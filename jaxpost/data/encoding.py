@@ -23,7 +23,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from jaxpost.data import chat, examples, formats, messages, pack, rendered, row_types, templates
+from jaxpost.data import chat, examples, formats, messages, pack, parts, rendered, row_types, templates
 from jaxpost.data.examples import Settings
 from jaxpost.data.readers import Record
 from jaxpost.data.row_types import RowType
@@ -227,7 +227,7 @@ def _key(records: Sequence[Record], tokenizer: Any, choices: Sequence) -> str:
     """A digest of all that the tokens depend on: the rows, the tokenizer, the choices, and the code between them."""
     # tokenizer.py encodes as well, but what of it matters here is the tokenizer itself.
     digest = hashlib.sha256()
-    modules = (chat, examples, formats, messages, rendered, templates)
+    modules = (chat, examples, formats, messages, parts, rendered, templates)
     for file in (*(Path(module.__file__) for module in modules), *sorted(row_types.FOLDER.glob("*.py"))):
         digest.update(file.read_bytes())
     names = (metadata.version("transformers"), tokenizer.special_tokens_map, tokenizer.chat_template, *choices)

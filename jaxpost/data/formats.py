@@ -9,6 +9,7 @@
     instruction, [input, history,] output  -> Conversation: Alpaca, its history a list of earlier [instruction, output]
     question, answer                       -> Conversation: GSM8K, its answer with calculations and #### as it stands
     text                                   -> Text
+    parts                                  -> Parts: texts that are tokenised apart, each learned or not
 
 The shapes are tried in that order; the first whose columns are all present and not null is taken. Beside turns, `system` is a
 system turn if they have none, and `tools` are the functions that they may call. Other columns, such as identifiers, sources and
@@ -30,18 +31,19 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jaxpost.config.resolve import nearest
+from jaxpost.data import parts
 from jaxpost.data.guess import suggested
 from jaxpost.data.messages import Message, check, definitions, filled, string, turns, unweighted
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
 
 SHAPES = (
-    "messages | conversations | prompt, completion | instruction, [input, history,] output | question, answer | text"
+    "messages | conversations | prompt, completion | instruction, [input, history,] output | question, answer | text | parts"
     ", [system, tools] beside turns (chosen, rejected, ratings, label, score and labels are for objectives that judge)"
 )
 COLUMNS = (
     *("messages", "conversations", "tools", "system", "prompt", "completion", "instruction", "input", "output"),
-    *("history", "question", "answer", "text", "chosen", "rejected", "label", "kto_tag", "score"),
+    *("history", "question", "answer", "text", "parts", "chosen", "rejected", "label", "kto_tag", "score"),
     *("completions", "ratings", "labels", "margin", "score_chosen", "score_rejected"),
 )
 
@@ -115,7 +117,7 @@ class Rated(NamedTuple):
     tools: list[dict[str, Any]] | None = None
 
 
-Example = Conversation | Completion | Text
+Example = Conversation | Completion | Text | parts.Parts
 
 
 def recognise(record: Record, columns: Mapping[str, str] | None = None) -> Example | Preference | Rated:
@@ -394,4 +396,5 @@ _MAKERS = {
     ("instruction", "output"): _alpaca,
     ("question", "answer"): _question,
     ("text",): _text,
+    ("parts",): parts.of,
 }

@@ -6,6 +6,8 @@
 give (`rows_of` in data/row_types/). A completion that no stop token ended gives none, since the row would end it with a token
 that the model did not say. Rows are text: a tokenizer may write a text in other tokens than the model drew it in. Rows of one
 prompt follow each other, so what a later stage holds out may be of prompts that it trains on.
+
+With `prompt` the stage makes rows of another kind, by functions of the recipe's own (synthesis.py).
 """
 
 import functools
@@ -30,7 +32,7 @@ from jaxpost.models.transformer import Transformer
 from jaxpost.recipe import plain
 from jaxpost.rollouts.scoring import judged
 from jaxpost.sampling.decode import Completions, answers, in_chunks
-from jaxpost.stages import columns, datasets, tasks
+from jaxpost.stages import columns, datasets, synthesis, tasks
 from jaxpost.stages.rollouts import sampling
 from jaxpost.stages.run import Output, Run, check_room
 from jaxpost.storage.artefacts import Artefact
@@ -74,8 +76,10 @@ class Plan(NamedTuple):
     problems: Callable[[], str]
 
 
-def planned(name: str, s, run: Run) -> Plan:
+def planned(name: str, s, run: Run) -> Plan | synthesis.Synthesis:
     """Reads, resolves and checks what the settings name. Raises UserError for those that could give no rows."""
+    if s.prompt or s.endpoint:
+        return synthesis.planned(name, s, run)
     spec = run.described(s)
     check_room(spec, s.rollouts)
     row_type = row_types.load(s.rows)
@@ -115,13 +119,15 @@ def _records(task, s, count: int) -> str:
     return mixture.digest_of_rows(task.record(i, seed=s.seed) for i in range(count))
 
 
-def output(plan: Plan) -> Output:
+def output(plan: Plan | synthesis.Synthesis) -> Output:
     """What later stages are told before there are rows."""
     return Output(pending=True, trial=plan.trial)
 
 
-def make(plan: Plan, run: Run) -> Output:
+def make(plan: Plan | synthesis.Synthesis, run: Run) -> Output:
     """Draws what is not there yet, and gives the files."""
+    if isinstance(plan, synthesis.Synthesis):
+        return synthesis.make(plan, run)
     origin = run.starting(plan.spec, plan.settings)
     s = plan.settings
     about = {
@@ -191,7 +197,7 @@ def _draw(samples: Samples, artefact: Artefact, progress: dict, params: Params, 
                 count, seconds = progress["rows"] + len(pending), progress["seconds"] + time.monotonic() - mark
                 progress = {"prompts": at, "rows": count, "seconds": seconds}
                 lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in pending)
-                artefact.add(".jsonl", lines.encode(), **progress)
+                artefact.add(".jsonl" if lines else ".none", lines.encode(), **progress)
                 pending, mark = [], time.monotonic()
         if ends:
             break

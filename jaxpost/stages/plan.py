@@ -45,9 +45,9 @@ class Plan(NamedTuple):
     stored: dict = {}  # of each data set, by its digest, the columns that are on disk
 
 
-def plan_stage(name: str, s, mesh, trial: Sequence[dict] = ()) -> Plan:
-    """Reads, resolves and checks everything that a stage's settings name. trial: rows such as the data will have, where an
-    earlier stage is still to make it.
+def plan_stage(name: str, s, mesh, trial: Sequence[dict] | None = None) -> Plan:
+    """Reads, resolves and checks everything that a stage's settings name. trial: rows such as the data will have, maybe none,
+    where an earlier stage is still to make it.
     """
     spec, objective, trainable, trained = learned(described(s, mesh), s, mesh)
     check(spec)
@@ -63,12 +63,12 @@ def plan_stage(name: str, s, mesh, trial: Sequence[dict] = ()) -> Plan:
     source, sets, held_out, steps = None, [], [], s.steps
     if trial:
         datasets.check(trial, spec, s, objective)
-    elif "data" in shares(s.source):
+    elif trial is None and "data" in shares(s.source):
         sets = datasets.read(task, spec, s, objective)
-    if s.source == "data" and not trial:
+    if s.source == "data" and trial is None:
         source, held_out = datasets.batches(sets, s, mesh)
         steps = s.steps or len(source)
-    elif not trial:
+    elif trial is None:
         source = rollouts.source(name, task, rewards, spec, s, objective, mesh)
         source = _mixed(source, sets, s, objective, mesh) if sets else source
     if task is not None:

@@ -43,6 +43,7 @@ def planned(name: str, s, run: Run) -> Selection:
     if not isinstance(s.annotations, str):
         raise UserError(f"config.{name}.annotations: name stages that annotate, as '@NAME', or folders of columns.")
     function = resolve(plain(s["with"]), "transforms")
+    apply.digests_of_files(function)  # a file that is not there is named now
     pending = run.pending(s.data)
     rows = None if pending else _rows(s, run)
     trial = [row for output in pending for row in output.trial] if pending else rows[:8]
@@ -62,6 +63,7 @@ def make(plan: Selection, run: Run) -> Output:
     values = _columns(s, run, rows, digest)
     about = {"rows": digest, "with": digest_of(plan.function), "seed": s.seed}
     about |= {"columns": {name: hashlib.sha256(np.ascontiguousarray(x)).hexdigest() for name, x in values.items()}}
+    about |= {"files": files} if (files := apply.digests_of_files(plan.function)) else {}
     artefact = Artefact(run.root, "rows", about)
     _, done = artefact.resume()
     if not done and jax.process_index() == 0:

@@ -43,9 +43,8 @@ def planned(name: str, s, run: Run) -> Plan:
 
 def without_annotations(name: str, s, run: Run) -> Plan:
     """The stage, checked. Where an earlier stage is still to make its data, it is checked by rows such as that will give."""
-    trial = [row for output in run.pending(s.data) for row in output.trial]
-    if trial:
-        return plan_stage(name, s, run.mesh, trial)
+    if pending := run.pending(s.data):
+        return plan_stage(name, s, run.mesh, [row for output in pending for row in output.trial])
     if not (run.pending(s.eval_data) or (isinstance(s.annotations, str) and run.pending(s.annotations))):
         return plan_stage(name, run.filled(s), run.mesh)
     plan = plan_stage(name, run.without_pending(s), run.mesh)

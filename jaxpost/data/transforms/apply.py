@@ -2,7 +2,8 @@
 
 A transform is a function (rows, columns, key, *, ...) -> indices [K] int | weights [N] float | rows. rows: the data's rows,
 dicts; columns: {name: array [N] or [N,...]}, annotations and the numbers that all rows have under a key; key: uint32 [2], which
-`np.random.default_rng` and `jax.random` both take. It is deterministic given these.
+`np.random.default_rng` and `jax.random` both take. It is deterministic given these. One that reads files besides carries
+`mine.files = ("against",)`: the keywords that name them, so that its result is made again when they change.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxpost.config.resolve import nearest, resolve, within
+from jaxpost.data import mixture, readers
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
 
@@ -77,6 +79,17 @@ def in_order(entry: Mapping | str, records: Sequence[Record], *, seed: int) -> l
             "once; have a stage that does select take a part of them."
         )
     return [records[i] for i in order]
+
+
+def digests_of_files(function: Callable) -> dict[str, str]:
+    """{keyword: a digest of the rows} of the files that a transform reads. Raises UserError for files that cannot be read."""
+    names = getattr(getattr(function, "func", function), "files", ())
+    paths = {name: getattr(function, "keywords", {}).get(name) for name in names}
+    return {
+        name: mixture.digest_of_rows(record.row for record in readers.read(path if isinstance(path, str) else list(path)))
+        for name, path in paths.items()
+        if path
+    }
 
 
 def key_of(seed: int) -> np.ndarray:

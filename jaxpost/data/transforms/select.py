@@ -18,10 +18,30 @@ def threshold(
     rows: Sequence[dict], columns: Mapping, key, *, column: str, least: float = -np.inf, most: float = np.inf
 ) -> np.ndarray:
     """The rows whose number in a column lies in [least, most]. Raises UserError for a column of several numbers a row."""
-    numbers = np.asarray(columns[column])
-    if numbers.ndim != 1:
-        raise UserError(f"transform select.threshold: {column} has {list(numbers.shape[1:])} numbers a row; it takes one.")
+    numbers = _numbers(columns, column, "select.threshold")
     return np.flatnonzero((numbers >= least) & (numbers <= most))
+
+
+def quantiles(rows: Sequence[dict], columns: Mapping, key, *, column: str, low: float = 0.0, high: float = 1.0) -> np.ndarray:
+    """The rows whose rank in a column, from 0 for the lowest to 1, lies in [low, high): with 0.25 and 0.75 those of middling
+    difficulty. Equal numbers rank as they stand. Raises UserError for bounds that leave nothing.
+    """
+    numbers = _numbers(columns, column, "select.quantiles")
+    if not 0 <= low < high <= 1:
+        raise UserError(f"transform select.quantiles: low={low}, high={high}; give 0 <= low < high <= 1.")
+    start, stop = round(low * len(rows)), round(high * len(rows))
+    return np.sort(np.argsort(numbers, kind="stable")[start:stop])
+
+
+def uncertain(rows: Sequence[dict], columns: Mapping, key, *, column: str, keep: int | float) -> np.ndarray:
+    """The rows whose share of successes p is the least certain, by its variance p (1 - p): those nearest to a half, of equal
+    ones the first. keep: as `count` has it. Raises UserError for numbers outside [0, 1].
+    """
+    shares = _numbers(columns, column, "select.uncertain")
+    if ((shares < 0) | (shares > 1)).any():
+        raise UserError(f"transform select.uncertain: {column} has {shares.min():g} to {shares.max():g}; it takes shares.")
+    order = np.argsort(-shares * (1 - shares), kind="stable")
+    return np.sort(order[: count(keep, len(rows))])
 
 
 def random(rows: Sequence[dict], columns: Mapping, key, *, keep: int | float) -> np.ndarray:
@@ -46,3 +66,11 @@ def count(keep: int | float, whole: int) -> int:
     if not (keep == int(keep) and 0 < keep <= whole):
         raise UserError(f"transform: keep={keep} of {whole} rows; give a number of rows, or a share of them as 0.5.")
     return int(keep)
+
+
+def _numbers(columns: Mapping, column: str, name: str) -> np.ndarray:
+    """[N]. Raises UserError for a column of several numbers a row."""
+    numbers = np.asarray(columns[column])
+    if numbers.ndim != 1:
+        raise UserError(f"transform {name}: {column} has {list(numbers.shape[1:])} numbers a row; it takes one.")
+    return numbers
