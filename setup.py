@@ -51,6 +51,7 @@ setup(
         "rewards": ["math-verify", "reasoning-gym"],
         "eval": ["lm-eval"],
         "retrieval": ["ir-measures", "bm25s", "faiss-cpu", "mteb-core"],  # none of which needs torch
+        "constraints": ["pydivsufsort"],  # suffix arrays, for constrained.substring
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",  # two processes, for tests are mostly Python and compilation, a core each
@@ -60,6 +61,7 @@ setup(
             "gcsfs",
             "google-cloud-storage",
             "gcp-storage-emulator",
+            "pydivsufsort",
             "openai",
             "bm25s",
             "ir-measures",

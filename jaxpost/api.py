@@ -25,7 +25,7 @@ import numpy as np
 from jaxpost import sharding
 from jaxpost.data import chat, templates
 from jaxpost.errors import UserError
-from jaxpost.models import loading, protocol
+from jaxpost.models import loading, protocol, vocabulary
 from jaxpost.models.composed import Patched
 from jaxpost.models.heads import logits
 from jaxpost.objectives import documents
@@ -118,7 +118,9 @@ class Model:
         assistant's), or a list of those; or arrays of token ids, used as they are. Options:
         chat=False: a string is a user's message, not text to continue. template=None: for chat, a name or Jinja.
         new=None: the most tokens of a completion; 200, or what the model has room for. temperature=0.0: 0 takes the likeliest
-        token. n=1: completions a prompt. seed=0: which random numbers.
+        token. n=1: completions a prompt. seed=0: which random numbers. processors=(): what may be said, named as in
+        `rollouts.processors`, or functions. beams=0: the width of a beam search, which gives the n best; length_penalty=1.0: of
+        its scores (sampling/beam.py).
         Raises UserError for no or empty prompts, where prompt and `new` exceed the model's positions, or without a tokenizer.
         """
         return [ids for _, ids in self._completed(prompts, **options)]
@@ -176,6 +178,12 @@ class Model:
         batch, _ = self._batch(tokens, lengths)
         with sharding.use(self.mesh):
             return sharding.everywhere(_embeddings(self.transformer, self.params, batch, pooling, normalise))[: len(ids)]
+
+    def with_tokens(self, add: Sequence[str], **options) -> "Model":
+        """This model with further tokens; see `models.vocabulary.grown` for by="mean", multiple=1 and special=False."""
+        self.need_tokenizer()
+        parts = vocabulary.grown(self.transformer, self.params, self.tokenizer, self.config, self.mesh, add=add, **options)
+        return Model(*parts, self.mesh, self.ends)
 
     def need_tokenizer(self) -> None:
         """Raises UserError for a model without a tokenizer."""

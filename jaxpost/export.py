@@ -11,10 +11,15 @@ writes an embedding model, which sentence-transformers opens: `--pooling` says h
 
 The folder gets config.json, safetensors, the tokenizer with its chat template, and generation_config.json with the ids that end
 an answer, so that a server stops where training taught the model to stop.
+
+`--add` adds tokens to the vocabulary, which a run may then train: `--checkpoint` may be a Hugging Face folder too
+(jaxpost/models/vocabulary.py).
 """
 
 import dataclasses
 import json
+import types
+from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
@@ -25,9 +30,10 @@ from jaxpost.adapters import peft
 from jaxpost.config import cli
 from jaxpost.data.chat import stop_ids
 from jaxpost.errors import UserError
-from jaxpost.models import hf, loading, sentences
+from jaxpost.models import hf, loading, sentences, vocabulary
 from jaxpost.objectives import contrastive, documents
 from jaxpost.storage import cloud
+from jaxpost.types import Params
 
 TEMPERATURE = next(iter(contrastive.leaves(learned=True)))
 DTYPES = ("bfloat16", "float16", "float32")
@@ -42,13 +48,14 @@ def export(
     adapter: bool = False,
     pooling: str | None = None,
     normalise: bool = True,
+    tokens: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> list[str]:
     """Writes the model of a workdir, of one checkpoint in it, or of a Hugging Face folder to `out`; returns the files' names.
 
     Where a run kept a running mean of the weights, the mean is written. dtype: one of DTYPES; None is config.json's, else
     float32. adapter: whether to write only the adapter. pooling: one of documents.POOLINGS, for an embedding model;
-    normalise: whether its embeddings have length 1. Raises UserError if `out` is not empty, and for a checkpoint that cannot be
-    read.
+    normalise: whether its embeddings have length 1. tokens: of tokens to add, what `vocabulary.grown` takes: add, by, multiple,
+    special. Raises UserError if `out` is not empty, and for a checkpoint that cannot be read.
     """
     folder = cloud.path(out)
     check_empty(folder, f"--out={out}")
@@ -56,6 +63,8 @@ def export(
     if pooling is not None:
         spec, params = _embedding_model(spec, params, checkpoint)
     check_leaves(spec, f"--checkpoint={checkpoint}")
+    if tokens:
+        spec, params = _grown(spec, params, mesh, tokens, adapter)
     if adapter:
         base = loading.base_name(spec)
         return peft.save(folder, params, spec.transformer.arch, spec.adapter, base, loading.beside(spec))
@@ -114,6 +123,15 @@ def _embedding_model(spec: loading.ModelSpec, params: Any, checkpoint: str) -> t
     return dataclasses.replace(spec, tokenizer=ending, leaves=leaves), params
 
 
+def _grown(spec: loading.ModelSpec, params: Params, mesh, tokens: Mapping, adapter: bool) -> tuple[loading.ModelSpec, Params]:
+    """The model with further tokens. Raises UserError where there is no tokenizer, or only an adapter would be written."""
+    if adapter or spec.tokenizer is None:
+        why = "an adapter has no embedding" if adapter else "the model has no tokenizer"
+        raise UserError(f"--add: {why} that tokens could be added to; leave it out.")
+    model, params, words, config = vocabulary.grown(spec.transformer, params, spec.tokenizer, spec.config, mesh, **tokens)
+    return dataclasses.replace(spec, transformer=model, tokenizer=words, config=config), params
+
+
 def _special_ids(text: Any) -> dict[str, int]:
     ids = {} if text is None else {f"{name}_token_id": getattr(text, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     return {k: v for k, v in ids.items() if v is not None}
@@ -125,8 +143,11 @@ def main(_) -> None:
     given = flags.FLAGS
     if given.adapter and given.pooling:
         raise UserError("--pooling: an embedding model is whole; leave --adapter out.")
+    tokens = {key: given[key].value for key in ("add", "by", "multiple", "special")} if given.add else {}
+    if not tokens and (given["by"].present or given["multiple"].present or given.special):
+        raise UserError("--by, --multiple and --special are about added tokens; give --add=TOKEN too.")
     options = {"dtype": given.dtype, "adapter": given.adapter, "pooling": given.pooling, "normalise": given.normalise}
-    names = export(where, out, mesh=sharding.make_mesh(), **options)
+    names = export(where, out, mesh=sharding.make_mesh(), tokens=tokens, **options)
     print(f"{out}: {', '.join(names)}")
 
 
@@ -138,6 +159,7 @@ The checkpoint is a workdir of jaxpost.train (its last stage's newest is taken),
     python -m jaxpost.export --checkpoint=/tmp/quickstart/checkpoints/reinforce --out=/tmp/arithmetic --dtype=bfloat16
 
     python -m jaxpost.export --checkpoint=WORKDIR --out=FOLDER --adapter
+    python -m jaxpost.export --checkpoint=FOLDER --out=LARGER --add="<think>" --add="</think>" --by=merged --multiple=64
 
     python -m jaxpost.export --checkpoint=WORKDIR --out=FOLDER --pooling=last
 
@@ -152,5 +174,13 @@ if __name__ == "__main__":
     flags.DEFINE_bool("adapter", False, "Write the adapter alone, as peft has it.")
     flags.DEFINE_enum("pooling", None, documents.POOLINGS, "Write an embedding model for sentence-transformers, pooled so.")
     flags.DEFINE_bool("normalise", True, "With --pooling: embeddings have length 1.")
+    flags.DEFINE_multi_string("add", [], "A token to add to the vocabulary; for several, give it several times")
+    flags.DEFINE_string(
+        "by",
+        "mean",
+        "The rows of added tokens: mean (of all), merged (of the tokens that their text was), a .npy or .npz file.",
+    )
+    flags.DEFINE_integer("multiple", 1, "With --add: a number that the vocabulary becomes a multiple of.", lower_bound=1)
+    flags.DEFINE_bool("special", False, "With --add: decoding for a reader leaves the tokens out.")
     flags.DEFINE_enum("dtype", None, DTYPES, "Number format of the weights (default: what config.json names, else float32).")
     cli.run(main, ABOUT, model=True)

@@ -21,7 +21,8 @@ def main(_) -> None:
     options = flags.FLAGS
     where, prompts = cli.required("model", "prompt")
     model = api.load(where, dtype=options.dtype)
-    texts = model.generate(prompts, **{k: options[k].value for k in ("new", "temperature", "chat", "seed", "n")})
+    names = ("new", "temperature", "chat", "seed", "n", "processors", "beams", "length_penalty")
+    texts = model.generate(prompts, **{k: options[k].value for k in names})
     for i, completion in enumerate(texts):
         prompt = prompts[i // options.n]
         if options.json:
@@ -39,6 +40,8 @@ The model is a Hugging Face folder, a workdir of jaxpost.train, or one checkpoin
     python -m jaxpost.generate --model=FOLDER --prompt="Once upon a time"
     python -m jaxpost.generate --model=/tmp/quickstart --chat --prompt="12+34" --prompt="7x8"
     python -m jaxpost.generate --model=/tmp/quickstart/checkpoints/sft --chat --prompt="12+34" --temperature=1 --n=4 --json
+    python -m jaxpost.generate --model=FOLDER --prompt="Title:" --beams=4 \\
+        --processors='{"name": "constrained.trie", "texts": "titles.txt"}'
 """
 
 if __name__ == "__main__":
@@ -55,6 +58,9 @@ if __name__ == "__main__":
     )
     flags.DEFINE_integer("seed", 0, "Which random numbers to sample with.", lower_bound=0, upper_bound=2**31 - 1)
     flags.DEFINE_integer("n", 1, "How many completions of each prompt.", lower_bound=1)
+    flags.DEFINE_string("processors", "", "What may be said: names of processors with commas, or JSON with their keywords.")
+    flags.DEFINE_integer("beams", 0, "The width of a beam search, which gives the n best; 0 samples.", lower_bound=0)
+    flags.DEFINE_float("length_penalty", 1.0, "Of a beam search: the power of the length that divides a completion's sum.")
     flags.DEFINE_enum("dtype", "float32", sorted(loading.DTYPES), "The computation's number format.")
     flags.DEFINE_bool("json", False, "Print one JSON object a completion, with the keys prompt and completion.")
     cli.run(main, ABOUT, model=True)

@@ -1,7 +1,9 @@
 """Completions as a data set: which rows they give, made once whatever happens meanwhile, and a stage that learns from them."""
 
+import contextlib
 import json
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -15,6 +17,7 @@ from jaxpost.errors import UserError
 from jaxpost.sampling import decode
 from jaxpost.sampling.decode import Completions
 from jaxpost.stages import generate
+from jaxpost.stages.run import Run
 from jaxpost.storage.artefacts import Artefact
 from jaxpost.tasks import arithmetic
 
@@ -156,6 +159,22 @@ def test_what_is_damaged_is_named_and_drawn_again(tmp_path, monkeypatch, stand_i
     stand_in(lambda *a, **k: drawn(*a, killed=numbers.append, **k))
     assert made(tmp_path) == whole and str(path) in capsys.readouterr().err
     assert min(numbers) == (8 if damage == "part" else 0)  # what came before the damaged part is kept
+
+
+def test_an_artefact_is_of_the_tables_of_its_processors(tmp_path, monkeypatch):
+    """Another content of a file that a processor reads makes other rows."""
+    texts, abouts = tmp_path / "titles.txt", []
+    monkeypatch.setattr(generate, "Artefact", lambda root, kind, about: abouts.append(about) or Artefact(root, kind, about))
+    monkeypatch.setattr(generate, "draw", lambda *_: {"seconds": 0.0})
+    mesh, stop = sharding.make_mesh(), types.SimpleNamespace(saving=contextlib.nullcontext, asked=False)
+    run = Run(tmp_path, tmp_path, mesh, stop, {}, {})
+    trie = [{"name": "constrained.trie", "texts": str(texts)}]
+    for processors, content in ((trie, "12"), (trie, "12"), (trie, "13"), ("", "")):
+        texts.write_text(content)
+        rollouts = {"prompt_window": 12, "new": 6, "group": 2, "processors": processors}
+        ((name, s),) = recipe.stages(recipe.make(**runs.settings(tmp_path, do="generate", rows="scored", rollouts=rollouts)))
+        generate.make(generate.planned(name, s, run), run)
+    assert abouts[0] == abouts[1] != abouts[2] and "tables" not in abouts[3]
 
 
 def test_completions_that_are_all_alike_teach_nothing(tmp_path, stand_in):

@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sampler_cases as cases
-from sampler_cases import NEW, sampled
+from sampler_cases import NEW, STOP, sampled
 
 from jaxpost import recipe
 from jaxpost.config.resolve import entries, known, resolve
 from jaxpost.errors import UserError
-from jaxpost.sampling import processors
-from jaxpost.stages import rollouts
+from jaxpost.sampling import constrained, decode, processors, slots
 
 PROBS = np.array([0.15, 0.4, 0.05, 0.3, 0.1])
 
@@ -109,9 +108,68 @@ def test_a_processor_knows_the_completion_so_far_and_whose_it_is(slots):
     np.testing.assert_allclose(drawn.logps, wanted, atol=5e-5)
 
 
+def by_prompt(logits, context):
+    """Allows nothing but a token of the prompt."""
+    inside = jnp.arange(context["prompts"].shape[1]) < context["prompt_lengths"][:, None]
+    own = (jax.nn.one_hot(context["prompts"], logits.shape[-1], dtype=bool) & inside[..., None]).any(axis=1)
+    return jnp.where(own, logits, -jnp.inf)
+
+
+@pytest.mark.parametrize("changes", [{"slots": 2}, {"sizes": (2, 2, 2)}], ids=["refilled", "devices"])
+def test_a_processor_sees_the_prompt(changes):
+    drawn = sampled(stop=(), chain=(by_prompt,), **changes)
+    for i, row in enumerate(drawn.tokens):
+        assert set(row.tolist()) <= set(cases.prompts()[i // cases.GROUP].tolist())
+    assert sum(len(set(row.tolist())) > 1 for row in drawn.tokens) > 6
+
+
+def test_prompts_cost_nothing_where_no_processor_reads_them(monkeypatch):
+    """The compiled program has no argument for them: its text is the same with them and without."""
+    texts = []
+
+    def compared(model, params, bank, *rest, **options):
+        assert bank.prompts is None
+        with_prompts = bank._replace(prompts=jnp.zeros((len(bank.lengths), cases.WINDOW), jnp.int32))
+        texts.append([slots.segment.lower(model, params, x, *rest, **options).as_text() for x in (bank, with_prompts)])
+        return slots.segment(model, params, bank, *rest, **options)
+
+    monkeypatch.setattr(decode, "segment", compared)
+    sampled(slots=2)
+    assert texts and all(one == other for one, other in texts)
+
+
+def raised(logits, context, *, amounts=0.0):
+    return logits + amounts
+
+
+def test_arrays_are_arguments_of_the_program_and_other_keywords_constants():
+    rng = np.random.default_rng(0)
+    one, two = ({"name": raised, "amounts": rng.normal(size=17).astype(np.float32) * 3} for _ in range(2))
+    about = processors.About(None, (), 17, NEW)
+    chains = [
+        processors.chain([{"name": "banned", "tokens": [token]}, entry], about, "p") for token, entry in ((5, one), (5, two))
+    ]
+    first, before = sampled(slots=2, chain=chains[0]), slots.segment._cache_size()
+    second = sampled(slots=2, chain=chains[1])
+    assert slots.segment._cache_size() == before and (first.tokens != second.tokens).any()
+    (banned, plain), (again, _) = chains
+    assert (
+        jax.tree.structure(banned)
+        == jax.tree.structure(again)
+        != jax.tree.structure(processors.bound(resolve({"name": "processors.banned", "tokens": [6]}, "processors")))
+    )
+    assert jax.tree.leaves(banned) == [] and len(jax.tree.leaves(plain)) == 1
+
+
 # -------------------------------------------------------------------------------------------------------- The contract
 
-SETTINGS = {"banned": {"tokens": [1, 4]}, "at_least": {"count": 3, "ends": [2]}}  # of each processor at full strength
+TITLES, STOPS = [[1, 4], [1, 4, 1], [4, 4, 4]], (2,)
+SETTINGS = {  # of each processor at full strength
+    "processors.banned": {"tokens": [1, 4]},
+    "processors.at_least": {"count": 3, "ends": [2]},
+    "constrained.trie": {"table": constrained.table_of(TITLES, STOPS)},
+    "constrained.substring": {"index": constrained.index_of(TITLES, STOPS)},
+}
 
 
 @pytest.mark.parametrize("name", known("processors"))
@@ -120,6 +178,7 @@ def test_a_processor_raises_no_forbidden_token_and_without_strength_changes_noth
     logits = rng.normal(size=(4, 6)).astype(np.float32)
     logits[:, 5], logits[0, 2] = -np.inf, -np.inf
     context = {"tokens": rng.integers(0, 6, (4, 8)), "counts": np.array([0, 2, 3, 8]), "numbers": np.arange(4)}
+    context |= {"prompts": rng.integers(0, 6, (4, 3)), "prompt_lengths": np.array([1, 2, 3, 3])}
     own = {k: jnp.asarray(v) for k, v in context.items()}
     strong, weak = resolve({"name": name, **SETTINGS[name]}, "processors"), resolve(name, "processors")
     np.testing.assert_array_equal(weak(jnp.asarray(logits), own), logits)
@@ -127,6 +186,7 @@ def test_a_processor_raises_no_forbidden_token_and_without_strength_changes_noth
     assert (
         forbidden.shape == logits.shape and np.isneginf(forbidden[np.isneginf(logits)]).all() and not np.isnan(forbidden).any()
     )
+    assert (forbidden <= logits).all()
     # Each row is by itself.
     alone = [strong(jnp.asarray(logits[i : i + 1]), {k: v[i : i + 1] for k, v in own.items()})[0] for i in range(4)]
     np.testing.assert_array_equal(forbidden, np.stack(alone))
@@ -142,15 +202,23 @@ def test_banned_tokens_and_early_ends_by_hand():
     assert np.argwhere(np.isneginf(short)).tolist() == [[0, 2], [1, 2]]
 
 
+def chained(value):
+    return processors.chain(value, processors.About(None, (STOP,), 17, NEW), "config.rollouts.processors")
+
+
 def test_a_stage_takes_processors_with_keywords():
-    for given in ([{"name": "banned", "tokens": [3]}, f"{__name__}.never_again"], '[{"name": "banned", "tokens": [3]}]'):
-        first, *others = rollouts._chain(recipe.make(rollouts={"processors": given}).rollouts.processors)
-        assert first.func is processors.banned and first.keywords == {"tokens": [3]}
-        assert [x.func for x in others] == [never_again] * (len(given) == 2)
-    with pytest.raises(UserError, match="processors: banned takes no option 'token'. Did you mean 'tokens'"):
-        rollouts._chain(({"name": "banned", "token": 3},))
+    own = f"{__name__}.never_again"
+    for given in ([{"name": "banned", "tokens": [3]}, own], '[{"name": "banned", "tokens": [3]}]'):
+        first, *others = chained(recipe.plain(recipe.make(rollouts={"processors": given}).rollouts.processors))
+        assert first.function is processors.banned and first.constants == {"tokens": [3]}
+        assert [x.function for x in others] == [never_again] * (len(given) == 2)
+    assert [x.function for x in chained(f"processors.banned, {own}")] == [processors.banned, never_again]
+    with pytest.raises(UserError, match="banned takes no option 'token'. Did you mean 'tokens'"):
+        chained(({"name": "banned", "token": 3},))
     with pytest.raises(UserError, match="no 'baned'. Did you mean 'banned'"):
-        rollouts._chain("baned")
+        chained("baned")
+    with pytest.raises(UserError, match="constrained.trie takes no option 'text'. Did you mean 'texts'"):
+        chained([{"name": "constrained.trie", "text": []}])
 
 
 def test_processors_are_named_with_keywords_in_a_list_or_with_commas():
@@ -161,6 +229,5 @@ def test_processors_are_named_with_keywords_in_a_list_or_with_commas():
         and entries("", "p") == []
         and entries({"name": "x"}, "p") == [{"name": "x"}]
     )
-    assert resolve(chain[0], "processors").keywords == {"tokens": [3]}
-    drawn = sampled(stop=(), chain=tuple(resolve(x, "processors") for x in chain))
+    drawn = sampled(stop=(), chain=chained(chain))
     assert not (drawn.tokens == 3).any() and all(len(set(row.tolist())) == NEW for row in drawn.tokens)

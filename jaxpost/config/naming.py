@@ -48,7 +48,7 @@ FOLDERS = {
     "models": "models.composed",
     "filters": "synthesis.filters",
     "parsers": "synthesis.parsers",
-    "processors": "sampling.processors",
+    "processors": "sampling",
     "prompts": "synthesis.prompts",
     "row_types": "data.row_types",
     "steps": "rollouts.steps",
@@ -62,9 +62,11 @@ ENTRIES = {
     "annotations": "annotators",
     "evals": "evals",
     "filters": "filters",
+    "gradients": "updates",
     "order": "transforms",
     "processors": "processors",
     "steps": "steps",
+    "updates": "updates",
 }
 WITH = {"annotate": "annotators", "select": "transforms", "merge": "merging"}  # stage -> what its setting `with` names
 SEVERAL = ("reward", "evals", "annotations")
@@ -106,7 +108,7 @@ def named(settings: Mapping, keys: Container[str]) -> dict:
         elif key == "with" and value and (callable(value) or (isinstance(value, Mapping) and callable(value.get("name")))):
             entry = value if isinstance(value, Mapping) else {"name": value}
             out[key] = {**entry, "name": name_of(entry["name"], WITH.get(settings.get("do"), ""))}
-        elif isinstance(value, Mapping) and (key not in keys or key == "rollouts"):
+        elif isinstance(value, Mapping) and (key not in keys or key in ("rollouts", "optimizer")):
             out[key] = named(value, keys)
     return out
 

@@ -180,7 +180,7 @@ def known(noun: str) -> list[str]:
 def _takes(function: Callable, noun: str) -> bool:
     """Whether a function of jaxpost has the noun's arguments, by name too: a helper may take the same number of others."""
     names, arguments = tuple(inspect.signature(function).parameters), ARGUMENTS.get(noun, ())
-    return fits(function, noun) and (names[: len(arguments)] == arguments or "completions" in names)
+    return fits(function, noun) and (names[: len(arguments)] == arguments or (noun == "rewards" and "completions" in names))
 
 
 def _place(noun: str) -> str:

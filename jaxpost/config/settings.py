@@ -136,6 +136,13 @@ DEFAULTS = {
         "weight_decay": 0.0,
         "decay": "(kernel(/[ab])?|weight)$",  # pattern of the paths that decay
         "clip": 1.0,  # of the gradient's global norm; 0 is off
+        # Leaves with a rate or a decay of their own: [{"paths": "^embed/", "lr": 1e-5, "weight_decay": 0.0}, ...], by patterns
+        # of which at most one matches a leaf. The schedule is the same for all.
+        "groups": "",
+        # Functions of one's own, FILE.py:function or a list of names and dicts with keywords, that change gradients before they
+        # are clipped, and updates before they are added (optim.py).
+        "gradients": "",
+        "updates": "",
     },
     "ema": 0.0,  # decay of a running mean of the weights; 0 keeps none
     "max_skipped": 10,  # non-finite updates in a row, all skipped, after which the run stops
@@ -198,7 +205,8 @@ def check(key: str, default, value, place: str) -> None:
     """Raises UserError for a value that is not of its default's type, and for a number out of range."""
     whole = ("model", "objective", "reward", "adapter", "advantages", "given", "task", "order", "prompt", "parser", *WHOLE)
     kinds = (str, Mapping) if key in whole else _KINDS[type(default)]
-    if key in ("data", "eval_data", "processors", "steps", "filters") and default == "":
+    lists = ("data", "eval_data", "processors", "steps", "filters", "groups", "gradients", "updates")
+    if key in lists and default == "":
         kinds = (str, tuple, list) if key == "steps" else (str, Mapping, tuple, list)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         expected = " or ".join("dict" if k is Mapping else k.__name__ for k in kinds)

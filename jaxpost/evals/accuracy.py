@@ -23,6 +23,7 @@ from jaxpost.evals.intervals import mean, standard_error, wilson
 from jaxpost.rollouts import scoring
 from jaxpost.rollouts.scores import everywhere
 from jaxpost.sampling.decode import answers, in_chunks, ready
+from jaxpost.sampling.processors import About, chain
 from jaxpost.stages import tasks
 
 NOISE = 271828  # the seed of the one sampled answer to each problem
@@ -38,6 +39,7 @@ def accuracy(
     samples: int = 0,
     ks: Sequence[int] = (1,),
     template: str | None = None,
+    processors: str | Sequence = "",
     rows: int = 64,
 ) -> Iterator[tuple[str, float | list]]:
     """(accuracy or reward, the same _greedy, and of each cell) of a task's test problems, see `graded`; or, of several
@@ -45,10 +47,11 @@ def accuracy(
     last ("samples", rows) as there.
 
     model: api.Model. task: its name, or a dict with its keys; reward: an entry in place of the task's own; per_cell: test
-    problems of each of the task's cells; new: the most tokens of an answer; rows: problems at a time, which changes nothing.
+    problems of each of the task's cells; new: the most tokens of an answer; processors: what an answer may be, named as in
+    `rollouts.processors`; rows: problems at a time, which changes nothing.
     Raises UserError for an unknown task, or one whose problems the model has no room for.
     """
-    records, rewards, extract, options = _asked(model, task, reward, per_cell, new, samples, ks, template)
+    records, rewards, extract, options = _asked(model, task, reward, per_cell, new, samples, ks, template, processors)
     yield "problems", len(records)
     how = {"rows": min(rows, len(records)), "options": options}
     if samples:
@@ -58,7 +61,7 @@ def accuracy(
 
 
 def _asked(
-    model, task, reward="", per_cell=50, new=64, samples=0, ks=(1,), template=None, rows=64
+    model, task, reward="", per_cell=50, new=64, samples=0, ks=(1,), template=None, processors="", rows=64
 ) -> tuple[list[dict], tasks.Rewards, Callable | None, dict]:
     """(test problems, what judges them, the task's `extract`, options of `graded`). Raises what `accuracy` raises; of the model
     no weights are needed.
@@ -84,6 +87,8 @@ def _asked(
         raise UserError(f"task={name}: a prompt of {longest} tokens leaves no room for an answer in the model's positions.")
     options = {"prompt_window": longest, "new": new, "template": template}
     options["stop"] = chat.stop_ids(model.tokenizer, template, model.ends)
+    about = About(model.tokenizer, tuple(options["stop"]), model.transformer.vocab, new)
+    options["chain"] = chain(processors, about, f"task={name}, processors")
     return records, rewards, getattr(opened, "extract", None), options
 
 

@@ -86,20 +86,21 @@ def stream(
     params: the model's, or what `ready` made of them. slots: how many are under way at a time, 0 for all of them; number: the
     first one's, for its noise; turns: of a segment; strings: texts that end a completion, which keeps them (the tokenizer says
     what a text is); have: completions that are there already and are left out; given: of each completion the ids that it begins
-    with; amounts and chain: see `processors`. Raises UserError for a prompt that is empty or longer than the window.
+    with; amounts and chain: see `processors`. Raises UserError for a prompt or given ids that cannot be.
     """
+    processors.check_given(given, chain := placed(chain, mesh))
     ways, turns = mesh.shape["data"] * mesh.shape["fsdp"], min(turns, new)
     columns, places = _laid_out(prompts, prompt_window, group, number, ways, have, new, given)
     jobs, left, halted, begun, snapshot = len(places), int((places >= 0).sum()), np.zeros(len(places), bool), 0, None
     sizes = {"slots": (slots := min(slots + -slots % ways, jobs) or jobs), "room": prompt_window + new, "new": new}
     noise, stop, amounts = np.array([seed, step], np.int32), np.array(stop, np.int32), processors.controls(**amounts)
     if left:
-        state, *held = _begun(model, ready(model, params, mesh), columns, halted, sizes, mesh)
+        state, *held = _begun(model, ready(model, params, mesh), columns, halted, sizes, mesh, bool(chain))
     while left:
         before, more = snapshot, slots < jobs or begun < new
         if more:  # without a queue it is known which segment is the last
             with sharding.use(mesh):  # not while the caller works
-                work = (*held, state, noise, stop, amounts, _put(halted, mesh))
+                work = (*held, state, noise, stop, amounts, put(halted, mesh))
                 state, snapshot = segment(model, *work, turns=turns, chain=chain)
             begun += turns
         # The device has the next segment while the host looks at the one before.
@@ -109,15 +110,23 @@ def stream(
             yield ended
 
 
-def _begun(model, params: Params, columns: dict, halted: np.ndarray, sizes: dict, mesh) -> tuple:
-    """What decoding begins with: (state, weights, bank of prompts, queue)."""
-    placed = {k: _put(x, mesh) for k, x in columns.items()}
+def placed(chain: Sequence[Callable], mesh) -> tuple[processors.Processor, ...]:
+    """The processors with their arrays on every device, for several calls with the same ones. Idempotent."""
+    bound = tuple(processors.bound(processor) for processor in chain)
+    return jax.device_put(bound, sharding.replicated(mesh)) if jax.tree.leaves(bound) else bound
+
+
+def _begun(model, params: Params, columns: dict, halted: np.ndarray, sizes: dict, mesh, processed: bool) -> tuple:
+    """What decoding begins with: (state, weights, bank of prompts, queue). processed: whether processors read the prompts."""
+    on_mesh = {k: put(x, mesh) for k, x in columns.items()}
+    prompts, lengths = on_mesh.pop("tokens"), on_mesh.pop("lengths")
     with sharding.use(mesh):
-        bank = prefill(model, params, placed.pop("tokens"), placed.pop("lengths"), room=sizes["room"])
-        return begin(model, _put(halted, mesh), **sizes), params, bank, Queue(**placed)
+        bank = prefill(model, params, prompts, lengths, room=sizes["room"])
+        bank = bank._replace(prompts=prompts) if processed else bank
+        return begin(model, put(halted, mesh), **sizes), params, bank, Queue(**on_mesh)
 
 
-def _put(x: np.ndarray, mesh) -> jax.Array:
+def put(x: np.ndarray, mesh) -> jax.Array:
     """An array that every process has whole, its rows with their devices."""
     return sharding.distribute({"x": x[slice(*sharding.local_rows(mesh, len(x)))]}, mesh, len(x))["x"]
 
@@ -218,6 +227,7 @@ def in_chunks(
     seed: int,
     number: int = 0,
     group: int = 1,
+    chain: tuple[Callable, ...] = (),
     **options,
 ) -> Iterator[tuple[slice, Completions]]:
     """(which prompts, their completions), `rows` prompts at a time, `group` completions of each.
@@ -225,11 +235,13 @@ def in_chunks(
     All chunks have one shape, so that one program serves them; what pads the last is not completed. A completion's noise is
     that of its number, the first one's being `number`, so `rows` changes no token. options: what `stream` takes besides.
     """
-    params, left, first = ready(model, params, mesh), iter(prompts), 0
+    params, left, first, chain = ready(model, params, mesh), iter(prompts), 0, placed(chain, mesh)
     while part := list(itertools.islice(left, rows)):
         padded = [*part, *[part[0]] * (rows - len(part))]
         work = {"number": number + first * group, "have": frozenset(range(len(part) * group, rows * group))}
-        completions = complete(model, params, padded, mesh=mesh, new=new, seed=seed, group=group, **work, **options)
+        completions = complete(
+            model, params, padded, mesh=mesh, new=new, seed=seed, group=group, chain=chain, **work, **options
+        )
         yield slice(first, first + len(part)), completions
         first += len(part)
 

@@ -1,15 +1,116 @@
 """What stands between a model's logits and the draw: functions (logits [R,V], context) -> logits [R,V].
 
 A processor is named in `rollouts.processors` and runs first, on the model's logits. Its context is a dict of arrays: `tokens`
-[R,N], the completion so far, zeros after; `counts` [R], how many tokens that is; `numbers` [R], the completions'. What it wants
-never drawn it sets to -inf; what is -inf already stays so. Then come the temperature and the three usual restrictions, whose
-amounts are arrays, so that changing one compiles nothing. Each row is by itself: its logits and context alone may matter.
+[R,N], the completion so far, zeros after; `counts` [R], how many tokens that is; `numbers` [R], the completions'; `prompts`
+[R,P], zeros after; `prompt_lengths` [R]. What it wants never drawn it sets to -inf; what is -inf already stays so. Then come
+the temperature and the three usual restrictions, whose amounts are arrays, so that changing one compiles nothing. Each row is
+by itself: its logits and context alone may matter.
+
+Keywords that are arrays are arguments of the compiled program, and all others are constants in it. A processor that reads
+tables has an attribute `prepare`, a function (about, *, keywords) -> {keyword: arrays} that makes them once: a recipe then
+gives the keywords of `prepare`. One that cannot go on after every completion has an attribute `admits`, a function (tokens
+[R,N], counts [R], *, arrays) -> [R] bool, which says whether it can after these tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from jaxpost.config.resolve import bind, entries, find, resolve, within
+from jaxpost.errors import UserError
+
+
+class About(NamedTuple):
+    """What `prepare` may know: the tokenizer, the ids that end a completion, the vocabulary's size, and the most tokens that a
+    completion may have, its end included.
+    """
+
+    tokenizer: Any
+    stop: tuple[int, ...]
+    vocab: int
+    new: int
+
+
+class _Constants(dict):
+    """A processor's keywords that are no arrays, which decide the program that is compiled."""
+
+    def __hash__(self):
+        return hash(repr(self))
+
+    def __eq__(self, other):
+        return repr(self) == repr(other) and dict.__eq__(self, other)
+
+
+@jax.tree_util.register_pytree_node_class
+class Processor:
+    """A processor with its keywords, as a tree whose leaves are its arrays."""
+
+    def __init__(self, function: Callable, keywords: Mapping[str, Any]):
+        def has_array(value):
+            return any(isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(value))
+
+        self.function, self.arrays = function, {k: v for k, v in keywords.items() if has_array(v)}
+        self.constants = _Constants({k: v for k, v in sorted(keywords.items()) if k not in self.arrays})
+
+    def __call__(self, logits: jax.Array, context: Mapping[str, jax.Array]) -> jax.Array:
+        return self.function(logits, context, **self.constants, **self.arrays)
+
+    def tree_flatten(self):
+        return (self.arrays,), (self.function, self.constants)
+
+    @classmethod
+    def tree_unflatten(cls, kept, children):
+        new = object.__new__(cls)
+        (new.function, new.constants), (new.arrays,) = kept, children
+        return new
+
+
+def chain(value: Any, about: About, place: str) -> tuple[Processor, ...]:
+    """The processors that a setting names, with their tables: a list of entries, one entry, names with commas, or JSON; from
+    Python functions too.
+
+    place: the setting, for errors. Raises UserError for an unknown name or keyword, and for what a `prepare` refuses.
+    """
+    return tuple(_processor(entry, about) for entry in ([value] if callable(value) else entries(value, place)))
+
+
+def _processor(entry: Any, about: About) -> Processor:
+    entry = {"name": entry} if callable(entry) else within(entry, "processors")
+    name, options = entry.get("name"), {k: v for k, v in entry.items() if k != "name"}
+    function = find(name, "processors") if isinstance(name, str) else name
+    if prepare := getattr(function, "prepare", None):
+        return Processor(function, bind(prepare, options, f"processors: {name}")(about))
+    if callable(name):
+        return bound(bind(name, options, f"processors: {getattr(name, '__name__', name)}") if options else name)
+    return bound(resolve(entry, "processors"))
+
+
+def bound(processor: Callable) -> Processor:
+    """A function, or a partial of one with keywords, as a Processor; a Processor is returned unchanged."""
+    if isinstance(processor, Processor):
+        return processor
+    return Processor(getattr(processor, "func", processor), getattr(processor, "keywords", {}))
+
+
+def check_given(given: Sequence[np.ndarray], processors: Sequence[Processor]) -> None:
+    """Raises UserError where a completion begins with tokens after which a processor cannot go on."""
+    longest = max(map(len, given), default=0)
+    if not longest:
+        return
+    tokens, counts = np.zeros((len(given), longest), np.int32), np.array([len(ids) for ids in given], np.int32)
+    for row, ids in zip(tokens, given, strict=True):
+        row[: len(ids)] = ids
+    for processor in processors:
+        admits = getattr(processor.function, "admits", None)
+        if admits and not (admitted := np.asarray(admits(tokens, counts, **processor.arrays))).all():
+            first = int(np.argmin(admitted))
+            raise UserError(
+                f"given: the {int(counts[first])} tokens that completion {first} begins with are not what "
+                f"{processor.function.__name__} allows; give others, or none."
+            )
 
 
 def banned(logits: jax.Array, context: Mapping[str, jax.Array], *, tokens: Sequence[int] = ()) -> jax.Array:

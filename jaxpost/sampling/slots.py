@@ -33,12 +33,13 @@ from jaxpost.types import Params
 
 class Bank(NamedTuple):
     """Prompts after prefill: the model's cache (see `cache_axes` of it), of P tokens, the logits [U,V] of the first token,
-    lengths [U].
+    lengths [U]; where processors read them, the prompts [U,P].
     """
 
     cache: tuple
     scores: jax.Array
     lengths: jax.Array
+    prompts: jax.Array | None = None
 
 
 class Queue(NamedTuple):
@@ -131,7 +132,7 @@ def begin(model: Sampled, done: jax.Array, *, slots: int, room: int, new: int) -
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("model", "turns", "chain"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("model", "turns"), donate_argnames=("state",))
 def segment(
     model: Sampled,
     params: Params,
@@ -144,7 +145,7 @@ def segment(
     halted: jax.Array,
     *,
     turns: int,
-    chain: tuple[Callable, ...] = (),
+    chain: tuple[processors.Processor, ...] = (),
 ) -> tuple[State, dict]:
     """`turns` more tokens for every slot, refilled as they end; (the state, what of the completions is there so far).
 
@@ -152,7 +153,7 @@ def segment(
     that the host has ended; chain: processors that come first. It is over sooner where nothing is left to do.
     """
     key = jax.random.fold_in(jax.random.PRNGKey(noise[0]), noise[1])
-    record = functools.partial(_record, queue=queue, key=key, stop=stop, amounts=amounts, chain=chain)
+    record = functools.partial(_record, bank=bank, queue=queue, key=key, stop=stop, amounts=amounts, chain=chain)
     refill = functools.partial(_refill, bank=bank, queue=queue, axes=model.cache_axes(), record=record)
     begins = _rows(bank.lengths, queue.prompts)  # [J]
     rotations = model.rotations(state.cache)
@@ -259,10 +260,17 @@ def _forced(s: State, queue: Queue, scores: jax.Array, token: jax.Array, logp: j
     return jnp.where(forced, theirs[:, 0], token), jnp.where(forced, model_logp, logp)
 
 
-def _record(s: State, scores: jax.Array, who: jax.Array, *, queue, key, stop, amounts, chain) -> State:
+def _context(s: State, bank: Bank, queue: Queue, numbers: jax.Array) -> dict[str, jax.Array]:
+    """What processors know of the slots' completions; see processors.py."""
+    prompt = _rows(queue.prompts, s.job)
+    prompts = {"prompts": _rows(bank.prompts, prompt), "prompt_lengths": _rows(bank.lengths, prompt)}
+    return {"tokens": _rows(s.tokens, s.job), "counts": s.count, "numbers": numbers, **prompts}
+
+
+def _record(s: State, scores: jax.Array, who: jax.Array, *, bank, queue, key, stop, amounts, chain) -> State:
     """Draws and writes down the next token of the slots `who` [n] from the model's logits [n,V]."""
     numbers, processed = _rows(queue.numbers, s.job), scores
-    context = {"tokens": _rows(s.tokens, s.job), "counts": s.count, "numbers": numbers} if chain else {}
+    context = _context(s, bank, queue, numbers) if chain else {}
     for processor in chain:
         processed = processor(processed, context)
     sampled = amounts["temperature"] > 0

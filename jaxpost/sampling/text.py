@@ -15,7 +15,9 @@ from jaxpost import tokenizer
 from jaxpost.data.chat import encode_prompt, specials, stop_ids
 from jaxpost.errors import UserError
 from jaxpost.models.protocol import Sampled
+from jaxpost.sampling.beam import Completed, search
 from jaxpost.sampling.decode import Completions, complete
+from jaxpost.sampling.processors import About, chain
 from jaxpost.types import Params
 
 DEFAULT_NEW = 200
@@ -37,20 +39,22 @@ def completed(
     seed: int = 0,
     n: int = 1,
     ends: Sequence[int] = (),
+    processors: Any = (),
+    beams: int = 0,
+    length_penalty: float = 1.0,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(ids of the prompt, ids of its completion without the special token that ended it): `n` of each prompt, side by side.
 
     text: the tokenizer. prompts: strings, conversations (lists of role and content), or ids. chat: a string is a user's
     message, not text to continue. new: the most tokens a completion may have; None is 200, or as many as the model's positions
     leave room for. temperature: 0 takes the likeliest token. ends: ids that stop a completion besides the tokenizer's and the
-    template's. template: for `chat`, a name or Jinja; None is the tokenizer's own. The same seed, prompts and n give the same
-    ids. Raises UserError for no or empty prompts, and where prompt and `new` exceed the model's positions.
+    template's. template: for `chat`, a name or Jinja; None is the tokenizer's own. processors: as `rollouts.processors` names
+    them, or functions. beams: the width of a beam search, which gives the `n` best completions, the best first; 0 samples.
+    length_penalty: see beam.py. The same seed, prompts and n give the same ids. Raises UserError for no or empty prompts,
+    where prompt and `new` exceed the model's positions, and for settings of both a search and a sample.
     """
-    ids = [encoded(text, p, chat, template) for p in prompts]
-    if not ids:
-        raise UserError("nothing to complete: give at least one prompt.")
-    for prompt in ids:
-        tokenizer.check_ids(prompt, model.vocab, text, "a prompt")
+    _check_search(beams, length_penalty, temperature, n)
+    ids = _checked([encoded(text, p, chat, template) for p in prompts], model.vocab, text)
     longest, room = max(map(len, ids)), model.max_positions
     new = min(DEFAULT_NEW, room - longest) if new is None else new
     if new < 1 or longest + new > room:
@@ -58,19 +62,48 @@ def completed(
             f"a prompt of {longest} tokens and {max(new, 1)} new ones do not fit the model's {room} positions "
             f"(max_position_embeddings); {_remedy(room - longest)}"
         )
-    completions = complete(
-        model,
-        params,
-        ids,
-        mesh=mesh,
-        prompt_window=min(longest + -longest % _BUCKET, room - new),
-        new=new,
-        group=n,
-        stop=stop_ids(text, template, ends),
-        temperature=temperature,
-        seed=seed,
-    )
+    stop = stop_ids(text, template, ends)
+    about = About(text, tuple(stop), model.vocab, new)
+    options = {"mesh": mesh, "prompt_window": min(longest + -longest % _BUCKET, room - new), "new": new, "stop": stop}
+    options["chain"] = chain(processors, about, "processors")
+    if beams:
+        completions = _best(search(model, params, ids, beams=beams, length_penalty=length_penalty, **options), n)
+    else:
+        completions = complete(model, params, ids, group=n, temperature=temperature, seed=seed, **options)
     return [(ids[i // n], row) for i, row in enumerate(_shown(completions, text))]
+
+
+def _check_search(beams: int, length_penalty: float, temperature: float, n: int) -> None:
+    """Raises UserError for settings of both a search and a sample."""
+    if beams and (temperature or n > beams):
+        raise UserError(
+            f"beams={beams} with temperature={temperature} and n={n}: a search draws nothing and gives `beams` at most."
+        )
+    if not beams and length_penalty != 1.0:
+        raise UserError(f"length_penalty={length_penalty} is of a beam search; give beams too.")
+
+
+def _checked(ids: list[np.ndarray], vocab: int, text: Any) -> list[np.ndarray]:
+    """The prompts. Raises UserError for none, and for an id that the model does not have."""
+    if not ids:
+        raise UserError("nothing to complete: give at least one prompt.")
+    for prompt in ids:
+        tokenizer.check_ids(prompt, vocab, text, "a prompt")
+    return ids
+
+
+def _best(completed: Completed, n: int) -> Completions:
+    """The `n` best of each prompt. Raises UserError where processors allow fewer."""
+    if not np.isfinite(completed.scores[:, :n]).all():
+        prompt = int(np.argmin(np.isfinite(completed.scores[:, :n]).all(axis=1)))
+        count = int(np.isfinite(completed.scores[prompt]).sum())
+        raise UserError(
+            f"n={n}: the search has {count} completions of prompt {prompt}, as processors forbid others; ask for fewer."
+        )
+    tokens, lengths, logps, stopped = (
+        x[:, :n].reshape(-1, *x.shape[2:]) for x in (completed.tokens, completed.lengths, completed.logps, completed.stopped)
+    )
+    return Completions(tokens, lengths, logps, stopped, lengths - stopped)
 
 
 def _shown(completions: Completions, text: Any) -> list[np.ndarray]:

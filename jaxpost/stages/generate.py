@@ -139,6 +139,8 @@ def make(plan: Plan | synthesis.Synthesis, run: Run) -> Output:
     about |= {"template": datasets.template(origin, s), "problems": plan.problems(), "tokenizer": digest_of(words)}
     about |= {"judge": digest_of([reward for reward, _ in plan.samples.rewards.values()])}
     about |= {k: plain(s[k]) for k in _DECIDING}
+    if tables := jax.tree.leaves(plan.samples.options["chain"]):
+        about |= {"tables": digest_of(tables)}
     artefact = Artefact(run.root, "rows", about)
     weights = functools.partial(loading.weights, origin, run.mesh, s.seed)
     with run.stop.saving(f"{plan.name}, while it drew completions"):

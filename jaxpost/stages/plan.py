@@ -135,6 +135,7 @@ def learned(spec: loading.ModelSpec, s, mesh) -> tuple[loading.ModelSpec, Callab
     if others:
         trainable = f"^(?!({'|'.join(others)})$)(?=.*({trainable}))"
     train, _ = optim.partition(loading.abstract(spec.transformer, mesh, spec.adapter, spec.leaves), trainable)
+    optim.check(s.optimizer, train)
     _check_row_type(s, datasets.row_type(objective))
     named, most = shares(s.source), spec.transformer.max_positions
     # Where several documents are one example, each is held to the model's positions where it is encoded.

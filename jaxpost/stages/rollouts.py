@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxpost.config.resolve import entries, entry_of, find, resolve, within
+from jaxpost.config.resolve import entry_of, find, resolve, within
 from jaxpost.config.unread import shares
 from jaxpost.declare import declared
 from jaxpost.errors import UserError
@@ -15,6 +15,7 @@ from jaxpost.rollouts import steps as built
 from jaxpost.rollouts.batch import RolloutBatch
 from jaxpost.rollouts.scores import Scores
 from jaxpost.rollouts.source import RolloutConfig, Rollouts, Rows
+from jaxpost.sampling import processors
 from jaxpost.sampling.decode import Completions
 from jaxpost.stages import datasets
 from jaxpost.stages.tasks import LOOK, Rewards, check_rewards, demonstrations, judging, prompts, stops
@@ -25,11 +26,9 @@ def sampling(model, s) -> dict:
     r = s.rollouts
     stop, strings = stops(model, s, datasets.template(model, s))
     options = {k: r[k] for k in ("prompt_window", "new", "temperature", "top_k", "top_p", "min_p", "slots")}
-    return {**options, "turns": r.segment, "stop": stop, "strings": strings, "chain": tuple(_chain(r.processors))}
-
-
-def _chain(processors) -> list[Callable]:
-    return [resolve(entry, "processors") for entry in entries(plain(processors), "config.rollouts.processors")]
+    about = processors.About(model.tokenizer, tuple(stop), model.transformer.vocab, r.new)
+    chain = processors.chain(plain(r.processors), about, "config.rollouts.processors")
+    return {**options, "turns": r.segment, "stop": stop, "strings": strings, "chain": chain}
 
 
 def source(name: str, task, judges: Rewards, model, s, objective: Callable, mesh) -> Rollouts:
