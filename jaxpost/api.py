@@ -47,6 +47,11 @@ class Model:
         """Final hidden states [B,S,D], and the head that makes logits of them; batch: tokens, segments, positions [B,S]."""
         return self.transformer.forward(params, batch)
 
+    @property
+    def max_positions(self) -> int:
+        """The most tokens that a document may have; of a model without weights what its architecture allows."""
+        return self.transformer.max_positions(self.params or {})
+
     def logits(self, tokens, lengths=None) -> jax.Array:
         """Logits [B,S,V] float32 of ids [B,S]; each place's predict the next token.
 
@@ -103,7 +108,8 @@ class Model:
             raise UserError(f"tokens are ids [B,S], all rows of one length; these are {tokens.dtype} of shape {tokens.shape}.")
         check_ids(tokens, arch.vocab, self.tokenizer, "tokens")
         rows, length = tokens.shape
-        if not 0 < length <= (most := arch.max_positions + beyond) or not rows:
+        most = self.max_positions + beyond
+        if not 0 < length <= most or not rows:
             raise UserError(f"tokens of shape {tokens.shape}: give rows of 1 to {most} tokens, and one at least.")
         lengths = np.full(rows, length) if lengths is None else np.asarray(lengths)
         if lengths.shape != (rows,) or not ((lengths >= 0) & (lengths <= length)).all():
@@ -128,12 +134,13 @@ def _scores(model: Transformer, params: Params, batch: Batch) -> dict[str, jax.A
     return token_scores(model.forward(params, batch), batch, mask)
 
 
-def load(where: str | Mapping, *, mesh=None, dtype: str = "float32", adapter: Mapping | str | None = None) -> Model:
+def load(where: str | Mapping, *, mesh=None, dtype: str = "float32", adapter: Mapping | Sequence | str | None = None) -> Model:
     """The model of a Hugging Face folder, a workdir, or one checkpoint in a workdir; config.json's fields give a fresh one.
 
     mesh: of `jaxpost.sharding.make_mesh`; None is all devices along `data`. dtype: of the computation, float32 or bfloat16; the
     weights are float32. adapter: a recipe's entry, such as {"name": "peft", "folder": "FOLDER"} or {"name": "lora", "rank":
-    16}; a workdir's own adapter is always loaded. Raises UserError if `where` is none of these, or broken, or not supported.
+    16}, or a list of entries; a workdir's own adapter is always loaded. Raises UserError if `where` is none of these, or
+    broken, or not supported.
     """
     compile_cache.keep()
     mesh = sharding.make_mesh() if mesh is None else mesh

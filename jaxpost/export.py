@@ -3,7 +3,7 @@
     python -m jaxpost.export --checkpoint=WORKDIR --out=FOLDER
 
 An adapter is merged into its base weights, and quantised weights become floats again; `--adapter` only writes the adapter, in
-the `peft` library's format.
+the `peft` library's format, or each of several as a folder.
 
 The folder gets config.json, safetensors, the tokenizer with its chat template, and generation_config.json with the ids that end
 an answer, so that a server stops where training taught the model to stop.
@@ -19,7 +19,7 @@ from jaxpost.adapters import peft
 from jaxpost.config import cli
 from jaxpost.data.chat import stop_ids
 from jaxpost.errors import UserError
-from jaxpost.models import hf, loading
+from jaxpost.models import adapted, hf, loading
 from jaxpost.storage import cloud
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -48,6 +48,11 @@ def export(checkpoint: str, out: str, *, mesh, dtype: str | None = None, adapter
     if adapter:
         base = loading.base_name(spec)
         return peft.save(folder, params, spec.transformer.arch, spec.adapter, base, loading.beside(spec))
+    if not all(adapted.declares(spec.adapter, "merges")):
+        raise UserError(
+            f"--checkpoint={checkpoint}: what it learned stands before each document and cannot become part of the weights; "
+            "write it alone, with --adapter."
+        )
     special = {} if spec.tokenizer is None else _special_ids(spec.tokenizer)
     # Ids that config.json already has stay: they do not change the forward, and others may rely on them.
     hf.save(folder, params, spec.transformer.arch, {**special, **spec.config}, dtype)

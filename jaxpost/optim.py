@@ -15,8 +15,6 @@ from jaxpost.config.resolve import nearest
 from jaxpost.errors import UserError
 from jaxpost.sharding import path_name
 
-ADDED = r"/kernel/(?!base(/|$))"  # the leaves that an adapter adds to the tree
-
 
 def _first(lr: float, warmup: int) -> float:
     """The rate of update 0, above 0 so that its batch is not wasted; `warmup` updates later the rate is lr."""

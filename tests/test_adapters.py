@@ -16,7 +16,7 @@ import jaxpost
 from jaxpost import optim, sharding
 from jaxpost.adapters import lora, peft, quantise
 from jaxpost.errors import UserError
-from jaxpost.models import hf, loading
+from jaxpost.models import adapted, hf, loading
 from jaxpost.models.einsum import dense, project
 from jaxpost.objectives import sft
 from jaxpost.step import gradients
@@ -181,7 +181,7 @@ def test_int8_is_within_half_a_step():
 def test_only_what_the_adapter_adds_gets_gradients_and_moments():
     spec = loading.describe(CONFIG, adapter=KINDS["dora nf4"])
     shapes = loading.abstract(spec.transformer, one_device(), spec.adapter)
-    train, frozen = optim.partition(shapes, optim.ADDED)
+    train, frozen = optim.partition(shapes, adapted.added(spec.adapter))
     names = {sharding.path_name(path).rpartition("/")[2] for path, _ in jax.tree_util.tree_leaves_with_path(train)}
     assert names == {"a", "b", "magnitude"}
     widths = [(24, 24), (24, 12), (24, 12), (24, 24), (24, 20), (24, 20), (20, 24)]
@@ -200,7 +200,7 @@ def gradients_on(mesh, adapter, rows=small.ROWS):
         spec = loading.ModelSpec(model, None, {}, None, adapter=adapter)
         params = loading.weights(spec, mesh)
         params = jax.device_put(jax.device_get(learned(params)), sharding.stored(mesh, params))
-        train, frozen = optim.partition(params, optim.ADDED)
+        train, frozen = optim.partition(params, adapted.added(adapter))
         batch = sharding.distribute(small.batch(), mesh, rows)
         places = sharding.stored(mesh, train)
         run = jax.jit(lambda t, f, b: gradients(model.forward, sft.nll, t, f, b, KEY, 2)[:2], out_shardings=(None, places))
@@ -270,7 +270,7 @@ def saved(folder, kind: str, config=CONFIG):
     """(model, params) with something learned, and its adapter in a folder."""
     model = load(KINDS[kind], config)
     params = learned(model.params)
-    peft.save(folder, params, model.transformer.arch, loading.recorded(KINDS[kind]), "the/base")
+    peft.save(folder, params, model.transformer.arch, adapted.recorded(KINDS[kind]), "the/base")
     return model, params
 
 
@@ -293,7 +293,7 @@ def test_an_adapter_goes_out_in_pefts_layout_and_comes_back(kind, tmp_path):
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(again.params), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=sharding.path_name(path))
     np.testing.assert_allclose(logits(again, again.params), logits(model, params), rtol=1e-6, atol=1e-6)  # scales' last bit
-    entry = loading.recorded({"name": "peft", "folder": str(tmp_path)})
+    entry = adapted.recorded({"name": "peft", "folder": str(tmp_path)})
     assert entry["name"] == ("lora.dora" if kind == "dora" else "lora.lora") and "folder" not in entry
 
 
@@ -338,16 +338,16 @@ def test_a_peft_folder_that_is_more_or_less_is_refused(kind, tmp_path):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_peft_folder_with_values_that_are_not_finite_is_refused(value):
     read = {f"model.layers.{layer}.mlp.up_proj.lora_B.weight": np.ones((4, 3), np.float32) for layer in range(2)}
-    assert peft._stacked("folder", read, "mlp.up_proj", "b", (2, 3, 4)).shape == (2, 3, 4)
+    assert lora._stacked("folder", read, "mlp.up_proj", "b", (2, 3, 4)).shape == (2, 3, 4)
     read["model.layers.1.mlp.up_proj.lora_B.weight"][0, 0] = value
     with pytest.raises(UserError, match="folder: model.layers.1.mlp.up_proj.lora_B.weight has 1 values that are NaN or inf"):
-        peft._stacked("folder", read, "mlp.up_proj", "b", (2, 3, 4))
+        lora._stacked("folder", read, "mlp.up_proj", "b", (2, 3, 4))
 
 
 def test_fused_projections_are_not_written_one_by_one(tmp_path):
     model = load(KINDS["lora"], family_cases.config("phi3/" + next(iter(family_cases.CASES["phi3"]))))
     with pytest.raises(UserError, match="phi3 keeps several projections in one tensor .*qkv_proj"):
-        peft.save(tmp_path, model.params, model.transformer.arch, model.config, None)
+        peft.save(tmp_path, model.params, model.transformer.arch, KINDS["lora"], None)
     with pytest.raises(UserError, match="there is no adapter in this checkpoint"):
         peft.save(tmp_path, load().params, load().transformer.arch, {}, None)
 

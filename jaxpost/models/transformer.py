@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpost import sharding
+from jaxpost.models import prefix
 from jaxpost.models.attention import (
     RESIDUALS,
     attend,
@@ -92,7 +93,7 @@ class Attention(nn.Module):
     arch: Architecture
 
     @nn.compact
-    def __call__(self, x, positions, turn, sees, attend, cache):
+    def __call__(self, x, positions, turn, sees, attend, cache, before=None):
         a = self.arch
         b, s, _ = x.shape
 
@@ -116,6 +117,8 @@ class Attention(nn.Module):
             dtype = jnp.float32 if sharding.platform() == "cpu" else x.dtype
             cache = {name: written(cache[name], new, positions, axes[name]) for name, new in (("k", k), ("v", v))}
             k, v = cache["k"], cache["v"]
+        elif before is not None:
+            k, v = before.before(k, v)
         k, v = (jnp.einsum(f"{axes[name]}->BKTH", y.astype(dtype)) for name, y in (("k", k), ("v", v)))
         y = attend(q.astype(dtype), k, v, sees).astype(x.dtype).reshape(b, s, -1)
         return Dense(a.width, a.o_bias, a.init_std, name="o")(y), cache
@@ -138,19 +141,20 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + attention, then x + feed-forward, each with a norm before it, after it, or both.
 
+    before: the layer's keys and values before every document (models/prefix.py), if there are any and no cache has them.
     Returns x, the cache it wrote (or None), and the router's output (or None).
     """
 
     arch: Architecture
 
     @nn.compact
-    def __call__(self, x, positions, turn, sees, attend, cache=None):
+    def __call__(self, x, positions, turn, sees, attend, cache=None, before=None):
         a, router = self.arch, None
 
         def norm(name, when, y):
             return RMSNorm(a.eps, a.norm_offset, name=name)(y) if a.norms in (when, "both") else y
 
-        y, cache = Attention(a, name="attention")(norm("norm1", "pre", x), positions, turn, sees, attend, cache)
+        y, cache = Attention(a, name="attention")(norm("norm1", "pre", x), positions, turn, sees, attend, cache, before)
         x = sharding.shard(x + norm("norm1_post", "post", y), "BSD")
         y = norm("norm2", "pre", x)
         if a.experts:
@@ -197,29 +201,35 @@ class Transformer:
         Without a cache: tokens, positions and segments [B,S]; documents attend separately. With a cache (see `make_cache`):
         tokens and positions [B,S]; each token is written to the slot of its position and attends to the slots up to it.
         Optional with a cache: `room`, a scalar, the length that a document will have, if not the cache's; the cache's
-        `rotations`.
+        `rotations`. Optional: `embeds` [B,S,D], vectors that enter the first layer in place of the tokens' where `embedded`
+        [B,S] bool is set. Where params have a `prefix` (models/prefix.py), every document sees it; a cache must hold it.
         """
         # The sampler's weights are whole along fsdp, so its rows need not move.
         find = sharding.lookup if cache is None else sharding.lookup_whole
         x = find(params["embed"]["weight"], batch["tokens"], self.dtype)
         x = x * jnp.asarray(self.arch.embed_scale, x.dtype)
+        if "embeds" in batch:
+            x = jnp.where(batch["embedded"][:, :, None], batch["embeds"].astype(x.dtype), x)
+        before = prefix.keys_values(self, params) if cache is None else None
+        batch = prefix.shifted(batch, params)
         # What does not depend on the layer is computed once, outside of the scan: a table for each kind of layer.
-        tables, attend = self._tables(batch, cache)
+        tables, attend = self._tables(batch, cache, 0 if before is None else before.length)
         positions = batch["positions"]
 
-        def block(x, layer, table, cache):
+        def block(x, layer, before, table, cache):
             layer = sharding.gather(layer, self.dtype)
-            x, cache, router = Block(self.arch).apply({"params": layer}, x, positions, *table, attend, cache)
+            x, cache, router = Block(self.arch).apply({"params": layer}, x, positions, *table, attend, cache, before)
             return x, cache, _over_tokens(router, batch.get("segments"))
 
         if REMAT[self.remat] is not None and cache is None:
             block = jax.checkpoint(block, policy=REMAT[self.remat])
         if cache is None and not isinstance(params["layers"], tuple):
-            x, router = self._scan(block, x, params["layers"], tables)
+            x, router = self._scan(lambda *inputs: block(*inputs, None)[::2], x, (params["layers"], before), tables)
         else:
             written, routers = [], []
             for i, layer in enumerate(unstack(params, self.arch.layers)["layers"]):
-                x, new, router = block(x, layer, tables[self.arch.kind(i)], None if cache is None else cache[i])
+                own = jax.tree.map(lambda y, i=i: y[i], before)
+                x, new, router = block(x, layer, own, tables[self.arch.kind(i)], None if cache is None else cache[i])
                 written.append(new)
                 routers.append(router)
             cache = None if cache is None else tuple(written)
@@ -230,11 +240,11 @@ class Transformer:
         router = jax.tree.map(lambda r: r.swapaxes(0, 1), router)
         return Output(hidden, Head(weight, soft_cap=self.arch.logit_cap), cache, router)
 
-    def _tables(self, batch: Batch, cache: Any) -> tuple[list, Callable]:
+    def _tables(self, batch: Batch, cache: Any, before: int = 0) -> tuple[list, Callable]:
         """(for each kind of layer (cosine and sine, what it sees), the attention function that takes the latter)."""
         a, positions = self.arch, batch["positions"]
         if cache is None:
-            masks, attention = over_rows(self.kernel, a, batch, self.dtype)
+            masks, attention = over_rows(self.kernel, a, batch, self.dtype, before)
             lengths = document_lengths(batch["segments"], positions)
         else:
             # While decoding, a document's final length is unknown; the room that it has stands for it.
@@ -248,17 +258,40 @@ class Transformer:
             turns = [rotary(kind.rope, a.head_width, positions, lengths) for kind in a.kinds]
         return list(zip(turns, masks, strict=True)), attention
 
-    def _scan(self, block, x, layers, tables: list):
-        """Runs the blocks one after the other as one loop; each kind of layer has its own table."""
+    def _scan(self, block, x, layers: tuple, tables: list):
+        """Runs block(x, *a layer's part of each of `layers`, table) -> (x, output) layer after layer as one loop; each kind of
+        layer has its own table.
+        """
         if len(tables) == 1:
-            return jax.lax.scan(lambda x, layer: block(x, layer, tables[0], None)[::2], x, layers)
+            return jax.lax.scan(lambda x, layer: block(x, *layer, tables[0]), x, layers)
         stacked = jax.tree.map(lambda *t: jnp.stack(t), *tables)
 
         def turn(x, layer):
-            weights, kind = layer
-            return block(x, weights, jax.tree.map(lambda t: t[kind], stacked), None)[::2]
+            *parts, kind = layer
+            return block(x, *parts, jax.tree.map(lambda t: t[kind], stacked))
 
-        return jax.lax.scan(turn, x, (layers, jnp.array(self.arch.pattern)))
+        return jax.lax.scan(turn, x, (*layers, jnp.array(self.arch.pattern)))
+
+    def keys_values(self, params: Params, embeds: jax.Array) -> prefix.KeysValues:
+        """The keys and values [L,m,K,H] of a document of vectors [m,D] that enter the first layer; params: stacked."""
+        places, empty = jnp.arange(len(embeds))[None], self.make_cache(1, len(embeds))[0]
+        tables, attend = self._tables({"positions": places}, (empty,))
+
+        def block(x, layer, table):
+            layer = sharding.gather(layer, self.dtype)
+            return Block(self.arch).apply({"params": layer}, x, places, *table, attend, empty)[:2]
+
+        _, cache = self._scan(block, embeds[None].astype(self.dtype), (params["layers"],), tables)
+        return prefix.KeysValues(**{n: jnp.einsum(f"L{axes[1:]}->LTKH", cache[n][:, 0]) for n, axes in cache_axes().items()})
+
+    def max_positions(self, params: Params) -> int:
+        """The most tokens that a document may have: the model's positions without those of the prefix. A prefix is computed
+        once for documents of any length, so with one longrope's second table is out of reach.
+        """
+        if not (taken := prefix.length(params)):
+            return self.arch.max_positions
+        short = [kind.rope.original for kind in self.arch.kinds if kind.rope.kind == "longrope"]
+        return min(self.arch.max_positions, *short) - taken if short else self.arch.max_positions - taken
 
     def rotations(self, cache: Any) -> list[tuple[jax.Array, jax.Array]]:
         """(cosine, sine), [T,1,R/2] each, of a cache's slots, for each kind of layer. A loop over tokens looks them up, since

@@ -38,7 +38,7 @@ def score(record: dict, completion: str, *, folder: str) -> float:
 def _many(records: Sequence[dict], completions: Sequence[str], *, folder: str) -> list[float | Exception]:
     """`score` of each completion, in batches; the error in place of a missing score."""
     model, params, tokenizer, mesh = _opened(folder)
-    most = model.arch.max_positions
+    most = model.max_positions(params)
     examples = [_encoded(r, c, tokenizer, folder) for r, c in zip(records, completions, strict=True)]
     lengths = [len(e["tokens"]) for e in examples]
     scores: list = [ValueError(f"prompt and completion have {n} tokens, the reward model takes {most}") for n in lengths]

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxpost import sharding
 from jaxpost.errors import UserError
+from jaxpost.models import prefix
 from jaxpost.models.transformer import Transformer
 from jaxpost.sampling import processors
 from jaxpost.sampling.slots import Queue, begin, prefill, prepare, segment
@@ -90,7 +91,8 @@ def stream(
     ways, turns = mesh.shape["data"] * mesh.shape["fsdp"], min(turns, new)
     columns, places = _laid_out(prompts, prompt_window, group, number, ways, have, new, given)
     jobs, left, halted, begun, snapshot = len(places), int((places >= 0).sum()), np.zeros(len(places), bool), 0, None
-    sizes = {"slots": (slots := min(slots + -slots % ways, jobs) or jobs), "room": prompt_window + new, "new": new}
+    room = prefix.length(params) + prompt_window + new
+    sizes = {"slots": (slots := min(slots + -slots % ways, jobs) or jobs), "room": room, "new": new}
     noise, stop, amounts = np.array([seed, step], np.int32), np.array(stop, np.int32), processors.controls(**amounts)
     if left:
         state, *held = _begun(model, ready(model, params, mesh), columns, halted, sizes, mesh)

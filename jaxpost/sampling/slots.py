@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpost import sharding
+from jaxpost.models import prefix
 from jaxpost.models.attention import cache_axes
 from jaxpost.models.einsum import transposed
 from jaxpost.models.heads import logits
@@ -108,17 +109,22 @@ def _uniform(key: jax.Array, numbers: jax.Array, places: jax.Array) -> jax.Array
 
 @functools.partial(jax.jit, static_argnames=("model",))
 def prepare(model: Transformer, params: Params) -> Params:
-    """The weights as decoding reads them: whole along fsdp, of the computation's numbers, a tree a layer."""
+    """The weights as decoding reads them: whole along fsdp, of the computation's numbers, a tree a layer; of a prefix its keys
+    and values.
+    """
+    params = prefix.computed(model, params)
     return transposed(sharding.gather(unstack(params, model.arch.layers), model.dtype))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "room"))
 def prefill(model: Transformer, params: Params, prompts: jax.Array, lengths: jax.Array, *, room: int) -> Bank:
-    """The bank of prompts [U,P] int32, right-padded, of true lengths [U] >= 1; room: tokens that prompt and completion take."""
+    """The bank of prompts [U,P] int32, right-padded, of true lengths [U] >= 1; room: tokens that prompt and completion take,
+    a prefix included. The cache begins with the prefix.
+    """
     u, p = prompts.shape
     places = jnp.broadcast_to(jnp.arange(p), (u, p))
     batch = {"tokens": prompts, "positions": places, "room": jnp.int32(room)}
-    out = model.forward(params, batch, model.make_cache(u, p))
+    out = model.forward(params, batch, prefix.make_cache(model, params, u, p))
     return Bank(out.cache, logits(out.hidden[jnp.arange(u), lengths - 1], out.head), lengths)
 
 

@@ -51,7 +51,7 @@ def completed(
         raise UserError("nothing to complete: give at least one prompt.")
     for prompt in ids:
         tokenizer.check_ids(prompt, model.arch.vocab, text, "a prompt")
-    longest, room = max(map(len, ids)), model.arch.max_positions
+    longest, room = max(map(len, ids)), model.max_positions(params)
     new = min(DEFAULT_NEW, room - longest) if new is None else new
     if new < 1 or longest + new > room:
         raise UserError(
