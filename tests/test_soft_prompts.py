@@ -4,19 +4,24 @@ same keys and values, in front of each document.
 
 import dataclasses
 import functools
+import json
 
+import family_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import sampler_cases as cases
 import small
+from safetensors.numpy import load_file, save_file
 from sampler_cases import sampled
 
+import jaxpost
 from jaxpost import optim, sharding
+from jaxpost.adapters import peft
 from jaxpost.adapters.prompts import Prefix, Projected, Soft
 from jaxpost.errors import UserError
-from jaxpost.models import adapted, attention, loading, prefix, transformer
+from jaxpost.models import adapted, attention, hf, loading, prefix, transformer
 from jaxpost.models.families import Kind, Rope
 from jaxpost.objectives import sft
 from jaxpost.step import gradients
@@ -30,6 +35,10 @@ MODELS = {
     "kinds": dataclasses.replace(small.MODELS["kinds"], arch=dataclasses.replace(small.MODELS["kinds"].arch, embed_scale=3.0)),
 }
 DOCUMENTS = ((4, 7), (6,), (1, 2, 9))  # lengths, a row each
+
+
+def one_device():
+    return sharding.make_mesh(devices=jax.devices()[:1])
 
 
 @functools.cache
@@ -256,7 +265,7 @@ def learned_on(mesh, adapter, microbatches: int = 1):
 
 @pytest.mark.parametrize("adapter", [SOFT, pytest.param(PREFIX, marks=pytest.mark.slow)], ids=["soft", "prefix"])
 def test_eight_devices_and_microbatches_learn_what_one_does(adapter):
-    one = learned_on(sharding.make_mesh(devices=jax.devices()[:1]), adapter)
+    one = learned_on(one_device(), adapter)
     eight = learned_on(sharding.make_mesh(2, 2, 2), adapter, microbatches=2)
     assert one[0] == pytest.approx(eight[0], rel=1e-6)
     leaves = jax.tree.leaves(one[1])
@@ -337,8 +346,7 @@ class Letters:
 
 
 def made(adapter, model=small.MODEL, tokenizer=None):
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    return loading.weights(loading.ModelSpec(model, tokenizer, {}, None, adapter=adapter), mesh, seed=1)
+    return loading.weights(loading.ModelSpec(model, tokenizer, {}, None, adapter=adapter), one_device(), seed=1)
 
 
 def test_a_soft_prompt_begins_as_a_text_or_as_tokens():
@@ -370,7 +378,7 @@ WRONG = {
 def test_a_wrong_prompt_is_refused(kind):
     adapter, message = WRONG[kind]
     with pytest.raises(UserError, match=message):
-        loading.abstract(small.MODEL, sharding.make_mesh(devices=jax.devices()[:1]), adapter)
+        loading.abstract(small.MODEL, one_device(), adapter)
 
 
 def test_adapters_compose():
@@ -390,3 +398,123 @@ def test_adapters_compose():
         assert [entry["name"] for entry in loading.adapted.recorded(adapter)] == [
             {"lora": "lora.lora"}.get(entry["name"], entry["name"]) for entry in adapter
         ]
+
+
+# ----------------------------------------------------------------------------------------------------------- peft's files
+
+FILES = {
+    "soft": {"name": "prompts.soft", "length": M},
+    "prefix": {"name": "prompts.prefix", "length": M, "std": 1.0},
+    "perceptron": {"name": "prompts.prefix", "length": M, "hidden": 5},
+}
+TOKENS = np.random.default_rng(0).integers(0, 37, (2, 12))
+
+
+def opened(adapter, config=None):
+    return jaxpost.load(config or small_config(), mesh=one_device(), adapter=adapter)
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_prompt_goes_out_in_pefts_layout_and_comes_back(kind, tmp_path):
+    model = opened(FILES[kind])
+    names = peft.save(tmp_path, model.params, model.transformer.arch, adapted.recorded(FILES[kind]), "the/base")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert names == ["adapter_config.json", "adapter_model.safetensors"] and config["num_virtual_tokens"] == M
+    tensor = load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"]
+    held = model.params["prefix"]
+    if kind == "soft":
+        np.testing.assert_array_equal(tensor, held.vectors)
+    else:  # a token's keys and values, layer after layer
+        plain = held.plain() if kind == "perceptron" else held
+        assert tensor.shape == (M, 2 * 2 * 12)
+        np.testing.assert_allclose(
+            tensor[1], np.concatenate([x[i, 1] for i in range(2) for x in (plain.k, plain.v)]), rtol=1e-6
+        )
+    again = opened({"name": "peft", "folder": str(tmp_path)})
+    np.testing.assert_allclose(again.logits(TOKENS), model.logits(TOKENS), atol=1e-6)
+    entry = adapted.recorded({"name": "peft", "folder": str(tmp_path)})
+    assert entry["name"] == FILES[kind]["name"] and entry["length"] == M and "folder" not in entry
+    # One that is read has learned already: the model with it is the reference.
+    spec = loading.ModelSpec(model.transformer, None, {}, None, adapter={"name": "peft", "folder": str(tmp_path)})
+    assert loading.as_reference(again.params, spec) is again.params
+
+
+def test_several_adapters_are_a_folder_each(tmp_path):
+    entries = [{"name": "lora", "rank": 2}, FILES["soft"]]
+    model = opened(entries)
+    names = peft.save(tmp_path, model.params, model.transformer.arch, adapted.recorded(entries), None)
+    assert names == [f"{a}/adapter_{b}" for a in ("lora", "soft") for b in ("config.json", "model.safetensors")]
+    again = opened([{"name": "peft", "folder": str(tmp_path / name)} for name in ("lora", "soft")])
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+
+
+BAD = {
+    "width": (lambda c, t: (c, {k: v[:, :7] for k, v in t.items()}), r"prompt_embeddings is \(3, 7\), the model wants 24"),
+    "more": (
+        lambda c, t: (c, t | {"word_embeddings": np.ones(2)}),
+        "holds prompt_embeddings, word_embeddings; a prompt is one",
+    ),
+    "nan": (lambda c, t: (c, {k: v * np.nan for k, v in t.items()}), "prompt_embeddings has 72 values that are NaN or inf"),
+    "field": (lambda c, t: (c | {"fresh_idea": 2}, t), "fresh_idea = 2 is not supported"),
+    "kind": (lambda c, t: (c | {"peft_type": "P_TUNING"}, t), "'P_TUNING' is not supported; what is are LORA, PREFIX_TUNING"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_folder_that_is_no_prompt_of_the_model_is_refused(kind, tmp_path):
+    model = opened(FILES["soft"])
+    peft.save(tmp_path, model.params, model.transformer.arch, FILES["soft"], None)
+    files = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    change, message = BAD[kind]
+    config, tensors = change(json.loads(files[0].read_text()), load_file(files[1]))
+    files[0].write_text(json.dumps(config))
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, files[1])
+    with pytest.raises(UserError, match=message):
+        opened({"name": "peft", "folder": str(tmp_path)})
+
+
+def parity(tmp_path, config) -> tuple:
+    """(peft, torch, transformers' model of our fresh weights)."""
+    library, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model = opened(None, config)
+    hf.save(tmp_path / "base", model.params, model.transformer.arch, config)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    return library, torch, base
+
+
+def theirs(torch, model) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS)).logits.numpy()[:, -TOKENS.shape[1] :]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+@pytest.mark.parametrize("kind", FILES)
+def test_peft_opens_ours(kind, family, tmp_path):
+    config = small_config() if family == "llama" else family_cases.config("gemma/" + next(iter(family_cases.CASES["gemma"])))
+    library, torch, base = parity(tmp_path, config)
+    model = jaxpost.load(str(tmp_path / "base"), mesh=one_device(), adapter=FILES[kind])
+    peft.save(tmp_path / "ours", model.params, model.transformer.arch, FILES[kind], str(tmp_path / "base"))
+    difference = np.abs(theirs(torch, library.PeftModel.from_pretrained(base, tmp_path / "ours")) - model.logits(TOKENS)).max()
+    print(f"{kind} {family}: {difference:.1e} of {np.abs(model.logits(TOKENS)).max():.1f}")
+    assert difference <= 1e-4
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_ours_opens_what_peft_made(kind, tmp_path):
+    library, torch, base = parity(tmp_path, small_config())
+    torch.manual_seed(0)
+    about = {"task_type": "CAUSAL_LM", "num_virtual_tokens": M}
+    chosen = {
+        "soft": lambda: library.PromptTuningConfig(**about),
+        "prefix": lambda: library.PrefixTuningConfig(**about),
+        "perceptron": lambda: library.PrefixTuningConfig(**about, prefix_projection=True, encoder_hidden_size=5),
+    }[kind]()
+    made = library.get_peft_model(base, chosen).eval()
+    made.save_pretrained(tmp_path / "theirs")
+    model = jaxpost.load(
+        str(tmp_path / "base"), mesh=one_device(), adapter={"name": "peft", "folder": str(tmp_path / "theirs")}
+    )
+    difference = np.abs(theirs(torch, made) - model.logits(TOKENS)).max()
+    print(f"{kind}: {difference:.1e} of {np.abs(model.logits(TOKENS)).max():.1f}")
+    assert difference <= 1e-4
