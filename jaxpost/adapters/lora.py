@@ -41,6 +41,7 @@ TARGETS = "layers/(attention/(q|k|v|o)|mlp/(gate|up|down))/kernel$"
 class Lora(flax.struct.PyTreeNode):
     """W + scale * A B: base a kernel [..., I, O] or a quantised one, a [..., I, r], b [..., r, O]."""
 
+    parts = {"a": "Ir", "b": "rO"}
     base: Any
     a: jax.Array
     b: jax.Array
@@ -58,6 +59,7 @@ class Lora(flax.struct.PyTreeNode):
 class Dora(flax.struct.PyTreeNode):
     """magnitude * V / |V| with V = W + scale * A B, the norm taken over the inputs of each output; magnitude [..., O]."""
 
+    parts = {"a": "Ir", "b": "rO", "magnitude": "O"}
     base: Any
     a: jax.Array
     b: jax.Array
