@@ -50,7 +50,7 @@ class Model:
     @property
     def max_positions(self) -> int:
         """The most tokens that a document may have; of a model without weights what its architecture allows."""
-        return self.transformer.max_positions(self.params or {})
+        return self.transformer.max_positions(self.params)
 
     def logits(self, tokens, lengths=None) -> jax.Array:
         """Logits [B,S,V] float32 of ids [B,S]; each place's predict the next token.

@@ -1,7 +1,9 @@
 """Adapters and quantised weights, as leaves of the tree: what they compute, what they cost, and what `peft` makes of them."""
 
 import json
+import re
 import statistics
+from pathlib import Path
 
 import family_cases
 import jax
@@ -15,11 +17,14 @@ from safetensors.numpy import load_file, save_file
 import jaxpost
 from jaxpost import optim, sharding
 from jaxpost.adapters import lora, peft, quantise
+from jaxpost.config.naming import name_of
+from jaxpost.config.resolve import known, resolve
+from jaxpost.declare import declared
 from jaxpost.errors import UserError
 from jaxpost.models import adapted, hf, loading
 from jaxpost.models.einsum import dense, project
 from jaxpost.objectives import sft
-from jaxpost.step import gradients
+from jaxpost.step import combine, gradients
 
 KEY = jax.random.PRNGKey(3)
 CONFIG = {
@@ -91,6 +96,53 @@ def test_merged_and_unmerged_say_the_same(kind):
     apart, together = logits(model, params), logits(model, merged(params))
     assert np.abs(apart - logits(model, merged(model.params))).max() > 0.05, "what was learned must matter here"
     assert np.abs(apart - together).max() <= 1e-5 * np.abs(together).max()
+
+
+@pytest.mark.parametrize("name", [name for name in known("adapters") if name != "peft"])  # which is one of the others
+def test_an_adapter_is_what_it_declares(name):
+    """By discovery: the leaves that it adds and no others, whether it merges, whether it changes nothing at its start."""
+    entry, tree = {"name": name}, loading.abstract(small.MODEL, one_device(), {"name": name})
+    plain, adapted_paths = ({sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(t)} for t in (
+        loading.abstract(small.MODEL, one_device()), tree
+    ))  # fmt: skip
+    fresh = {path for path in adapted_paths if re.search(adapted.added(entry), path)}
+    assert fresh and {path.removesuffix("/base") for path in adapted_paths - fresh} == plain
+    nodes = [x for x in jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "merged")) if hasattr(x, "merged")]
+    (merges,), (files,) = (adapted.declares(entry, field) for field in ("merges", "files"))
+    assert bool(nodes) == merges and files.kind and declared(resolve(entry, "adapters"), "recorded") is None
+    assert adapted.recorded(adapted.recorded(entry)) == adapted.recorded(entry)
+    base, ours = (np.asarray(load(one).logits(TOKENS)) for one in (None, entry))
+    # DoRA divides a norm by itself, computed in two programs: float32 rounding.
+    assert (np.abs(base - ours).max() <= 2e-5) == bool(adapted.neutral(entry))
+
+
+def test_the_adapter_of_contributing_is_one(tmp_path):
+    """In a file of its own: it trains its factors alone, lies as its weights do, and merged it says the same."""
+    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+    cells = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    (tmp_path / "mine.py").write_text("\n".join([cells[0], *(cell for cell in cells if "class Scaled" in cell)]))
+    entry = {"name": f"{tmp_path}/mine.py:scaled"}
+    model = load(entry)
+    rng = np.random.default_rng(0)
+    train, frozen = optim.partition(model.params, adapted.added(entry))
+    assert {sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(train)} == {
+        f"layers/attention/{name}/kernel/factor" for name in "kv"
+    }
+    params = combine(jax.tree.map(lambda x: jnp.asarray(rng.uniform(0.5, 2, x.shape), jnp.float32), train), frozen)
+    apart = logits(model, params)
+    assert np.abs(apart - logits(model, merged(params))).max() <= 1e-5 * np.abs(apart).max()
+    assert np.abs(apart - logits(model, model.params)).max() > 0.05
+    places = sharding.stored(sharding.make_mesh(2, 2, 2), loading.abstract(small.MODEL, sharding.make_mesh(2, 2, 2), entry))
+    node = places["layers"]["attention"]["k"]["kernel"]
+    assert (node.base.shard_shape((2, 32, 16)), node.factor.shard_shape((2, 16))) == ((2, 16, 8), (2, 8))
+
+
+def test_an_adapter_that_declares_nothing_is_named():
+    def silent(params, key):
+        return params
+
+    with pytest.raises(UserError, match=r"does not say which leaves it adds; put @adapter\(adds=\(...\)\) above"):
+        adapted.added({"name": name_of(silent, "adapters")})
 
 
 def test_the_formulas():

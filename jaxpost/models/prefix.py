@@ -45,9 +45,9 @@ class KeysValues(flax.struct.PyTreeNode):
         return joined(self.k, k), joined(self.v, v)
 
 
-def length(params: Params) -> int:
+def length(params: Params | None) -> int:
     """The number of places before each document that `params["prefix"]` takes; 0 without one."""
-    return params["prefix"].length if "prefix" in params else 0
+    return params["prefix"].length if params and "prefix" in params else 0
 
 
 def keys_values(model: Any, params: Params) -> KeysValues | None:
@@ -62,15 +62,15 @@ def computed(model: Any, params: Params) -> Params:
 
 def shifted(batch: Batch, params: Params) -> Batch:
     """The batch with the places of its tokens behind the prefix."""
-    return {**batch, "positions": batch["positions"] + length(params)} if "prefix" in params else batch
+    return {**batch, "positions": batch["positions"] + m} if (m := length(params)) else batch
 
 
 def make_cache(model: Any, params: Params, batch_size: int, size: int) -> tuple:
     """A cache for documents of `size` tokens each, with the prefix (see `computed`) in its first slots."""
-    before, m = params.get("prefix"), length(params)
-    cache = model.make_cache(batch_size, size + m)
-    if before is None:
+    cache = model.make_cache(batch_size, size + (m := length(params)))
+    if not m:
         return cache
+    before = params["prefix"]
     places = jnp.broadcast_to(jnp.arange(m), (batch_size, m))
 
     def filled(slots, own, axes):

@@ -284,7 +284,7 @@ class Transformer:
         _, cache = self._scan(block, embeds[None].astype(self.dtype), (params["layers"],), tables)
         return prefix.KeysValues(**{n: jnp.einsum(f"L{axes[1:]}->LTKH", cache[n][:, 0]) for n, axes in cache_axes().items()})
 
-    def max_positions(self, params: Params) -> int:
+    def max_positions(self, params: Params | None) -> int:
         """The most tokens that a document may have: the model's positions without those of the prefix. A prefix is computed
         once for documents of any length, so with one longrope's second table is out of reach.
         """
