@@ -50,7 +50,8 @@ def test_the_reference_of_pairs_is_the_model_without_a_fresh_prompt(tmp_path):
     """Its column is, file by file, that of the model alone."""
     two = settings(tmp_path)
     one = {k: v for k, v in two.items() if k not in ("sft", "dpo", "stages")} | two["dpo"] | {"steps": 2}
-    annotate.annotate(recipe.make(**one), "ref_logps", workdir=tmp_path / "w")
+    for adapter in ({}, SOFT):
+        annotate.annotate(recipe.make(**one, adapter=adapter), "ref_logps", workdir=tmp_path / "w")
     made = {p: p.read_bytes() for p in (tmp_path / "w" / "columns").rglob("*") if p.is_file()}
     train.run(recipe.make(**one, adapter=SOFT), tmp_path / "w")
     assert {p: p.read_bytes() for p in (tmp_path / "w" / "columns").rglob("*") if p.is_file()} == made

@@ -35,8 +35,8 @@ class KeysValues(flax.struct.PyTreeNode):
         """Itself."""
         return self
 
-    def before(self, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """One layer's keys and values [m,K,H] before those of rows [B,S,K,H]: [B,m+S,K,H] each."""
+    def ahead_of(self, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """One layer's keys and values [m,K,H] ahead of those of rows [B,S,K,H]: [B,m+S,K,H] each."""
 
         def joined(own, rows):
             own = jnp.broadcast_to(own.astype(rows.dtype), (rows.shape[0], *own.shape))

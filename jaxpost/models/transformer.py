@@ -118,7 +118,7 @@ class Attention(nn.Module):
             cache = {name: written(cache[name], new, positions, axes[name]) for name, new in (("k", k), ("v", v))}
             k, v = cache["k"], cache["v"]
         elif before is not None:
-            k, v = before.before(k, v)
+            k, v = before.ahead_of(k, v)
         k, v = (jnp.einsum(f"{axes[name]}->BKTH", y.astype(dtype)) for name, y in (("k", k), ("v", v)))
         y = attend(q.astype(dtype), k, v, sees).astype(x.dtype).reshape(b, s, -1)
         return Dense(a.width, a.o_bias, a.init_std, name="o")(y), cache
