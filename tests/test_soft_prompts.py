@@ -245,7 +245,7 @@ def test_nothing_is_compiled_of_what_is_not_there():
     assert got == wanted and wanted.count("dot_general") == 9
     # A model whose prompt is taken away, as the reference's is, is the same tree.
     params = weights("") | {"prefix": Soft(embeddings("", [1]))}
-    bare = loading.as_reference(params, loading.ModelSpec(model, None, {}, None, adapter=SOFT))
+    bare = loading.to_reference(loading.ModelSpec(model, None, {}, None, adapter=SOFT))(params)
     assert jax.tree.structure(bare) == jax.tree.structure(weights(""))
 
 
@@ -394,7 +394,7 @@ def test_adapters_compose():
         assert names == {"prefix/vectors", *(n for n in names if n.endswith(("/kernel/a", "/kernel/b")))} and len(names) == 15
         spec = loading.ModelSpec(small.MODEL, None, {}, None, adapter=adapter)
         assert loading.reference(spec).adapter == lora
-        jax.tree.map(np.testing.assert_array_equal, loading.as_reference(both, spec), alone)
+        jax.tree.map(np.testing.assert_array_equal, loading.to_reference(spec)(both), alone)
         assert [entry["name"] for entry in loading.adapted.recorded(adapter)] == [
             {"lora": "lora.lora"}.get(entry["name"], entry["name"]) for entry in adapter
         ]
@@ -436,7 +436,7 @@ def test_a_prompt_goes_out_in_pefts_layout_and_comes_back(kind, tmp_path):
     assert entry["name"] == FILES[kind]["name"] and entry["length"] == M and "folder" not in entry
     # One that is read has learned already: the model with it is the reference.
     spec = loading.ModelSpec(model.transformer, None, {}, None, adapter={"name": "peft", "folder": str(tmp_path)})
-    assert loading.as_reference(again.params, spec) is again.params
+    assert loading.to_reference(spec)(again.params) is again.params
 
 
 def test_several_adapters_are_a_folder_each(tmp_path):
@@ -446,6 +446,8 @@ def test_several_adapters_are_a_folder_each(tmp_path):
     assert names == [f"{a}/adapter_{b}" for a in ("lora", "soft") for b in ("config.json", "model.safetensors")]
     again = opened([{"name": "peft", "folder": str(tmp_path / name)} for name in ("lora", "soft")])
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    with pytest.raises(UserError, match="two adapters are LORA, and a folder of peft's holds one"):
+        peft.save(tmp_path / "two", model.params, model.transformer.arch, [entries[0], entries[0]], None)
 
 
 BAD = {

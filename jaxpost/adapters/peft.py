@@ -59,7 +59,7 @@ def _opened(folder: str, base: str) -> tuple[Files, dict, dict[str, Any]]:
         raise UserError(f"{where}: has no adapter_model.safetensors. Save it from peft with safe_serialization (the default).")
     held = {name.removeprefix(_PREFIX): tensor for name, tensor in safetensors_io.tensors(tensors).items()}
     entry = kinds[kind].read({k: v for k, v in fields.items() if k not in _COMMON}, held, folder)
-    return kinds[kind], entry | ({"base": base} if kind == "LORA" or base else {}), held
+    return kinds[kind], entry | ({"base": base} if base else {}), held
 
 
 def save(
@@ -88,15 +88,14 @@ def save(
     for one in entries:
         if (files := declared(resolve(one, "adapters"), "files")) is None:
             raise UserError(f"export: peft has no place for the adapter {one['name']}; leave --adapter out.")
-        each[folder / one["name"].rpartition(".")[2] if len(entries) > 1 else folder] = (
-            files,
-            *files.written(params, arch, one),
-        )
+        if files.kind in (other.kind for other, *_ in each.values()):
+            raise UserError(f"export: two adapters are {files.kind}, and a folder of peft's holds one; leave --adapter out.")
+        place = folder / one["name"].rpartition(".")[2] if len(entries) > 1 else folder
+        each[place] = files, *files.written(params, arch, one)
     for place, (files, fields, tensors) in each.items():
-        common = {"peft_type": files.kind, "task_type": "CAUSAL_LM", "base_model_name_or_path": model}
+        common = {"peft_type": files.kind, "task_type": "CAUSAL_LM", "base_model_name_or_path": model, "inference_mode": True}
         place.mkdir(parents=True, exist_ok=True)
-        config = json.dumps(common | fields | {"inference_mode": True}, indent=2)
-        (place / "adapter_config.json").write_text(config + "\n")
+        (place / "adapter_config.json").write_text(json.dumps(common | fields, indent=2) + "\n")
         tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
         cloud.save_tensors(tensors, place / "adapter_model.safetensors")
     return sorted(str(p.relative_to(folder)) for place in each for p in place.iterdir())

@@ -31,7 +31,8 @@ DEFAULTS = {
     # the layer's input; without splash the same as full), full (its input alone).
     "remat": "none",
     # Over whole rows: xla, splash (TPU), cudnn (GPU), auto (the platform's fast one). Where a kernel cannot, xla takes its
-    # place: splash with a window that is no multiple of 128 or a shared prefix, cudnn with float32 (models/attention.py).
+    # place: splash with a window that is no multiple of 128 or a shared prefix, cudnn with float32, both with a learned prompt
+    # before documents (models/attention.py).
     "attention": "auto",
     # An adapter of the model, whose own weights are then frozen: dict(name="lora", rank=8, alpha=16.0), of adapters/; or a
     # tuple of several. A stage that starts from a model with an adapter trains that one on.

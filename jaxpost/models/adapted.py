@@ -41,7 +41,7 @@ def recorded(adapter: Adapter) -> dict | list[dict]:
 def _recorded(entry: dict) -> dict:
     bound = resolve(entry, "adapters")
     if (record := declared(bound, "recorded")) is not None:
-        return record()
+        return _recorded(record())
     name, keywords = entry["name"], inspect.signature(bound.func).parameters.values()
     completed = declared(bound, "completed")
     defaults = {p.name: p.default for p in keywords if p.kind is p.KEYWORD_ONLY and p.name not in completed}
@@ -68,26 +68,28 @@ def added(adapter: Adapter) -> str:
 
     Raises UserError for a function that does not declare them.
     """
-    names = [name for each in declares(adapter, "adds") for name in each]
-    if len(listed(adapter)) and not names:
-        raise UserError(
-            f"config.adapter: {listed(adapter)[0]['name']} does not say which leaves it adds; put @adapter(adds=(...)) above "
-            "the function (from jaxpost.declare import adapter)."
-        )
+    names = []
+    for entry, adds in zip(listed(adapter), declares(adapter, "adds"), strict=True):
+        if not adds:
+            raise UserError(
+                f"config.adapter: {entry['name']} does not say which leaves it adds; put @adapter(adds=(...)) above the "
+                "function (from jaxpost.declare import adapter)."
+            )
+        names += adds
     return f"(^|/)({'|'.join(map(re.escape, names))})$" if names else "(?!)"
 
 
 def applied(adapter: Adapter, params: Params, key: jax.Array) -> Params:
-    """The tree with all adapters, of which only structure, shapes and dtypes are meant: texts are not read."""
+    """The tree with all adapters, for its shapes: keywords that the model decides are left at their defaults."""
     for entry in listed(adapter):
         params = resolve(entry, "adapters")(params, key)
     return params
 
 
 def makers(spec: Any, shapes: Callable[[Adapter], Params]) -> dict[str, tuple[Callable, Any]]:
-    """{path: (the adapter that changes or adds the weight there, its shapes)} of a model's spec.
+    """{path: (the adapter that changes or adds the weight there, its shapes)} of a model's spec (loading.ModelSpec).
 
-    shapes: gives the shapes of the tree with an adapter.
+    shapes: adapter -> the shapes of the model's tree with it.
     """
     made, before, adapters = {}, flatten_dict(shapes(()), sep="/"), listed(spec.adapter)
     for count, entry in enumerate(adapters, start=1):
@@ -136,9 +138,9 @@ def neutral(adapter: Adapter) -> dict | list[dict]:
     return as_one([entry for entry in listed(adapter) if declared(resolve(entry, "adapters"), "neutral")])
 
 
-def without(params: Params, whole: Params, left: Params) -> Params:
+def without(whole: Params, left: Params, params: Params) -> Params:
     """The parameters without some of their adapters; whole, left: the model's shapes with all of them, and with the others."""
-    flat, whole, left = (flatten_dict(tree, sep="/") for tree in (params, whole, left))
+    whole, left, flat = (flatten_dict(tree, sep="/") for tree in (whole, left, params))
     kept = {path: x for path, x in flat.items() if path in left or path not in whole}
     gone = [path for path, x in left.items() if type(x) is not type(whole[path])]
     return unflatten_dict(kept | {path: flat[path].base for path in gone}, sep="/")

@@ -13,7 +13,7 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -204,11 +204,11 @@ def reference(spec: ModelSpec) -> ModelSpec:
     return dataclasses.replace(spec, adapter=kept)
 
 
-def as_reference(params: Params, spec: ModelSpec) -> Params:
-    """The parameters of `reference(spec)` among those of the spec."""
+def to_reference(spec: ModelSpec) -> Callable[[Params], Params]:
+    """The function from the spec's parameters to those of `reference(spec)`, which are among them."""
     if (kept := reference(spec).adapter) == spec.adapter:
-        return params
-    return adapted.without(params, _shapes(spec.transformer, spec.adapter), _shapes(spec.transformer, kept))
+        return lambda params: params
+    return functools.partial(adapted.without, _shapes(spec.transformer, spec.adapter), _shapes(spec.transformer, kept))
 
 
 def weights(spec: ModelSpec, mesh, seed: int = 0) -> Params:

@@ -291,7 +291,7 @@ class Transformer:
         if not (taken := prefix.length(params)):
             return self.arch.max_positions
         short = [kind.rope.original for kind in self.arch.kinds if kind.rope.kind == "longrope"]
-        return min(self.arch.max_positions, *short) - taken if short else self.arch.max_positions - taken
+        return min([self.arch.max_positions, *short]) - taken
 
     def rotations(self, cache: Any) -> list[tuple[jax.Array, jax.Array]]:
         """(cosine, sine), [T,1,R/2] each, of a cache's slots, for each kind of layer. A loop over tokens looks them up, since

@@ -277,7 +277,7 @@ def programs(
     start: Callable,
     mesh,
     *,
-    origin,
+    origin: loading.ModelSpec,
     fresh: bool,
     weights_of: Models,
 ) -> list[Callable]:
@@ -287,14 +287,14 @@ def programs(
     what trains is kept, copied where the state has them, since the step takes its memory; the rest is in every state. Another
     model's weights are loaded once.
     """
-    annotators, forward = [], plan.spec.transformer.forward
+    annotators, forward, to_reference = [], plan.spec.transformer.forward, loading.to_reference(origin)
     weights = {"current": lambda state: combine(state.train, state.frozen)}
     for one in annotations:
         spec = None if one.weights in OWN else weights_of(one.weights)
         if one.weights == "start" and "start" not in weights:
             first, _ = optim.partition(start(), plan.trainable)
             first = jax.tree.map(jnp.copy, first) if fresh else first
-            weights["start"] = lambda state, first=first: loading.as_reference(combine(first, state.frozen), origin)
+            weights["start"] = lambda state, first=first: to_reference(combine(first, state.frozen))
         elif one.weights not in weights:
             other = loading.weights(spec, mesh, plan.settings.seed)
             weights[one.weights] = lambda state, other=other: other
@@ -310,7 +310,7 @@ def stored(annotations: Sequence[Annotation], plan, origin: loading.ModelSpec, s
     """
     values = {one.encoded.digest: dict(plan.stored.get(one.encoded.digest, {})) for one in plan.sets}
     for one in annotations:
-        spec, weights = loading.reference(origin), lambda: loading.as_reference(start(), origin)
+        spec, weights = loading.reference(origin), lambda: loading.to_reference(origin)(start())
         if one.weights != "start":
             spec = weights_of(one.weights)
             weights = functools.partial(loading.weights, spec, mesh, plan.settings.seed)
