@@ -25,7 +25,7 @@ import numpy as np
 from jaxpost import sharding
 from jaxpost.data import chat, templates
 from jaxpost.errors import UserError
-from jaxpost.models import loading, protocol, vocabulary
+from jaxpost.models import loading, prefix, protocol, vocabulary
 from jaxpost.models.composed import Patched
 from jaxpost.models.heads import logits
 from jaxpost.objectives import documents
@@ -53,6 +53,11 @@ class Model:
     def forward(self, params: Params, batch: Batch) -> Output:
         """Final hidden states [B,S,D], and the head that makes logits of them; batch: tokens, segments, positions [B,S]."""
         return self.transformer.forward(params, batch)
+
+    @property
+    def max_positions(self) -> int:
+        """The most tokens that a document may have."""
+        return prefix.max_positions(self.transformer, self.params)
 
     def logits(self, tokens, lengths=None, *, patch: Mapping | None = None) -> jax.Array:
         """Logits [B,S,V] float32 of ids [B,S]; each place's predict the next token.
@@ -154,7 +159,7 @@ class Model:
             raise UserError(
                 f"embed: pooling={pooling!r} is {' or '.join(documents.POOLINGS)}, too_long={too_long!r} error or truncate."
             )
-        jinja, most = templates.jinja(self.tokenizer, template), self.transformer.max_positions
+        jinja, most = templates.jinja(self.tokenizer, template), self.max_positions
         options = {"template": jinja, "instruction": instruction}
         ids = [chat.encode_text(x, self.tokenizer, place=f"text {i + 1}", **options) for i, x in enumerate(texts)]
         for i, one in enumerate(ids):
@@ -199,7 +204,8 @@ class Model:
             raise UserError(f"tokens are ids [B,S], all rows of one length; these are {tokens.dtype} of shape {tokens.shape}.")
         check_ids(tokens, self.transformer.vocab, self.tokenizer, "tokens")
         rows, length = tokens.shape
-        if not 0 < length <= (most := self.transformer.max_positions + beyond) or not rows:
+        most = self.max_positions + beyond
+        if not 0 < length <= most or not rows:
             raise UserError(f"tokens of shape {tokens.shape}: give rows of 1 to {most} tokens, and one at least.")
         lengths = np.full(rows, length) if lengths is None else np.asarray(lengths)
         if lengths.shape != (rows,) or not ((lengths >= 0) & (lengths <= length)).all():
@@ -249,12 +255,13 @@ def _embeddings(model: protocol.Model, params: Params, batch: Batch, pooling: st
     return documents.unit(vectors) if normalise else vectors
 
 
-def load(where: str | Mapping, *, mesh=None, dtype: str = "float32", adapter: Mapping | str | None = None) -> Model:
+def load(where: str | Mapping, *, mesh=None, dtype: str = "float32", adapter: Mapping | Sequence | str | None = None) -> Model:
     """The model of a Hugging Face folder, a workdir, or one checkpoint in a workdir; config.json's fields give a fresh one.
 
     mesh: of `jaxpost.sharding.make_mesh`; None is all devices along `data`. dtype: of the computation, float32 or bfloat16; the
     weights are float32. adapter: a recipe's entry, such as {"name": "peft", "folder": "FOLDER"} or {"name": "lora", "rank":
-    16}; a workdir's own adapter is always loaded. Raises UserError if `where` is none of these, or broken, or not supported.
+    16}, or a list of entries; a workdir's own adapter is always loaded. Raises UserError if `where` is none of these, or
+    broken, or not supported.
     """
     compile_cache.keep()
     mesh = sharding.make_mesh() if mesh is None else mesh

@@ -1,4 +1,5 @@
-"""Declarations: an objective declares what it reads, an annotator what it stores. `declared` looks one up.
+"""Declarations: an objective declares what it reads, an annotator what it stores, an adapter what it adds. `declared` looks one
+up.
 
     @objective(rows="pairs", columns={"ref_logps": Column("BS", "float32", by="ref_logps")})
     def mine(forward, params, batch, key, *, beta: float = 0.1): ...
@@ -29,8 +30,14 @@ _DEFAULTS = {
     "metrics": None,
     "differentiates_entropy": False,
     "per": "token",
+    "adds": (),
+    "neutral": True,
+    "merges": True,
+    "files": None,
+    "completed": {},
+    "recorded": None,
 }
-_FUNCTIONS = ("prepare", "gather", "metrics")  # the value is a function, bound to the keywords that it takes
+_FUNCTIONS = ("prepare", "gather", "metrics", "recorded")  # the value is a function, bound to the keywords that it takes
 _ATTRIBUTES = ("prepare", "columns", "data", "leaves")  # older versions read these from the function itself
 
 
@@ -104,6 +111,43 @@ def annotator(*, per: str = "token") -> Callable:
     """
     if per not in ("token", "document"):
         raise UserError(f"@annotator(per={per!r}): give 'token' or 'document'.")
+    return _declaring(locals())
+
+
+class Files(NamedTuple):
+    """How an adapter lies in a folder of `peft`'s: adapter_config.json and adapter_model.safetensors.
+
+    kind: the config's `peft_type`. read: (config, {tensor name: lazy array}, place) -> the adapter's entry. filled: (params
+    with the adapter, the tensors, place) -> params with the tensors' values. written: (params, architecture, entry) -> (fields
+    of the config, {tensor name: array}). place: the folder, for errors. They raise UserError for what they do not support.
+    """
+
+    kind: str
+    read: Callable
+    filled: Callable
+    written: Callable
+
+
+def adapter(
+    *,
+    adds: tuple[str, ...] = (),
+    neutral: bool = True,
+    merges: bool = True,
+    files: Files | None = None,
+    completed: Mapping[str, Callable] | None = None,
+    recorded: Callable | None = None,
+) -> Callable:
+    """Declares an adapter.
+
+    adds: the leaves that it adds, which are all that trains: parts of a node around a weight ("a", "b"), or paths beside the
+    model's own ("prefix/vectors"). A node keeps the weight that it is around as `base`.
+    neutral: whether the model computes the same before the adapter has learned. If not, the model without it is the reference
+    of a stage that begins with a fresh one (annotations with weights "start").
+    merges: whether what it learns can become part of the model's own weights: nodes have `merged()` (models/einsum.py).
+    files: how `peft` keeps it, None for no way.
+    completed: {keyword: (ModelSpec, the keywords) -> its value}, of keywords that the model decides and no recipe gives.
+    recorded: for one that is read from files, (its keywords) -> the entry of the same adapter without them.
+    """
     return _declaring(locals())
 
 

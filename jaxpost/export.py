@@ -3,7 +3,7 @@
     python -m jaxpost.export --checkpoint=WORKDIR --out=FOLDER
 
 An adapter is merged into its base weights, and quantised weights become floats again; `--adapter` only writes the adapter, in
-the `peft` library's format.
+the `peft` library's format, or each of several as a folder.
 
     python -m jaxpost.export --checkpoint=WORKDIR --out=FOLDER --pooling=last
 
@@ -30,7 +30,7 @@ from jaxpost.adapters import peft
 from jaxpost.config import cli
 from jaxpost.data.chat import stop_ids
 from jaxpost.errors import UserError
-from jaxpost.models import hf, loading, sentences, vocabulary
+from jaxpost.models import adapted, hf, loading, sentences, vocabulary
 from jaxpost.objectives import contrastive, documents
 from jaxpost.storage import cloud
 from jaxpost.types import Params
@@ -68,6 +68,7 @@ def export(
     if adapter:
         base = loading.base_name(spec)
         return peft.save(folder, params, spec.transformer.arch, spec.adapter, base, loading.beside(spec))
+    check_merges(spec, f"--checkpoint={checkpoint}")
     if pooling is not None:
         sentences.save(folder, spec.transformer.arch, pooling=pooling, normalise=normalise)
     hf.save(folder, params, spec.transformer.arch, config_of(spec), dtype)
@@ -94,6 +95,15 @@ def check_leaves(spec: loading.ModelSpec, place: str) -> None:
         )
     if not hasattr(spec.transformer, "arch"):
         raise UserError(f"{place}: its model is made by {spec.config['name']}; Hugging Face has no format for it.")
+
+
+def check_merges(spec: loading.ModelSpec, place: str) -> None:
+    """Raises UserError for an adapter that cannot become part of the weights."""
+    if not all(adapted.declares(spec.adapter, "merges")):
+        raise UserError(
+            f"{place}: what it learned stands before each document and cannot become part of the weights; write it alone, with "
+            "--adapter."
+        )
 
 
 def config_of(spec: loading.ModelSpec) -> dict:

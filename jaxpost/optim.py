@@ -23,7 +23,6 @@ from jaxpost.errors import UserError
 from jaxpost.sharding import path_name
 
 _OF_GROUPS = ("lr", "weight_decay")  # what a group of leaves may have of its own
-ADDED = r"/kernel/(?!base(/|$))"  # the leaves that an adapter adds to the tree
 
 
 def _first(lr: float, warmup: int) -> float:

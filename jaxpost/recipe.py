@@ -147,7 +147,8 @@ def stages(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
         place = f"config.{name}" if names else "config"
         settings = adapted(settings, [path for path in defaults if has(own, path)], defaults, place)
         done[name] = ConfigDict(linked(settings, "model" in own, done, place))
-        done[name].adapter = _adapter(name, settings["adapter"], done.get(done[name].start))
+        with done[name].ignore_type():
+            done[name].adapter = _adapter(name, settings["adapter"], done.get(done[name].start))
     return list(done.items())
 
 
@@ -176,10 +177,10 @@ def _own(stage: Mapping, path: str) -> str:
     return path
 
 
-def _adapter(name: str, asked: Mapping | str, before: ConfigDict | None) -> dict:
+def _adapter(name: str, asked: Mapping | Sequence | str, before: ConfigDict | None) -> dict | tuple:
     """The adapter of a stage: its own, or that of the stage it starts from. Raises UserError for one over another."""
-    asked = {"name": asked} if isinstance(asked, str) and asked else dict(asked or {})
-    inside = {} if before is None else before.adapter.to_dict()
+    asked = {"name": asked} if isinstance(asked, str) and asked else asked or {}
+    inside = {} if before is None else plain(before.adapter)
     if asked and inside and asked != inside:
         raise UserError(f"config.{name}.adapter: the stage that it starts from has another; a weight takes one. Leave it out.")
     return asked or inside

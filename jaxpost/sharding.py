@@ -38,15 +38,6 @@ RULES = (
     (r"mlp/router/kernel$", "LDE"),
 )
 
-# The parts of a node that stands for a kernel (an adapter around it, its integers and scales) are laid out like the kernel: by
-# the letters of the kernel's last two dimensions. r, the rank, is never split. Other parts have the kernel's own letters.
-PARTS = {
-    "a": lambda i, o: i + "r",
-    "b": lambda i, o: "r" + o,
-    "magnitude": lambda i, o: o,
-    "transposed": lambda i, o: o + i,
-}
-
 STORED = {"E": "fsdp", "D": "fsdp", "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
 USED = {letter: axis for letter, axis in STORED.items() if axis != "fsdp"}
 COMPUTED = {"B": ("data", "fsdp"), "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
@@ -130,18 +121,16 @@ def gather(params: Any, dtype: Any = None) -> Any:
     """
     mesh = jax.sharding.get_abstract_mesh()
 
-    def move(path, x):
-        name = path_name(path)
-        letters = _letters(name, x.ndim)
+    def move(name, x, letters):
         if letters is None:
             return x
-        if dtype is not None and x.dtype == np.float32 and re.search("(weight|kernel|kernel/base)$", name):
+        if dtype is not None and x.dtype == np.float32 and re.search("(weight|kernel|base)$", name):
             x = x.astype(dtype)
         if mesh.empty:
             return x
         return _moved(x, _spec(letters, x.shape, USED, mesh), _spec(letters, x.shape, STORED, mesh))
 
-    return jax.tree_util.tree_map_with_path(move, params)
+    return _with_letters(move, params)
 
 
 def lookup(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
@@ -214,16 +203,36 @@ def path_name(path) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def _letters(name: str, ndim: int) -> str | None:
-    """The letters of a leaf by its path, without the leading L inside the scan over layers."""
-    stem, _, part = name.partition("/kernel/")
-    for pattern, letters in RULES:
-        if re.search(pattern, f"{stem}/kernel" if part else name):
-            if part:
-                letters = letters[:-2] + PARTS.get(part.rpartition("/")[2], "{}{}".format)(*letters[-2:])
-            letters = letters.lstrip("L") if ndim == len(letters) - 1 else letters
-            return letters if len(letters) == ndim else None
-    return None
+def _with_letters(function, tree: Any) -> Any:
+    """The tree with function(path, leaf, letters of its dimensions by its path, or None) for each leaf.
+
+    A node that stands for a weight (models/einsum.py) is laid out like the weight. For a field it may declare in `parts` the
+    letters of the last dimensions, where I and O are the weight's last two and others are never split; other fields have the
+    weight's own.
+    """
+
+    def leaf(path, x, letters):
+        if hasattr(x, "project"):
+            return jax.tree_util.tree_map_with_path(
+                lambda inner, y: leaf((*path, *inner), y, of_part(x, inner, y, letters)), x, is_leaf=lambda y: is_node(y, x)
+            )
+        ndim = len(x.shape)
+        letters = letters.lstrip("L") if ndim == len(letters) - 1 else letters  # inside the scan over layers
+        return function(path_name(path), x, letters if letters and len(letters) == ndim else None)
+
+    def of_part(node, inner, y, letters):
+        own = getattr(node, "parts", {}).get(path_name(inner[:1]))
+        if own is None or not letters or is_node(y, node):
+            return letters
+        return letters[:-2] + own.replace("I", letters[-2]).replace("O", letters[-1])
+
+    def is_node(y, around=None):
+        return y is not around and hasattr(y, "project")
+
+    def rule(name):
+        return next((letters for pattern, letters in RULES if re.search(pattern, name)), "")
+
+    return jax.tree_util.tree_map_with_path(lambda path, x: leaf(path, x, rule(path_name(path))), tree, is_leaf=is_node)
 
 
 def stored(mesh: Mesh, tree: Any) -> Any:
@@ -232,11 +241,10 @@ def stored(mesh: Mesh, tree: Any) -> Any:
 
 
 def _placed_by_path(mesh: Mesh, tree: Any, table: dict) -> Any:
-    def place(path, x):
-        letters = _letters(path_name(path), len(x.shape))
+    def place(name, x, letters):
         return NamedSharding(mesh, P() if letters is None else _spec(letters, x.shape, table, mesh))
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    return _with_letters(place, tree)
 
 
 def gathered(mesh: Mesh, tree: Any) -> Any:

@@ -1,7 +1,9 @@
 """Adapters and quantised weights, as leaves of the tree: what they compute, what they cost, and what `peft` makes of them."""
 
 import json
+import re
 import statistics
+from pathlib import Path
 
 import family_cases
 import jax
@@ -15,11 +17,14 @@ from safetensors.numpy import load_file, save_file
 import jaxpost
 from jaxpost import optim, sharding
 from jaxpost.adapters import lora, peft, quantise
+from jaxpost.config.naming import name_of
+from jaxpost.config.resolve import known, resolve
+from jaxpost.declare import declared
 from jaxpost.errors import UserError
-from jaxpost.models import hf, loading
+from jaxpost.models import adapted, hf, loading
 from jaxpost.models.einsum import dense, project
 from jaxpost.objectives import sft
-from jaxpost.step import gradients
+from jaxpost.step import combine, gradients
 
 KEY = jax.random.PRNGKey(3)
 CONFIG = {
@@ -91,6 +96,53 @@ def test_merged_and_unmerged_say_the_same(kind):
     apart, together = logits(model, params), logits(model, merged(params))
     assert np.abs(apart - logits(model, merged(model.params))).max() > 0.05, "what was learned must matter here"
     assert np.abs(apart - together).max() <= 1e-5 * np.abs(together).max()
+
+
+@pytest.mark.parametrize("name", [name for name in known("adapters") if name != "peft"])  # which is one of the others
+def test_an_adapter_is_what_it_declares(name):
+    """By discovery: the leaves that it adds and no others, whether it merges, whether it changes nothing at its start."""
+    entry, tree = {"name": name}, loading.abstract(small.MODEL, one_device(), {"name": name})
+    plain, adapted_paths = ({sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(t)} for t in (
+        loading.abstract(small.MODEL, one_device()), tree
+    ))  # fmt: skip
+    fresh = {path for path in adapted_paths if re.search(adapted.added(entry), path)}
+    assert fresh and {path.removesuffix("/base") for path in adapted_paths - fresh} == plain
+    nodes = [x for x in jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "merged")) if hasattr(x, "merged")]
+    (merges,), (files,) = (adapted.declares(entry, field) for field in ("merges", "files"))
+    assert bool(nodes) == merges and files.kind and declared(resolve(entry, "adapters"), "recorded") is None
+    assert adapted.recorded(adapted.recorded(entry)) == adapted.recorded(entry)
+    base, ours = (np.asarray(load(one).logits(TOKENS)) for one in (None, entry))
+    # DoRA divides a norm by itself, computed in two programs: float32 rounding.
+    assert (np.abs(base - ours).max() <= 2e-5) == bool(adapted.neutral(entry))
+
+
+def test_the_adapter_of_contributing_is_one(tmp_path):
+    """In a file of its own: it trains its factors alone, lies as its weights do, and merged it says the same."""
+    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+    cells = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    (tmp_path / "mine.py").write_text("\n".join([cells[0], *(cell for cell in cells if "class Scaled" in cell)]))
+    entry = {"name": f"{tmp_path}/mine.py:scaled"}
+    model = load(entry)
+    rng = np.random.default_rng(0)
+    train, frozen = optim.partition(model.params, adapted.added(entry))
+    assert {sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(train)} == {
+        f"layers/attention/{name}/kernel/factor" for name in "kv"
+    }
+    params = combine(jax.tree.map(lambda x: jnp.asarray(rng.uniform(0.5, 2, x.shape), jnp.float32), train), frozen)
+    apart = logits(model, params)
+    assert np.abs(apart - logits(model, merged(params))).max() <= 1e-5 * np.abs(apart).max()
+    assert np.abs(apart - logits(model, model.params)).max() > 0.05
+    places = sharding.stored(sharding.make_mesh(2, 2, 2), loading.abstract(small.MODEL, sharding.make_mesh(2, 2, 2), entry))
+    node = places["layers"]["attention"]["k"]["kernel"]
+    assert (node.base.shard_shape((2, 32, 16)), node.factor.shard_shape((2, 16))) == ((2, 16, 8), (2, 8))
+
+
+def test_an_adapter_that_declares_nothing_is_named():
+    def silent(params, key):
+        return params
+
+    with pytest.raises(UserError, match=r"does not say which leaves it adds; put @adapter\(adds=\(...\)\) above"):
+        adapted.added({"name": name_of(silent, "adapters")})
 
 
 def test_the_formulas():
@@ -181,7 +233,7 @@ def test_int8_is_within_half_a_step():
 def test_only_what_the_adapter_adds_gets_gradients_and_moments():
     spec = loading.describe(CONFIG, adapter=KINDS["dora nf4"])
     shapes = loading.abstract(spec.transformer, one_device(), spec.adapter)
-    train, frozen = optim.partition(shapes, optim.ADDED)
+    train, frozen = optim.partition(shapes, adapted.added(spec.adapter))
     names = {sharding.path_name(path).rpartition("/")[2] for path, _ in jax.tree_util.tree_leaves_with_path(train)}
     assert names == {"a", "b", "magnitude"}
     widths = [(24, 24), (24, 12), (24, 12), (24, 24), (24, 20), (24, 20), (20, 24)]
@@ -200,7 +252,7 @@ def gradients_on(mesh, adapter, rows=small.ROWS):
         spec = loading.ModelSpec(model, None, {}, None, adapter=adapter)
         params = loading.weights(spec, mesh)
         params = jax.device_put(jax.device_get(learned(params)), sharding.stored(mesh, params))
-        train, frozen = optim.partition(params, optim.ADDED)
+        train, frozen = optim.partition(params, adapted.added(adapter))
         batch = sharding.distribute(small.batch(), mesh, rows)
         places = sharding.stored(mesh, train)
         run = jax.jit(lambda t, f, b: gradients(model.forward, sft.nll, t, f, b, KEY, 2)[:2], out_shardings=(None, places))
@@ -270,7 +322,7 @@ def saved(folder, kind: str, config=CONFIG):
     """(model, params) with something learned, and its adapter in a folder."""
     model = load(KINDS[kind], config)
     params = learned(model.params)
-    peft.save(folder, params, model.transformer.arch, loading.recorded(KINDS[kind]), "the/base")
+    peft.save(folder, params, model.transformer.arch, adapted.recorded(KINDS[kind]), "the/base")
     return model, params
 
 
@@ -293,7 +345,7 @@ def test_an_adapter_goes_out_in_pefts_layout_and_comes_back(kind, tmp_path):
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(again.params), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=sharding.path_name(path))
     np.testing.assert_allclose(logits(again, again.params), logits(model, params), rtol=1e-6, atol=1e-6)  # scales' last bit
-    entry = loading.recorded({"name": "peft", "folder": str(tmp_path)})
+    entry = adapted.recorded({"name": "peft", "folder": str(tmp_path)})
     assert entry["name"] == ("lora.dora" if kind == "dora" else "lora.lora") and "folder" not in entry
 
 
@@ -338,16 +390,16 @@ def test_a_peft_folder_that_is_more_or_less_is_refused(kind, tmp_path):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_peft_folder_with_values_that_are_not_finite_is_refused(value):
     read = {f"model.layers.{layer}.mlp.up_proj.lora_B.weight": np.ones((4, 3), np.float32) for layer in range(2)}
-    assert peft._stacked("folder", read, "mlp.up_proj", "b", (2, 3, 4)).shape == (2, 3, 4)
+    assert lora._stacked("folder", read, "mlp.up_proj", "b", (2, 3, 4)).shape == (2, 3, 4)
     read["model.layers.1.mlp.up_proj.lora_B.weight"][0, 0] = value
     with pytest.raises(UserError, match="folder: model.layers.1.mlp.up_proj.lora_B.weight has 1 values that are NaN or inf"):
-        peft._stacked("folder", read, "mlp.up_proj", "b", (2, 3, 4))
+        lora._stacked("folder", read, "mlp.up_proj", "b", (2, 3, 4))
 
 
 def test_fused_projections_are_not_written_one_by_one(tmp_path):
     model = load(KINDS["lora"], family_cases.config("phi3/" + next(iter(family_cases.CASES["phi3"]))))
     with pytest.raises(UserError, match="phi3 keeps several projections in one tensor .*qkv_proj"):
-        peft.save(tmp_path, model.params, model.transformer.arch, model.config, None)
+        peft.save(tmp_path, model.params, model.transformer.arch, KINDS["lora"], None)
     with pytest.raises(UserError, match="there is no adapter in this checkpoint"):
         peft.save(tmp_path, load().params, load().transformer.arch, {}, None)
 

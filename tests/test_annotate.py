@@ -505,11 +505,11 @@ def needy(forward, params, batch, key):
 
 def test_a_start_is_kept_as_it_was_and_current_weights_are_those_of_the_state():
     batch = {"tokens": jnp.array([[0, 1, 1]]), "mask": jnp.array([[False, True, True]])}
-    spec = types.SimpleNamespace(transformer=types.SimpleNamespace(forward=table))
+    spec = loading.ModelSpec(types.SimpleNamespace(forward=table), None, {}, None)
     made = types.SimpleNamespace(spec=spec, trainable=".*", settings=types.SimpleNamespace(seed=0))
     first = state_of({"table": jnp.eye(2)})
     of = [annotations.Annotation({}, columns.entry(surprise), weights) for weights in ("start", "current", "start")]
-    options = {"fresh": True, "weights_of": None}
+    options = {"origin": spec, "fresh": True, "weights_of": None}
     asked = annotations.programs(of, made, first, lambda: first.train, None, **options)
     before = [program(first, batch)["surprise"] for program in asked]
     first.train["table"].delete()  # as the step does, to which the state is donated

@@ -7,21 +7,30 @@ An adapter is a function (params, key, **keywords) -> params. It works on any pa
 Each leaf's result depends only on that leaf, its path and the key, so weights are adapted one at a time as they are read. Every
 array of a node has the layers in front, as kernels do. `base` "int8" or "nf4" quantises the frozen kernel
 (adapters/quantise.py). Initial values have `peft`'s distributions.
+
+`peft`'s files hold LoRA, rsLoRA and DoRA around the projections of the layers, the same in all layers and of one rank; anything
+else is refused by name. A family whose files fuse several projections into one tensor (Phi-3) cannot be written: each of our
+projections has its own A, and a fused tensor has a single one. Export it merged.
 """
 
 import math
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxpost.adapters.quantise import quantised
+from jaxpost.declare import Files, adapter
 from jaxpost.errors import UserError
+from jaxpost.models import hf
 from jaxpost.models.einsum import dense, project
+from jaxpost.models.families import STEMS, Architecture, tensor_names
 from jaxpost.sharding import path_name
 from jaxpost.types import Params
 
@@ -32,6 +41,7 @@ TARGETS = "layers/(attention/(q|k|v|o)|mlp/(gate|up|down))/kernel$"
 class Lora(flax.struct.PyTreeNode):
     """W + scale * A B: base a kernel [..., I, O] or a quantised one, a [..., I, r], b [..., r, O]."""
 
+    parts = {"a": "Ir", "b": "rO"}
     base: Any
     a: jax.Array
     b: jax.Array
@@ -49,6 +59,7 @@ class Lora(flax.struct.PyTreeNode):
 class Dora(flax.struct.PyTreeNode):
     """magnitude * V / |V| with V = W + scale * A B, the norm taken over the inputs of each output; magnitude [..., O]."""
 
+    parts = {"a": "Ir", "b": "rO", "magnitude": "O"}
     base: Any
     a: jax.Array
     b: jax.Array
@@ -72,6 +83,115 @@ class Dora(flax.struct.PyTreeNode):
         return self.magnitude / jax.lax.stop_gradient(jnp.linalg.norm(self._direction(), axis=-2))
 
 
+# ----------------------------------------------------------------------------------------------------------- peft's files
+
+_PARTS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "magnitude"}
+# _READ: fields that are read here or do not change what an adapter computes. _NEUTRAL: values of other fields that change
+# nothing. Any other field must be empty.
+_READ = {
+    "r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "lora_dropout", "qalora_group_size", "megatron_core",
+    "ensure_weight_tying",
+}  # fmt: skip
+_NEUTRAL = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal")}
+
+
+def _read(config: Mapping, tensors: Mapping, place: str) -> dict:
+    """The entry with the shape and the scale of a folder's adapter."""
+    for field, value in config.items():
+        if field not in _READ and value not in _NEUTRAL.get(field, (None, False, "", [], {})):
+            raise UserError(
+                f"{place}/adapter_config.json: {field} = {value!r} is not supported; merge the adapter into its model with "
+                "peft instead."
+            )
+    rank = config.get("r")
+    if not isinstance(rank, int) or not isinstance(config.get("lora_alpha"), (int, float)):
+        raise UserError(
+            f"{place}/adapter_config.json: has no whole number `r` or no number `lora_alpha`; save it from peft again."
+        )
+    alpha = float(config["lora_alpha"]) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
+    stems = {v: k for k, v in STEMS.items() if re.fullmatch(r"attention/[qkvo]|mlp/(gate|up|down)", k)}
+    adapted = {m[1] for n in tensors if (m := re.fullmatch(r"model\.layers\.\d+\.(.*)\.lora_A\.weight", n))}
+    if unknown := adapted - stems.keys():
+        raise UserError(f"{place}: adapts {min(unknown)}, which is no projection of a layer that jaxpost adapts.")
+    if others := [n for n in tensors if not re.fullmatch(r"model\.layers\.\d+\..*", n)] or (not adapted and ["?"]):
+        raise UserError(f"{place}: {others[0]} is no tensor of a low-rank adapter around a layer's projections.")
+    targets = f"layers/({'|'.join(sorted(stems[m] for m in adapted))})/kernel$"
+    return {"name": "lora.dora" if config.get("use_dora") else "lora.lora", "rank": rank, "alpha": alpha, "targets": targets}
+
+
+def _filled(params: Params, tensors: Mapping, place: str) -> Params:
+    """The tree with the values of a folder's adapter in its nodes."""
+
+    def filled(path, node):
+        if not isinstance(node, (Lora, Dora)):
+            return node
+        parts = {"a": node.a, "b": node.b} | ({"magnitude": node.magnitude} if isinstance(node, Dora) else {})
+        stem = STEMS[path.removeprefix("layers/").removesuffix("/kernel")]
+        return node.replace(**{k: _stacked(place, tensors, stem, k, x.shape) for k, x in parts.items()})
+
+    return unflatten_dict({path: filled(path, x) for path, x in flatten_dict(params, sep="/").items()}, sep="/")
+
+
+def _stacked(place: str, tensors: Mapping, stem: str, part: str, shape: tuple[int, ...]) -> jax.Array:
+    """One part of all layers' adapters around a projection, float32, matrices transposed to [in, out]."""
+    suffix = next(k for k, v in _PARTS.items() if v == part)
+    names = [f"model.layers.{layer}.{stem}.{suffix}" for layer in range(shape[0])]
+    if missing := [n for n in names if n not in tensors]:
+        raise UserError(
+            f"{place}: {missing[0]} is missing; an adapter of some layers only is not supported. One of another base "
+            "belongs to that: name it in config.model."
+        )
+    if f"model.layers.{shape[0]}.{stem}.{suffix}" in tensors:
+        raise UserError(f"{place}: adapts more than the model's {shape[0]} layers; it belongs to another model.")
+    layers = [np.asarray(tensors[n][:], np.float32) for n in names]
+    for name, values in zip(names, layers, strict=True):
+        hf.check_finite(values, place, name)
+    layers = [x if part == "magnitude" else x.T for x in layers]
+    if layers[0].shape != tuple(shape[1:]):
+        raise UserError(
+            f"{place}: {names[0]} is {layers[0].shape} as [in, out], the model wants {tuple(shape[1:])}; the adapter "
+            "belongs to another base: name that in config.model."
+        )
+    return jnp.asarray(np.stack(layers))
+
+
+def _written(params: Params, arch: Architecture, entry: Mapping) -> tuple[dict, dict[str, np.ndarray]]:
+    """(config's fields, tensors) of a tree's adapter. Raises UserError for a family with fused projections."""
+    names = tensor_names(arch)
+    nodes = {k: v for k, v in flatten_dict(params, sep="/").items() if isinstance(v, (Lora, Dora))}
+    if fused := [names[k].name for k in nodes if names[k].rows]:
+        raise UserError(
+            f"export: {arch.family} keeps several projections in one tensor ({fused[0].format(0)}), around which peft puts one "
+            "adapter and this model has several. Leave --adapter out: the adapter is then merged into the model."
+        )
+    tensors = {}
+    for path, node in nodes.items():
+        for suffix, part in _PARTS.items():
+            for layer, array in enumerate(np.asarray(getattr(node, part, ()))):
+                name = names[path].name.format(layer).removesuffix("weight") + suffix
+                tensors[f"base_model.model.{name}"] = array if part == "magnitude" else array.T
+    node = next(iter(nodes.values()))
+    rank, stabilised = node.a.shape[-1], entry.get("name") == "lora.rslora"
+    config = {
+        "r": rank,
+        "lora_alpha": node.scale * (math.sqrt(rank) if stabilised else rank),
+        "use_rslora": stabilised,
+        "use_dora": isinstance(node, Dora),
+        "target_modules": sorted({names[k].name.removesuffix(".weight").rpartition(".")[2] for k in nodes}),
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "fan_in_fan_out": False,
+    }
+    return config, tensors
+
+
+FILES = Files("LORA", _read, _filled, _written)
+
+
+# -------------------------------------------------------------------------------------------------------------- Adapters
+
+
+@adapter(adds=("a", "b"), files=FILES)
 def lora(
     params: Params, key: jax.Array, *, rank: int = 8, alpha: float = 16.0, targets: str = TARGETS, base: str = ""
 ) -> Params:
@@ -84,6 +204,7 @@ def lora(
     return _swap(params, targets, lambda path, w: Lora(quantised(w, base), *_factors(path, w, key, rank), scale))
 
 
+@adapter(adds=("a", "b"), files=FILES)
 def rslora(
     params: Params, key: jax.Array, *, rank: int = 8, alpha: float = 16.0, targets: str = TARGETS, base: str = ""
 ) -> Params:
@@ -94,6 +215,7 @@ def rslora(
     return _swap(params, targets, lambda path, w: Lora(quantised(w, base), *_factors(path, w, key, rank), scale))
 
 
+@adapter(adds=("a", "b", "magnitude"), files=FILES)
 def dora(
     params: Params, key: jax.Array, *, rank: int = 8, alpha: float = 16.0, targets: str = TARGETS, base: str = ""
 ) -> Params:

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxpost import optim, sharding
+from jaxpost import optim, recipe, sharding
 from jaxpost.compiled import hlo, roofline
 from jaxpost.compiled.topology import Topology
 from jaxpost.config.startup import captured_stderr
 from jaxpost.config.unread import shares
 from jaxpost.errors import UserError, first_line
-from jaxpost.models import hub_configs, loading
+from jaxpost.models import hub_configs, loading, prefix
 from jaxpost.models.attention import cache_axes
 from jaxpost.sampling import decode, processors
 from jaxpost.stages import annotations, datasets, plan, state
@@ -59,9 +59,9 @@ def outline(s, mesh) -> tuple[loading.ModelSpec, Callable, str, int]:
 def _described(s, mesh) -> loading.ModelSpec:
     """The model of a stage's settings, without a tokenizer."""
     named = (hub_configs.fields(s.model) or s.model) if isinstance(s.model, str) else s.model.to_dict()
-    adapter = s.adapter.to_dict()
     device = mesh.devices.flat[0]
-    spec = loading.describe(named, "", s.dtype, s.remat, adapter, attention=s.attention, device=device, text=False)
+    options = {"attention": s.attention, "device": device, "text": False}
+    spec = loading.describe(named, "", s.dtype, s.remat, recipe.plain(s.adapter), **options)
     if not hasattr(spec.transformer, "arch"):
         raise UserError("config.model: the work of a model that a function makes is not known; jaxpost.fit takes transformers.")
     return spec
@@ -131,7 +131,7 @@ def _sampler(s, mesh, transformer, params, prompts: int, kinds: dict) -> list[Tr
     options, whole = s.rollouts, sharding.replicated(mesh)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     prompts, jobs = (ways * n for n in decode.spread(prompts, options.group, ways))
-    room = options.prompt_window + options.new
+    room = prefix.length(params) + options.prompt_window + options.new
     slots = min(options.slots + -options.slots % ways, jobs) or jobs
 
     def output(function, *arguments, **keywords):

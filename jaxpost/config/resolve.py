@@ -31,6 +31,7 @@ from jaxpost.errors import UserError
 # A noun's plural -> the positional arguments of its functions; functions with others are helpers.
 ARGUMENTS = {PLURALS.get(noun, f"{noun}s"): arguments for noun, arguments in NOUNS.items() if arguments}
 _TRUSTED: set[str] = set()
+_CONTENT = "__content__"  # of a user's file, as it was when it ran
 
 
 def nearest(word: str, names) -> str:
@@ -233,6 +234,10 @@ def _file(path: str) -> ModuleType:
         raise UserError(f"config: no file {path}; a path is taken relative to the current directory.")
     whole = Path(path).resolve()
     name = f"{whole.stem}_{zlib.crc32(str(whole).encode()):08x}"  # unique, since two files may have the same name
+    # An unchanged file is not run again: a tree with its classes as nodes would equal no tree made before.
+    content, before = whole.read_bytes(), sys.modules.get(name)
+    if getattr(before, _CONTENT, None) == content:
+        return before
     spec = importlib.util.spec_from_file_location(name, whole)
     loaded = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
     sys.path.insert(0, str(whole.parent))  # so that it can import its neighbours, as a script can
@@ -240,6 +245,7 @@ def _file(path: str) -> ModuleType:
         spec.loader.exec_module(loaded)
     finally:
         sys.path.remove(str(whole.parent))
+    setattr(loaded, _CONTENT, content)
     return loaded
 
 

@@ -43,10 +43,11 @@ DEFAULTS = {
     # the layer's input; without splash the same as full), full (its input alone).
     "remat": "none",
     # Over whole rows: xla, splash (TPU), cudnn (GPU), auto (the platform's fast one). Where a kernel cannot, xla takes its
-    # place: splash with a window that is no multiple of 128 or a shared prefix, cudnn with float32 (models/attention.py).
+    # place: splash with a window that is no multiple of 128 or a shared prefix, cudnn with float32, both with a learned prompt
+    # before documents (models/attention.py).
     "attention": "auto",
-    # An adapter around the model's weights, which are then frozen: dict(name="lora", rank=8, alpha=16.0), of adapters/. A stage
-    # that starts from a model with an adapter trains that one on.
+    # An adapter of the model, whose own weights are then frozen: dict(name="lora", rank=8, alpha=16.0), of adapters/; or a
+    # tuple of several. A stage that starts from a model with an adapter trains that one on.
     "adapter": {},
     # Pattern over parameter paths; the others are frozen: they cost no optimizer memory, and no room in checkpoints where a
     # folder holds them. With an adapter ".*" means the weights that it adds.
@@ -205,6 +206,8 @@ def check(key: str, default, value, place: str) -> None:
     """Raises UserError for a value that is not of its default's type, and for a number out of range."""
     whole = ("model", "objective", "reward", "adapter", "advantages", "given", "task", "order", "prompt", "parser", *WHOLE)
     kinds = (str, Mapping) if key in whole else _KINDS[type(default)]
+    if key == "adapter":
+        kinds = (str, Mapping, tuple, list)
     lists = ("data", "eval_data", "processors", "steps", "filters", "groups", "gradients", "updates")
     if key in lists and default == "":
         kinds = (str, tuple, list) if key == "steps" else (str, Mapping, tuple, list)

@@ -83,7 +83,7 @@ def _asked(
     for k in ks if samples else ():
         pass_at_k.check(k, samples)
     longest = max(len(chat.encode_prompt(r["prompt"], model.tokenizer, template)) for r in records)
-    if (new := min(new, model.transformer.max_positions - longest)) < 1:
+    if (new := min(new, model.max_positions - longest)) < 1:
         raise UserError(f"task={name}: a prompt of {longest} tokens leaves no room for an answer in the model's positions.")
     options = {"prompt_window": longest, "new": new, "template": template}
     options["stop"] = chat.stop_ids(model.tokenizer, template, model.ends)

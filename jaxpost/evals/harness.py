@@ -38,7 +38,7 @@ class Adapter(TemplateLM):
         super().__init__()
         model.need_tokenizer()
         self.model, self.tokenizer, self.rows = model, model.tokenizer, rows
-        self.max_length = model.transformer.max_positions
+        self.max_length = model.max_positions
 
     @property
     def eot_token_id(self) -> int:

@@ -73,7 +73,7 @@ def _encoded(
 ) -> tuple[encoding.Encoded, int]:
     """The file's examples, uncut, and the window. Raises what `perplexity` raises; of the model no weights are needed."""
     model.need_tokenizer()
-    most = model.transformer.max_positions
+    most = model.max_positions
     window = min(WINDOW, most) if window is None else window
     if not 2 <= window <= most:
         raise UserError(f"window={window}: give 2 to {most} tokens, which is what the model takes.")

@@ -87,12 +87,13 @@ def document_lengths(segments: jax.Array, positions: jax.Array) -> jax.Array:
     return last + 1
 
 
-def document_mask(batch: Batch, window: int | None = None) -> jax.Array:
+def document_mask(batch: Batch, window: int | None = None, prefix: int = 0) -> jax.Array:
     """Which tokens see which, [B,S,S] bool: a token sees itself and the tokens before it in its own document.
 
     window: how many tokens it sees, itself included; None is all. Where the batch has `branches`, number 0 is a prompt, higher
     numbers are branches behind it, and a token sees the prompt and its own branch. The next prompt begins where the number
-    falls.
+    falls. prefix: the number m of keys before every document (models/prefix.py): then [B,S,m+S], where positions begin at m and
+    the window counts the prefix's places too.
     """
     segments, positions = batch["segments"], batch["positions"]
     order = jnp.arange(segments.shape[1])
@@ -104,7 +105,12 @@ def document_mask(batch: Batch, window: int | None = None) -> jax.Array:
         sees &= (prompts[:, :, None] == prompts[:, None, :]) & behind
     else:
         sees &= segments[:, :, None] == segments[:, None, :]
-    return sees if window is None else sees & (positions[:, :, None] - positions[:, None, :] < window)
+    places = positions
+    if prefix:
+        shape = (len(segments), prefix)
+        sees = jnp.concatenate([jnp.broadcast_to((segments > 0)[:, :, None], (*segments.shape, prefix)), sees], axis=2)
+        places = jnp.concatenate([jnp.broadcast_to(jnp.arange(prefix), shape), positions], axis=1)
+    return sees if window is None else sees & (positions[:, :, None] - places[:, None, :] < window)
 
 
 def cache_axes() -> dict[str, str]:
@@ -214,22 +220,24 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: floa
     return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale, implementation="cudnn")
 
 
-def over_rows(kernel: str, arch: Architecture, batch: Batch, dtype) -> tuple[list, Callable]:
+def over_rows(kernel: str, arch: Architecture, batch: Batch, dtype, prefix: int = 0) -> tuple[list, Callable]:
     """How the layers of a model attend over a batch's documents: (what each kind of layer sees, attend).
 
     attend(q, k, v, sees) -> [B,S,N,H] takes an element of the list, or one selected from their stack by a traced index. XLA
     replaces a kernel that cannot do the job: splash needs rows of a multiple of 128 tokens and does not support branches; cudnn
-    needs 16-bit numbers and heads of a multiple of 8 and at most 128 channels, and does not support a soft cap.
+    needs 16-bit numbers and heads of a multiple of 8 and at most 128 channels, and does not support a soft cap. Neither
+    supports a prefix, `document_mask`'s.
     """
     scale, cap, segments = arch.attention_scale, arch.attention_cap, batch["segments"]
-    if kernel == "splash" and segments.shape[1] % 128 == 0 and "branches" not in batch:
+    if kernel == "splash" and segments.shape[1] % 128 == 0 and "branches" not in batch and not prefix:
         ways = [functools.partial(splash, segments=segments, window=k.window, scale=scale, cap=cap) for k in arch.kinds]
 
         def by_kind(q, k, v, kind):
             return ways[0](q, k, v) if len(ways) == 1 else jax.lax.switch(kind, ways, q, k, v)
 
         return list(range(len(ways))), by_kind
-    masks, width = [document_mask(batch, kind.window) for kind in arch.kinds], arch.head_width
-    if kernel == "cudnn" and jnp.dtype(dtype).itemsize == 2 and width % 8 == 0 and width <= 128 and cap is None:
+    masks, width = [document_mask(batch, kind.window, prefix) for kind in arch.kinds], arch.head_width
+    fits = width % 8 == 0 and width <= 128 and cap is None and not prefix
+    if kernel == "cudnn" and jnp.dtype(dtype).itemsize == 2 and fits:
         return masks, functools.partial(cudnn, scale=scale)
     return masks, functools.partial(attend, scale=scale, cap=cap)

@@ -1,7 +1,8 @@
 """Every product of activations with a weight goes through here, so that a weight need not be an array.
 
 The leaf decides: an array is multiplied; a node (an adapter around a weight, or a quantised weight: jaxpost/adapters) has
-`project(x)`, the product with x, and `merged()`, the array that it stands for. Models know nothing else of adapters.
+`project(x)`, the product with x, `merged()`, the array that it stands for, and `parts`, how its arrays lie on a mesh
+(sharding.py). Models know nothing else of adapters.
 """
 
 import re
@@ -34,6 +35,7 @@ def dense(kernel: Any) -> jax.Array:
 class Transposed(flax.struct.PyTreeNode):
     """A kernel [I, O] as its transpose [O, I], with which XLA:CPU multiplies a few rows a third faster."""
 
+    parts = {"transposed": "OI"}
     transposed: jax.Array
 
     def project(self, x: jax.Array) -> jax.Array:

@@ -3,12 +3,13 @@
 `describe` reads everything but the weights, so that mistakes show before the slow part begins. Weights then come from the same
 folder, from a random initialisation, or from a workdir's checkpoint, straight into their place on the mesh.
 
-An adapter is part of the description. Each weight that it adapts is replaced as it is read, one at a time. A checkpoint of ours
-names its adapter. Where its frozen weights are elsewhere, it also names their folder and digest, and the tree is made from
-both.
+Adapters are part of the description (adapted.py). Each weight that one adapts is replaced as it is read, one at a time. A
+checkpoint of ours names its adapters. Where its frozen weights are elsewhere, it also names their folder and digest, and the
+tree is made from both.
 """
 
 import dataclasses
+import functools
 import inspect
 import json
 import re
@@ -23,10 +24,10 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxpost import optim, sharding, tokenizer
+from jaxpost import sharding, tokenizer
 from jaxpost.config.resolve import check_origin, find, nearest, resolve, trust
 from jaxpost.errors import UserError
-from jaxpost.models import checks, families, hf, hub, protocol
+from jaxpost.models import adapted, checks, families, hf, hub, prefix, protocol
 from jaxpost.models.attention import KERNELS
 from jaxpost.models.transformer import REMAT, Transformer
 from jaxpost.storage import checkpoint, cloud, digests, fingerprint
@@ -47,7 +48,7 @@ class ModelSpec:
     config: dict
     folder: epath.Path | None
     hub: str = ""  # the model's name on the hub, where its weights may not be downloaded yet
-    adapter: dict = dataclasses.field(default_factory=dict)  # config's entry, or a checkpoint's; empty for none
+    adapter: dict | list = dataclasses.field(default_factory=dict)  # config's, or a checkpoint's (adapted.as_one)
     leaves: dict = dataclasses.field(default_factory=dict)  # leaves beside the model's own: path -> (letters, first value)
     generation: dict = dataclasses.field(default_factory=dict)  # generation_config.json's fields
     ends: tuple[int, ...] = ()  # the ids that end a completion, from the model's own files
@@ -58,7 +59,7 @@ def describe(
     tokenizer_name: str = "",
     dtype: str = "float32",
     remat: str = "none",
-    adapter: str | Mapping | None = None,
+    adapter: adapted.Adapter = None,
     *,
     attention: str = "auto",
     device: Any = None,
@@ -75,7 +76,8 @@ def describe(
     for value, choices, key in ((dtype, DTYPES, "dtype"), (remat, REMAT, "remat")):
         if value not in choices:
             raise UserError(f"config.{key}: unknown {value!r}.{nearest(str(value), choices)}")
-    trust(adapter or "")
+    for entry in adapted.listed(adapter):
+        trust(entry)
     described, folder = _locate(model) if isinstance(model, str) else (None, None)
     config = hf.read_config(described) if described else dict(model)
     if "name" in config and "model_type" not in config:
@@ -96,7 +98,10 @@ def describe(
     transformer = Transformer(arch, _computable(dtype, device), remat, _kernel(attention, device))
     generation, ends = hf.read_generation(described, config, arch.vocab, own_tokenizer=not tokenizer_name)
     spec = ModelSpec(transformer, words, config, folder, name, generation=generation, ends=ends)
-    return dataclasses.replace(spec, adapter=_chosen(adapter, carried(folder)), leaves=carried(folder, "leaves"))
+    spec = dataclasses.replace(spec, adapter=adapted.chosen(adapter, carried(folder)), leaves=carried(folder, "leaves"))
+    if text and words is None and any(entry.get("text") for entry in adapted.listed(adapter)):
+        raise UserError("config.adapter.text: the model comes without a tokenizer, so there are no tokens to begin with.")
+    return spec
 
 
 def _of_function(entry: dict, folder, words: Any, dtype: str, adapter: Any, *, text: bool) -> ModelSpec:
@@ -106,7 +111,7 @@ def _of_function(entry: dict, folder, words: Any, dtype: str, adapter: Any, *, t
     protocol.check(model, f"config.model: {entry['name']}:")
     words = _tokenizer(words or getattr(model, "tokenizer", None)) if text else None
     spec = ModelSpec(model, words, dict(entry), folder)
-    return dataclasses.replace(spec, adapter=_chosen(adapter, carried(folder)), leaves=carried(folder, "leaves"))
+    return dataclasses.replace(spec, adapter=adapted.chosen(adapter, carried(folder)), leaves=carried(folder, "leaves"))
 
 
 def _computable(dtype: str, device):
@@ -169,16 +174,13 @@ def others(spec: ModelSpec) -> dict[str, str]:
     return {path: first for path, (_, first) in spec.leaves.items() if isinstance(first, str)}
 
 
-def abstract(model: protocol.Model, mesh, adapter: Mapping | None = None, leaves: Mapping | None = None) -> Params:
-    """The tree of shapes, dtypes and shardings that the model's parameters have on a mesh, with an adapter around them.
+def abstract(model: protocol.Model, mesh, adapter: adapted.Adapter = None, leaves: Mapping | None = None) -> Params:
+    """The tree of shapes, dtypes and shardings that the model's parameters have on a mesh, with adapters around them.
 
     leaves: further leaves, path -> (letters, first value), where each letter (D, V) or digit gives a dimension's size. A first
     value that is a model's name means that model's head, and T its width. Raises UserError where the vocabularies differ.
     """
-    key = jax.eval_shape(lambda: jax.random.PRNGKey(0))  # a shape suffices, without a compilation
-    shapes = jax.eval_shape(model.init, key)
-    if adapter:
-        shapes = jax.eval_shape(resolve(adapter, "adapters"), shapes, key)
+    shapes = _shapes(model, adapter)
     sizes = {"D": model.width, "V": model.vocab}
     for path, (letters, first) in (leaves or {}).items():
         if isinstance(first, str):
@@ -191,8 +193,43 @@ def abstract(model: protocol.Model, mesh, adapter: Mapping | None = None, leaves
     return sharding.placed(shapes, sharding.stored(mesh, shapes))
 
 
+def _shapes(model: protocol.Model, adapter: adapted.Adapter) -> Params:
+    """The tree of shapes and dtypes of the model's parameters with adapters."""
+    key = jax.eval_shape(lambda: jax.random.PRNGKey(0))  # a shape suffices, without a compilation
+    shapes = jax.eval_shape(model.init, key)
+    return jax.eval_shape(functools.partial(adapted.applied, adapter), shapes, key) if adapter else shapes
+
+
+def max_positions(spec: ModelSpec) -> int:
+    """The most tokens that a document of the model may have. Raises UserError where a prefix leaves no room for two."""
+    if not spec.adapter:
+        return spec.transformer.max_positions
+    most = prefix.max_positions(spec.transformer, _shapes(spec.transformer, spec.adapter))
+    if most < 2:
+        raise UserError(
+            f"config.adapter: its prompt leaves room for {max(most, 0)} of the model's {spec.transformer.max_positions} "
+            "positions; make it shorter."
+        )
+    return most
+
+
+def reference(spec: ModelSpec) -> ModelSpec:
+    """The model that a stage's annotations with the weights "start" ask: the one it starts from, without fresh adapters that
+    change what it computes before they have learned (a soft prompt).
+    """
+    kept = spec.adapter if carried(spec.folder) else adapted.neutral(spec.adapter)
+    return dataclasses.replace(spec, adapter=kept)
+
+
+def to_reference(spec: ModelSpec) -> Callable[[Params], Params]:
+    """The function from the spec's parameters to those of `reference(spec)`, which are among them."""
+    if (kept := reference(spec).adapter) == spec.adapter:
+        return lambda params: params
+    return functools.partial(adapted.without, _shapes(spec.transformer, spec.adapter), _shapes(spec.transformer, kept))
+
+
 def weights(spec: ModelSpec, mesh, seed: int = 0) -> Params:
-    """The folder's weights, or fresh ones drawn from the seed; float32, in their place on the mesh, with the spec's adapter
+    """The folder's weights, or fresh ones drawn from the seed; float32, in their place on the mesh, with the spec's adapters
     around them and its leaves beside them, which have their first values where the folder lacks them.
     """
     shapes = flatten_dict(abstract(spec.transformer, mesh, None, spec.leaves), sep="/")
@@ -228,78 +265,32 @@ def heads(spec: ModelSpec, mesh) -> Params:
 
 def _weights(spec: ModelSpec, mesh, seed: int) -> Params:
     """The folder's weights and all of its own leaves, or fresh weights without leaves."""
-    shapes, around = abstract(spec.transformer, mesh), _around(spec, mesh, seed)
+    shapes, key, leaves = abstract(spec.transformer, mesh), jax.random.PRNGKey(seed), carried(spec.folder, "leaves")
+    made = adapted.makers(spec, lambda adapter: abstract(spec.transformer, mesh, adapter, leaves)) if spec.adapter else {}
+    around = adapted.around(made, key)
     if spec.folder is not None and not (spec.folder / "params").exists():
-        return hf.load(spec.folder, spec.transformer.arch, shapes, then=around)
+        return adapted.beside(made, hf.load(spec.folder, spec.transformer.arch, shapes, then=around), key)
     if spec.folder is None and hasattr(spec.transformer, "weights"):
         params = jax.device_put(spec.transformer.weights(mesh, seed), jax.tree.map(lambda x: x.sharding, shapes))
     elif spec.folder is None:
         places = jax.tree.map(lambda x: x.sharding, shapes)
-        params = jax.jit(spec.transformer.init, out_shardings=places)(jax.random.PRNGKey(seed))
+        params = jax.jit(spec.transformer.init, out_shardings=places)(key)
     else:
         meta, inside = checkpoint.read_meta(spec.folder), carried(spec.folder)
         base, within = meta.get("base"), dataclasses.replace(spec, adapter=inside)
         below = base and weights(dataclasses.replace(within, folder=base_of(spec.folder, base)), mesh, seed)
-        leaves = carried(spec.folder, "leaves")
         params = checkpoint.load_params(spec.folder, abstract(spec.transformer, mesh, inside, leaves), below)
         checks.check_finite(params, spec.folder)
         if inside:
             return params
     flat = flatten_dict(params, sep="/")
     del params
-    return unflatten_dict({path: around(path, flat.pop(path)) for path in list(flat)}, sep="/")
+    return adapted.beside(made, unflatten_dict({path: around(path, flat.pop(path)) for path in list(flat)}, sep="/"), key)
 
 
-def _around(spec: ModelSpec, mesh, seed: int) -> Callable[[str, Any], Any]:
-    """(path, weight) -> the weight with the spec's adapter around it; one at a time, so only one is in memory twice."""
-    if not spec.adapter:
-        return lambda path, weight: weight
-    make, key = resolve(spec.adapter, "adapters"), jax.random.PRNGKey(seed)
-    leaves = carried(spec.folder, "leaves")
-    whole = flatten_dict(abstract(spec.transformer, mesh, spec.adapter, leaves), sep="/")
-
-    def leaf(path, weight):
-        if isinstance(whole[path], jax.ShapeDtypeStruct):
-            return weight
-        places = jax.tree.map(lambda x: x.sharding, whole[path])
-
-        def one(weight):
-            return flatten_dict(make(unflatten_dict({path: weight}, sep="/"), key), sep="/")[path]
-
-        return jax.jit(one, out_shardings=places)(weight)
-
-    return leaf
-
-
-def carried(folder, what: str = "adapter") -> dict:
-    """The adapter (or the leaves) that a checkpoint's folder names; empty for none, and for a folder of another kind."""
+def carried(folder, what: str = "adapter") -> Any:
+    """The adapters (or the leaves) that a checkpoint's folder names; empty for none, and for a folder of another kind."""
     return checkpoint.read_meta(folder).get(what) or {} if folder is not None else {}
-
-
-def recorded(adapter: str | Mapping | None) -> dict:
-    """An adapter's entry as a checkpoint records it: the function's full name and all its options, defaults included.
-
-    An adapter that is read from files has a function `recorded`, which gives an entry that does not need them.
-    """
-    if not adapter:
-        return {}
-    bound = resolve(adapter, "adapters")
-    if record := getattr(bound.func, "recorded", None):
-        return record(**bound.keywords)
-    name = adapter if isinstance(adapter, str) else adapter["name"]
-    keywords = inspect.signature(bound.func).parameters.values()
-    defaults = {p.name: p.default for p in keywords if p.kind is p.KEYWORD_ONLY}
-    return {"name": f"{name}.{name}" if name.isidentifier() else name, **defaults, **bound.keywords}
-
-
-def _chosen(adapter: str | Mapping | None, inside: dict) -> dict:
-    """The adapter of a spec: the one inside the checkpoint, else the recipe's."""
-    if adapter and inside and recorded(adapter) != inside:
-        raise UserError(
-            f"config.adapter: the model has one inside, {inside}. Leave the setting out to train that one on, or merge it "
-            "first: python -m jaxpost.export --checkpoint=WORKDIR --out=FOLDER."
-        )
-    return inside or ({"name": adapter} if isinstance(adapter, str) and adapter else dict(adapter or {}))
 
 
 def base_in(spec: ModelSpec, workdir, frozen: Params) -> dict | None:
@@ -324,15 +315,17 @@ def base_in(spec: ModelSpec, workdir, frozen: Params) -> dict | None:
         )
     if not name:  # a path inside the workdir begins with a dot, so that it never looks like a name on the hub
         name = f"./{folder.relative_to(workdir)}" if folder.is_relative_to(workdir) else str(folder)
-    beside = [n.replace("/", ".") for n in names if re.search(optim.ADDED, n) or n.replace("/", ".") in held]
+    added = adapted.added(spec.adapter)
+    beside = [n.replace("/", ".") for n in names if re.search(added, n) or n.replace("/", ".") in held]
     return {"reference": name, "hash": base["hash"] if base else fingerprint.digest(folder), "beside": sorted(beside)}
 
 
 def beside(spec: ModelSpec) -> list[str]:
-    """The weights that a checkpoint around a base holds and that do not belong to its adapter."""
+    """The weights that a checkpoint around a base holds and that do not belong to its adapters."""
     if spec.folder is None or not checkpoint.read_meta(spec.folder).get("base"):
         return []
-    return [name for name in checkpoint.paths(spec.folder) if not re.search(optim.ADDED, name.replace(".", "/"))]
+    added = adapted.added(spec.adapter)
+    return [name for name in checkpoint.paths(spec.folder) if not re.search(added, name.replace(".", "/"))]
 
 
 def base_name(spec: ModelSpec) -> str | None:
@@ -385,7 +378,7 @@ def keep_description(spec: ModelSpec, workdir, template: str) -> None:
         tokenizer.save(tokenizer.carrying(spec.tokenizer, template), folder)
 
 
-def open_model(where: str, mesh, dtype: str = "float32", adapter: Mapping | None = None) -> tuple[ModelSpec, Params]:
+def open_model(where: str, mesh, dtype: str = "float32", adapter: adapted.Adapter = None) -> tuple[ModelSpec, Params]:
     """ModelSpec and weights of a Hugging Face folder, a workdir (its newest checkpoint), or one checkpoint in a workdir, with
     the checkpoint's adapter or the one given. Raises UserError for any other `where`.
     """

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpost import sharding
+from jaxpost.models import prefix
 from jaxpost.models.attention import (
     RESIDUALS,
     attend,
@@ -93,7 +94,7 @@ class Attention(nn.Module):
     arch: Architecture
 
     @nn.compact
-    def __call__(self, x, positions, turn, sees, attend, cache, site=UNTOUCHED):
+    def __call__(self, x, positions, turn, sees, attend, cache, site=UNTOUCHED, before=None):
         a = self.arch
         b, s, _ = x.shape
 
@@ -117,6 +118,8 @@ class Attention(nn.Module):
             dtype = jnp.float32 if sharding.platform() == "cpu" else x.dtype
             cache = {name: written(cache[name], new, positions, axes[name]) for name, new in (("k", k), ("v", v))}
             k, v = cache["k"], cache["v"]
+        elif before is not None:
+            k, v = before.ahead_of(k, v)
         k, v = (jnp.einsum(f"{axes[name]}->BKTH", y.astype(dtype)) for name, y in (("k", k), ("v", v)))
         around = {"site": site} if site.wants("pattern") else {}
         y = site("head_out", attend(q.astype(dtype), k, v, sees, **around).astype(x.dtype)).reshape(b, s, -1)
@@ -140,21 +143,23 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + attention, then x + feed-forward, each with a norm before it, after it, or both.
 
-    site: sees every activation that has a name (sites.py). Returns x, the cache it wrote (or None), and the router's output (or
+    site: sees every activation that has a name (sites.py). before: the layer's keys and values before every document
+    (prefix.py), if there are any and no cache has them. Returns x, the cache it wrote (or None), and the router's output (or
     None).
     """
 
     arch: Architecture
 
     @nn.compact
-    def __call__(self, x, positions, turn, sees, attend, cache=None, site=UNTOUCHED):
+    def __call__(self, x, positions, turn, sees, attend, cache=None, site=UNTOUCHED, before=None):
         a, router = self.arch, None
         x = site("resid_pre", x)
 
         def norm(name, when, y):
             return RMSNorm(a.eps, a.norm_offset, name=name)(y) if a.norms in (when, "both") else y
 
-        y, cache = Attention(a, name="attention")(norm("norm1", "pre", x), positions, turn, sees, attend, cache, site)
+        y = norm("norm1", "pre", x)
+        y, cache = Attention(a, name="attention")(y, positions, turn, sees, attend, cache, site, before)
         x = site("resid_mid", sharding.shard(x + site("attn_out", norm("norm1_post", "post", y)), "BSD"))
         y = norm("norm2", "pre", x)
         if a.experts:
@@ -217,30 +222,34 @@ class Transformer:
         Without a cache: tokens, positions and segments [B,S]; documents attend separately. With a cache (see `make_cache`):
         tokens and positions [B,S]; each token is written to the slot of its position and attends to the slots up to it.
         Optional with a cache: `room`, a scalar, the length that a document will have, if not the cache's; the cache's
-        `rotations`. tap: the sites whose activations are returned as `taps`; patch: {site: value, or function} (sites.py).
+        `rotations`. Optional: `embeds` [B,S,D], vectors that enter the first layer in place of the tokens' where `embedded`
+        [B,S] bool is set. Where params have a `prefix` (prefix.py), every document sees it; a cache must hold it. tap: sites
+        whose activations are returned as `taps`; patch: {site: value, or function} (sites.py).
         """
         sites = Sites(tap, patch, self.arch.layers, batch, dense=not self.arch.experts)
-        # The sampler's weights are whole along fsdp, so its rows need not move.
-        find = sharding.lookup if cache is None else sharding.lookup_whole
-        x = find(params["embed"]["weight"], batch["tokens"], self.dtype)
-        x = sites.outside("embed", x * jnp.asarray(self.arch.embed_scale, x.dtype))
+        x = sites.outside("embed", self._embedded(params, batch, whole=cache is not None))
+        before = prefix.keys_values(self, params) if cache is None else None
+        batch = prefix.shifted(batch, params)
         # What does not depend on the layer is computed once, outside of the scan: a table for each kind of layer.
-        tables, attend = self._tables(batch, cache, "xla" if sites.layer(0).wants("pattern") else self.kernel)
+        kernel = "xla" if sites.layer(0).wants("pattern") else self.kernel
+        tables, attend = self._tables(batch, cache, kernel, 0 if before is None else before.length)
         positions = batch["positions"]
 
-        def block(x, layer, table, cache, index):
+        def block(x, layer, before, table, cache, index):
             layer, site = sharding.gather(layer, self.dtype), sites.layer(index)
-            x, cache, router = Block(self.arch).apply({"params": layer}, x, positions, *table, attend, cache, site)
+            x, cache, router = Block(self.arch).apply({"params": layer}, x, positions, *table, attend, cache, site, before)
             return x, cache, _over_tokens(router, batch.get("segments")), site.taken
 
         if REMAT[self.remat] is not None and cache is None:
             block = jax.checkpoint(block, policy=REMAT[self.remat])
         if cache is None and not isinstance(params["layers"], tuple):
-            x, router, taken = self._scan(block, x, params["layers"], tables, sites)
+            x, router, taken = self._scan(block, x, (params["layers"], before), tables, sites)
         else:
             written, routers, taken = [], [], {name: [] for name in sites.tapped}
             for i, layer in enumerate(unstack(params, self.arch.layers)["layers"]):
-                x, new, router, values = block(x, layer, tables[self.arch.kind(i)], None if cache is None else cache[i], i)
+                own = jax.tree.map(lambda y, i=i: y[i], before)
+                held = None if cache is None else cache[i]
+                x, new, router, values = block(x, layer, own, tables[self.arch.kind(i)], held, i)
                 written.append(new)
                 routers.append(router)
                 for name in (name for name, tapped in sites.tapped.items() if i in tapped):
@@ -254,11 +263,19 @@ class Transformer:
         router = jax.tree.map(lambda r: r.swapaxes(0, 1), router)
         return Output(hidden, Head(weight, soft_cap=self.arch.logit_cap), cache, router, sites.taps(taken))
 
-    def _tables(self, batch: Batch, cache: Any, kernel: str) -> tuple[list, Callable]:
+    def _embedded(self, params: Params, batch: Batch, *, whole: bool) -> jax.Array:
+        """What enters the first layer, [B,S,D]. whole: weights are whole along fsdp, as the sampler's, so rows need not move."""
+        x = (sharding.lookup_whole if whole else sharding.lookup)(params["embed"]["weight"], batch["tokens"], self.dtype)
+        x = x * jnp.asarray(self.arch.embed_scale, x.dtype)
+        if "embeds" in batch:
+            x = jnp.where(batch["embedded"][:, :, None], batch["embeds"].astype(x.dtype), x)
+        return x
+
+    def _tables(self, batch: Batch, cache: Any, kernel: str, before: int = 0) -> tuple[list, Callable]:
         """(for each kind of layer (cosine and sine, what it sees), the attention function that takes the latter)."""
         a, positions = self.arch, batch["positions"]
         if cache is None:
-            masks, attention = over_rows(kernel, a, batch, self.dtype)
+            masks, attention = over_rows(kernel, a, batch, self.dtype, before)
             lengths = document_lengths(batch["segments"], positions)
         else:
             # While decoding, a document's final length is unknown; the room that it has stands for it.
@@ -272,10 +289,11 @@ class Transformer:
             turns = [rotary(kind.rope, a.head_width, positions, lengths) for kind in a.kinds]
         return list(zip(turns, masks, strict=True)), attention
 
-    def _scan(self, block, x, layers, tables: list, sites: Sites):
+    def _scan(self, block, x, layers: tuple, tables: list, sites: Sites):
         """Runs the blocks one after the other as one loop; each kind of layer has its own table.
 
-        Returns the last hidden states, the routers' outputs [L,...], and {site: [one for each tapped layer, ...]}.
+        layers: (weights, keys and values before every document), stacked.
+        Returns the last hidden states, the blocks' third results [L,...], and {site: [one for each tapped layer, ...]}.
         """
         several = len(tables) > 1
         stacked = jax.tree.map(lambda *t: jnp.stack(t), *tables) if several else None
@@ -283,19 +301,33 @@ class Transformer:
         taken = {}
         if sites.tapped:
             first = jax.tree.map(lambda w: w[0], layers)
-            shapes = jax.eval_shape(lambda: block(x, first, tables[0], None, jnp.int32(0))[3])
+            shapes = jax.eval_shape(lambda: block(x, *first, tables[0], None, jnp.int32(0))[3])
             taken = {k: jnp.zeros((len(sites.tapped[k]), *v.shape), v.dtype) for k, v in shapes.items()}
 
         def turn(carry, layer):
-            (x, taken), (weights, kind, index) = carry, layer
+            (x, taken), (weights, before, kind, index) = carry, layer
             table = jax.tree.map(lambda t: t[kind], stacked) if several else tables[0]
-            x, _, router, values = block(x, weights, table, None, index)
+            x, _, result, values = block(x, weights, before, table, None, index)
             slots = sites.slots(index)
-            return (x, {k: held.at[slots[k]].set(values[k], mode="drop") for k, held in taken.items()}), router
+            return (x, {k: held.at[slots[k]].set(values[k], mode="drop") for k, held in taken.items()}), result
 
         kinds, indices = jnp.array(self.arch.pattern) if several else None, jnp.arange(self.arch.layers) if sites else None
-        (x, taken), router = jax.lax.scan(turn, (x, taken), (layers, kinds, indices))
-        return x, router, taken
+        (x, taken), results = jax.lax.scan(turn, (x, taken), (*layers, kinds, indices))
+        return x, results, taken
+
+    def keys_values(self, params: Params, embeds: jax.Array) -> prefix.KeysValues:
+        """The keys and values [L,m,K,H] of a document of vectors [m,D] that enter the first layer; params: stacked."""
+        places, empty = jnp.arange(len(embeds))[None], self.make_cache(1, len(embeds))[0]
+        tables, attend = self._tables({"positions": places}, (empty,), self.kernel)
+
+        def block(x, layer, before, table, cache, index):
+            layer = sharding.gather(layer, self.dtype)
+            x, cache, _ = Block(self.arch).apply({"params": layer}, x, places, *table, attend, empty)
+            return x, None, cache, {}
+
+        nothing = Sites((), None, self.arch.layers, {})
+        _, cache, _ = self._scan(block, embeds[None].astype(self.dtype), (params["layers"], None), tables, nothing)
+        return prefix.KeysValues(**{n: jnp.einsum(f"L{axes[1:]}->LTKH", cache[n][:, 0]) for n, axes in cache_axes().items()})
 
     def rotations(self, cache: Any) -> list[tuple[jax.Array, jax.Array]]:
         """(cosine, sine), [T,1,R/2] each, of a cache's slots, for each kind of layer. A loop over tokens looks them up, since

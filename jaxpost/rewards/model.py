@@ -17,7 +17,7 @@ from jaxpost import sharding
 from jaxpost.data import chat
 from jaxpost.data.formats import Conversation
 from jaxpost.errors import UserError
-from jaxpost.models import heads, loading
+from jaxpost.models import heads, loading, prefix
 
 ROWS = 8  # completions at a time, for each device
 _BUCKET = 64  # lengths are padded to a multiple of this, so that few programs are compiled
@@ -38,7 +38,7 @@ def score(record: dict, completion: str, *, folder: str) -> float:
 def _many(records: Sequence[dict], completions: Sequence[str], *, folder: str) -> list[float | Exception]:
     """`score` of each completion, in batches; the error in place of a missing score."""
     model, params, tokenizer, mesh = _opened(folder)
-    most = model.max_positions
+    most = prefix.max_positions(model, params)
     examples = [_encoded(r, c, tokenizer, folder) for r, c in zip(records, completions, strict=True)]
     lengths = [len(e["tokens"]) for e in examples]
     scores: list = [ValueError(f"prompt and completion have {n} tokens, the reward model takes {most}") for n in lengths]

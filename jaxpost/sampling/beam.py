@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxpost import sharding
 from jaxpost.errors import UserError
+from jaxpost.models import prefix
 from jaxpost.models.heads import logits
 from jaxpost.models.protocol import Sampled
 from jaxpost.sampling.decode import placed, put, ready
@@ -85,11 +86,12 @@ def search(
     params, chain = ready(model, params, mesh), placed(chain, mesh)
     tokens, lengths = put(tokens, mesh), put(lengths, mesh)
     with sharding.use(mesh):
-        bank = prefill(model, params, tokens, lengths, room=prompt_window + new)
+        room = prefix.length(params) + prompt_window + new
+        bank = prefill(model, params, tokens, lengths, room=room)
         bank = bank._replace(prompts=tokens) if chain else bank
         completed = _searched(
             model, params, bank, np.array(stop, np.int32), np.float32(length_penalty), chain, beams=beams, new=new,
-            room=prompt_window + new,
+            room=room,
         )  # fmt: skip
     return jax.tree.map(lambda x: x[: len(prompts)], jax.device_get(completed))
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxpost import sharding
 from jaxpost.errors import UserError
+from jaxpost.models import prefix
 from jaxpost.models.protocol import Sampled, check
 from jaxpost.sampling import processors
 from jaxpost.sampling.slots import Queue, begin, prefill, prepare, segment
@@ -84,24 +85,23 @@ def stream(
     together, with the same prompts, and all get everything.
 
     params: the model's, or what `ready` made of them. slots: how many are under way at a time, 0 for all of them; number: the
-    first one's, for its noise; turns: of a segment; strings: texts that end a completion, which keeps them (the tokenizer says
-    what a text is); have: completions that are there already and are left out; given: of each completion the ids that it begins
-    with; amounts and chain: see `processors`. Raises UserError for a prompt or given ids that cannot be.
+    first one's, for its noise; turns: of a segment; strings: texts that end a completion, which keeps them; have: completions
+    to leave out; given: the ids that each begins with; amounts, chain: see `processors`. Raises UserError for impossible ids.
     """
     processors.check_given(given, chain := placed(chain, mesh))
     ways, turns = mesh.shape["data"] * mesh.shape["fsdp"], min(turns, new)
     columns, places = _laid_out(prompts, prompt_window, group, number, ways, have, new, given)
     jobs, left, halted, begun, snapshot = len(places), int((places >= 0).sum()), np.zeros(len(places), bool), 0, None
-    sizes = {"slots": (slots := min(slots + -slots % ways, jobs) or jobs), "room": prompt_window + new, "new": new}
-    noise, stop, amounts = np.array([seed, step], np.int32), np.array(stop, np.int32), processors.controls(**amounts)
+    slots, room = min(slots + -slots % ways, jobs) or jobs, prefix.length(params) + prompt_window + new
+    sizes = {"slots": slots, "room": room, "new": new}
+    settings = np.array([seed, step], np.int32), np.array(stop, np.int32), processors.controls(**amounts)
     if left:
         state, *held = _begun(model, ready(model, params, mesh), columns, halted, sizes, mesh, bool(chain))
     while left:
         before, more = snapshot, slots < jobs or begun < new
         if more:  # without a queue it is known which segment is the last
             with sharding.use(mesh):  # not while the caller works
-                work = (*held, state, noise, stop, amounts, put(halted, mesh))
-                state, snapshot = segment(model, *work, turns=turns, chain=chain)
+                state, snapshot = segment(model, *held, state, *settings, put(halted, mesh), turns=turns, chain=chain)
             begun += turns
         # The device has the next segment while the host looks at the one before.
         if before is not None:

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpost import sharding
+from jaxpost.models import prefix
 from jaxpost.models.heads import logits
 from jaxpost.models.protocol import Sampled
 from jaxpost.sampling import processors
@@ -107,17 +108,19 @@ def _uniform(key: jax.Array, numbers: jax.Array, places: jax.Array) -> jax.Array
 
 @functools.partial(jax.jit, static_argnames=("model",))
 def prepare(model: Sampled, params: Params) -> Params:
-    """The weights as decoding reads them."""
-    return model.prepared(params)
+    """The weights as decoding reads them; of a prefix its keys and values."""
+    return model.prepared(prefix.computed(model, params))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "room"))
 def prefill(model: Sampled, params: Params, prompts: jax.Array, lengths: jax.Array, *, room: int) -> Bank:
-    """The bank of prompts [U,P] int32, right-padded, of true lengths [U] >= 1; room: tokens that prompt and completion take."""
+    """The bank of prompts [U,P] int32, right-padded, of true lengths [U] >= 1; room: tokens that prompt and completion take,
+    a prefix included. The cache begins with the prefix.
+    """
     u, p = prompts.shape
     places = jnp.broadcast_to(jnp.arange(p), (u, p))
     batch = {"tokens": prompts, "positions": places, "lengths": lengths, "room": jnp.int32(room)}
-    out = model.forward(params, batch, model.make_cache(u, p))
+    out = model.forward(params, batch, prefix.make_cache(model, params, u, p))
     return Bank(out.cache, logits(out.hidden[jnp.arange(u), lengths - 1], out.head), lengths)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxpost import tokenizer
 from jaxpost.data.chat import encode_prompt, specials, stop_ids
 from jaxpost.errors import UserError
+from jaxpost.models import prefix
 from jaxpost.models.protocol import Sampled
 from jaxpost.sampling.beam import Completed, search
 from jaxpost.sampling.decode import Completions, complete
@@ -55,7 +56,7 @@ def completed(
     """
     _check_search(beams, length_penalty, temperature, n)
     ids = _checked([encoded(text, p, chat, template) for p in prompts], model.vocab, text)
-    longest, room = max(map(len, ids)), model.max_positions
+    longest, room = max(map(len, ids)), prefix.max_positions(model, params)
     new = min(DEFAULT_NEW, room - longest) if new is None else new
     if new < 1 or longest + new > room:
         raise UserError(

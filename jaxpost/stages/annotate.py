@@ -57,6 +57,6 @@ def columns_of(plan: Annotation, run: Run, out) -> list[str]:
     s, data = plan.settings, plan.data
     spec = run.starting(data.spec, s)
     # All that the folder has, whatever the stage's objective makes of it: a reward model's head too.
-    spec = dataclasses.replace(spec, leaves=loading.carried(spec.folder, "leaves"))
+    spec = dataclasses.replace(loading.reference(spec), leaves=loading.carried(spec.folder, "leaves"))
     weights = functools.partial(loading.weights, spec, run.mesh, s.seed)
     return [str(folder) for folder in columns.make(plan.entry, data, spec, weights, out, run.mesh)]

@@ -3,7 +3,7 @@
 An annotator (annotators/, or a user's function) is (forward, params, batch) -> {column: [B,S,...]}. An `Annotation` is one with
 the weights that it takes:
 
-    start       those that the stage starts from: a reference
+    start       those that the stage starts from: a reference (without a fresh soft prompt: `loading.reference`)
     current     those of the step; of rollouts those that sampled: a critic's values
     FOLDER      a model's folder, a workdir, a name on the hub, or "@stage": a teacher, a reward model
 
@@ -261,7 +261,7 @@ def attached(plan, origin: loading.ModelSpec, state: TrainState, out, mesh, *, f
 
     asking = [source for source in sources.parts(plan.source) if hasattr(source, "annotators")]
     live = [a for a in plan.annotations if a.weights == "current" or asking]
-    annotators = programs(live, plan, state, start, mesh, fresh=fresh, weights_of=weights_of)
+    annotators = programs(live, plan, state, start, mesh, origin=origin, fresh=fresh, weights_of=weights_of)
     for source in asking:
         source.annotators = annotators
     if asking:
@@ -271,21 +271,30 @@ def attached(plan, origin: loading.ModelSpec, state: TrainState, out, mesh, *, f
 
 
 def programs(
-    annotations: Sequence[Annotation], plan, state: TrainState, start: Callable, mesh, *, fresh: bool, weights_of: Models
+    annotations: Sequence[Annotation],
+    plan,
+    state: TrainState,
+    start: Callable,
+    mesh,
+    *,
+    origin: loading.ModelSpec,
+    fresh: bool,
+    weights_of: Models,
 ) -> list[Callable]:
     """[(state, batch) -> columns] of annotations, for batches that are made as the stage goes on.
 
-    start: gives the stage's first weights; fresh: whether `state` has them. Of these what trains is kept, copied where the
-    state has them, since the step takes its memory; the rest is in every state. Another model's weights are loaded once.
+    start: gives the first weights of `origin`, the model that the stage starts from; fresh: whether `state` has them. Of these
+    what trains is kept, copied where the state has them, since the step takes its memory; the rest is in every state. Another
+    model's weights are loaded once.
     """
-    annotators, forward = [], plan.spec.transformer.forward
+    annotators, forward, to_reference = [], plan.spec.transformer.forward, loading.to_reference(origin)
     weights = {"current": lambda state: combine(state.train, state.frozen)}
     for one in annotations:
         spec = None if one.weights in OWN else weights_of(one.weights)
         if one.weights == "start" and "start" not in weights:
             first, _ = optim.partition(start(), plan.trainable)
             first = jax.tree.map(jnp.copy, first) if fresh else first
-            weights["start"] = lambda state, first=first: combine(first, state.frozen)
+            weights["start"] = lambda state, first=first: to_reference(combine(first, state.frozen))
         elif one.weights not in weights:
             other = loading.weights(spec, mesh, plan.settings.seed)
             weights[one.weights] = lambda state, other=other: other
@@ -301,7 +310,7 @@ def stored(annotations: Sequence[Annotation], plan, origin: loading.ModelSpec, s
     """
     values = {one.encoded.digest: dict(plan.stored.get(one.encoded.digest, {})) for one in plan.sets}
     for one in annotations:
-        spec, weights = origin, start
+        spec, weights = loading.reference(origin), lambda: loading.to_reference(origin)(start())
         if one.weights != "start":
             spec = weights_of(one.weights)
             weights = functools.partial(loading.weights, spec, mesh, plan.settings.seed)

@@ -31,7 +31,7 @@ from jaxpost.config.resolve import resolve, within
 from jaxpost.data import source
 from jaxpost.declare import declared
 from jaxpost.errors import UserError
-from jaxpost.models import loading
+from jaxpost.models import adapted, loading
 from jaxpost.stages import datasets
 from jaxpost.storage import artefacts, cloud, fingerprint
 from jaxpost.storage.artefacts import Artefact
@@ -46,7 +46,7 @@ SECONDS, BYTES = 20.0, 2**26
 def identity(spec: loading.ModelSpec, seed: int) -> dict[str, Any]:
     """What tells a stage's first weights from any others: a digest of their files, or what fresh ones are drawn from."""
     files = {"seed": seed} if spec.folder is None else {"files": fingerprint.digest(spec.folder)}
-    return {"files": "", "config": dict(spec.config), **files, "adapter": loading.recorded(spec.adapter)}
+    return {"files": "", "config": dict(spec.config), **files, "adapter": adapted.recorded(spec.adapter)}
 
 
 def entry(annotator: Mapping | Callable | str) -> dict:

@@ -22,6 +22,7 @@ from jaxpost.data.readers import Record
 from jaxpost.data.transforms import apply
 from jaxpost.declare import declared
 from jaxpost.errors import UserError
+from jaxpost.models import loading
 from jaxpost.recipe import plain
 from jaxpost.tokenizer import check_ids
 
@@ -109,7 +110,7 @@ def _options(spec, s, objective: Callable, records: Sequence[Record]) -> dict:
     rows, reads = declared(objective, "rows"), declared(objective, "columns")
     options = {"window": s.window, "too_long": s.too_long, "bad_rows": s.bad_rows, "row_type": rows, "reads": reads}
     options |= {"columns": mixture.pairs(plain(s.columns), "columns"), "shared": s.shared_prefix}
-    return options | {"longest": spec.transformer.max_positions, "row_columns": _row_columns(s, objective, records)}
+    return options | {"longest": loading.max_positions(spec), "row_columns": _row_columns(s, objective, records)}
 
 
 def _row_columns(s, objective: Callable, records: Sequence[Record]) -> list[str]:

@@ -18,7 +18,7 @@ from jaxpost.config.unread import shares
 from jaxpost.data.row_types import RowType
 from jaxpost.declare import declared
 from jaxpost.errors import UserError
-from jaxpost.models import loading, protocol
+from jaxpost.models import adapted, loading, protocol
 from jaxpost.recipe import plain
 from jaxpost.reporting.profile import SKIPPED
 from jaxpost.stages import annotations, datasets, rollouts, tasks
@@ -131,13 +131,13 @@ def learned(spec: loading.ModelSpec, s, mesh) -> tuple[loading.ModelSpec, Callab
     spec = dataclasses.replace(spec, leaves=declared(objective, "leaves"))
     trainable, others = s.trainable, loading.others(spec)
     if spec.adapter and trainable == ".*":
-        trainable = "|".join([optim.ADDED, *(f"^{path}$" for path in spec.leaves if path not in others)])
+        trainable = "|".join([adapted.added(spec.adapter), *(f"^{path}$" for path in spec.leaves if path not in others)])
     if others:
         trainable = f"^(?!({'|'.join(others)})$)(?=.*({trainable}))"
     train, _ = optim.partition(loading.abstract(spec.transformer, mesh, spec.adapter, spec.leaves), trainable)
     optim.check(s.optimizer, train)
     _check_row_type(s, datasets.row_type(objective))
-    named, most = shares(s.source), spec.transformer.max_positions
+    named, most = shares(s.source), loading.max_positions(spec)
     # Where several documents are one example, each is held to the model's positions where it is encoded.
     if "data" in named and datasets.row_type(objective).fills_window and s.window > most:
         raise UserError(f"config.window: {s.window} tokens, but the model takes {most}; give that at most.")

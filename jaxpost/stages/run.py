@@ -115,7 +115,7 @@ def check(spec: loading.ModelSpec) -> None:
 
 def check_room(spec: loading.ModelSpec, r) -> None:
     """Raises UserError for settings of rollouts whose prompts and completions together are longer than the model takes."""
-    most = spec.transformer.max_positions
+    most = loading.max_positions(spec)
     if (longest := r.prompt_window + r.new) > most:
         raise UserError(
             f"config.rollouts: prompt_window + new = {longest} tokens, but the model takes {most}; give less, as "

@@ -16,7 +16,7 @@ from jaxpost import optim, sharding
 from jaxpost.config import links
 from jaxpost.data import chat
 from jaxpost.errors import UserError
-from jaxpost.models import loading
+from jaxpost.models import adapted, loading
 from jaxpost.reporting import report
 from jaxpost.reporting.log import Log
 from jaxpost.reporting.profile import Profile
@@ -170,7 +170,7 @@ def _start(plan: Plan, run: Run, tx) -> tuple[TrainState, dict]:
     train, frozen = optim.partition(loading.weights(spec, mesh, s.seed), plan.trainable)
     elsewhere = loading.others(spec)  # another model's, which are read from there again
     own = {path: leaf for path, leaf in spec.leaves.items() if path not in elsewhere}
-    kept = {"adapter": loading.recorded(spec.adapter), "leaves": own, "elsewhere": sorted(elsewhere)}
+    kept = {"adapter": adapted.recorded(spec.adapter), "leaves": own, "elsewhere": sorted(elsewhere)}
     kept["base"] = loading.base_in(spec, run.workdir, frozen)
 
     def rest(train):

@@ -279,7 +279,8 @@ def _believable(meta: Any, folder: epath.Path) -> dict:
     if not isinstance(leaves, dict) or not all(_is_leaf(leaf) for leaf in leaves.values()):
         raise UserError(f"{file}: `leaves` describes no weights, but {str(leaves)[:60]}; take another checkpoint.")
     if adapter := meta.get("adapter"):
-        check_origin(adapter, "adapters", file)
+        for entry in adapter if isinstance(adapter, list) else [adapter]:
+            check_origin(entry, "adapters", file)
     return meta
 
 
