@@ -264,7 +264,7 @@ class Transformer:
         return Output(hidden, Head(weight, soft_cap=self.arch.logit_cap), cache, router, sites.taps(taken))
 
     def _embedded(self, params: Params, batch: Batch, *, whole: bool) -> jax.Array:
-        """What enters the first layer, [B,S,D]. whole: weights are whole along fsdp, as the sampler's, so rows need not move."""
+        """What enters the first layer, [B,S,D]. whole: along fsdp, as the sampler's weights are, so that rows need not move."""
         x = (sharding.lookup_whole if whole else sharding.lookup)(params["embed"]["weight"], batch["tokens"], self.dtype)
         x = x * jnp.asarray(self.arch.embed_scale, x.dtype)
         if "embeds" in batch:
