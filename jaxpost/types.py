@@ -18,6 +18,8 @@ A batch is a dict of arrays. A column describes the token at its own place, neve
     progress   []    float32  the same as a share of its steps, below 1
     sampled    [B,S] bool     (where tokens are given) the policy's own tokens, masked ones included
     demonstrations [B,S] bool (where tokens are given) tokens that the policy did not sample and that are to be imitated
+    bidirectional [B,S] bool  (optional) tokens of a document that see each other, before and behind; the others see what is
+                              before them
 
 The step adds `rows` [B] int32, each row's number in the global batch: an objective that draws noise folds it into its key, so
 that the noise does not depend on how the batch is split. A column without a batch axis is a scalar, the same for every row.

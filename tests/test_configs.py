@@ -36,7 +36,9 @@ TINY = {
 def model_folder(folder: Path) -> str:
     arch = families.architecture(TINY)
     hf.save(folder, Transformer(arch).init(jax.random.PRNGKey(0)), arch, TINY)
-    save(arithmetic.tokenizer(), folder)
+    words = arithmetic.tokenizer()
+    words.mask_token = words.pad_token  # which only masked language models read
+    save(words, folder)
     return str(folder)
 
 
@@ -46,7 +48,7 @@ def data_file(path: Path, shape: str) -> str:
         wrong = [row["messages"][:-1] + [{"role": "assistant", "content": "0" * (1 + i % 2)}] for i, row in enumerate(rows)]
         rows = [{"chosen": row["messages"], "rejected": other} for row, other in zip(rows, wrong, strict=True)]
         rows = [row for row in rows if row["chosen"] != row["rejected"]]
-    elif shape != "demonstrations":
+    elif shape not in ("demonstrations", "masked"):
         rows = [{"messages": row["messages"], "label": i % 3 > 0} for i, row in enumerate(rows)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)

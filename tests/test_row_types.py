@@ -21,7 +21,7 @@ from jaxpost.stages import annotations, datasets
 from jaxpost.stages.plan import columns, scalars
 
 NAMES = sorted(path.stem for path in row_types.FOLDER.glob("[!_]*.py"))
-EVERY = {"demonstrations", "pairs", "labelled", "scored", "mismatched", "steps"}
+EVERY = {"demonstrations", "masked", "pairs", "labelled", "scored", "mismatched", "steps"}
 JUDGED = [
     {"prompt": "q" * (1 + i % 4), "completion": "abcdef"[: 1 + i % 6] * 2, "label": i % 3 > 0, "score": i / 4}
     for i in range(24)
@@ -29,6 +29,7 @@ JUDGED = [
 ROWS = {
     "pairs": [pair("pq"[i % 2] * (1 + i % 3), "ab" * (1 + i % 5), "c" * (1 + i % 4), margin=i) for i in range(24)],
     "steps": [STEPS, {"prompt": "p", "completions": ["x", "y" * 18], "labels": [False, True]}] * 4,
+    "masked": [{"text": "abcdef"[: 2 + i % 5] * 2} for i in range(24)],
     "demonstrations": [{"prompt": row["prompt"], "completion": row["completion"]} for row in JUDGED],
 }
 
@@ -40,7 +41,7 @@ def _cache(tmp_path, monkeypatch):
 
 def encode(rows, **options):
     records = [Record(row, f"d.jsonl, line {i}") for i, row in enumerate(rows, start=1)]
-    return encoding.encode_all(records, characters(), **{"window": 64, "template": PLAIN, **options})
+    return encoding.encode_all(records, characters(mask_token="<unk>"), **{"window": 64, "template": PLAIN, **options})
 
 
 def layouts(name):

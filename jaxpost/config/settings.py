@@ -33,6 +33,9 @@ DEFAULTS = {
     # Over whole rows: xla, splash (TPU), cudnn (GPU), auto (the platform's fast one). Where a kernel cannot, xla takes its
     # place: splash with a window that is no multiple of 128 or a shared prefix, cudnn with float32 (models/attention.py).
     "attention": "auto",
+    # What a token sees of its document: causal (itself and what is before it), whole (all of it, as an encoder does), prefix (a
+    # prompt whole, and behind it what is before). "" is the model's own. The weights keep it (is_causal in config.json).
+    "attend": "",
     # An adapter around the model's weights, which are then frozen: dict(name="lora", rank=8, alpha=16.0), of adapters/. A stage
     # that starts from a model with an adapter trains that one on.
     "adapter": {},

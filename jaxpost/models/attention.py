@@ -92,11 +92,14 @@ def document_mask(batch: Batch, window: int | None = None) -> jax.Array:
 
     window: how many tokens it sees, itself included; None is all. Where the batch has `branches`, number 0 is a prompt, higher
     numbers are branches behind it, and a token sees the prompt and its own branch. The next prompt begins where the number
-    falls.
+    falls. Where it has `bidirectional` [B,S] bool, the tokens of a document that are set there see each other in both
+    directions, up to `window` tokens on each side, as transformers has it.
     """
     segments, positions = batch["segments"], batch["positions"]
     order = jnp.arange(segments.shape[1])
-    sees = (order[:, None] >= order[None, :]) & (segments > 0)[:, :, None]
+    sees = order[:, None] >= order[None, :]
+    both = _pairs(batch["bidirectional"]) if "bidirectional" in batch else None
+    sees = (sees if both is None else sees | both) & (segments > 0)[:, :, None]
     if "branches" in batch:
         branches = batch["branches"]
         prompts = jnp.cumsum(branches < jnp.pad(branches[:, :-1], ((0, 0), (1, 0))), axis=1)
@@ -104,7 +107,34 @@ def document_mask(batch: Batch, window: int | None = None) -> jax.Array:
         sees &= (prompts[:, :, None] == prompts[:, None, :]) & behind
     else:
         sees &= segments[:, :, None] == segments[:, None, :]
-    return sees if window is None else sees & (positions[:, :, None] - positions[:, None, :] < window)
+    if window is None:
+        return sees
+    return sees & _near(positions[:, :, None] - positions[:, None, :], window, both)
+
+
+def _pairs(column: jax.Array) -> jax.Array:
+    """[B,S] bool -> [B,S,S]: whether both tokens are set."""
+    return column[:, :, None] & column[:, None, :]
+
+
+def _near(back: jax.Array, window: int, both: jax.Array | None) -> jax.Array:
+    """Whether a window reaches a token that lies `back` before; both: where it reaches to both sides."""
+    return back < window if both is None else jnp.where(both, jnp.abs(back) <= window, back < window)
+
+
+def attending(arch: Architecture, batch: Batch) -> Batch:
+    """The batch with the column `bidirectional` that the architecture's `attend` asks for: "whole" sets every token, "prefix"
+    the tokens before the first learned one of their document, and every token of a batch without `mask`. A column that the
+    batch brings is kept, and "causal" adds none.
+    """
+    if arch.attend == "causal" or "bidirectional" in batch:
+        return batch
+    segments, positions = batch["segments"], batch["positions"]
+    if arch.attend == "whole" or "mask" not in batch:
+        return {**batch, "bidirectional": segments > 0}
+    learned = jnp.where(batch["mask"], positions, jnp.iinfo(jnp.int32).max)
+    first = jax.vmap(lambda p, s: jax.ops.segment_min(p, s, num_segments=segments.shape[1] + 1)[s])(learned, segments)
+    return {**batch, "bidirectional": (segments > 0) & (positions < first)}
 
 
 def cache_axes() -> dict[str, str]:
@@ -134,12 +164,15 @@ def written(cache: jax.Array, new: jax.Array, positions: jax.Array, axes: str) -
     return jax.vmap(lambda held, new, places: held.at[*before, places].set(new))(cache, new, positions)
 
 
-def cache_mask(positions: jax.Array, length: int, window: int | None = None) -> jax.Array:
+def cache_mask(positions: jax.Array, length: int, window: int | None = None, prompts: jax.Array | None = None) -> jax.Array:
     """[B,S] positions -> [B,S,T] bool: a token sees the cache's slots up to its own position (slot = position), or the last
-    `window` of them.
+    `window` of them. prompts: [B], the lengths of prompts that the positions cover and that are seen in both directions.
     """
-    back = positions[:, :, None] - jnp.arange(length)[None, None, :]
-    return (back >= 0) if window is None else (back >= 0) & (back < window)
+    slots = jnp.arange(length)[None, None, :]
+    back = positions[:, :, None] - slots
+    both = None if prompts is None else (positions[:, :, None] < prompts[:, None, None]) & (slots < prompts[:, None, None])
+    sees = (back >= 0) if both is None else (back >= 0) | both
+    return sees if window is None else sees & _near(back, window, both)
 
 
 def attend(
@@ -218,11 +251,13 @@ def over_rows(kernel: str, arch: Architecture, batch: Batch, dtype) -> tuple[lis
     """How the layers of a model attend over a batch's documents: (what each kind of layer sees, attend).
 
     attend(q, k, v, sees) -> [B,S,N,H] takes an element of the list, or one selected from their stack by a traced index. XLA
-    replaces a kernel that cannot do the job: splash needs rows of a multiple of 128 tokens and does not support branches; cudnn
-    needs 16-bit numbers and heads of a multiple of 8 and at most 128 channels, and does not support a soft cap.
+    replaces a kernel that cannot do the job: splash needs rows of a multiple of 128 tokens and supports neither branches nor
+    tokens that see what follows them; cudnn needs 16-bit numbers and heads of a multiple of 8 and at most 128 channels, and
+    does not support a soft cap.
     """
+    batch = attending(arch, batch)
     scale, cap, segments = arch.attention_scale, arch.attention_cap, batch["segments"]
-    if kernel == "splash" and segments.shape[1] % 128 == 0 and "branches" not in batch:
+    if kernel == "splash" and segments.shape[1] % 128 == 0 and not batch.keys() & {"branches", "bidirectional"}:
         ways = [functools.partial(splash, segments=segments, window=k.window, scale=scale, cap=cap) for k in arch.kinds]
 
         def by_kind(q, k, v, kind):

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpost import sharding
+from jaxpost.errors import UserError
 from jaxpost.models.attention import (
     RESIDUALS,
     attend,
@@ -216,6 +217,7 @@ class Transformer:
 
         Without a cache: tokens, positions and segments [B,S]; documents attend separately. With a cache (see `make_cache`):
         tokens and positions [B,S]; each token is written to the slot of its position and attends to the slots up to it.
+        Optional without a cache: `bidirectional` [B,S] bool, the tokens of a document that see each other both ways.
         Optional with a cache: `room`, a scalar, the length that a document will have, if not the cache's; the cache's
         `rotations`. tap: the sites whose activations are returned as `taps`; patch: {site: value, or function} (sites.py).
         """
@@ -236,7 +238,7 @@ class Transformer:
         if REMAT[self.remat] is not None and cache is None:
             block = jax.checkpoint(block, policy=REMAT[self.remat])
         if cache is None and not isinstance(params["layers"], tuple):
-            x, router, taken = self._scan(block, x, params["layers"], tables, sites)
+            x, router, taken = scanned(self.arch, block, x, params["layers"], tables, sites)
         else:
             written, routers, taken = [], [], {name: [] for name in sites.tapped}
             for i, layer in enumerate(unstack(params, self.arch.layers)["layers"]):
@@ -264,38 +266,14 @@ class Transformer:
             # While decoding, a document's final length is unknown; the room that it has stands for it.
             held = cache_length(cache)
             lengths = batch.get("room", held)
-            masks = [cache_mask(positions, held, kind.window) for kind in a.kinds]
+            prompts = batch.get("lengths") if a.attend == "prefix" else None
+            masks = [cache_mask(positions, held, kind.window, prompts) for kind in a.kinds]
             attention = functools.partial(attend, scale=a.attention_scale, cap=a.attention_cap)
         if "rotations" in batch:
             turns = [tuple(x[positions] for x in pair) for pair in batch["rotations"]]
         else:
             turns = [rotary(kind.rope, a.head_width, positions, lengths) for kind in a.kinds]
         return list(zip(turns, masks, strict=True)), attention
-
-    def _scan(self, block, x, layers, tables: list, sites: Sites):
-        """Runs the blocks one after the other as one loop; each kind of layer has its own table.
-
-        Returns the last hidden states, the routers' outputs [L,...], and {site: [one for each tapped layer, ...]}.
-        """
-        several = len(tables) > 1
-        stacked = jax.tree.map(lambda *t: jnp.stack(t), *tables) if several else None
-        # A buffer for the tapped layers alone goes through the loop: its stacked results would hold every layer's.
-        taken = {}
-        if sites.tapped:
-            first = jax.tree.map(lambda w: w[0], layers)
-            shapes = jax.eval_shape(lambda: block(x, first, tables[0], None, jnp.int32(0))[3])
-            taken = {k: jnp.zeros((len(sites.tapped[k]), *v.shape), v.dtype) for k, v in shapes.items()}
-
-        def turn(carry, layer):
-            (x, taken), (weights, kind, index) = carry, layer
-            table = jax.tree.map(lambda t: t[kind], stacked) if several else tables[0]
-            x, _, router, values = block(x, weights, table, None, index)
-            slots = sites.slots(index)
-            return (x, {k: held.at[slots[k]].set(values[k], mode="drop") for k, held in taken.items()}), router
-
-        kinds, indices = jnp.array(self.arch.pattern) if several else None, jnp.arange(self.arch.layers) if sites else None
-        (x, taken), router = jax.lax.scan(turn, (x, taken), (layers, kinds, indices))
-        return x, router, taken
 
     def rotations(self, cache: Any) -> list[tuple[jax.Array, jax.Array]]:
         """(cosine, sine), [T,1,R/2] each, of a cache's slots, for each kind of layer. A loop over tokens looks them up, since
@@ -307,7 +285,12 @@ class Transformer:
         return [(cosine[0], sine[0]) for cosine, sine in tables]
 
     def make_cache(self, batch_size: int, length: int) -> tuple:
-        """An empty key/value cache: a {k, v} a layer, whose axes `attention.cache_axes` names."""
+        """An empty key/value cache: a {k, v} a layer, whose axes `attention.cache_axes` names.
+
+        Raises UserError for a model that sees whole documents.
+        """
+        if self.arch.attend == "whole":
+            raise UserError("model: each of its tokens sees those behind it (attend='whole'), so it cannot be sampled.")
         sizes = {"B": batch_size, "K": self.arch.kv_heads, "T": length, "H": self.arch.head_width}
 
         def empty(axes):
@@ -326,6 +309,32 @@ class Transformer:
     def is_prepared(self, params: Params) -> bool:
         """Whether the weights are a tree a layer."""
         return isinstance(params["layers"], tuple)
+
+
+def scanned(arch: Architecture, block: Callable, x: jax.Array, layers: Params, tables: list, sites: Sites):
+    """Runs the blocks one after the other as one loop; each kind of layer has its own table.
+
+    Returns the last hidden states, the routers' outputs [L,...], and {site: [one for each tapped layer, ...]}.
+    """
+    several = len(tables) > 1
+    stacked = jax.tree.map(lambda *t: jnp.stack(t), *tables) if several else None
+    # A buffer for the tapped layers alone goes through the loop: its stacked results would hold every layer's.
+    taken = {}
+    if sites.tapped:
+        first = jax.tree.map(lambda w: w[0], layers)
+        shapes = jax.eval_shape(lambda: block(x, first, tables[0], None, jnp.int32(0))[3])
+        taken = {k: jnp.zeros((len(sites.tapped[k]), *v.shape), v.dtype) for k, v in shapes.items()}
+
+    def turn(carry, layer):
+        (x, taken), (weights, kind, index) = carry, layer
+        table = jax.tree.map(lambda t: t[kind], stacked) if several else tables[0]
+        x, _, router, values = block(x, weights, table, None, index)
+        slots = sites.slots(index)
+        return (x, {k: held.at[slots[k]].set(values[k], mode="drop") for k, held in taken.items()}), router
+
+    kinds, indices = jnp.array(arch.pattern) if several else None, jnp.arange(arch.layers) if sites else None
+    (x, taken), router = jax.lax.scan(turn, (x, taken), (layers, kinds, indices))
+    return x, router, taken
 
 
 def _over_tokens(router: Any, segments: jax.Array | None) -> Any:
