@@ -86,7 +86,7 @@ def test_models_see_what_their_column_says():
         ("whole", later < 5, later >= 0),
     ):
         model = of(attend)
-        gap = np.abs(scores(model, params, batch) - scores(model, params, other)).max(-1)
+        gap = np.abs(scores(model, params, batch) - scores(model, params, other)).max(-1) * (batch["segments"] > 0)
         np.testing.assert_array_equal(gap > 1e-6, [first, second], err_msg=attend)
 
 
@@ -194,10 +194,16 @@ def test_what_cannot_be_had_is_refused():
         of("whole").make_cache(1, 4)
     for changes, message in (
         ({"attend": "prefix", "shared_prefix": True}, "shared_prefix: with attend='prefix'"),
-        ({"attend": "whole", "task": {"name": "arithmetic"}}, "config.attend: 'whole' makes an encoder"),
+        ({"attend": "whole", "task": {"name": "arithmetic"}}, "config.task: the model sees whole documents"),
         ({"attend": "prefix", "source": "rollouts", "task": {"name": "arithmetic"}, "rollouts": {"given": "mine.f"}},
          "rollouts.given: with attend='prefix'"),
     ):  # fmt: skip
         s = recipe.make(model=CONFIG, objective="preference.sigmoid", **changes)
         with pytest.raises(UserError, match=message):
             learned(loading.describe(CONFIG, attend=s.attend, text=False), s, one())
+
+
+def test_a_stage_sees_what_the_stage_that_it_starts_from_saw():
+    common = {"model": CONFIG, "stages": ("one", "two", "three", "other"), "two": {}, "three": {"attend": "causal"}}
+    each = dict(recipe.stages(recipe.make(**common, one={"attend": "prefix"}, other={"model": "FOLDER"})))
+    assert [each[name].attend for name in ("one", "two", "three", "other")] == ["prefix", "prefix", "causal", ""]

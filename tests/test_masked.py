@@ -101,6 +101,12 @@ def test_value_and_gradient_are_those_of_the_equation():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), grads, wanted)
 
 
+def test_shares_that_are_none_are_refused():
+    for wrong in ({"share": 0.0}, {"share": 1.1}, {"replaced": 0.95}, {"random": -0.1}):
+        with pytest.raises(UserError, match="config.objective: share="):
+            masked.mlm(stubs.forward, None, {}, None, **wrong)
+
+
 def words():
     """A token a letter, with BERT's special tokens, which it puts around texts."""
     names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz "]
@@ -131,23 +137,22 @@ def test_rows_are_texts_with_their_special_tokens_which_are_never_asked_for(tmp_
 
 
 def test_an_encoder_learns_and_is_kept_as_a_folder(tmp_path):
-    """What hides a letter of a text that repeats itself is found from the others."""
+    """A hidden letter of a text that repeats itself follows from the others: better than ln 8, as the letters alone tell."""
     tokenizer.save(words(), tmp_path / "words")
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"text": letter * 12}) + "\n" for letter in "abcdefgh" * 8))
     config = {**encoder_cases.config("bert/plain"), "vocab_size": 32, "num_hidden_layers": 1}
-    common = {"tokenizer": str(tmp_path / "words"), "batch_size": 8, "window": 32, "steps": 60, "log_every": 20}
-    common |= {"objective": "masked.mlm", "held_out": 8, "optimizer": {"lr": 0.01, "warmup": 0}}
+    common = {"tokenizer": str(tmp_path / "words"), "batch_size": 8, "window": 32, "steps": 120, "log_every": 40}
+    common |= {"objective": "masked.mlm", "held_out": 8, "optimizer": {"lr": 0.005, "warmup": 10}}
     jaxpost.train(None, tmp_path / "run", model=config, data=str(data), **common)
     values = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["eval/loss"] for row in values if "eval/loss" in row]
-    assert losses[0] > 3.0 and losses[-1] < 1.0, losses
+    assert losses[0] > 3.0 and losses[-1] < 1.5, losses
     model = jaxpost.load(tmp_path / "run")
     asked = np.array([[2, 9, 9, 4, 9, 9, 3]])  # [CLS] e e [MASK] e e [SEP]
     assert np.argmax(model.logits(asked)[0, 3]) == 9
     with pytest.raises(UserError, match="Encoder lacks .* and cannot be sampled"):
         model.generate("ab", new=2)
-    with pytest.raises(UserError, match="config.attend: 'whole' makes|bert is an encoder|lacks cache_axes"):
-        loading_fails = {**common, "task": {"name": "arithmetic"}, "data": str(data)}
-        jaxpost.train(None, tmp_path / "other", model=config, **loading_fails)
+    with pytest.raises(UserError, match="config.task: the model sees whole documents"):
+        jaxpost.train(None, tmp_path / "other", model=config, data=str(data), task={"name": "arithmetic"}, **common)
     assert loading.describe(str(tmp_path / "run"), text=False).transformer.arch.family == "bert"

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpost.declare import Column, objective
+from jaxpost.errors import UserError
 from jaxpost.metrics import masked_mean
 from jaxpost.models.heads import vocab
 from jaxpost.objectives import documents
@@ -41,8 +42,13 @@ def mlm(forward, params, batch, key, *, share: float = 0.15, replaced: float = 0
 
     The defaults are BERT's; ModernBERT has share=0.3, replaced=1.0, random=0.0. Reads tokens, mask, mask_token [B,S]; nats a
     chosen token. Evaluation draws the same noise each time. Source: "BERT: Pre-training of Deep Bidirectional Transformers for
-    Language Understanding", without its prediction of the next sentence.
+    Language Understanding", without its prediction of the next sentence. Raises UserError for shares that are none.
     """
+    if not (0 < share <= 1 and min(replaced, random) >= 0 and replaced + random <= 1):
+        raise UserError(
+            f"config.objective: share={share}, replaced={replaced}, random={random}; share is above 0 and at most 1, and the"
+            " other two are parts of it that add up to 1 at most."
+        )
     size = vocab(jax.eval_shape(forward, params, batch).head)
     tokens, chosen = hidden(batch, key, size, share=share, replaced=replaced, random=random)
     output = forward(params, {**batch, "tokens": tokens, "bidirectional": batch["segments"] > 0})

@@ -164,9 +164,7 @@ def _check_attend(s, attend: str) -> None:
             "itself; leave it out."
         )
     if attend == "whole" and (s.task or "rollouts" in shares(s.source)):
-        raise UserError(
-            "config.attend: 'whole' makes an encoder, which samples nothing; leave config.task out, or take prefix."
-        )
+        raise UserError("config.task: the model sees whole documents (attend), so it samples no answers; leave the task out.")
     if attend == "prefix" and s.rollouts.given:
         raise UserError(
             "config.rollouts.given: with attend='prefix' a completion's given tokens would count as the prompt; leave it out."
