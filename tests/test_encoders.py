@@ -114,6 +114,17 @@ def test_what_transformers_writes_for_each_family_is_understood():
         assert encoder_families.architecture({"model_type": family}) == encoder_families.architecture(fields)
 
 
+def test_published_sizes_are_those_of_the_hub():
+    """What the hub counts in the files of bert-base-uncased, without pooler and next sentence, and of both ModernBERTs."""
+    large = {"hidden_size": 1024, "intermediate_size": 2624, "num_hidden_layers": 28, "num_attention_heads": 16}
+    for fields, count in (
+        ({"model_type": "bert"}, 110_106_428 - 768 * 769 - 2 * 769),
+        ({"model_type": "modernbert"}, 149_655_232),
+        ({"model_type": "modernbert", **large}, 395_881_664),
+    ):
+        assert encoder_families.architecture(fields).parameters() == count
+
+
 def test_what_cannot_be_honoured_is_refused_by_name():
     wrong = {
         "bert": [{"position_embedding_type": "relative_key"}, {"tie_word_embeddings": False}, {"is_decoder": True},

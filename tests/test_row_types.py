@@ -29,7 +29,7 @@ JUDGED = [
 ROWS = {
     "pairs": [pair("pq"[i % 2] * (1 + i % 3), "ab" * (1 + i % 5), "c" * (1 + i % 4), margin=i) for i in range(24)],
     "steps": [STEPS, {"prompt": "p", "completions": ["x", "y" * 18], "labels": [False, True]}] * 4,
-    "masked": [{"text": "abcdef"[: 2 + i % 5] * 2} for i in range(24)],
+    "masked": [{"text": "abcdef"[: 1 + i % 6] * 3} for i in range(24)],
     "demonstrations": [{"prompt": row["prompt"], "completion": row["completion"]} for row in JUDGED],
 }
 

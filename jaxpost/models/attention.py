@@ -168,10 +168,12 @@ def cache_mask(positions: jax.Array, length: int, window: int | None = None, pro
     """[B,S] positions -> [B,S,T] bool: a token sees the cache's slots up to its own position (slot = position), or the last
     `window` of them. prompts: [B], the lengths of prompts that the positions cover and that are seen in both directions.
     """
-    slots = jnp.arange(length)[None, None, :]
-    back = positions[:, :, None] - slots
-    both = None if prompts is None else (positions[:, :, None] < prompts[:, None, None]) & (slots < prompts[:, None, None])
-    sees = (back >= 0) if both is None else (back >= 0) | both
+    back = positions[:, :, None] - jnp.arange(length)[None, None, :]
+    sees, both = back >= 0, None
+    if prompts is not None:
+        ends = prompts[:, None, None]
+        both = (positions[:, :, None] < ends) & (jnp.arange(length)[None, None, :] < ends)
+        sees |= both
     return sees if window is None else sees & _near(back, window, both)
 
 
