@@ -130,7 +130,9 @@ def test_what_cannot_be_honoured_is_refused_by_name():
         "bert": [{"position_embedding_type": "relative_key"}, {"tie_word_embeddings": False}, {"is_decoder": True},
                  {"attend": "causal"}, {"hidden_act": "mish"}, {"num_attention_heads": 5}, {"type_vocab_size": 0}],
         "modernbert": [{"rope_scaling": {"type": "linear", "factor": 2.0}}, {"classifier_activation": "mish"},
-                       {"layer_types": ["full_attention"]}, {"rope_parameters": {"other": {}}}, {"attention_dropout": 0.1}],
+                       {"layer_types": ["full_attention"]}, {"rope_parameters": {"other": {}}},
+                       {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2.0}}},
+                       {"attention_dropout": 0.1}],
     }  # fmt: skip
     for family, each in wrong.items():
         for changes in each:

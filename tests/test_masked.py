@@ -13,12 +13,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from toy_tokenizers import characters
 
 import jaxpost
-from jaxpost import tokenizer
+from jaxpost import sharding, tokenizer
 from jaxpost.data import encoding
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
-from jaxpost.models import loading
-from jaxpost.objectives import masked
+from jaxpost.models import encoder, encoder_families, heads, loading
+from jaxpost.objectives import logprobs, masked
 
 BERT = {"share": 0.15, "replaced": 0.8, "random": 0.1}
 HIDDEN = 7  # the id of the mask token
@@ -99,6 +99,36 @@ def test_value_and_gradient_are_those_of_the_equation():
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert len(rows) > 20 and (np.asarray(noisy) != batch["tokens"]).sum() > 10
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), grads, wanted)
+
+
+def test_an_encoders_head_in_chunks_on_a_mesh_equals_its_logits(monkeypatch):
+    monkeypatch.setattr(logprobs, "CHUNK", 1)
+    arch = encoder_families.architecture(
+        {**encoder_cases.config("modernbert/biased"), "vocab_size": 40, "num_hidden_layers": 2}
+    )
+    model, key, noise = encoder.model(arch), jax.random.PRNGKey(5), {"share": 0.5, "replaced": 0.5, "random": 0.3}
+    params = jax.tree.map(lambda x: x + 0.1 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), jax.jit(model.init)(key))
+    batch = rows(shape=(8, 30), vocab=40)
+
+    def loss(params, batch):
+        terms, _ = masked.mlm(model.forward, params, batch, key, **noise)
+        return terms["mlm"].sum / terms["mlm"].weight
+
+    def direct(params):
+        tokens, chosen = masked.hidden(batch, key, 40, **noise)
+        out = model.forward(params, {**batch, "tokens": tokens})
+        logps = jnp.take_along_axis(jax.nn.log_softmax(heads.logits(out.hidden, out.head)), batch["tokens"][..., None], -1)
+        return -jnp.sum(jnp.where(chosen, logps[..., 0], 0.0)) / jnp.sum(chosen)
+
+    expected, wanted = jax.jit(jax.value_and_grad(direct))(params)
+    mesh = sharding.make_mesh(2, 2, 2)
+    with sharding.use(mesh):
+        placed = jax.device_put(jax.device_get(params), sharding.stored(mesh, params))
+        spread = sharding.distribute(jax.device_get(batch), mesh, 8)
+        value, grads = jax.jit(jax.value_and_grad(loss))(placed, spread)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(jax.device_get(grads)), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()) + 1e-7)  # sums in another order
 
 
 def test_shares_that_are_none_are_refused():

@@ -145,7 +145,10 @@ def _ropes(f: Fields, max_positions: int) -> list[Rope]:
     if nested.keys() - set(_LAYERS) or not all(isinstance(x, dict) for x in nested.values() if x is not None):
         raise UserError(f"{f.place}: rope_parameters must hold {' and '.join(_LAYERS)}, each an object.")
     inner = [dict(nested.get(kind) or {}) for kind in _LAYERS]
-    return [families.rope_of(x, {}, f.place, max_positions, base) for x, base in zip(inner, bases, strict=True)]
+    ropes = [families.rope_of(x, {}, f.place, max_positions, base) for x, base in zip(inner, bases, strict=True)]
+    if scaled := [rope.kind for rope in ropes if rope.kind not in ("default", "linear")]:
+        raise UserError(f"{f.place}: rope_parameters: rope_type {scaled[0]!r} is not supported (only default and linear are).")
+    return ropes
 
 
 FAMILIES: dict[str, Callable[[Mapping, str], EncoderArchitecture]] = {"bert": bert, "modernbert": modernbert}
