@@ -132,7 +132,7 @@ def test_what_cannot_be_honoured_is_refused_by_name():
         "modernbert": [{"rope_scaling": {"type": "linear", "factor": 2.0}}, {"classifier_activation": "mish"},
                        {"layer_types": ["full_attention"]}, {"rope_parameters": {"other": {}}},
                        {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2.0}}},
-                       {"attention_dropout": 0.1}],
+                       {"attention_dropout": 0.1}, {"mlp_dropout": 0.1}],
     }  # fmt: skip
     for family, each in wrong.items():
         for changes in each:

@@ -1,7 +1,7 @@
 """The families of encoders, BERT and ModernBERT: what their config.json means and what their tensors are called.
 
-As in families.py, each field is honoured, refused by name, or one that does not change the forward pass. Dropout is such a one:
-jaxpost trains without. The files are those of a masked language model (BertForMaskedLM, ModernBertForMaskedLM); of a
+As in families.py, each field is honoured, refused by name, or one that does not change the forward pass. BERT's dropout is such
+a one: jaxpost trains without. The files are those of a masked language model (BertForMaskedLM, ModernBertForMaskedLM); of a
 BertForPreTraining the pooler and the next-sentence head are not read.
 """
 
@@ -117,7 +117,10 @@ def modernbert(config: Mapping, place: str) -> EncoderArchitecture:
     `local_attention` counts both sides: a token sees half of it before and half behind itself.
     """
     f = Fields(config, place)
-    f.unread("embedding_dropout", "mlp_dropout", "deterministic_flash_attn", "sparse_prediction", "sparse_pred_ignore_index",
+    for name in ("embedding_dropout", "mlp_dropout"):
+        if (value := f.take(name, float, 0.0)) != 0.0:
+            raise UserError(f"{place}: {name} = {value} is not supported (only 0.0 is).")
+    f.unread("deterministic_flash_attn", "sparse_prediction", "sparse_pred_ignore_index",
              "reference_compile", "repad_logits_with_grad", "initializer_cutoff_factor", "hidden_act")  # fmt: skip
     c = _common(
         f, vocab=f.take("vocab_size", int, 50368), layers=f.take("num_hidden_layers", int, 22),

@@ -33,9 +33,8 @@ def counts(column: jax.Array, batch: Batch) -> jax.Array:
 
 def digests(batch: Batch) -> jax.Array:
     """[B,N] uint32: a number of each document's learned tokens and their places, the same wherever the document lies."""
-    x = batch["tokens"].astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + batch["positions"].astype(jnp.uint32) * jnp.uint32(
-        0x85EBCA77
-    )
+    tokens, places = batch["tokens"].astype(jnp.uint32), batch["positions"].astype(jnp.uint32)
+    x = tokens * jnp.uint32(0x9E3779B1) + places * jnp.uint32(0x85EBCA77)
     x = (x ^ (x >> 15)) * jnp.uint32(0x2C1B3C6D)
     return _reduced(jax.ops.segment_sum, jnp.where(batch["mask"], x ^ (x >> 12), 0), batch["segments"])
 
