@@ -245,7 +245,7 @@ def _tapped(model: protocol.Model, params: Params, batch: Batch, sites: tuple, v
 @functools.partial(jax.jit, static_argnums=0)
 def _scores(model: protocol.Model, params: Params, batch: Batch) -> dict[str, jax.Array]:
     mask = (batch["segments"] > 0) & (jnp.arange(batch["tokens"].shape[1]) > 0)
-    return token_scores(model.forward(params, batch), batch, mask)
+    return token_scores(model.forward(params, {**batch, "mask": mask}), batch, mask)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))

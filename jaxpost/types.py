@@ -20,6 +20,9 @@ A batch is a dict of arrays. A column describes the token at its own place, neve
     demonstrations [B,S] bool (where tokens are given) tokens that the policy did not sample and that are to be imitated
     embeds     [B,S,D] float32  (optional) vectors that enter the first layer in place of the tokens' where `embedded` is set
     embedded   [B,S] bool     (with embeds) the places of such vectors
+    bidirectional [B,S] bool  (optional) tokens of a document that see each other, before and behind; the others see what is
+                              before them
+    token_types [B,S] int32   (optional) the kinds of tokens of models that embed them, as BERT's first and second sentence
 
 The step adds `rows` [B] int32, each row's number in the global batch: an objective that draws noise folds it into its key, so
 that the noise does not depend on how the batch is split. A column without a batch axis is a scalar, the same for every row.

@@ -36,7 +36,9 @@ TINY = {
 def model_folder(folder: Path) -> str:
     arch = families.architecture(TINY)
     hf.save(folder, Transformer(arch).init(jax.random.PRNGKey(0)), arch, TINY)
-    save(arithmetic.tokenizer(), folder)
+    words = arithmetic.tokenizer()
+    words.mask_token = words.pad_token  # which only masked language models read
+    save(words, folder)
     return str(folder)
 
 
@@ -49,7 +51,7 @@ def data_file(path: Path, shape: str) -> str:
     elif shape == "lists":
         turns = [[turn["content"] for turn in row["messages"]] for row in rows]
         rows = [{"query": asked, "positives": [answer], "negatives": [answer + "0"]} for asked, answer in turns]
-    elif shape != "demonstrations":
+    elif shape not in ("demonstrations", "masked"):
         rows = [{"messages": row["messages"], "label": i % 3 > 0} for i, row in enumerate(rows)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)

@@ -36,7 +36,7 @@ OBJECTIVES = _objectives()
 REPRESENTATIVES = {
     *("sft.nll", "policy_gradient.grpo", "policy_gradient.ppo", "router.balanced", *stubs.TOYS),
     *("preference.sigmoid", "preference.aot_unpaired", "preference.weighted", "unpaired.kto"),
-    *("reward_model.bradley_terry", "distill.forward_kl", "contrastive.info_nce"),
+    *("reward_model.bradley_terry", "distill.forward_kl", "contrastive.info_nce", "masked.mlm"),
 }
 every_objective = pytest.mark.parametrize(
     "name", [n if n in REPRESENTATIVES else pytest.param(n, marks=pytest.mark.slow) for n in OBJECTIVES]
@@ -209,6 +209,7 @@ def _last(batch):
 
 # Where a loss looks at fewer hidden states than those that predict the learned tokens: what it looks at, at the least.
 LOOKS_AT = {
+    "masked": lambda b: b["mask"] & False,  # a part of it, drawn at random
     "unpaired": lambda b: b["mask"] & (b["labels"] >= 0),
     "reward_model": _last,
     "reward_model.process": lambda b: b["mask"] & (b["labels"] >= 0),

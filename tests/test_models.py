@@ -10,6 +10,7 @@ import inspect
 import json
 from pathlib import Path
 
+import encoder_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,7 @@ import sampler_cases as cases
 import jaxpost
 from jaxpost import sharding
 from jaxpost.errors import UserError
-from jaxpost.models import composed, loading, protocol
+from jaxpost.models import composed, encoder, encoder_families, loading, protocol
 from jaxpost.models.heads import logits
 from jaxpost.objectives.logprobs import token_scores
 from jaxpost.types import Head, Output
@@ -33,8 +34,12 @@ def contrast(large, small):
 
 
 WIDE = dataclasses.replace(SMALL, arch=dataclasses.replace(SMALL.arch, width=24, layers=1, logit_cap=3.0))
+ENCODER = encoder.model(
+    encoder_families.architecture({**encoder_cases.config("modernbert/biased"), "vocab_size": SMALL.vocab, "hidden_size": 8})
+)
 EACH = {
     "Transformer": SMALL,
+    "Encoder": ENCODER,
     "Fused": composed.Fused((WIDE, SMALL), contrast),
     "Patched": composed.Patched(
         SMALL, {"layers.1.resid_pre": lambda x, batch: x + 0.5 * jnp.cos(batch["positions"])[..., None]}
@@ -115,8 +120,9 @@ def rows():
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_keeps_the_protocol(name):
     model, batch = MODELS[name], rows()
-    protocol.check(model, name, protocol.Sampled)
-    params = model.init(jax.random.PRNGKey(0))
+    sampled = isinstance(model, protocol.Sampled)
+    protocol.check(model, name, protocol.Sampled if sampled else protocol.Model)
+    params = jax.jit(model.init)(jax.random.PRNGKey(0))
     out = jax.jit(model.forward)(params, batch)
     assert out.hidden.shape == (2, 8, model.width)
     scores = logits(out.hidden, out.head)
@@ -127,6 +133,9 @@ def test_a_model_keeps_the_protocol(name):
     np.testing.assert_array_equal(
         jax.jit(lambda p: logits(model.forward(p, batch).hidden, out.head))(params).shape, scores.shape
     )
+    assert sampled == (name != "Encoder")
+    if not sampled:
+        return
     # A token at a time says what the whole row says.
     cache, steps, prepared = model.make_cache(1, 8), [], model.prepared(params)
     assert jax.tree.structure(model.cache_axes()) == jax.tree.structure(cache)

@@ -21,7 +21,7 @@ from jaxpost.stages import annotations, datasets
 from jaxpost.stages.plan import columns, scalars
 
 NAMES = sorted(path.stem for path in row_types.FOLDER.glob("[!_]*.py"))
-EVERY = {"demonstrations", "pairs", "labelled", "scored", "mismatched", "steps", "lists"}
+EVERY = {"demonstrations", "masked", "pairs", "labelled", "scored", "mismatched", "steps", "lists"}
 JUDGED = [
     {"prompt": "q" * (1 + i % 4), "completion": "abcdef"[: 1 + i % 6] * 2, "label": i % 3 > 0, "score": i / 4}
     for i in range(24)
@@ -38,6 +38,7 @@ ROWS = {
         }
         for i in range(24)
     ],
+    "masked": [{"text": "abcdef"[: 1 + i % 6] * 3} for i in range(24)],
     "demonstrations": [{"prompt": row["prompt"], "completion": row["completion"]} for row in JUDGED],
 }
 
@@ -49,7 +50,7 @@ def _cache(tmp_path, monkeypatch):
 
 def encode(rows, **options):
     records = [Record(row, f"d.jsonl, line {i}") for i, row in enumerate(rows, start=1)]
-    return encoding.encode_all(records, characters(), **{"window": 64, "template": PLAIN, **options})
+    return encoding.encode_all(records, characters(mask_token="<unk>"), **{"window": 64, "template": PLAIN, **options})
 
 
 def layouts(name):

@@ -59,8 +59,7 @@ def outline(s, mesh) -> tuple[loading.ModelSpec, Callable, str, int]:
 def _described(s, mesh) -> loading.ModelSpec:
     """The model of a stage's settings, without a tokenizer."""
     named = (hub_configs.fields(s.model) or s.model) if isinstance(s.model, str) else s.model.to_dict()
-    device = mesh.devices.flat[0]
-    options = {"attention": s.attention, "device": device, "text": False}
+    options = {"attention": s.attention, "attend": s.attend, "device": mesh.devices.flat[0], "text": False}
     spec = loading.describe(named, "", s.dtype, s.remat, recipe.plain(s.adapter), **options)
     if not hasattr(spec.transformer, "arch"):
         raise UserError("config.model: the work of a model that a function makes is not known; jaxpost.fit takes transformers.")

@@ -45,7 +45,9 @@ def linked(settings: dict, own_model: bool, before: Mapping[str, Mapping], place
     start = next(references(model), "") if own_model else "".join(last)
     origin = settings["of"][0] if settings["do"] == "merge" and settings["of"] else f"@{start}" if start else model
     start = next(references(origin), "")
-    return {**settings, "start": start, "model": before[start]["model"] if start else origin}
+    settings = {**settings, "start": start, "model": before[start]["model"] if start else origin}
+    # What the model of a stage sees stays with its weights.
+    return settings if not start else settings | {"attend": settings["attend"] or before[start]["attend"]}
 
 
 def inputs(settings: Mapping) -> set[str]:

@@ -46,6 +46,9 @@ DEFAULTS = {
     # place: splash with a window that is no multiple of 128 or a shared prefix, cudnn with float32, both with a learned prompt
     # before documents (models/attention.py).
     "attention": "auto",
+    # What a token sees of its document: causal (itself and what is before it), whole (all of it, as an encoder does), prefix (a
+    # prompt whole, and behind it what is before). "" is the model's own. The weights keep it (is_causal in config.json).
+    "attend": "",
     # An adapter of the model, whose own weights are then frozen: dict(name="lora", rank=8, alpha=16.0), of adapters/; or a
     # tuple of several. A stage that starts from a model with an adapter trains that one on.
     "adapter": {},

@@ -46,7 +46,7 @@ _UNREAD: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
 }
 # What stages that do not train read; their other settings are refused.
 _MODEL = (
-    *("model", "tokenizer", "adapter", "dtype", "remat", "attention", "mesh", "seed", "template", "template_options"),
+    *("model", "tokenizer", "adapter", "dtype", "remat", "attention", "attend", "mesh", "seed", "template", "template_options"),
     "artefacts",
 )
 _ROWS = ("data", "columns", "bad_rows")

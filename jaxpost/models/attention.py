@@ -92,12 +92,15 @@ def document_mask(batch: Batch, window: int | None = None, prefix: int = 0) -> j
 
     window: how many tokens it sees, itself included; None is all. Where the batch has `branches`, number 0 is a prompt, higher
     numbers are branches behind it, and a token sees the prompt and its own branch. The next prompt begins where the number
-    falls. prefix: the number m of keys before every document (models/prefix.py): then [B,S,m+S], where positions begin at m and
-    the window counts the prefix's places too.
+    falls. Where it has `bidirectional` [B,S] bool, the tokens of a document that are set there see each other in both
+    directions, up to `window` tokens on each side, as transformers has it. prefix: the number m of keys before every document
+    (models/prefix.py): then [B,S,m+S], where positions begin at m and the window counts the prefix's places too.
     """
     segments, positions = batch["segments"], batch["positions"]
     order = jnp.arange(segments.shape[1])
-    sees = (order[:, None] >= order[None, :]) & (segments > 0)[:, :, None]
+    sees = order[:, None] >= order[None, :]
+    both = _pairs(batch["bidirectional"]) if "bidirectional" in batch else None
+    sees = (sees if both is None else sees | both) & (segments > 0)[:, :, None]
     if "branches" in batch:
         branches = batch["branches"]
         prompts = jnp.cumsum(branches < jnp.pad(branches[:, :-1], ((0, 0), (1, 0))), axis=1)
@@ -107,10 +110,38 @@ def document_mask(batch: Batch, window: int | None = None, prefix: int = 0) -> j
         sees &= segments[:, :, None] == segments[:, None, :]
     places = positions
     if prefix:
-        shape = (len(segments), prefix)
+        before = (len(segments), prefix)
         sees = jnp.concatenate([jnp.broadcast_to((segments > 0)[:, :, None], (*segments.shape, prefix)), sees], axis=2)
-        places = jnp.concatenate([jnp.broadcast_to(jnp.arange(prefix), shape), positions], axis=1)
-    return sees if window is None else sees & (positions[:, :, None] - places[:, None, :] < window)
+        both = None if both is None else jnp.pad(both, ((0, 0), (0, 0), (prefix, 0)))
+        places = jnp.concatenate([jnp.broadcast_to(jnp.arange(prefix), before), positions], axis=1)
+    if window is None:
+        return sees
+    return sees & _near(positions[:, :, None] - places[:, None, :], window, both)
+
+
+def _pairs(column: jax.Array) -> jax.Array:
+    """[B,S] bool -> [B,S,S]: whether both tokens are set."""
+    return column[:, :, None] & column[:, None, :]
+
+
+def _near(back: jax.Array, window: int, both: jax.Array | None) -> jax.Array:
+    """Whether a window reaches a token that lies `back` before; both: where it reaches to both sides."""
+    return back < window if both is None else jnp.where(both, jnp.abs(back) <= window, back < window)
+
+
+def attending(arch: Architecture, batch: Batch) -> Batch:
+    """The batch with the column `bidirectional` that the architecture's `attend` asks for: "whole" sets every token, "prefix"
+    the tokens before the first learned one of their document, and every token of a batch without `mask`. A column that the
+    batch brings is kept, and "causal" adds none.
+    """
+    if arch.attend == "causal" or "bidirectional" in batch:
+        return batch
+    segments, positions = batch["segments"], batch["positions"]
+    if arch.attend == "whole" or "mask" not in batch:
+        return {**batch, "bidirectional": segments > 0}
+    learned = jnp.where(batch["mask"], positions, jnp.iinfo(jnp.int32).max)
+    first = jax.vmap(lambda p, s: jax.ops.segment_min(p, s, num_segments=segments.shape[1] + 1)[s])(learned, segments)
+    return {**batch, "bidirectional": (segments > 0) & (positions < first)}
 
 
 def cache_axes() -> dict[str, str]:
@@ -140,12 +171,17 @@ def written(cache: jax.Array, new: jax.Array, positions: jax.Array, axes: str) -
     return jax.vmap(lambda held, new, places: held.at[*before, places].set(new))(cache, new, positions)
 
 
-def cache_mask(positions: jax.Array, length: int, window: int | None = None) -> jax.Array:
+def cache_mask(positions: jax.Array, length: int, window: int | None = None, prompts: jax.Array | None = None) -> jax.Array:
     """[B,S] positions -> [B,S,T] bool: a token sees the cache's slots up to its own position (slot = position), or the last
-    `window` of them.
+    `window` of them. prompts: [B], the lengths of prompts that the positions cover and that are seen in both directions.
     """
     back = positions[:, :, None] - jnp.arange(length)[None, None, :]
-    return (back >= 0) if window is None else (back >= 0) & (back < window)
+    sees, both = back >= 0, None
+    if prompts is not None:
+        ends = prompts[:, None, None]
+        both = (positions[:, :, None] < ends) & (jnp.arange(length)[None, None, :] < ends)
+        sees |= both
+    return sees if window is None else sees & _near(back, window, both)
 
 
 def attend(
@@ -224,12 +260,14 @@ def over_rows(kernel: str, arch: Architecture, batch: Batch, dtype, prefix: int 
     """How the layers of a model attend over a batch's documents: (what each kind of layer sees, attend).
 
     attend(q, k, v, sees) -> [B,S,N,H] takes an element of the list, or one selected from their stack by a traced index. XLA
-    replaces a kernel that cannot do the job: splash needs rows of a multiple of 128 tokens and does not support branches; cudnn
-    needs 16-bit numbers and heads of a multiple of 8 and at most 128 channels, and does not support a soft cap. Neither
-    supports a prefix, `document_mask`'s.
+    replaces a kernel that cannot do the job: splash needs rows of a multiple of 128 tokens and supports neither branches nor
+    tokens that see what follows them; cudnn needs 16-bit numbers and heads of a multiple of 8 and at most 128 channels, and
+    does not support a soft cap. Neither supports a prefix, `document_mask`'s.
     """
+    batch = attending(arch, batch)
     scale, cap, segments = arch.attention_scale, arch.attention_cap, batch["segments"]
-    if kernel == "splash" and segments.shape[1] % 128 == 0 and "branches" not in batch and not prefix:
+    causal = not prefix and not batch.keys() & {"branches", "bidirectional"}
+    if kernel == "splash" and segments.shape[1] % 128 == 0 and causal:
         ways = [functools.partial(splash, segments=segments, window=k.window, scale=scale, cap=cap) for k in arch.kinds]
 
         def by_kind(q, k, v, kind):

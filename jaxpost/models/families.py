@@ -51,7 +51,7 @@ class Architecture:
     kinds, pattern: the kinds of layers, and the index of each layer's kind (() is 0 throughout). norms: "pre" normalises the
     inputs of attention and feed-forward, "post" their outputs, "both" both; norm_offset is added to every norm's scale.
     qk_norm: "head" normalises each query and key head, "all" all heads together. experts: 0 is a dense feed-forward; each
-    token goes to `chosen` of them, with weights that add up to 1 if `normalised`.
+    token goes to `chosen` of them, with weights that add up to 1 if `normalised`. attend: what a token sees (settings.py).
     """
 
     vocab: int
@@ -83,6 +83,7 @@ class Architecture:
     chosen: int = 0
     normalised: bool = True
     init_std: float = 0.02
+    attend: str = "causal"
 
     def kind(self, layer: int) -> int:
         """The index of a layer's kind."""
@@ -214,7 +215,16 @@ class Fields:
             "activation": self.take("hidden_act", str, default["hidden_act"]),
             "tied": self.take("tie_word_embeddings", bool, default["tie_word_embeddings"]),
             "init_std": self.take("initializer_range", float, 0.02),
+            "attend": self.attend(),
         }
+
+    def attend(self) -> str:
+        """Takes what a token sees: transformers' is_causal, and our own field where that says too little."""
+        causal = self.take("is_causal", bool, True)
+        attend = self.take("attend", str, "causal" if causal else "whole")
+        if attend not in ("causal", "prefix", "whole") or causal == (attend == "whole"):
+            raise UserError(f"{self.place}: attend = {_shown(attend)}, is_causal = {causal}; false goes with whole alone.")
+        return attend
 
     def experts(self, default: int) -> int:
         """Takes the number of experts, for which the hub's files and transformers 5 have different names."""
@@ -252,7 +262,7 @@ class Fields:
         original, kind = "original_max_position_embeddings", merged.get("rope_type") or merged.get("type") or "default"
         if original in self.left and kind not in ("default", "linear"):
             outside[original] = self.left.pop(original)  # a value outside takes precedence
-        rope = _rope(merged, outside, self.place, max_positions, theta)
+        rope = rope_of(merged, outside, self.place, max_positions, theta)
         if rope.share != 1 and not partial:
             raise UserError(f"{self.place}: partial_rotary_factor = {rope.share} is not supported (only 1.0 is).")
         return rope
@@ -279,7 +289,7 @@ _SCALINGS = {
 _OPTIONAL = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
 
 
-def _rope(merged: dict, outside: dict, place: str, max_positions: int, theta: float) -> Rope:
+def rope_of(merged: dict, outside: dict, place: str, max_positions: int, theta: float) -> Rope:
     """A Rope from the fields of rope_parameters. The fields in `outside`, which stood beside them, take precedence."""
     kind = merged.pop("rope_type", None) or merged.pop("type", None) or "default"
     merged.pop("type", None)
@@ -503,11 +513,11 @@ def smollm3(config: Mapping, place: str) -> Architecture:
     kinds = tuple(Kind(w, r) for w in (None, window) for r in (Rope(kind="none"), rope))
     pattern = tuple(2 * s + r for s, r in zip(sliding, rotated, strict=True))
     return f.finish(Architecture(
-        **c, **_used(kinds, pattern), qkv_bias=bias, o_bias=bias, mlp_bias=f.take("mlp_bias", bool, False)
+        **c, **used_kinds(kinds, pattern), qkv_bias=bias, o_bias=bias, mlp_bias=f.take("mlp_bias", bool, False)
     ))  # fmt: skip
 
 
-def _used(kinds: tuple[Kind, ...], pattern: tuple[int, ...]) -> dict:
+def used_kinds(kinds: tuple[Kind, ...], pattern: tuple[int, ...]) -> dict:
     """The kinds that the pattern uses, renumbered from 0."""
     used = sorted(set(pattern))
     return {"kinds": tuple(kinds[k] for k in used), "pattern": tuple(used.index(k) for k in pattern)}
@@ -546,7 +556,7 @@ def gemma2(config: Mapping, place: str) -> Architecture:
     rope, window = f.rope(c["max_positions"]), f.maybe("sliding_window", int, 4096)
     default = ["full_attention" if i % 2 or window is None else "sliding_attention" for i in range(c["layers"])]
     return f.finish(Architecture(
-        **c, **_gemma23(f, c), **_used((Kind(None, rope), Kind(window, rope)), f.layer_types(c["layers"], default)),
+        **c, **_gemma23(f, c), **used_kinds((Kind(None, rope), Kind(window, rope)), f.layer_types(c["layers"], default)),
         attention_cap=f.maybe("attn_logit_softcapping", float, 50.0),
         logit_cap=f.maybe("final_logit_softcapping", float, 30.0),
     ))  # fmt: skip
@@ -569,12 +579,12 @@ def gemma3(config: Mapping, place: str) -> Architecture:
     inner = {k: dict(nested.get(k) or {}) for k in ("sliding_attention", "full_attention")}
     if nested.keys() - inner.keys():
         raise UserError(f"{place}: rope_parameters must hold {' and '.join(inner)}, not {', '.join(nested)}.")
-    slow = _rope(inner["sliding_attention"], {}, place, c["max_positions"], local)
+    slow = rope_of(inner["sliding_attention"], {}, place, c["max_positions"], local)
     f.left["rope_parameters"] = inner["full_attention"]
     fast = f.rope(c["max_positions"], theta=1e6)
     default = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(c["layers"])]
     return f.finish(Architecture(
-        **c, **_gemma23(f, c), **_used((Kind(None, fast), Kind(window, slow)), f.layer_types(c["layers"], default)),
+        **c, **_gemma23(f, c), **used_kinds((Kind(None, fast), Kind(window, slow)), f.layer_types(c["layers"], default)),
         qk_norm="head", logit_cap=f.maybe("final_logit_softcapping", float),
     ))  # fmt: skip
 
@@ -610,13 +620,14 @@ def architecture(config: Mapping, place: str = "config.json") -> Architecture:
 class Tensor(NamedTuple):
     """Where a parameter is in a file: the tensor's name, whether it is transposed there, and its rows in that tensor.
 
-    Each `{}` of the name stands for one of our leading axes: the layer, the expert. rows: (first, end, rows in all) of a fused
-    tensor, None for a whole one.
+    Each `{}` of the name stands for one of our leading axes: the layer, from `first` on, the expert. rows: (first, end, rows in
+    all) of a fused tensor, None for a whole one.
     """
 
     name: str
     transposed: bool = False
     rows: tuple[int, int, int] | None = None
+    first: int = 0
 
 
 # Our path inside a layer -> the tensor's stem inside model.layers.N, for Llama and families without an entry in NAMES.
@@ -655,6 +666,8 @@ NAMES = {
 
 def tensor_names(arch: Architecture) -> dict[str, Tensor]:
     """Our parameter path -> where it is in the family's files."""
+    if hasattr(arch, "tensors"):  # an encoder's (encoder_families.py)
+        return arch.tensors()
     stems = STEMS | NAMES.get(arch.family, {})
     names = {"embed/weight": Tensor("model.embed_tokens.weight"), "norm/scale": Tensor("model.norm.weight")}
     if not arch.tied:

@@ -22,8 +22,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxpost import sharding
 from jaxpost.errors import UserError
-from jaxpost.models import safetensors_io
+from jaxpost.models import encoder_families, safetensors_io
 from jaxpost.models.einsum import dense
+from jaxpost.models.encoder_families import EncoderArchitecture
 from jaxpost.models.families import Architecture, Tensor, tensor_names
 from jaxpost.models.layout import places
 from jaxpost.storage import cloud
@@ -34,12 +35,13 @@ SHARD_BYTES = 5 * 2**30
 _STACKED = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj")
 _ROUTER = re.compile(r"model\.layers\.(\d+)\.mlp\.gate\.weight")
 _UNUSED = (".rotary_emb.inv_freq",)  # a constant that old exports stored
+_NORMS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # as BERT's first files have them
 # In a multimodal model the language model has other names; the rest is not read.
 _LANGUAGE = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.lm_head.": "lm_head."}
 _VISION = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 # Families whose rope_scaling may only have these fields in transformers 4.57.
 _SCALING = dict.fromkeys(("olmo2", "olmoe"), ("type", "factor")) | {"phi3": ("type", "short_factor", "long_factor")}
-_CLASSES = {"qwen3_moe": "Qwen3Moe", "gemma3_text": "Gemma3", "smollm3": "SmolLM3"}
+_CLASSES = {"qwen3_moe": "Qwen3Moe", "gemma3_text": "Gemma3", "smollm3": "SmolLM3", "modernbert": "ModernBert"}
 
 
 def read_config(folder: str | epath.Path) -> dict:
@@ -122,7 +124,7 @@ def _open(folder: epath.Path) -> dict[str, Any]:
         slices |= safetensors_io.tensors(path)
     if any(name.startswith(_VISION) for name in slices):
         slices = {_language(name): x for name, x in slices.items() if not name.startswith(_VISION)}
-    return slices
+    return {re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: _NORMS[m[0]], name): x for name, x in slices.items()}
 
 
 def _language(name: str) -> str:
@@ -186,18 +188,25 @@ def check(folder: str | epath.Path, arch: Architecture) -> dict[str, Any]:
             f"{folder}: config.json describes {described:,} parameters ({sizes(arch)}), and its files hold {held:,}; the "
             "config does not fit the weights."
         )
-    expected = {n for t in names.values() for n in _each(t, (arch.layers, arch.experts))}
+    expected = {n for t in names.values() for n in _each(t, (arch.layers - t.first, arch.experts))}
     if missing := sorted(expected - set(slices)):
         raise UserError(
             f"{folder}: {len(missing)} tensors are missing, first {missing[0]}; the config does not fit the weights."
         )
-    left = {n for n in set(slices) - expected if not n.endswith(_UNUSED)} - ({"lm_head.weight"} if arch.tied else set())
-    if left:
+    copies, encoder = (
+        {"lm_head.weight": "model.embed_tokens.weight"} if arch.tied else {},
+        isinstance(arch, EncoderArchitecture),
+    )
+    if encoder:
+        copies = arch.copies()
+    left = {n for n in set(slices) - expected if not n.endswith(_UNUSED)} - copies.keys()
+    if left := {n for n in left if not (encoder and arch.leaves_out(n))}:
         raise UserError(
             f"{folder}: {len(left)} tensors are not understood, first {min(left)}; the config does not fit the weights."
         )
-    if arch.tied and "lm_head.weight" in slices:
-        _check_tied(folder, slices)
+    for copy, first in copies.items():
+        if copy in slices:
+            _check_tied(folder, slices, copy, first)
     return slices
 
 
@@ -208,23 +217,28 @@ def sizes(arch: Architecture) -> str:
     return ", ".join(f"{k} = {v:,}" for k, v in names.items()) + (f", {arch.experts:,} experts" if arch.experts else "")
 
 
-def _check_tied(folder: epath.Path, slices: dict) -> None:
+def _check_tied(folder: epath.Path, slices: dict, copy: str, first: str) -> None:
     """Raises UserError where a stored head of a tied model differs from the embedding: one of the two would be lost."""
-    embed, head = slices["model.embed_tokens.weight"], slices["lm_head.weight"]
+    embed, head = slices[first], slices[copy]
     same = embed.get_shape() == head.get_shape()
     for row in range(0, embed.get_shape()[0], 4096):
         rows = slice(row, min(row + 4096, embed.get_shape()[0]))
         same = same and np.array_equal(embed[rows], head[rows])
     if not same:
         raise UserError(
-            f"{folder}: lm_head.weight differs from the embedding, but config.json says tie_word_embeddings; set it to false."
+            f"{folder}: {copy} differs from the embedding, but config.json says tie_word_embeddings; set it to false."
         )
 
 
 def _each(tensor: Tensor, counts: tuple[int, ...]) -> list[str]:
     """The names of all tensors that make up a parameter, in the order of our leading axes (layers, experts)."""
     lead = tensor.name.count("{}")
-    return [tensor.name.format(*index) for index in itertools.product(*map(range, counts[:lead]))]
+    return [_at(tensor, index) for index in itertools.product(*map(range, counts[:lead]))]
+
+
+def _at(tensor: Tensor, index: tuple[int, ...]) -> str:
+    """The name of the tensor at an index of our leading axes."""
+    return tensor.name.format(*(i + tensor.first * (axis == 0) for axis, i in enumerate(index)))
 
 
 def _read(folder: epath.Path, slices: dict, tensor: Tensor, leaf, dtype) -> jax.Array:
@@ -246,9 +260,9 @@ def _read(folder: epath.Path, slices: dict, tensor: Tensor, leaf, dtype) -> jax.
         outer = [range(n)[i] for n, i in zip(leaf.shape[:lead], index[:lead], strict=True)]
         out = _aligned(tuple(len(range(n)[i]) for n, i in zip(leaf.shape, index, strict=True)), dtype)
         for number, place in enumerate(itertools.product(*outer)):
-            part = slices[tensor.name.format(*place)][inner]
+            part = slices[_at(tensor, place)][inner]
             out.reshape(-1, *out.shape[lead:])[number] = part.T if tensor.transposed else part
-            check_finite(out.reshape(-1, *out.shape[lead:])[number], folder, tensor.name.format(*place))
+            check_finite(out.reshape(-1, *out.shape[lead:])[number], folder, _at(tensor, place))
         return out
 
     # One device's piece at a time, so the host holds no more than that.
@@ -300,9 +314,8 @@ def save_config(folder: epath.Path, arch: Architecture, config: dict, dtype: str
     folder.mkdir(parents=True, exist_ok=True)
     dtype = np.dtype(format_of(config, dtype)).name
     config = portable({k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")} | {"dtype": dtype})
-    config["architectures"] = config.get("architectures") or [
-        f"{_CLASSES.get(arch.family, arch.family.capitalize())}ForCausalLM"
-    ]
+    task = "MaskedLM" if arch.family in encoder_families.FAMILIES else "CausalLM"
+    config["architectures"] = config.get("architectures") or [f"{_CLASSES.get(arch.family, arch.family.capitalize())}For{task}"]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -322,6 +335,8 @@ def portable(config: dict) -> dict:
     number of experts.
     """
     config, family = dict(config), config.get("model_type")
+    if family == "modernbert":
+        return encoder_families.portable(config)
     nested = config.pop("rope_parameters", None) or {}
     if local := nested.get("sliding_attention"):
         config.setdefault("rope_local_base_freq", local.get("rope_theta", 10000.0))
@@ -345,17 +360,18 @@ def _tensors(params: Params, arch: Architecture, kind):
     flat, names = flatten_dict(params, sep="/"), tensor_names(arch)
     parts = {}
     for path, tensor in names.items():
-        parts.setdefault(tensor.name, []).append((tensor.rows or (0,), path, tensor.transposed))
-    for template, pieces in parts.items():
-        for place in itertools.product(*map(range, (arch.layers, arch.experts)[: template.count("{}")])):
+        parts.setdefault(tensor.name, []).append((tensor.rows or (0,), path, tensor))
+    for pieces in parts.values():
+        whole = pieces[0][-1]
+        for place in itertools.product(*map(range, (arch.layers - whole.first, arch.experts)[: whole.name.count("{}")])):
             arrays = []
-            for _, path, transposed in sorted(pieces):
+            for _, path, tensor in sorted(pieces, key=lambda piece: piece[0]):
                 leaf = np.asarray(jax.device_get(dense(jax.tree.map(lambda x, place=place: x[place], flat[path]))))
                 if kind is np.float16 and np.max(np.abs(leaf), initial=0) > np.finfo(kind).max:
-                    name = template.format(*place)
+                    name = _at(whole, place)
                     raise UserError(f"export: {name} has values beyond float16's; use bfloat16 or float32.")
-                arrays.append((leaf.T if transposed else leaf).astype(kind))
-            yield template.format(*place), np.ascontiguousarray(arrays[0] if len(arrays) == 1 else np.concatenate(arrays))
+                arrays.append((leaf.T if tensor.transposed else leaf).astype(kind))
+            yield _at(whole, place), np.ascontiguousarray(arrays[0] if len(arrays) == 1 else np.concatenate(arrays))
 
 
 def write_shards(

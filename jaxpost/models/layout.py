@@ -13,8 +13,8 @@ from typing import NamedTuple
 import jax
 from flax.traverse_util import flatten_dict
 
+from jaxpost.models import encoder
 from jaxpost.models.families import Architecture, tensor_names
-from jaxpost.models.transformer import Transformer
 
 
 class Part(NamedTuple):
@@ -45,15 +45,17 @@ def places(arch: Architecture, leaves: Mapping[str, tuple[int, ...]] | None = No
         groups.setdefault(tensor.name, []).append((path, tensor))
     out = {}
     for template, members in groups.items():
-        for place in itertools.product(*map(range, (arch.layers, arch.experts)[: template.count("{}")])):
+        first = members[0][1].first
+        for place in itertools.product(*map(range, (arch.layers - first, arch.experts)[: template.count("{}")])):
             parts = []
             for path, tensor in members:
                 inner = shapes[path][len(place) :]
                 inner = inner[::-1] if tensor.transposed else inner
-                first, last, _ = tensor.rows or (0, inner[0], inner[0])
-                parts.append(Part(path, place, tensor.transposed, first, last))
+                begin, end, _ = tensor.rows or (0, inner[0], inner[0])
+                parts.append(Part(path, place, tensor.transposed, begin, end))
             parts = sorted(parts, key=lambda part: part.first)
-            out[template.format(*place)] = Place((parts[-1].last, *inner[1:]), tuple(parts))
+            number = (i + first * (axis == 0) for axis, i in enumerate(place))
+            out[template.format(*number)] = Place((parts[-1].last, *inner[1:]), tuple(parts))
     return out | {path: Place(shape, (Part(path, (), False, 0, shape[0]),)) for path, shape in (leaves or {}).items()}
 
 
@@ -61,4 +63,4 @@ def places(arch: Architecture, leaves: Mapping[str, tuple[int, ...]] | None = No
 def _shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """{path: shape} of the parameters."""
     key = jax.eval_shape(lambda: jax.random.PRNGKey(0))
-    return {path: x.shape for path, x in flatten_dict(jax.eval_shape(Transformer(arch).init, key), sep="/").items()}
+    return {path: x.shape for path, x in flatten_dict(jax.eval_shape(encoder.model(arch).init, key), sep="/").items()}

@@ -27,9 +27,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxpost import sharding, tokenizer
 from jaxpost.config.resolve import check_origin, find, nearest, resolve, trust
 from jaxpost.errors import UserError
-from jaxpost.models import adapted, checks, families, hf, hub, prefix, protocol
+from jaxpost.models import adapted, checks, encoder, encoder_families, families, hf, hub, prefix, protocol
 from jaxpost.models.attention import KERNELS
-from jaxpost.models.transformer import REMAT, Transformer
+from jaxpost.models.transformer import REMAT
 from jaxpost.storage import checkpoint, cloud, digests, fingerprint
 from jaxpost.types import Params
 
@@ -62,20 +62,19 @@ def describe(
     adapter: adapted.Adapter = None,
     *,
     attention: str = "auto",
+    attend: str = "",
     device: Any = None,
     text: bool = True,
 ) -> ModelSpec:
     """The model that a recipe's `model`, `tokenizer` and `adapter` name.
 
-    attention: the kernel over whole rows, "auto" for the platform's fast one. device: a device that will compute, if not this
-    process's; text: False leaves the tokenizer out.
+    attention: the kernel over whole rows, "auto" for the platform's fast one. attend: what a token sees, "" for what the config
+    says. device: a device that will compute, if not this process's; text: False leaves the tokenizer out.
     Raises UserError for files that are missing or broken and for settings that are not supported.
     """
     if not model:
         raise UserError("config.model: give a folder with config.json and *.safetensors, a workdir, or a config.json's fields.")
-    for value, choices, key in ((dtype, DTYPES, "dtype"), (remat, REMAT, "remat")):
-        if value not in choices:
-            raise UserError(f"config.{key}: unknown {value!r}.{nearest(str(value), choices)}")
+    _check_names(dtype, remat)
     for entry in adapted.listed(adapter):
         trust(entry)
     described, folder = _locate(model) if isinstance(model, str) else (None, None)
@@ -83,10 +82,14 @@ def describe(
     if "name" in config and "model_type" not in config:
         if described:
             check_origin(config, "models", described / "config.json")
+        if attend:
+            raise UserError(f"config.attend: {attend!r}; a model that a function makes decides itself what its tokens see.")
         trust(config)
         return _of_function(config, folder, tokenizer_name or described, dtype, adapter, text=text)
     config = families.language_part(config)
-    arch = families.architecture(config, str(described / "config.json") if described else "config.model")
+    if attend:
+        config |= {"attend": attend, "is_causal": attend != "whole"}
+    arch = encoder_families.architecture(config, str(described / "config.json") if described else "config.model")
     words = _tokenizer(tokenizer_name or described) if text else None
     # A tokenizer may name added tokens that its model has no row for, such as an image's; text does not contain them.
     if words is not None and words.vocab_size > arch.vocab:
@@ -95,13 +98,19 @@ def describe(
         )
     name = model if isinstance(model, str) and hub.is_name(model) else ""
     device = device or jax.devices()[0]
-    transformer = Transformer(arch, _computable(dtype, device), remat, _kernel(attention, device))
+    transformer = encoder.model(arch, _computable(dtype, device), remat, _kernel(attention, device))
     generation, ends = hf.read_generation(described, config, arch.vocab, own_tokenizer=not tokenizer_name)
     spec = ModelSpec(transformer, words, config, folder, name, generation=generation, ends=ends)
     spec = dataclasses.replace(spec, adapter=adapted.chosen(adapter, carried(folder)), leaves=carried(folder, "leaves"))
     if text and words is None and any(entry.get("text") for entry in adapted.listed(adapter)):
         raise UserError("config.adapter.text: the model comes without a tokenizer, so there are no tokens to begin with.")
     return spec
+
+
+def _check_names(dtype: str, remat: str) -> None:
+    for value, choices, key in ((dtype, DTYPES, "dtype"), (remat, REMAT, "remat")):
+        if value not in choices:
+            raise UserError(f"config.{key}: unknown {value!r}.{nearest(str(value), choices)}")
 
 
 def _of_function(entry: dict, folder, words: Any, dtype: str, adapter: Any, *, text: bool) -> ModelSpec:
@@ -243,12 +252,12 @@ def weights(spec: ModelSpec, mesh, seed: int = 0) -> Params:
 
 
 def _other(name: str) -> ModelSpec:
-    """The spec of a model whose head is a leaf. Raises UserError for a checkpoint of ours, and for capped logits."""
+    """The spec of a model whose head is a leaf. Raises UserError for a checkpoint of ours, and for more than a matrix."""
     spec = describe(name, text=False)
     if spec.folder is None or (spec.folder / "params").exists():
         raise UserError(f"{name}: a teacher is read from Hugging Face's files; make them with python -m jaxpost.export.")
-    if spec.transformer.arch.logit_cap is not None:
-        raise UserError(f"{name}: a teacher that caps its logits is more than its head; take distill.top_k.")
+    if spec.transformer.arch.logit_cap is not None or isinstance(spec.transformer, encoder.Encoder):
+        raise UserError(f"{name}: a teacher that caps its logits, or an encoder, is more than its head; take distill.top_k.")
     return spec
 
 

@@ -71,8 +71,9 @@ def computed(model: Any, params: Params) -> Params:
 
 
 def shifted(batch: Batch, params: Params) -> Batch:
-    """The batch with the places of its tokens behind the prefix."""
-    return {**batch, "positions": batch["positions"] + m} if (m := length(params)) else batch
+    """The batch with the places of its tokens behind the prefix, and the ends of its prompts."""
+    m = length(params)
+    return {**batch, **{k: batch[k] + m for k in ("positions", "lengths") if k in batch}} if m else batch
 
 
 def make_cache(model: Any, params: Params, batch_size: int, size: int) -> tuple:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpost import sharding
+from jaxpost.errors import UserError
 from jaxpost.models import prefix
 from jaxpost.models.attention import (
     RESIDUALS,
@@ -221,6 +222,7 @@ class Transformer:
 
         Without a cache: tokens, positions and segments [B,S]; documents attend separately. With a cache (see `make_cache`):
         tokens and positions [B,S]; each token is written to the slot of its position and attends to the slots up to it.
+        Optional without a cache: `bidirectional` [B,S] bool, the tokens of a document that see each other both ways.
         Optional with a cache: `room`, a scalar, the length that a document will have, if not the cache's; the cache's
         `rotations`. Optional: `embeds` [B,S,D], vectors that enter the first layer in place of the tokens' where `embedded`
         [B,S] bool is set. Where params have a `prefix` (prefix.py), every document sees it; a cache must hold it. tap: sites
@@ -243,7 +245,7 @@ class Transformer:
         if REMAT[self.remat] is not None and cache is None:
             block = jax.checkpoint(block, policy=REMAT[self.remat])
         if cache is None and not isinstance(params["layers"], tuple):
-            x, router, taken = self._scan(block, x, (params["layers"], before), tables, sites)
+            x, router, taken = scanned(self.arch, block, x, (params["layers"], before), tables, sites)
         else:
             written, routers, taken = [], [], {name: [] for name in sites.tapped}
             for i, layer in enumerate(unstack(params, self.arch.layers)["layers"]):
@@ -281,39 +283,14 @@ class Transformer:
             # While decoding, a document's final length is unknown; the room that it has stands for it.
             held = cache_length(cache)
             lengths = batch.get("room", held)
-            masks = [cache_mask(positions, held, kind.window) for kind in a.kinds]
+            prompts = batch.get("lengths") if a.attend == "prefix" else None
+            masks = [cache_mask(positions, held, kind.window, prompts) for kind in a.kinds]
             attention = functools.partial(attend, scale=a.attention_scale, cap=a.attention_cap)
         if "rotations" in batch:
             turns = [tuple(x[positions] for x in pair) for pair in batch["rotations"]]
         else:
             turns = [rotary(kind.rope, a.head_width, positions, lengths) for kind in a.kinds]
         return list(zip(turns, masks, strict=True)), attention
-
-    def _scan(self, block, x, layers: tuple, tables: list, sites: Sites):
-        """Runs the blocks one after the other as one loop; each kind of layer has its own table.
-
-        layers: (weights, keys and values before every document), stacked.
-        Returns the last hidden states, the blocks' third results [L,...], and {site: [one for each tapped layer, ...]}.
-        """
-        several = len(tables) > 1
-        stacked = jax.tree.map(lambda *t: jnp.stack(t), *tables) if several else None
-        # A buffer for the tapped layers alone goes through the loop: its stacked results would hold every layer's.
-        taken = {}
-        if sites.tapped:
-            first = jax.tree.map(lambda w: w[0], layers)
-            shapes = jax.eval_shape(lambda: block(x, *first, tables[0], None, jnp.int32(0))[3])
-            taken = {k: jnp.zeros((len(sites.tapped[k]), *v.shape), v.dtype) for k, v in shapes.items()}
-
-        def turn(carry, layer):
-            (x, taken), (weights, before, kind, index) = carry, layer
-            table = jax.tree.map(lambda t: t[kind], stacked) if several else tables[0]
-            x, _, result, values = block(x, weights, before, table, None, index)
-            slots = sites.slots(index)
-            return (x, {k: held.at[slots[k]].set(values[k], mode="drop") for k, held in taken.items()}), result
-
-        kinds, indices = jnp.array(self.arch.pattern) if several else None, jnp.arange(self.arch.layers) if sites else None
-        (x, taken), results = jax.lax.scan(turn, (x, taken), (*layers, kinds, indices))
-        return x, results, taken
 
     def keys_values(self, params: Params, embeds: jax.Array) -> prefix.KeysValues:
         """The keys and values [L,m,K,H] of a document of vectors [m,D] that enter the first layer; params: stacked."""
@@ -326,7 +303,7 @@ class Transformer:
             return x, None, cache, {}
 
         nothing = Sites((), None, self.arch.layers, {})
-        _, cache, _ = self._scan(block, embeds[None].astype(self.dtype), (params["layers"], None), tables, nothing)
+        _, cache, _ = scanned(self.arch, block, embeds[None].astype(self.dtype), (params["layers"], None), tables, nothing)
         return prefix.KeysValues(**{n: jnp.einsum(f"L{axes[1:]}->LTKH", cache[n][:, 0]) for n, axes in cache_axes().items()})
 
     def rotations(self, cache: Any) -> list[tuple[jax.Array, jax.Array]]:
@@ -339,7 +316,12 @@ class Transformer:
         return [(cosine[0], sine[0]) for cosine, sine in tables]
 
     def make_cache(self, batch_size: int, length: int) -> tuple:
-        """An empty key/value cache: a {k, v} a layer, whose axes `attention.cache_axes` names."""
+        """An empty key/value cache: a {k, v} a layer, whose axes `attention.cache_axes` names.
+
+        Raises UserError for a model that sees whole documents.
+        """
+        if self.arch.attend == "whole":
+            raise UserError("model: each of its tokens sees those behind it (attend='whole'), so it cannot be sampled.")
         sizes = {"B": batch_size, "K": self.arch.kv_heads, "T": length, "H": self.arch.head_width}
 
         def empty(axes):
@@ -358,6 +340,33 @@ class Transformer:
     def is_prepared(self, params: Params) -> bool:
         """Whether the weights are a tree a layer."""
         return isinstance(params["layers"], tuple)
+
+
+def scanned(arch: Any, block: Callable, x: jax.Array, layers: tuple, tables: list, sites: Sites) -> tuple:
+    """Runs block(x, *a layer's part of each of `layers`, table, None, index) -> (x, cache, result, taps) layer after layer as one
+    loop. Each kind of layer has its own table.
+
+    Returns the last hidden states, the results [L,...], and {site: [one for each tapped layer, ...]}.
+    """
+    several = len(tables) > 1
+    stacked = jax.tree.map(lambda *t: jnp.stack(t), *tables) if several else None
+    # A buffer for the tapped layers alone goes through the loop: its stacked results would hold every layer's.
+    taken = {}
+    if sites.tapped:
+        first = jax.tree.map(lambda w: w[0], layers)
+        shapes = jax.eval_shape(lambda: block(x, *first, tables[0], None, jnp.int32(0))[3])
+        taken = {k: jnp.zeros((len(sites.tapped[k]), *v.shape), v.dtype) for k, v in shapes.items()}
+
+    def turn(carry, layer):
+        (x, taken), (*parts, kind, index) = carry, layer
+        table = jax.tree.map(lambda t: t[kind], stacked) if several else tables[0]
+        x, _, result, values = block(x, *parts, table, None, index)
+        slots = sites.slots(index)
+        return (x, {k: held.at[slots[k]].set(values[k], mode="drop") for k, held in taken.items()}), result
+
+    kinds, indices = jnp.array(arch.pattern) if several else None, jnp.arange(arch.layers) if sites else None
+    (x, taken), results = jax.lax.scan(turn, (x, taken), (*layers, kinds, indices))
+    return x, results, taken
 
 
 def _over_tokens(router: Any, segments: jax.Array | None) -> Any:

@@ -34,6 +34,14 @@ def counts(column: jax.Array, batch: Batch) -> jax.Array:
     return _reduced(jax.ops.segment_sum, column.astype(jnp.float32), batch["segments"])
 
 
+def digests(batch: Batch) -> jax.Array:
+    """[B,N] uint32: a number of each document's learned tokens and their places, the same wherever the document lies."""
+    tokens, places = batch["tokens"].astype(jnp.uint32), batch["positions"].astype(jnp.uint32)
+    x = tokens * jnp.uint32(0x9E3779B1) + places * jnp.uint32(0x85EBCA77)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x2C1B3C6D)
+    return _reduced(jax.ops.segment_sum, jnp.where(batch["mask"], x ^ (x >> 12), 0), batch["segments"])
+
+
 def constants(column: jax.Array, batch: Batch) -> jax.Array:
     """A column [B,S] that is constant over each document's completion -> [B,N], exactly; 0 where there is none."""
     largest = _reduced(jax.ops.segment_max, jnp.where(batch["mask"], column, -jnp.inf), batch["segments"])

@@ -168,6 +168,11 @@ def token_scores(output: Output, batch: Batch, mask: jax.Array | None = None) ->
     return at_tokens(_score, output, columns=drawn(batch), mask=batch["mask"] if mask is None else mask)
 
 
+def scores_in_place(output: Output, batch: Batch, mask: jax.Array) -> dict[str, jax.Array]:
+    """As token_scores, of a model whose hidden state says which token is at its own place, as masked language models do."""
+    return over_head(_score, output.hidden, output.head, drawn(batch), mask)
+
+
 def drawn(batch: Batch) -> dict[str, jax.Array]:
     """The columns for scoring tokens: the ids, and the temperature at which they were drawn."""
     return {"tokens": batch["tokens"], "temperature": batch.get("temperature", jnp.float32(1.0))}

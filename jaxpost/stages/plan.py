@@ -142,6 +142,7 @@ def learned(spec: loading.ModelSpec, s, mesh) -> tuple[loading.ModelSpec, Callab
     if "data" in named and datasets.row_type(objective).fills_window and s.window > most:
         raise UserError(f"config.window: {s.window} tokens, but the model takes {most}; give that at most.")
     longest = max(s.rollouts.prompt_window + s.rollouts.new if "rollouts" in named else 0, s.window if "data" in named else 0)
+    _check_attend(s, getattr(getattr(spec.transformer, "arch", None), "attend", "causal"))
     kinds = getattr(getattr(spec.transformer, "arch", None), "kinds", ())
     short = min((k.rope.original for k in kinds if k.rope.kind == "longrope"), default=longest)
     if s.shared_prefix and longest > short:
@@ -154,6 +155,21 @@ def learned(spec: loading.ModelSpec, s, mesh) -> tuple[loading.ModelSpec, Callab
             f"config.batch_size: {s.batch_size} rows do not divide over microbatches x data x fsdp = {rows}; use a multiple."
         )
     return spec, objective, trainable, sum(x.size for x in jax.tree.leaves(train))
+
+
+def _check_attend(s, attend: str) -> None:
+    """Raises UserError for settings that cannot be had where tokens see what is behind them."""
+    if attend != "causal" and s.shared_prefix:
+        raise UserError(
+            f"config.shared_prefix: with attend={attend!r} the prompt's tokens see its last one, which each answer has for "
+            "itself; leave it out."
+        )
+    if attend == "whole" and (s.task or "rollouts" in shares(s.source)):
+        raise UserError("config.task: the model sees whole documents (attend), so it samples no answers; leave the task out.")
+    if attend == "prefix" and s.rollouts.given:
+        raise UserError(
+            "config.rollouts.given: with attend='prefix' a completion's given tokens would count as the prompt; leave it out."
+        )
 
 
 def _check_row_type(s, row_type: RowType) -> None:

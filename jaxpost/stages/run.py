@@ -125,5 +125,5 @@ def check_room(spec: loading.ModelSpec, r) -> None:
 
 def described(s, mesh) -> loading.ModelSpec:
     """The model that a stage's settings name; its weights and its tokenizer may be missing."""
-    options = {"attention": s.attention, "device": mesh.devices.flat[0]}
+    options = {"attention": s.attention, "attend": s.attend, "device": mesh.devices.flat[0]}
     return loading.describe(plain(s.model), s.tokenizer, s.dtype, s.remat, plain(s.adapter), **options)
