@@ -52,6 +52,9 @@ CASES = {
         "near": {"global_attn_every_n_layers": 1, "local_attention": 8, "num_attention_heads": 2},
     },
 }  # fmt: skip
+# Cases that are written as bare encoders, of which the hidden states are compared.
+BARE = ("bert/types", "modernbert/biased")
+CLASSES = {"bert": "BertModel", "modernbert": "ModernBertModel"}
 # Cases of family_cases.py that see whole documents: is_causal is false.
 WHOLE = ("qwen3/bias", "qwen2/layer_types")
 NAMES = tuple(f"{family}/{case}" for family, cases in CASES.items() for case in cases)
@@ -96,6 +99,16 @@ def weights(name: str) -> dict[str, np.ndarray]:
                 value = 1.3 * random.randn(*shape) / np.sqrt(shape[1])
             held.setdefault(each, value.astype(np.float32))
     return held
+
+
+def write_bare(folder, name: str) -> None:
+    """Writes a case without its head, as embedding models are."""
+    bare = {**config(name), "architectures": [CLASSES[name.partition("/")[0]]]}
+    names = {tensor.format(i) for _, (tensor, *_) in encoder_families.architecture(bare).tensors().items() for i in range(9)}
+    held = {k.removeprefix("bert.").removeprefix("model."): x for k, x in weights(name).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(bare))
+    save_file({k: x for k, x in held.items() if k in names}, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def write_whole(folder, name: str) -> None:

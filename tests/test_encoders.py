@@ -114,6 +114,25 @@ def test_what_transformers_writes_for_each_family_is_understood():
         assert encoder_families.architecture({"model_type": family}) == encoder_families.architecture(fields)
 
 
+@pytest.mark.parametrize("name", cases.BARE)
+def test_an_encoder_without_a_head_is_read_written_and_gives_hidden_states(name, tmp_path):
+    cases.write_bare(tmp_path / "a", name)
+    spec, params = loading.open_model(str(tmp_path / "a"), one())
+    batch = {k: x for k, x in batch_of(name).items() if k != "token_types"}
+    out = jax.jit(spec.transformer.forward)(params, batch)
+    with np.load(GOLDEN) as golden:
+        expected = golden[f"{name}/hidden"]
+    np.testing.assert_allclose(out.hidden[0], expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
+    with pytest.raises(UserError, match="it has no head for tokens"):
+        logits(out.hidden, out.head)
+    assert spec.transformer.arch.parameters() == sum(x.size for x in jax.tree.leaves(params))
+    assert jax.tree.structure(jax.eval_shape(spec.transformer.init, jax.random.PRNGKey(0))) == jax.tree.structure(params)
+    hf.save(tmp_path / "b", params, spec.transformer.arch, spec.config)
+    first, second = (load_file(tmp_path / f / "model.safetensors") for f in "ab")
+    assert first.keys() == second.keys() and all(np.array_equal(x, second[k]) for k, x in first.items())
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["architectures"] == spec.config["architectures"]
+
+
 def test_published_sizes_are_those_of_the_hub():
     """What the hub counts in the files of bert-base-uncased, without pooler and next sentence, and of both ModernBERTs."""
     large = {"hidden_size": 1024, "intermediate_size": 2624, "num_hidden_layers": 28, "num_attention_heads": 16}

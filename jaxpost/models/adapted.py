@@ -25,6 +25,12 @@ def listed(adapter: Adapter) -> list[dict]:
     return [{"name": one} if isinstance(one, str) else dict(one) for one in entries(adapter or (), "config.adapter")]
 
 
+def check_text(adapter: Adapter) -> None:
+    """Raises UserError for an adapter that begins as a text, of a model without a tokenizer."""
+    if any(entry.get("text") for entry in listed(adapter)):
+        raise UserError("config.adapter.text: the model comes without a tokenizer, so there are no tokens to begin with.")
+
+
 def as_one(adapters: Sequence[dict]) -> dict | list[dict]:
     """Entries as config and checkpoints have them: {} for none, a dict for one, a list for several."""
     return list(adapters) if len(adapters) > 1 else dict(*adapters)

@@ -109,6 +109,16 @@ class MaskedHead(flax.struct.PyTreeNode):
         return out if self.bias is None else out + self.bias
 
 
+class NoHead(flax.struct.PyTreeNode):
+    """In place of a head where the files have none."""
+
+    vocab: int = flax.struct.field(pytree_node=False)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Raises UserError."""
+        raise UserError("model: it has no head for tokens (architectures: a bare encoder); use its hidden states.")
+
+
 @dataclasses.dataclass(frozen=True)
 class Encoder:
     """init and forward for an EncoderArchitecture; dtype, remat and kernel as for a Transformer."""
@@ -157,9 +167,9 @@ class Encoder:
             "embed": drawn(keys[0], a.vocab),
             "embed_norm": norm(),
             "layers": jax.vmap(layer)(jax.random.split(keys[1], a.layers)),
-            "transform": {"dense": dense, "norm": norm()},
-            **({"head": head} if head else {}),
         }
+        if a.head:
+            params |= {"transform": {"dense": dense, "norm": norm()}, **({"head": head} if head else {})}
         if a.positions:
             params["positions"], params["types"] = drawn(keys[2], a.max_positions), drawn(keys[3], a.types)
         if a.norms == "pre":
@@ -206,8 +216,10 @@ class Encoder:
             x = x + params["positions"]["weight"][batch["positions"]].astype(self.dtype)
         return LayerNorm(self.arch).apply({"params": params["embed_norm"]}, x)
 
-    def _head(self, params: Params) -> MaskedHead:
+    def _head(self, params: Params) -> MaskedHead | NoHead:
         a, head = self.arch, params.get("head", {})
+        if not a.head:
+            return NoHead(a.vocab)
         name = "embed" if a.tied else "head"
         weight = sharding.gather({name: {"weight": params[name]["weight"]}}, self.dtype)[name]["weight"]
         dense, norm = params["transform"]["dense"], params["transform"]["norm"]

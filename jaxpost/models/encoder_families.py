@@ -1,8 +1,9 @@
 """The families of encoders, BERT and ModernBERT: what their config.json means and what their tensors are called.
 
 As in families.py, each field is honoured, refused by name, or one that does not change the forward pass. BERT's dropout is such
-a one: jaxpost trains without. The files are those of a masked language model (BertForMaskedLM, ModernBertForMaskedLM); of a
-BertForPreTraining the pooler and the next-sentence head are not read.
+a one: jaxpost trains without. The files are those of a masked language model (BertForMaskedLM, ModernBertForMaskedLM), or of an
+encoder without a head where `architectures` says BertModel or ModernBertModel, as embedding models do. BERT's pooler and its
+head for the next sentence are not read.
 """
 
 import dataclasses
@@ -27,13 +28,15 @@ class EncoderArchitecture(Architecture):
     norms: "pre" normalises the inputs of attention and feed-forward (but not of the first attention, which gets normalised
     embeddings) and the last hidden states; "sum" each sum of the stream and what is added to it. positions: whether
     they are learned embeddings; types: how many kinds of tokens have an embedding; gated: whether the feed-forward is. The head
-    is a dense layer (biased where head_bias is), head_activation, a norm, and the unembedding with decoder_bias.
+    is a dense layer (biased where head_bias is), head_activation, a norm, and the unembedding with decoder_bias; an encoder for
+    embeddings has none.
     """
 
     norm_bias: bool = True
     positions: bool = False
     types: int = 0
     gated: bool = False
+    head: bool = True
     head_activation: str = "gelu"
     head_bias: bool = True
     decoder_bias: bool = True
@@ -47,15 +50,22 @@ class EncoderArchitecture(Architecture):
         mlp = (wide + 1) * d * f + self.mlp_bias * (wide * f + d)
         embeddings = self.vocab * d + norm + self.positions * self.max_positions * d + self.types * d
         head = d * d + self.head_bias * d + norm + self.decoder_bias * self.vocab + (not self.tied) * self.vocab * d
+        head = head if self.head else 0
         # With "pre" the first layer lacks a norm, and one is behind the last.
         return self.layers * (attention + mlp + 2 * norm) + embeddings + head
 
     def tensors(self) -> dict[str, Tensor]:
         """Our parameter path -> where it is in the family's files."""
-        return {"bert": _bert_tensors, "modernbert": _modernbert_tensors}[self.family](self)
+        names = {"bert": _bert_tensors, "modernbert": _modernbert_tensors}[self.family](self)
+        if self.head:
+            return names
+        names = {path: x for path, x in names.items() if not path.startswith(("transform/", "head/"))}
+        return {path: x._replace(name=x.name.removeprefix("bert.").removeprefix("model.")) for path, x in names.items()}
 
     def copies(self) -> dict[str, str]:
         """A tensor that files may have a second time -> the one that it must equal."""
+        if not self.head:
+            return {}
         if self.family == "bert":
             decoder = "cls.predictions.decoder"
             return {
@@ -66,14 +76,14 @@ class EncoderArchitecture(Architecture):
 
     def leaves_out(self, name: str) -> bool:
         """Whether a tensor of a file has no part in the model."""
-        return self.family == "bert" and name.startswith(
-            ("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_ids")
-        )
+        unread = ("pooler.", "cls.seq_relationship.", "embeddings.position_ids")
+        return self.family == "bert" and name.removeprefix("bert.").startswith(unread)
 
 
-def _common(f: Fields, **own) -> dict:
+def _common(f: Fields, config: Mapping, **own) -> dict:
     """The constants that both families take from a config, and `own`."""
     f.unread(*_UNREAD)
+    head = config.get("architectures") not in (["BertModel"], ["ModernBertModel"])
     width, heads = f.take("hidden_size", int, 768), f.take("num_attention_heads", int, 12)
     if heads < 1 or width % heads:
         raise UserError(f"{f.place}: hidden_size {width} is not a multiple of num_attention_heads {heads}.")
@@ -82,7 +92,7 @@ def _common(f: Fields, **own) -> dict:
             f"{f.place}: attend = {attend!r}: the {f.family} family sees whole documents; leave attend and is_causal out."
         )
     return {
-        "family": f.family, "width": width, "heads": heads, "kv_heads": heads, "head_width": width // heads,
+        "family": f.family, "head": head, "width": width, "heads": heads, "kv_heads": heads, "head_width": width // heads,
         "init_std": f.take("initializer_range", float, 0.02), "tied": f.take("tie_word_embeddings", bool, True), **own,
     }  # fmt: skip
 
@@ -99,7 +109,7 @@ def bert(config: Mapping, place: str) -> EncoderArchitecture:
     f.unread("directionality", *(f"pooler_{x}" for x in ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head",
                                                          "type")))  # fmt: skip
     c = _common(
-        f, vocab=f.take("vocab_size", int, 30522), layers=f.take("num_hidden_layers", int, 12), eps=eps,
+        f, config, vocab=f.take("vocab_size", int, 30522), layers=f.take("num_hidden_layers", int, 12), eps=eps,
         mlp_width=f.take("intermediate_size", int, 3072), max_positions=f.take("max_position_embeddings", int, 512),
         types=f.take("type_vocab_size", int, 2), activation=f.take("hidden_act", str, "gelu"),
     )  # fmt: skip
@@ -123,7 +133,7 @@ def modernbert(config: Mapping, place: str) -> EncoderArchitecture:
     f.unread("deterministic_flash_attn", "sparse_prediction", "sparse_pred_ignore_index",
              "reference_compile", "repad_logits_with_grad", "initializer_cutoff_factor", "hidden_act")  # fmt: skip
     c = _common(
-        f, vocab=f.take("vocab_size", int, 50368), layers=f.take("num_hidden_layers", int, 22),
+        f, config, vocab=f.take("vocab_size", int, 50368), layers=f.take("num_hidden_layers", int, 22),
         mlp_width=f.take("intermediate_size", int, 1152), max_positions=f.take("max_position_embeddings", int, 8192),
         eps=f.take("norm_eps", float, 1e-5), norm_bias=f.take("norm_bias", bool, False),
         activation=f.take("hidden_activation", str, "gelu"), head_activation=f.take("classifier_activation", str, "gelu"),

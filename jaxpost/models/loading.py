@@ -102,12 +102,13 @@ def describe(
     generation, ends = hf.read_generation(described, config, arch.vocab, own_tokenizer=not tokenizer_name)
     spec = ModelSpec(transformer, words, config, folder, name, generation=generation, ends=ends)
     spec = dataclasses.replace(spec, adapter=adapted.chosen(adapter, carried(folder)), leaves=carried(folder, "leaves"))
-    if text and words is None and any(entry.get("text") for entry in adapted.listed(adapter)):
-        raise UserError("config.adapter.text: the model comes without a tokenizer, so there are no tokens to begin with.")
+    if text and words is None:
+        adapted.check_text(adapter)
     return spec
 
 
 def _check_names(dtype: str, remat: str) -> None:
+    """Raises UserError for a word that is none of the choices."""
     for value, choices, key in ((dtype, DTYPES, "dtype"), (remat, REMAT, "remat")):
         if value not in choices:
             raise UserError(f"config.{key}: unknown {value!r}.{nearest(str(value), choices)}")

@@ -343,8 +343,8 @@ class Transformer:
 
 
 def scanned(arch: Any, block: Callable, x: jax.Array, layers: tuple, tables: list, sites: Sites) -> tuple:
-    """Runs block(x, *a layer's part of each of `layers`, table, None, index) -> (x, cache, result, taps) layer after layer as one
-    loop. Each kind of layer has its own table.
+    """Runs block(x, *a layer's part of each of `layers`, table, None, index) -> (x, cache, result, taps) layer after layer as
+    one loop. Each kind of layer has its own table.
 
     Returns the last hidden states, the results [L,...], and {site: [one for each tapped layer, ...]}.
     """

@@ -4,9 +4,9 @@
     python tests/golden/make_encoders.py
 
 encoders.npz: `<case>` of tests/encoder_cases.py, and of its WHOLE decoders, the logits [24 + 9, V] float32 of its two rows one
-after the other, with their token types where the family has them. A checkpoint that transformers would not load whole, or would
-leave a tensor of, stops the run. So does a folder that transformers writes of it and that jaxpost does not open with the same
-logits.
+after the other, with their token types where the family has them; `<case>/hidden` of BARE encoders, the last hidden states
+[24, D] of the first row. A checkpoint that transformers would not load whole, or would leave a tensor of, stops the run. So
+does a folder that transformers writes of it and that jaxpost does not open with the same logits.
 """
 
 import sys
@@ -52,6 +52,19 @@ def computed(folder: Path, name: str) -> np.ndarray:
     return logits
 
 
+def bare(folder: Path, name: str) -> np.ndarray:
+    """The last hidden states of a case's first row, written without a head."""
+    cases.write_bare(folder, name)
+    options = {"add_pooling_layer": False} if name.startswith("bert/") else {}
+    model, info = transformers.AutoModel.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **options
+    )
+    wrong = {k: v for k, v in info.items() if v and k != "error_msgs"}
+    assert not wrong, f"{name}: {wrong}"
+    with torch.no_grad():
+        return model(torch.from_numpy(cases.tokens(name)[0][None]).long()).last_hidden_state[0].numpy()
+
+
 def whole(folder: Path, name: str) -> np.ndarray:
     """The logits of a decoder's case whose tokens see the whole document."""
     cases.write_whole(folder, name)
@@ -67,6 +80,9 @@ def main() -> None:
             cases.write(Path(folder), name)
             values[name] = computed(Path(folder), name)
             print(name, np.abs(values[name]).max())
+    for name in cases.BARE:
+        with tempfile.TemporaryDirectory() as folder:
+            values[f"{name}/hidden"] = bare(Path(folder), name)
     for name in cases.WHOLE:
         with tempfile.TemporaryDirectory() as folder:
             values[name] = whole(Path(folder), name)
