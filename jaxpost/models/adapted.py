@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxpost.config.resolve import entries, resolve
+from jaxpost.config.resolve import entries, resolve, trust
 from jaxpost.declare import declared
 from jaxpost.errors import UserError
 from jaxpost.types import Params
@@ -23,6 +23,12 @@ Adapter = str | Mapping | Sequence | None  # as a config has it
 def listed(adapter: Adapter) -> list[dict]:
     """The entries of an adapter, each a dict with a name; none for no adapter."""
     return [{"name": one} if isinstance(one, str) else dict(one) for one in entries(adapter or (), "config.adapter")]
+
+
+def trusted(adapter: Adapter) -> None:
+    """Records the functions that the user names: from here on files may name them too."""
+    for entry in listed(adapter):
+        trust(entry)
 
 
 def check_text(adapter: Adapter) -> None:

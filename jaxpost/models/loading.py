@@ -75,8 +75,7 @@ def describe(
     if not model:
         raise UserError("config.model: give a folder with config.json and *.safetensors, a workdir, or a config.json's fields.")
     _check_names(dtype, remat)
-    for entry in adapted.listed(adapter):
-        trust(entry)
+    adapted.trusted(adapter)
     described, folder = _locate(model) if isinstance(model, str) else (None, None)
     config = hf.read_config(described) if described else dict(model)
     if "name" in config and "model_type" not in config:
