@@ -69,7 +69,7 @@ def objective(
 ) -> Callable:
     """Declares an objective. A field left out is inherited, or has the default of a function without the decorator.
 
-    rows: the row type that it learns from: demonstrations, pairs, labelled, mismatched, scored, steps or lists.
+    rows: the row type that it learns from: demonstrations, pairs, labelled, mismatched, scored, steps, lists or masked.
     columns: {name: Column, or (axis letters, dtype)} that it reads besides tokens, segments, positions and mask.
     leaves: {path: (axis letters, first value)} that it adds to the parameters; a first value that is a name is another model's.
     masks: the columns [B,S] of the tokens that it learns from; where all are 0 no gradient may flow.

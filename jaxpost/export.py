@@ -30,7 +30,7 @@ from jaxpost.adapters import peft
 from jaxpost.config import cli
 from jaxpost.data.chat import stop_ids
 from jaxpost.errors import UserError
-from jaxpost.models import adapted, hf, loading, sentences, vocabulary
+from jaxpost.models import adapted, encoder_families, hf, loading, sentences, vocabulary
 from jaxpost.objectives import contrastive, documents
 from jaxpost.storage import cloud
 from jaxpost.types import Params
@@ -60,9 +60,12 @@ def export(
     folder = cloud.path(out)
     check_empty(folder, f"--out={out}")
     spec, params = loading.open_model(checkpoint, mesh)
+    check_architecture(spec, f"--checkpoint={checkpoint}")
     if pooling is not None:
         spec, params = _embedding_model(spec, params, checkpoint)
     check_leaves(spec, f"--checkpoint={checkpoint}")
+    if adapter and spec.transformer.arch.family in encoder_families.FAMILIES:
+        raise UserError("--adapter: peft's names of encoders' weights are not written; leave it out, and the folder is whole.")
     if tokens:
         spec, params = _grown(spec, params, mesh, tokens, adapter)
     if adapter:
@@ -86,15 +89,20 @@ def check_empty(folder: epath.Path, place: str) -> None:
         )
 
 
+def check_architecture(spec: loading.ModelSpec, place: str) -> None:
+    """Raises UserError for a model that is no architecture of Hugging Face's."""
+    if not hasattr(spec.transformer, "arch"):
+        raise UserError(f"{place}: its model is made by {spec.config['name']}; Hugging Face has no format for it.")
+
+
 def check_leaves(spec: loading.ModelSpec, place: str) -> None:
     """Raises UserError for a model with weights that a Hugging Face folder has no place for."""
+    check_architecture(spec, place)
     if spec.leaves:
         raise UserError(
             f"{place}: it has {', '.join(spec.leaves)} besides the model's weights, for which a language "
             "model of Hugging Face has no place; jaxpost.annotate --what=reward uses a reward model as it is."
         )
-    if not hasattr(spec.transformer, "arch"):
-        raise UserError(f"{place}: its model is made by {spec.config['name']}; Hugging Face has no format for it.")
 
 
 def check_merges(spec: loading.ModelSpec, place: str) -> None:

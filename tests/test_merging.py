@@ -503,3 +503,8 @@ def test_a_function_of_ones_own_gets_one_tensor_at_a_time_and_must_keep_its_shap
 
     with pytest.raises(UserError, match="failing: model.norm.weight failed with IndexError"):
         failing(ONE)
+
+
+def test_layers_of_encoders_have_a_depth_too():
+    names = ("model.layers.3.mlp.up_proj.weight", "bert.encoder.layer.3.output.dense.weight", "lm_head.weight")
+    assert [coefficients.layer_of(name) for name in names] == [3, 3, None]

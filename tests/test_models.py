@@ -277,3 +277,35 @@ def test_fused_and_patched_folders_are_models_of_a_recipe(tmp_path):
     np.testing.assert_allclose(patched.logits(tokens)[0], logits(out.hidden, out.head)[0], rtol=1e-5, atol=1e-5)
     with pytest.raises(UserError, match="the vocabularies have 32, 40 tokens"):
         jaxpost.load({"name": "fused", "of": [names[0], folder(tmp_path, "c", 2, vocab=40)], "mix": f"{mine}:mix"})
+
+
+def test_a_downloaded_config_does_not_decide_which_code_runs(tmp_path):
+    names, evil = [folder(tmp_path, "a", 0)], tmp_path / "evil.py"
+    evil.write_text("raise SystemExit('it ran')")
+    for number, entry in enumerate(
+        (
+            {"name": "fused", "of": names, "mix": f"{evil}:mix"},
+            {"name": "fused", "of": names, "mix": {"name": f"{evil}:mix"}},
+            {"name": "patched", "of": names[0], "patch": {"embed": f"{evil}:steer"}},
+            {"name": f"{evil}:make"},
+        )
+    ):
+        place = tmp_path / f"downloaded{number}"
+        place.mkdir()
+        (place / "config.json").write_text(json.dumps(entry))
+        with pytest.raises(UserError, match="a file does not decide what is run"):
+            loading.describe(str(place), text=False)
+
+
+def test_what_cannot_be_sampled_patched_or_prompted_is_said(tmp_path):
+    name = folder(tmp_path, "a", 0)
+    encoder_like = loading.describe(name, attend="whole", text=False)
+    with pytest.raises(UserError, match="each token of the model sees those behind it"):
+        protocol.check(encoder_like.transformer, "config.model:", protocol.Sampled)
+    with pytest.raises(UserError, match="a prompt stands before each document of a decoder"):
+        loading.check(loading.describe(name, attend="whole", adapter="prompts.soft", text=False))
+    prompted = jaxpost.load(name, adapter={"name": "prompts.soft", "length": 2})
+    patched = prompted.patched({"layers.0.mlp_out": 0.0})
+    tokens = np.array([[3, 4, 5]])
+    assert not np.allclose(patched.logits(tokens), prompted.logits(tokens), atol=1e-4)
+    assert isinstance(patched.generate("1+", new=2), list)

@@ -20,6 +20,7 @@ from jaxpost.data import chat
 from jaxpost.errors import UserError
 from jaxpost.evals import pass_at_k
 from jaxpost.evals.intervals import mean, standard_error, wilson
+from jaxpost.models import protocol
 from jaxpost.rollouts import scoring
 from jaxpost.rollouts.scores import everywhere
 from jaxpost.sampling.decode import answers, in_chunks, ready
@@ -66,6 +67,7 @@ def _asked(
     """(test problems, what judges them, the task's `extract`, options of `graded`). Raises what `accuracy` raises; of the model
     no weights are needed.
     """
+    protocol.check(model.transformer, "accuracy: its answers are sampled, and", protocol.Sampled)
     model.need_tokenizer()
     entry = dict(task) if isinstance(task, Mapping) else {"name": task}
     opened, name = tasks.opened(entry), entry["name"]

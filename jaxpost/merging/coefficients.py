@@ -17,7 +17,7 @@ from typing import Any
 from jaxpost.errors import UserError
 
 Each = Any  # a setting of each model: any of these where a merge is called, a list of numbers where a tensor is computed
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
 
 
 def layer_of(name: str) -> int | None:

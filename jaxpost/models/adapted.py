@@ -37,6 +37,16 @@ def check_text(adapter: Adapter) -> None:
         raise UserError("config.adapter.text: the model comes without a tokenizer, so there are no tokens to begin with.")
 
 
+def check_prompts(spec: Any) -> None:
+    """Raises UserError for a prompt or prefix around a model that has no place for one: an encoder, a decoder whose tokens see
+    what is behind them, or what a function makes.
+    """
+    if spec.adapter and not all(declares(spec.adapter, "merges")):
+        arch = getattr(spec.transformer, "arch", None)
+        if getattr(arch, "attend", "whole") == "whole" or not hasattr(spec.transformer, "keys_values"):
+            raise UserError("config.adapter: a prompt stands before each document of a decoder; take lora for this model.")
+
+
 def as_one(adapters: Sequence[dict]) -> dict | list[dict]:
     """Entries as config and checkpoints have them: {} for none, a dict for one, a list for several."""
     return list(adapters) if len(adapters) > 1 else dict(*adapters)

@@ -139,7 +139,8 @@ def attending(arch: Architecture, batch: Batch) -> Batch:
     segments, positions = batch["segments"], batch["positions"]
     if arch.attend == "whole" or "mask" not in batch:
         return {**batch, "bidirectional": segments > 0}
-    learned = jnp.where(batch["mask"], positions, jnp.iinfo(jnp.int32).max)
+    learned = batch["mask"] | batch["demonstrations"] if "demonstrations" in batch else batch["mask"]
+    learned = jnp.where(learned, positions, jnp.iinfo(jnp.int32).max)
     first = jax.vmap(lambda p, s: jax.ops.segment_min(p, s, num_segments=segments.shape[1] + 1)[s])(learned, segments)
     return {**batch, "bidirectional": (segments > 0) & (positions < first)}
 

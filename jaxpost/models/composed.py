@@ -82,7 +82,7 @@ class Fused:
 
     def weights(self, mesh, seed: int) -> Params:
         """Those of the folders."""
-        return {str(i): loading.weights(loading.describe(name, text=False), mesh, seed) for i, name in enumerate(self.names)}
+        return {str(i): _weights(name, mesh, seed) for i, name in enumerate(self.names)}
 
     def forward(self, params: Params, batch: Batch, cache: Any = None, *, tap=(), patch=None) -> Output:
         """The models' outputs as one."""
@@ -147,7 +147,7 @@ class Patched:
 
     def weights(self, mesh, seed: int) -> Params:
         """Those of the folder."""
-        return loading.weights(loading.describe(self.name, text=False), mesh, seed)
+        return _weights(self.name, mesh, seed)
 
     @property
     def tokenizer(self) -> str:
@@ -160,6 +160,20 @@ class Patched:
         return getattr(self.model, name)
 
 
+def _described(name: str, dtype: str) -> loading.ModelSpec:
+    """The spec of a model that becomes part of one. Raises UserError for one with weights besides the model's own."""
+    spec = loading.describe(name, dtype=dtype, text=False)
+    if spec.adapter or spec.leaves:
+        raise UserError(f"config.model.of: {name} has an adapter or a head of its own; make a folder of it by jaxpost.export.")
+    return spec
+
+
+def _weights(name: str, mesh, seed: int) -> Params:
+    spec = loading.describe(name, text=False)
+    loading.check(spec)
+    return loading.weights(spec, mesh, seed)
+
+
 def fused(*, of: Sequence[str], mix: Mapping | str | Callable, dtype: str = "float32") -> Fused:
     """A model whose logits are mix(logits [R,V] of each model) -> [R,V].
 
@@ -167,7 +181,7 @@ def fused(*, of: Sequence[str], mix: Mapping | str | Callable, dtype: str = "flo
     that "On Giant's Shoulders: Effortless Weak to Strong by Dynamic Logits Fusion" and "Tuning Language Models by Proxy" share.
     Raises UserError for vocabularies that differ.
     """
-    specs = [loading.describe(name, dtype=dtype, text=False) for name in of]
+    specs = [_described(name, dtype) for name in of]
     if len(sizes := dict.fromkeys(str(spec.transformer.vocab) for spec in specs)) != 1:
         raise UserError(f"config.model: fused: the vocabularies have {', '.join(sizes)} tokens; fuse models of one.")
     function = mix if callable(mix) else resolve(mix, "models")
@@ -180,4 +194,4 @@ def patched(*, of: str, patch: Mapping[str, Any], dtype: str = "float32") -> Pat
     of: a folder, a workdir or a name on the hub.
     """
     changes = {site: resolve(change, "models") if isinstance(change, str) else change for site, change in patch.items()}
-    return Patched(loading.describe(of, dtype=dtype, text=False).transformer, changes, of)
+    return Patched(_described(of, dtype).transformer, changes, of)

@@ -21,11 +21,12 @@ from jaxpost import sharding
 from jaxpost.errors import UserError
 from jaxpost.models import heads
 from jaxpost.models.attention import attend, document_lengths, over_rows, rotary
+from jaxpost.models.block import ACTIVATIONS, MLP, Attention, Dense
 from jaxpost.models.einsum import project
 from jaxpost.models.encoder_families import EncoderArchitecture
 from jaxpost.models.families import Architecture
 from jaxpost.models.sites import UNTOUCHED, Sites
-from jaxpost.models.transformer import ACTIVATIONS, MLP, REMAT, Attention, Dense, Transformer, scanned
+from jaxpost.models.transformer import REMAT, OfArchitecture, Transformer, scanned
 from jaxpost.types import Batch, Head, Output, Params
 
 
@@ -120,28 +121,8 @@ class NoHead(flax.struct.PyTreeNode):
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoder:
-    """init and forward for an EncoderArchitecture; dtype, remat and kernel as for a Transformer."""
-
-    arch: EncoderArchitecture
-    dtype: Any = jnp.float32
-    remat: str = "none"
-    kernel: str = "xla"
-
-    @property
-    def vocab(self) -> int:
-        """The size of the vocabulary."""
-        return self.arch.vocab
-
-    @property
-    def width(self) -> int:
-        """Channels of a hidden state."""
-        return self.arch.width
-
-    @property
-    def max_positions(self) -> int:
-        """The most tokens of a document."""
-        return self.arch.max_positions
+class Encoder(OfArchitecture):
+    """init and forward for an EncoderArchitecture."""
 
     def init(self, key: jax.Array) -> Params:
         """Fresh float32 parameters: normal with the architecture's standard deviation, biases 0, norms that change nothing."""

@@ -79,12 +79,7 @@ def describe(
     described, folder = _locate(model) if isinstance(model, str) else (None, None)
     config = hf.read_config(described) if described else dict(model)
     if "name" in config and "model_type" not in config:
-        if described:
-            check_origin(config, "models", described / "config.json")
-        if attend:
-            raise UserError(f"config.attend: {attend!r}; a model that a function makes decides itself what its tokens see.")
-        trust(config)
-        return _of_function(config, folder, tokenizer_name or described, dtype, adapter, text=text)
+        return _of_function(config, described, folder, tokenizer_name, dtype, adapter, attend, text=text)
     config = families.language_part(config)
     if attend:
         config |= {"attend": attend, "is_causal": attend != "whole"}
@@ -113,12 +108,18 @@ def _check_names(dtype: str, remat: str) -> None:
             raise UserError(f"config.{key}: unknown {value!r}.{nearest(str(value), choices)}")
 
 
-def _of_function(entry: dict, folder, words: Any, dtype: str, adapter: Any, *, text: bool) -> ModelSpec:
+def _of_function(entry: dict, described, folder, words: str, dtype: str, adapter: Any, attend: str, *, text: bool) -> ModelSpec:
     """The model that a function makes, of its keywords; `dtype` is the recipe's unless the entry has one."""
+    for function in protocol.functions(entry):
+        if described:
+            check_origin(function, "models", described / "config.json")
+        trust(function)
+    if attend:
+        raise UserError(f"config.attend: {attend!r}; a model that a function makes decides itself what its tokens see.")
     options = {"dtype": dtype, **entry} if "dtype" in inspect.signature(find(entry["name"], "models")).parameters else entry
     model = resolve(options, "models")()
     protocol.check(model, f"config.model: {entry['name']}:")
-    words = _tokenizer(words or getattr(model, "tokenizer", None)) if text else None
+    words = _tokenizer(words or described or getattr(model, "tokenizer", None)) if text else None
     spec = ModelSpec(model, words, dict(entry), folder)
     return dataclasses.replace(spec, adapter=adapted.chosen(adapter, carried(folder)), leaves=carried(folder, "leaves"))
 
@@ -174,6 +175,7 @@ def check(spec: ModelSpec) -> None:
         hf.check(spec.folder, spec.transformer.arch)
     if spec.folder is None:
         checks.check_memory(spec.transformer)
+    adapted.check_prompts(spec)
     for name in others(spec).values():
         check(_other(name))
 

@@ -56,7 +56,8 @@ def max_positions(model: Any, params: Params | None) -> int:
     """
     if not (taken := length(params)):
         return model.max_positions
-    short = [kind.rope.original for kind in model.arch.kinds if kind.rope.kind == "longrope"]
+    arch = getattr(model, "model", model).arch  # a patched model has its own inside
+    short = [kind.rope.original for kind in arch.kinds if kind.rope.kind == "longrope"]
     return min([model.max_positions, *short]) - taken
 
 

@@ -49,6 +49,10 @@ def grown(
         raise UserError(
             f"add: the model is made by {config.get('name')}, and its embedding is its own; add tokens to its parts."
         )
+    if "head/bias" in (flat := flatten_dict(params, sep="/")):
+        raise UserError(
+            "add: the model's head has a bias a token, as encoders' have, and is not extended; add tokens to a decoder."
+        )
     _check_new(add, words, multiple)
     adapted, ids = _with_tokens(words, add, special)
     vocab = max(model.arch.vocab, int(ids.max()) + 1)
@@ -60,7 +64,6 @@ def grown(
     elif not isinstance(by, str) or by != "mean":
         rows = _given(by, len(add), model.arch.width)
     model = dataclasses.replace(model, arch=dataclasses.replace(model.arch, vocab=vocab))
-    flat = flatten_dict(params, sep="/")
     for name in ("embed", *["head"] * (not model.arch.tied)):
         if not isinstance(weight := flat.get(f"{name}/weight"), jax.Array):
             raise UserError(f"{name}/weight is inside an adapter; merge it first: python -m jaxpost.export.")

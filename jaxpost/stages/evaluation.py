@@ -26,7 +26,7 @@ from jaxpost.step import combine, make_evaluation
 from jaxpost.types import TrainState
 
 # The settings that decide, besides an eval's own, what a model answers.
-ANSWERED = ("model", "tokenizer", "adapter", "dtype", "attention", "mesh")
+ANSWERED = ("model", "tokenizer", "adapter", "dtype", "attention", "attend", "mesh")
 OWN = ("loss", "accuracy", "accuracy_greedy", "reward", "reward_greedy", "rewards")  # what a stage's own figures are called
 
 Memory = dict[tuple[str, str, int], tuple[dict, list]]  # (an eval's digest, stage, step) -> (figures, rows)

@@ -18,7 +18,7 @@ from jaxpost.config.unread import shares
 from jaxpost.data.row_types import RowType
 from jaxpost.declare import declared
 from jaxpost.errors import UserError
-from jaxpost.models import adapted, loading, protocol
+from jaxpost.models import adapted, loading
 from jaxpost.recipe import plain
 from jaxpost.reporting.profile import SKIPPED
 from jaxpost.stages import annotations, datasets, rollouts, tasks
@@ -72,7 +72,6 @@ def plan_stage(name: str, s, mesh, trial: Sequence[dict] | None = None) -> Plan:
         source = rollouts.source(name, task, rewards, spec, s, objective, mesh)
         source = _mixed(source, sets, s, objective, mesh) if sets else source
     if task is not None:
-        protocol.check(spec.transformer, "config.task: its problems are answered by sampling, and", protocol.Sampled)
         check_room(spec, s.rollouts)
     if s.profile and steps and steps < (needed := s.profile + SKIPPED):
         raise UserError(f"config.profile: tracing {s.profile} steps takes {needed}, and there are {steps}; ask for fewer.")

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from jaxpost.config import links
 from jaxpost.errors import UserError
-from jaxpost.models import loading
+from jaxpost.models import loading, protocol
 from jaxpost.recipe import plain
 from jaxpost.storage import checkpoint
 
@@ -114,7 +114,10 @@ def check(spec: loading.ModelSpec) -> None:
 
 
 def check_room(spec: loading.ModelSpec, r) -> None:
-    """Raises UserError for settings of rollouts whose prompts and completions together are longer than the model takes."""
+    """Raises UserError for a model that cannot be sampled, and for settings of rollouts whose prompts and completions together
+    are longer than it takes.
+    """
+    protocol.check(spec.transformer, "config.model: completions are sampled, and", protocol.Sampled)
     most = loading.max_positions(spec)
     if (longest := r.prompt_window + r.new) > most:
         raise UserError(
