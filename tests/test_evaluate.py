@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import runs
+import sampler_cases
 
 import jaxpost
 from jaxpost import api, evaluate, sharding
@@ -34,13 +35,15 @@ RECORDS = [
 REPLIES = {1.0: {"1+1": "2", "2+1": "4", "2+2": "4"}, 0.0: {"1+1": "7", "2+1": "3", "2+2": "4"}}
 
 
-MODEL = types.SimpleNamespace(transformer=None, params={"layers": ()}, tokenizer=TEXT, mesh=None)
+MODEL = types.SimpleNamespace(transformer=sampler_cases.MODEL, params={"layers": ()}, tokenizer=TEXT, mesh=None)
 
 
 def answering(calls):
     """A stand-in for `complete` that replies by REPLIES and stops every completion."""
 
-    def complete(model, params, prompts, *, mesh, tokenizer, prompt_window, new, stop, temperature, seed, number, group, have):
+    def complete(
+        model, params, prompts, *, mesh, tokenizer, prompt_window, new, stop, temperature, seed, number, group, have, chain=()
+    ):
         calls.append((len(prompts), temperature, seed, number))
         tokens, lengths = np.zeros((len(prompts), new), np.int32), []
         for row, ids in zip(tokens, prompts, strict=True):

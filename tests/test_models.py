@@ -18,7 +18,7 @@ import pytest
 import sampler_cases as cases
 
 import jaxpost
-from jaxpost import sharding
+from jaxpost import recipe, sharding
 from jaxpost.errors import UserError
 from jaxpost.models import composed, encoder, encoder_families, loading, protocol
 from jaxpost.models.heads import logits
@@ -309,3 +309,19 @@ def test_what_cannot_be_sampled_patched_or_prompted_is_said(tmp_path):
     tokens = np.array([[3, 4, 5]])
     assert not np.allclose(patched.logits(tokens), prompted.logits(tokens), atol=1e-4)
     assert isinstance(patched.generate("1+", new=2), list)
+
+
+def test_a_recipe_names_patches_as_pairs_and_a_workdir_lends_its_tokenizer(tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text("def steer(x, batch):\n    return x + 1.0\n")
+    name, place = folder(tmp_path, "a", 0), tmp_path / "run"
+    spec = loading.describe(name)
+    loading.keep_description(spec, place, "")
+    assert loading.describe(name, str(place)).tokenizer.vocab_size == spec.tokenizer.vocab_size
+    pairs = (("layers.1.resid_post", f"{mine}:steer"), ("layers.0.mlp_out", 0.0))
+    config = recipe.make(model={"name": "patched", "of": name, "patch": pairs})
+    model = jaxpost.load(recipe.plain(config.model))
+    assert model.tokenizer is not None
+    plain, tokens = jaxpost.load(name), np.array([[3, 4, 5]])
+    patch = {"layers.1.resid_post": lambda x, batch: x + 1.0, "layers.0.mlp_out": 0.0}
+    np.testing.assert_allclose(model.logits(tokens), plain.logits(tokens, patch=patch), rtol=1e-5, atol=1e-5)

@@ -8,6 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import sampler_cases
 
 from jaxpost.errors import UserError
 from jaxpost.evals import accuracy, pass_at_k
@@ -95,13 +96,15 @@ def test_weights_weigh_problems_and_a_problem_twice_is_not_two():
     assert dict(pass_at_k.figures([[1.0, 0.0]])) == {"mean@2": 0.5, "pass@1": 0.5}
 
 
-MODEL = types.SimpleNamespace(transformer=None, params={"layers": ()}, tokenizer=TEXT, mesh=None)
+MODEL = types.SimpleNamespace(transformer=sampler_cases.MODEL, params={"layers": ()}, tokenizer=TEXT, mesh=None)
 
 
 def answering(calls):
     """A stand-in for `complete`: completion i of all answers its own number modulo 4, and every third one is not stopped."""
 
-    def complete(model, params, prompts, *, mesh, tokenizer, prompt_window, new, stop, group, slots, have, number, **noise):
+    def complete(
+        model, params, prompts, *, mesh, tokenizer, prompt_window, new, stop, group, slots, have, number, chain=(), **noise
+    ):
         calls.append((len(prompts), slots, number, tuple(sorted(noise.items())), stop))
         count = group * len(prompts)
         tokens, text_lengths, stopped = np.zeros((count, new), np.int32), np.zeros(count, int), np.zeros(count, bool)

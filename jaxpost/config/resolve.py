@@ -107,8 +107,8 @@ def check_origin(entry: Any, noun: str, file) -> None:
         return
     raise UserError(
         f"{file}: names {name!r} of {noun}, which is not jaxpost's, and a file does not decide what is run. If it is yours, "
-        f"name it too: --trust={name} for generate, evaluate and export, --config.adapter.name={name} for a run, "
-        "adapter={...} for jaxpost.load."
+        f"name it too: --trust={name} for generate, evaluate and export"
+        + (f", --config.adapter.name={name} for a run, adapter={{...}} for jaxpost.load." if noun == "adapters" else ".")
     )
 
 

@@ -146,8 +146,8 @@ def _judged(collection: Collection, numbers: np.ndarray, measures: Sequence[str]
         yield name, (mean := float(np.mean(values)))
         if len(values) > 1:
             error = standard_error(values)
-            yield f"{name}_low", mean - Z * error
-            yield f"{name}_high", mean + Z * error
+            yield f"{name}_low", max(0.0, mean - Z * error)
+            yield f"{name}_high", min(1.0, mean + Z * error)
     yield "queries", len(asked)
     yield "passages", len(ids)
     first = next(iter(each.values()))

@@ -2,7 +2,7 @@
 (protocol.py), so it is scored, sampled, evaluated and learned from without a word elsewhere.
 
     model={"name": "fused", "of": ["LARGE", "TUNED", "SMALL"], "mix": {"name": "FILE.py:mine"}}
-    model={"name": "patched", "of": "FOLDER", "patch": {"layers.3.resid_post": "FILE.py:steer"}}
+    model={"name": "patched", "of": "FOLDER", "patch": (("layers.3.resid_post", "FILE.py:steer"),)}
 """
 
 import dataclasses
@@ -188,10 +188,9 @@ def fused(*, of: Sequence[str], mix: Mapping | str | Callable, dtype: str = "flo
     return Fused(tuple(spec.transformer for spec in specs), function, tuple(of))
 
 
-def patched(*, of: str, patch: Mapping[str, Any], dtype: str = "float32") -> Patched:
-    """A model with patches: {site: number, function (value, batch) -> value, or the function's name FILE.py:function}.
-
-    of: a folder, a workdir or a name on the hub.
+def patched(*, of: str, patch: Mapping[str, Any] | Sequence[tuple[str, Any]], dtype: str = "float32") -> Patched:
+    """A model with patches: {site: number, function (value, batch) -> value, or the function's name FILE.py:function}; in a
+    recipe, whose keys take no dots, pairs (site, change). of: a folder, a workdir or a name on the hub.
     """
-    changes = {site: resolve(change, "models") if isinstance(change, str) else change for site, change in patch.items()}
+    changes = {k: resolve(change, "models") if isinstance(change, str) else change for k, change in dict(patch).items()}
     return Patched(_described(of, dtype).transformer, changes, of)

@@ -157,11 +157,12 @@ def _locate(where: str) -> tuple[epath.Path, epath.Path]:
 
 
 def _tokenizer(where: str | epath.Path | None):
-    """The tokenizer of a folder or of a model on the hub, or the one that a function returns."""
+    """The tokenizer of a folder, a workdir or a model on the hub, or the one that a function returns."""
     if hub.is_name(str(where)):
         where = hub.fetch(str(where))
     if where is None or cloud.path(where).is_dir():
-        return None if where is None else tokenizer.load(where)
+        described = None if where is None else cloud.path(where) / "model"
+        return described and tokenizer.load(described if (described / "config.json").exists() else described.parent)
     if ".py:" not in (name := str(where)) and ("/" in name or "." not in name):
         raise UserError(f"config.tokenizer: no folder {name}. Give one with a tokenizer.json, or the name of a function.")
     return find(name.removeprefix("tasks."), "tasks")()

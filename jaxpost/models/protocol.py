@@ -77,17 +77,16 @@ class Sampled(Model, Protocol):
 
 def functions(entry: Mapping) -> list:
     """The functions that a function-made model's entry names: its own, and those that composed.py's models take."""
-    patch = entry.get("patch")
-    changes = [x for x in patch.values() if not isinstance(x, (int, float))] if isinstance(patch, Mapping) else []
+    changes = [x for x in dict(entry.get("patch", ())).values() if not isinstance(x, (int, float))]
     return [entry, *changes, *([entry["mix"]] if "mix" in entry else [])]
 
 
 def check(model: Any, place: str, kind: type = Model) -> None:
     """Raises UserError, naming what it lacks, for something that is no model, or none that can be sampled."""
-    if kind is Sampled and getattr(getattr(model, "arch", None), "attend", "causal") == "whole":
-        raise UserError(f"{place} each token of the model sees those behind it (attend), so it cannot be sampled.")
     asked = [name for one in kind.__mro__ if one in (Model, Sampled) for name in vars(one) if not name.startswith("_")]
     lacking = sorted(name for name in asked if not hasattr(model, name))
     if lacking:
         what = "be sampled" if kind is Sampled and isinstance(model, Model) else "be a model"
         raise UserError(f"{place} {type(model).__name__} lacks {', '.join(lacking)} and cannot {what} (models/protocol.py).")
+    if kind is Sampled and getattr(getattr(model, "arch", None), "attend", "causal") == "whole":
+        raise UserError(f"{place} each token of the model sees those behind it (attend), so it cannot be sampled.")
