@@ -232,11 +232,11 @@ def test_nothing_is_compiled_of_what_is_not_there():
 
         def block(x, layer):
             layer = sharding.gather(layer, model.dtype)
-            x, *_ = block.Block(arch).apply({"params": layer}, x, batch["positions"], turn, mask, attend)
+            x, *_ = Block(arch).apply({"params": layer}, x, batch["positions"], turn, mask, attend)
             return x, None
 
         x, _ = jax.lax.scan(block, x, params["layers"])
-        return block.RMSNorm(arch.eps).apply({"params": params["norm"]}, x)
+        return RMSNorm(arch.eps).apply({"params": params["norm"]}, x)
 
     def ours(params, batch):
         return model.forward(params, batch).hidden
