@@ -22,6 +22,7 @@ from jaxpost.adapters import peft
 from jaxpost.adapters.prompts import Prefix, Projected, Soft
 from jaxpost.errors import UserError
 from jaxpost.models import adapted, attention, hf, loading, prefix, transformer
+from jaxpost.models.block import Block, RMSNorm
 from jaxpost.models.families import Kind, Rope
 from jaxpost.objectives import sft
 from jaxpost.sampling.beam import search
