@@ -16,8 +16,7 @@ import transformers
 
 from jaxpost import sharding
 from jaxpost.errors import UserError
-from jaxpost.models import families, hf, loading
-from jaxpost.models import transformer as transformer_file
+from jaxpost.models import block, families, hf, loading
 
 HONOURED = {
     "initializer_range",
@@ -48,7 +47,7 @@ def architecture(**changes):
 
 def opened(folder, name="grouped"):
     arch = families.architecture(hf.read_config(folder))
-    shapes = jax.eval_shape(transformer_file.Transformer(arch).init, jax.random.PRNGKey(0))
+    shapes = jax.eval_shape(block.Transformer(arch).init, jax.random.PRNGKey(0))
     return hf.load(folder, arch, shapes)
 
 
@@ -158,7 +157,7 @@ def test_a_field_out_of_range_is_refused(changes, message):
 
 
 def test_activations_are_those_that_the_transformer_has():
-    assert set(families.ACTIVATIONS) == set(transformer_file.ACTIVATIONS)
+    assert set(families.ACTIVATIONS) == set(block.ACTIVATIONS)
 
 
 @pytest.mark.parametrize("name", llama_cases.NAMES)
