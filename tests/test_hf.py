@@ -47,7 +47,7 @@ def architecture(**changes):
 
 def opened(folder, name="grouped"):
     arch = families.architecture(hf.read_config(folder))
-    shapes = jax.eval_shape(block.Transformer(arch).init, jax.random.PRNGKey(0))
+    shapes = jax.eval_shape(Transformer(arch).init, jax.random.PRNGKey(0))
     return hf.load(folder, arch, shapes)
 
 
