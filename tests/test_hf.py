@@ -17,6 +17,7 @@ import transformers
 from jaxpost import sharding
 from jaxpost.errors import UserError
 from jaxpost.models import block, families, hf, loading
+from jaxpost.models.transformer import Transformer
 
 HONOURED = {
     "initializer_range",
