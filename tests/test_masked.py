@@ -166,6 +166,7 @@ def test_rows_are_texts_with_their_special_tokens_which_are_never_asked_for(tmp_
     assert encode(chat, row_type="masked").examples[0]["mask"].sum() == 3  # without the token that ends it
 
 
+@pytest.mark.slow
 def test_an_encoder_learns_and_is_kept_as_a_folder(tmp_path):
     """A hidden letter of a text that repeats itself follows from the others: better than ln 8, as the letters alone tell."""
     tokenizer.save(words(), tmp_path / "words")

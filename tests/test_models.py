@@ -150,7 +150,7 @@ def test_a_model_keeps_the_protocol(name):
 
 
 @pytest.mark.parametrize("name", ["Fused", "Patched", "Recurrent"])
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)])
 def test_what_was_sampled_scores_as_it_was_drawn(name, sizes):
     model = MODELS[name]
     params = model.init(jax.random.PRNGKey(1))
