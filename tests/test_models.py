@@ -325,3 +325,11 @@ def test_a_recipe_names_patches_as_pairs_and_a_workdir_lends_its_tokenizer(tmp_p
     plain, tokens = jaxpost.load(name), np.array([[3, 4, 5]])
     patch = {"layers.1.resid_post": lambda x, batch: x + 1.0, "layers.0.mlp_out": 0.0}
     np.testing.assert_allclose(model.logits(tokens), plain.logits(tokens, patch=patch), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Fused", "Patched"])
+def test_models_made_of_fresh_ones_have_fresh_weights(name):
+    model, mesh = EACH[name], sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    shapes = jax.eval_shape(model.init, jax.random.PRNGKey(0))
+    params = loading.weights(loading.ModelSpec(model, None, {"name": name}, None), mesh, 3)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda x: x.shape, shapes)

@@ -81,7 +81,9 @@ class Fused:
         return {str(i): model.init(jax.random.fold_in(key, i)) for i, model in enumerate(self.models)}
 
     def weights(self, mesh, seed: int) -> Params:
-        """Those of the folders."""
+        """Those of the folders, or fresh ones where there are none."""
+        if not self.names:
+            return self.init(jax.random.PRNGKey(seed))
         return {str(i): _weights(name, mesh, seed) for i, name in enumerate(self.names)}
 
     def forward(self, params: Params, batch: Batch, cache: Any = None, *, tap=(), patch=None) -> Output:
@@ -146,8 +148,8 @@ class Patched:
         return self.model.forward(params, batch, cache, tap=tap, patch={**self.patch, **(patch or {})})
 
     def weights(self, mesh, seed: int) -> Params:
-        """Those of the folder."""
-        return _weights(self.name, mesh, seed)
+        """Those of the folder, or fresh ones where there is none."""
+        return _weights(self.name, mesh, seed) if self.name else self.model.init(jax.random.PRNGKey(seed))
 
     @property
     def tokenizer(self) -> str:
