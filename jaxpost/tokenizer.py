@@ -5,7 +5,8 @@ both. Nothing else of `transformers` is used at run time, no code from a checkpo
 network. The import takes about a second, so it waits until a tokenizer is needed.
 
 `load` reads a folder's tokenizer, or gives None where the folder has none: a model can be trained on ids alone.
-`characters` makes a tokenizer with one token a character and four special tokens, enough for the procedural tasks:
+`characters` makes a tokenizer with one token a character and four special tokens, enough for arithmetic, and `learned` one of
+words for the tasks that are written in them:
 
     <|user|>12+34<|assistant|>46<|end|>
 
@@ -21,6 +22,7 @@ import functools
 import inspect
 import json
 import os
+import string
 import tempfile
 
 import numpy as np
@@ -55,6 +57,7 @@ _SPECIALS = {"bos_token", "eos_token", "unk_token", "pad_token"}
 # Fields that only transformers 5 writes to tokenizer_config.json; an auto_map names code, which is not written.
 _UNPORTABLE = ("backend", "is_local", "local_files_only", "auto_map", "model_specific_special_tokens")
 
+_SPACE = "▁"  # stands for a space within tokens, as in SentencePiece
 _TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ '" + USER + "' + message['content'] }}"
@@ -157,6 +160,40 @@ def characters(alphabet):
     core = Tokenizer(models.WordLevel(vocabulary))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     core.decoder = decoders.Fuse()
+    return _with_turns(core)
+
+
+def learned(texts, size):
+    """A tokenizer of at most `size` tokens, learned from texts by byte-pair encoding, after the four special tokens.
+
+    A word is the same token at the beginning of a text and within it, as in SentencePiece. Digits, punctuation and line ends
+    are tokens of their own. What the texts lack is spelled in bytes, so every text comes back from its tokens unchanged, but for
+    the sign ▁, which stands for a space. The tokens are a function of the texts. Raises UserError where `size` is less than
+    what bytes and printable characters take.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    alphabet = [_SPACE, "\n", *string.ascii_letters, *string.digits, *string.punctuation]
+    octets = [f"<0x{octet:02X}>" for octet in range(256)]
+    if size < (least := len(SPECIAL) + len(alphabet) + len(octets)):
+        raise UserError(f"size={size}: bytes, printable characters and special tokens take {least} tokens; give that or more")
+    core = Tokenizer(models.BPE(byte_fallback=True))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
+    parts = [pre_tokenizers.Split(_SPACE, "merged_with_next"), pre_tokenizers.Split(Regex(r"\n"), "isolated")]
+    parts += [pre_tokenizers.Punctuation("isolated"), pre_tokenizers.Digits(individual_digits=True)]
+    core.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    begins = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    core.decoder = decoders.Sequence(begins)
+    options = {"special_tokens": list(SPECIAL), "initial_alphabet": alphabet, "show_progress": False}
+    core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size - len(octets), limit_alphabet=len(alphabet), **options))
+    described = json.loads(core.to_str())  # the trainer would make special tokens of the bytes
+    vocabulary = described["model"]["vocab"]
+    vocabulary.update({octet: len(vocabulary) + number for number, octet in enumerate(octets)})
+    return _with_turns(Tokenizer.from_str(json.dumps(described)))
+
+
+def _with_turns(core):
+    """The tokenizer of `transformers` with the four special tokens and the chat template."""
     tokenizer = _transformers().PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token=PAD,

@@ -11,6 +11,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from jaxpost import tokenizer
+from jaxpost.errors import UserError
 from jaxpost.models import hf
 
 TEXTS = ["", "12 bc abc", "a  b c<s>bc</s> 12", "<|im_start|>bc<|im_end|> bc  <|x|> c", "e\u0301 \n\n1234"]
@@ -185,3 +186,26 @@ def test_a_written_config_has_the_rotary_constants_where_both_versions_read_them
     assert hf.portable(newer)["rope_scaling"] == {"type": "longrope", **long}  # 4.57 takes no other field
     olmo = {"model_type": "olmo2", "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
     assert hf.portable(olmo)["rope_scaling"] == {"type": "linear", "factor": 2.0}
+
+
+TOWNS = ["Anna lives in the town of Brek. She is a baker.", "The baker of Brek has 12 ovens.\nAnna bakes."]
+
+
+def test_a_learned_tokenizer_has_whole_words_and_gives_every_text_back(tmp_path):
+    learned = tokenizer.learned(TOWNS * 20, 460)
+    assert learned.tokenize("Anna") == learned.tokenize("in Brek, Anna")[-1:] == ["▁Anna"]
+    assert learned.tokenize("in\nAnna 12.")[1] == "\n"
+    assert learned.tokenize("12.")[-3:] == ["1", "2", "."]
+    tokenizer.save(learned, tmp_path)
+    for text in (*TOWNS, "", " ", "  two  spaces ", "a\n\nb", "é ü 日 \U0001f600", "<answer>no</answer>", "\t"):
+        ids = tokenizer.encode(learned, text)
+        assert learned.decode(ids) == text
+        assert tokenizer.encode(tokenizer.load(tmp_path), text) == ids
+    assert len(learned) <= 460 and max(learned.get_vocab().values()) == len(learned) - 1
+
+
+def test_a_learned_tokenizer_is_a_function_of_its_texts():
+    first, second, other = (tokenizer.learned(texts, 460).get_vocab() for texts in (TOWNS, list(TOWNS), TOWNS[:1]))
+    assert first == second != other
+    with pytest.raises(UserError, match="size=300: .* take 356 tokens"):
+        tokenizer.learned(TOWNS, 300)
