@@ -163,7 +163,8 @@ def _introduce(plans: list[Plan]) -> None:
     print(f"model: {count:,} parameters{learned}, {devices}", file=sys.stderr)
     for each in plans:
         steps = f"{each.steps:,} steps" if each.steps else "as many steps as its data has,"
-        ends = [what for key, what in (("time_of", "time is up"), ("tokens_of", "tokens are used up")) if each.settings[key]]
+        budgets = (("time_of", "time is up"), ("tokens_of", "tokens are used up"), ("tokens", "tokens are spent"))
+        ends = [what for key, what in budgets if each.settings[key]]
         most = f"until the {' or the '.join(ends)}" if ends else steps
         print(f"{each.name}: {most} of {each.settings.batch_size} rows", file=sys.stderr)
         if each.steps and not each.settings.steps and each.steps < FEW:

@@ -87,7 +87,9 @@ def test_epochs_of_few_steps_are_explained(monkeypatch, capsys):
     arch = types.SimpleNamespace(parameters=lambda: 7)
 
     def shown(planned, **settings) -> str:
-        s = ConfigDict({"steps": 0, "epochs": 2, "window": 64, "batch_size": 8, "time_of": "", "tokens_of": "", **settings})
+        s = ConfigDict(
+            {"steps": 0, "epochs": 2, "window": 64, "batch_size": 8, "time_of": "", "tokens_of": "", "tokens": 0, **settings}
+        )
         spec = types.SimpleNamespace(transformer=types.SimpleNamespace(arch=arch))
         train._introduce([types.SimpleNamespace(name="a", steps=planned, settings=s, spec=spec, trained=7)])
         return capsys.readouterr().err

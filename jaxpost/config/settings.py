@@ -129,6 +129,8 @@ DEFAULTS = {
     # End when the training time of the named stages (with commas) is used up; steps is then only the schedule's length.
     "time_of": "",
     "tokens_of": "",  # the same for the tokens that they trained on (num_tokens); with both, the first to be used up counts
+    # End when the stage has spent so many tokens: learned from, generated, and scored by other models. 0 is no such end.
+    "tokens": 0,
     "optimizer": {
         "lr": 2e-5,
         "schedule": "cosine",  # cosine, linear, constant, wsd

@@ -52,6 +52,11 @@ class Log:
         """What a checkpoint records of the stage so far: num_tokens, seconds and spent. Call `flush` before."""
         return {"num_tokens": self.num_tokens, "seconds": self.seconds, "spent": dict(self.spent)}
 
+    @property
+    def drawn(self) -> dict[str, Any]:
+        """The counts with the latest step's tokens, for the budgets of tokens."""
+        return {**self.counts, "num_tokens": self.drawn_tokens}
+
     def clock(self) -> None:
         """Starts timing a step, where no step came right before."""
         self.mark = self.mark or time.perf_counter()
@@ -66,7 +71,8 @@ class Log:
         self.settle(keep_mark=True)
         self.pending = (at, batch, measured, self.wait)
         self.spent.update(self.plan.source.spent)
-        if self.budgets["num_tokens"] < float("inf"):  # num_tokens is known only a step later
+        # num_tokens is known only a step later.
+        if self.plan.settings.tokens or self.budgets["num_tokens"] < float("inf"):
             # Several processes may share rows, so there the step's own count is needed, which waits for it.
             alone = jax.process_count() == 1
             self.drawn_tokens += int(np.sum(batch["segments"] > 0) if alone else measured["num_tokens"])

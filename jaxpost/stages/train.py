@@ -93,7 +93,7 @@ def _steps(plan: Plan, run: Run, saved: checkpoint.Checkpoints) -> tuple[Output,
     s, mesh, stop, names = plan.settings, run.mesh, run.stop, [*run.outputs]
     latest, meta = _left(saved)
     _check_data(plan, meta, saved)
-    if meta["done"] and (s.time_of or s.tokens_of or latest >= plan.steps):
+    if meta["done"] and (s.time_of or s.tokens_of or s.tokens or latest >= plan.steps):
         return _finished(plan, latest, meta), None
 
     # Set up: the state, where it was left or where it starts, and the step; the files taken back to there.
@@ -126,7 +126,7 @@ def _steps(plan: Plan, run: Run, saved: checkpoint.Checkpoints) -> tuple[Output,
             log.waited()
             state, measured = step(state, sharding.distribute(batch, mesh, s.batch_size))
         log.step(at, batch, {**measured, **plan.source.metrics})
-        done = at == plan.steps or log.used_up()
+        done = at == plan.steps or log.used_up() or 0 < s.tokens <= sum(spent(plan, log.drawn).values())
         if done or (s.eval_every and at % s.eval_every == 0):
             results, judged = evaluated(state, log, at), at
         asked = stop.asked or (jax.process_count() > 1 and saved.reached_preemption(at))
@@ -148,13 +148,18 @@ def _finished(plan: Plan, step: int, meta: dict) -> Output:
 
 def _output(plan: Plan, steps: int, counts: Mapping, figures: Mapping[str, float]) -> Output:
     """What a stage hands on after so many steps; counts: of its log, or of its checkpoint."""
-    tokens = counts["num_tokens"]
-    spent = {"steps": steps, "learned": tokens, "generated": 0, "scored": 0, **counts.get("spent", {})}
+    about = {"seconds": counts["seconds"], "tokens": counts["num_tokens"]}
+    return Output(figures=figures, spent={**spent(plan, counts), "steps": steps}, **about)
+
+
+def spent(plan: Plan, counts: Mapping) -> dict[str, int]:
+    """The tokens that a stage learned from, and those that were generated and scored by models for it."""
+    tokens = {"learned": counts["num_tokens"], "generated": 0, "scored": 0, **counts.get("spent", {})}
     if "rollouts" not in shares(plan.settings.source):  # whose annotations are among what the batches took
         live = sum(one.weights == "current" for one in plan.annotations)
         once = sum(int(one.encoded.lengths.sum()) for one in plan.sets)
-        spent["scored"] += live * tokens + (len(plan.annotations) - live) * once
-    return Output(figures=figures, seconds=counts["seconds"], tokens=tokens, spent=spent)
+        tokens["scored"] += live * tokens["learned"] + (len(plan.annotations) - live) * once
+    return tokens
 
 
 def _left(saved: checkpoint.Checkpoints) -> tuple[int | None, dict]:
