@@ -167,8 +167,8 @@ def learned(texts, size):
     """A tokenizer of at most `size` tokens, learned from texts by byte-pair encoding, after the four special tokens.
 
     A word is the same token at the beginning of a text and within it, as in SentencePiece. Digits, punctuation and line ends
-    are tokens of their own. What the texts lack is spelled in bytes, so every text comes back from its tokens unchanged, but for
-    the sign ▁, which stands for a space. The tokens are a function of the texts. Raises UserError where `size` is less than
+    are tokens of their own. What the texts lack is spelled in bytes, so every text comes back from its tokens as it was, but
+    for the sign ▁, which stands for a space. The tokens are a function of the texts. Raises UserError where `size` is less than
     what bytes and printable characters take.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers

@@ -31,7 +31,7 @@ from jaxpost.reporting import report, writers
 from jaxpost.stages import annotate, datasets, evaluate, evaluation, generate, merge, records, select, train
 from jaxpost.stages.agreement import check_inputs, check_settings
 from jaxpost.stages.plan import Plan
-from jaxpost.stages.run import Run
+from jaxpost.stages.run import Output, Run
 from jaxpost.stages.stopping import StopRequest, leave
 from jaxpost.storage import cloud, compile_cache, lock
 from jaxpost.storage.artefacts import key
@@ -57,6 +57,12 @@ def run(config, workdir, **changes) -> dict[str, float]:
     Raises UserError, before anything is compiled, for whatever the recipe gets wrong, and SystemExit after saving when
     the process is asked to stop (0 for SIGTERM, 130 for Ctrl-C).
     """
+    *_, last = outputs(config, workdir, **changes).values()
+    return dict(last.figures)
+
+
+def outputs(config, workdir, **changes) -> dict[str, Output]:
+    """The same as `run`, and returns what each stage hands on (stages/run.py): its figures, seconds, and tokens spent."""
     compile_cache.keep()
     config = recipe.opened(config, **changes)
     stages = recipe.stages(_with_recipes(config))
@@ -92,7 +98,7 @@ def run(config, workdir, **changes) -> dict[str, float]:
                 leave(f"after {name}", stop)
         if jax.process_index() == 0:
             print(report.summary(workdir), f"report: {report.write(workdir)}", sep="\n", file=sys.stderr)
-    return dict(this.outputs[stages[-1][0]].figures)
+    return this.outputs
 
 
 @contextlib.contextmanager

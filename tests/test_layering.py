@@ -24,7 +24,7 @@ KNOWN_TO = {
 }
 SERVICES = ("data", "sampling", "models")
 CORE = ("config", "storage", "reporting")
-ENTRY_POINTS = ("train", "api", "annotate", "generate", "evaluate", "export", "merge", "fit", "report")
+ENTRY_POINTS = ("train", "api", "annotate", "generate", "evaluate", "export", "merge", "fit", "report", "study", "studies")
 # What runs or compiles whole stages.
 WHOLE_STAGES = ("compiled/program",)
 # One page of what is looked up there: a zoo.
@@ -82,7 +82,7 @@ def test_imports_point_down(name):
         assert not [i for i in own if under(i, *[f for f in families if f not in known])]
     elif parts[0] in (*SERVICES, *CORE) or (len(parts) == 1 and name.removesuffix(".py") not in ENTRY_POINTS):
         assert not [i for i in own if under(i, *families)]
-    if name.removesuffix(".py") not in (*ENTRY_POINTS, *WHOLE_STAGES) and parts[0] != "stages":
+    if name.removesuffix(".py") not in (*ENTRY_POINTS, *WHOLE_STAGES) and parts[0] not in ("stages", "studies"):
         known = ["jaxpost.stages.tasks"] if parts[0] == "evals" else []  # which opens a task for whoever asks its problems
         assert not [i for i in own if under(i, *above) and not under(i, *known)]
     assert not [i for i in imported(path) if under(i, "configs", "tests", "torch")]

@@ -108,7 +108,8 @@ def make(plan: Synthesis, run: Run) -> Output:
     complete = functools.partial(_by_endpoint, plan, run.root / "answers") if plan.endpoint else _Sampler(plan, run)
     with run.stop.saving(f"{plan.name}, while it generated"):
         progress = produce(plan, artefact, complete, lambda: run.stop.asked)
-    return Output(rows=str(artefact.folder / "part-*.jsonl"), seconds=progress["seconds"])
+    spent = {"generated": progress["tokens"]}
+    return Output(rows=str(artefact.folder / "part-*.jsonl"), seconds=progress["seconds"], spent=spent)
 
 
 def _functions(name: str, s) -> calls.Functions:
