@@ -34,8 +34,8 @@ def tokenizer():
     """2,048 tokens, learned from texts and problems of the four playgrounds."""
     texts = []
     for task in playgrounds().values():
-        texts += [task.text(index) for index in range(2000)]
-        texts += [turn["content"] for index in range(500) for turn in task.conversation(index)["messages"]]
+        texts += [task.text(index) for index in range(1000)]
+        texts += [turn["content"] for index in range(250) for turn in task.conversation(index)["messages"]]
     return tokenizers.learned(texts, TOKENS)
 
 
