@@ -17,7 +17,7 @@ demonstration and no example of a prompt. A cell of the results' table is a pair
 import collections
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType, SimpleNamespace
 
 from jaxpost import tokenizer as tokenizers
@@ -64,9 +64,9 @@ def make(
 ) -> SimpleNamespace:
     """The task of translating from each of `source` to each of `target`, all pairs equally often.
 
-    words: how many of the 120 concepts occur, 24 or more. clauses: 1 or 2 in a sentence. given: what a prompt gives, "grammar"
-    (the invented languages' rules), "words" (a dictionary of the sentence's words) or both. shots: translated examples in the
-    prompt. lexicon: which roots the invented languages have. Raises UserError for values out of range.
+    words: how many of the 120 concepts occur, from 24. clauses: 1 or 2 in a sentence. given: what is in a prompt, "grammar"
+    (the languages' rules), "words" (a dictionary of the sentence) or both. shots: translated examples in a prompt. lexicon:
+    which roots the invented languages have. Raises UserError for values out of range.
     """
     source, target, given = ((value,) if isinstance(value, str) else tuple(value) for value in (source, target, given))
     _check(source=source, target=target, words=words, clauses=clauses, given=given, shots=shots, lexicon=lexicon)
@@ -75,9 +75,77 @@ def make(
 
     def problem(pair, split, seed, index):
         meaning = drawn(clauses, split, "problem", split, seed, index)
-        examples = (drawn(clauses, "train", "shot", split, seed, index, number) for number in itertools.count())
-        others = (example for example in examples if example != meaning)
-        return _record(meaning, pair, list(itertools.islice(others, shots)), given, lexicon)
+        others = (drawn(clauses, "train", "shot", split, seed, index, number) for number in itertools.count())
+        examples = itertools.islice((other for other in others if other != meaning), shots)
+        return _record(meaning, pair, examples, given, lexicon)
+
+    def text(index, *, seed=0):
+        """Document number `index` of an endless corpus of training sentences and words, as SHARES divides it."""
+        return _document(drawn, _chosen(words), clauses, lexicon, seed, index)
+
+    return SimpleNamespace(**_stream(pairs, problem), reward=reward, share=share, text=text)
+
+
+def reward(record, completion) -> bool:
+    """Whether a completion is the record's answer and nothing else, white space aside."""
+    return completion.split() == record["answer"].split()
+
+
+def share(record, completion) -> float:
+    """The share of places, of the answer or of a longer completion, that have the right word: 0 to 1."""
+    words, answer = completion.split(), record["answer"].split()
+    return sum(a == b for a, b in zip(words, answer, strict=False)) / max(len(words), len(answer))
+
+
+@functools.cache
+def dictionary(language: str, *, lexicon: int = 0) -> Mapping[str, str]:
+    """{concept (an English word): its root in a language}, of all 120 concepts. Raises UserError for an unknown language."""
+    if language not in NAMES:
+        raise UserError(f"task languages: no dictionary of {language!r}; there is {', '.join(NAMES)}")
+    concepts = [concept for kind in CONCEPTS.values() for concept in kind]
+    if language == "english":
+        return MappingProxyType(dict(zip(concepts, concepts, strict=True)))
+    rules = LANGUAGES[language]
+    parent = dictionary(rules.parent, lexicon=lexicon) if rules.parent else {}
+    roots = {concept: root for concept, root in parent.items() if hashed("kept", lexicon, concept) % 3}
+
+    def spelled(concept, draw):
+        numbers = (hashed("root", lexicon, language, concept, draw, place) for place in range(len(rules.shape)))
+        letters = ({"C": rules.consonants, "V": "aeo"}[sound] for sound in rules.shape)
+        return "".join(choice[number % len(choice)] for choice, number in zip(letters, numbers, strict=True))
+
+    for concept in (concept for concept in concepts if concept not in roots):
+        roots[concept] = next(x for x in (spelled(concept, draw) for draw in itertools.count()) if x not in roots.values())
+    return MappingProxyType({concept: roots[concept] for concept in concepts})
+
+
+def grammar(language: str) -> str:
+    """The rules of an invented language in one line. Raises UserError for any other language."""
+    if language not in LANGUAGES:
+        raise UserError(f"task languages: no grammar of {language!r}; there is {', '.join(LANGUAGES)}")
+    rules = LANGUAGES[language]
+    order = " ".join({"S": "subject", "V": "verb", "O": "object"}[place] for place in rules.order)
+    marks = f"plural {rules.plural}{', the adjective too' * rules.agrees}; object {rules.object}; past {rules.past}"
+    return f"{language}: {order}; adjective {rules.adjective} the noun; adverb {rules.adverb}; {marks}; future {rules.future}"
+
+
+def sentence(meaning: Sequence[Mapping], language: str, *, lexicon: int = 0) -> str:
+    """The one sentence of a language for a meaning: clauses with link, tense, verb, adverb, subject and object (a noun, its
+    adjective, whether it is plural). What a clause lacks is "" or, as an object, None.
+    """
+    if language == "english":
+        return " ".join(map(_english, meaning))
+    return " ".join(_invented(clause, LANGUAGES[language], dictionary(language, lexicon=lexicon)) for clause in meaning)
+
+
+@functools.cache
+def tokenizer():
+    """1,024 tokens, learned from the corpus of all words and from grammars."""
+    return tokenizers.learned([*map(make(words=120, clauses=2).text, range(1_500)), *map(grammar, list(LANGUAGES) * 30)], 1_024)
+
+
+def _stream(pairs, problem):
+    """A task's functions that ask `problem` for its problems."""
 
     def record(index, *, split="train", seed=0):
         """Problem number `index` of an endless stream: a dict with prompt, answer, cell ("english-velan"), source, target,
@@ -102,74 +170,7 @@ def make(
             raise UserError(f"per_cell={per_cell}: at least one test problem a cell is needed")
         return [one for pair in pairs for one in _different(functools.partial(problem, pair, "test", seed), per_cell)]
 
-    def text(index, *, seed=0):
-        """Document number `index` of an endless corpus of training sentences and words, as SHARES divides it."""
-        return _document(drawn, _chosen(words), clauses, lexicon, seed, index)
-
-    functions = {"reward": reward, "share": share, "text": text, "demonstration": demonstration}
-    return SimpleNamespace(record=record, test_records=test_records, conversation=conversation, **functions)
-
-
-def reward(record, completion) -> bool:
-    """Whether a completion is the record's answer and nothing else, white space aside."""
-    return completion.split() == record["answer"].split()
-
-
-def share(record, completion) -> float:
-    """The share of places, of the answer or of a longer completion, that have the right word: 0 to 1."""
-    words, answer = completion.split(), record["answer"].split()
-    return sum(a == b for a, b in zip(words, answer, strict=False)) / max(len(words), len(answer))
-
-
-@functools.cache
-def dictionary(language: str, *, lexicon: int = 0) -> Mapping[str, str]:
-    """{concept (an English word): its root in a language}, of all 120 concepts. Raises UserError for an unknown language."""
-    if language not in NAMES:
-        raise UserError(f"task languages: no dictionary of {language!r}; there is {', '.join(NAMES)}")
-    concepts = [concept for kind in CONCEPTS.values() for concept in kind]
-    if language == "english":
-        return MappingProxyType(dict(zip(concepts, concepts, strict=True)))
-    rules, roots = LANGUAGES[language], {}
-    if rules.parent:
-        parent = dictionary(rules.parent, lexicon=lexicon)
-        roots = {concept: root for concept, root in parent.items() if hashed("kept", lexicon, concept) % 3}
-
-    def spelled(concept, draw):
-        numbers = (hashed("root", lexicon, language, concept, draw, place) for place in range(len(rules.shape)))
-        letters = ({"C": rules.consonants, "V": "aeo"}[sound] for sound in rules.shape)
-        return "".join(choice[number % len(choice)] for choice, number in zip(letters, numbers, strict=True))
-
-    for concept in (concept for concept in concepts if concept not in roots):
-        spellings = (spelled(concept, draw) for draw in itertools.count())
-        roots[concept] = next(root for root in spellings if root not in roots.values())
-    return MappingProxyType({concept: roots[concept] for concept in concepts})
-
-
-def grammar(language: str) -> str:
-    """The rules of an invented language in one line. Raises UserError for any other language."""
-    if language not in LANGUAGES:
-        raise UserError(f"task languages: no grammar of {language!r}; there is {', '.join(LANGUAGES)}")
-    rules = LANGUAGES[language]
-    order = " ".join({"S": "subject", "V": "verb", "O": "object"}[place] for place in rules.order)
-    marks = f"plural {rules.plural}{', the adjective too' * rules.agrees}; object {rules.object}; past {rules.past}"
-    return f"{language}: {order}; adjective {rules.adjective} the noun; adverb {rules.adverb}; {marks}; future {rules.future}"
-
-
-def sentence(meaning: Sequence[Mapping], language: str, *, lexicon: int = 0) -> str:
-    """The one sentence of a language for a meaning: clauses with link, tense, verb, adverb, subject and object (a noun, its
-    adjective, whether it is plural). What a clause lacks is "" or, as an object, None.
-    """
-    roots, texts = dictionary(language, lexicon=lexicon), []
-    for clause in meaning:
-        texts += [roots[clause["link"]]] if clause["link"] else []
-        texts.append(_english(clause) if language == "english" else _invented(clause, LANGUAGES[language], roots))
-    return " ".join(texts)
-
-
-@functools.cache
-def tokenizer():
-    """1,024 tokens, learned from the corpus of all words and from grammars."""
-    return tokenizers.learned([*map(make(words=120, clauses=2).text, range(1_500)), *map(grammar, list(LANGUAGES) * 30)], 1_024)
+    return {function.__name__: function for function in (record, conversation, demonstration, test_records)}
 
 
 def _check(*, source, target, given, **numbers):
@@ -192,7 +193,6 @@ def _chosen(words: int) -> dict[str, tuple[str, ...]]:
 
 
 def _drawn(concepts: Mapping, clauses: int, split: str, *parts) -> list[dict]:
-    """A meaning of the split."""
     for draw in itertools.count():
         meaning = [_clause(concepts, place, functools.partial(hashed, *parts, draw, place)) for place in range(clauses)]
         if split == ("test" if hashed("languages", sentence(meaning, "english")) % 10 == 0 else "train"):
@@ -230,8 +230,8 @@ def _english(clause: Mapping) -> str:
         verb = f"will {verb}"
     elif not clause["subject"]["plural"]:
         verb += "s"
-    target = phrase(clause["object"]) if clause["object"] else ""
-    return " ".join(filter(None, (phrase(clause["subject"]), verb, target, clause["adverb"])))
+    target = clause["object"] and phrase(clause["object"])
+    return " ".join(filter(None, (clause["link"], phrase(clause["subject"]), verb, target, clause["adverb"])))
 
 
 def _invented(clause: Mapping, rules: tuple, roots: Mapping) -> str:
@@ -250,7 +250,7 @@ def _invented(clause: Mapping, rules: tuple, roots: Mapping) -> str:
         places["V"] = f"{places['V']} {adverb}"
     words = " ".join(places[place] for place in rules.order)
     words = {"first": f"{adverb} {words}", "last": f"{words} {adverb}"}.get(rules.adverb, words)
-    return " ".join(words.split())
+    return " ".join(f"{roots.get(clause['link'], '')} {words}".split())
 
 
 def _marked(word: str, mark: str) -> str:
@@ -259,7 +259,7 @@ def _marked(word: str, mark: str) -> str:
     return mark[:-1] + word if mark.endswith("-") else f"{mark} {word}".strip()
 
 
-def _record(meaning: list[dict], pair: tuple[str, str], examples: list, given: Sequence[str], lexicon: int) -> dict:
+def _record(meaning: list[dict], pair: tuple[str, str], examples: Iterable, given: Sequence[str], lexicon: int) -> dict:
     source, target = pair
     asked, answer = (sentence(meaning, language, lexicon=lexicon) for language in pair)
     lines = [grammar(language) for language in pair if "grammar" in given and language in LANGUAGES]

@@ -33,7 +33,6 @@ SHAPES = {"circle": "disc", "square": "tile", "triangle": "wedge", "cross": "plu
 DIGITS = tuple("0123456789")
 _SYNONYMS = SIZES | SHAPES
 _VALUES = {"colour": tuple(COLOURS), "size": tuple(SIZES), "shape": tuple(SHAPES)}
-
 # Whether (u, v), to the right and down, belongs to a shape in the square from -1 to 1.
 _INSIDE = {
     "circle": lambda u, v: u * u + v * v <= 1,
@@ -85,37 +84,13 @@ def make(
         columns = {"prompt": prompt, "answer": answer, "cell": kind, "kind": kind, "question": question, "scene": scene}
         return columns if view == "text" else columns | {"image": picture(scene, grid=grid, pixels=pixels)}
 
-    def record(index, *, split="train", seed=0):
-        """Problem number `index` of an endless stream: a dict with prompt, answer, kind, cell (the kind), question, scene (its
-        objects: shape, colour, size, row, column, box) and, with view="image", image. Raises UserError for another split."""
-        if split not in SPLITS:
-            raise UserError(f"split={split!r}: scenes has the splits {' and '.join(SPLITS)}")
-        return problem(kinds[hashed("kind", split, seed, index) % len(kinds)], split, seed, index)
-
-    def conversation(index, *, seed=0):
-        """The answer to training problem `index`, as `messages`; the other columns are those of its record."""
-        columns = record(index, seed=seed)
-        turns = [{"role": "user", "content": columns.pop("prompt")}, {"role": "assistant", "content": columns["answer"]}]
-        return {"messages": turns, **columns}
-
-    def demonstration(index, *, seed=0):
-        """The answer to training problem `index`."""
-        return record(index, seed=seed)["answer"]
-
-    def test_records(per_cell, *, seed=0):
-        """`per_cell` different test problems of each kind, or fewer if there are hardly more. A larger one extends the list."""
-        if per_cell < 1:
-            raise UserError(f"per_cell={per_cell}: at least one test problem a cell is needed")
-        return [one for kind in kinds for one in _different(functools.partial(problem, kind, "test", seed), per_cell)]
-
     def text(index, *, seed=0):
         """Document number `index` of a corpus on training scenes: two captions, with synonyms, or a grid and its caption."""
         pairs = (scene, draw), _ = [drawn("train", "text", seed, index, place) for place in range(2)]
         first, second = (f"scene: {caption(*pair)}" for pair in pairs)
         return f"{first}\n{second}" if draw("form") % 2 else f"{described(scene, grid)}\n{first}"
 
-    functions = {"record": record, "test_records": test_records, "reward": reward, "text": text}
-    return SimpleNamespace(conversation=conversation, demonstration=demonstration, **functions)
+    return SimpleNamespace(**_stream(kinds, problem), reward=reward, text=text)
 
 
 def reward(record, completion) -> bool:
@@ -124,15 +99,13 @@ def reward(record, completion) -> bool:
     return read_or_stripped(completion) == read_or_stripped(record["answer"])
 
 
-def caption(scene: Sequence[Mapping], draw: Callable | None = None) -> str:
-    """A caption of all objects: in plain words, in the scene's order; or with synonyms and in an order by `draw`."""
-    if draw is None:
-        return ", ".join(_WHOLE.format(**one) for one in scene)
+def caption(scene: Sequence[Mapping], draw: Callable = lambda *parts: 0) -> str:
+    """A caption of all objects, with the synonyms and the order that `draw` chooses; without it in plain words, in order."""
     named = []
     for place, one in enumerate(scene):
         words = {key: _SYNONYMS.get(one[key], one[key]) if draw(key, place) % 2 else one[key] for key in ("size", "shape")}
         named.append((draw("named", place), _WHOLE.format(**{**one, **words})))
-    return ", ".join(text for _, text in sorted(named))
+    return ", ".join(text for _, text in sorted(named, key=lambda pair: pair[0]))
 
 
 def read(text: str) -> list[dict] | None:
@@ -195,6 +168,35 @@ def _mask(shape: str, size: str, cell: int) -> np.ndarray:
     return (abs(u) <= 0.6) & (abs(v) <= 1) & dots[rows, columns]
 
 
+def _stream(kinds, problem):
+    """A task's functions that ask `problem` for its problems."""
+
+    def record(index, *, split="train", seed=0):
+        """Problem number `index` of an endless stream: a dict with prompt, answer, kind, cell (the kind), question, scene (its
+        objects: shape, colour, size, row, column, box) and, with view="image", image. Raises UserError for another split."""
+        if split not in SPLITS:
+            raise UserError(f"split={split!r}: scenes has the splits {' and '.join(SPLITS)}")
+        return problem(kinds[hashed("kind", split, seed, index) % len(kinds)], split, seed, index)
+
+    def conversation(index, *, seed=0):
+        """The answer to training problem `index`, as `messages`; the other columns are those of its record."""
+        columns = record(index, seed=seed)
+        turns = [{"role": "user", "content": columns.pop("prompt")}, {"role": "assistant", "content": columns["answer"]}]
+        return {"messages": turns, **columns}
+
+    def demonstration(index, *, seed=0):
+        """The answer to training problem `index`."""
+        return record(index, seed=seed)["answer"]
+
+    def test_records(per_cell, *, seed=0):
+        """`per_cell` different test problems of each kind, or fewer if there are hardly more. A larger one extends the list."""
+        if per_cell < 1:
+            raise UserError(f"per_cell={per_cell}: at least one test problem a cell is needed")
+        return [one for kind in kinds for one in _different(functools.partial(problem, kind, "test", seed), per_cell)]
+
+    return {function.__name__: function for function in (record, conversation, demonstration, test_records)}
+
+
 def _check(view, kinds, objects, grid, pixels):
     unknown, most = [kind for kind in kinds if kind not in _QUESTIONS or kinds.count(kind) > 1], min(9, grid * grid)
     wrong = {
@@ -242,8 +244,6 @@ def _unique(scene, draw):
 
 
 # Questions: (scene, draw) -> (question, answer), or None where the scene does not suit.
-
-
 def _count(scene, draw):
     key = tuple(_VALUES)[draw("key") % 3]
     present = [one[key] for one in scene]
