@@ -34,6 +34,7 @@ from jaxpost.storage import checkpoint, cloud, digests, fingerprint
 from jaxpost.types import Params
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_COMPUTED = {"dtype": "float32", "remat": "none", "attention": "auto"}  # settings of how a model computes, with their defaults
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,7 @@ class ModelSpec:
     leaves: dict = dataclasses.field(default_factory=dict)  # leaves beside the model's own: path -> (letters, first value)
     generation: dict = dataclasses.field(default_factory=dict)  # generation_config.json's fields
     ends: tuple[int, ...] = ()  # the ids that end a completion, from the model's own files
+    suppressed: tuple[int, ...] = ()  # the ids that no completion has, from there too
 
 
 def describe(
@@ -78,8 +80,9 @@ def describe(
     adapted.trusted(adapter)
     described, folder = _locate(model) if isinstance(model, str) else (None, None)
     config = hf.read_config(described) if described else dict(model)
-    if "name" in config and "model_type" not in config:
-        return _of_function(config, described, folder, tokenizer_name, dtype, adapter, attend, text=text)
+    if is_entry(config):
+        computed = {"dtype": dtype, "remat": remat, "attention": attention}
+        return _of_function(config, described, folder, tokenizer_name, computed, adapter, attend, text=text)
     config = families.language_part(config)
     if attend:
         config |= {"attend": attend, "is_causal": attend != "whole"}
@@ -93,12 +96,17 @@ def describe(
     name = model if isinstance(model, str) and hub.is_name(model) else ""
     device = device or jax.devices()[0]
     transformer = encoder.model(arch, _computable(dtype, device), remat, _kernel(attention, device))
-    generation, ends = hf.read_generation(described, config, arch.vocab, own_tokenizer=not tokenizer_name)
-    spec = ModelSpec(transformer, words, config, folder, name, generation=generation, ends=ends)
+    generation, *ids = hf.read_generation(described, config, arch.vocab, own_tokenizer=not tokenizer_name)
+    spec = ModelSpec(transformer, words, config, folder, name, generation=generation, ends=ids[0], suppressed=ids[1])
     spec = dataclasses.replace(spec, adapter=adapted.chosen(adapter, carried(folder)), leaves=carried(folder, "leaves"))
     if text and words is None:
         adapted.check_text(adapter)
     return spec
+
+
+def is_entry(config: Mapping) -> bool:
+    """Whether a model's config is the entry of a function that makes it, and no config.json's fields."""
+    return "name" in config and "model_type" not in config
 
 
 def _check_names(dtype: str, remat: str) -> None:
@@ -108,16 +116,23 @@ def _check_names(dtype: str, remat: str) -> None:
             raise UserError(f"config.{key}: unknown {value!r}.{nearest(str(value), choices)}")
 
 
-def _of_function(entry: dict, described, folder, words: str, dtype: str, adapter: Any, attend: str, *, text: bool) -> ModelSpec:
-    """The model that a function makes, of its keywords; `dtype` is the recipe's unless the entry has one."""
+def _of_function(entry: dict, described, folder, words: str, computed: dict, adapter: Any, attend: str, *, text: bool):
+    """The ModelSpec of what a function makes, of its keywords; those of `computed` (dtype, remat, attention) that it has and
+    the entry does not say are the recipe's. Raises UserError for one of them that the function does not have.
+    """
     for function in protocol.functions(entry):
         if described:
             check_origin(function, "models", described / "config.json")
         trust(function)
     if attend:
         raise UserError(f"config.attend: {attend!r}; a model that a function makes decides itself what its tokens see.")
-    options = {"dtype": dtype, **entry} if "dtype" in inspect.signature(find(entry["name"], "models")).parameters else entry
-    model = resolve(options, "models")()
+    keywords = inspect.signature(find(entry["name"], "models")).parameters
+    for key, value in computed.items():
+        if key not in keywords and value != _COMPUTED[key]:
+            raise UserError(
+                f"config.{key}: {value!r} is not read by {entry['name']}; leave it out, or give the function a keyword {key}."
+            )
+    model = resolve({**{key: value for key, value in computed.items() if key in keywords}, **entry}, "models")()
     protocol.check(model, f"config.model: {entry['name']}:")
     words = _tokenizer(words or described or getattr(model, "tokenizer", None)) if text else None
     spec = ModelSpec(model, words, dict(entry), folder)
@@ -176,7 +191,7 @@ def check(spec: ModelSpec) -> None:
         hf.check(spec.folder, spec.transformer.arch)
     if spec.folder is None:
         checks.check_memory(spec.transformer)
-    adapted.check_prompts(spec)
+    adapted.check(spec)
     for name in others(spec).values():
         check(_other(name))
 
@@ -278,10 +293,10 @@ def heads(spec: ModelSpec, mesh) -> Params:
 def _weights(spec: ModelSpec, mesh, seed: int) -> Params:
     """The folder's weights and all of its own leaves, or fresh weights without leaves."""
     shapes, key, leaves = abstract(spec.transformer, mesh), jax.random.PRNGKey(seed), carried(spec.folder, "leaves")
-    made = adapted.makers(spec, lambda adapter: abstract(spec.transformer, mesh, adapter, leaves)) if spec.adapter else {}
-    around = adapted.around(made, key)
+    makers = adapted.makers(spec, lambda adapter: abstract(spec.transformer, mesh, adapter, leaves)) if spec.adapter else {}
+    around = adapted.around(makers, key)
     if spec.folder is not None and not (spec.folder / "params").exists():
-        return adapted.beside(made, hf.load(spec.folder, spec.transformer.arch, shapes, then=around), key)
+        return adapted.beside(makers, hf.load(spec.folder, spec.transformer.arch, shapes, then=around), key)
     if spec.folder is None and hasattr(spec.transformer, "weights"):
         params = jax.device_put(spec.transformer.weights(mesh, seed), jax.tree.map(lambda x: x.sharding, shapes))
     elif spec.folder is None:
@@ -297,7 +312,7 @@ def _weights(spec: ModelSpec, mesh, seed: int) -> Params:
             return params
     flat = flatten_dict(params, sep="/")
     del params
-    return adapted.beside(made, unflatten_dict({path: around(path, flat.pop(path)) for path in list(flat)}, sep="/"), key)
+    return adapted.beside(makers, unflatten_dict({path: around(path, flat.pop(path)) for path in list(flat)}, sep="/"), key)
 
 
 def carried(folder, what: str = "adapter") -> Any:
