@@ -87,7 +87,7 @@ def _stage(s, mesh, machine: topology.Topology, prepared: program.Prepared, prog
     figures = {"parameters": arch.parameters(), "trained": trained, "rows": rows, "length": length}
     figures |= {k: s[k] for k in ("microbatches", "remat", "dtype")} | {"model_flops": work / mesh.size}
     figures |= {"state_bytes": prepared.state_bytes(), "programs": []}
-    figures |= {"uncounted": "rollouts.processors"} if s.rollouts.processors and len(prepared.programs) > 1 else {}
+    figures |= {"uncounted": "rollouts.processors"} if s.rollouts.processors else {}
     for number, traced in enumerate(prepared.programs, 1):
         progress(f"compiling {traced.name}, {number} of {len(prepared.programs)}")
         one = program.measured(s, mesh, machine, traced)

@@ -91,6 +91,28 @@ def test_an_export_with_tokens_opens_in_transformers(tmp_path):
         export.export(str(tmp_path / "old"), str(tmp_path / "other"), mesh=old.mesh, tokens=options, adapter=True)
 
 
+def test_rows_that_pad_are_never_drawn_and_transformers_reads_that(tmp_path):
+    """A head that likes nothing but the rows that belong to no token: what is drawn is a token all the same."""
+    old = model(False, vocab=261)
+    hf.save(tmp_path / "old", old.params, old.transformer.arch, old.config)
+    save(old.tokenizer, tmp_path / "old")
+    place, padding = tmp_path / "new", set(range(264, 320))
+    export.export(str(tmp_path / "old"), str(place), mesh=old.mesh, tokens={"add": ADD, "multiple": 64})
+    assert set(transformers.GenerationConfig.from_pretrained(place).suppress_tokens) == padding
+    new = jaxpost.load(str(place), mesh=old.mesh)
+    assert set(new.suppressed) == set(old.with_tokens(ADD, multiple=64).suppressed) == padding and not old.suppressed
+    hidden = np.asarray(new.tap("final", ["x"]))[0, -1]
+    head = np.array(new.params["head"]["weight"])
+    head[264:] = 50 * hidden
+    liking = dataclasses.replace(new, params={**new.params, "head": {"weight": jax.numpy.asarray(head)}})
+    for options in ({}, {"temperature": 1.0, "n": 8}, {"beams": 2}):
+        assert all(not padding & set(ids.tolist()) for ids in liking.complete("x", new=3, **options))
+    free = dataclasses.replace(liking, suppressed=())
+    assert set(free.complete("x", new=1)[0].tolist()) <= padding
+    # A further token takes the first of those rows, and may be drawn.
+    assert set(new.with_tokens(["<b>"]).suppressed) == padding - {264}
+
+
 def test_a_token_is_found_where_a_tokenizer_changes_texts_first(tmp_path):
     """As Llama's does, which puts a mark in front of a text and in place of spaces."""
     words = toy_tokenizers.characters(adds_bos=False)

@@ -116,9 +116,11 @@ def _check_names(dtype: str, remat: str) -> None:
             raise UserError(f"config.{key}: unknown {value!r}.{nearest(str(value), choices)}")
 
 
-def _of_function(entry: dict, described, folder, words: str, computed: dict, adapter: Any, attend: str, *, text: bool):
-    """The ModelSpec of what a function makes, of its keywords; those of `computed` (dtype, remat, attention) that it has and
-    the entry does not say are the recipe's. Raises UserError for one of them that the function does not have.
+def _of_function(
+    entry: dict, described, folder, words: str, computed: dict, adapter: Any, attend: str, *, text: bool
+) -> ModelSpec:
+    """The model that a function makes, of its keywords; of `computed` (dtype, remat, attention) it gets what it has keywords
+    for and the entry leaves out. Raises UserError for a setting of these that it does not have.
     """
     for function in protocol.functions(entry):
         if described:
