@@ -22,7 +22,7 @@ from jaxpost.data.chat import TRAIN_ON
 from jaxpost.errors import UserError
 from jaxpost.evals.accuracy import accuracy
 from jaxpost.evals.perplexity import WINDOW, perplexity
-from jaxpost.models import loading
+from jaxpost.models import computing
 from jaxpost.reporting import table
 from jaxpost.stages.evaluation import configured, first_of_each_cell, run_evals
 
@@ -120,5 +120,5 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string("lm_eval", [], "A task of lm-eval, by name or file; for several, give it several times.")
     flags.DEFINE_string("evals", "", 'Evals as a recipe\'s: JSON of {NAME: {"name": function, ...}}; figures are NAME/FIGURE.')
     flags.DEFINE_integer("limit", None, "Documents of each lm-eval task (default: all).", lower_bound=1)
-    flags.DEFINE_enum("dtype", "float32", sorted(loading.DTYPES), "The computation's number format.")
+    flags.DEFINE_enum("dtype", "float32", sorted(computing.DTYPES), "The computation's number format.")
     cli.run(main, ABOUT, model=True)

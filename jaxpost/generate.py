@@ -14,7 +14,7 @@ from absl import flags
 from jaxpost import api
 from jaxpost.config import cli
 from jaxpost.config.resolve import entry_of
-from jaxpost.models import loading
+from jaxpost.models import computing
 
 
 def main(_) -> None:
@@ -66,6 +66,6 @@ if __name__ == "__main__":
         "beams", None, "The width of a beam search, which gives the n best (default: completions are drawn).", lower_bound=1
     )
     flags.DEFINE_float("length_penalty", 1.0, "Of a beam search: the power of the length that divides a completion's sum.")
-    flags.DEFINE_enum("dtype", "float32", sorted(loading.DTYPES), "The computation's number format.")
+    flags.DEFINE_enum("dtype", "float32", sorted(computing.DTYPES), "The computation's number format.")
     flags.DEFINE_bool("json", False, "Print one JSON object a completion, with the keys prompt and completion.")
     cli.run(main, ABOUT, model=True)

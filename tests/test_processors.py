@@ -210,9 +210,9 @@ def test_a_stage_takes_processors_with_keywords():
     own = f"{__name__}.never_again"
     for given in ([{"name": "banned", "tokens": [3]}, own], '[{"name": "banned", "tokens": [3]}]'):
         first, *others = chained(recipe.plain(recipe.make(rollouts={"processors": given}).rollouts.processors))
-        assert first.function is processors.banned and first.constants == {"tokens": [3]}
+        assert first.function is processors.banned and first.constants == {"tokens": (3,)}
         assert [x.function for x in others] == [never_again] * (len(given) == 2)
-    assert [x.function for x in chained(f"processors.banned, {own}")] == [processors.banned, never_again]
+    assert [x.function for x in chained(f"{__name__}.by_number, {own}")] == [by_number, never_again]
     with pytest.raises(UserError, match="banned takes no option 'token'. Did you mean 'tokens'"):
         chained(({"name": "banned", "token": 3},))
     with pytest.raises(UserError, match="no 'baned'. Did you mean 'banned'"):

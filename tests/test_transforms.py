@@ -89,7 +89,7 @@ def test_what_is_selected_by_hand():
     assert order.by(DATA, columns, KEY, column="hard").tolist() == [0, 3, 6, 9, 2, 5, 8, 1, 4, 7]
     assert order.by(DATA, columns, KEY, column="hard", descending=True).tolist() == [7, 4, 1, 8, 5, 2, 9, 6, 3, 0]
     for keep in (0, 11, -1, 1.5, 0.0):
-        with pytest.raises(UserError, match="of 10 rows; give a number of rows, or a share"):
+        with pytest.raises(UserError, match="transform: keep=.*; give a number of rows, or a share"):
             select.top(DATA, columns, KEY, column="hard", keep=keep)
     with pytest.raises(UserError, match="no row has 'id'; name a field"):
         select.unique(DATA, columns, KEY, field="id")

@@ -40,8 +40,7 @@ def grown(
     by: what the new rows are. "mean" is the mean of the rows of all tokens. "merged" is the mean of the rows of the tokens that
     the text of a new token was before. Else they are given: an array [n,D], or {"embed": [n,D], "head": [n,D]}, or the name of
     a .npy or .npz file with these; a head that is not given has means. multiple: the vocabulary is rounded up to one, by rows
-    that are means, belong to no token and are never drawn (`suppressed`). special: whether decoding for a reader leaves them
-    out, as it does an end of turn.
+    that are means, of no token and never drawn (`suppressed`). special: whether decoding for a reader leaves the tokens out.
 
     Raises UserError for tokens that are there already, repeat or are empty, for given rows of another shape, for a text that
     the tokenizer cannot encode, and for weights inside an adapter.
