@@ -61,9 +61,13 @@ def test_every_function_refuses_what_its_signature_does_not_take(noun):
                 with pytest.raises(UserError, match=rf"config: {name}: {p.name}=.*; it takes "):
                     bind(function, {p.name: Nothing()}, name)
                 checked += 1
-    assert checked or noun in ("models", "steps")
+    assert checked or noun == "merging"  # whose settings may all go by name and depth
 
 
 def test_an_endpoint_says_what_its_keywords_take():
     with pytest.raises(UserError, match="config: endpoint: concurrency='many'; it takes a whole number"):
         bind(endpoint.of, {"url": "http://x", "model": "m", "concurrency": "many"}, "endpoint")
+
+
+def test_a_merges_settings_may_go_by_name_and_depth():
+    bind(find("sparse.ties", "merging"), {"strength": {"mlp": 1.0, "": [0.0, 0.5]}, "normalize": False}, "ties")
