@@ -24,7 +24,7 @@ from absl import flags
 from etils import epath
 
 from jaxpost import recipe, sharding
-from jaxpost.config import cli
+from jaxpost.config import cli, resolve
 from jaxpost.errors import UserError
 from jaxpost.models import checks, loading
 from jaxpost.reporting import report, writers
@@ -49,11 +49,12 @@ DO = {
 }
 
 
-def run(config, workdir, **changes) -> dict[str, float]:
+def run(config, workdir, *, trust=(), **changes) -> dict[str, float]:
     """Runs (or continues) a recipe's stages in a workdir; returns the last stage's figures.
 
     config: a ConfigDict as `recipe.make` gives, a recipe's path, or None for the defaults. changes: settings that differ from
     it; `objective`, `reward` and `task` may be the function or object itself, of which config.json keeps the name (`naming`).
+    trust: functions of yours, FILE.py:function, that models' files may name.
     Raises UserError, before anything is compiled, for whatever the recipe gets wrong, and SystemExit after saving when
     the process is asked to stop (0 for SIGTERM, 130 for Ctrl-C).
     """
@@ -64,6 +65,7 @@ def run(config, workdir, **changes) -> dict[str, float]:
 def outputs(config, workdir, **changes) -> dict[str, Output]:
     """The same as `run`, and returns what each stage hands on (stages/run.py): its figures, seconds, and tokens spent."""
     compile_cache.keep()
+    resolve.trust(trust)
     config = recipe.opened(config, **changes)
     stages = recipe.stages(_with_recipes(config))
     mesh = sharding.make_mesh(**config.mesh)
@@ -85,7 +87,8 @@ def outputs(config, workdir, **changes) -> dict[str, Output]:
         trained = [plan for plan in plans.values() if isinstance(plan, Plan)]
         check_inputs([plan.data if isinstance(plan, annotate.Annotation) else plan for plan in plans.values()])
         for plan in trained:
-            evaluation.check(plan, mesh)
+            with _named(plan.name, stages):
+                evaluation.check(plan, mesh)
         for name, settings in stages:
             records.check_steps(workdir, name, settings, plans[name])
         _claim(workdir, config, stages)
@@ -93,7 +96,8 @@ def outputs(config, workdir, **changes) -> dict[str, Output]:
         _introduce(trained)
         for name, settings in stages:
             records.begin(workdir, name, settings, plans[name])
-            this.outputs[name] = DO[settings.do].make(plans[name], this)
+            with _named(name, stages):
+                this.outputs[name] = DO[settings.do].make(plans[name], this)
             if stop.asked and name != stages[-1][0]:
                 leave(f"after {name}", stop)
         if jax.process_index() == 0:
@@ -107,19 +111,28 @@ def _named(name: str, stages: list[tuple]) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if len(stages) == 1 or f"config.{name}" in str(error):
+        if len(stages) == 1 or f"config.{name}" in str(error) or str(error).startswith(f"{name}:"):
             raise
         raise UserError(f"{name}: {error}") from error
 
 
 def _with_recipes(config):
-    """The config with a finished run's workdir in place of each model that is named as a recipe, which is run if need be."""
+    """The config with a finished run's workdir in place of each model (of `model` and `of`) that is named as a recipe, which is
+    run if need be.
+    """
     changed = copy.deepcopy(config)
     for settings in (changed, *(changed[name] for name in config.stages if name in changed)):
-        if str(settings.get("model", "")).startswith("recipe:"):
-            with settings.unlocked(), settings.ignore_type():
+        with settings.unlocked(), settings.ignore_type():
+            if _is_recipe(settings.get("model")):
                 settings.model = _of_recipe(settings.model.removeprefix("recipe:"), config.artefacts)
+            if any(map(_is_recipe, of := settings.get("of", ()))):
+                workdirs = {x: _of_recipe(x.removeprefix("recipe:"), config.artefacts) for x in of if _is_recipe(x)}
+                settings.of = tuple(workdirs.get(x, x) for x in of)
     return changed
+
+
+def _is_recipe(model) -> bool:
+    return isinstance(model, str) and model.startswith("recipe:")
 
 
 def _of_recipe(path: str, artefacts: str) -> str:

@@ -81,14 +81,14 @@ def test_it_is_stored_once_and_fisher_merging_reads_it(folders, tmp_path, capsys
     rows = [{"prompt": f"{i}+{i}", "completion": f"{2 * i}"} for i in range(5)]
     data.write_text("\n".join(map(json.dumps, rows)) + "\n")
     common = {"data": str(data), "window": 16, "batch_size": 8, "labels": "data", "objective": "sft.nll"}
-    made = [information.fisher(None, tmp_path / "out", model=folder, **common) for folder in folders[:2]]
+    artefacts = [information.fisher(None, tmp_path / "out", model=folder, **common) for folder in folders[:2]]
     assert capsys.readouterr().err.count("information of 5 examples") == 2
-    assert information.fisher(None, tmp_path / "out", model=folders[0], **common) == made[0]
-    assert "information of" not in capsys.readouterr().err and made[0] != made[1]
-    held, weights = [file_of(folder) for folder in made], [file_of(folder) for folder in folders[:2]]
+    assert information.fisher(None, tmp_path / "out", model=folders[0], **common) == artefacts[0]
+    assert "information of" not in capsys.readouterr().err and artefacts[0] != artefacts[1]
+    held, weights = [file_of(folder) for folder in artefacts], [file_of(folder) for folder in folders[:2]]
     assert {k: x.shape for k, x in held[0].items()} == {k: x.shape for k, x in weights[0].items()}
     assert all((x >= 0).all() and x.any() for x in held[0].values())
-    what = {"name": "fisher", "information": made, "floor": 1e-3}
+    what = {"name": "fisher", "information": artefacts, "floor": 1e-3}
     merge.merge(what, folders[:2], str(tmp_path / "merged"))
     expected = {}
     for name in held[0]:
@@ -96,7 +96,7 @@ def test_it_is_stored_once_and_fisher_merging_reads_it(folders, tmp_path, capsys
         expected[name] = (f * weights[0][name] + g * weights[1][name]) / (f + g)
     for name, x in file_of(tmp_path / "merged").items():
         np.testing.assert_allclose(x, expected[name], rtol=1e-5, atol=1e-6)
-    damaged = tmp_path / "out" / "information" / made[1].rpartition("/")[2] / "model.safetensors"
+    damaged = tmp_path / "out" / "information" / artefacts[1].rpartition("/")[2] / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
     tensors.in_folder.cache_clear()
     with pytest.raises(UserError, match="damaged"):

@@ -15,7 +15,9 @@ DEFAULTS = {
     "result": "",  # the stage whose weights generate and export take from the workdir; "" is the last
     "do": "train",  # what a stage does: train, generate, annotate, select, merge or evaluate (stages/)
     "with": "",  # the function that annotate, select and merge apply, by name or as a dict with one
-    "of": (),  # merge: the models, each like `model`, the base first where the method has one
+    # merge: the models, the base first where the method has one: each a folder, a workdir, a name on the hub, "@NAME" of an
+    # earlier stage or "recipe:PATH".
+    "of": (),
     "rows": "demonstrations",  # generate: the row type of the rows that a prompt's completions give (stages/generate.py)
     # generate with a `prompt`: a function of synthesis/prompts.py, by name or as a dict with one, makes messages of each record
     # of `data`, or else of the task; `parser` makes rows of a completion ("" is the answer as it stands), `filters` say which

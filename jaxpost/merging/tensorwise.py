@@ -66,7 +66,9 @@ def tensorwise(
             dtypes = {name: np.dtype(x.dtype) for name, x in params.items()}
             return {name: merged(bound, name, models, layers, dtypes[name]) for name in params}
 
-        keywords = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        parameters = inspect.signature(function).parameters.values()
+        # Each may go by name and depth, so the function's hints are not what a recipe gives.
+        keywords = [p.replace(annotation=Any) for p in parameters if p.kind is p.KEYWORD_ONLY]
         models = [inspect.Parameter("params", inspect.Parameter.POSITIONAL_ONLY)]
         models += [inspect.Parameter("others", inspect.Parameter.VAR_POSITIONAL)]
         merge.__signature__ = inspect.Signature([*models, *keywords])

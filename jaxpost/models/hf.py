@@ -56,23 +56,25 @@ def read_config(folder: str | epath.Path) -> dict:
 
 def read_generation(
     folder: epath.Path | None, config: dict, vocab: int, own_tokenizer: bool = True
-) -> tuple[dict, tuple[int, ...]]:
-    """(the fields of a folder's generation_config.json, the ids that end a completion). Without that file, the ids are
-    config.json's eos_token_id, as in transformers.
+) -> tuple[dict, tuple[int, ...], tuple[int, ...]]:
+    """(the fields of a folder's generation_config.json, the ids that end a completion, its suppress_tokens, which no completion
+    has). Without that file, the ids that end one are config.json's eos_token_id, as in transformers.
 
     own_tokenizer: whether the model's own tokenizer is used; for another one ids mean nothing and are left out. vocab: ids from
-    there on cannot be sampled and are left out. Raises UserError for an eos_token_id that is not whole numbers.
+    there on cannot be sampled and are left out. Raises UserError for ids that are not whole numbers.
     """
-    path = None if folder is None else folder / "generation_config.json"
-    written = path is not None and path.exists()
+    written = folder is not None and (path := folder / "generation_config.json").exists()
     fields = read_object(path) if written else {"eos_token_id": config.get("eos_token_id")}
-    fields = {k: v for k, v in fields.items() if v is not None and (own_tokenizer or not k.endswith("_token_id"))}
-    ids = fields.get("eos_token_id", [])
-    ids = ids if isinstance(ids, list) else [ids]
-    if wrong := [x for x in ids if type(x) is not int]:
-        place = path if written else "config.model" if folder is None else folder / "config.json"
-        raise UserError(f"{place}: eos_token_id has {wrong[0]!r}, not a whole number; give an id, or a list of ids.")
-    return fields, tuple(x for x in ids if 0 <= x < vocab)
+    foreign = () if own_tokenizer else ("_token_id", "suppress_tokens")
+    fields = {k: v for k, v in fields.items() if v is not None and not k.endswith(foreign)}
+    each = []
+    for key in ("eos_token_id", "suppress_tokens"):
+        ids = ids if isinstance(ids := fields.get(key, []), list) else [ids]
+        if wrong := [x for x in ids if type(x) is not int]:
+            place = path if written else "config.model" if folder is None else folder / "config.json"
+            raise UserError(f"{place}: {key} has {wrong[0]!r}, not a whole number; give an id, or a list of ids.")
+        each.append(tuple(x for x in ids if 0 <= x < vocab))
+    return fields, *each
 
 
 def listed(folder: epath.Path) -> list[str]:

@@ -141,6 +141,23 @@ class Sites:
         return result
 
 
+def checked(patch: Any) -> dict[str, Patch]:
+    """A patch as a dict. Raises UserError where it is none, or a change in it is no number, array or function."""
+    if not isinstance(patch, Mapping) or not all(isinstance(name, str) for name in patch):
+        raise UserError(f"patch: {str(patch)[:80]!r}; give {{site: number, array or function (value, batch) -> value}}.")
+    for name, change in patch.items():
+        if not (callable(change) or hasattr(change, "dtype") or _is_numeric(change)):
+            raise UserError(f"patch: {name}: {change!r} is no number, no array and no function (value, batch) -> value.")
+    return dict(patch)
+
+
+def _is_numeric(value: Any) -> bool:
+    try:
+        return np.asarray(value).dtype.kind in "biuf"
+    except ValueError:  # lists of several lengths
+        return False
+
+
 def parsed(name: str, layers: int, dense: bool = True) -> tuple[int | None, str]:
     """(layer, or None for every layer, and its site) of a name. Raises UserError where the model has no such site."""
     match = re.fullmatch(r"layers\.(\*|\d+)\.(\w+)", name)

@@ -28,11 +28,13 @@ from jaxpost.data import mixture, row_types
 from jaxpost.data.row_types import RowType
 from jaxpost.errors import UserError
 from jaxpost.models import loading
+from jaxpost.models.identity import identity
 from jaxpost.models.transformer import Transformer
 from jaxpost.recipe import plain
 from jaxpost.rollouts.scoring import judged
+from jaxpost.sampling import processors
 from jaxpost.sampling.decode import Completions, answers, in_chunks
-from jaxpost.stages import columns, datasets, synthesis, tasks
+from jaxpost.stages import datasets, synthesis, tasks
 from jaxpost.stages.rollouts import sampling
 from jaxpost.stages.run import Output, Run, check_room
 from jaxpost.storage.artefacts import Artefact
@@ -131,16 +133,14 @@ def make(plan: Plan | synthesis.Synthesis, run: Run) -> Output:
     origin = run.starting(plan.spec, plan.settings)
     s = plan.settings
     about = {
-        "weights": columns.identity(origin, s.seed),
+        "weights": identity(origin, s.seed),
         "rows": [s.rows, plan.samples.row_type.digest],
         "step": plan.samples.step,
     }
     words = plan.spec.tokenizer.backend_tokenizer.to_str()
     about |= {"template": datasets.template(origin, s), "problems": plan.problems(), "tokenizer": digest_of(words)}
     about |= {"judge": digest_of([reward for reward, _ in plan.samples.rewards.values()])}
-    about |= {k: plain(s[k]) for k in _DECIDING}
-    if tables := jax.tree.leaves(plan.samples.options["chain"]):
-        about |= {"tables": digest_of(tables)}
+    about |= {k: plain(s[k]) for k in _DECIDING} | processors.identity(plan.samples.options["chain"])
     artefact = Artefact(run.root, "rows", about)
     weights = functools.partial(loading.weights, origin, run.mesh, s.seed)
     with run.stop.saving(f"{plan.name}, while it drew completions"):

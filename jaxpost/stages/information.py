@@ -21,8 +21,9 @@ from jaxpost import recipe, sharding
 from jaxpost.data import source
 from jaxpost.errors import UserError
 from jaxpost.models import hf, loading, tensors
+from jaxpost.models.identity import identity
 from jaxpost.objectives.logprobs import at_tokens, token_scores
-from jaxpost.stages import columns, datasets, train
+from jaxpost.stages import datasets, train
 from jaxpost.stages.run import Run
 from jaxpost.storage import artefacts, cloud, compile_cache
 from jaxpost.types import Batch, Output, Params
@@ -52,7 +53,7 @@ def fisher(config, out, *, labels: str = "model", **changes) -> str:
             raise UserError(
                 "information is of a plain model; merge its adapter first (jaxpost.export), and take objective='sft.nll'."
             )
-        about = {"data": datasets.digest(plan.sets), "weights": columns.identity(spec, s.seed), "labels": labels}
+        about = {"data": datasets.digest(plan.sets), "weights": identity(spec, s.seed), "labels": labels}
         artefact = artefacts.Artefact(out, "information", about | {"window": s.window, "seed": s.seed, "dtype": s.dtype})
         _, done = artefact.resume()
         if not done:
