@@ -128,7 +128,7 @@ def made(folders, tmp_path_factory):  # noqa: F811
         with pytest.MonkeyPatch.context() as patch:
             distribute = sharding.distribute
             patch.setattr(sharding, "distribute", lambda rows, *mesh: batches.append(rows) or distribute(rows, *mesh))  # noqa: B023
-            common = {"data": str(data), "window": 16, "batch_size": 4, "objective": "sft.nll"}
+            common = {"data": str(data), "window": 16, "batch_size": 8, "objective": "sft.nll"}
             moments.append(information.moments(None, place / "out", model=folder, **common))
         assert sum((rows["segments"] > 0).any(axis=1).sum() for rows in batches) == 9 + number
         inputs.append(inputs_of(folder, batches))
@@ -198,4 +198,4 @@ def test_moments_go_by_the_names_of_the_files(name):
 def test_moments_of_an_adapted_model_are_refused(folders, tmp_path):  # noqa: F811
     (tmp_path / "data.jsonl").write_text('{"prompt": "1", "completion": "2"}\n')
     with pytest.raises(UserError, match="moments: of a plain model"):
-        information.moments(None, tmp_path, model=folders[0], data=str(tmp_path / "data.jsonl"), adapter="lora", held_out=0)
+        information.moments(None, tmp_path, model=folders[0], data=str(tmp_path / "data.jsonl"), adapter="lora", window=16)
