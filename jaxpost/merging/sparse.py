@@ -201,27 +201,22 @@ def _largest(pieces: Sequence[Piece], number: int, count: int) -> Cut:
 def _within(pieces: Sequence[Piece], number: int, count: int, low: float, high: float) -> Cut | None:
     """The `count` largest, if the least of them lies from `low` to `high`."""
 
-    def counted(piece: Piece) -> tuple:
+    def counted(piece: Piece) -> tuple[int, np.ndarray | int]:
         x = _magnitudes(piece, number)
-        return (
-            np.count_nonzero(x > high),
-            np.count_nonzero(x == high),
-            x.compress((x > low) & (x < high)),
-            np.count_nonzero(x == low) if low < high else 0,
-        )
+        # Many elements may be of one magnitude, such as 0; they need no memory.
+        inside = x.compress((x >= low) & (x <= high)) if low < high else np.count_nonzero(x == low)
+        return np.count_nonzero(x > high), inside
 
-    above, at_high, inner, at_low = zip(*each_of(pieces, counted), strict=True)
-    inside, wanted = np.concatenate(inner), count - sum(above)
-    if 0 < wanted <= sum(at_high):
-        least, equal = high, at_high
-    elif 0 < (wanted := wanted - sum(at_high)) <= len(inside):
-        inside.partition(len(inside) - wanted)
-        least = inside[len(inside) - wanted]
-        wanted -= np.count_nonzero(inside > least)
-        equal = [np.count_nonzero(x == least) for x in inner]
-    elif 0 < (wanted := wanted - len(inside)) <= sum(at_low):
-        least, equal = low, at_low
-    else:
+    above, inside = zip(*each_of(pieces, counted), strict=True)
+    least, equal, wanted = low, inside, count - sum(above)
+    if low < high:
+        together = np.concatenate(inside)
+        if 0 < wanted <= len(together):
+            together.partition(len(together) - wanted)
+            least = together[len(together) - wanted]
+            wanted -= np.count_nonzero(together > least)
+        equal = [np.count_nonzero(x == least) for x in inside]
+    if not 0 < wanted <= sum(equal):
         return None
     # `wanted` of the elements that are equal to the least stay; the last of them is in this piece.
     before = np.cumsum([0, *equal])
@@ -246,7 +241,7 @@ def _drawn(seed: int, number: int, share: float, delta: np.ndarray, place: int) 
     """A mask of elements drawn one by one; the seed, the model's number and an element's place decide."""
     generator = np.random.PCG64([seed, number])
     generator.advance(place // 2)  # each of its steps gives the numbers of two places
-    pairs = np.random.Generator(generator).integers(2**64, size=delta.size // 2 + 1, dtype=np.uint64).astype("<u8")
+    pairs = np.random.Generator(generator).integers(2**64, size=delta.size // 2 + 1, dtype=np.uint64).astype("<u8", copy=False)
     numbers = pairs.view("<u4")[place % 2 :][: delta.size]
     last = round(share * 2**32) - 1
     return numbers <= np.uint32(last) if last >= 0 else np.zeros(delta.size, bool)

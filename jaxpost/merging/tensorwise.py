@@ -202,7 +202,7 @@ def _computed(
     return out
 
 
-_POOL = ThreadPoolExecutor(os.cpu_count())
+_POOL = ThreadPoolExecutor(2 * os.cpu_count())  # some compute while others wait for the disk
 
 
 def each_of(items: Iterable, function: Callable) -> list:
@@ -269,18 +269,12 @@ def _whole(merge: Callable, models: Sequence[Mapping[str, Any]]) -> Params:
 
 def rounded(array: Any, dtype: Any, name: str) -> np.ndarray:
     """The numbers in a format for files. Raises UserError where they are not finite or beyond the format's."""
-    array = np.asarray(array)
+    array, finite = np.asarray(array), bool(np.isfinite(array).all())
     with np.errstate(over="ignore", invalid="ignore"):
         result = array.astype(dtype, copy=False)
-        if (
-            np.isfinite(array.sum())
-            and np.dtype(dtype) != np.float16
-            or np.isfinite(result.astype(np.float32, copy=False)).all()
-        ):
-            return result
-    beyond = (
-        "has values beyond float16's; take bfloat16 or float32" if np.isfinite(array).all() else "has NaN or infinity in it"
-    )
+    if finite and (np.dtype(dtype) != np.float16 or np.isfinite(result).all()):
+        return result
+    beyond = "has values beyond float16's; take bfloat16 or float32" if finite else "has NaN or infinity in it"
     raise UserError(f"merge: {name} {beyond}.")
 
 
