@@ -23,10 +23,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxpost import sharding
 from jaxpost.errors import UserError
 from jaxpost.models import encoder_families, safetensors_io
-from jaxpost.models.einsum import dense
 from jaxpost.models.encoder_families import EncoderArchitecture
 from jaxpost.models.families import Architecture, Tensor, tensor_names
-from jaxpost.models.layout import places
+from jaxpost.models.layout import in_files, places
 from jaxpost.storage import cloud
 from jaxpost.storage.host import check_regular, read_object
 from jaxpost.types import Params
@@ -307,8 +306,9 @@ def save(folder: str | epath.Path, params: Params, arch: Architecture, config: d
     """
     folder, kind = cloud.path(folder), format_of(config, dtype)
     save_config(folder, arch, config, dtype)
-    about = {name: (kind, shape) for name, (shape, _) in places(arch).items()}
-    return write_shards(folder, about, (array for _, array in _tensors(params, arch, kind)))
+    where = places(arch)
+    about = {name: (kind, shape) for name, (shape, _) in where.items()}
+    return write_shards(folder, about, (_in_format(name, array, kind) for name, array in in_files(params, where)))
 
 
 def save_config(folder: epath.Path, arch: Architecture, config: dict, dtype: str | None = None) -> None:
@@ -357,23 +357,10 @@ def portable(config: dict) -> dict:
     return config
 
 
-def _tensors(params: Params, arch: Architecture, kind):
-    """Yields (Hugging Face name, array) one tensor at a time, so only one is copied at once; fused tensors are joined."""
-    flat, names = flatten_dict(params, sep="/"), tensor_names(arch)
-    parts = {}
-    for path, tensor in names.items():
-        parts.setdefault(tensor.name, []).append((tensor.rows or (0,), path, tensor))
-    for pieces in parts.values():
-        whole = pieces[0][-1]
-        for place in itertools.product(*map(range, (arch.layers - whole.first, arch.experts)[: whole.name.count("{}")])):
-            arrays = []
-            for _, path, tensor in sorted(pieces, key=lambda piece: piece[0]):
-                leaf = np.asarray(jax.device_get(dense(jax.tree.map(lambda x, place=place: x[place], flat[path]))))
-                if kind is np.float16 and np.max(np.abs(leaf), initial=0) > np.finfo(kind).max:
-                    name = _at(whole, place)
-                    raise UserError(f"export: {name} has values beyond float16's; use bfloat16 or float32.")
-                arrays.append((leaf.T if tensor.transposed else leaf).astype(kind))
-            yield _at(whole, place), np.ascontiguousarray(arrays[0] if len(arrays) == 1 else np.concatenate(arrays))
+def _in_format(name: str, array: np.ndarray, kind) -> np.ndarray:
+    if kind is np.float16 and np.max(np.abs(array), initial=0) > np.finfo(kind).max:
+        raise UserError(f"export: {name} has values beyond float16's; use bfloat16 or float32.")
+    return array.astype(kind)
 
 
 def write_shards(

@@ -31,6 +31,7 @@ from jaxpost.errors import UserError
 # the keys: of the row, or of the cache.
 LAYER = {
     "resid_pre": "BSD",  # the residual stream before the layer
+    "attn_input": "BSD",  # what the projections of q, k and v read: the stream, normed where a norm stands before them
     "q": "BSNH",  # queries and keys as they meet, normed and rotated
     "k": "BSKH",
     "v": "BSKH",
@@ -38,6 +39,7 @@ LAYER = {
     "head_out": "BSNH",  # what each head reads, before the output projection
     "attn_out": "BSD",  # what attention adds to the stream
     "resid_mid": "BSD",  # the stream between attention and feed-forward
+    "mlp_input": "BSD",  # what the feed-forward reads
     "mlp_act": "BSF",  # act(gate) * up; a mixture of experts has none
     "mlp_out": "BSD",  # what the feed-forward adds to the stream
     "resid_post": "BSD",  # the stream after the layer

@@ -64,7 +64,7 @@ def planned(name: str, s, run: Run) -> Merge:
 
 def entry(what: Mapping | Callable | str) -> dict:
     """A merge's entry as a dict; a name without its file is completed, as "ties" is sparse.ties."""
-    what = named({"with": what, "do": "merge"}, ())["with"]
+    what = named({"with": what, "do": "merge"}, ("with",))["with"]
     what = {"name": what} if isinstance(what, str) else dict(what)
     whole = [full for full in known("merging") if full.endswith(f".{what.get('name')}")]
     return {**what, "name": whole[0]} if len(whole) == 1 else what
