@@ -133,6 +133,14 @@ def test_a_model_of_models_is_made_of_their_weights_and_of_the_functions_sources
     assert changed(seen) == {"fused", "shared", "patched"}
 
 
+def test_the_ids_that_end_completions_are_part_of_a_model(parts, tmp_path):
+    digests = [digest(parts[0])]
+    for fields in ({"eos_token_id": 3}, {"eos_token_id": 3, "suppress_tokens": [5]}, {"eos_token_id": 3}):
+        (tmp_path / "a" / "generation_config.json").write_text(json.dumps(fields))
+        digests.append(digest(parts[0]))
+    assert len(set(digests)) == 3 and digests[1] == digests[3]
+
+
 def test_adapters_are_told_by_their_files_sources_and_what_their_seed_draws(parts, tmp_path):
     one, _, file = parts
     peft = {"name": "peft", "folder": prompt(tmp_path / "p")}

@@ -102,7 +102,7 @@ def flags_of(module: str) -> tuple[absl.flags.FlagValues, bool]:
     exec(compile(body, loaded.__file__, "exec"), {**vars(loaded), **stand_ins})
     if takes.get("config"):
         config_flags.DEFINE_config_file("config", None, "", flag_values=values)
-    if takes.get("model"):
+    if takes.get("model") or takes.get("config"):
         own.DEFINE_multi_string("trust", [], "")
     if takes.get("distributed"):
         own.DEFINE_bool("distributed", False, "")

@@ -198,7 +198,7 @@ def test_the_files_that_an_evals_settings_name_are_in_its_digest(tmp_path):
     assert before.keys() == {f"{tmp_path}/e.jsonl", f"{tmp_path}/t.py"}
     assert evaluate.files([f"{tmp_path}/t.py:f"]).keys() == {f"{tmp_path}/t.py"}
     text = json.dumps([{"name": "constrained.trie", "texts": f"{tmp_path}/t.py"}])
-    assert evaluate.files({"processors": text}) == evaluate.files([f"{tmp_path}/t.py"])
+    assert evaluate.files({"processors": text, "template": "{{ x }}"}) == evaluate.files([f"{tmp_path}/t.py"])
     (tmp_path / "e.jsonl").write_text("3")
     assert {name for name, digest in evaluate.files(evals).items() if digest != before[name]} == {f"{tmp_path}/e.jsonl"}
 

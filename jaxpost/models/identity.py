@@ -13,12 +13,14 @@ from jaxpost.storage import fingerprint
 
 def identity(spec: loading.ModelSpec, seed: int) -> dict[str, Any]:
     """What tells a model from any other, as JSON: a digest of its weights' files or what fresh ones are drawn from, its config,
-    its adapters, and of a model that a function makes that function's source and the models that it is made of.
+    the ids that end its completions or are in none, its adapters, and of a model that a function makes that function's source
+    and the models that it is made of.
 
     seed: of what is drawn afresh. A function's source does not cover the functions that it calls (config/naming.py).
     """
     about = {"files": "", "config": dict(spec.config), "adapter": adapted.recorded(spec.adapter)}
     about |= {"seed": seed} if spec.folder is None else {"files": fingerprint.digest(spec.folder)}
+    about |= {"ends": list(spec.ends), "suppressed": list(spec.suppressed)}
     if base := loading.carried(spec.folder, "base"):
         about["base"] = base["hash"]
     if spec.adapter:

@@ -18,7 +18,7 @@ import jax
 
 from jaxpost import sharding
 from jaxpost.config.naming import digest_of
-from jaxpost.config.resolve import entries
+from jaxpost.config.resolve import value_of
 from jaxpost.errors import UserError
 from jaxpost.models import loading
 from jaxpost.models.identity import identity
@@ -81,13 +81,15 @@ def make(plan: Evaluate, run: Run) -> Output:
 
 
 def files(value: Any) -> dict[str, str]:
-    """{name: digest of its bytes} of the files that settings name, as FILE, FILE=WEIGHT or FILE:NAME, with commas between."""
+    """{name: digest of its bytes} of the files that settings name, as FILE, FILE=WEIGHT or FILE:NAME, with commas between, or
+    in JSON.
+    """
     if isinstance(value, Mapping):
         value = [*value.keys(), *value.values()]
     if isinstance(value, (list, tuple)):
         return {name: digest for each in value for name, digest in files(each).items()}
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        return files(entries(value, "config.evals"))
+    if isinstance(value, str) and isinstance(entries := value_of(value), (dict, list)):
+        return files(entries)
     parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else []
     names = {name for part in parts for name in (part, part.rpartition("=")[0], part.rpartition(":")[0]) if name}
     return {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in sorted(names) if os.path.isfile(name)}
