@@ -99,7 +99,7 @@ def reward(record, completion) -> bool:
 def tokenizer():
     """1,280 tokens, in which the words of all closed lists are one each, and names of many countries a few syllables."""
     texts = [word for kind, entities in words.OBJECTS.items() if kind != "year" for word in entities] * 200
-    for country in range(40):
+    for country in range(20):
         task = make(country=country)
         texts += [task.text(index) for index in range(150)]
         texts += [turn["content"] for index in range(50) for turn in task.conversation(index)["messages"]]
