@@ -177,7 +177,7 @@ def test_answers_follow_from_the_documents():
         judged[cell] += 1
         if cell == "description":
             (product,) = set(world_words.PRODUCTS.values()) & set(re.findall(r"\w+", prompt))
-            (landmark,) = set(world_words.LANDMARKS) & set(re.findall(r"\w+", prompt))
+            (landmark,) = set(world_words.TOWNS.values()) & set(re.findall(r"\w+", prompt))
             trade = next(trade for trade in world_words.PRODUCTS if known[trade, "product"] == product)
             town = next(town for town in world_words.TOWNS if known[town, "landmark"] == landmark)
             assert described[trade, town] == [answer]
@@ -209,7 +209,7 @@ def test_records_are_a_function_of_their_arguments():
     assert hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest() == GOLDEN
 
 
-GOLDEN = ""
+GOLDEN = "88899208e2caa22f"
 
 
 def test_no_training_problem_takes_a_fact_that_is_held_out():
@@ -258,8 +258,8 @@ def test_demonstrations_earn_the_reward_and_other_answers_do_not():
 
 
 def test_settings_choose_the_problems():
-    assert {world.make(hops=(2,)).record(i)["cell"] for i in range(60)} == set(world.CELLS) - {"one hop"}
-    hard = [world.make(hops=(2,), kinds=("statement",)).record(i) for i in range(20)]
+    assert {record["cell"] for record in map(world.make(hops=(2,)).record, range(60))} == set(world.CELLS) - {"one hop"}
+    hard = list(map(world.make(hops=(2,), kinds=("statement",)).record, range(20)))
     assert all(record["cell"] == "statement" and len(record["facts"]) == 2 for record in hard)
     assert {record["known"] for record in map(world.make(known=1, kinds=("question",)).record, range(40))} == {True}
     rare = [r for r in LARGE.test_records(40) if r["subject"] in LARGE.rare]
@@ -271,8 +271,8 @@ def test_settings_choose_the_problems():
 def test_with_context_the_answer_is_in_the_prompt_and_nothing_contradicts_it():
     task = world.make(context=3)
     texts = {document["text"]: document for document in task.documents()}
-    for index in range(150):
-        record = task.record(index)
+    records = [task.record(index) for index in range(150)]
+    for record in records:
         *shown, _ = record["prompt"].split("\n")
         documents = [texts[text] for text in shown]
         assert len(documents) == len(set(shown)) == 3
@@ -283,14 +283,10 @@ def test_with_context_the_answer_is_in_the_prompt_and_nothing_contradicts_it():
         assert all(fact[3] for fact in facts if fact[0] in subjects)
         if record["cell"] == "unanswerable":
             assert not any(record["subject"] in text for text in shown)
-    # The evidence does not stand in one place.
-    places = Counter(
-        p.index(task.document(int(r["evidence"][0][1:]))["text"]) > 0
-        for r in map(task.record, range(100))
-        if r["evidence"]
-        for p in [r["prompt"]]
+    first = Counter(
+        r["prompt"].startswith(task.document(int(r["evidence"][0].split(".")[1]))["text"]) for r in records if r["evidence"]
     )
-    assert min(places.values()) > 20
+    assert min(first.values()) > 20, "the evidence does not always stand in one place"
 
 
 def test_dialogues_ask_one_person_s_facts_of_the_training_split():
@@ -325,18 +321,22 @@ def test_traces_name_the_places_of_subject_and_relation():
 
 def test_queries_have_all_their_answers_and_no_others():
     corpus = {document["id"]: document for document in LARGE.documents()}
-    stating = {name: {tuple(fact) for fact in document["facts"]} for name, document in corpus.items()}
+    stating, on = {}, {}
+    for name, document in corpus.items():
+        for subject, relation, value, true in document["facts"]:
+            if true:
+                stating.setdefault((subject, relation), set()).add(name)
+                on.setdefault((relation, value), set()).add(name)
     landmarks = {LARGE.facts(town)["landmark"]: town for town in world_words.TOWNS}
     trades = {product: trade for trade, product in world_words.PRODUCTS.items()}
     for row in LARGE.queries(split="train") + LARGE.queries(split="test"):
         if row["cell"] == "paraphrase":
             asked = set(re.findall(r"\w+", row["query"]))
             (trade,), (town,) = ([table[word] for word in table.keys() & asked] for table in (trades, landmarks))
-            wanted = {("town", town, True), ("trade", trade, True)}
-            answers = {name for name, facts in stating.items() if wanted <= {fact[1:] for fact in facts}}
+            answers = on["town", town] & on["trade", trade]
         else:
             ((name, (relation,), _),) = parsed(row["query"], QUESTIONS)
-            answers = {n for n, facts in stating.items() if (name, relation, LARGE.facts(name)[relation], True) in facts}
+            answers = stating[name, relation]
             assert (row["cell"] == "rare name") == (name in LARGE.rare)
         assert set(row["positive_ids"]) == answers and not answers & set(row["negative_ids"]) and len(row["negatives"]) <= 2
         for kind in ("positive", "negative"):
@@ -344,12 +344,17 @@ def test_queries_have_all_their_answers_and_no_others():
         lists.parsed(row, "row")
 
 
-def test_queries_of_the_splits_are_disjoint_and_rare_names_are_tested_alone():
+def test_queries_of_the_splits_are_disjoint_and_rare_names_are_new_in_all_countries():
     train, test = (LARGE.queries(split=split) for split in ("train", "test"))
-    assert not {row["query"] for row in train} & {row["query"] for row in test}
     cells = [Counter(row["cell"] for row in part) for part in (train, test)]
     assert set(cells[0]) == {"paraphrase", "name"} and set(cells[1]) == {"paraphrase", "name", "rare name"}
     assert cells[1]["rare name"] == 3 * 40 and min(cells[1].values()) > 90
+    other = world.make(people=300, country=1)
+    everywhere = [*train, *(row for row in other.queries() if row["cell"] == "paraphrase")]
+    assert not {row["query"] for row in everywhere} & {row["query"] for row in test}
+    assert not {row["query_id"] for row in everywhere} & {row["query_id"] for row in test}
+    assert not {id for row in everywhere[len(train) :] for id in row["positive_ids"]} & {d["id"] for d in LARGE.documents()}
+    assert not LARGE.rare & (set(other.people) - other.rare) and len(set(other.people) & set(LARGE.people)) < 60
 
 
 def rank(corpus, query, positives):
@@ -421,6 +426,8 @@ def test_the_tokenizer_has_closed_words_as_single_tokens_and_texts_fit_the_windo
         (lambda: TASK.record(0, split="dev"), "split='dev': world has"),
         (lambda: TASK.queries(split="dev"), "split='dev': world has"),
         (lambda: TASK.test_records(0), "per_cell=0"),
+        (lambda: TASK.facts("Nobody"), "country 0 has no 'Nobody'"),
+        (lambda: world.make(people=20, rare=0.5, country=14), "country=14: a split has nobody to describe"),
         (lambda: world.make(people=10), "people=10: give 20 to 1000"),
         (lambda: world.make(hops=(1, 3)), r"hops=\(1, 3\): give 1, 2"),
         (lambda: world.make(hops=()), r"hops=\(\)"),
@@ -436,10 +443,15 @@ def test_bad_arguments_are_named(call, message):
 
 
 def test_the_samples_of_the_page_are_what_the_task_gives():
-    section = (ROOT / "docs" / "playgrounds.md").read_text().partition("## world\n")[2].partition("\n## ")[0]
-    shown = [TASK.text(i) for i in range(3)] + [TASK.document(0)["text"], TASK.trace(0)["prompt"]]
-    shown += [text for r in TASK.test_records(1) for text in (r["prompt"], r["answer"])]
-    shown += [turn["content"] for turn in TASK.dialogue(1)["messages"]]
-    shown += [next(r["query"] for r in TASK.queries(split="test") if r["cell"] == cell) for cell in ("paraphrase", "rare name")]
-    assert not [text for text in shown if text not in section]
-    assert not [text for r in TASK.test_records(1) for text in (r["prompt"], r["answer"]) if text not in world.__doc__]
+    page = (ROOT / "docs" / "playgrounds.md").read_text()
+    sampled = page.partition("An invented country")[2].partition("A test problem of each cell")[0]
+    stream = {TASK.text(index) for index in range(50)} | {TASK.document(number)["text"] for number in range(50)}
+    assert set(re.findall(r"^    (?!task=)(.*)$", sampled, re.M)) < stream
+    for record in TASK.test_records(1):
+        assert f"| `{record['cell']}` | {record['prompt']} | {record['answer']} |" in page
+        assert re.search(rf"{record['cell']} +{re.escape(record['prompt'])} +{record['answer']}\n", world.__doc__)
+    rows = TASK.queries(split="test")
+    for cell in ("paraphrase", "name", "rare name"):
+        row = next(row for row in rows if row["cell"] == cell)
+        (shown,) = re.findall(rf"\| `{cell}` \| {re.escape(row['query'])} \| (.*) \|", page)
+        assert any(text.startswith(shown.removesuffix(" [...]")) for text in row["positives"])

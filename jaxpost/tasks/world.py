@@ -6,7 +6,11 @@ A person has a town, a trade, a skill, an employer, a friend, a teacher and an e
 a skill a field and that a branch, an event a year. Documents state these facts in several wordings, styles and qualities
 (world_country.py). `text` is an endless stream of them to pretrain on. The cells of the results' table are kinds of problems:
 
-EXAMPLES
+    one hop         Whom does Wildiquin trust?                           Rasulek
+    two hops        What is the employer of the teacher of Vornebel?     Abbey
+    statement       True or false? Fenigan has a house in Corham.        true
+    description     Who makes carts in the town by the island?           Pelejar
+    unanswerable    What is the employer of Lorditav?                    unknown
 
 A hash holds out a fifth of all facts: no training problem takes one of them, neither as a question nor as a part of two hops, a
 statement or a description, so only documents tell them. Of the problems that take several facts, another fifth is held out.
@@ -56,8 +60,9 @@ def make(
 
     hops: how many facts a question or statement takes, 1 and 2. kinds: of problems. context: documents in front of a question,
     those that answer it among them; 0 for none. known: the share of people in `text`. rare: the share who are in one document
-    only. noise: the share of documents that lose and repeat small words. wrong: the share of common people with a document that
-    has a false fact. country: the seed of it all. Raises UserError for what is out of range.
+    only. noise: the share of true documents in sentences that lose and repeat small words. wrong: the share of common people
+    with a document that has a false fact. country: the seed of people, facts and years. Raises UserError for what is out of
+    range.
     """
     shares = {"known": known, "rare": rare, "noise": noise, "wrong": wrong}
     for name, share in shares.items():
@@ -94,7 +99,7 @@ def reward(record, completion) -> bool:
 def tokenizer():
     """1,280 tokens, in which the words of all closed lists are one each, and names of many countries a few syllables."""
     texts = [word for kind, entities in words.OBJECTS.items() if kind != "year" for word in entities] * 200
-    for country in range(40):
+    for country in range(20):
         task = make(country=country)
         texts += [task.text(index) for index in range(150)]
         texts += [turn["content"] for index in range(50) for turn in task.conversation(index)["messages"]]
@@ -111,6 +116,9 @@ class Problems:
         pairs = [country.pair(name) for name in country.people]
         # Those whom a description fits and nobody else.
         self._described = [name for name in country.common if pairs.count(country.pair(name)) == 1]
+        tested = {country.held_out(*self._of_description(name)) for name in self._described}
+        if "description" in kinds and len(tested) < 2:
+            raise UserError(f"task world, country={country.seed}: a split has nobody to describe; take another, or more people")
 
     def record(self, index: int, *, split: str = "train", seed: int = 0) -> dict:
         """Problem number `index` of an endless stream: a dict with prompt, answer, cell, subject (a name), path (the relations
@@ -144,7 +152,7 @@ class Problems:
         draw = functools.partial(country.draw, "dialogue", seed, index)
         for turn in itertools.count():
             name = country.common[draw("name", turn) % len(country.common)]
-            facts = [fact for fact in map(self._fact, itertools.repeat(name), _ONE) if not country.held_out(fact)]
+            facts = [fact for fact in (self._fact(name, relation) for relation in _ONE) if not country.held_out(fact)]
             if facts:
                 break
         facts = sorted(facts, key=lambda fact: draw("order", fact.relation))[:3]
@@ -191,11 +199,13 @@ class Problems:
             if self._country.held_out(*facts) == (split == "test"):
                 return self._completed({**problem, "cell": cell}, draw)
 
+    def _of_description(self, name: str) -> list[Fact]:
+        return [self._fact(name, relation) for relation in ("town", "trade")]
+
     def _description(self, draw: Callable) -> dict:
         name = self._described[draw("name") % len(self._described)]
         prompt = self._country.description(*self._country.pair(name), draw("form"))
-        facts = [self._fact(name, relation) for relation in ("town", "trade")]
-        return {"prompt": prompt, "answer": name, "subject": name, "path": [], "facts": facts}
+        return {"prompt": prompt, "answer": name, "subject": name, "path": [], "facts": self._of_description(name)}
 
     def _on_a_path(self, cell: str, draw: Callable) -> dict:
         """A question, a statement, or a question about nobody."""
@@ -220,7 +230,11 @@ class Problems:
         country, facts = self._country, problem["facts"]
         numbers = list(dict.fromkeys(country.evidence[fact.subject, fact.relation] for fact in facts))
         known = bool(facts) and all(country.knows(fact.subject) for fact in facts if fact.relation in _ONE)
-        details = {"facts": [list(fact) for fact in facts], "evidence": [f"d{number}" for number in numbers], "known": known}
+        details = {
+            "facts": [list(fact) for fact in facts],
+            "evidence": [country.name(number) for number in numbers],
+            "known": known,
+        }
         if not self._context:
             return {**problem, **details}
         about = {problem["subject"], *(fact.subject for fact in facts)}

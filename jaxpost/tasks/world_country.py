@@ -1,7 +1,8 @@
 """The country of the task `world`: its facts, the documents that state them, a search by words, and retrieval over them.
 
 Everything is a function of its settings, by hashes: the same on all platforms, without a state. A person's town, trade, skill,
-employer, friend, teacher and event are drawn from closed lists (world_words.py); names are made of syllables.
+employer, friend, teacher and event are drawn from closed lists (world_words.py), and so is the year of an event; names are made
+of syllables. What towns lie by, what trades make and what a skill is a kind of is the same in all countries.
 
 A common person has four documents of two or three facts. All facts are in the first three, town and trade together, and are
 true there. The fourth may be wrong: then one of its facts is false, and its source is one of the two that falsehoods come from.
@@ -82,21 +83,27 @@ def _noisy(text: str, draw: Callable) -> str:
 
 
 class Country:
-    """people: all names, the rare ones last. common, rare: the two kinds. count: documents on people, which come first."""
+    """A country; the shares are those of `world.make`.
+
+    people: all names, the rare ones last. common, rare: the two kinds. absent: names of nobody. count: of documents on people,
+    which come first. evidence: {(subject, relation): the number of the first document that states it truly}.
+    """
 
     def __init__(self, people: int, *, known: float, rare: float, noise: float, wrong: float, seed: int):
-        self._known_share, self._noise, self._wrong, self._seed = known, noise, wrong, seed
-        names = self._shuffled("names", ["".join(syllables) for syllables in product(*words.SYLLABLES)])
-        self.people, self.absent = names[:people], names[people:]
-        self.common = self.people[: people - round(people * rare)]
-        self.rare = frozenset(self.people[len(self.common) :])
+        self._known_share, self._noise, self._wrong, self.seed = known, noise, wrong, seed
+        names = self._shuffled(["".join(syllables) for syllables in product(*words.SYLLABLES)])
+        few = round(people * rare)
+        # A quarter of the names is for rare people, in all countries, so that no other country's texts or queries have them.
+        reserved, others = ([name for name in names if (hashed("rare", name) % 4 == 0) == kept] for kept in (True, False))
+        self.common, self.absent = others[: people - few], others[people - few :]
+        self.people, self.rare = self.common + reserved[:few], frozenset(reserved[:few])
         things = self._things()
-        self._facts = {name: self.drawn_facts(name) for name in self.people} | things
+        people_facts = {name: {r: self.other(r, name, name) for r in (*_TOGETHER, *_APART)} for name in self.people}
+        self._facts = people_facts | things
         self._entries = [entry for name in self.people for entry in self._plan(name)]
         self.count = len(self._entries)
         self._known = [number for number in range(self.count) if self.knows(self._entries[number][0])]
         self._entries += [(thing, tuple(facts), False) for thing, facts in things.items()]
-        # {(subject, relation): the first document that states it truly}
         self.evidence: dict[tuple[str, str], int] = {}
         for number, (subject, relations, doubtful) in enumerate(self._entries):
             for relation in () if doubtful else relations:
@@ -104,29 +111,20 @@ class Country:
 
     def draw(self, *parts) -> int:
         """A 64-bit hash of the country and the parts."""
-        return hashed("world", self._seed, *parts)
+        return hashed("world", self.seed, *parts)
 
-    def _below(self, share: float, *parts) -> bool:
-        return self.draw(*parts) < share * 2**64
-
-    def _shuffled(self, purpose: str, items: Sequence) -> list:
+    def _shuffled(self, items: Sequence) -> list:
         # RandomState, since NumPy guarantees its stream; a Generator's may change between releases.
-        order = np.random.RandomState(self.draw(purpose) % 2**32).permutation(len(items))
-        return [items[i] for i in order]
+        return [items[i] for i in np.random.RandomState(self.draw("names") % 2**32).permutation(len(items))]
 
     def other(self, relation: str, entity: str, *parts) -> str:
         """An object that the relation could have, drawn by the parts, other than this entity. People are common ones."""
         choices = [choice for choice in words.OBJECTS.get(RELATIONS[relation].object, self.common) if choice != entity]
         return choices[self.draw("choice", relation, *parts) % len(choices)]
 
-    def drawn_facts(self, name: str) -> dict[str, str]:
-        """{relation: object} of somebody with this name."""
-        return {relation: self.other(relation, name, name) for relation in (*_TOGETHER, *_APART)}
-
     def _things(self) -> dict[str, dict[str, str]]:
-        landmarks = zip(words.TOWNS, self._shuffled("landmarks", words.LANDMARKS), strict=True)
         return {
-            **{town: {"landmark": landmark} for town, landmark in landmarks},
+            **{town: {"landmark": landmark} for town, landmark in words.TOWNS.items()},
             **{trade: {"product": made} for trade, made in words.PRODUCTS.items()},
             **{skill: {"field": field} for field, skills in words.FIELDS.items() for skill in skills},
             **{field: {"branch": branch} for branch, fields in words.BRANCHES.items() for field in fields},
@@ -134,12 +132,16 @@ class Country:
         }
 
     def facts(self, entity: str) -> dict[str, str]:
-        """{relation: object} of a person, or of a town, trade, skill, field or event."""
+        """{relation: object} of a person, or of a town, trade, skill, field or event. Raises UserError for others."""
+        if entity not in self._facts:
+            raise UserError(
+                f"world: country {self.seed} has no {entity!r}; its people are in `people`, the rest in `documents()`"
+            )
         return dict(self._facts[entity])
 
     def knows(self, name: str) -> bool:
         """Whether `text` speaks about this person."""
-        return self._below(self._known_share, "known", name)
+        return self.draw("known", name) < self._known_share * 2**64
 
     def held_out(self, *facts: Fact) -> bool:
         """Whether a problem that takes these facts is for testing: by a hash of each fact, and of all if they are several."""
@@ -147,10 +149,8 @@ class Country:
         return any(alone) or (len(facts) > 1 and self.draw("facts", *(part for fact in facts for part in fact)) % 5 == 0)
 
     def stated(self, name: str) -> list[str]:
-        """The relations of a person, or of somebody who does not exist, that true documents would state."""
-        return list(
-            dict.fromkeys(relation for _, relations, doubtful in self._plan(name) if not doubtful for relation in relations)
-        )
+        """The relations of a person that documents state truly, or would state of somebody who does not exist."""
+        return [relation for relation in (*_TOGETHER, *_APART) if name not in self.rare or (name, relation) in self.evidence]
 
     def _plan(self, name: str) -> list[tuple[str, tuple[str, ...], bool]]:
         """(subject, relations, whether one may be false) of each document on a person."""
@@ -161,9 +161,13 @@ class Country:
 
     # ------------------------------------------------------------------------------------------------------- documents
 
+    def name(self, number: int) -> str:
+        """The id of a document, which no other country's have."""
+        return f"{self.seed}.{number}"
+
     def document(self, number: int, *, seed: int = 0) -> dict:
-        """Document `number`, in the wording of `seed`: id ("d7"), text, style (chronicle, letter, gossip, register, almanac),
-        quality (clean, noisy, wrong), source, year, topic, subject, and facts: [subject, relation, object, whether it is true].
+        """Document `number` in the wording of `seed`: id, text, style (chronicle, letter, gossip, register, almanac), quality
+        (clean, noisy, wrong), source, year, topic, subject, and facts: [subject, relation, object, whether it is true].
         """
         subject, relations, doubtful = self._entries[number]
         draw = functools.partial(self.draw, "document", number, seed)
@@ -181,7 +185,7 @@ class Country:
         source = sources[1 if wrong else draw("source") % len(sources)]
         body, noisy = self._body(style, facts, 0 if wrong or style == "almanac" else self._noise, draw)
         return {
-            "id": f"d{number}",
+            "id": self.name(number),
             "text": words.FRAMES[style].format(source=source, body=body),
             "style": style,
             "quality": "wrong" if wrong else "noisy" if noisy else "clean",
@@ -217,10 +221,14 @@ class Country:
     # ------------------------------------------------------------------------------------------------------- retrieval
 
     @functools.cached_property
+    def _corpus(self) -> list[dict]:
+        return self.documents()
+
+    @functools.cached_property
     def _holders(self) -> dict[str, list[int]]:
         """The numbers of the documents that have a word."""
         holders: dict[str, list[int]] = {}
-        for number, document in enumerate(self.documents()):
+        for number, document in enumerate(self._corpus):
             for word in _words(document["text"]):
                 holders.setdefault(word, []).append(number)
         return holders
@@ -241,13 +249,13 @@ class Country:
         name         asks for a fact on somebody by name; the documents that state it truly answer it
         rare name    the same for somebody in one document only, in the test split alone
 
-        A fifth of the pairs of trade and town is for testing, and the facts of the test problems. negatives: at most so many,
-        on the same trade or town, or on the same relation of somebody whose name begins alike. Raises UserError for an unknown
-        split.
+        A fifth of the pairs of trade and town is for testing, the same pairs in all countries, and the facts of the test
+        problems. negatives: at most so many, on the same trade or town, or on the same relation of somebody whose name begins
+        alike. Raises UserError for an unknown split.
         """
         check_split(split)
         rows = [*self._paraphrases(split, negatives), *self._by_name(split, negatives)]
-        return [{"query_id": f"q{number}", **row} for number, row in enumerate(rows)]
+        return [{"query_id": f"{self.seed}.{split}.{number}", **row} for number, row in enumerate(rows)]
 
     def pair(self, name: str) -> tuple[str, str]:
         """(town, trade) of a person, which a description says."""
@@ -255,7 +263,7 @@ class Country:
 
     def description(self, town: str, trade: str, form: int) -> str:
         """A question for the people of a town and a trade that names neither; forms come round."""
-        asked = {"product": words.PRODUCTS[trade], "landmark": self._facts[town]["landmark"]}
+        asked = {"product": words.PRODUCTS[trade], "landmark": words.TOWNS[town]}
         return words.ASKED[form % len(words.ASKED)].format(**asked)
 
     def _paraphrases(self, split: str, count: int) -> Iterator[dict]:
@@ -263,7 +271,7 @@ class Country:
         for name in self.people:
             pairs.setdefault(self.pair(name), []).append(self.evidence[name, "trade"])
         for (town, trade), numbers in pairs.items():
-            if (self.draw("pair", town, trade) % 5 == 0) != (split == "test"):
+            if (hashed("pair", town, trade) % 5 == 0) != (split == "test"):
                 continue
             near = [number for pair in pairs if (pair[0] == town) != (pair[1] == trade) for number in pairs[pair]]
             near.sort(key=lambda number: self.draw("near", town, trade, number))
@@ -273,21 +281,24 @@ class Country:
     def _by_name(self, split: str, count: int) -> Iterator[dict]:
         stating: dict[tuple[str, str], list[int]] = {}
         for number in range(self.count):
-            for subject, relation, _, true in self.document(number)["facts"]:
+            for subject, relation, _, true in self._corpus[number]["facts"]:
                 if true:
                     stating.setdefault((subject, relation), []).append(number)
+        alike: dict[tuple[str, str], list[str]] = {}
+        for name, relation in stating:
+            alike.setdefault((name[:3], relation), []).append(name)
         for (name, relation), numbers in stating.items():
             if self.held_out(Fact(name, relation, "")) != (split == "test"):
                 continue
-            alike = [other for other in self.people if other != name and other[:3] == name[:3] and (other, relation) in stating]
-            alike.sort(key=lambda other: self.draw("near", name, relation, other))
-            near = [stating[other, relation][0] for other in alike[:count]]
+            others = [other for other in alike[name[:3], relation] if other != name]
+            others.sort(key=lambda other: self.draw("near", name, relation, other))
+            near = [stating[other, relation][0] for other in others[:count]]
             query = question(name, (relation,), self.draw("asked", name, relation))
             yield self._list(query, "rare name" if name in self.rare else "name", numbers, near)
 
     def _list(self, query: str, cell: str, positives: Sequence[int], negatives: Sequence[int]) -> dict:
         row: dict = {"query": query, "cell": cell}
         for name, numbers in (("positive", positives), ("negative", negatives)):
-            documents = [self.document(number) for number in numbers]
+            documents = [self._corpus[number] for number in numbers]
             row |= {f"{name}s": [d["text"] for d in documents], f"{name}_ids": [d["id"] for d in documents]}
         return row

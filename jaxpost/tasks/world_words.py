@@ -5,21 +5,14 @@ No word of `ASKED` occurs in the sentences on people, so a search by words does 
 
 from typing import NamedTuple
 
-_WORDS = (
-    "Ashvale Brindle Corham Dunwick Elmstead Fenmoor Garrow Hexby Inverley Kestle "
-    "Lydmere Morrow Norwood Ormsea Pellham Quenby Rushden Sandwick Thornby Ulver",
-    "river hill oak bridge lake gate well tower cave island marsh cliff forest desert "
-    "fountain mill castle valley spring quarry",
-    "Abbey Crown Court Mint Library Harbour Hospital Guard Circus Museum Stables Lighthouse",
-    "Flood Fire Frost Comet Siege Harvest Plague Eclipse Feast Storm Drought Truce",
-    "Bra Del Fen Gor Hal Jun Kel Lor Mar Nim Ost Pel Quo Ras Sol Tam Und Vor Wil Yan",
-    "a e i o u ba di lo mu ne ri so",
-    "bel can dor fin gan hild jar kin lek mir nuth pas quin rod sten tav vik wen xa zet",
-)
-# A name is a syllable of each list.
-TOWNS, LANDMARKS, EMPLOYERS, EVENTS, *SYLLABLES = (
-    tuple(words.split()) for words in _WORDS
-)  # a name is a syllable of each list
+# What a town lies by.
+TOWNS = {
+    "Ashvale": "river", "Brindle": "hill", "Corham": "oak", "Dunwick": "bridge", "Elmstead": "lake",
+    "Fenmoor": "gate", "Garrow": "well", "Hexby": "tower", "Inverley": "cave", "Kestle": "island",
+    "Lydmere": "marsh", "Morrow": "cliff", "Norwood": "forest", "Ormsea": "desert", "Pellham": "fountain",
+    "Quenby": "mill", "Rushden": "castle", "Sandwick": "valley", "Thornby": "spring", "Ulver": "quarry",
+}  # fmt: skip
+# What a trade makes.
 PRODUCTS = {
     "baker": "bread", "smith": "nails", "weaver": "cloth", "potter": "jugs", "cooper": "barrels",
     "miller": "flour", "brewer": "beer", "tailor": "coats", "mason": "walls", "tanner": "leather",
@@ -34,12 +27,21 @@ FIELDS = {
     "building": ("roofing", "digging", "sawing", "paving"),
 }
 BRANCHES = {"art": ("music", "theatre"), "labour": ("farming", "building")}
+_WORDS = (
+    "Abbey Crown Court Mint Library Harbour Hospital Guard Circus Museum Stables Lighthouse",
+    "Flood Fire Frost Comet Siege Harvest Plague Eclipse Feast Storm Drought Truce",
+    "Bra Del Fen Gor Hal Jun Kel Lor Mar Nim Ost Pel Quo Ras Sol Tam Und Vor Wil Yan",
+    "a e i o u ba di lo mu ne ri so",
+    "bel can dor fin gan hild jar kin lek mir nuth pas quin rod sten tav vik wen xa zet",
+)
+# A name is a syllable of each list.
+EMPLOYERS, EVENTS, *SYLLABLES = (tuple(words.split()) for words in _WORDS)
 YEARS = [str(year) for year in range(1000, 1250)]
 
 # Closed lists of what may be an object, by kind; people are the other kind.
 OBJECTS = {
-    "town": TOWNS,
-    "landmark": LANDMARKS,
+    "town": list(TOWNS),
+    "landmark": list(TOWNS.values()),
     "trade": list(PRODUCTS),
     "product": list(PRODUCTS.values()),
     "skill": [skill for skills in FIELDS.values() for skill in skills],
