@@ -156,9 +156,13 @@ def test_no_test_sentence_is_trained_on_in_any_language_or_prompt():
             for line in lines:
                 language, _, text = line.partition(": ")
                 assert not in_test(read(text, language)) and text not in (record["sentence"], record["answer"])
-    lines = [line for index in range(400) for line in task.text(index).splitlines() if " = " not in line]
-    for language, text in (line.split(": ") for line in lines):
-        assert not in_test(read(text, language))
+    longer = every(words=30, clauses=2)
+    texts = [task.text(index) for index in range(200)] + [longer.text(index) for index in range(200)]
+    for language, text in (line.split(": ") for lines in texts for line in lines.splitlines() if " = " not in line):
+        meaning = read(text, language)
+        assert not any(in_test(part) for part in (meaning, *([{**clause, "link": ""}] for clause in meaning)))
+    longer = [longer.record(index)["meaning"] for index in range(400)]
+    assert not any(in_test([{**clause, "link": ""}]) for meaning in longer for clause in meaning)
 
 
 def test_test_problems_are_different_and_extended():
