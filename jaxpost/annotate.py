@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from jaxpost import recipe, sharding
-from jaxpost.config import cli, links
+from jaxpost.config import cli, links, resolve
 from jaxpost.config.naming import named
 from jaxpost.config.resolve import entry_of, nearest
 from jaxpost.errors import UserError
@@ -28,14 +28,15 @@ from jaxpost.stages.run import Run
 from jaxpost.storage import cloud, compile_cache
 
 
-def annotate(config, what, *, workdir="", out="", stage="", **changes) -> list[str]:
+def annotate(config, what, *, workdir="", out="", stage="", trust=(), **changes) -> list[str]:
     """Makes an annotator's columns for the data sets of a recipe's stage; the folders that they lie in, one a data set.
 
     config and changes: as `jaxpost.train` takes them; what: the annotator's name, a dict with it and its keywords, or the
-    function itself; out: a folder, else the workdir's own; stage: which one, where the recipe has several. Raises UserError for
-    whatever the recipe gets wrong, and for a stage without a data set.
+    function itself; out: a folder, else the workdir's own; stage: which one, where the recipe has several; trust: as
+    `jaxpost.train` takes it. Raises UserError for whatever the recipe gets wrong, and for a stage without a data set.
     """
     compile_cache.keep()
+    resolve.trust(trust)
     stages = dict(recipe.stages(recipe.opened(config, **changes)))
     names = list(stages)
     if not stage and len(names) > 1:
@@ -60,12 +61,12 @@ def annotate(config, what, *, workdir="", out="", stage="", **changes) -> list[s
 
 def main(_) -> None:
     """The command line; see the module's docstring."""
-    given = flags.FLAGS
+    options = flags.FLAGS
     config, what = cli.required("config", "what")
-    folders = annotate(config, entry_of(what, "--what"), workdir=given.workdir, out=given.out, stage=given.stage)
+    folders = annotate(config, entry_of(what, "--what"), workdir=options.workdir, out=options.out, stage=options.stage)
     if jax.process_index() == 0:
-        told = {folder: {name: list(x.shape) for name, x in columns.read(folder).items()} for folder in folders}
-        print(json.dumps(told, indent=2))
+        shapes = {folder: {name: list(x.shape) for name, x in columns.read(folder).items()} for folder in folders}
+        print(json.dumps(shapes, indent=2))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ The other methods fill in a batch's columns and compile once for each shape.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,11 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpost import sharding
+from jaxpost.config import resolve, type_hints
 from jaxpost.data import chat, templates
 from jaxpost.errors import UserError
 from jaxpost.models import loading, prefix, protocol, vocabulary
 from jaxpost.models.composed import Patched
 from jaxpost.models.heads import logits
+from jaxpost.models.sites import checked
 from jaxpost.objectives import documents
 from jaxpost.objectives.logprobs import token_scores
 from jaxpost.sampling.text import completed, continuation, encoded
@@ -49,6 +51,7 @@ class Model:
     config: dict = dataclasses.field(repr=False)
     mesh: Any
     ends: tuple[int, ...] = ()  # the ids that end a completion besides the tokenizer's and the template's
+    suppressed: tuple[int, ...] = ()  # the ids that no completion has
 
     def forward(self, params: Params, batch: Batch) -> Output:
         """Final hidden states [B,S,D], and the head that makes logits of them; batch: tokens, segments, positions [B,S]."""
@@ -80,7 +83,9 @@ class Model:
         """
         if not (isinstance(prompts, np.ndarray | jax.Array) and prompts.ndim == 2):
             prompts, lengths = self.encoded(prompts)
-        names = (sites,) if isinstance(sites, str) else tuple(sites)
+        names = (sites,) if isinstance(sites, str) else tuple(sites) if isinstance(sites, (list, tuple)) else ()
+        if not names or not all(isinstance(name, str) for name in names):
+            raise UserError(f"tap: {sites!r} names no site; give a name such as 'layers.3.head_out', or a list of names.")
         batch, rows = self._batch(prompts, lengths)
         with sharding.use(self.mesh):
             taps = _tapped(self.transformer, self.params, batch, names, *_sorted(patch))
@@ -91,7 +96,7 @@ class Model:
         """The model with {site: value, or function (value, batch) -> value} in every forward pass, generation included
         (models/sites.py). A value is broadcast; in generation a site has the tokens of a prompt, or one token.
         """
-        return dataclasses.replace(self, transformer=Patched(self.transformer, dict(patch)))
+        return dataclasses.replace(self, transformer=Patched(self.transformer, checked(patch)))
 
     def encoded(self, prompts: str | Sequence, *, chat: bool = False, template: str | None = None) -> tuple:
         """(ids [B,S] with zeros after, lengths [B]) of prompts as `complete` takes them."""
@@ -120,20 +125,20 @@ class Model:
         """`generate` without decoding: the completions' ids, without the token that stopped them.
 
         prompts: a string, or a list of them; or a conversation (a list of {"role", "content"}, whose next turn is the
-        assistant's), or a list of those; or arrays of token ids, used as they are. Options:
-        chat=False: a string is a user's message, not text to continue. template=None: for chat, a name or Jinja.
-        new=None: the most tokens of a completion; 200, or what the model has room for. temperature=0.0: 0 takes the likeliest
-        token. n=1: completions a prompt. seed=0: which random numbers. processors=(): what may be said, named as in
-        `rollouts.processors`, or functions. beams=0: the width of a beam search, which gives the n best; length_penalty=1.0: of
-        its scores (sampling/beam.py).
-        Raises UserError for no or empty prompts, where prompt and `new` exceed the model's positions, or without a tokenizer.
+        assistant's), or a list of those; or arrays of token ids, used as they are. Options: chat=False: a string is a user's
+        message, not text to continue. template=None: for chat, a name or Jinja. new=None: the most tokens of a completion; 200,
+        or what the model has room for. temperature=0.0: 0 takes the likeliest token. n=1: completions a prompt. seed=0: which
+        random numbers. processors=(): what may be said, named as in `rollouts.processors`, or functions. beams=None: the width
+        of a beam search, which gives the n best; length_penalty=1.0: of its scores (sampling/beam.py). Raises UserError for no
+        or empty prompts, where prompt and `new` exceed the model's positions, or without a tokenizer.
         """
         return [ids for _, ids in self._completed(prompts, **options)]
 
     def _completed(self, prompts, **options) -> list[tuple[np.ndarray, np.ndarray]]:
         self.need_tokenizer()
         prompts = _several(prompts)
-        return completed(self.transformer, self.params, self.tokenizer, prompts, mesh=self.mesh, ends=self.ends, **options)
+        bound = _bound(completed, {"mesh": self.mesh, "ends": self.ends, "suppressed": self.suppressed, **options}, "generate")
+        return bound(self.transformer, self.params, self.tokenizer, prompts)
 
     def embed(
         self,
@@ -154,10 +159,15 @@ class Model:
         changes nothing. Raises UserError for an empty text, one that is too long, and without a tokenizer.
         """
         self.need_tokenizer()
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        if pooling not in documents.POOLINGS or too_long not in ("error", "truncate"):
+        options = {"pooling": pooling, "normalise": normalise, "instruction": instruction, "template": template}
+        type_hints.check(Model.embed, {**options, "too_long": too_long, "rows": rows}, "embed")
+        texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, (str, list)) for text in texts):
+            raise UserError(f"embed: {str(texts)[:80]!r}; give a text, a list of texts, or a list of conversations.")
+        if pooling not in documents.POOLINGS or too_long not in ("error", "truncate") or rows < 1:
             raise UserError(
-                f"embed: pooling={pooling!r} is {' or '.join(documents.POOLINGS)}, too_long={too_long!r} error or truncate."
+                f"embed: pooling={pooling!r} is {' or '.join(documents.POOLINGS)}, too_long={too_long!r} error or truncate, "
+                f"rows={rows} at least 1."
             )
         jinja, most = templates.jinja(self.tokenizer, template), self.max_positions
         options = {"template": jinja, "instruction": instruction}
@@ -187,8 +197,10 @@ class Model:
     def with_tokens(self, add: Sequence[str], **options) -> "Model":
         """This model with further tokens; see `models.vocabulary.grown` for by="mean", multiple=1 and special=False."""
         self.need_tokenizer()
-        parts = vocabulary.grown(self.transformer, self.params, self.tokenizer, self.config, self.mesh, add=add, **options)
-        return Model(*parts, self.mesh, self.ends)
+        bound = _bound(vocabulary.grown, {"add": add, **options}, "with_tokens")
+        model, params, words, config = bound(self.transformer, self.params, self.tokenizer, self.config, self.mesh)
+        suppressed = vocabulary.suppressed(self.suppressed, self.transformer.vocab, model.vocab, words)
+        return Model(model, params, words, config, self.mesh, self.ends, suppressed)
 
     def need_tokenizer(self) -> None:
         """Raises UserError for a model without a tokenizer."""
@@ -199,7 +211,7 @@ class Model:
 
     def _batch(self, tokens, lengths, beyond: int = 0) -> tuple[dict, int]:
         """(columns on the mesh, number of given rows): one document a row, with rows of padding where the mesh needs more."""
-        tokens = np.asarray(tokens)
+        tokens = _array(tokens, "tokens are ids [B,S], all rows of one length")
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
             raise UserError(f"tokens are ids [B,S], all rows of one length; these are {tokens.dtype} of shape {tokens.shape}.")
         check_ids(tokens, self.transformer.vocab, self.tokenizer, "tokens")
@@ -207,8 +219,8 @@ class Model:
         most = self.max_positions + beyond
         if not 0 < length <= most or not rows:
             raise UserError(f"tokens of shape {tokens.shape}: give rows of 1 to {most} tokens, and one at least.")
-        lengths = np.full(rows, length) if lengths is None else np.asarray(lengths)
-        if lengths.shape != (rows,) or not ((lengths >= 0) & (lengths <= length)).all():
+        lengths = np.full(rows, length) if lengths is None else _array(lengths, "lengths are numbers, one a row")
+        if lengths.shape != (rows,) or lengths.dtype.kind not in "iu" or not ((lengths >= 0) & (lengths <= length)).all():
             raise UserError(f"lengths are {rows} numbers of 0 to {length}, one a row; these are {lengths.tolist()}.")
         real = np.arange(length) < lengths[:, None]
         columns = {"tokens": np.where(real, tokens, 0), "segments": real, "positions": np.where(real, np.arange(length), 0)}
@@ -218,15 +230,33 @@ class Model:
         return sharding.distribute({k: x[first:last] for k, x in padded.items()}, self.mesh, rows + extra), rows
 
 
+def _bound(function: Callable, options: Mapping[str, Any], place: str) -> Callable:
+    """The function with options that a caller gave. Raises UserError for one that it does not have, or of another type."""
+    try:
+        return resolve.bind(function, options, place)
+    except UserError as error:
+        raise UserError(str(error).removeprefix("config: ")) from error
+
+
+def _array(value: Any, kind: str) -> np.ndarray:
+    """The array of a value. Raises UserError, saying what kind it is, for one of no even shape."""
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise UserError(f"{kind}; these are {str(value)[:80]}.") from error
+
+
 def _several(prompts) -> list:
-    """Prompts as a list: a string, a conversation or ids are one."""
+    """Prompts as a list: a string, a conversation or ids are one. Raises UserError for what is no prompt and no list."""
+    if not isinstance(prompts, (str, list, tuple, np.ndarray)):
+        raise UserError(f"prompts: {str(prompts)[:80]!r}; give a text, a conversation, an array of ids, or a list of these.")
     one = isinstance(prompts, (str, np.ndarray)) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
     return [prompts] if one else list(prompts)
 
 
 def _sorted(patch: Mapping | None) -> tuple[dict, tuple]:
     """(a patch's values, its functions): the former may change without a compilation."""
-    patch = patch or {}
+    patch = checked({} if patch is None else patch)
     functions = tuple((name, change) for name, change in patch.items() if callable(change))
     return {name: jnp.asarray(change) for name, change in patch.items() if not callable(change)}, functions
 
@@ -255,15 +285,23 @@ def _embeddings(model: protocol.Model, params: Params, batch: Batch, pooling: st
     return documents.unit(vectors) if normalise else vectors
 
 
-def load(where: str | Mapping, *, mesh=None, dtype: str = "float32", adapter: Mapping | Sequence | str | None = None) -> Model:
+def load(
+    where: str | Mapping,
+    *,
+    mesh=None,
+    dtype: str = "float32",
+    adapter: Mapping | Sequence | str | None = None,
+    trust: Sequence[str] = (),
+) -> Model:
     """The model of a Hugging Face folder, a workdir, or one checkpoint in a workdir; config.json's fields give a fresh one.
 
     mesh: of `jaxpost.sharding.make_mesh`; None is all devices along `data`. dtype: of the computation, float32 or bfloat16; the
     weights are float32. adapter: a recipe's entry, such as {"name": "peft", "folder": "FOLDER"} or {"name": "lora", "rank":
-    16}, or a list of entries; a workdir's own adapter is always loaded. Raises UserError if `where` is none of these, or
-    broken, or not supported.
+    16}, or a list of entries; a workdir's own adapter is always loaded. trust: functions of yours, FILE.py:function, that the
+    model's files may name. Raises UserError if `where` is none of these, or broken, or not supported.
     """
     compile_cache.keep()
+    resolve.trust(trust)
     mesh = sharding.make_mesh() if mesh is None else mesh
     spec, params = loading.open_model(where if isinstance(where, Mapping) else str(where), mesh, dtype, adapter)
-    return Model(spec.transformer, params, spec.tokenizer, spec.config, mesh, spec.ends)
+    return Model(spec.transformer, params, spec.tokenizer, spec.config, mesh, spec.ends, spec.suppressed)

@@ -36,6 +36,7 @@ _DEFAULTS = {
     "files": None,
     "completed": {},
     "recorded": None,
+    "reads": (),
 }
 _FUNCTIONS = ("prepare", "gather", "metrics", "recorded")  # the value is a function, bound to the keywords that it takes
 _ATTRIBUTES = ("prepare", "columns", "data", "leaves")  # older versions read these from the function itself
@@ -136,6 +137,7 @@ def adapter(
     files: Files | None = None,
     completed: Mapping[str, Callable] | None = None,
     recorded: Callable | None = None,
+    reads: tuple[str, ...] = (),
 ) -> Callable:
     """Declares an adapter.
 
@@ -147,6 +149,7 @@ def adapter(
     files: how `peft` keeps it, None for no way.
     completed: {keyword: (ModelSpec, the keywords) -> its value}, of keywords that the model decides and no recipe gives.
     recorded: for one that is read from files, (its keywords) -> the entry of the same adapter without them.
+    reads: the keywords that name folders from which it is read: what their files hold decides what the model computes.
     """
     return _declaring(locals())
 

@@ -22,7 +22,7 @@ from jaxpost.data.chat import TRAIN_ON
 from jaxpost.errors import UserError
 from jaxpost.evals.accuracy import accuracy
 from jaxpost.evals.perplexity import WINDOW, perplexity
-from jaxpost.models import loading
+from jaxpost.models import computing
 from jaxpost.reporting import table
 from jaxpost.stages.evaluation import configured, first_of_each_cell, run_evals
 
@@ -40,7 +40,7 @@ def figures(model: api.Model, args) -> dict:
         results |= named
         if rows:
             problems = {(row["eval"], row.get("problem", i)) for i, row in enumerate(rows)}
-            _show("--evals", len(problems), first_of_each_cell(rows))
+            _show(f"--evals: {len(problems)} rows; the first", first_of_each_cell(rows))
     return results
 
 
@@ -55,7 +55,7 @@ def _of_flags(model: api.Model, args, template: str | None) -> dict:
         options = {"per_cell": args.per_cell, "new": args.new, "samples": args.samples, "ks": [int(k) for k in args.k]}
         options |= {"task": entry_of(args.task, "--task"), "reward": args.reward, "template": template}
         results |= dict(accuracy(model, **options))
-        _show(args.task, results["problems"], results.pop("samples"))
+        _show(f"{args.task}: {results['problems']} test problems; the first completions", results.pop("samples"))
     if args.lm_eval:
         results["lm_eval"] = find("harness.evaluate", "evals")(model, args.lm_eval, limit=args.limit)
     return results
@@ -69,10 +69,10 @@ def _entries(text: str) -> dict:
     return entries
 
 
-def _show(task: str, problems: int, samples: list[dict], most: int = 6) -> None:
-    """Prints what was asked, and a few of the completions."""
+def _show(title: str, samples: list[dict], most: int = 6) -> None:
+    """Prints a few of the samples."""
     if jax.process_index() == 0:
-        print(f"{task}: {problems} test problems; the first completions:", file=sys.stderr)
+        print(f"{title}:", file=sys.stderr)
         width = shutil.get_terminal_size((120, 24)).columns
         print(table.shown(samples[:most], width, colour=sys.stderr.isatty()), file=sys.stderr)
 
@@ -85,7 +85,7 @@ def main(_) -> None:
         raise UserError("nothing to evaluate on: give --data=FILE, --task=NAME, --lm_eval=TASK or --evals=JSON. See --help.")
     if not all(k.isdigit() for k in args.k):
         raise UserError(f"--k={','.join(args.k)}: give whole numbers, with commas between several.")
-    results = figures(api.load(where, dtype=args.dtype), args)
+    results = figures(api.load(entry_of(where, "--model"), dtype=args.dtype), args)
     if jax.process_index() == 0:
         print(json.dumps(results, indent=2))
 
@@ -101,7 +101,9 @@ ABOUT = """Evaluates a model, and prints one JSON object.
 
 if __name__ == "__main__":
     flags.DEFINE_string(
-        "model", None, "Folder of the model: Hugging Face's, a workdir of jaxpost.train, or a checkpoint in one."
+        "model",
+        None,
+        "Folder of the model: Hugging Face's, a workdir of jaxpost.train, or a checkpoint in one; or JSON of a recipe's model.",
     )
     flags.DEFINE_string("data", None, "File to give the perplexity of; its rows are recognised as in training.")
     flags.DEFINE_integer("window", None, f"Tokens read at a time (default: {WINDOW}, or what the model takes).", lower_bound=2)
@@ -118,5 +120,5 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string("lm_eval", [], "A task of lm-eval, by name or file; for several, give it several times.")
     flags.DEFINE_string("evals", "", 'Evals as a recipe\'s: JSON of {NAME: {"name": function, ...}}; figures are NAME/FIGURE.')
     flags.DEFINE_integer("limit", None, "Documents of each lm-eval task (default: all).", lower_bound=1)
-    flags.DEFINE_enum("dtype", "float32", sorted(loading.DTYPES), "The computation's number format.")
+    flags.DEFINE_enum("dtype", "float32", sorted(computing.DTYPES), "The computation's number format.")
     cli.run(main, ABOUT, model=True)

@@ -147,7 +147,10 @@ def _grown(spec: loading.ModelSpec, params: Params, mesh, tokens: Mapping, adapt
         why = "an adapter has no embedding" if adapter else "the model has no tokenizer"
         raise UserError(f"--add: {why} that tokens could be added to; leave it out.")
     model, params, words, config = vocabulary.grown(spec.transformer, params, spec.tokenizer, spec.config, mesh, **tokens)
-    return dataclasses.replace(spec, transformer=model, tokenizer=words, config=config), params
+    ids = vocabulary.suppressed(spec.suppressed, spec.transformer.vocab, model.vocab, words)
+    generation = {k: v for k, v in spec.generation.items() if k != "suppress_tokens"}
+    generation |= {"suppress_tokens": list(ids)} if ids else {}
+    return dataclasses.replace(spec, transformer=model, tokenizer=words, config=config, generation=generation), params
 
 
 def _special_ids(text: Any) -> dict[str, int]:

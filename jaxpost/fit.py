@@ -87,6 +87,7 @@ def _stage(s, mesh, machine: topology.Topology, prepared: program.Prepared, prog
     figures = {"parameters": arch.parameters(), "trained": trained, "rows": rows, "length": length}
     figures |= {k: s[k] for k in ("microbatches", "remat", "dtype")} | {"model_flops": work / mesh.size}
     figures |= {"state_bytes": prepared.state_bytes(), "programs": []}
+    figures |= {"uncounted": "rollouts.processors"} if s.rollouts.processors else {}
     for number, traced in enumerate(prepared.programs, 1):
         progress(f"compiling {traced.name}, {number} of {len(prepared.programs)}")
         one = program.measured(s, mesh, machine, traced)
@@ -182,10 +183,13 @@ def verdict(figures: Mapping[str, Any]) -> str:
 
 def _stage_lines(stage) -> list[str]:
     learned = "" if stage["trained"] >= stage["parameters"] else f", {stage['trained']:,} learned"
-    return [
+    lines = [
         f"{stage['stage']}: {stage['parameters']:,} parameters{learned}; {stage['rows']} rows of {stage['length']} tokens in "
         f"{stage['microbatches']} microbatches, {stage['dtype']}, remat {stage['remat']}"
     ]
+    return lines + (
+        [f"  not counted: what {stage['uncounted']} cost while completions are drawn"] if "uncounted" in stage else []
+    )
 
 
 def _program_lines(one) -> list[str]:

@@ -13,14 +13,15 @@ from absl import flags
 
 from jaxpost import api
 from jaxpost.config import cli
-from jaxpost.models import loading
+from jaxpost.config.resolve import entry_of
+from jaxpost.models import computing
 
 
 def main(_) -> None:
     """The command line; see the module's docstring."""
     options = flags.FLAGS
     where, prompts = cli.required("model", "prompt")
-    model = api.load(where, dtype=options.dtype)
+    model = api.load(entry_of(where, "--model"), dtype=options.dtype)
     names = ("new", "temperature", "chat", "seed", "n", "processors", "beams", "length_penalty")
     texts = model.generate(prompts, **{k: options[k].value for k in names})
     for i, completion in enumerate(texts):
@@ -46,7 +47,9 @@ The model is a Hugging Face folder, a workdir of jaxpost.train, or one checkpoin
 
 if __name__ == "__main__":
     flags.DEFINE_string(
-        "model", None, "Folder of the model: Hugging Face's, a workdir of jaxpost.train, or a checkpoint in one."
+        "model",
+        None,
+        "Folder of the model: Hugging Face's, a workdir of jaxpost.train, or a checkpoint in one; or JSON of a recipe's model.",
     )
     flags.DEFINE_multi_string("prompt", [], "Text to complete; for several, give it several times")
     flags.DEFINE_integer("new", None, "The most tokens to add (default: 200, or what the model has room for).", lower_bound=1)
@@ -59,8 +62,10 @@ if __name__ == "__main__":
     flags.DEFINE_integer("seed", 0, "Which random numbers to sample with.", lower_bound=0, upper_bound=2**31 - 1)
     flags.DEFINE_integer("n", 1, "How many completions of each prompt.", lower_bound=1)
     flags.DEFINE_string("processors", "", "What may be said: names of processors with commas, or JSON with their keywords.")
-    flags.DEFINE_integer("beams", 0, "The width of a beam search, which gives the n best; 0 samples.", lower_bound=0)
+    flags.DEFINE_integer(
+        "beams", None, "The width of a beam search, which gives the n best (default: completions are drawn).", lower_bound=1
+    )
     flags.DEFINE_float("length_penalty", 1.0, "Of a beam search: the power of the length that divides a completion's sum.")
-    flags.DEFINE_enum("dtype", "float32", sorted(loading.DTYPES), "The computation's number format.")
+    flags.DEFINE_enum("dtype", "float32", sorted(computing.DTYPES), "The computation's number format.")
     flags.DEFINE_bool("json", False, "Print one JSON object a completion, with the keys prompt and completion.")
     cli.run(main, ABOUT, model=True)

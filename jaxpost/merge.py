@@ -88,4 +88,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("base", "", "The model that the others were tuned from, for the methods that have one.")
     flags.DEFINE_string("out", None, "The folder to write; it must be new or empty.")
     flags.DEFINE_enum("dtype", None, export.DTYPES, "Number format of the weights (default: what config.json names).")
-    cli.run(main, ABOUT)
+    cli.run(main, ABOUT, model=True)

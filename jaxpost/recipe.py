@@ -194,7 +194,7 @@ def _merge(base: Mapping, changes: Mapping, extra: tuple, place: str, defaults: 
             if not isinstance(value, Mapping):
                 raise UserError(f"{place}.{key}: {value!r}; a stage is a dict of what differs from the settings around it.")
             _merge(DEFAULTS, value, (), f"{place}.{key}")
-            merged[key] = {k: _stored(k, v) for k, v in value.items()}
+            merged[key] = {k: _stored(k, v, value.get("do")) for k, v in value.items()}
         elif key not in base:
             raise UserError(f"{place}: unknown key {key!r}.{_moved(key, value) or hint(key, base)}")
         elif isinstance(base[key], Mapping) and base[key] and not _replaces(key, value):
@@ -202,7 +202,7 @@ def _merge(base: Mapping, changes: Mapping, extra: tuple, place: str, defaults: 
         else:
             if key in defaults:
                 check(key, defaults[key], value, place)
-            merged[key] = _stored(key, value)
+            merged[key] = _stored(key, value, changes.get("do"))
     return merged
 
 
@@ -216,21 +216,23 @@ def _replaces(key: str, value) -> bool:
     return not isinstance(value, Mapping) or "name" in value or key in WHOLE
 
 
-def _stored(key: str, value):
-    """The value as a ConfigDict takes it: no key with a dot, such as a file's name or a pattern."""
+def _stored(key: str, value, do: str | None):
+    """The value as a ConfigDict takes it: no key with a dot, such as a file's name, and a merge's patterns as pairs, since a
+    ConfigDict sorts its keys. do: the kind of stage, where it is given.
+    """
     if key == "with":
-        return _undotted(value)
+        return _paired(value, every=do == "merge")
     if isinstance(value, Mapping):
         return tuple(value.items()) if key in ("data", "eval_data") else dict(value)
     return {"name": value} if key == "task" and value and isinstance(value, str) else value
 
 
-def _undotted(value):
-    """The value with pairs in place of each dict that has a key with a dot."""
+def _paired(value, *, every: bool):
+    """The value with pairs in place of each dict that has a key with a dot; every: and of each that has no `name`."""
     if isinstance(value, Mapping):
-        items = {key: _undotted(inner) for key, inner in value.items()}
-        return tuple(items.items()) if any("." in key for key in items) else items
-    return tuple(map(_undotted, value)) if isinstance(value, (list, tuple)) else value
+        items = {key: _paired(inner, every=every) for key, inner in value.items()}
+        return tuple(items.items()) if any("." in key for key in items) or (every and "name" not in items) else items
+    return tuple(_paired(inner, every=every) for inner in value) if isinstance(value, (list, tuple)) else value
 
 
 def difference(old: Mapping, new: Mapping, free: Sequence[str] = FREE) -> list[str]:

@@ -9,6 +9,7 @@ The loop asks no source which kind it is; `data.source.Batches`, `rollouts.sourc
                         files of its `folder` when it returns
     close()             ends its threads
     metrics             {name: float} of the latest batch
+    spent               {"generated", "scored": tokens} that the latest batch took, besides those that are learned from
     rows, samples       all of the latest batch for the table of completions (reporting/table.py), and the first of it; []
                         for data
     columns             {name: ShapeDtypeStruct} of a whole batch
@@ -16,6 +17,7 @@ The loop asks no source which kind it is; `data.source.Batches`, `rollouts.sourc
     folder              where it may keep files; set before the first call
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -31,6 +33,7 @@ class Source(Protocol):
 
     position: Any
     metrics: dict[str, float]
+    spent: Mapping[str, int]
     rows: list[dict]
     samples: list[dict]
     columns: dict[str, jax.ShapeDtypeStruct]
@@ -53,6 +56,7 @@ class Silent:
 
     like: Callable[[], tuple[int, Mapping[str, np.ndarray]]]
     metrics: dict[str, float] = {}
+    spent: Mapping[str, int] = {}
     rows: list[dict] = []
     samples: list[dict] = []
     folder: epath.Path | None = None
@@ -151,6 +155,11 @@ class Mixed:
     def metrics(self) -> dict[str, float]:
         """The figures of all."""
         return {name: value for source in self.sources.values() for name, value in source.metrics.items()}
+
+    @property
+    def spent(self) -> Counter:
+        """The tokens of all."""
+        return sum((Counter(source.spent) for source in self.sources.values()), Counter())
 
     @property
     def rows(self) -> list[dict]:

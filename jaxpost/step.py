@@ -221,15 +221,15 @@ def _sizes(batch: Batch) -> dict:
     return {"num_tokens": jnp.sum(real), "num_trained": jnp.sum(batch["mask"]), "num_pairs": pairs}
 
 
-def make_evaluation(forward: Callable, objective: Callable) -> Callable:
-    """evaluate(params, batch, key) -> metrics of one batch.
+def make_evaluation(forward: Callable, objective: Callable, *, microbatches: int = 1) -> Callable:
+    """evaluate(params, batch, key) -> metrics of one batch. An objective's `gather` runs in so many parts.
 
     These are the objective's metrics, each term by name if there are several, and `loss`, as in training: sum_k coefficient_k *
     sum_k / weight_k.
     """
 
     def evaluate(params, batch: Batch, key):
-        batch = with_prepared(objective, forward, params, _numbered(batch), key)
+        batch = with_prepared(objective, forward, params, _numbered(batch), key, microbatches)
         terms, metrics = evaluated(objective, forward, params, batch, key)
         each = {k: Mean(t.sum, t.weight) for k, t in terms.items()} if len(terms) > 1 else {}
         loss = Total(tuple(Mean(t.coefficient * t.sum, t.weight) for t in terms.values()))

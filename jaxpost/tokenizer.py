@@ -167,8 +167,8 @@ def learned(texts, size):
     """A tokenizer of at most `size` tokens, learned from texts by byte-pair encoding, after the four special tokens.
 
     A word is the same token at the beginning of a text and within it, as in SentencePiece. Digits, punctuation and line ends
-    are tokens of their own. What the texts lack is spelled in bytes, so every text comes back from its tokens unchanged, but for
-    the sign ▁, which stands for a space. The tokens are a function of the texts. Raises UserError where `size` is less than
+    are tokens of their own. What the texts lack is spelled in bytes, so every text comes back from its tokens as it was, but
+    for the sign ▁, which stands for a space. The tokens are a function of the texts. Raises UserError where `size` is less than
     what bytes and printable characters take.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -219,7 +219,7 @@ def encoding(tokenizer, text, **options):
         return tokenizer(text, add_special_tokens=False, **options)
     except Exception as error:  # the Rust half raises bare Exception, and does not say where
         plain = functools.reduce(lambda rest, token: rest.replace(token, ""), tokenizer.get_added_vocab(), text)
-        missing = next((c for c in plain if not _encodes(tokenizer, c)), None)
+        missing = next((c for c in plain if not encodes(tokenizer, c)), None)
         if missing is None:
             raise
         raise UserError(
@@ -227,7 +227,8 @@ def encoding(tokenizer, text, **options):
         ) from error
 
 
-def _encodes(tokenizer, text):
+def encodes(tokenizer, text):
+    """Whether the tokenizer has tokens for a text."""
     try:
         tokenizer(text, add_special_tokens=False)
     except Exception:  # as above
@@ -255,12 +256,16 @@ def opening(tokenizer):
 
 
 @functools.lru_cache(maxsize=8)
-def _begins_with(tokenizer, token):
-    """Whether a non-empty text begins with the token; where one token marks beginning and end, it may be added at the end."""
+def some_text(tokenizer):
+    """A text that the tokenizer has tokens for, "" where it has none."""
     special = set(tokenizer.all_special_ids)
     texts = (tokenizer.decode([number]) for number in range(len(tokenizer)) if number not in special)
-    text = next((text for text in texts if text.strip() and _encodes(tokenizer, text)), "")
-    return tokenizer(text)["input_ids"][:1] == [token]
+    return next((text for text in texts if text.strip() and encodes(tokenizer, text)), "")
+
+
+def _begins_with(tokenizer, token):
+    """Whether a non-empty text begins with the token; where one token marks beginning and end, it may be added at the end."""
+    return tokenizer(some_text(tokenizer))["input_ids"][:1] == [token]
 
 
 def ending(tokenizer, longest):

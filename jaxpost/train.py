@@ -24,14 +24,14 @@ from absl import flags
 from etils import epath
 
 from jaxpost import recipe, sharding
-from jaxpost.config import cli
+from jaxpost.config import cli, resolve
 from jaxpost.errors import UserError
 from jaxpost.models import checks, loading
 from jaxpost.reporting import report, writers
 from jaxpost.stages import annotate, datasets, evaluate, evaluation, generate, merge, records, select, train
 from jaxpost.stages.agreement import check_inputs, check_settings
 from jaxpost.stages.plan import Plan
-from jaxpost.stages.run import Run
+from jaxpost.stages.run import Output, Run
 from jaxpost.stages.stopping import StopRequest, leave
 from jaxpost.storage import cloud, compile_cache, lock
 from jaxpost.storage.artefacts import key
@@ -49,15 +49,23 @@ DO = {
 }
 
 
-def run(config, workdir, **changes) -> dict[str, float]:
+def run(config, workdir, *, trust=(), **changes) -> dict[str, float]:
     """Runs (or continues) a recipe's stages in a workdir; returns the last stage's figures.
 
     config: a ConfigDict as `recipe.make` gives, a recipe's path, or None for the defaults. changes: settings that differ from
     it; `objective`, `reward` and `task` may be the function or object itself, of which config.json keeps the name (`naming`).
+    trust: functions of yours, FILE.py:function, that models' files may name.
     Raises UserError, before anything is compiled, for whatever the recipe gets wrong, and SystemExit after saving when
     the process is asked to stop (0 for SIGTERM, 130 for Ctrl-C).
     """
+    *_, last = outputs(config, workdir, **changes).values()
+    return dict(last.figures)
+
+
+def outputs(config, workdir, **changes) -> dict[str, Output]:
+    """The same as `run`, and returns what each stage hands on (stages/run.py): its figures, seconds, and tokens spent."""
     compile_cache.keep()
+    resolve.trust(trust)
     config = recipe.opened(config, **changes)
     stages = recipe.stages(_with_recipes(config))
     mesh = sharding.make_mesh(**config.mesh)
@@ -79,7 +87,8 @@ def run(config, workdir, **changes) -> dict[str, float]:
         trained = [plan for plan in plans.values() if isinstance(plan, Plan)]
         check_inputs([plan.data if isinstance(plan, annotate.Annotation) else plan for plan in plans.values()])
         for plan in trained:
-            evaluation.check(plan, mesh)
+            with _named(plan.name, stages):
+                evaluation.check(plan, mesh)
         for name, settings in stages:
             records.check_steps(workdir, name, settings, plans[name])
         _claim(workdir, config, stages)
@@ -87,12 +96,13 @@ def run(config, workdir, **changes) -> dict[str, float]:
         _introduce(trained)
         for name, settings in stages:
             records.begin(workdir, name, settings, plans[name])
-            this.outputs[name] = DO[settings.do].make(plans[name], this)
+            with _named(name, stages):
+                this.outputs[name] = DO[settings.do].make(plans[name], this)
             if stop.asked and name != stages[-1][0]:
                 leave(f"after {name}", stop)
         if jax.process_index() == 0:
             print(report.summary(workdir), f"report: {report.write(workdir)}", sep="\n", file=sys.stderr)
-    return dict(this.outputs[stages[-1][0]].figures)
+    return this.outputs
 
 
 @contextlib.contextmanager
@@ -101,19 +111,28 @@ def _named(name: str, stages: list[tuple]) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if len(stages) == 1 or f"config.{name}" in str(error):
+        if len(stages) == 1 or f"config.{name}" in str(error) or str(error).startswith(f"{name}:"):
             raise
         raise UserError(f"{name}: {error}") from error
 
 
 def _with_recipes(config):
-    """The config with a finished run's workdir in place of each model that is named as a recipe, which is run if need be."""
+    """The config with a finished run's workdir in place of each model (of `model` and `of`) that is named as a recipe, which is
+    run if need be.
+    """
     changed = copy.deepcopy(config)
     for settings in (changed, *(changed[name] for name in config.stages if name in changed)):
-        if str(settings.get("model", "")).startswith("recipe:"):
-            with settings.unlocked(), settings.ignore_type():
+        with settings.unlocked(), settings.ignore_type():
+            if _is_recipe(settings.get("model")):
                 settings.model = _of_recipe(settings.model.removeprefix("recipe:"), config.artefacts)
+            if any(map(_is_recipe, of := settings.get("of", ()))):
+                workdirs = {x: _of_recipe(x.removeprefix("recipe:"), config.artefacts) for x in of if _is_recipe(x)}
+                settings.of = tuple(workdirs.get(x, x) for x in of)
     return changed
+
+
+def _is_recipe(model) -> bool:
+    return isinstance(model, str) and model.startswith("recipe:")
 
 
 def _of_recipe(path: str, artefacts: str) -> str:
@@ -157,7 +176,8 @@ def _introduce(plans: list[Plan]) -> None:
     print(f"model: {count:,} parameters{learned}, {devices}", file=sys.stderr)
     for each in plans:
         steps = f"{each.steps:,} steps" if each.steps else "as many steps as its data has,"
-        ends = [what for key, what in (("time_of", "time is up"), ("tokens_of", "tokens are used up")) if each.settings[key]]
+        budgets = (("time_of", "time is up"), ("tokens_of", "tokens are used up"), ("tokens", "tokens are spent"))
+        ends = [what for key, what in budgets if each.settings[key]]
         most = f"until the {' or the '.join(ends)}" if ends else steps
         print(f"{each.name}: {most} of {each.settings.batch_size} rows", file=sys.stderr)
         if each.steps and not each.settings.steps and each.steps < FEW:

@@ -297,6 +297,15 @@ WRONG = {
 }
 
 
+@pytest.mark.parametrize("second", [{"name": "lora", "rank": 2}, {"name": "lora.dora", "targets": "attention/(o|q)/kernel$"}])
+def test_two_adapters_around_one_weight_are_refused_and_around_others_they_are_not(second):
+    first = {"name": "lora", "rank": 3, "targets": "attention/(q|v)/kernel$"}
+    with pytest.raises(UserError, match="two adapters are around layers/attention/q/kernel, and a weight takes one"):
+        loading.abstract(small.MODEL, one_device(), [first, second])
+    apart = loading.abstract(small.MODEL, one_device(), [first, {**second, "targets": "attention/o/kernel$"}])
+    assert [hasattr(apart["layers"]["attention"][name]["kernel"], "base") for name in "qkvo"] == [True, False, True, True]
+
+
 @pytest.mark.parametrize("kind", WRONG)
 def test_a_wrong_adapter_is_refused(kind):
     options, message = WRONG[kind]

@@ -108,11 +108,45 @@ def test_logits_of_padded_rows_are_those_of_each_alone(model, alone):
         (np.zeros((2, 65), int), None, "rows of 1 to 64"),
         ([[1, 2]], [3], "0 to 2"),
         ([[1, 2]], [1, 1], "1 numbers"),
+        ([[1, 2]], ["a"], "1 numbers"),
+        ([[1, 2], [3]], None, "all rows of one length; these are"),
+        ("12", None, "ids"),
     ],
 )
 def test_what_are_no_tokens_is_refused(model, tokens, lengths, message):
     with pytest.raises(UserError, match=message):
         model.logits(tokens, lengths)
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "options", "message"),
+    [
+        ("logits", ([[1, 2]],), {"patch": "x"}, "patch: 'x'; give {site: number, array or function"),
+        ("logits", ([[1, 2]],), {"patch": {"embed": "x"}}, "patch: embed: 'x' is no number"),
+        ("patched", (5,), {}, "patch: '5'; give"),
+        ("patched", ({3: 0.0},), {}, "patch: .* give {site"),
+        ("tap", (5, "1+1"), {}, "tap: 5 names no site"),
+        ("tap", ([], "1+1"), {}, "names no site"),
+        ("tap", ("embed", 5), {}, "prompts: '5'; give a text"),
+        ("generate", (5,), {}, "prompts: '5'; give a text"),
+        ("generate", ("1+1",), {"temprature": 1.0}, "^generate takes no option 'temprature'. Did you mean 'temperature'"),
+        ("generate", ("1+1",), {"new": "a"}, "^generate: new='a'; it takes a whole number"),
+        ("generate", ("1+1",), {"temperature": "a"}, "temperature='a'; it takes a number"),
+        ("generate", ("1+1",), {"n": 0}, "n=0, temperature=0.0, beams=None: give n and beams of at least 1"),
+        ("generate", ("1+1",), {"beams": 0}, "beams=0: give n and beams of at least 1"),
+        ("generate", ("1+1",), {"processors": 5}, "processors: 5 is no entry"),
+        ("embed", (5,), {}, "embed: '5'; give a text"),
+        ("embed", ([5],), {}, "embed: .* give a text"),
+        ("embed", ("1",), {"rows": "a"}, "embed: rows='a'; it takes a whole number"),
+        ("embed", ("1",), {"rows": 0}, "rows=0 at least 1"),
+        ("embed", ("1",), {"normalise": "no"}, "embed: normalise='no'; it takes true or false"),
+        ("with_tokens", (5,), {}, "with_tokens: add=5; it takes a list of texts"),
+        ("with_tokens", (["a"],), {"multiple": "x"}, "with_tokens: multiple='x'; it takes a whole number"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_with_what_they_are(model, method, arguments, options, message):
+    with pytest.raises(UserError, match=message):
+        getattr(model, method)(*arguments, **options)
 
 
 def test_greedy_text_is_the_likeliest_token_again_and_again(model, alone):

@@ -154,6 +154,7 @@ def test_a_models_generate_searches():
         ({"beams": 2, "n": 3}, "beams=2 with temperature=0.0 and n=3"),
         ({"beams": 2, "temperature": 1.0}, "beams=2 with temperature=1.0"),
         ({"length_penalty": 2.0}, "length_penalty=2.0 is of a beam search"),
+        ({"beams": 0}, "beams=0: give n and beams of at least 1"),
         ({"beams": 4, "n": 4, "processors": {**trie, "texts": ["46", "123", "99"]}}, "n=4: the search has 3 completions"),
     ):
         with pytest.raises(UserError, match=message):

@@ -18,7 +18,7 @@ from jaxpost.metrics import values
 from jaxpost.models import families
 from jaxpost.models.transformer import Transformer
 from jaxpost.objectives import contrastive, documents, unpaired
-from jaxpost.step import gradients, with_prepared
+from jaxpost.step import gradients, make_evaluation, with_prepared
 from jaxpost.types import Term
 
 KEY = jax.random.PRNGKey(0)
@@ -247,6 +247,10 @@ def test_what_is_gathered_lies_in_the_order_of_the_rows_and_sees_one_microbatch(
     prepared = with_prepared(mine, stubs.forward, {}, batch, KEY, 4)
     assert prepared["doubled"].tolist() == [2 * (10 * i + 1.25) for i in range(stubs.ROWS)]
     assert set(seen) == {(4, stubs.LENGTH)} and "numbers" not in prepared
+    seen.clear()
+    figures = [make_evaluation(stubs.forward, mine, microbatches=n)({}, batch, KEY)["loss"] for n in (1, 4)]
+    assert set(seen) == {(stubs.ROWS, stubs.LENGTH), (4, stubs.LENGTH)}
+    assert len({float(values({"loss": figure})["loss"]) for figure in figures}) == 1
     assert declared(resolve({"name": "router.balanced", "of": "contrastive.info_nce"}, "objectives"), "gather") is not None
 
 

@@ -228,6 +228,15 @@ def test_sites_are_tapped_and_patched(name, tmp_path):
     down = layer["mlp"]["down"]
     mlp_out = np.einsum("lbsf,lfd->lbsd", at["mlp_act"], down["kernel"]) + down["bias"][:, None, None]
     np.testing.assert_allclose(at["mlp_out"], mlp_out, rtol=1e-4, atol=1e-4)
+
+    def dense(x, linear):
+        return np.einsum("lbsd,ldf->lbsf", x, linear["kernel"]) + linear["bias"][:, None, None]
+
+    v = dense(at["attn_input"], layer["attention"]["v"])
+    np.testing.assert_allclose(at["v"].reshape(v.shape), v, rtol=1e-4, atol=1e-5)
+    inner = {name: dense(at["mlp_input"], layer["mlp"][name]) for name in ("gate", "up") if name in layer["mlp"]}
+    act = jax.nn.gelu(inner.get("gate", inner["up"]), approximate=False) * inner["up"] ** ("gate" in inner)
+    np.testing.assert_allclose(at["mlp_act"], act, rtol=1e-4, atol=1e-5)
     heads = np.einsum("lbnst,lbtnh->lbsnh", at["pattern"], at["v"])
     np.testing.assert_allclose(at["head_out"], heads, rtol=1e-4, atol=1e-5)
     added = at["resid_mid"] + at["mlp_out"]

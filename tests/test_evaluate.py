@@ -282,9 +282,13 @@ def test_accuracy_of_a_task_by_name(folder, monkeypatch, tmp_path):
 
 def test_the_number_of_problems_and_some_completions_are_printed(capsys):
     rows = [{"prompt": "1+1", "completion": f"answer {i}", "reward": 1.0} for i in range(9)]
-    evaluate._show("arithmetic", 209, rows)
+    evaluate._show("arithmetic: 209 test problems; the first completions", rows)
     printed = capsys.readouterr().err
-    assert printed.startswith("arithmetic: 209 test problems") and "answer 5" in printed and "answer 6" not in printed
+    assert (
+        printed.startswith("arithmetic: 209 test problems; the first completions:\n")
+        and "answer 5" in printed
+        and "answer 6" not in printed
+    )
 
 
 def test_the_command_prints_one_object(folder, tmp_path):
@@ -297,7 +301,8 @@ def test_the_command_prints_one_object(folder, tmp_path):
 
     file = str(tmp_path / "rows.jsonl")
     named = json.dumps({"text": {"name": "perplexity", "data": file, "window": 8}})
-    done = command(f"--data={file}", f"--evals={named}")
+    model = json.dumps({"name": "patched", "of": str(folder), "patch": {}})  # a recipe's model, which is the folder's
+    done = command(f"--data={file}", f"--evals={named}", f"--model={model}")
     figures = json.loads(done.stdout)
     assert figures["text/nll"] == pytest.approx(figures["nll"]) and figures["text/tokens"] == 5
     assert done.returncode == 0 and figures["tokens"] == 5 and figures["perplexity"] == pytest.approx(math.exp(figures["nll"]))

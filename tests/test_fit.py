@@ -408,6 +408,9 @@ def test_the_table_is_the_report(report):
     assert "train: 26,784 parameters; 16 rows of 32 tokens in 1 microbatches, float32, remat none" in text
     assert "all-gather along fsdp" in text and "fits" in text and "modelled" not in text
     assert json.loads(json.dumps(report)) == report
+    constrained = {**report["stages"][0], "uncounted": "rollouts.processors"}
+    assert "not counted: what rollouts.processors cost" in fit.table({**report, "stages": [constrained]})
+    assert "not counted" not in text
 
 
 # ----------------------------------------------------------------------------------------------- Remedies and the search

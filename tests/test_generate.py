@@ -165,7 +165,7 @@ def test_an_artefact_is_of_the_tables_of_its_processors(tmp_path, monkeypatch):
     """Another content of a file that a processor reads makes other rows."""
     texts, abouts = tmp_path / "titles.txt", []
     monkeypatch.setattr(generate, "Artefact", lambda root, kind, about: abouts.append(about) or Artefact(root, kind, about))
-    monkeypatch.setattr(generate, "draw", lambda *_: {"seconds": 0.0})
+    monkeypatch.setattr(generate, "draw", lambda *_: {"seconds": 0.0, "tokens": 0})
     mesh, stop = sharding.make_mesh(), types.SimpleNamespace(saving=contextlib.nullcontext, asked=False)
     run = Run(tmp_path, tmp_path, mesh, stop, {}, {})
     trie = [{"name": "constrained.trie", "texts": str(texts)}]

@@ -1,17 +1,21 @@
-"""The Fisher information of a model on data, against its closed form for a softmax layer, and Fisher merging by it."""
+"""The Fisher information of a model on data, against its closed form for a softmax layer; the moments of its layers' inputs;
+merging by both.
+"""
 
 import functools
 import json
 
+import family_cases as cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_merge_runs import equal, file_of, folder_of, folders  # noqa: F401 (a fixture)
+from test_entry_points import one_device
+from test_merge_runs import file_of, folders  # noqa: F401 (a fixture)
 
-from jaxpost import merge
+from jaxpost import merge, sharding
 from jaxpost.errors import UserError
-from jaxpost.models import tensors
+from jaxpost.models import families, loading, tensors
 from jaxpost.stages import information
 from jaxpost.types import Head, Output
 
@@ -81,14 +85,14 @@ def test_it_is_stored_once_and_fisher_merging_reads_it(folders, tmp_path, capsys
     rows = [{"prompt": f"{i}+{i}", "completion": f"{2 * i}"} for i in range(5)]
     data.write_text("\n".join(map(json.dumps, rows)) + "\n")
     common = {"data": str(data), "window": 16, "batch_size": 8, "labels": "data", "objective": "sft.nll"}
-    made = [information.fisher(None, tmp_path / "out", model=folder, **common) for folder in folders[:2]]
+    artefacts = [information.fisher(None, tmp_path / "out", model=folder, **common) for folder in folders[:2]]
     assert capsys.readouterr().err.count("information of 5 examples") == 2
-    assert information.fisher(None, tmp_path / "out", model=folders[0], **common) == made[0]
-    assert "information of" not in capsys.readouterr().err and made[0] != made[1]
-    held, weights = [file_of(folder) for folder in made], [file_of(folder) for folder in folders[:2]]
+    assert information.fisher(None, tmp_path / "out", model=folders[0], **common) == artefacts[0]
+    assert "information of" not in capsys.readouterr().err and artefacts[0] != artefacts[1]
+    held, weights = [file_of(folder) for folder in artefacts], [file_of(folder) for folder in folders[:2]]
     assert {k: x.shape for k, x in held[0].items()} == {k: x.shape for k, x in weights[0].items()}
     assert all((x >= 0).all() and x.any() for x in held[0].values())
-    what = {"name": "fisher", "information": made, "floor": 1e-3}
+    what = {"name": "fisher", "information": artefacts, "floor": 1e-3}
     merge.merge(what, folders[:2], str(tmp_path / "merged"))
     expected = {}
     for name in held[0]:
@@ -96,7 +100,7 @@ def test_it_is_stored_once_and_fisher_merging_reads_it(folders, tmp_path, capsys
         expected[name] = (f * weights[0][name] + g * weights[1][name]) / (f + g)
     for name, x in file_of(tmp_path / "merged").items():
         np.testing.assert_allclose(x, expected[name], rtol=1e-5, atol=1e-6)
-    damaged = tmp_path / "out" / "information" / made[1].rpartition("/")[2] / "model.safetensors"
+    damaged = tmp_path / "out" / "information" / artefacts[1].rpartition("/")[2] / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
     tensors.in_folder.cache_clear()
     with pytest.raises(UserError, match="damaged"):
@@ -108,3 +112,90 @@ def test_what_it_is_not_made_of_is_refused(tmp_path):
         information.fisher(None, tmp_path, labels="gold")
     with pytest.raises(UserError, match="the recipe has 2 stages"):
         information.fisher(None, tmp_path, stages=("a", "b"), a={"steps": 1}, b={"steps": 1})
+
+
+# ------------------------------------------------------------------------------------------------------ Moments of the inputs
+
+
+@pytest.fixture(scope="module")
+def made(folders, tmp_path_factory):  # noqa: F811
+    """(folders of moments, each model's inputs {tensor: [tokens, in] float64}), from data of its own for each of two models."""
+    place, moments, inputs = tmp_path_factory.mktemp("moments"), [], []
+    for number, folder in enumerate(folders[:2]):
+        data, batches = place / f"{number}.jsonl", []
+        rows = [{"prompt": f"{i}{'+-'[number]}{7 * i % 23}", "completion": f"{i * 3}"} for i in range(9 + number)]
+        data.write_text("\n".join(map(json.dumps, rows)) + "\n")
+        with pytest.MonkeyPatch.context() as patch:
+            distribute = sharding.distribute
+            patch.setattr(sharding, "distribute", lambda rows, *mesh: batches.append(rows) or distribute(rows, *mesh))  # noqa: B023
+            common = {"data": str(data), "window": 16, "batch_size": 8, "objective": "sft.nll"}
+            moments.append(information.moments(None, place / "out", model=folder, **common))
+        assert sum((rows["segments"] > 0).any(axis=1).sum() for rows in batches) == 9 + number
+        inputs.append(inputs_of(folder, batches))
+    return moments, inputs
+
+
+def inputs_of(folder: str, batches: list[dict]) -> dict[str, np.ndarray]:
+    """The inputs of the linear layers, from the streams and the norms' weights."""
+    spec, params = loading.open_model(folder, one_device())
+    weights, out, sites = file_of(folder), {}, ("resid_pre", "head_out", "resid_mid", "mlp_act")
+    tapped = jax.jit(lambda rows: spec.transformer.forward(params, rows, tap=[f"layers.*.{site}" for site in sites]).taps)
+    for rows in batches:
+        at = {name.rpartition(".")[2]: np.asarray(x, np.float64)[:, rows["segments"] > 0] for name, x in tapped(rows).items()}
+        for layer in range(2):
+            normed = [
+                at[site][layer]
+                / np.sqrt(np.mean(at[site][layer] ** 2, axis=-1, keepdims=True) + spec.transformer.arch.eps)
+                * weights[f"model.layers.{layer}.{norm}.weight"]
+                for site, norm in (("resid_pre", "input_layernorm"), ("resid_mid", "post_attention_layernorm"))
+            ]
+            each = {f"self_attn.{name}_proj": normed[0] for name in "qkv"}
+            each |= {"self_attn.o_proj": at["head_out"][layer].reshape(len(normed[0]), -1)}
+            each |= {"mlp.gate_proj": normed[1], "mlp.up_proj": normed[1], "mlp.down_proj": at["mlp_act"][layer]}
+            for name, x in each.items():
+                out.setdefault(f"model.layers.{layer}.{name}.weight", []).append(x)
+    return {name: np.concatenate(x) for name, x in out.items()}
+
+
+def test_moments_are_those_of_the_layers_inputs_without_padding(made):
+    for folder, inputs in zip(*made, strict=True):
+        held = file_of(folder)
+        assert held.keys() == inputs.keys()
+        for name, x in inputs.items():
+            np.testing.assert_allclose(held[name], x.T @ x, rtol=1e-4, atol=1e-5 * np.abs(held[name]).max(), err_msg=name)
+
+
+def test_regmean_by_them_is_the_least_squares_fit_of_both_models(folders, made, tmp_path):  # noqa: F811
+    """A share of the diagonal is a row for each input alone, of that input's length."""
+    moments, inputs = made
+    merge.merge({"name": "regmean", "moments": moments, "diagonal": 0.1}, folders[:2], str(tmp_path / "out"), dtype="float32")
+    weights = [file_of(folder) for folder in folders[:2]]
+    for name, merged in file_of(tmp_path / "out").items():
+        one, two = (x[name].astype(np.float64) for x in weights)
+        if name not in inputs[0]:
+            np.testing.assert_allclose(merged, (one + two) / 2, rtol=1e-6)
+            continue
+        x = [x[name] for x in inputs]
+        x = [np.concatenate([np.sqrt(0.9) * x, np.sqrt(0.1) * np.diag(np.linalg.norm(x, axis=0))]) for x in x]
+        targets = np.concatenate([x[0] @ one.T, x[1] @ two.T])
+        expected = np.linalg.lstsq(np.concatenate(x), targets, rcond=None)[0].T
+        np.testing.assert_allclose(merged, expected, rtol=1e-3, atol=1e-4 * np.abs(one).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["phi3/long", "qwen3_moe/normalised"])
+def test_moments_go_by_the_names_of_the_files(name):
+    """Fused projections have one input; each expert has its own tokens, which are not counted."""
+    arch = families.architecture(cases.config(name))
+    by_site = {site: [f"{site} {i}" for i in range(arch.layers)] for site in set(information.INPUTS.values())}
+    last = {tensor.rpartition("layers.1.")[2]: x for tensor, x in information.of_tensors(by_site, arch).items()}
+    attention = {"qkv_proj": "attn_input 1"} if arch.family == "phi3" else {f"{n}_proj": "attn_input 1" for n in "qkv"}
+    expected = {f"self_attn.{n}.weight": x for n, x in (attention | {"o_proj": "head_out 1"}).items()}
+    mlp = {"gate": "mlp_input 1"} if arch.experts else {"gate_up_proj": "mlp_input 1", "down_proj": "mlp_act 1"}
+    expected |= {f"mlp.{n}.weight": x for n, x in mlp.items()}
+    assert {tensor: x for tensor, x in last.items() if "layers" not in tensor} == expected
+
+
+def test_moments_of_an_adapted_model_are_refused(folders, tmp_path):  # noqa: F811
+    (tmp_path / "data.jsonl").write_text('{"prompt": "1", "completion": "2"}\n')
+    with pytest.raises(UserError, match="moments: of a plain model"):
+        information.moments(None, tmp_path, model=folders[0], data=str(tmp_path / "data.jsonl"), adapter="lora", window=16)

@@ -24,7 +24,7 @@ KNOWN_TO = {
 }
 SERVICES = ("data", "sampling", "models")
 CORE = ("config", "storage", "reporting")
-ENTRY_POINTS = ("train", "api", "annotate", "generate", "evaluate", "export", "merge", "fit", "report")
+ENTRY_POINTS = ("train", "api", "annotate", "generate", "evaluate", "export", "merge", "fit", "report", "study", "studies")
 # What runs or compiles whole stages.
 WHOLE_STAGES = ("compiled/program",)
 # One page of what is looked up there: a zoo.
@@ -82,14 +82,15 @@ def test_imports_point_down(name):
         assert not [i for i in own if under(i, *[f for f in families if f not in known])]
     elif parts[0] in (*SERVICES, *CORE) or (len(parts) == 1 and name.removesuffix(".py") not in ENTRY_POINTS):
         assert not [i for i in own if under(i, *families)]
-    if name.removesuffix(".py") not in (*ENTRY_POINTS, *WHOLE_STAGES) and parts[0] != "stages":
+    if name.removesuffix(".py") not in (*ENTRY_POINTS, *WHOLE_STAGES) and parts[0] not in ("stages", "studies"):
         known = ["jaxpost.stages.tasks"] if parts[0] == "evals" else []  # which opens a task for whoever asks its problems
         assert not [i for i in own if under(i, *above) and not under(i, *known)]
     assert not [i for i in imported(path) if under(i, "configs", "tests", "torch")]
 
 
 def test_recipes_know_only_the_recipe():
-    for path in sorted((ROOT / "configs").rglob("*.py")):
+    """But for papers, which bring their methods (test_papers.py)."""
+    for path in sorted(path for path in (ROOT / "configs").rglob("*.py") if "\nSTUDY = " not in path.read_text()):
         assert {i for i in imported(path) if under(i, "jaxpost")} <= {"jaxpost.recipe"}, path
         assert sum(bool(line.strip()) for line in path.read_text().splitlines()) <= 60, path
         assert "--config=" in (ast.get_docstring(tree(path)) or ""), f"{path}: opens with the command that runs it"

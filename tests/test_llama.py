@@ -16,7 +16,7 @@ import pytest
 
 import jaxpost
 from jaxpost import sharding
-from jaxpost.models import attention, families, hf, loading
+from jaxpost.models import attention, families, hf, loading, tensors
 from jaxpost.models.heads import logits
 from jaxpost.models.transformer import REMAT, Transformer, unstack
 from jaxpost.objectives import sft
@@ -137,7 +137,7 @@ def test_live_logits_and_gradients_equal_those_of_torch(name, model_folders):
     value, gradients = jax.jit(jax.value_and_grad(mean))(params)
     np.testing.assert_allclose(value, loss.item(), rtol=1e-6)  # float32, forty tokens; seen 1e-7
     names = dict(theirs.named_parameters())
-    ours = dict(hf._tensors(gradients, model.arch, np.float32))
+    ours = tensors.of_tree(gradients, model.arch)
     assert set(ours) == set(names)
     for name, leaf in ours.items():
         # Seen: 2e-6 at most, float32 rounding through two layers.

@@ -50,7 +50,9 @@ def test_speed_is_over_all_steps_since_the_last_row(tmp_path, clock):
     settings = recipe.make(log_every=3, model=FIELDS, steps=9)
     found = types.SimpleNamespace(transformer=types.SimpleNamespace(arch=architecture(FIELDS)))
     trained = found.transformer.arch.parameters()
-    plan = types.SimpleNamespace(name="train", settings=settings, steps=9, spec=found, source=None, trained=trained)
+    plan = types.SimpleNamespace(
+        name="train", settings=settings, steps=9, spec=found, source=types.SimpleNamespace(spent={}), trained=trained
+    )
     counts = {"num_tokens": 0, "seconds": 0.0}
     written = log.Log(plan, tmp_path, ["train"], counts, 0, ENDLESS)
     for at in range(1, 7):
@@ -80,7 +82,7 @@ def test_all_completions_are_kept_every_so_many_steps(tmp_path, clock):
     settings = recipe.make(completions=2, model=FIELDS, steps=4)
     found = types.SimpleNamespace(transformer=types.SimpleNamespace(arch=architecture(FIELDS)))
     rows = [{"prompt": "1+1", "completion": "2", "reward": 1.0, "advantage": 0.5}]
-    source = types.SimpleNamespace(rows=rows, samples=rows)
+    source = types.SimpleNamespace(rows=rows, samples=rows, spent={})
     plan = types.SimpleNamespace(name="rl", settings=settings, steps=4, spec=found, source=source, trained=1)
     written = log.Log(plan, tmp_path, ["rl"], {"num_tokens": 0, "seconds": 0.0}, 0, ENDLESS)
     quiet = {"skipped": 0, "skipped_in_a_row": 0, "loss": 1.0, "grad_norm": 1.0, "num_trained": 1, "num_pairs": 1}
@@ -101,7 +103,12 @@ def test_all_completions_are_kept_every_so_many_steps(tmp_path, clock):
 def test_a_stage_ends_with_the_step_that_uses_up_its_tokens(tmp_path, clock):
     found = types.SimpleNamespace(transformer=types.SimpleNamespace(arch=architecture(FIELDS)))
     plan = types.SimpleNamespace(
-        name="train", settings=recipe.make(log_every=0, steps=99), steps=99, spec=found, source=None, trained=1
+        name="train",
+        settings=recipe.make(log_every=0, steps=99),
+        steps=99,
+        spec=found,
+        source=types.SimpleNamespace(spent={}),
+        trained=1,
     )
     quiet = {"skipped": 0, "skipped_in_a_row": 0, "loss": 1.0, "grad_norm": 1.0, "num_trained": 1, "num_pairs": 1}
     written = log.Log(plan, tmp_path, ["train"], {"num_tokens": 5, "seconds": 0.0}, 0, {**ENDLESS, "num_tokens": 20})

@@ -144,6 +144,21 @@ def test_a_stage_gives_what_the_command_gives(folders, merged, tmp_path):
     assert checkpoint.steps(tmp_path / "w" / "checkpoints" / "soup") == [0]
 
 
+def test_the_patterns_of_a_stage_keep_their_order():
+    patterns = {"mlp": 0.5, "down_proj": 0.1, "reward": {"": [0.2, 0.3]}, "": 1.0}
+    for weight in (patterns, [patterns, 1.0]):
+        made = recipe.make(do="merge", **{"with": {"name": "linear", "weight": weight}})
+        for settings in (
+            made,
+            recipe.make(stages=("soup",), soup={"do": "merge", "with": {"name": "linear", "weight": weight}}),
+        ):
+            ((_, s),) = recipe.stages(settings)
+            held = stage.entry(recipe.plain(s["with"]))["weight"]
+            held = held if weight is patterns else held[0]
+            assert [pattern for pattern, _ in held] == list(patterns) and dict(held)["mlp"] == 0.5
+            assert dict(held)["reward"] == (("", (0.2, 0.3)),)
+
+
 @pytest.mark.parametrize("name", ["phi3/long", "qwen3_moe/normalised"])
 def test_experts_and_fused_projections_are_merged_as_the_files_have_them(name, tmp_path):
     for number in range(3):
@@ -165,10 +180,10 @@ def test_a_stage_merges_heads_too_and_the_command_has_no_place_for_them(folders,
     for number, head in enumerate((1.0, 3.0)):
         (tmp_path / str(number)).mkdir()
         models.append(workdir_of(tmp_path / str(number), folders[number], head=head))
-    soup = {"do": "merge", "with": {"name": "linear", "weight": {"reward": 1.0, "": [3.0, 3.0]}}, "of": tuple(models)}
+    soup = {"do": "merge", "with": {"name": "linear", "weight": [{"reward": 3.0, "": 1.0}, 1.0]}, "of": tuple(models)}
     jaxpost.train(recipe.make(stages=("soup",), soup=soup), tmp_path / "w")
     params = loading.open_model(str(tmp_path / "w"), one_device())[1]
-    np.testing.assert_array_equal(params["reward_head"]["kernel"], np.full((16, 1), 2.0))
+    np.testing.assert_array_equal(params["reward_head"]["kernel"], np.full((16, 1), 1.5))  # (3 * 1 + 3) / 4
     one, two = (loading.open_model(folder, one_device())[1] for folder in folders[:2])
     np.testing.assert_allclose(params["embed"]["weight"], (one["embed"]["weight"] + two["embed"]["weight"]) / 2, rtol=1e-6)
     with pytest.raises(UserError, match="it has reward_head/kernel besides the model's weights"):

@@ -16,6 +16,7 @@ from jaxpost.config.naming import digest_of
 from jaxpost.config.resolve import fits, known, resolve
 from jaxpost.errors import UserError
 from jaxpost.merging import arithmetic, coefficients, sparse, spherical, statistics
+from jaxpost.merging.tensorwise import _pieces as tensorwise_pieces
 from jaxpost.merging.tensorwise import declaration, merged, stream, tensorwise
 from jaxpost.stages.merge import entry
 
@@ -205,6 +206,22 @@ def test_ties(case):
     assert_merged(sparse.ties(ONE, TWO, THREE, FOUR, **settings), expected)
 
 
+@pytest.mark.parametrize("kind", ["normal", "steps", "zeros", "rows", "infinite"])
+def test_the_largest_elements_are_those_that_sorting_gives(kind, monkeypatch):
+    """Whatever a sample says: where values are few, where the sampled rows are no sample, where nothing is finite."""
+    monkeypatch.setattr("jaxpost.merging.tensorwise.BLOCK", 64 * 8)
+    x = np.random.default_rng(0).normal(size=(80, 64)).astype(np.float32)
+    x = {"steps": np.round(x), "zeros": x * (x > 1), "infinite": np.where(x > 1, np.inf, x)}.get(kind, x)
+    if kind == "rows":
+        x[::8] *= 1e-3
+    order = descending(x)
+    for count in (0, 1, 700, 2500, 5119, 5120):
+        cut = sparse._largest(tensorwise_pieces([np.zeros_like(x), x]), 1, count)
+        for start in (0, 37):
+            mask = cut.mask(x.reshape(-1)[start:], start)
+            np.testing.assert_array_equal(mask, np.isin(np.arange(start, x.size), order[:count]))
+
+
 def test_equal_magnitudes_keep_the_first_and_a_vote_of_nothing_is_plus():
     base = {"w": np.zeros(4, np.float32)}
     one, two = ({"w": np.array(x, np.float32)} for x in ([1, -1, 1, -1], [-1, 1, -2, 0]))
@@ -384,6 +401,19 @@ def test_a_setting_goes_by_name_by_depth_and_by_model():
             at(setting, middle, 0.5, "w")
     with pytest.raises(UserError, match="has 3 entries; give 2, one a model"):
         coefficients.each_at([1.0, 2.0, 3.0], 2, first, 0.0, "w")
+
+
+def test_a_pattern_that_is_in_no_tensors_name_is_refused_with_the_nearest():
+    for settings, message in (
+        (
+            {"density": {"self_atn": 0.5, "": 0.2}},
+            "ties: density: 'self_atn' is in no tensor's name. Did you mean 'self_attn'?",
+        ),
+        ({"weight": [{"": {r"\.mpl\.": 1.0, "": 2.0}}, 1.0]}, r"weight: '\\\\.mpl\\\\.' is in .* Did you mean 'mlp'?"),
+        ({"strength": {"router": 0.5, "": 1.0}}, "strength: 'router' is in no .* Known: down_proj, embed_tokens, layers, mlp"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sparse.ties(ONE, TWO, THREE, **settings)
 
 
 def test_every_keyword_of_every_merge_takes_all_of_these():

@@ -175,8 +175,8 @@ def test_a_fused_model_says_what_its_parts_say_and_its_gradient_is_theirs():
     def apart(params):
         parts = [one.forward(params[str(i)], batch) for i, one in enumerate(model.models)]
         scores = jax.nn.log_softmax(contrast(*(logits(out.hidden, out.head) for out in parts)))
-        said = jnp.take_along_axis(scores[:, :-1], batch["tokens"][:, 1:, None], axis=-1)[..., 0]
-        return jnp.sum(jnp.where(batch["mask"][:, 1:], said, 0.0))
+        logps = jnp.take_along_axis(scores[:, :-1], batch["tokens"][:, 1:, None], axis=-1)[..., 0]
+        return jnp.sum(jnp.where(batch["mask"][:, 1:], logps, 0.0))
 
     def together(params):
         return jnp.sum(token_scores(model.forward(params, batch), batch)["logps"])
@@ -333,3 +333,36 @@ def test_models_made_of_fresh_ones_have_fresh_weights(name):
     shapes = jax.eval_shape(model.init, jax.random.PRNGKey(0))
     params = loading.weights(loading.ModelSpec(model, None, {"name": name}, None), mesh, 3)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda x: x.shape, shapes)
+
+
+def test_what_a_fused_or_patched_model_cannot_be_is_said_before_it_is_compiled(tmp_path):
+    mine, name = tmp_path / "mine.py", folder(tmp_path, "a", 0)
+    mine.write_text(MINE + "\ndef first(a):\n    return a\n\ndef narrow(a, b):\n    return a[:, :3]\n")
+    both = {"name": "fused", "of": [name, name]}
+    for entry, message in (
+        ({**both, "mix": f"{mine}:first"}, r"mix first fails on the logits \[R,V\] of 2 models.*takes 1 positional argument"),
+        ({**both, "mix": lambda a, b: a[:, :3]}, r"mix <lambda> gives .*\(2, 3\).* for logits \[2, 32\]"),
+        ({**both, "mix": f"{mine}:narrow"}, "mix narrow gives"),
+        ({**both, "of": name, "mix": f"{mine}:mix"}, "models: fused: of='.*'; it takes a list of texts"),
+        ({**both, "of": [], "mix": f"{mine}:mix"}, "`of` names no model"),
+        ({"name": "patched", "of": [name], "patch": {}}, r"models: patched: of=\['.*it takes a text"),
+        ({"name": "patched", "of": name, "patch": "x"}, "models: patched: patch='x'; it takes a dict"),
+        ({"name": "patched", "of": name, "patch": {"embed": [[1], [1, 2]]}}, "patch: embed: .* is no number, no array"),
+    ):
+        with pytest.raises(UserError, match=message):
+            loading.describe(entry, text=False)
+
+
+def test_settings_of_the_computation_reach_a_model_that_a_function_makes_or_are_refused(tmp_path):
+    mine, name = tmp_path / "mine.py", folder(tmp_path, "a", 0)
+    mine.write_text(MINE)
+    fused = {"name": "fused", "of": [name, name], "mix": f"{mine}:mix"}
+    patched = {"name": "patched", "of": name, "patch": {"embed": 0.0}}
+    options = {"dtype": "bfloat16", "remat": "full", "attention": "xla", "text": False}
+    for models in (loading.describe(fused, **options).transformer.models, [loading.describe(patched, **options).transformer]):
+        assert {(model.dtype, model.remat, model.kernel) for model in models} == {(jnp.bfloat16, "full", "xla")}
+    entry = {**fused, "dtype": "float32"}  # the entry's own counts
+    assert loading.describe(entry, **options).transformer.dtype == jnp.float32
+    for key in ("dtype", "remat", "attention"):
+        with pytest.raises(UserError, match=f"config.{key}: '{options[key]}' is not read by .*mine.py:make; leave it out"):
+            loading.describe({"name": f"{mine}:make"}, text=False, **{key: options[key]})

@@ -210,9 +210,9 @@ def test_a_stage_takes_processors_with_keywords():
     own = f"{__name__}.never_again"
     for given in ([{"name": "banned", "tokens": [3]}, own], '[{"name": "banned", "tokens": [3]}]'):
         first, *others = chained(recipe.plain(recipe.make(rollouts={"processors": given}).rollouts.processors))
-        assert first.function is processors.banned and first.constants == {"tokens": [3]}
+        assert first.function is processors.banned and first.constants == {"tokens": (3,)}
         assert [x.function for x in others] == [never_again] * (len(given) == 2)
-    assert [x.function for x in chained(f"processors.banned, {own}")] == [processors.banned, never_again]
+    assert [x.function for x in chained(f"{__name__}.by_number, {own}")] == [by_number, never_again]
     with pytest.raises(UserError, match="banned takes no option 'token'. Did you mean 'tokens'"):
         chained(({"name": "banned", "token": 3},))
     with pytest.raises(UserError, match="no 'baned'. Did you mean 'banned'"):
@@ -231,3 +231,27 @@ def test_processors_are_named_with_keywords_in_a_list_or_with_commas():
     )
     drawn = sampled(stop=(), chain=chained(chain))
     assert not (drawn.tokens == 3).any() and all(len(set(row.tolist())) == NEW for row in drawn.tokens)
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (5, "config.rollouts.processors: 5 is no entry"),
+        ([5], "config.rollouts.processors: 5 is no entry"),
+        ("banned", "processors: processors.banned needs tokens"),
+        ([{"name": "banned", "tokens": "a"}], "processors.banned: tokens='a'; it takes a list of whole numbers"),
+        ([{"name": "banned", "tokens": []}], "banned: tokens: has no ids"),
+        ([{"name": "banned", "tokens": [1, 17]}], "banned: tokens: has id 17, and the model has a vocabulary of 17"),
+        ([{"name": "at_least", "count": 1, "ends": ["x"]}], r"at_least: ends=\['x'\]; it takes a list of whole numbers"),
+        ([{"name": "at_least", "count": 1, "ends": [-1]}], "at_least: ends: has id -1, and the model has a vocabulary of 17"),
+        ([{"name": "at_least", "count": NEW, "ends": [2]}], f"count={NEW}, and a completion has {NEW} tokens at most"),
+        ([{"name": "constrained.trie", "texts": 5}], "constrained.trie: texts=5; it takes a text or a list of"),
+        (
+            [{"name": "constrained.substring", "texts": [5]}],
+            r"constrained.substring: texts=\[5\]; it takes a text or a list of",
+        ),
+    ],
+)
+def test_processors_that_cannot_be_are_refused_before_anything_is_drawn(value, message):
+    with pytest.raises(UserError, match=message):
+        chained(value)

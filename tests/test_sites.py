@@ -49,6 +49,12 @@ def test_each_site_follows_from_the_ones_before_it():
     close(at["embed"], np.asarray(PARAMS["embed"]["weight"])[BATCH["tokens"]])
     close(at["resid_pre"][0], at["embed"])
     close(at["resid_pre"][1], at["resid_post"][0])
+    for site, stream, norm in (("attn_input", "resid_pre", "norm1"), ("mlp_input", "resid_mid", "norm2")):
+        x = at[stream] / np.sqrt(np.mean(np.square(at[stream]), axis=-1, keepdims=True) + ARCH.eps)
+        close(at[site], x * layer[norm]["scale"][:, None, None])
+    close(at["v"].reshape(2, 3, 7, -1), np.einsum("lbsd,ldf->lbsf", at["attn_input"], layer["attention"]["v"]["kernel"]))
+    gate, up = (np.einsum("lbsd,ldf->lbsf", at["mlp_input"], layer["mlp"][name]["kernel"]) for name in ("gate", "up"))
+    close(at["mlp_act"], gate / (1 + np.exp(-gate)) * up)
     close(at["resid_mid"], at["resid_pre"] + at["attn_out"])
     close(at["resid_post"], at["resid_mid"] + at["mlp_out"])
     close(at["mlp_out"], np.einsum("lbsf,lfd->lbsd", at["mlp_act"], layer["mlp"]["down"]["kernel"]))

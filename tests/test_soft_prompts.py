@@ -288,32 +288,34 @@ WAYS = {"refilled": {"slots": 2}, "mesh, refilled": {"sizes": (2, 2, 2), "slots"
 @pytest.mark.parametrize("entry", [SOFT, pytest.param(PREFIX, marks=pytest.mark.slow)], ids=["soft", "prefix"])
 def test_recorded_logps_are_the_training_forwards(entry, way):
     params = adapted.applied(entry, cases.weights(), KEY)
-    found = sampled(params=params, **WAYS[way])
+    completions = sampled(params=params, **WAYS[way])
     # 5e-5: the design's bound for the sampler in float32.
-    np.testing.assert_allclose(found.logps, cases.logps(cases.judged(found, params=params), found), atol=5e-5, rtol=0)
-    plain = cases.logps(cases.judged(found), found)
-    assert np.abs(plain - found.logps).max() > 0.05, "the prompt must matter"
+    np.testing.assert_allclose(
+        completions.logps, cases.logps(cases.judged(completions, params=params), completions), atol=5e-5, rtol=0
+    )
+    plain = cases.logps(cases.judged(completions), completions)
+    assert np.abs(plain - completions.logps).max() > 0.05, "the prompt must matter"
 
 
 def test_a_window_slides_past_the_prefix_in_the_sampler_too():
     arch = dataclasses.replace(cases.MODEL.arch, kinds=(Kind(), Kind(5, Rope(33.0))), pattern=(1, 0))
     model = dataclasses.replace(cases.MODEL, arch=arch)
     params = adapted.applied(SOFT, cases.weights(), KEY)
-    found = sampled(model=model, params=params, slots=2)
-    wanted = cases.logps(cases.judged(found, model=model, params=params), found)
-    np.testing.assert_allclose(found.logps, wanted, atol=5e-5, rtol=0)
-    assert found.lengths.max() > 5  # past the window
+    completions = sampled(model=model, params=params, slots=2)
+    wanted = cases.logps(cases.judged(completions, model=model, params=params), completions)
+    np.testing.assert_allclose(completions.logps, wanted, atol=5e-5, rtol=0)
+    assert completions.lengths.max() > 5  # past the window
 
 
 def test_a_sampler_with_a_prompt_draws_what_one_with_its_tokens_draws():
     """The tokens in front of every prompt are as many places in the window."""
     ids = np.array([5, 9, 4])
     params = cases.weights() | {"prefix": Soft(cases.weights()["embed"]["weight"][ids])}
-    found = sampled(params=params, temperature=0.0)
+    completions = sampled(params=params, temperature=0.0)
     fronted = [np.concatenate([ids, p]) for p in cases.prompts()]
     other = sampled(fronted, prompt_window=cases.WINDOW + M, temperature=0.0)
-    np.testing.assert_array_equal(found.tokens, other.tokens)
-    np.testing.assert_allclose(found.logps, other.logps, atol=5e-5, rtol=0)
+    np.testing.assert_array_equal(completions.tokens, other.tokens)
+    np.testing.assert_allclose(completions.logps, other.logps, atol=5e-5, rtol=0)
 
 
 def test_a_beam_search_sees_the_prompt():
@@ -362,20 +364,26 @@ class Letters:
         return {"input_ids": [ord(letter) - ord("a") for letter in text]}
 
 
-def made(adapter, model=small.MODEL, tokenizer=None):
+def adapted_model(adapter, model=small.MODEL, tokenizer=None):
     return loading.weights(loading.ModelSpec(model, tokenizer, {}, None, adapter=adapter), one_device(), seed=1)
 
 
 def test_a_soft_prompt_begins_as_a_text_or_as_tokens():
     model = MODELS["kinds"]  # whose embeddings are scaled
-    table = 3.0 * np.asarray(made({}, model)["embed"]["weight"])
+    table = 3.0 * np.asarray(adapted_model({}, model)["embed"]["weight"])
     for text, ids in (("dca", [3, 2, 0]), ("f", [5, 5, 5]), ("bcdefg", [1, 2, 3])):
-        held = made({**SOFT, "text": text}, model, Letters())["prefix"].vectors
+        held = adapted_model({**SOFT, "text": text}, model, Letters())["prefix"].vectors
         np.testing.assert_allclose(held, table[ids], rtol=1e-6, err_msg=text)
-    drawn = np.asarray(made(SOFT, model)["prefix"].vectors)
+    drawn = np.asarray(adapted_model(SOFT, model)["prefix"].vectors)
     near(np.abs(drawn[:, None] - table[None]).max(-1).min(1) + 1, np.ones(M))  # each is some token's
     with pytest.raises(UserError, match="config.adapter.text: the model comes without a tokenizer"):
         loading.describe(small_config(), adapter={**SOFT, "text": "a"})
+
+
+def test_a_text_that_the_tokenizer_has_no_tokens_for_is_refused_before_weights_are_read():
+    spec = loading.describe({**small_config(), "vocab_size": 32}, "tasks.arithmetic.tokenizer", adapter={**SOFT, "text": "Say"})
+    with pytest.raises(UserError, match="config.adapter.text: 'Say': the tokenizer has no token for 'S'"):
+        loading.check(spec)
 
 
 def small_config() -> dict:
@@ -402,9 +410,9 @@ def test_a_wrong_prompt_is_refused(kind):
 def test_adapters_compose():
     """A prompt beside LoRA is LoRA's model with the prompt, in either order; all of both trains, and nothing else."""
     lora = {"name": "lora", "rank": 2}
-    alone, prompt = made(lora), made(SOFT)
+    alone, prompt = adapted_model(lora), adapted_model(SOFT)
     for adapter in ([SOFT, lora], [lora, SOFT]):
-        both = made(adapter)
+        both = adapted_model(adapter)
         assert jax.tree.structure(both) == jax.tree.structure({**alone, "prefix": prompt["prefix"]})
         jax.tree.map(np.testing.assert_array_equal, both, {**alone, "prefix": prompt["prefix"]})
         train, _ = optim.partition(both, adapted.added(adapter))
@@ -531,11 +539,11 @@ def test_ours_opens_what_peft_made(kind, tmp_path):
         "prefix": lambda: library.PrefixTuningConfig(**about),
         "perceptron": lambda: library.PrefixTuningConfig(**about, prefix_projection=True, encoder_hidden_size=5),
     }[kind]()
-    made = library.get_peft_model(base, chosen).eval()
-    made.save_pretrained(tmp_path / "theirs")
+    wrapped = library.get_peft_model(base, chosen).eval()
+    wrapped.save_pretrained(tmp_path / "theirs")
     model = jaxpost.load(
         str(tmp_path / "base"), mesh=one_device(), adapter={"name": "peft", "folder": str(tmp_path / "theirs")}
     )
-    difference = np.abs(theirs(torch, made) - model.logits(TOKENS)).max()
+    difference = np.abs(theirs(torch, wrapped) - model.logits(TOKENS)).max()
     print(f"{kind}: {difference:.1e} of {np.abs(model.logits(TOKENS)).max():.1f}")
     assert difference <= 1e-4

@@ -87,7 +87,9 @@ def test_epochs_of_few_steps_are_explained(monkeypatch, capsys):
     arch = types.SimpleNamespace(parameters=lambda: 7)
 
     def shown(planned, **settings) -> str:
-        s = ConfigDict({"steps": 0, "epochs": 2, "window": 64, "batch_size": 8, "time_of": "", "tokens_of": "", **settings})
+        s = ConfigDict(
+            {"steps": 0, "epochs": 2, "window": 64, "batch_size": 8, "time_of": "", "tokens_of": "", "tokens": 0, **settings}
+        )
         spec = types.SimpleNamespace(transformer=types.SimpleNamespace(arch=arch))
         train._introduce([types.SimpleNamespace(name="a", steps=planned, settings=s, spec=spec, trained=7)])
         return capsys.readouterr().err
@@ -102,6 +104,15 @@ def test_a_recipe_for_a_model_leaves_the_stages_alone_that_are_not_run(monkeypat
     config.stages = ("b",)
     changed = train._with_recipes(config)
     assert changed.b.model == "ran r.py:x" and changed.a.steps == 2 and config.b.model == "recipe:r.py:x"
+    merged = {"do": "merge", "with": "arithmetic.linear", "of": ("FOLDER", "recipe:r.py")}
+    changed = train._with_recipes(recipe.make(stages=("m",), m=merged))
+    assert changed.m.of == ("FOLDER", "ran r.py")
+
+
+def test_a_model_that_is_merged_is_named(tmp_path):
+    config = recipe.make(stages=("m",), m={"do": "merge", "with": "arithmetic.linear", "of": (MODEL, MODEL)})
+    with pytest.raises(UserError, match="config.m.of: .*model_type.* is no name; merge folders, workdirs"):
+        jaxpost.train(config, tmp_path / "w")
 
 
 @pytest.mark.parametrize(
@@ -186,6 +197,8 @@ def test_the_files_that_an_evals_settings_name_are_in_its_digest(tmp_path):
     before = evaluate.files(evals)
     assert before.keys() == {f"{tmp_path}/e.jsonl", f"{tmp_path}/t.py"}
     assert evaluate.files([f"{tmp_path}/t.py:f"]).keys() == {f"{tmp_path}/t.py"}
+    text = json.dumps([{"name": "constrained.trie", "texts": f"{tmp_path}/t.py"}])
+    assert evaluate.files({"processors": text}) == evaluate.files([f"{tmp_path}/t.py"])
     (tmp_path / "e.jsonl").write_text("3")
     assert {name for name, digest in evaluate.files(evals).items() if digest != before[name]} == {f"{tmp_path}/e.jsonl"}
 

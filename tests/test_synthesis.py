@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import runs
 from completion_server import serving
-from test_generate import drawn
+from test_generate import TOKENIZER, drawn
 from test_prompts import LOOP, Reads, other
 
 import jaxpost
-from jaxpost import recipe, sharding
+from jaxpost import recipe, sharding, tokenizer
 from jaxpost.config.resolve import known, resolve
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
@@ -565,11 +565,25 @@ def test_a_parser_that_fails_on_its_example_is_refused(tmp_path):
         jaxpost.train(recipe.make(**settings(tmp_path, parser=f"{tmp_path}/mine.py:parse")), tmp_path / "w")
 
 
-def test_an_example_that_the_tokenizer_has_no_tokens_for_checks_nothing(tmp_path):
+def test_an_example_that_the_tokenizer_has_no_tokens_for_checks_the_columns(tmp_path):
     run = Run(tmp_path, tmp_path, sharding.make_mesh(), None, {}, {})
-    for parser, count in (("tagged", 0), ("", 1)):
-        ((name, s),) = recipe.stages(recipe.make(**settings(tmp_path, parser=parser)))
-        assert len(synthesis.planned(name, s, run).trial) == count
+    ((name, s),) = recipe.stages(recipe.make(**settings(tmp_path, parser="tagged")))
+    ((row),) = synthesis.planned(name, s, run).trial
+    assert row.keys() == {"prompt", "completion"} and tokenizer.encodes(TOKENIZER, row["prompt"]) and row["prompt"]
+    ((name, s),) = recipe.stages(recipe.make(**settings(tmp_path)))
+    assert synthesis.planned(name, s, run).trial[0]["completion"] == [{"role": "assistant", "content": "1"}]
+
+
+@pytest.mark.parametrize(
+    "example, place", [("\n\nparse.example = 'some words'\n", "a row of an earlier stage, 0"), ("", "part-")]
+)
+def test_a_parsers_columns_are_refused_with_the_name_of_the_stage_that_learns_from_them(tmp_path, stand_in, example, place):
+    (tmp_path / "mine.py").write_text("def parse(completion, record):\n    return {'odd': completion}\n" + example)
+    chosen = settings(tmp_path, parser=f"{tmp_path}/mine.py:parse")
+    chosen["stages"] += ("sft",)
+    with pytest.raises(UserError, match=f"^sft: .*{place}.*columns not recognised: odd"):
+        jaxpost.train(recipe.make(**chosen, sft={"data": "@drawn", "window": 32}), tmp_path / "w")
+    assert bool(example) is not (tmp_path / "w" / "rows").exists()
 
 
 def test_a_function_of_a_notebook_is_named_in_the_record(tmp_path, stand_in):

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 from test_pairs import plan
 
 import jaxpost
 from jaxpost import recipe
-from jaxpost.config.resolve import known, resolve
+from jaxpost.config.resolve import find, known, resolve
 from jaxpost.data import pack
 from jaxpost.data.transforms import apply, coreset, decontaminate, duplicates, order, select, weigh, words
 from jaxpost.errors import UserError
@@ -88,7 +89,7 @@ def test_what_is_selected_by_hand():
     assert order.by(DATA, columns, KEY, column="hard").tolist() == [0, 3, 6, 9, 2, 5, 8, 1, 4, 7]
     assert order.by(DATA, columns, KEY, column="hard", descending=True).tolist() == [7, 4, 1, 8, 5, 2, 9, 6, 3, 0]
     for keep in (0, 11, -1, 1.5, 0.0):
-        with pytest.raises(UserError, match="of 10 rows; give a number of rows, or a share"):
+        with pytest.raises(UserError, match="transform: keep=.*; give a number of rows, or a share"):
             select.top(DATA, columns, KEY, column="hard", keep=keep)
     with pytest.raises(UserError, match="no row has 'id'; name a field"):
         select.unique(DATA, columns, KEY, field="id")
@@ -199,7 +200,7 @@ def test_what_is_tested_is_taken_out_and_named(tmp_path, capsys):
     with pytest.raises(UserError, match="no row of .*test.jsonl has a text of 8 words; name its fields"):
         decontaminate.ngrams(rows, {}, KEY, against=options["against"], of=["id"])
     with pytest.raises(UserError, match="give least up to n"):
-        decontaminate.ngrams(rows, {}, KEY, **options, n=5)
+        decontaminate.ngrams(rows, {}, KEY, **options, n=5, least=6)
 
 
 def test_a_core_set_covers_what_is_there():
@@ -363,3 +364,40 @@ def test_a_transform_of_ones_own_file(tmp_path):
     )
     function = resolve(f"{Path(tmp_path)}/mine.py:odd", "transforms")
     assert apply.apply(function, DATA, {}, KEY) == DATA[1::2]
+
+
+WRONG = {  # of each transform whose keywords may be wrong whatever the rows are
+    "duplicates.near": ({"threshold": 1.5}, "threshold=1.5"),
+    "decontaminate.ngrams": ({"against": "x.jsonl", "n": 5, "least": 6}, "n=5, share=0.0, least=6"),
+    "select.top": ({"column": "x", "keep": 0}, "keep=0"),
+    "select.uncertain": ({"column": "x", "keep": 1.5}, "keep=1.5"),
+    "select.random": ({"keep": -1}, "keep=-1"),
+    "select.quantiles": ({"column": "x", "low": 0.8, "high": 0.2}, "low=0.8, high=0.2"),
+    "coreset.k_centre": ({"column": "x", "keep": 0}, "keep=0"),
+    "coreset.clusters": ({"column": "x", "keep": 1, "clusters": 0}, "clusters=0"),
+    "episodes.random": ({"k": 0}, "k=0"),
+    "episodes.bm25": ({"k": 0}, "k=0"),
+    "episodes.nearest": ({"k": 0, "column": "x"}, "k=0"),
+    "mine.negatives": ({"first": 0}, "first=0"),
+    "weigh.quality": ({"of": {"x": 1.0}, "temperature": 0.0}, "temperature=0.0"),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in known("transforms") if hasattr(find(name, "transforms"), "check")])
+def test_keywords_that_cannot_be_are_refused_while_rows_are_still_to_be_made(tmp_path, name):
+    keywords, message = WRONG[name]
+    drawn = {"do": "generate", "rows": "scored", "task": {"name": "arithmetic", "examples": 4}}
+    drawn |= {"rollouts": {"group": 2, "prompt_window": 12, "new": 2}}
+    kept = {"do": "select", "data": "@drawn", "with": {"name": name, **keywords}}
+    model = {"model": runs.MODEL, "tokenizer": "tasks.arithmetic.tokenizer"}
+    with pytest.raises(UserError, match=f"^kept: .*{message}"):
+        jaxpost.train(recipe.make(stages=("drawn", "kept"), **model, drawn=drawn, kept=kept), tmp_path / "w")
+    assert not (tmp_path / "w" / "rows").exists()
+
+
+def test_short_grams_need_no_least(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"text": "a b c d"}\n')
+    rows = [{"text": "x b c d"}, {"text": "a b x c d"}]
+    assert decontaminate.ngrams(rows, {}, KEY, against=str(tmp_path / "t.jsonl"), n=3).tolist() == [1]
+    with pytest.raises(UserError, match="has a text of 8 words"):
+        decontaminate.ngrams(rows, {}, KEY, against=str(tmp_path / "t.jsonl"))

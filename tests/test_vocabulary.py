@@ -91,6 +91,26 @@ def test_an_export_with_tokens_opens_in_transformers(tmp_path):
         export.export(str(tmp_path / "old"), str(tmp_path / "other"), mesh=old.mesh, tokens=options, adapter=True)
 
 
+def test_rows_that_pad_are_never_drawn_and_transformers_reads_that(tmp_path):
+    """A head that likes nothing but the rows that belong to no token: what is drawn is a token all the same."""
+    old = model(False, vocab=261)
+    hf.save(tmp_path / "old", old.params, old.transformer.arch, old.config)
+    save(old.tokenizer, tmp_path / "old")
+    place, padding = tmp_path / "new", set(range(264, 320))
+    export.export(str(tmp_path / "old"), str(place), mesh=old.mesh, tokens={"add": ADD, "multiple": 64})
+    assert set(transformers.GenerationConfig.from_pretrained(place).suppress_tokens) == padding
+    new = jaxpost.load(str(place), mesh=old.mesh)
+    assert set(new.suppressed) == set(old.with_tokens(ADD, multiple=64).suppressed) == padding and not old.suppressed
+    hidden = np.asarray(new.tap("final", ["x"]))[0, -1]
+    head = np.array(new.params["head"]["weight"])
+    head[264:] = 50 * hidden
+    liking = dataclasses.replace(new, params={**new.params, "head": {"weight": jax.numpy.asarray(head)}})
+    free = dataclasses.replace(liking, suppressed=())
+    assert not padding & set(liking.complete("x", new=2)[0].tolist()) and padding & set(free.complete("x", new=2)[0].tolist())
+    # A further token takes the first of those rows, and may be drawn.
+    assert set(new.with_tokens(["<b>"]).suppressed) == padding - {264}
+
+
 def test_a_token_is_found_where_a_tokenizer_changes_texts_first(tmp_path):
     """As Llama's does, which puts a mark in front of a text and in place of spaces."""
     words = toy_tokenizers.characters(adds_bos=False)
@@ -113,7 +133,7 @@ def test_what_cannot_be_added_is_refused(tmp_path):
     (tmp_path / "broken.npy").write_bytes(b"none")
     for add, options, message in (
         ([], {}, "give a list of one token or more"),
-        ("<a>", {}, "give a list of one token or more"),
+        ("<a>", {}, "with_tokens: add='<a>'; it takes a list of texts"),
         (["<a>", "<a>"], {}, "'<a>' is named twice"),
         (["bc"], {}, "'bc' is a token already"),
         (["<a>"], {"multiple": 0}, "multiple: 0"),

@@ -249,10 +249,15 @@ def _swap(params: Params, targets: str, node: Callable[[str, Any], Any]) -> Para
                 f"config.adapter.targets: {targets!r} matches {name}, which cannot be adapted; what can are "
                 "layers/attention/{q,k,v,o}/kernel and, where the layers are no mixtures, layers/mlp/{gate,up,down}/kernel."
             )
+        if hasattr(x, "project"):
+            raise UserError(
+                f"config.adapter: two adapters are around {name}, and a weight takes one; give one of both ranks together, or "
+                "`targets` that have no weight in common."
+            )
         count += 1
         return node(name, x)
 
-    swapped = jax.tree_util.tree_map_with_path(leaf, params)
+    swapped = jax.tree_util.tree_map_with_path(leaf, params, is_leaf=lambda x: hasattr(x, "project"))
     if not count:
         raise UserError(f"config.adapter.targets: {targets!r} matches no parameter; the default is {TARGETS!r}.")
     return swapped

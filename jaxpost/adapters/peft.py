@@ -32,7 +32,7 @@ def recorded(*, folder: str, base: str = "") -> dict:
     return _opened(folder, base)[1]
 
 
-@adapter(recorded=recorded)
+@adapter(recorded=recorded, reads=("folder",))
 def peft(params: Params, key: jax.Array, *, folder: str, base: str = "") -> Params:
     """The adapter of a `peft` folder with its weights; base: as in adapters/lora.py.
 

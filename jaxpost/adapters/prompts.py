@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpost import tokenizer
 from jaxpost.declare import Files, adapter
 from jaxpost.errors import UserError
 from jaxpost.models import hf
@@ -160,7 +161,10 @@ def _ids(spec: Any, keywords: Mapping) -> list[int]:
     text = keywords.get("text", "")
     if not text or spec.tokenizer is None:
         return []
-    return spec.tokenizer(text, add_special_tokens=False)["input_ids"]
+    try:
+        return tokenizer.encode(spec.tokenizer, text)
+    except UserError as error:
+        raise UserError(f"config.adapter.text: {error}") from error
 
 
 def _scale(spec: Any, keywords: Mapping) -> float:

@@ -30,14 +30,14 @@ def run(
     devices: bool = True,
 ) -> None:
     """Runs main(argv) as an absl app; `about` heads its --help. config: whether it takes a recipe (--config, with keys as
-    --config.key=value); model: whether it opens a model without a recipe (--trust); distributed: whether it may be one of
-    several processes (--distributed); devices: whether it computes on this machine's devices.
+    --config.key=value); model: whether it opens a model without a recipe. Both have --trust. distributed: whether it may be one
+    of several processes (--distributed); devices: whether it computes on this machine's devices.
 
     A UserError, a wrong flag or a wrong config key prints its message only, with exit status 2. Any other error is a bug and
     keeps its traceback.
     """
     sys.modules["__main__"].__doc__ = about
-    _define(config, model, distributed)
+    _define(config, model or config, distributed)
 
     def parse(argv):
         try:
@@ -57,8 +57,7 @@ def run(
         if argv[1:]:
             _fail(f"unexpected argument {argv[1]!r}; settings are given as --name=value. See --help.")
         compile_cache.keep()
-        for name in flags.FLAGS.trust if model else ():
-            trust(name)
+        trust(flags.FLAGS.trust if model or config else [])
         try:
             with host.disk_errors("a file"):
                 if devices:
@@ -157,20 +156,20 @@ def _find_recipe(argv: list[str]) -> list[str]:
     return [*out[:1], *first, *(a for a in out[1:] if a not in first)]
 
 
-def _define(config: bool, model: bool, distributed: bool) -> None:
+def _define(config: bool, trusted: bool, distributed: bool) -> None:
     """Defines the flags that several commands have."""
     if config:
         from ml_collections import config_flags
 
         what = "Recipe: a Python file with get_config(); settings: --config.key=value."
         config_flags.DEFINE_config_file("config", None, what)
-    if model:
-        what = "A function of your own, FILE.py:function, that the model may name as its adapter; no other is run."
+    if trusted:
+        what = "A function of your own, FILE.py:function, that a model's files may name as its adapter or as what makes it."
         flags.DEFINE_multi_string("trust", [], what)
     if distributed:
         what = "Several processes (a TPU pod slice, a GPU cluster): start jax.distributed first."
         flags.DEFINE_bool("distributed", False, what)
-    for name, has in (("config", config), ("trust", model), ("distributed", distributed)):
+    for name, has in (("config", config), ("trust", trusted), ("distributed", distributed)):
         if has:  # --help only lists the main module's flags
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 

@@ -161,6 +161,8 @@ def _described(thing: Any, within: tuple) -> str:
         return text([thing.func, thing.args, thing.keywords])
     if inspect.ismethod(thing):
         return text([thing.__func__, thing.__self__])
+    if hasattr(thing, "__wrapped__") and not inspect.isfunction(thing):  # as jax.jit gives
+        return text([type(thing).__name__, thing.__wrapped__])
     if inspect.isfunction(thing):
         held = [_held(cell) for cell in thing.__closure__ or ()]
         return text([_source(thing), thing.__defaults__, thing.__kwdefaults__, held, vars(thing)])

@@ -6,7 +6,7 @@
     dict(name="losses.py:mine", a=1)          a function in a file of one's own
     dict(name=mine, a=1)                      from Python, the function itself (`naming` gives the name that is recorded)
 
-A name in a file, such as a checkpoint's, may only be one of the first two, or one that the user's own command, recipe or call
+A name in a file, such as a checkpoint's, may only be one of jaxpost's own, or one that the user's own command, recipe or call
 names too (`trust`), so that a file does not decide which code runs.
 
 The other keys are the function's keyword arguments. An unknown name or keyword fails at once and names the nearest known one.
@@ -25,6 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from jaxpost.config import type_hints
 from jaxpost.config.naming import FOLDERS, NOUNS, PLURALS, handed_over
 from jaxpost.errors import UserError
 
@@ -61,11 +62,18 @@ def within(entry: Mapping | str, file: str) -> dict:
 
 
 def entries(value: Any, place: str) -> list:
-    """A list of entries, from a list, one entry, a comma-separated text or, on the command line, JSON. place: for errors."""
+    """A list of entries, from a list, one entry, a comma-separated text or, on the command line, JSON. Raises UserError, with
+    place, for what is none of these.
+    """
     if isinstance(value, str):
         text = value.strip()
         value = _json(text, place) if text[:1] in ("[", "{") else [name.strip() for name in text.split(",") if name.strip()]
-    return [value] if isinstance(value, Mapping) else list(value)
+    several = list(value) if isinstance(value, (list, tuple)) else [value]
+    if wrong := [entry for entry in several if not (isinstance(entry, (str, Mapping)) or callable(entry))]:
+        raise UserError(
+            f"{place}: {wrong[0]!r} is no entry; give a name, or a dict with a `name` and keywords, or a list of these."
+        )
+    return several
 
 
 def _json(text: str, place: str) -> Any:
@@ -92,9 +100,10 @@ def resolve(spec: Mapping | str, noun: str) -> Callable:
     return bind(function, options, f"{noun}: {name}")
 
 
-def trust(entry: Mapping | str) -> None:
-    """Records a function that the user names. From here on files may name it too, in this process."""
-    _TRUSTED.add(entry if isinstance(entry, str) else entry.get("name", ""))
+def trust(functions: Any) -> None:
+    """Records functions that the user names, by a name, an entry or a list. Files may name them then, in this process."""
+    several = functions if isinstance(functions, (list, tuple)) else [functions]
+    _TRUSTED.update(one.get("name", "") if isinstance(one, Mapping) else one for one in several)
 
 
 def check_origin(entry: Any, noun: str, file) -> None:
@@ -107,17 +116,17 @@ def check_origin(entry: Any, noun: str, file) -> None:
         return
     raise UserError(
         f"{file}: names {name!r} of {noun}, which is not jaxpost's, and a file does not decide what is run. If it is yours, "
-        f"name it too: --trust={name} for generate, evaluate and export"
-        + (f", --config.adapter.name={name} for a run, adapter={{...}} for jaxpost.load." if noun == "adapters" else ".")
+        f"name it too: --trust={name}, or from Python trust=[{name!r}]."
     )
 
 
 def bind(function: Callable, options: Mapping, place: str) -> Callable:
-    """The function with keyword-only options bound, each checked against the signature."""
+    """The function with keyword-only options bound, each checked against the signature: its name, and its type."""
     keywords = {k: p for k, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
     for option in options:
         if option not in keywords:
             raise UserError(f"config: {place} takes no option {option!r}.{nearest(option, keywords)}")
+    type_hints.check(function, options, f"config: {place}")
     if missing := [k for k, p in keywords.items() if p.default is p.empty and k not in options]:
         raise UserError(f"config: {place} needs {', '.join(missing)}.")
     return functools.partial(function, **options)

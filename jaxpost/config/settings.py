@@ -15,7 +15,9 @@ DEFAULTS = {
     "result": "",  # the stage whose weights generate and export take from the workdir; "" is the last
     "do": "train",  # what a stage does: train, generate, annotate, select, merge or evaluate (stages/)
     "with": "",  # the function that annotate, select and merge apply, by name or as a dict with one
-    "of": (),  # merge: the models, each like `model`, the base first where the method has one
+    # merge: the models, the base first where the method has one: each a folder, a workdir, a name on the hub, "@NAME" of an
+    # earlier stage or "recipe:PATH".
+    "of": (),
     "rows": "demonstrations",  # generate: the row type of the rows that a prompt's completions give (stages/generate.py)
     # generate with a `prompt`: a function of synthesis/prompts.py, by name or as a dict with one, makes messages of each record
     # of `data`, or else of the task; `parser` makes rows of a completion ("" is the answer as it stands), `filters` say which
@@ -129,6 +131,8 @@ DEFAULTS = {
     # End when the training time of the named stages (with commas) is used up; steps is then only the schedule's length.
     "time_of": "",
     "tokens_of": "",  # the same for the tokens that they trained on (num_tokens); with both, the first to be used up counts
+    # End when the stage has spent so many tokens: learned from, generated, and scored by other models. 0 is no such end.
+    "tokens": 0,
     "optimizer": {
         "lr": 2e-5,
         "schedule": "cosine",  # cosine, linear, constant, wsd

@@ -24,7 +24,7 @@ from jaxpost.models import protocol
 from jaxpost.rollouts import scoring
 from jaxpost.rollouts.scores import everywhere
 from jaxpost.sampling.decode import answers, in_chunks, ready
-from jaxpost.sampling.processors import About, chain
+from jaxpost.sampling.processors import About, chain, without
 from jaxpost.stages import tasks
 
 NOISE = 271828  # the seed of the one sampled answer to each problem
@@ -90,7 +90,7 @@ def _asked(
     options = {"prompt_window": longest, "new": new, "template": template}
     options["stop"] = chat.stop_ids(model.tokenizer, template, model.ends)
     about = About(model.tokenizer, tuple(options["stop"]), model.transformer.vocab, new)
-    options["chain"] = chain(processors, about, f"task={name}, processors")
+    options["chain"] = without(model.suppressed) + chain(processors, about, f"task={name}, processors")
     return records, rewards, getattr(opened, "extract", None), options
 
 

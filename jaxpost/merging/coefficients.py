@@ -11,9 +11,10 @@ each model, and each entry may be any of these.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from jaxpost.config.resolve import nearest
 from jaxpost.errors import UserError
 
 Each = Any  # a setting of each model: any of these where a merge is called, a list of numbers where a tensor is computed
@@ -38,11 +39,8 @@ def at(setting: Any, name: str, depth: float, place: str) -> Any:
     """The value of a setting for the tensor `name` at a depth. Raises UserError, beginning with place, where there is none."""
     if (entries := _by_name(setting)) is not None:
         for pattern, value in entries:
-            try:
-                if re.search(pattern, name):
-                    return at(value, name, depth, place)
-            except re.error as error:
-                raise UserError(f"{place}: {pattern!r} is no regular expression ({error}).") from None
+            if _has(pattern, name, place):
+                return at(value, name, depth, place)
         raise UserError(f'{place}: none of its patterns is in {name}; add "" for all other tensors.')
     if not _is_list(setting):
         return setting
@@ -61,6 +59,26 @@ def each_at(setting: Any, count: int, name: str, depth: float, place: str) -> li
     if len(setting) != count:
         raise UserError(f"{place}: {setting!r} has {len(setting)} entries; give {count}, one a model, or one value for all.")
     return [at(entry, name, depth, place) for entry in setting]
+
+
+def check_patterns(setting: Any, names: Iterable[str], place: str) -> None:
+    """Raises UserError, beginning with place, for a pattern in a setting that is in none of the tensors' names."""
+    for pattern, value in _by_name(setting) or ():
+        if not any(_has(pattern, name, place) for name in names):
+            words = {word for name in names for word in name.split(".") if not word.isdigit()}
+            close = nearest(re.sub(r"\W+", " ", pattern).strip(), words)
+            raise UserError(f"{place}: {pattern!r} is in no tensor's name.{close}")
+        check_patterns(value, names, place)
+    if _by_name(setting) is None and _is_list(setting):
+        for entry in setting:
+            check_patterns(entry, names, place)
+
+
+def _has(pattern: str, name: str, place: str) -> bool:
+    try:
+        return re.search(pattern, name) is not None
+    except re.error as error:
+        raise UserError(f"{place}: {pattern!r} is no regular expression ({error}).") from None
 
 
 def _is_list(setting: Any) -> bool:

@@ -14,18 +14,73 @@ restores the sum of magnitudes, which is mergekit's `rescale: true`. consensus, 
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from jaxpost.errors import UserError
 from jaxpost.merging.coefficients import Each
-from jaxpost.merging.tensorwise import BLOCK, tensorwise
+from jaxpost.merging.tensorwise import Piece, each_of, tensorwise
 
 RESCALE, CONSENSUS = ("", "density", "l1"), ("sum", "count")
+SAMPLED = 512  # rows of a tensor by which the magnitude that the largest elements begin with is guessed
+SLACKS = (0.01, 0.2, 1.0)  # the share of the sample's elements by which the guess may be off, one tried after the other
 
 
-@tensorwise(base=True, each=("weight", "density"))
+class Trim(NamedTuple):
+    """What of a task vector stays, mask(a flat piece of it, the place of its first element) -> bool, and what it is times."""
+
+    mask: Callable[[np.ndarray, int], np.ndarray]
+    factor: float
+
+
+class Cut(NamedTuple):
+    """The largest elements of a task vector: those of a magnitude above `least`, and of those that have it the ones before the
+    place `end`.
+    """
+
+    least: float
+    end: int
+
+    def mask(self, delta: np.ndarray, place: int) -> np.ndarray:
+        """Which elements of a flat piece are among them, bool."""
+        magnitude, equal = np.abs(delta), min(max(self.end - place, 0), delta.size)
+        if equal == delta.size:
+            return magnitude >= self.least
+        mask = magnitude > self.least
+        mask[:equal] |= magnitude[:equal] == self.least
+        return mask
+
+
+def _largest_of_each(pieces: Sequence[Piece], *, density: Sequence[float], rescale: str, **_) -> list[tuple]:
+    """TIES' trims: (place, one for each model) of every piece."""
+    size = math.prod(pieces[0].sources[0].shape)
+    cuts = [_largest(pieces, number, int(share * size)) for number, share in enumerate(_shares(density), start=1)]
+    return _trims(pieces, [cut.mask for cut in cuts], density, rescale)
+
+
+def _drawn_of_each(pieces: Sequence[Piece], *, density: Sequence[float], rescale: str, seed: int, **_) -> list[tuple]:
+    """DARE's."""
+    masks = [functools.partial(_drawn, seed, number, share) for number, share in enumerate(_shares(density))]
+    return _trims(pieces, masks, density, rescale)
+
+
+def _middle_of_each(
+    pieces: Sequence[Piece], *, density: Sequence[float], gamma: Sequence[float], rescale: str, **_
+) -> list[tuple]:
+    """The breadcrumbs'."""
+    size, masks = math.prod(pieces[0].sources[0].shape), []
+    for number, (share, top) in enumerate(zip(_shares(density), _shares(gamma, "gamma"), strict=True), start=1):
+        keep = int(share * size)
+        outliers = min(int(top * size), size - keep)
+        cuts = [_largest(pieces, number, count) for count in (outliers + keep, outliers)]
+        masks.append(functools.partial(_between, *cuts))
+    return _trims(pieces, masks, density, rescale)
+
+
+@tensorwise(base=True, each=("weight", "density"), elementwise=True, summary=_largest_of_each)
 def ties(
     base: np.ndarray,
     tuned: np.ndarray,
@@ -36,18 +91,17 @@ def ties(
     normalize: bool = True,
     rescale: str = "",
     consensus: str = "sum",
+    summary: tuple,
 ) -> np.ndarray:
     """TIES: the elements of largest magnitude, with a sign elected. Among equal magnitudes the first in the tensor stay.
 
     Source: "TIES-Merging: Resolving Interference When Merging Models", which trims over the whole model and averages with equal
     weights.
     """
-    deltas = _changes(base, tuned, *others)
-    masks = (largest(x, int(share * x.size)) for x, share in zip(deltas, _shares(density), strict=True))
-    return _elected(base, _kept(deltas, masks, density, rescale), weight, strength, normalize, consensus)
+    return _elected(base, _kept(summary, base, tuned, *others), weight, strength, normalize, consensus)
 
 
-@tensorwise(base=True, each=("weight", "density"))
+@tensorwise(base=True, each=("weight", "density"), elementwise=True, summary=_drawn_of_each)
 def dare_linear(
     base: np.ndarray,
     tuned: np.ndarray,
@@ -58,17 +112,17 @@ def dare_linear(
     normalize: bool = False,
     rescale: str = "density",
     seed: int = 0,
+    summary: tuple,
 ) -> np.ndarray:
     """DARE: each element stays with probability `density`, all changes are summed.
 
     With rescale="density", as in the paper, the mean over seeds is the whole change. The seed and the tensor's name decide
     which elements stay. Source: "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch".
     """
-    deltas = _changes(base, tuned, *others)
-    return _summed(base, _kept(deltas, _drawn(deltas, density, seed), density, rescale), weight, strength, normalize)
+    return _summed(base, _kept(summary, base, tuned, *others), weight, strength, normalize)
 
 
-@tensorwise(base=True, each=("weight", "density"))
+@tensorwise(base=True, each=("weight", "density"), elementwise=True, summary=_drawn_of_each)
 def dare_ties(
     base: np.ndarray,
     tuned: np.ndarray,
@@ -80,14 +134,13 @@ def dare_ties(
     rescale: str = "density",
     consensus: str = "sum",
     seed: int = 0,
+    summary: tuple,
 ) -> np.ndarray:
     """DARE with TIES' sign: as `dare_linear`, and only the changes that agree with the elected sign are summed."""
-    deltas = _changes(base, tuned, *others)
-    kept = _kept(deltas, _drawn(deltas, density, seed), density, rescale)
-    return _elected(base, kept, weight, strength, normalize, consensus)
+    return _elected(base, _kept(summary, base, tuned, *others), weight, strength, normalize, consensus)
 
 
-@tensorwise(base=True, each=("weight", "density", "gamma"))
+@tensorwise(base=True, each=("weight", "density", "gamma"), elementwise=True, summary=_middle_of_each)
 def breadcrumbs(
     base: np.ndarray,
     tuned: np.ndarray,
@@ -98,17 +151,17 @@ def breadcrumbs(
     strength: float = 1.0,
     normalize: bool = False,
     rescale: str = "",
+    summary: tuple,
 ) -> np.ndarray:
     """Model breadcrumbs: neither the largest share gamma of each task vector nor the smallest magnitudes.
 
     Of `size` elements the int(gamma * size) largest go, and int(density * size) of the next stay; where that is more than there
     are, fewer of the largest go. Source: "Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks".
     """
-    deltas = _changes(base, tuned, *others)
-    return _summed(base, _kept(deltas, _middle(deltas, density, gamma), density, rescale), weight, strength, normalize)
+    return _summed(base, _kept(summary, base, tuned, *others), weight, strength, normalize)
 
 
-@tensorwise(base=True, each=("weight", "density", "gamma"))
+@tensorwise(base=True, each=("weight", "density", "gamma"), elementwise=True, summary=_middle_of_each)
 def breadcrumbs_ties(
     base: np.ndarray,
     tuned: np.ndarray,
@@ -120,111 +173,144 @@ def breadcrumbs_ties(
     normalize: bool = False,
     rescale: str = "",
     consensus: str = "sum",
+    summary: tuple,
 ) -> np.ndarray:
     """Model breadcrumbs with TIES' sign: as `breadcrumbs`, and only the changes that agree with the elected sign are summed."""
-    deltas = _changes(base, tuned, *others)
-    kept = _kept(deltas, _middle(deltas, density, gamma), density, rescale)
-    return _elected(base, kept, weight, strength, normalize, consensus)
+    return _elected(base, _kept(summary, base, tuned, *others), weight, strength, normalize, consensus)
 
 
-def largest(array: np.ndarray, count: int) -> np.ndarray:
-    """Which elements are the `count` largest in magnitude, bool of the array's shape; of equal ones the first are taken."""
-    if count <= 0 or count >= array.size:
-        return np.full(array.shape, count > 0)
-    magnitude = np.abs(array).reshape(-1)
-    magnitude.partition(array.size - count)
-    least = magnitude[array.size - count]
-    np.abs(array.reshape(-1), out=magnitude)
-    mask = magnitude > least
-    mask[np.flatnonzero(magnitude == least)[: count - np.count_nonzero(mask)]] = True
-    return mask.reshape(array.shape)
+def _largest(pieces: Sequence[Piece], number: int, count: int) -> Cut:
+    """The `count` elements of largest magnitude of a model's task vector; of equal ones the first are taken.
+
+    A sample says about how large the least of them is. Those that are surely larger are then only counted, and the few around
+    it are sorted.
+    """
+    size = math.prod(pieces[0].sources[0].shape)
+    if count <= 0 or count >= size:
+        return Cut(0.0, size) if count > 0 else Cut(math.inf, 0)
+    some = pieces[:: max(1, len(pieces) // SAMPLED)]
+    sample = np.sort(np.concatenate(each_of(some, lambda piece: _magnitudes(piece, number, most=1))))
+    for slack in SLACKS:
+        ends = len(sample) * (1 - count / size) + np.array([-1, 1]) * (slack * len(sample) + 2 * math.sqrt(len(sample)))
+        low, high = (sample[int(end)] if 0 <= end < len(sample) else end * math.inf for end in ends)
+        if cut := _within(pieces, number, count, low, high):
+            return cut
+    return Cut(0.0, size)  # a magnitude is NaN, and so the result, which is refused
 
 
-def _changes(base: np.ndarray, *tuned: np.ndarray) -> list[np.ndarray]:
-    """The task vectors, in place of the tuned models."""
-    return [np.subtract(x, base, out=x) for x in tuned]
+def _within(pieces: Sequence[Piece], number: int, count: int, low: float, high: float) -> Cut | None:
+    """The `count` largest, if the least of them lies from `low` to `high`."""
+
+    def counted(piece: Piece) -> tuple[int, np.ndarray | int]:
+        x = _magnitudes(piece, number)
+        # Many elements may be of one magnitude, such as 0; they need no memory.
+        inside = x.compress((x >= low) & (x <= high)) if low < high else np.count_nonzero(x == low)
+        return np.count_nonzero(x > high), inside
+
+    above, inside = zip(*each_of(pieces, counted), strict=True)
+    least, equal, wanted = low, inside, count - sum(above)
+    if low < high:
+        together = np.concatenate(inside)
+        if 0 < wanted <= len(together):
+            together.partition(len(together) - wanted)
+            least = together[len(together) - wanted]
+            wanted -= np.count_nonzero(together > least)
+        equal = [np.count_nonzero(x == least) for x in inside]
+    if not 0 < wanted <= sum(equal):
+        return None
+    # `wanted` of the elements that are equal to the least stay; the last of them is in this piece.
+    before = np.cumsum([0, *equal])
+    last = np.searchsorted(before, wanted) - 1
+    places = np.flatnonzero(_magnitudes(pieces[last], number) == least)
+    return Cut(float(least), pieces[last].place + int(places[wanted - before[last] - 1]) + 1)
 
 
-def _middle(deltas: Sequence, density: Sequence[float], gamma: Sequence[float]) -> Iterator[np.ndarray]:
-    """The elements that breadcrumbs keeps of each task vector."""
-    for x, share, top in zip(deltas, _shares(density), _shares(gamma, "gamma"), strict=True):
-        keep = int(share * x.size)
-        outliers = min(int(top * x.size), x.size - keep)
-        yield largest(x, outliers + keep) & ~largest(x, outliers)
+def _magnitudes(piece: Piece, number: int, most: int | None = None) -> np.ndarray:
+    """Of a model's task vector in a piece, flat."""
+    base, tuned = piece.arrays((0, number), most)
+    tuned -= base
+    return np.abs(tuned, out=tuned).reshape(-1)
 
 
-def _drawn(deltas: Sequence, density: Sequence[float], seed: int) -> Iterator[np.ndarray]:
-    """Elements of each task vector, drawn one by one."""
-    for number, (x, share) in enumerate(zip(deltas, _shares(density), strict=True)):
-        rng = np.random.default_rng([seed, number])
-        pieces = [rng.random(min(BLOCK, x.size - start), np.float32) < share for start in range(0, x.size, BLOCK)]
-        yield np.concatenate(pieces).reshape(x.shape)
+def _between(outer: Cut, inner: Cut, delta: np.ndarray, place: int) -> np.ndarray:
+    """A mask of what is in one cut and not in the other."""
+    return outer.mask(delta, place) & ~inner.mask(delta, place)
 
 
-def _kept(deltas: list, masks: Iterable[np.ndarray], density: Sequence[float], rescale: str) -> list[np.ndarray]:
-    """The task vectors with zeros outside of the masks, rescaled; in place."""
+def _drawn(seed: int, number: int, share: float, delta: np.ndarray, place: int) -> np.ndarray:
+    """A mask of elements drawn one by one; the seed, the model's number and an element's place decide."""
+    generator = np.random.PCG64([seed, number])
+    generator.advance(place // 2)  # each of its steps gives the numbers of two places
+    pairs = np.random.Generator(generator).integers(2**64, size=delta.size // 2 + 1, dtype=np.uint64).astype("<u8", copy=False)
+    numbers = pairs.view("<u4")[place % 2 :][: delta.size]
+    last = round(share * 2**32) - 1
+    return numbers <= np.uint32(last) if last >= 0 else np.zeros(delta.size, bool)
+
+
+def _trims(pieces: Sequence[Piece], masks: Sequence[Callable], density: Sequence[float], rescale: str) -> list[tuple]:
+    """(place, the models' trims) of every piece."""
     if rescale not in RESCALE:
         raise UserError(f"rescale={rescale!r}: give one of {', '.join(map(repr, RESCALE))}.")
-    for delta, mask, share in zip(deltas, masks, density, strict=True):
-        before = _norm(delta) if rescale == "l1" else 0.0
-        delta *= mask
-        if rescale == "density" and share > 0:
-            delta /= np.float32(share)
-        if rescale == "l1" and min(before, after := _norm(delta)) >= 1e-7:
-            delta *= np.float32(before / after)
-    return deltas
+    factors = [1 / share if rescale == "density" and share > 0 else 1.0 for share in density]
+    if rescale == "l1":
+        factors = [_restoring(pieces, number, mask) for number, mask in enumerate(masks, start=1)]
+    trims = [Trim(mask, factor) for mask, factor in zip(masks, factors, strict=True)]
+    return [(piece.place, trims) for piece in pieces]
 
 
-def _norm(array: np.ndarray) -> float:
-    """The sum of magnitudes."""
-    flat = array.reshape(-1)
-    return sum(float(np.abs(flat[start : start + BLOCK]).sum(dtype=np.float64)) for start in range(0, flat.size, BLOCK))
+def _restoring(pieces: Sequence[Piece], number: int, mask: Callable) -> float:
+    """The factor by which what stays has the whole task vector's sum of magnitudes."""
+
+    def sums(piece: Piece) -> tuple[float, float]:
+        x = _magnitudes(piece, number)
+        return x.sum(dtype=np.float64), x[mask(x, piece.place)].sum(dtype=np.float64)
+
+    before, after = np.sum(each_of(pieces, sums), axis=0)
+    return before / after if min(before, after) >= 1e-7 else 1.0
 
 
-def _summed(base: np.ndarray, deltas: Sequence, weight: Sequence[float], strength: float, normalize: bool) -> np.ndarray:
-    """base + lambda * sum_i w_i delta_i, over sum_i w_i if normalize."""
+def _kept(summary: tuple, base: np.ndarray, *tuned: np.ndarray) -> list[np.ndarray]:
+    """The trimmed task vectors, in place of the tuned models."""
+    place, trims = summary
+    for delta, (mask, factor) in zip(tuned, trims, strict=True):
+        delta -= base
+        delta *= mask(delta.reshape(-1), place).reshape(delta.shape)
+        if factor != 1:
+            delta *= np.float32(factor)
+    return list(tuned)
+
+
+def _summed(base: np.ndarray, deltas: list, weight: Sequence[float], strength: float, normalize: bool) -> np.ndarray:
+    """base + lambda * sum_i w_i delta_i, over sum_i w_i if normalize; in place."""
     divisor = sum(weight) if normalize else 1.0
     if abs(divisor) < 1e-8:
         raise UserError(f"weight={list(weight)}: they sum to 0, and are to be normalized.")
-    return _added(base, deltas, lambda pieces: np.float32(strength / divisor) * _total(_weighted(weight, pieces)))
+    for delta, w in zip(deltas, weight, strict=True):
+        if (scale := np.float32(w * strength / divisor)) != 1:
+            delta *= scale
+        base += delta
+    return base
 
 
 def _elected(
-    base: np.ndarray, deltas: Sequence, weight: Sequence[float], strength: float, normalize: bool, consensus: str
+    base: np.ndarray, deltas: list, weight: Sequence[float], strength: float, normalize: bool, consensus: str
 ) -> np.ndarray:
     """The same, of those changes alone whose sign is that of most."""
     if consensus not in CONSENSUS:
         raise UserError(f"consensus={consensus!r}: give one of {', '.join(map(repr, CONSENSUS))}.")
-
-    def agreed(pieces: Sequence[np.ndarray]) -> np.ndarray:
-        weighted = _weighted(weight, pieces)
-        plus = _total(weighted if consensus == "sum" else map(np.sign, weighted)) >= 0
-        agree = [((x > 0) == plus) & (x != 0) for x in weighted]
-        for x, mask in zip(weighted, agree, strict=True):
-            x *= mask
-        total = _total(weighted)
-        if normalize:
-            divisor = _total(_weighted(weight, agree))
-            total /= divisor + (divisor == 0)
-        return np.float32(strength) * total
-
-    return _added(base, deltas, agreed)
-
-
-def _weighted(weight: Sequence[float], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-    return [np.float32(w) * x for w, x in zip(weight, arrays, strict=True)]
-
-
-def _total(arrays: Iterable[np.ndarray]) -> np.ndarray:
-    return functools.reduce(np.add, arrays)
-
-
-def _added(base: np.ndarray, deltas: Sequence, change: Callable) -> np.ndarray:
-    """base + change(deltas), in place and in pieces, which need no memory to speak of."""
-    flat, changes = base.reshape(-1), [delta.reshape(-1) for delta in deltas]
-    for start in range(0, flat.size, BLOCK):
-        flat[start : start + BLOCK] += change([x[start : start + BLOCK] for x in changes])
-    return base
+    for delta, w in zip(deltas, weight, strict=True):
+        if w != 1:
+            delta *= np.float32(w)
+    votes = deltas if consensus == "sum" else [np.sign(x) for x in deltas]
+    plus = functools.reduce(np.add, votes) >= 0
+    for delta in deltas:
+        delta *= (delta > 0) == plus
+    total = functools.reduce(np.add, deltas)
+    if normalize:
+        divisor = functools.reduce(np.add, [np.float32(w) * (x != 0) for x, w in zip(deltas, weight, strict=True)])
+        total /= divisor + (divisor == 0)
+    total *= np.float32(strength)
+    return np.add(base, total, out=base)
 
 
 def _shares(values: Sequence[float], name: str = "density") -> Sequence[float]:

@@ -10,6 +10,9 @@ each tensor from the models' tensors of the same name is written as a function o
 The arrays are the function's own, so it may change them. The decorator makes a merge of it. Every keyword may go by the
 tensor's name or depth (coefficients.py). So the same function serves a dict of arrays, a stage, and files that are read and
 written one tensor after another.
+
+A function that computes each element from those at its place is given pieces of a tensor, in threads. If it needs something of
+the whole tensor besides, such as a norm or a threshold, a second function reads all pieces first: `summary`.
 """
 
 import collections
@@ -29,7 +32,7 @@ from jaxpost.merging import coefficients
 from jaxpost.models import tensors
 from jaxpost.types import Params
 
-BLOCK = 2**18  # numbers of a tensor that are read, computed with or rounded at a time: they stay in the processor's cache
+BLOCK = 2**18  # numbers of a tensor that are read, computed with and rounded at a time: they stay in the processor's cache
 AHEAD = 2  # tensors that are computed while an earlier one is written
 
 
@@ -41,17 +44,38 @@ class Tensorwise(NamedTuple):
     each: tuple[str, ...]
     statistics: tuple[str, ...]
     elementwise: bool
+    summary: Callable | None
+
+
+class Piece(NamedTuple):
+    """Rows of a tensor of every model; place: the number of the tensor's elements before them."""
+
+    sources: Sequence[Any]
+    rows: slice
+    place: int
+
+    def arrays(self, models: Sequence[int] | None = None, most: int | None = None) -> list[np.ndarray]:
+        """The rows of the models (of all, if None) in float32, or the first `most` of them; the caller's own."""
+        stop = self.rows.stop if most is None else min(self.rows.start + most, self.rows.stop)
+        sources = self.sources if models is None else [self.sources[i] for i in models]
+        return [widened(source[self.rows.start : stop]) for source in sources]
 
 
 def tensorwise(
-    *, base: bool = False, each: Sequence[str] = (), statistics: Sequence[str] = (), elementwise: bool = False
+    *,
+    base: bool = False,
+    each: Sequence[str] = (),
+    statistics: Sequence[str] = (),
+    elementwise: bool = False,
+    summary: Callable | None = None,
 ) -> Callable:
     """Makes a merge of a function (tensor, *others, keywords) -> tensor, whose arguments say how many models it takes.
 
     base: whether the first model is the one that the others were tuned from. each: keywords that every model (but the base)
     has its own value of; the function gets a list. statistics: keywords that are, for each such model, arrays by the tensors'
     names, or a folder with them; the function gets a list of arrays, or None for a tensor without. elementwise: whether each
-    element depends only on those at its place, so that the function may be given pieces.
+    element depends only on those at its place, so that the function is given pieces. summary: of an elementwise merge, a
+    function (pieces, keywords) -> an entry for each Piece, which the merge's function gets as its keyword `summary`.
 
     A keyword `seed` is a number of its own for each tensor, made of the setting and the tensor's name.
     """
@@ -66,11 +90,14 @@ def tensorwise(
             dtypes = {name: np.dtype(x.dtype) for name, x in params.items()}
             return {name: merged(bound, name, models, layers, dtypes[name]) for name in params}
 
-        keywords = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        parameters = inspect.signature(function).parameters.values()
+        keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY and not (summary and p.name == "summary")]
+        # Each may go by name and depth, so the function's hints are not what a recipe gives.
+        keywords = [p.replace(annotation=Any) for p in keywords]
         models = [inspect.Parameter("params", inspect.Parameter.POSITIONAL_ONLY)]
         models += [inspect.Parameter("others", inspect.Parameter.VAR_POSITIONAL)]
         merge.__signature__ = inspect.Signature([*models, *keywords])
-        merge.tensorwise = Tensorwise(function, base, tuple(each), tuple(statistics), elementwise)
+        merge.tensorwise = Tensorwise(function, base, tuple(each), tuple(statistics), elementwise, summary)
         return merge
 
     return declare
@@ -118,6 +145,7 @@ def check(merge: Callable, shapes: Mapping[str, tuple[int, ...]], count: int, la
         raise UserError(f"{_name(merge)}: it takes {wanted}; {count} given.")
     if takes is None:
         return
+    _check_patterns(merge, shapes)
     rng, tried = np.random.default_rng(0), set()
     for name, shape in sorted(shapes.items(), key=lambda item: math.prod(item[1])):
         settings = _settings(merge, name, count, layers)
@@ -125,8 +153,8 @@ def check(merge: Callable, shapes: Mapping[str, tuple[int, ...]], count: int, la
         about = {key: value for key, value in settings.items() if key != "seed"}
         kind = repr((len(shape), about, {key: of is None for key, of in given.items()}))
         if kind not in tried:
-            settings |= {key: of and [_ones(x.shape) for x in of] for key, of in given.items()}
-            _apply(merge, name, [rng.normal(size=shape).astype(np.float32) for _ in range(count)], settings)
+            ones = {key: of and [_ones(x.shape) for x in of] for key, of in given.items()}
+            _computed(merge, name, [rng.normal(size=shape).astype(np.float32) for _ in range(count)], settings, ones)
             tried.add(kind)
 
 
@@ -141,48 +169,70 @@ def merged(merge: Callable, name: str, models: Sequence[Mapping[str, Any]], laye
     models: of each {name: array}, or what is read when it is sliced (`models.tensors`). Raises UserError for a result with NaN
     or infinity.
     """
-    takes, sources = declaration(merge), [model[name] for model in models]
-    settings, shape = _settings(merge, name, len(models), layers), tuple(sources[0].shape)
-    statistics = {key: _statistics(merge, key, name, len(models)) for key in takes.statistics}
+    sources, statistics = [model[name] for model in models], declaration(merge).statistics
+    given = {key: _statistics(merge, key, name, len(models)) for key in statistics}
+    return _computed(merge, name, sources, _settings(merge, name, len(models), layers), given, dtype)
 
+
+def _computed(
+    merge: Callable, name: str, sources: Sequence[Any], settings: dict, statistics: dict, dtype: Any = np.float32
+) -> np.ndarray:
+    """`merged` of the models' tensors, with the keywords for them."""
+    takes, shape = declaration(merge), tuple(sources[0].shape)
+    if takes.summary:  # what is far away is read once
+        sources = [source[:] if getattr(source, "remote", False) else source for source in sources]
+    pieces, out = _pieces(sources), np.empty(shape, dtype)
     if takes.elementwise:
-        out = np.empty(shape, dtype)
+        summary = _called(merge, name, lambda: takes.summary(pieces, **settings)) if takes.summary else None
 
-        def compute(rows: slice) -> None:
-            arrays = [np.array(source[rows], np.float32, order="C") for source in sources]
-            given = {key: of and [np.array(x[rows], np.float32, order="C") for x in of] for key, of in statistics.items()}
-            out[rows] = rounded(_apply(merge, name, arrays, settings | given), dtype, name)
+        def part(number: int) -> np.ndarray:
+            piece = pieces[number]
+            given = {key: of and [widened(x[piece.rows]) for x in of] for key, of in statistics.items()}
+            given |= {"summary": summary[number]} if takes.summary else {}
+            return _apply(merge, name, piece.arrays(), settings | given)
+    else:
+        given = {key: of and [_whole_array(x) for x in of] for key, of in statistics.items()}
+        whole = _apply(merge, name, [_whole_array(source) for source in sources], settings | given)
 
-        _in_pieces(shape, compute)
-        return out
-    given = {key: of and [_whole_array(x) for x in of] for key, of in statistics.items()}
-    result = _apply(merge, name, [_whole_array(source) for source in sources], settings | given)
-    out = result if result.dtype == dtype else np.empty(shape, dtype)
+        def part(number: int) -> np.ndarray:
+            return whole[pieces[number].rows]
 
-    def finish(rows: slice) -> None:
-        out[rows] = rounded(result[rows], dtype, name)
+    def finish(number: int) -> None:
+        out[pieces[number].rows] = rounded(part(number), dtype, name)
 
-    _in_pieces(shape, finish)
+    each_of(range(len(pieces)), finish)
     return out
 
 
-_POOL = ThreadPoolExecutor(os.cpu_count())
+_POOL = ThreadPoolExecutor(2 * os.cpu_count())  # some compute while others wait for the disk
 
 
-def _in_pieces(shape: tuple[int, ...], function: Callable[[slice], None]) -> None:
-    """Calls function(rows) for pieces of an array, in threads."""
-    length = max(1, BLOCK // max(1, math.prod(shape[1:])))
-    list(_POOL.map(function, (slice(at, min(at + length, shape[0])) for at in range(0, shape[0], length))))
+def each_of(items: Iterable, function: Callable) -> list:
+    """function(item) of every item, in order, in threads."""
+    return list(_POOL.map(function, items))
+
+
+def _pieces(sources: Sequence[Any]) -> list[Piece]:
+    """The tensors of one shape in pieces."""
+    first, *inner = sources[0].shape
+    size = math.prod(inner)
+    length = max(1, BLOCK // max(1, size))
+    return [Piece(sources, slice(at, min(at + length, first)), at * size) for at in range(0, first, length)]
+
+
+def widened(array: Any) -> np.ndarray:
+    """A copy in float32, in the order of the files."""
+    return np.array(array, np.float32, order="C")
 
 
 def _whole_array(source: Any) -> np.ndarray:
-    """A copy in float32 of what gives rows when it is sliced, in the order of the files."""
+    """A copy in float32 of what gives rows when it is sliced."""
     out = np.empty(source.shape, np.float32)
 
-    def copy(rows: slice) -> None:
-        out[rows] = source[rows]
+    def copy(piece: Piece) -> None:
+        out[piece.rows] = source[piece.rows]
 
-    _in_pieces(source.shape, copy)
+    each_of(_pieces([source]), copy)
     return out
 
 
@@ -221,18 +271,12 @@ def _whole(merge: Callable, models: Sequence[Mapping[str, Any]]) -> Params:
 
 def rounded(array: Any, dtype: Any, name: str) -> np.ndarray:
     """The numbers in a format for files. Raises UserError where they are not finite or beyond the format's."""
-    array = np.asarray(array)
+    array, finite = np.asarray(array), bool(np.isfinite(array).all())
     with np.errstate(over="ignore", invalid="ignore"):
         result = array.astype(dtype, copy=False)
-        if (
-            np.isfinite(array.sum())
-            and np.dtype(dtype) != np.float16
-            or np.isfinite(result.astype(np.float32, copy=False)).all()
-        ):
-            return result
-    beyond = (
-        "has values beyond float16's; take bfloat16 or float32" if np.isfinite(array).all() else "has NaN or infinity in it"
-    )
+    if finite and (np.dtype(dtype) != np.float16 or np.isfinite(result).all()):
+        return result
+    beyond = "has values beyond float16's; take bfloat16 or float32" if finite else "has NaN or infinity in it"
     raise UserError(f"merge: {name} {beyond}.")
 
 
@@ -243,6 +287,8 @@ def _settings(merge: Callable, name: str, count: int, layers: int) -> dict[str, 
     for parameter in inspect.signature(takes.function).parameters.values():
         if parameter.kind is not parameter.KEYWORD_ONLY or (key := parameter.name) in takes.statistics:
             continue
+        if takes.summary and key == "summary":
+            continue
         setting, place = given.get(key, parameter.default), f"{_name(merge)}: {key}"
         if key in takes.each:
             out[key] = coefficients.each_at(setting, count - takes.base, name, depth, place)
@@ -251,6 +297,14 @@ def _settings(merge: Callable, name: str, count: int, layers: int) -> dict[str, 
     if "seed" in out:
         out["seed"] = int.from_bytes(hashlib.sha256(f"{out['seed']} {name}".encode()).digest()[:8])
     return out
+
+
+def _check_patterns(merge: Callable, names: Iterable[str]) -> None:
+    """Raises UserError for a pattern of a setting that no tensor's name has."""
+    takes = declaration(merge)
+    for key, setting in getattr(merge, "keywords", {}).items():
+        if key not in takes.statistics:
+            coefficients.check_patterns(setting, names, f"{_name(merge)}: {key}")
 
 
 def _statistics(merge: Callable, key: str, name: str, count: int) -> list | None:

@@ -27,8 +27,7 @@ def listed(adapter: Adapter) -> list[dict]:
 
 def trusted(adapter: Adapter) -> None:
     """Records the functions that the user names: from here on files may name them too."""
-    for entry in listed(adapter):
-        trust(entry)
+    trust(listed(adapter))
 
 
 def check_text(adapter: Adapter) -> None:
@@ -37,14 +36,16 @@ def check_text(adapter: Adapter) -> None:
         raise UserError("config.adapter.text: the model comes without a tokenizer, so there are no tokens to begin with.")
 
 
-def check_prompts(spec: Any) -> None:
+def check(spec: Any) -> None:
     """Raises UserError for a prompt or prefix around a model that has no place for one: an encoder, a decoder whose tokens see
-    what is behind them, or what a function makes.
+    what is behind them, or what a function makes; and for a text that the tokenizer has no tokens for.
     """
     if spec.adapter and not all(declares(spec.adapter, "merges")):
         arch = getattr(spec.transformer, "arch", None)
         if getattr(arch, "attend", "whole") == "whole" or not hasattr(spec.transformer, "keys_values"):
             raise UserError("config.adapter: a prompt stands before each document of a decoder; take lora for this model.")
+    for entry in listed(spec.adapter):
+        _completed(resolve(entry, "adapters"), spec)
 
 
 def as_one(adapters: Sequence[dict]) -> dict | list[dict]:
@@ -108,30 +109,34 @@ def applied(adapter: Adapter, params: Params, key: jax.Array) -> Params:
     return params
 
 
+def _completed(bound: Callable, spec: Any) -> dict[str, Any]:
+    """The keywords of an adapter that the model decides."""
+    return {name: value(spec, bound.keywords) for name, value in declared(bound, "completed").items()}
+
+
 def makers(spec: Any, shapes: Callable[[Adapter], Params]) -> dict[str, tuple[Callable, Any]]:
     """{path: (the adapter that changes or adds the weight there, its shapes)} of a model's spec (loading.ModelSpec).
 
     shapes: adapter -> the shapes of the model's tree with it.
     """
-    made, before, adapters = {}, flatten_dict(shapes(()), sep="/"), listed(spec.adapter)
+    by_path, before, adapters = {}, flatten_dict(shapes(()), sep="/"), listed(spec.adapter)
     for count, entry in enumerate(adapters, start=1):
         bound = resolve(entry, "adapters")
-        if completed := declared(bound, "completed"):
-            given = {name: value(spec, bound.keywords) for name, value in completed.items()}
-            bound = resolve({**entry, **given}, "adapters")
+        if completed := _completed(bound, spec):
+            bound = resolve({**entry, **completed}, "adapters")
         after = flatten_dict(shapes(adapters[:count]), sep="/")
-        made |= {path: (bound, x) for path, x in after.items() if type(x) is not type(before.get(path))}
+        by_path |= {path: (bound, x) for path, x in after.items() if type(x) is not type(before.get(path))}
         before = after
-    return made
+    return by_path
 
 
-def around(made: Mapping[str, tuple[Callable, Any]], key: jax.Array) -> Callable[[str, Any], Any]:
+def around(by_path: Mapping[str, tuple[Callable, Any]], key: jax.Array) -> Callable[[str, Any], Any]:
     """(path, weight) -> the weight with its adapter around it; one at a time, so only one is in memory twice."""
 
     def leaf(path, weight):
-        if path not in made:
+        if path not in by_path:
             return weight
-        make, shapes = made[path]
+        make, shapes = by_path[path]
 
         def one(weight):
             return flatten_dict(make(unflatten_dict({path: weight}, sep="/"), key), sep="/")[path]
@@ -141,10 +146,10 @@ def around(made: Mapping[str, tuple[Callable, Any]], key: jax.Array) -> Callable
     return leaf
 
 
-def beside(made: Mapping[str, tuple[Callable, Any]], params: Params, key: jax.Array) -> Params:
+def beside(by_path: Mapping[str, tuple[Callable, Any]], params: Params, key: jax.Array) -> Params:
     """The parameters with the weights that adapters add beside the model's own."""
     flat = flatten_dict(params, sep="/")
-    for path, (make, shapes) in made.items():
+    for path, (make, shapes) in by_path.items():
         if path not in flat:
             places = jax.tree.map(lambda x: x.sharding, shapes)
 

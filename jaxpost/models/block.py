@@ -64,6 +64,7 @@ class Attention(nn.Module):
     def __call__(self, x, positions, turn, sees, attend, cache, site=UNTOUCHED, before=None):
         a = self.arch
         b, s, _ = x.shape
+        x = site("attn_input", x)
 
         def heads(name, n):
             y = Dense(n * a.head_width, a.qkv_bias, a.init_std, name=name)(x)
@@ -128,7 +129,7 @@ class Block(nn.Module):
         y = norm("norm1", "pre", x)
         y, cache = Attention(a, name="attention")(y, positions, turn, sees, attend, cache, site, before)
         x = site("resid_mid", sharding.shard(x + site("attn_out", norm("norm1_post", "post", y)), "BSD"))
-        y = norm("norm2", "pre", x)
+        y = site("mlp_input", norm("norm2", "pre", x))
         if a.experts:
             y, router = MoE(a, ACTIVATIONS[a.activation], name="mlp")(y)
         else:

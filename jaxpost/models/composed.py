@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpost.config.resolve import resolve
-from jaxpost.errors import UserError
+from jaxpost.errors import UserError, first_line
 from jaxpost.models import heads, loading, sites
 from jaxpost.models.protocol import Model
 from jaxpost.types import Batch, Output, Params
@@ -70,6 +70,11 @@ class Fused:
     def max_positions(self) -> int:
         """As many as every model takes."""
         return min(model.max_positions for model in self.models)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The models that the weights are of."""
+        return self.names
 
     @property
     def tokenizer(self) -> str:
@@ -152,6 +157,11 @@ class Patched:
         return _weights(self.name, mesh, seed) if self.name else self.model.init(jax.random.PRNGKey(seed))
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """The model that the weights are of."""
+        return (self.name,) if self.name else ()
+
+    @property
     def tokenizer(self) -> str:
         """The model's folder."""
         return self.name
@@ -162,9 +172,9 @@ class Patched:
         return getattr(self.model, name)
 
 
-def _described(name: str, dtype: str) -> loading.ModelSpec:
+def _described(name: str, dtype: str, remat: str, attention: str) -> loading.ModelSpec:
     """The spec of a model that becomes part of one. Raises UserError for one with weights besides the model's own."""
-    spec = loading.describe(name, dtype=dtype, text=False)
+    spec = loading.describe(name, dtype=dtype, remat=remat, attention=attention, text=False)
     if spec.adapter or spec.leaves:
         raise UserError(f"config.model.of: {name} has an adapter or a head of its own; make a folder of it by jaxpost.export.")
     return spec
@@ -176,23 +186,57 @@ def _weights(name: str, mesh, seed: int) -> Params:
     return loading.weights(spec, mesh, seed)
 
 
-def fused(*, of: Sequence[str], mix: Mapping | str | Callable, dtype: str = "float32") -> Fused:
+def fused(
+    *,
+    of: Sequence[str],
+    mix: Mapping | str | Callable,
+    dtype: str = "float32",
+    remat: str = "none",
+    attention: str = "auto",
+) -> Fused:
     """A model whose logits are mix(logits [R,V] of each model) -> [R,V].
 
-    of: folders, workdirs or names on the hub, of one vocabulary. mix: a function, or its entry with keywords. Source: the form
-    that "On Giant's Shoulders: Effortless Weak to Strong by Dynamic Logits Fusion" and "Tuning Language Models by Proxy" share.
-    Raises UserError for vocabularies that differ.
+    of: folders, workdirs or names on the hub, of one vocabulary. mix: a function, or its entry with keywords. dtype, remat,
+    attention: as a recipe has them. Source: the form that "On Giant's Shoulders: Effortless Weak to Strong by Dynamic Logits
+    Fusion" and "Tuning Language Models by Proxy" share. Raises UserError for vocabularies that differ, and for a mix that does
+    not take the logits of so many models or gives another shape.
     """
-    specs = [_described(name, dtype) for name in of]
+    if not of:
+        raise UserError("config.model: fused: `of` names no model; give a list of folders, workdirs or names on the hub.")
+    specs = [_described(name, dtype, remat, attention) for name in of]
     if len(sizes := dict.fromkeys(str(spec.transformer.vocab) for spec in specs)) != 1:
         raise UserError(f"config.model: fused: the vocabularies have {', '.join(sizes)} tokens; fuse models of one.")
     function = mix if callable(mix) else resolve(mix, "models")
+    _check_mix(function, len(specs), specs[0].transformer.vocab)
     return Fused(tuple(spec.transformer for spec in specs), function, tuple(of))
 
 
-def patched(*, of: str, patch: Mapping[str, Any] | Sequence[tuple[str, Any]], dtype: str = "float32") -> Patched:
+def _check_mix(mix: Callable, count: int, vocab: int) -> None:
+    """Traces a mix on logits of two rows."""
+    logits = jax.ShapeDtypeStruct((2, vocab), jnp.float32)
+    place = f"config.model: fused: mix {getattr(getattr(mix, 'func', mix), '__name__', mix)}"
+    try:
+        result = jax.eval_shape(mix, *[logits] * count)
+    except UserError:
+        raise
+    except Exception as error:  # of somebody's function
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{place} fails on the logits [R,V] of {count} models, as `of` names them: {why}.") from error
+    if getattr(result, "shape", None) != logits.shape:
+        raise UserError(f"{place} gives {result} for logits {list(logits.shape)}; it gives logits of that shape.")
+
+
+def patched(
+    *,
+    of: str,
+    patch: Mapping[str, Any] | Sequence[tuple[str, Any]],
+    dtype: str = "float32",
+    remat: str = "none",
+    attention: str = "auto",
+) -> Patched:
     """A model with patches: {site: number, function (value, batch) -> value, or the function's name FILE.py:function}; in a
-    recipe, whose keys take no dots, pairs (site, change). of: a folder, a workdir or a name on the hub.
+    recipe, whose keys take no dots, pairs (site, change). of: a folder, a workdir or a name on the hub. dtype, remat,
+    attention: as a recipe has them. Raises UserError for a patch that is none.
     """
     changes = {k: resolve(change, "models") if isinstance(change, str) else change for k, change in dict(patch).items()}
-    return Patched(_described(of, dtype).transformer, changes, of)
+    return Patched(_described(of, dtype, remat, attention).transformer, sites.checked(changes), of)

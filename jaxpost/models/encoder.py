@@ -82,7 +82,7 @@ class Block(nn.Module):
         y = jnp.where(first, x, norm1(x)) if pre else x
         y, _ = Attention(a, name="attention")(y, positions, turn, sees, attend, None, site)
         x = site("resid_mid", added(x, site("attn_out", y), norm1))
-        y = (MLP if a.gated else Plain)(a, name="mlp")(norm2(x) if pre else x, site)
+        y = (MLP if a.gated else Plain)(a, name="mlp")(site("mlp_input", norm2(x) if pre else x), site)
         return site("resid_post", added(x, site("mlp_out", y), norm2))
 
 

@@ -23,10 +23,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxpost import sharding
 from jaxpost.errors import UserError
 from jaxpost.models import encoder_families, safetensors_io
-from jaxpost.models.einsum import dense
 from jaxpost.models.encoder_families import EncoderArchitecture
 from jaxpost.models.families import Architecture, Tensor, tensor_names
-from jaxpost.models.layout import places
+from jaxpost.models.layout import in_files, places
 from jaxpost.storage import cloud
 from jaxpost.storage.host import check_regular, read_object
 from jaxpost.types import Params
@@ -56,23 +55,25 @@ def read_config(folder: str | epath.Path) -> dict:
 
 def read_generation(
     folder: epath.Path | None, config: dict, vocab: int, own_tokenizer: bool = True
-) -> tuple[dict, tuple[int, ...]]:
-    """(the fields of a folder's generation_config.json, the ids that end a completion). Without that file, the ids are
-    config.json's eos_token_id, as in transformers.
+) -> tuple[dict, tuple[int, ...], tuple[int, ...]]:
+    """(the fields of a folder's generation_config.json, the ids that end a completion, its suppress_tokens, which no completion
+    has). Without that file, the ids that end one are config.json's eos_token_id, as in transformers.
 
     own_tokenizer: whether the model's own tokenizer is used; for another one ids mean nothing and are left out. vocab: ids from
-    there on cannot be sampled and are left out. Raises UserError for an eos_token_id that is not whole numbers.
+    there on cannot be sampled and are left out. Raises UserError for ids that are not whole numbers.
     """
-    path = None if folder is None else folder / "generation_config.json"
-    written = path is not None and path.exists()
+    written = folder is not None and (path := folder / "generation_config.json").exists()
     fields = read_object(path) if written else {"eos_token_id": config.get("eos_token_id")}
-    fields = {k: v for k, v in fields.items() if v is not None and (own_tokenizer or not k.endswith("_token_id"))}
-    ids = fields.get("eos_token_id", [])
-    ids = ids if isinstance(ids, list) else [ids]
-    if wrong := [x for x in ids if type(x) is not int]:
-        place = path if written else "config.model" if folder is None else folder / "config.json"
-        raise UserError(f"{place}: eos_token_id has {wrong[0]!r}, not a whole number; give an id, or a list of ids.")
-    return fields, tuple(x for x in ids if 0 <= x < vocab)
+    foreign = () if own_tokenizer else ("_token_id", "suppress_tokens")
+    fields = {k: v for k, v in fields.items() if v is not None and not k.endswith(foreign)}
+    each = []
+    for key in ("eos_token_id", "suppress_tokens"):
+        ids = ids if isinstance(ids := fields.get(key, []), list) else [ids]
+        if wrong := [x for x in ids if type(x) is not int]:
+            place = path if written else "config.model" if folder is None else folder / "config.json"
+            raise UserError(f"{place}: {key} has {wrong[0]!r}, not a whole number; give an id, or a list of ids.")
+        each.append(tuple(x for x in ids if 0 <= x < vocab))
+    return fields, *each
 
 
 def listed(folder: epath.Path) -> list[str]:
@@ -305,8 +306,9 @@ def save(folder: str | epath.Path, params: Params, arch: Architecture, config: d
     """
     folder, kind = cloud.path(folder), format_of(config, dtype)
     save_config(folder, arch, config, dtype)
-    about = {name: (kind, shape) for name, (shape, _) in places(arch).items()}
-    return write_shards(folder, about, (array for _, array in _tensors(params, arch, kind)))
+    where = places(arch)
+    about = {name: (kind, shape) for name, (shape, _) in where.items()}
+    return write_shards(folder, about, (_in_format(name, array, kind) for name, array in in_files(params, where)))
 
 
 def save_config(folder: epath.Path, arch: Architecture, config: dict, dtype: str | None = None) -> None:
@@ -355,23 +357,10 @@ def portable(config: dict) -> dict:
     return config
 
 
-def _tensors(params: Params, arch: Architecture, kind):
-    """Yields (Hugging Face name, array) one tensor at a time, so only one is copied at once; fused tensors are joined."""
-    flat, names = flatten_dict(params, sep="/"), tensor_names(arch)
-    parts = {}
-    for path, tensor in names.items():
-        parts.setdefault(tensor.name, []).append((tensor.rows or (0,), path, tensor))
-    for pieces in parts.values():
-        whole = pieces[0][-1]
-        for place in itertools.product(*map(range, (arch.layers - whole.first, arch.experts)[: whole.name.count("{}")])):
-            arrays = []
-            for _, path, tensor in sorted(pieces, key=lambda piece: piece[0]):
-                leaf = np.asarray(jax.device_get(dense(jax.tree.map(lambda x, place=place: x[place], flat[path]))))
-                if kind is np.float16 and np.max(np.abs(leaf), initial=0) > np.finfo(kind).max:
-                    name = _at(whole, place)
-                    raise UserError(f"export: {name} has values beyond float16's; use bfloat16 or float32.")
-                arrays.append((leaf.T if tensor.transposed else leaf).astype(kind))
-            yield _at(whole, place), np.ascontiguousarray(arrays[0] if len(arrays) == 1 else np.concatenate(arrays))
+def _in_format(name: str, array: np.ndarray, kind) -> np.ndarray:
+    if kind is np.float16 and np.max(np.abs(array), initial=0) > np.finfo(kind).max:
+        raise UserError(f"export: {name} has values beyond float16's; use bfloat16 or float32.")
+    return array.astype(kind)
 
 
 def write_shards(

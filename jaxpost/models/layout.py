@@ -7,14 +7,17 @@ tensor.
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jaxpost.models import encoder
+from jaxpost.models.einsum import dense
 from jaxpost.models.families import Architecture, tensor_names
+from jaxpost.types import Params
 
 
 class Part(NamedTuple):
@@ -57,6 +60,17 @@ def places(arch: Architecture, leaves: Mapping[str, tuple[int, ...]] | None = No
             number = (i + first * (axis == 0) for axis, i in enumerate(place))
             out[template.format(*number)] = Place((parts[-1].last, *inner[1:]), tuple(parts))
     return out | {path: Place(shape, (Part(path, (), False, 0, shape[0]),)) for path, shape in (leaves or {}).items()}
+
+
+def in_files(params: Params, where: Mapping[str, Place]) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, tensor) of a tree's parameters, adapters merged. Only one is copied at a time. where: of `places`."""
+    flat = flatten_dict(params, sep="/")
+    for name, (_, parts) in where.items():
+        pieces = []
+        for path, place, transposed, *_ in parts:
+            leaf = np.asarray(jax.device_get(dense(jax.tree.map(lambda x, place=place: x[place], flat[path]))))
+            pieces.append(leaf.T if transposed else leaf)
+        yield name, np.ascontiguousarray(pieces[0] if len(pieces) == 1 else np.concatenate(pieces))
 
 
 @functools.lru_cache(maxsize=8)

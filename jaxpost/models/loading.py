@@ -10,10 +10,8 @@ tree is made from both.
 
 import dataclasses
 import functools
-import inspect
 import json
 import re
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,15 +23,11 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxpost import sharding, tokenizer
-from jaxpost.config.resolve import check_origin, find, nearest, resolve, trust
+from jaxpost.config.resolve import check_origin, find, resolve, trust
 from jaxpost.errors import UserError
-from jaxpost.models import adapted, checks, encoder, encoder_families, families, hf, hub, prefix, protocol
-from jaxpost.models.attention import KERNELS
-from jaxpost.models.transformer import REMAT
+from jaxpost.models import adapted, checks, computing, encoder, encoder_families, families, hf, hub, prefix, protocol
 from jaxpost.storage import checkpoint, cloud, digests, fingerprint
 from jaxpost.types import Params
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +46,7 @@ class ModelSpec:
     leaves: dict = dataclasses.field(default_factory=dict)  # leaves beside the model's own: path -> (letters, first value)
     generation: dict = dataclasses.field(default_factory=dict)  # generation_config.json's fields
     ends: tuple[int, ...] = ()  # the ids that end a completion, from the model's own files
+    suppressed: tuple[int, ...] = ()  # the ids that no completion has, from there too
 
 
 def describe(
@@ -74,12 +69,13 @@ def describe(
     """
     if not model:
         raise UserError("config.model: give a folder with config.json and *.safetensors, a workdir, or a config.json's fields.")
-    _check_names(dtype, remat)
+    computing.check(dtype, remat)
     adapted.trusted(adapter)
     described, folder = _locate(model) if isinstance(model, str) else (None, None)
     config = hf.read_config(described) if described else dict(model)
-    if "name" in config and "model_type" not in config:
-        return _of_function(config, described, folder, tokenizer_name, dtype, adapter, attend, text=text)
+    if is_entry(config):
+        settings = {"dtype": dtype, "remat": remat, "attention": attention}
+        return _of_function(config, described, folder, tokenizer_name, settings, adapter, attend, text=text)
     config = families.language_part(config)
     if attend:
         config |= {"attend": attend, "is_causal": attend != "whole"}
@@ -92,55 +88,36 @@ def describe(
         )
     name = model if isinstance(model, str) and hub.is_name(model) else ""
     device = device or jax.devices()[0]
-    transformer = encoder.model(arch, _computable(dtype, device), remat, _kernel(attention, device))
-    generation, ends = hf.read_generation(described, config, arch.vocab, own_tokenizer=not tokenizer_name)
-    spec = ModelSpec(transformer, words, config, folder, name, generation=generation, ends=ends)
+    transformer = encoder.model(arch, computing.number_format(dtype, device), remat, computing.kernel(attention, device))
+    generation, *ids = hf.read_generation(described, config, arch.vocab, own_tokenizer=not tokenizer_name)
+    spec = ModelSpec(transformer, words, config, folder, name, generation=generation, ends=ids[0], suppressed=ids[1])
     spec = dataclasses.replace(spec, adapter=adapted.chosen(adapter, carried(folder)), leaves=carried(folder, "leaves"))
     if text and words is None:
         adapted.check_text(adapter)
     return spec
 
 
-def _check_names(dtype: str, remat: str) -> None:
-    """Raises UserError for a word that is none of the choices."""
-    for value, choices, key in ((dtype, DTYPES, "dtype"), (remat, REMAT, "remat")):
-        if value not in choices:
-            raise UserError(f"config.{key}: unknown {value!r}.{nearest(str(value), choices)}")
+def is_entry(config: Mapping) -> bool:
+    """Whether a model's config is the entry of a function that makes it, and no config.json's fields."""
+    return "name" in config and "model_type" not in config
 
 
-def _of_function(entry: dict, described, folder, words: str, dtype: str, adapter: Any, attend: str, *, text: bool) -> ModelSpec:
-    """The model that a function makes, of its keywords; `dtype` is the recipe's unless the entry has one."""
+def _of_function(
+    entry: dict, described, folder, words: str, settings: dict, adapter: Any, attend: str, *, text: bool
+) -> ModelSpec:
+    """The model that a function makes, of its keywords and those of a recipe's `settings` that it has keywords for."""
     for function in protocol.functions(entry):
         if described:
             check_origin(function, "models", described / "config.json")
         trust(function)
     if attend:
         raise UserError(f"config.attend: {attend!r}; a model that a function makes decides itself what its tokens see.")
-    options = {"dtype": dtype, **entry} if "dtype" in inspect.signature(find(entry["name"], "models")).parameters else entry
-    model = resolve(options, "models")()
+    own = computing.keywords(entry["name"], find(entry["name"], "models"), settings)
+    model = resolve({**own, **entry}, "models")()
     protocol.check(model, f"config.model: {entry['name']}:")
     words = _tokenizer(words or described or getattr(model, "tokenizer", None)) if text else None
     spec = ModelSpec(model, words, dict(entry), folder)
     return dataclasses.replace(spec, adapter=adapted.chosen(adapter, carried(folder)), leaves=carried(folder, "leaves"))
-
-
-def _computable(dtype: str, device):
-    """The dtype to compute in: float32 where the device has no bfloat16 (GPUs before compute capability 8)."""
-    capability = getattr(device, "compute_capability", None)
-    if dtype == "bfloat16" and device.platform == "gpu" and capability and float(capability) < 8:
-        print(f"config.dtype: {device.device_kind} has no bfloat16; computing in float32 instead.", file=sys.stderr)
-        return DTYPES["float32"]
-    return DTYPES[dtype]
-
-
-def _kernel(name: str, device) -> str:
-    """The attention kernel that a recipe names, checked against the device that will compute."""
-    fast = KERNELS.get(device.platform, "xla")
-    if name not in (choices := ("auto", "xla", *KERNELS.values())):
-        raise UserError(f"config.attention: unknown {name!r}.{nearest(name, choices)}")
-    if name not in ("auto", "xla", fast):
-        raise UserError(f"config.attention: {name!r} does not run on {device.device_kind}; leave it at auto, or take xla.")
-    return fast if name == "auto" else name
 
 
 def _locate(where: str) -> tuple[epath.Path, epath.Path]:
@@ -176,7 +153,7 @@ def check(spec: ModelSpec) -> None:
         hf.check(spec.folder, spec.transformer.arch)
     if spec.folder is None:
         checks.check_memory(spec.transformer)
-    adapted.check_prompts(spec)
+    adapted.check(spec)
     for name in others(spec).values():
         check(_other(name))
 
@@ -278,10 +255,10 @@ def heads(spec: ModelSpec, mesh) -> Params:
 def _weights(spec: ModelSpec, mesh, seed: int) -> Params:
     """The folder's weights and all of its own leaves, or fresh weights without leaves."""
     shapes, key, leaves = abstract(spec.transformer, mesh), jax.random.PRNGKey(seed), carried(spec.folder, "leaves")
-    made = adapted.makers(spec, lambda adapter: abstract(spec.transformer, mesh, adapter, leaves)) if spec.adapter else {}
-    around = adapted.around(made, key)
+    makers = adapted.makers(spec, lambda adapter: abstract(spec.transformer, mesh, adapter, leaves)) if spec.adapter else {}
+    around = adapted.around(makers, key)
     if spec.folder is not None and not (spec.folder / "params").exists():
-        return adapted.beside(made, hf.load(spec.folder, spec.transformer.arch, shapes, then=around), key)
+        return adapted.beside(makers, hf.load(spec.folder, spec.transformer.arch, shapes, then=around), key)
     if spec.folder is None and hasattr(spec.transformer, "weights"):
         params = jax.device_put(spec.transformer.weights(mesh, seed), jax.tree.map(lambda x: x.sharding, shapes))
     elif spec.folder is None:
@@ -297,7 +274,7 @@ def _weights(spec: ModelSpec, mesh, seed: int) -> Params:
             return params
     flat = flatten_dict(params, sep="/")
     del params
-    return adapted.beside(made, unflatten_dict({path: around(path, flat.pop(path)) for path in list(flat)}, sep="/"), key)
+    return adapted.beside(makers, unflatten_dict({path: around(path, flat.pop(path)) for path in list(flat)}, sep="/"), key)
 
 
 def carried(folder, what: str = "adapter") -> Any:

@@ -20,8 +20,9 @@ from jaxpost.types import Batch, Output, Params
 class Model(Protocol):
     """What training, scoring and evaluation ask.
 
-    Two more are read where a model has them: `weights(mesh, seed) -> params`, in place of `init`, for weights that come from
-    files; and `tokenizer`, a folder, which counts where the recipe names none.
+    Three more are read where a model has them: `weights(mesh, seed) -> params`, in place of `init`, for weights that come from
+    files; `parts`, the names of the models that they are of, so that what is stored of this one is made again when one of them
+    changes; and `tokenizer`, a folder, which counts where the recipe names none.
     """
 
     @property
@@ -77,8 +78,10 @@ class Sampled(Model, Protocol):
 
 def functions(entry: Mapping) -> list:
     """The functions that a function-made model's entry names: its own, and those that composed.py's models take."""
-    changes = [x for x in dict(entry.get("patch", ())).values() if not isinstance(x, (int, float))]
-    return [entry, *changes, *([entry["mix"]] if "mix" in entry else [])]
+    patch = entry.get("patch", {})
+    changes = patch.values() if isinstance(patch, Mapping) else [one[-1] for one in patch if isinstance(one, (list, tuple))]
+    named = [*changes, entry.get("mix")]
+    return [entry, *(one for one in named if isinstance(one, (str, Mapping)) or callable(one))]
 
 
 def check(model: Any, place: str, kind: type = Model) -> None:

@@ -31,6 +31,7 @@ from jaxpost.errors import UserError
 # the keys: of the row, or of the cache.
 LAYER = {
     "resid_pre": "BSD",  # the residual stream before the layer
+    "attn_input": "BSD",  # what the projections of q, k and v read: the stream, normed where a norm stands before them
     "q": "BSNH",  # queries and keys as they meet, normed and rotated
     "k": "BSKH",
     "v": "BSKH",
@@ -38,6 +39,7 @@ LAYER = {
     "head_out": "BSNH",  # what each head reads, before the output projection
     "attn_out": "BSD",  # what attention adds to the stream
     "resid_mid": "BSD",  # the stream between attention and feed-forward
+    "mlp_input": "BSD",  # what the feed-forward reads
     "mlp_act": "BSF",  # act(gate) * up; a mixture of experts has none
     "mlp_out": "BSD",  # what the feed-forward adds to the stream
     "resid_post": "BSD",  # the stream after the layer
@@ -139,6 +141,23 @@ class Sites:
                 held = values[site]
                 result[name] = jnp.stack(list(held)) if layer is None else held[self.tapped[site].index(layer)]
         return result
+
+
+def checked(patch: Any) -> dict[str, Patch]:
+    """A patch as a dict. Raises UserError where it is none, or a change in it is no number, array or function."""
+    if not isinstance(patch, Mapping) or not all(isinstance(name, str) for name in patch):
+        raise UserError(f"patch: {str(patch)[:80]!r}; give {{site: number, array or function (value, batch) -> value}}.")
+    for name, change in patch.items():
+        if not (callable(change) or hasattr(change, "dtype") or _is_numeric(change)):
+            raise UserError(f"patch: {name}: {change!r} is no number, no array and no function (value, batch) -> value.")
+    return dict(patch)
+
+
+def _is_numeric(value: Any) -> bool:
+    try:
+        return np.asarray(value).dtype.kind in "biuf"
+    except ValueError:  # lists of several lengths
+        return False
 
 
 def parsed(name: str, layers: int, dense: bool = True) -> tuple[int | None, str]:

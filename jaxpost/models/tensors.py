@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -18,18 +17,19 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxpost.errors import UserError
 from jaxpost.models import hf, loading, safetensors_io
 from jaxpost.models.families import Architecture, tensor_names
-from jaxpost.models.layout import Part, Place, places
+from jaxpost.models.layout import Part, Place, in_files, places
 from jaxpost.storage import artefacts, checkpoint, cloud
 from jaxpost.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
 class Lazy:
-    """A tensor that is read when it is sliced along its first axis: x[first:last]."""
+    """A tensor that is read when it is sliced along its first axis: x[first:last]. remote: whether from another machine."""
 
     shape: tuple[int, ...]
     dtype: Any
     read: Callable[[slice], np.ndarray]
+    remote: bool = False
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         return self.read(rows)
@@ -38,9 +38,7 @@ class Lazy:
 def of_tree(params: Params, arch: Architecture) -> dict[str, np.ndarray]:
     """The tensors of a tree of parameters in memory; a leaf that the architecture does not have goes by its path."""
     flat, own = flatten_dict(params, sep="/"), tensor_names(arch)
-    where = places(arch, {path: np.shape(x) for path, x in flat.items() if path not in own})
-    arrays = {path: np.asarray(jax.device_get(x)) for path, x in flat.items()}
-    return {name: _joined(arrays.__getitem__, place.parts, slice(None)) for name, place in where.items()}
+    return dict(in_files(params, places(arch, {path: np.shape(x) for path, x in flat.items() if path not in own})))
 
 
 def to_tree(
@@ -90,8 +88,9 @@ def in_folder(where: str) -> dict[str, Lazy]:
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     if not files:
         raise UserError(f"{where}: no folder with a safetensors file.")
+    remote = cloud.is_remote(folder)
     slices = {name: x for file in files for name, x in safetensors_io.tensors(file).items()}
-    return {name: Lazy(tuple(x.get_shape()), hf.dtype_of(folder, name, x), x.__getitem__) for name, x in slices.items()}
+    return {name: Lazy(tuple(x.get_shape()), hf.dtype_of(folder, name, x), x.__getitem__, remote) for name, x in slices.items()}
 
 
 def _opened(folder: epath.Path, arch: Architecture) -> dict[str, Lazy]:
@@ -101,7 +100,7 @@ def _opened(folder: epath.Path, arch: Architecture) -> dict[str, Lazy]:
     for name, (shape, _) in places(arch).items():
         if (actual := tuple(slices[name].get_shape())) != shape:
             raise UserError(f"{folder}: {name} has shape {actual}, the config says {shape}.")
-        out[name] = Lazy(shape, hf.dtype_of(folder, name, slices[name]), slices[name].__getitem__)
+        out[name] = Lazy(shape, hf.dtype_of(folder, name, slices[name]), slices[name].__getitem__, cloud.is_remote(folder))
     return out
 
 

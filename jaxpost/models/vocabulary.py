@@ -40,7 +40,7 @@ def grown(
     by: what the new rows are. "mean" is the mean of the rows of all tokens. "merged" is the mean of the rows of the tokens that
     the text of a new token was before. Else they are given: an array [n,D], or {"embed": [n,D], "head": [n,D]}, or the name of
     a .npy or .npz file with these; a head that is not given has means. multiple: the vocabulary is rounded up to one, by rows
-    that are means and belong to no token. special: whether decoding for a reader leaves them out, as it does an end of turn.
+    that are means, of no token and never drawn (`suppressed`). special: whether decoding for a reader leaves the tokens out.
 
     Raises UserError for tokens that are there already, repeat or are empty, for given rows of another shape, for a text that
     the tokenizer cannot encode, and for weights inside an adapter.
@@ -72,6 +72,14 @@ def grown(
         make = functools.partial(_with_rows, old=old, ids=ids, vocab=vocab, pieces=pieces, given=rows.get(name))
         flat[f"{name}/weight"] = jax.jit(make, out_shardings=place)(weight)
     return model, unflatten_dict(flat, sep="/"), adapted, {**config, "vocab_size": vocab}
+
+
+def suppressed(before: Sequence[int], old: int, new: int, words: Any) -> tuple[int, ...]:
+    """The ids that no completion has, of a vocabulary that grew from `old` to `new`: those of before and the new rows, unless
+    the tokenizer has a token for them. `transformers` reads them as generation_config.json's suppress_tokens. A row that is a
+    mean, as its `resize_token_embeddings(pad_to_multiple_of=...)` makes them too, has a probability like others.
+    """
+    return tuple(sorted({*before, *range(old, new)} - set(words.get_vocab().values())))
 
 
 def _check_new(add: Sequence[str], words: Any, multiple: int) -> None:

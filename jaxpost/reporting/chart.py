@@ -7,9 +7,14 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 62, 12, 28
 _POINTS = 400  # the most points of a line, about one for each pixel of the chart's width
 
 
-def draw(lines, colours):
-    """An SVG line chart of {stage: [(step, value or None)]}; each line ends in a dot with its last value beside it."""
+def draw(lines, colours, bands=None):
+    """An SVG line chart of {stage: [(step, value or None)]}; each line ends in a dot with its last value beside it.
+
+    bands: {stage: [(step, low, high)]}, shaded behind the lines.
+    """
+    bands = bands or {}
     points = [(x, y) for line in lines.values() for x, y in line if y is not None]
+    points += [(x, y) for band in bands.values() for x, *ends in band for y in ends] if points else []
     if not points:
         return '<p class="note">never finite</p>'
     xs, ys = _ticks(*_range(x for x, _ in points)), _ticks(*_range(y for _, y in points))
@@ -30,6 +35,10 @@ def draw(lines, colours):
         parts.append(f'<text x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{label(tick)}</text>')
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
     ends = []
+    for stage, band in bands.items():
+        corners = [*((x, high) for x, _, high in band), *((x, low) for x, low, _ in reversed(band))]
+        outline = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in corners)
+        parts.append(f'<polygon points="{outline}" fill="{colours[stage]}" fill-opacity="0.15"/>')
     for stage, line in lines.items():
         parts.append(f'<path d="{_path(_thin(line), place)}" fill="none" stroke="{colours[stage]}" stroke-width="1.6"/>')
         last = next((x, y) for x, y in reversed(line) if y is not None)

@@ -27,15 +27,16 @@ from jaxpost.reporting.progress import Progress, model_flops, peak_flops
 class Log:
     """The figures of one stage.
 
-    plan: plan.Plan; names: the stages up to this one; meta: the checkpoint's num_tokens and seconds; step: the steps that are
-    done, to which the files are cut back; budgets: the training `seconds` and the `num_tokens` after which the stage ends.
+    plan: plan.Plan; names: the stages up to this one; meta: the checkpoint's num_tokens, seconds and spent, what the source's
+    batches took; step: the steps that are done, to which the files are cut back; budgets: the training `seconds` and the
+    `num_tokens` after which the stage ends.
     Every process has a Log; only the first writes.
     """
 
     def __init__(self, plan: Any, workdir: epath.Path, names: list[str], meta: dict, step: int, budgets: dict[str, float]):
         self.plan, self.workdir = plan, workdir
         self.num_tokens, self.seconds, self.budgets = meta["num_tokens"], meta["seconds"], budgets
-        self.drawn_tokens = self.num_tokens
+        self.drawn_tokens, self.spent = self.num_tokens, Counter(meta.get("spent", {}))
         self.writer = None
         if jax.process_index() == 0:
             # A new stage keeps no row, not even of step 0.
@@ -45,6 +46,16 @@ class Log:
         self.schedule = optim.schedule(plan.settings.optimizer, plan.steps)
         self.peak, self.pending, self.wait, self.mark = peak_flops(), None, 0.0, None
         self.since = Counter()  # seconds, steps and work since the last row that was written
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What a checkpoint records of the stage so far: num_tokens, seconds and spent. Call `flush` before."""
+        return {"num_tokens": self.num_tokens, "seconds": self.seconds, "spent": dict(self.spent)}
+
+    @property
+    def drawn(self) -> dict[str, Any]:
+        """The counts with the latest step's tokens, for the budgets of tokens."""
+        return {**self.counts, "num_tokens": self.drawn_tokens}
 
     def clock(self) -> None:
         """Starts timing a step, where no step came right before."""
@@ -59,7 +70,9 @@ class Log:
         """Takes a step's metrics without waiting for them, and settles the step before."""
         self.settle(keep_mark=True)
         self.pending = (at, batch, measured, self.wait)
-        if self.budgets["num_tokens"] < float("inf"):  # num_tokens is known only a step later
+        self.spent.update(self.plan.source.spent)
+        # num_tokens is known only a step later.
+        if self.plan.settings.tokens or self.budgets["num_tokens"] < float("inf"):
             # Several processes may share rows, so there the step's own count is needed, which waits for it.
             alone = jax.process_count() == 1
             self.drawn_tokens += int(np.sum(batch["segments"] > 0) if alone else measured["num_tokens"])

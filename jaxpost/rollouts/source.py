@@ -126,9 +126,11 @@ class Rollouts:
         self.samples: list[dict] = []
         self.table: Callable = lambda: []  # of a batch that was restored it is not known
         self.metrics: dict[str, float] = {}
+        self.spent: collections.Counter[str] = collections.Counter()
 
     def __call__(self, state) -> dict[str, np.ndarray]:
         """The next training batch's local rows."""
+        self.spent = collections.Counter()
         if self.batch is None or self.due == self.serves:
             while len(self.waiting) <= self.config.lag:
                 self.waiting.append(self._made(state))
@@ -206,6 +208,7 @@ class Rollouts:
             raise
         self.calls += 1
         completions, all_of_them = together([ended[i] for i in range(len(ended))], c.rows.new), np.ones(len(ended), bool)
+        self.spent["generated"] += int(completions.lengths.sum())
         judged = Pending(scorer, len(ended))
         return RolloutBatch(
             prompts, records, np.array(list(problems)), completions, judged, all_of_them, all_of_them, source=self
@@ -253,6 +256,7 @@ class Rollouts:
         if not self.config.rows.pairs:
             temperature = np.float32(self.config.sampling["temperature"])
             columns |= {"old_logps": where.spread(batch.completions.logps), "temperature": temperature}
+        self.spent["scored"] += len(self.annotators) * int(np.sum(where.columns["segments"] > 0))
         annotations = {}
         for annotator in self.annotators:
             annotations |= self._computed(functools.partial(annotator, self.state), columns)

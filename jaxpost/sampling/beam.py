@@ -24,7 +24,7 @@ from jaxpost.errors import UserError
 from jaxpost.models import prefix
 from jaxpost.models.heads import logits
 from jaxpost.models.protocol import Sampled
-from jaxpost.sampling.decode import placed, put, ready
+from jaxpost.sampling.decode import check_prompts, placed, put, ready
 from jaxpost.sampling.slots import Bank, prefill
 from jaxpost.types import Params
 
@@ -76,9 +76,7 @@ def search(
     """
     if beams < 1:
         raise UserError(f"beams: {beams}; a search has 1 at least.")
-    for prompt in prompts:
-        if not 0 < len(prompt) <= prompt_window:
-            raise UserError(f"a prompt has {len(prompt)} tokens; the prompt window takes 1 to {prompt_window}.")
+    check_prompts(prompts, prompt_window)
     count = len(prompts) + -len(prompts) % (mesh.shape["data"] * mesh.shape["fsdp"])
     tokens, lengths = np.zeros((count, prompt_window), np.int32), np.ones(count, np.int32)
     for i, prompt in enumerate(prompts):

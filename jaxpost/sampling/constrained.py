@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpost import tokenizer
-from jaxpost.errors import UserError
+from jaxpost.errors import UserError, first_line
 from jaxpost.sampling.processors import About
+
+Texts = str | Sequence[str | Sequence[int]]  # a file with a text a line, or texts or sequences of ids
 
 # ----------------------------------------------------------------------------------------------------------------- Trie
 
@@ -122,7 +124,7 @@ def table_of(sequences: Sequence[Sequence[int]], stop: Sequence[int]) -> Trie:
     )
 
 
-def _trie_table(about: About, *, texts: str | Sequence) -> dict[str, Trie]:
+def _trie_table(about: About, *, texts: Texts) -> dict[str, Trie]:
     """texts: a file with a text a line, or a list of texts or of sequences of ids. Raises UserError for one that is empty, that
     holds a token that ends completions, or that `new` leaves no room for.
     """
@@ -251,7 +253,7 @@ def index_of(documents: Sequence[Sequence[int]], stop: Sequence[int]) -> Index:
     return Index(words, ones, zeros, shift.astype(np.int32), np.int32(size), np.array(stop, np.int32))
 
 
-def _corpus_index(about: About, *, texts: str | Sequence) -> dict[str, Index]:
+def _corpus_index(about: About, *, texts: Texts) -> dict[str, Index]:
     """texts: a file with a document a line, or a list of texts or of sequences of ids. Raises UserError as `index_of` does."""
     return {"index": index_of([ids for ids, _ in _encoded(texts, about, "constrained.substring")], about.stop)}
 
@@ -269,7 +271,7 @@ substring.prepare, substring.admits = _corpus_index, _occurs
 # ---------------------------------------------------------------------------------------------------------- What both read
 
 
-def _encoded(texts: str | Sequence, about: About, place: str) -> list[tuple[list[int], Any]]:
+def _encoded(texts: Texts, about: About, place: str) -> list[tuple[list[int], Any]]:
     """(ids, the text) of each text. Raises UserError for no texts, and for one that cannot be a completion."""
     if not about.stop:
         raise UserError(f"processors: {place}: nothing ends a completion; name the ids that do (stop).")
@@ -299,7 +301,10 @@ def _ended(stop: jax.Array, tokens: jax.Array, counts: jax.Array) -> jax.Array:
 def _lines(name: str, place: str) -> list[str]:
     if not Path(name).is_file():
         raise UserError(f"processors: {place}: no file {name}; give one with a text a line, or a list of texts.")
-    return [line for line in Path(name).read_text(encoding="utf-8").splitlines() if line]
+    try:
+        return [line for line in Path(name).read_text(encoding="utf-8").splitlines() if line]
+    except (OSError, ValueError) as error:
+        raise UserError(f"processors: {place}: {name} cannot be read as UTF-8 ({first_line(error)}).") from error
 
 
 def _power(count: int) -> int:

@@ -131,6 +131,13 @@ def put(x: np.ndarray, mesh) -> jax.Array:
     return sharding.distribute({"x": x[slice(*sharding.local_rows(mesh, len(x)))]}, mesh, len(x))["x"]
 
 
+def check_prompts(prompts: Sequence[np.ndarray], window: int) -> None:
+    """Raises UserError for a prompt that is empty or longer than the window."""
+    for prompt in prompts:
+        if not 0 < len(prompt) <= window:
+            raise UserError(f"a prompt has {len(prompt)} tokens; the prompt window takes 1 to {window}. Set prompt_window.")
+
+
 def spread(prompts: int, group: int, ways: int) -> tuple[int, int]:
     """(prompts in a device's bank, completions in its queue), where `ways` devices share the completions of so many prompts."""
     share = -(-prompts * group // ways)
@@ -144,9 +151,7 @@ def _laid_out(
     """The prompts and the queue as columns, each device's part after the other's; [J]: the completion of each place of the
     queue, -1 for none. Devices get as many completions each; a prompt of which several have some is in the bank of each.
     """
-    for prompt in prompts:
-        if not 0 < len(prompt) <= window:
-            raise UserError(f"a prompt has {len(prompt)} tokens; the prompt window takes 1 to {window}. Set prompt_window.")
+    check_prompts(prompts, window)
     count = len(prompts) * group
     held, share = spread(len(prompts), group, ways)
     tokens, lengths = np.zeros((ways, held, window), np.int32), np.ones((ways, held), np.int32)

@@ -6,10 +6,10 @@ A processor is named in `rollouts.processors` and runs first, on the model's log
 the temperature and the three usual restrictions, whose amounts are arrays, so that changing one compiles nothing. Each row is
 by itself: its logits and context alone may matter.
 
-Keywords that are arrays are arguments of the compiled program, and all others are constants in it. A processor that reads
-tables has an attribute `prepare`, a function (about, *, keywords) -> {keyword: arrays} that makes them once: a recipe then
-gives the keywords of `prepare`. One that cannot go on after every completion has an attribute `admits`, a function (tokens
-[R,N], counts [R], *, arrays) -> [R] bool, which says whether it can after these tokens.
+Keywords that are arrays are arguments of the compiled program, and all others are constants in it. A processor that checks
+its keywords, or reads tables, has an attribute `prepare`, a function (about, *, keywords) -> the processor's keywords, called
+once: a recipe then gives the keywords of `prepare`. One that cannot go on after every completion has an attribute `admits`, a
+function (tokens [R,N], counts [R], *, arrays) -> [R] bool, which says whether it can after these tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpost.config.naming import digest_of
 from jaxpost.config.resolve import bind, entries, find, resolve, within
 from jaxpost.errors import UserError
+from jaxpost.tokenizer import check_ids
 
 
 class About(NamedTuple):
@@ -72,9 +74,15 @@ def chain(value: Any, about: About, place: str) -> tuple[Processor, ...]:
     """The processors that a setting names, with their tables: a list of entries, one entry, names with commas, or JSON; from
     Python functions too.
 
-    place: the setting, for errors. Raises UserError for an unknown name or keyword, and for what a `prepare` refuses.
+    place: the setting, for errors. Raises UserError for what names no processors, for an unknown name or keyword, and for what
+    a `prepare` refuses.
     """
-    return tuple(_processor(entry, about) for entry in ([value] if callable(value) else entries(value, place)))
+    return tuple(_processor(entry, about) for entry in entries(value, place))
+
+
+def identity(chain: Sequence[Processor]) -> dict[str, str]:
+    """What an artefact records of processors: a digest of their sources, keywords and tables; nothing for none."""
+    return {"processors": digest_of([[p.function, p.constants, p.arrays] for p in chain])} if chain else {}
 
 
 def _processor(entry: Any, about: About) -> Processor:
@@ -113,6 +121,11 @@ def check_given(given: Sequence[np.ndarray], processors: Sequence[Processor]) ->
             )
 
 
+def without(ids: Sequence[int]) -> tuple[Processor, ...]:
+    """The processors that ids which are never drawn need: none for none."""
+    return (Processor(banned, {"tokens": tuple(ids)}),) if ids else ()
+
+
 def banned(logits: jax.Array, context: Mapping[str, jax.Array], *, tokens: Sequence[int] = ()) -> jax.Array:
     """Logits [R,V] with -inf for these ids, which are never drawn; without ids nothing changes."""
     return logits.at[:, _ids(tokens)].set(-jnp.inf)
@@ -128,6 +141,28 @@ def at_least(logits: jax.Array, context: Mapping[str, jax.Array], *, count: int 
 
 def _ids(tokens: Sequence[int]) -> jax.Array:
     return jnp.asarray(tuple(tokens), jnp.int32)
+
+
+def _banned(about: About, *, tokens: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Raises UserError for ids that the model does not have, and for none."""
+    return {"tokens": _checked("banned: tokens", tokens, about)}
+
+
+def _at_least(about: About, *, count: int, ends: Sequence[int]) -> dict[str, Any]:
+    """Raises UserError for ids that the model does not have, for none, and for a count that a completion has no room for."""
+    if not 0 <= count < about.new:
+        raise UserError(f"processors: at_least: count={count}, and a completion has {about.new} tokens at most; give fewer.")
+    return {"count": count, "ends": _checked("at_least: ends", ends, about)}
+
+
+def _checked(place: str, ids: Sequence[int], about: About) -> tuple[int, ...]:
+    if not len(ids):
+        raise UserError(f"processors: {place}: has no ids; give one at least, or leave the processor out.")
+    check_ids(np.array(ids), about.vocab, about.tokenizer, f"processors: {place}")
+    return tuple(int(i) for i in ids)
+
+
+banned.prepare, at_least.prepare = _banned, _at_least
 
 
 def controls(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> dict[str, jax.Array]:

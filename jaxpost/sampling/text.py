@@ -18,7 +18,7 @@ from jaxpost.models import prefix
 from jaxpost.models.protocol import Sampled
 from jaxpost.sampling.beam import Completed, search
 from jaxpost.sampling.decode import Completions, complete
-from jaxpost.sampling.processors import About, chain
+from jaxpost.sampling.processors import About, chain, without
 from jaxpost.types import Params
 
 DEFAULT_NEW = 200
@@ -40,8 +40,9 @@ def completed(
     seed: int = 0,
     n: int = 1,
     ends: Sequence[int] = (),
+    suppressed: Sequence[int] = (),
     processors: Any = (),
-    beams: int = 0,
+    beams: int | None = None,
     length_penalty: float = 1.0,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(ids of the prompt, ids of its completion without the special token that ended it): `n` of each prompt, side by side.
@@ -49,10 +50,11 @@ def completed(
     text: the tokenizer. prompts: strings, conversations (lists of role and content), or ids. chat: a string is a user's
     message, not text to continue. new: the most tokens a completion may have; None is 200, or as many as the model's positions
     leave room for. temperature: 0 takes the likeliest token. ends: ids that stop a completion besides the tokenizer's and the
-    template's. template: for `chat`, a name or Jinja; None is the tokenizer's own. processors: as `rollouts.processors` names
-    them, or functions. beams: the width of a beam search, which gives the `n` best completions, the best first; 0 samples.
-    length_penalty: see beam.py. The same seed, prompts and n give the same ids. Raises UserError for no or empty prompts,
-    where prompt and `new` exceed the model's positions, and for settings of both a search and a sample.
+    template's; suppressed: ids that none has. template: for `chat`, a name or Jinja; None is the tokenizer's own. processors:
+    as `rollouts.processors` names them, or functions. beams: the width of a beam search, which gives the `n` best completions,
+    the best first; None samples. length_penalty: see beam.py. The same seed, prompts and n give the same ids. Raises UserError
+    for no or empty prompts, where prompt and `new` exceed the model's positions, for numbers that cannot be, and for settings
+    of both a search and a sample.
     """
     _check_search(beams, length_penalty, temperature, n)
     ids = _checked([encoded(text, p, chat, template) for p in prompts], model.vocab, text)
@@ -66,16 +68,21 @@ def completed(
     stop = stop_ids(text, template, ends)
     about = About(text, tuple(stop), model.vocab, new)
     options = {"mesh": mesh, "prompt_window": min(longest + -longest % _BUCKET, room - new), "new": new, "stop": stop}
-    options["chain"] = chain(processors, about, "processors")
-    if beams:
+    options["chain"] = without(suppressed) + chain(processors, about, "processors")
+    if beams is not None:
         completions = _best(search(model, params, ids, beams=beams, length_penalty=length_penalty, **options), n)
     else:
         completions = complete(model, params, ids, group=n, temperature=temperature, seed=seed, **options)
     return [(ids[i // n], row) for i, row in enumerate(_shown(completions, text))]
 
 
-def _check_search(beams: int, length_penalty: float, temperature: float, n: int) -> None:
-    """Raises UserError for settings of both a search and a sample."""
+def _check_search(beams: int | None, length_penalty: float, temperature: float, n: int) -> None:
+    """Raises UserError for numbers that cannot be, and for settings of both a search and a sample."""
+    if n < 1 or temperature < 0 or (beams is not None and beams < 1):
+        raise UserError(
+            f"n={n}, temperature={temperature}, beams={beams}: give n and beams of at least 1 (without beams completions are "
+            "drawn), and no temperature below 0."
+        )
     if beams and (temperature or n > beams):
         raise UserError(
             f"beams={beams} with temperature={temperature} and n={n}: a search draws nothing and gives `beams` at most."

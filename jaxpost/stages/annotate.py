@@ -49,7 +49,8 @@ def make(plan: Annotation, run: Run) -> Output:
     data = train.without_annotations(plan.name, plan.settings, run) if plan.data.source is None else plan.data
     folders = columns_of(plan._replace(data=data), run, run.root / "columns")
     rows = [record.row for one in data.sets for record in one.records]
-    return Output(columns=",".join(folders), of=mixture.digest_of_rows(rows))
+    spent = {"scored": sum(int(one.encoded.lengths.sum()) for one in data.sets)}
+    return Output(columns=",".join(folders), of=mixture.digest_of_rows(rows), spent=spent)
 
 
 def columns_of(plan: Annotation, run: Run, out) -> list[str]:

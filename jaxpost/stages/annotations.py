@@ -365,7 +365,7 @@ def evaluation(plan) -> Callable:
     are computed first.
     """
     forward = plan.spec.transformer.forward
-    evaluate = make_evaluation(forward, plan.objective)
+    evaluate = make_evaluation(forward, plan.objective, microbatches=plan.settings.microbatches)
     annotators = [one.program(forward) for one in plan.annotations if one.weights == "current"]
 
     def annotated(params, batch: Batch, key):

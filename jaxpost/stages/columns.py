@@ -31,9 +31,10 @@ from jaxpost.config.resolve import resolve, within
 from jaxpost.data import source
 from jaxpost.declare import declared
 from jaxpost.errors import UserError
-from jaxpost.models import adapted, loading
+from jaxpost.models import loading
+from jaxpost.models.identity import identity
 from jaxpost.stages import datasets
-from jaxpost.storage import artefacts, cloud, fingerprint
+from jaxpost.storage import artefacts, cloud
 from jaxpost.storage.artefacts import Artefact
 from jaxpost.types import Params
 
@@ -41,12 +42,6 @@ from jaxpost.types import Params
 LENGTHS, DOCUMENTS = "document_lengths", "documents"
 # A part is written after so many seconds, or bytes: what a kill costs.
 SECONDS, BYTES = 20.0, 2**26
-
-
-def identity(spec: loading.ModelSpec, seed: int) -> dict[str, Any]:
-    """What tells a stage's first weights from any others: a digest of their files, or what fresh ones are drawn from."""
-    files = {"seed": seed} if spec.folder is None else {"files": fingerprint.digest(spec.folder)}
-    return {"files": "", "config": dict(spec.config), **files, "adapter": adapted.recorded(spec.adapter)}
 
 
 def entry(annotator: Mapping | Callable | str) -> dict:

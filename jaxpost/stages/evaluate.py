@@ -18,11 +18,13 @@ import jax
 
 from jaxpost import sharding
 from jaxpost.config.naming import digest_of
+from jaxpost.config.resolve import entries
 from jaxpost.errors import UserError
 from jaxpost.models import loading
+from jaxpost.models.identity import identity
 from jaxpost.recipe import plain
 from jaxpost.reporting import writers
-from jaxpost.stages import columns, datasets
+from jaxpost.stages import datasets
 from jaxpost.stages.evaluation import Eval, configured, model_of, run_evals
 from jaxpost.stages.run import Output, Run
 from jaxpost.storage.artefacts import Artefact
@@ -56,7 +58,7 @@ def output(plan: Evaluate) -> Output:
 def make(plan: Evaluate, run: Run) -> Output:
     """Runs the evals on the model, unless that was done before, and writes the figures to the log."""
     s, origin = plan.settings, run.starting(plan.spec, plan.settings)
-    about = {"weights": columns.identity(origin, s.seed), "evals": {each.name: each.digest for each in plan.evals}}
+    about = {"weights": identity(origin, s.seed), "evals": {each.name: each.digest for each in plan.evals}}
     about |= {"files": files(plain(s.evals)), "tokenizer": digest_of(plan.spec.tokenizer.backend_tokenizer.to_str())}
     artefact = Artefact(run.root, "figures", about)
     _, done = artefact.resume()
@@ -84,6 +86,8 @@ def files(value: Any) -> dict[str, str]:
         value = [*value.keys(), *value.values()]
     if isinstance(value, (list, tuple)):
         return {name: digest for each in value for name, digest in files(each).items()}
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        return files(entries(value, "config.evals"))
     parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else []
     names = {name for part in parts for name in (part, part.rpartition("=")[0], part.rpartition(":")[0]) if name}
     return {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in sorted(names) if os.path.isfile(name)}

@@ -147,7 +147,7 @@ def _eval_of(figure: str) -> str:
 
 def model_of(spec: loading.ModelSpec, params, mesh) -> api.Model:
     """The model that evals are called with; it may have no weights (None)."""
-    return api.Model(spec.transformer, params, spec.tokenizer, spec.config, mesh, spec.ends)
+    return api.Model(spec.transformer, params, spec.tokenizer, spec.config, mesh, spec.ends, spec.suppressed)
 
 
 class Evaluation:

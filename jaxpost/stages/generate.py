@@ -28,11 +28,13 @@ from jaxpost.data import mixture, row_types
 from jaxpost.data.row_types import RowType
 from jaxpost.errors import UserError
 from jaxpost.models import loading
+from jaxpost.models.identity import identity
 from jaxpost.models.transformer import Transformer
 from jaxpost.recipe import plain
 from jaxpost.rollouts.scoring import judged
+from jaxpost.sampling import processors
 from jaxpost.sampling.decode import Completions, answers, in_chunks
-from jaxpost.stages import columns, datasets, synthesis, tasks
+from jaxpost.stages import datasets, synthesis, tasks
 from jaxpost.stages.rollouts import sampling
 from jaxpost.stages.run import Output, Run, check_room
 from jaxpost.storage.artefacts import Artefact
@@ -131,21 +133,20 @@ def make(plan: Plan | synthesis.Synthesis, run: Run) -> Output:
     origin = run.starting(plan.spec, plan.settings)
     s = plan.settings
     about = {
-        "weights": columns.identity(origin, s.seed),
+        "weights": identity(origin, s.seed),
         "rows": [s.rows, plan.samples.row_type.digest],
         "step": plan.samples.step,
     }
     words = plan.spec.tokenizer.backend_tokenizer.to_str()
     about |= {"template": datasets.template(origin, s), "problems": plan.problems(), "tokenizer": digest_of(words)}
     about |= {"judge": digest_of([reward for reward, _ in plan.samples.rewards.values()])}
-    about |= {k: plain(s[k]) for k in _DECIDING}
-    if tables := jax.tree.leaves(plan.samples.options["chain"]):
-        about |= {"tables": digest_of(tables)}
+    about |= {k: plain(s[k]) for k in _DECIDING} | processors.identity(plan.samples.options["chain"])
     artefact = Artefact(run.root, "rows", about)
     weights = functools.partial(loading.weights, origin, run.mesh, s.seed)
     with run.stop.saving(f"{plan.name}, while it drew completions"):
         progress = draw(plan.samples, artefact, weights, run.mesh, lambda: run.stop.asked)
-    return Output(rows=str(artefact.folder / "part-*.jsonl"), seconds=progress["seconds"])
+    spent = {"generated": progress["tokens"]}
+    return Output(rows=str(artefact.folder / "part-*.jsonl"), seconds=progress["seconds"], spent=spent)
 
 
 def draw(
@@ -156,7 +157,7 @@ def draw(
 
     All processes call it. Raises UserError where all completions together give no row.
     """
-    progress, done = artefact.resume(prompts=0, rows=0, seconds=0.0)
+    progress, done = artefact.resume(prompts=0, rows=0, tokens=0, seconds=0.0)
     if not done:
         progress = _draw(samples, artefact, progress, params(), mesh, stopped)
     if progress["prompts"] < samples.count:
@@ -187,15 +188,16 @@ def _draw(samples: Samples, artefact: Artefact, progress: dict, params: Params, 
     noise = {"seed": samples.seed, "step": samples.step, "number": first * samples.group, "group": samples.group}
     options = {"rows": at_once, "tokenizer": samples.tokenizer, **noise, **samples.options}
     chunks = in_chunks(samples.model, params, prompts(), mesh=mesh, **options)
-    pending, mark, total = [], time.monotonic(), -(-(samples.count - first) // at_once)
+    pending, tokens, mark, total = [], progress["tokens"], time.monotonic(), -(-(samples.count - first) // at_once)
     for where, completions in tqdm.tqdm(chunks, desc="sampling", unit="batch", disable=None, total=total):
         at = first + where.stop
         ends = at == samples.count or stopped()
         if jax.process_index() == 0:
             pending += _rows(samples, records[where], completions)
+            tokens += int(completions.lengths.sum())
             if ends or time.monotonic() - mark >= SECONDS:
                 count, seconds = progress["rows"] + len(pending), progress["seconds"] + time.monotonic() - mark
-                progress = {"prompts": at, "rows": count, "seconds": seconds}
+                progress = {"prompts": at, "rows": count, "tokens": tokens, "seconds": seconds}
                 lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in pending)
                 artefact.add(".jsonl" if lines else ".none", lines.encode(), **progress)
                 pending, mark = [], time.monotonic()

@@ -24,8 +24,8 @@ from jaxpost.config.resolve import known, resolve
 from jaxpost.errors import UserError
 from jaxpost.merging import tensorwise
 from jaxpost.models import layout, loading, tensors
+from jaxpost.models.identity import identity
 from jaxpost.recipe import plain
-from jaxpost.stages import columns
 from jaxpost.stages.run import Output, Run, described
 from jaxpost.storage import checkpoint
 from jaxpost.types import TrainState
@@ -46,6 +46,10 @@ def planned(name: str, s, run: Run) -> Merge:
     """
     if not s.of:
         raise UserError(f"config.{name}.of: name the models to merge, as ('@sft', '@dpo').")
+    if wrong := [model for model in s.of if not isinstance(model, str)]:
+        raise UserError(
+            f"config.{name}.of: {wrong[0]!r} is no name; merge folders, workdirs, names on the hub, '@NAME' or 'recipe:PATH'."
+        )
     spec = described(s, run.mesh)
     function = resolve(entry(plain(s["with"])), "merging")
     earlier = {f"@{stage}": output.spec for stage, output in run.outputs.items()}
@@ -60,7 +64,7 @@ def planned(name: str, s, run: Run) -> Merge:
 
 def entry(what: Mapping | Callable | str) -> dict:
     """A merge's entry as a dict; a name without its file is completed, as "ties" is sparse.ties."""
-    what = named({"with": what, "do": "merge"}, ())["with"]
+    what = named({"with": what, "do": "merge"}, ("with",))["with"]
     what = {"name": what} if isinstance(what, str) else dict(what)
     whole = [full for full in known("merging") if full.endswith(f".{what.get('name')}")]
     return {**what, "name": whole[0]} if len(whole) == 1 else what
@@ -145,7 +149,7 @@ def make(plan: Merge, run: Run) -> Output:
     """Merges the weights, unless that was done before from the same ones."""
     s, folder = plan.settings, run.workdir / "checkpoints" / plan.name
     models = [run.models(s)(model) for model in s.of]
-    origin = json.loads(json.dumps([columns.identity(model, s.seed) for model in models] + [digest_of(plan.function)]))
+    origin = json.loads(json.dumps([identity(model, s.seed) for model in models] + [digest_of(plan.function)]))
     saved = checkpoint.Checkpoints(folder, keep=1)
     try:
         if saved.latest() is not None and saved.meta(saved.latest()).get("merged") == origin:

@@ -28,6 +28,8 @@ def sampling(model, s) -> dict:
     options = {k: r[k] for k in ("prompt_window", "new", "temperature", "top_k", "top_p", "min_p", "slots")}
     about = processors.About(model.tokenizer, tuple(stop), model.transformer.vocab, r.new)
     chain = processors.chain(plain(r.processors), about, "config.rollouts.processors")
+    if s.do == "generate":  # a policy gradient's completions are drawn from the model as it is
+        chain = processors.without(model.suppressed) + chain
     return {**options, "turns": r.segment, "stop": stop, "strings": strings, "chain": chain}
 
 

@@ -17,8 +17,9 @@ from jaxpost.storage import checkpoint
 class Output(NamedTuple):
     """What a stage hands on to later ones: its rows (a pattern of files), the folders of its columns with commas between, its
     figures, the ModelSpec of its weights, the seconds that it took and the tokens that it trained on; of columns, a digest of
-    the rows that they are `of`. Until the stage has run `pending` is true, `trial` has rows such as it will give, and `shapes`
-    the columns that it will make of a batch.
+    the rows that they are `of`; `spent`, the tokens "learned" from, "generated" and "scored" by a model, and optimizer "steps".
+    Until the stage has run `pending` is true, `trial` has rows such as it will give, and `shapes` the columns that it will make
+    of a batch.
     """
 
     rows: str = ""
@@ -27,6 +28,7 @@ class Output(NamedTuple):
     spec: Any = None
     seconds: float = 0.0
     tokens: int = 0
+    spent: Mapping[str, int] = {}
     pending: bool = False
     trial: tuple[dict, ...] = ()
     of: str = ""

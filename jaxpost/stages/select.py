@@ -43,7 +43,7 @@ def planned(name: str, s, run: Run) -> Selection:
     if not isinstance(s.annotations, str):
         raise UserError(f"config.{name}.annotations: name stages that annotate, as '@NAME', or folders of columns.")
     function = resolve(plain(s["with"]), "transforms")
-    apply.digests_of_files(function)  # a file that is not there is named now
+    apply.check(function)
     pending = run.pending(s.data)
     rows = None if pending else _rows(s, run)
     trial = [row for output in pending for row in output.trial] if pending else rows[:8]

@@ -33,9 +33,10 @@ from jaxpost.data import chat, mixture
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError, first_line
 from jaxpost.models import loading
+from jaxpost.models.identity import identity
 from jaxpost.recipe import DEFAULTS, plain
-from jaxpost.sampling import decode
-from jaxpost.stages import columns, datasets, tasks
+from jaxpost.sampling import decode, processors
+from jaxpost.stages import datasets, tasks
 from jaxpost.stages.rollouts import sampling
 from jaxpost.stages.run import Output, Run, check_room
 from jaxpost.storage.artefacts import Artefact, key
@@ -44,7 +45,7 @@ from jaxpost.synthesis import endpoint as servers
 from jaxpost.synthesis.endpoint import Answer, Request
 from jaxpost.synthesis.ledger import START, Draw, Ledger
 from jaxpost.synthesis.pool import Pool
-from jaxpost.tokenizer import encode
+from jaxpost.tokenizer import encodes, some_text
 
 LOOK = 256  # records whose prompts are tried before anything is asked
 _SAMPLED = ("group", "new", "temperature", "top_p", "stop")
@@ -108,7 +109,8 @@ def make(plan: Synthesis, run: Run) -> Output:
     complete = functools.partial(_by_endpoint, plan, run.root / "answers") if plan.endpoint else _Sampler(plan, run)
     with run.stop.saving(f"{plan.name}, while it generated"):
         progress = produce(plan, artefact, complete, lambda: run.stop.asked)
-    return Output(rows=str(artefact.folder / "part-*.jsonl"), seconds=progress["seconds"])
+    spent = {"generated": progress["tokens"]}
+    return Output(rows=str(artefact.folder / "part-*.jsonl"), seconds=progress["seconds"], spent=spent)
 
 
 def _functions(name: str, s) -> calls.Functions:
@@ -153,10 +155,12 @@ def _prompts(plan: Synthesis, records: Sequence[Record]) -> list[list[dict]]:
 
 
 def _trial(plan: Synthesis, records: Sequence[Record], prompts: Sequence[list[dict]]) -> tuple[dict, ...]:
-    """Rows such as the parser gives, of its example; none where it has no example that the tokenizer has tokens for."""
+    """Rows such as the parser gives, of its example; none where it has no example. Where the tokenizer lacks tokens for the
+    example, a text that it knows stands in the rows instead.
+    """
     parser = plan.functions.parser
     example = "1" if parser is None else getattr(getattr(parser, "func", parser), "example", None)
-    if example is None or not prompts or not (plan.spec is None or _has_tokens(plan.spec.tokenizer, example)):
+    if example is None or not prompts:
         return ()
     try:
         rows = calls.parsed(parser, example, records[0].row, prompts[0])
@@ -164,14 +168,18 @@ def _trial(plan: Synthesis, records: Sequence[Record], prompts: Sequence[list[di
         raise
     except Exception as error:  # of somebody's function
         raise UserError(f"config.parser: it fails on its example with {type(error).__name__}: {first_line(error)}") from error
-    return () if isinstance(rows, str) else tuple(rows)
+    if isinstance(rows, str):
+        return ()
+    return tuple(rows if plan.spec is None else (_spelled(row, plan.spec.tokenizer) for row in rows))
 
 
-def _has_tokens(tokenizer: Any, text: str) -> bool:
-    try:
-        return bool(encode(tokenizer, text))
-    except UserError:
-        return False
+def _spelled(value: Any, tokenizer: Any) -> Any:
+    """A row, or a value in it, with a text that the tokenizer knows in place of each that it has no tokens for."""
+    if isinstance(value, dict):
+        return {key: x if key == "role" else _spelled(x, tokenizer) for key, x in value.items()}
+    if isinstance(value, list):
+        return [_spelled(x, tokenizer) for x in value]
+    return some_text(tokenizer) if isinstance(value, str) and not encodes(tokenizer, value) else value
 
 
 def _about(plan: Synthesis, run: Run) -> dict:
@@ -189,9 +197,10 @@ def _about(plan: Synthesis, run: Run) -> dict:
         server = {"model": plan.endpoint.model, "options": plan.endpoint.options}
         return about | server | {"rollouts": {name: plain(s.rollouts[name]) for name in _SAMPLED}}
     origin = run.starting(plan.spec, s)
-    about |= {"weights": columns.identity(origin, s.seed), "template": datasets.template(origin, s), "dtype": s.dtype}
+    about |= {"weights": identity(origin, s.seed), "template": datasets.template(origin, s), "dtype": s.dtype}
     about |= {"tokenizer": digest_of(plan.spec.tokenizer.backend_tokenizer.to_str()), "step": _step(plan.name)}
-    return about | {"rollouts": {name: plain(s.rollouts[name]) for name in _DRAWN}}
+    about |= {"rollouts": {name: plain(s.rollouts[name]) for name in _DRAWN}}
+    return about | processors.identity(sampling(plan.spec, s)["chain"])
 
 
 def _step(name: str) -> int:

@@ -18,6 +18,7 @@ from jaxpost.errors import UserError
 from jaxpost.recipe import plain
 from jaxpost.rewards import trl
 from jaxpost.rollouts.scoring import Scorer, check_record
+from jaxpost.sampling import processors
 from jaxpost.stages import datasets
 from jaxpost.tokenizer import check_ids
 
@@ -87,6 +88,7 @@ def problems(found, judges: Rewards, model, s) -> dict:
     """
     options = {"prompt_window": s.rollouts.prompt_window, "new": s.rollouts.new, "template": datasets.template(model, s)}
     options["stop"], options["strings"] = stops(model, s, options["template"])
+    options["chain"] = processors.without(model.suppressed)
     records, every = [], found.test_records(s.eval_per_cell)
     if s.bad_rows != "skip":
         _check_records(found, judges)
@@ -111,8 +113,8 @@ def problems(found, judges: Rewards, model, s) -> dict:
             f"{s.rollouts.prompt_window} tokens and an answer to judge by; make that longer, or mend the answers."
         )
     if len(records) < len(every) and jax.process_index() == 0:
-        told = f"{len(every) - len(records)} of {len(every)} test problems are too long, or have no answer to judge by"
-        print(f"task {s.task['name']}: {told}", file=sys.stderr)
+        why = f"{len(every) - len(records)} of {len(every)} test problems are too long, or have no answer to judge by"
+        print(f"task {s.task['name']}: {why}", file=sys.stderr)
     how = {"rows": s.eval_rows, "options": options, "judging": judging(s)}
     return {"records": records, "rewards": judges, **how} if records else {}
 

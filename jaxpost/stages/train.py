@@ -8,12 +8,14 @@ import contextlib
 import dataclasses
 import itertools
 import sys
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 from jaxpost import optim, sharding
 from jaxpost.config import links
+from jaxpost.config.unread import shares
 from jaxpost.data import chat
 from jaxpost.errors import UserError
 from jaxpost.models import adapted, loading
@@ -91,7 +93,7 @@ def _steps(plan: Plan, run: Run, saved: checkpoint.Checkpoints) -> tuple[Output,
     s, mesh, stop, names = plan.settings, run.mesh, run.stop, [*run.outputs]
     latest, meta = _left(saved)
     _check_data(plan, meta, saved)
-    if meta["done"] and (s.time_of or s.tokens_of or latest >= plan.steps):
+    if meta["done"] and (s.time_of or s.tokens_of or s.tokens or latest >= plan.steps):
         return _finished(plan, latest, meta), None
 
     # Set up: the state, where it was left or where it starts, and the step; the files taken back to there.
@@ -109,8 +111,8 @@ def _steps(plan: Plan, run: Run, saved: checkpoint.Checkpoints) -> tuple[Output,
 
     def save(done: bool) -> None:
         log.flush()
-        counted = {"num_tokens": log.num_tokens, "seconds": log.seconds, "done": done, "results": results}
-        counted |= {"position": plan.source.keep(at, saved.steps()), "data": plan.data}
+        counted = log.counts | {"done": done, "results": results, "data": plan.data}
+        counted["position"] = plan.source.keep(at, saved.steps())
         saved.save(state, counted | kept, results if judged == at else None)
 
     # Loop: a batch, a step, and now and then a look at where we are.
@@ -124,7 +126,7 @@ def _steps(plan: Plan, run: Run, saved: checkpoint.Checkpoints) -> tuple[Output,
             log.waited()
             state, measured = step(state, sharding.distribute(batch, mesh, s.batch_size))
         log.step(at, batch, {**measured, **plan.source.metrics})
-        done = at == plan.steps or log.used_up()
+        done = at == plan.steps or log.used_up() or 0 < s.tokens <= sum(spent(plan, log.drawn).values())
         if done or (s.eval_every and at % s.eval_every == 0):
             results, judged = evaluated(state, log, at), at
         asked = stop.asked or (jax.process_count() > 1 and saved.reached_preemption(at))
@@ -134,14 +136,30 @@ def _steps(plan: Plan, run: Run, saved: checkpoint.Checkpoints) -> tuple[Output,
             break
     profile.close(state)
     log.close()
-    return Output(figures=results, seconds=log.seconds, tokens=log.num_tokens), None if done else at
+    return _output(plan, at, log.counts, results), None if done else at
 
 
 def _finished(plan: Plan, step: int, meta: dict) -> Output:
     """What a stage hands on that was at its end already."""
     if jax.process_index() == 0:
         print(f"{plan.name}: finished before, at step {step}.", file=sys.stderr)
-    return Output(figures=meta["results"], seconds=meta["seconds"], tokens=meta["num_tokens"])
+    return _output(plan, step, meta, meta["results"])
+
+
+def _output(plan: Plan, steps: int, counts: Mapping, figures: Mapping[str, float]) -> Output:
+    """What a stage hands on after so many steps; counts: of its log, or of its checkpoint."""
+    about = {"seconds": counts["seconds"], "tokens": counts["num_tokens"]}
+    return Output(figures=figures, spent={**spent(plan, counts), "steps": steps}, **about)
+
+
+def spent(plan: Plan, counts: Mapping) -> dict[str, int]:
+    """The tokens that a stage learned from, and those that were generated and scored by models for it."""
+    tokens = {"learned": counts["num_tokens"], "generated": 0, "scored": 0, **counts.get("spent", {})}
+    if "rollouts" not in shares(plan.settings.source):  # whose annotations are among what the batches took
+        live = sum(one.weights == "current" for one in plan.annotations)
+        once = sum(int(one.encoded.lengths.sum()) for one in plan.sets)
+        tokens["scored"] += live * tokens["learned"] + (len(plan.annotations) - live) * once
+    return tokens
 
 
 def _left(saved: checkpoint.Checkpoints) -> tuple[int | None, dict]:

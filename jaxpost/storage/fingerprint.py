@@ -10,6 +10,7 @@ covered: a workdir keeps its own.
 """
 
 import hashlib
+from collections.abc import Iterable
 
 import numpy as np
 from etils import epath
@@ -24,8 +25,12 @@ def digest(folder) -> str:
     mean). Raises UserError for a folder without either."""
     folder = epath.Path(folder)
     parts = [folder / item for item in ("params", "ema") if (folder / item).exists()]
-    files = [f for part in parts for f in _below(part)] or hf.files(folder)
-    sha = hashlib.sha256()
+    return of_files([f for part in parts for f in _below(part)] or hf.files(folder), folder)
+
+
+def of_files(files: Iterable, folder) -> str:
+    """The digest of files in a folder."""
+    folder, sha = epath.Path(folder), hashlib.sha256()
     for name, file in sorted((str(f.relative_to(folder)), f) for f in files):
         size = file.stat().length
         sha.update(f"{name}\0{size}\0".encode())

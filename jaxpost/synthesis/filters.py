@@ -5,9 +5,10 @@ a kind, not a case ("too short", not "3 words"), since rows are counted by it; t
 """
 
 import functools
-import re
 from collections.abc import Mapping, Sequence
 
+from jaxpost.data.transforms.words import split
+from jaxpost.data.transforms.words import text as text_of
 from jaxpost.synthesis import pool as pools
 from jaxpost.synthesis.pool import Pool
 
@@ -65,17 +66,12 @@ def rouge_l(one: Sequence[str], other: Sequence[str], least: float = 0.0) -> flo
     return 2 * (len(one) - row.bit_count()) / whole
 
 
-@functools.lru_cache(maxsize=1 << 18)  # every row is compared with all that come after it
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(re.findall(r"\w+", text.lower()))
+_words = functools.lru_cache(maxsize=1 << 18)(split)  # every row is compared with all that come after it
 
 
 def _text(row: Mapping, field: str) -> str | None:
     """The text of a field, of messages all that they say; None where there is none."""
-    value = row.get(field)
-    if isinstance(value, list) and all(isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in value):
-        return "\n".join(turn["content"] for turn in value)
-    return value if isinstance(value, str) else None
+    return text_of(row, [field]) if isinstance(row.get(field), (str, list)) else None
 
 
 def _lacking(field: str) -> str:

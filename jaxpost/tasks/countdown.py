@@ -2,6 +2,9 @@
 
     task=dict(name="countdown", sizes=(3,), largest=20)
 
+`brief=True` writes a problem as `17,1,9=136`, for models that have never read a sentence; `tasks.countdown.tokenizer` has a
+token for each character of it.
+
 Problems are endless and have many answers: a completion is right if its expression has the target's value. The reward never
 executes what it reads. It parses numbers, + - * / and parentheses itself, computes with exact fractions, and returns False for
 anything else: a number that is missing or used twice, a sign before a number, a division by zero, text after the expression.
@@ -19,6 +22,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from types import SimpleNamespace
 
+from jaxpost import tokenizer as tokenizers
 from jaxpost.errors import UserError
 from jaxpost.tasks.arithmetic import SPLITS, hashed
 
@@ -32,8 +36,9 @@ _APPLY = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a 
 _ATOM = 3  # binds closer than any operator
 
 
-def make(*, sizes: Sequence[int] = (3, 4), largest: int = 99) -> SimpleNamespace:
-    """The task with problems of `sizes` numbers (2 to 6, all equally often), drawn from 1 to `largest`.
+def make(*, sizes: Sequence[int] = (3, 4), largest: int = 99, brief: bool = False) -> SimpleNamespace:
+    """The task with problems of `sizes` numbers (2 to 6, all equally often), drawn from 1 to `largest`; brief: as numbers
+    alone, and demonstrations as expressions alone.
 
     Raises UserError for sizes or a largest number (10 to 999) out of range.
     """
@@ -47,7 +52,11 @@ def make(*, sizes: Sequence[int] = (3, 4), largest: int = 99) -> SimpleNamespace
         cell (how many numbers). Raises UserError for an unknown split."""
         if split not in SPLITS:
             raise UserError(f"split={split!r}: countdown has the splits {' and '.join(SPLITS)}")
-        return _drawn(sizes[hashed("size", seed, split, index) % len(sizes)], largest, split, seed, index)
+        return written(_drawn(sizes[hashed("size", seed, split, index) % len(sizes)], largest, split, seed, index))
+
+    def written(problem):
+        listed = ",".join(map(str, problem["numbers"]))
+        return {**problem, "prompt": f"{listed}={problem['target']}"} if brief else problem
 
     def conversation(index, *, seed=0):
         """A solution of training problem `index`, as `messages`; the other columns are those of its record."""
@@ -56,18 +65,24 @@ def make(*, sizes: Sequence[int] = (3, 4), largest: int = 99) -> SimpleNamespace
         return {"messages": [{"role": role, "content": text} for role, text in turns.items()], **columns}
 
     def demonstration(index, *, seed=0):
-        """The solution of training problem `index`, in <answer> tags."""
-        return f"<answer>{record(index, seed=seed)['answer']}</answer>"
+        """The solution of training problem `index`, in <answer> tags or, if brief, without."""
+        answer = record(index, seed=seed)["answer"]
+        return answer if brief else f"<answer>{answer}</answer>"
 
     def test_records(per_cell, *, seed=0):
         """`per_cell` different test problems of each size, or fewer if there are hardly more, in an order fixed by `seed`. A
         larger `per_cell` extends each size's list."""
         if per_cell < 1:
             raise UserError(f"per_cell={per_cell}: at least one test problem a cell is needed")
-        return [problem for size in sizes for problem in _different(size, largest, seed, per_cell)]
+        return [written(problem) for size in sizes for problem in _different(size, largest, seed, per_cell)]
 
     functions = {"record": record, "test_records": test_records, "reward": reward, "extract": extract}
     return SimpleNamespace(conversation=conversation, demonstration=demonstration, **functions)
+
+
+def tokenizer():
+    """One token for each character of a brief problem and of an expression, and the four special ones: 22 ids."""
+    return tokenizers.characters("0123456789+-*/(),=")
 
 
 def reward(record, completion) -> bool:

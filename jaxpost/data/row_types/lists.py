@@ -143,12 +143,12 @@ def _passages(row: Mapping[str, Any], name: str, place: str) -> list[str | list]
 
 
 def _ids(row: Mapping[str, Any], name: str, texts: Sequence[Any], place: str) -> list[int]:
-    given = row.get(name)
-    given = [given] if isinstance(given, (str, int)) else given
-    if given is not None and (not isinstance(given, list) or len(given) != len(texts)):
-        raise UserError(f"{place}: {name} is {given!r}; write a list of {len(texts)} ids, one for each passage")
-    given = [None] * len(texts) if given is None else given
-    return [_digest("text", text) if name is None else _digest("id", name) for name, text in zip(given, texts, strict=True)]
+    names = row.get(name)
+    names = [names] if isinstance(names, (str, int)) else names
+    if names is not None and (not isinstance(names, list) or len(names) != len(texts)):
+        raise UserError(f"{place}: {name} is {names!r}; write a list of {len(texts)} ids, one for each passage")
+    names = [None] * len(texts) if names is None else names
+    return [_digest("text", text) if one is None else _digest("id", one) for one, text in zip(names, texts, strict=True)]
 
 
 def _digest(kind: str, value: Any) -> int:

@@ -3,9 +3,11 @@
 A transform is a function (rows, columns, key, *, ...) -> indices [K] int | weights [N] float | rows. rows: the data's rows,
 dicts; columns: {name: array [N] or [N,...]}, annotations and the numbers that all rows have under a key; key: uint32 [2], which
 `np.random.default_rng` and `jax.random` both take. It is deterministic given these. One that reads files besides carries
-`mine.files = ("against",)`: the keywords that name them, so that its result is made again when they change.
+`mine.files = ("against",)`: the keywords that name them, so that its result is made again when they change. One whose keywords
+may be wrong carries `mine.check = function(*, keywords)`, which raises for them before there are rows.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -72,13 +74,24 @@ def in_order(entry: Mapping | str, records: Sequence[Record], *, seed: int) -> l
     """
     rows = [record.row for record in records]
     columns = Columns(rows, places=[record.place for record in records])
-    order = _checked(np.asarray(resolve(within(entry, "order"), "transforms")(rows, columns, key_of(seed))), len(rows))
+    transform = resolve(within(entry, "order"), "transforms")
+    check(transform)
+    order = _checked(np.asarray(transform(rows, columns, key_of(seed))), len(rows))
     if len(order) != len(rows) or len(np.unique(order)) < len(rows):
         raise UserError(
             f"config.order: it gives {len(np.unique(order)):,} of {len(rows):,} rows, and an order has each row "
             "once; have a stage that does select take a part of them."
         )
     return [records[i] for i in order]
+
+
+def check(function: Callable) -> None:
+    """Raises UserError for keywords of a transform that cannot be, whatever the rows are, and for files that cannot be read."""
+    own = getattr(function, "func", function)
+    if checked := getattr(own, "check", None):
+        bound = {k: p.default for k, p in inspect.signature(own).parameters.items()} | getattr(function, "keywords", {})
+        checked(**{name: bound[name] for name in inspect.signature(checked).parameters})
+    digests_of_files(function)
 
 
 def digests_of_files(function: Callable) -> dict[str, str]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.cluster import vq
 
-from jaxpost.data.transforms.select import count
+from jaxpost.data.transforms.select import check_count, count
 from jaxpost.errors import UserError
 
 
@@ -87,3 +87,12 @@ def _vectors(columns: Mapping, column: str, normalise: bool) -> np.ndarray:
     if vectors.ndim != 2 or not np.isfinite(vectors).all():
         raise UserError(f"coreset: {column} is {list(vectors.shape)}; it takes finite vectors [N,D], as embedding makes them.")
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12) if normalise else vectors
+
+
+def _check(*, keep: int | float, clusters: int) -> None:
+    check_count(keep=keep)
+    if clusters < 1:
+        raise UserError(f"coreset.clusters: clusters={clusters}; give 1 at least.")
+
+
+k_centre.check, clusters.check = check_count, _check

@@ -21,7 +21,7 @@ def ngrams(
     against: str | Sequence[str],
     n: int = 13,
     share: float = 0.0,
-    least: int = 8,
+    least: int | None = None,
     fields: Sequence[str] = (),
     of: Sequence[str] = (),
     mark: bool = False,
@@ -30,13 +30,13 @@ def ngrams(
 
     A row is contaminated where more than `share` of its words lie in shared n-grams. n=13 and share=0 are those of "Language
     Models are Few-Shot Learners" (GPT-3); n=8 with a share is as in "The Llama 3 Herd of Models". A tested text of fewer than n
-    words counts as a whole if it has at least `least`. Case and punctuation do not matter. fields: of the rows, as `words.text`
-    has them; of: those of the files. What was found is printed: row, file and n-gram. With `mark` the rows get `contaminated`
-    (the n-gram, "" for none), `contaminated_by` (its place) and `contaminated_share`. Raises UserError for files that cannot be
-    read, or that have no text of `least` words, and for numbers that cannot be.
+    words counts as a whole if it has at least `least`, by default 8 or n if that is less. Case and punctuation do not matter.
+    fields: of the rows, as `words.text` has them; of: those of the files. What was found is printed: row, file and n-gram. With
+    `mark` the rows get `contaminated` (the n-gram, "" for none), `contaminated_by` (its place) and `contaminated_share`. Raises
+    UserError for files that cannot be read, or that have no text of `least` words, and for numbers that cannot be.
     """
-    if n < 1 or not 0 <= share < 1 or not 1 <= least <= n:
-        raise UserError(f"decontaminate.ngrams: n={n}, share={share}, least={least}; give least up to n, and a share below 1.")
+    _check(n=n, share=share, least=least)
+    least = min(8, n) if least is None else least
     tested = _tested(readers.read(against if isinstance(against, str) else list(against)), n, least, of)
     if not tested:
         raise UserError(f"decontaminate.ngrams: no row of {against} has a text of {least} words; name its fields (of).")
@@ -54,7 +54,12 @@ def ngrams(
     return np.setdiff1d(np.arange(len(rows)), contaminated)
 
 
-ngrams.files = ("against",)
+def _check(*, n: int, share: float, least: int | None) -> None:
+    if n < 1 or not 0 <= share < 1 or not 1 <= (1 if least is None else least) <= n:
+        raise UserError(f"decontaminate.ngrams: n={n}, share={share}, least={least}; give least up to n, and a share below 1.")
+
+
+ngrams.files, ngrams.check = ("against",), _check
 
 
 def _tested(records: Sequence[readers.Record], n: int, least: int, fields: Sequence[str]) -> dict[int, dict[tuple, str]]:

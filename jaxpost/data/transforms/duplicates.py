@@ -40,11 +40,7 @@ def near(
     of at most 1 in 1,000. Texts of fewer than n words are one gram. Raises UserError for a threshold outside (0, 1], and for
     too few permutations.
     """
-    if not 0 < threshold <= 1 or n < 1 or permutations < 1:
-        raise UserError(
-            f"duplicates.near: threshold={threshold}, n={n}, permutations={permutations}; give a threshold above 0 and up to "
-            "1, and numbers of at least 1."
-        )
+    _check(threshold=threshold, n=n, permutations=permutations)
     grams = [words.grams(words.split(words.text(row, fields), signs=True), n) for row in rows]
     signatures, size = _signatures(grams, key, permutations), _band(threshold, permutations)
     kept: list[int] = []
@@ -58,6 +54,18 @@ def near(
         for band in bands:
             buckets.setdefault(band, []).append(i)
     return np.array(kept, np.int64)
+
+
+def _check(*, threshold: float, n: int, permutations: int) -> None:
+    if not 0 < threshold <= 1 or n < 1 or permutations < 1:
+        raise UserError(
+            f"duplicates.near: threshold={threshold}, n={n}, permutations={permutations}; give a threshold above 0 and up to "
+            "1, and numbers of at least 1."
+        )
+    _band(threshold, permutations)
+
+
+near.check = _check
 
 
 def _jaccard(one: set, other: set) -> float:

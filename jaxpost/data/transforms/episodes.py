@@ -99,7 +99,13 @@ def nearest(
     return _episodes(own, others, rank, k, same, learn, between)
 
 
+def _check(*, k: int) -> None:
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise UserError(f"episodes: k={k!r}; give how many demonstrations a row gets.")
+
+
 random.files = bm25.files = ("pool",)
+random.check = bm25.check = nearest.check = _check
 
 
 def _best(scores: np.ndarray) -> np.ndarray:
@@ -111,8 +117,7 @@ def _episodes(
     own: Sequence[_Example], others: Sequence[_Example], rank: Callable, k: int, same: str, learn: bool, between: str
 ) -> list[dict]:
     """Each row with the first k others that may stand before it. rank: (row's place, candidates' places) -> these in order."""
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-        raise UserError(f"episodes: k={k!r}; give how many demonstrations a row gets.")
+    _check(k=k)
     groups: dict[str, list[int]] = {}
     for i, other in enumerate(others):
         groups.setdefault(_group(other, same), []).append(i)

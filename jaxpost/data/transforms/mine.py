@@ -34,8 +34,7 @@ def negatives(
     than `count`. Scores of a teacher are left out of the rows. column: the embeddings [N,K,D] of the rows' documents, the query
     first. Raises UserError for a column of another shape, and for ranks that are none.
     """
-    if not 1 <= first <= last or count < 1:
-        raise UserError(f"mine.negatives: first={first}, last={last}, count={count}; ranks and counts begin at 1.")
+    _check(first=first, last=last, count=count)
     parsed = [lists.parsed(row, f"row {i + 1}") for i, row in enumerate(rows)]
     vectors = np.asarray(columns[column], np.float32)
     if vectors.ndim != 3 or vectors.shape[1] < 1 + max(len(one.passages) for one in parsed):
@@ -62,6 +61,14 @@ def negatives(
     return mined
 
 
+def _check(*, first: int, last: int, count: int) -> None:
+    if not 1 <= first <= last or count < 1:
+        raise UserError(f"mine.negatives: first={first}, last={last}, count={count}; ranks and counts begin at 1.")
+
+
+negatives.check = _check
+
+
 def _with_negatives(row: dict, places: Sequence[tuple[int, int]], rows: Sequence[dict], parsed: Sequence[lists.List]) -> dict:
     """The row with the passages at these places for negatives, and their ids where they have any."""
     kept = {k: v for k, v in row.items() if k not in ("negatives", "negative_ids", "scores")}
@@ -72,5 +79,5 @@ def _with_negatives(row: dict, places: Sequence[tuple[int, int]], rows: Sequence
 
 def _given_id(row: dict, number: int, positives: int):
     name, at = ("positive_ids", number) if number < positives else ("negative_ids", number - positives)
-    given = row.get(name)
-    return given[at] if isinstance(given, list) else given
+    ids = row.get(name)
+    return ids[at] if isinstance(ids, list) else ids

@@ -27,8 +27,7 @@ def quantiles(rows: Sequence[dict], columns: Mapping, key, *, column: str, low: 
     difficulty. Equal numbers rank as they stand. Raises UserError for bounds that leave nothing.
     """
     numbers = _numbers(columns, column, "select.quantiles")
-    if not 0 <= low < high <= 1:
-        raise UserError(f"transform select.quantiles: low={low}, high={high}; give 0 <= low < high <= 1.")
+    _check_bounds(low=low, high=high)
     start, stop = round(low * len(rows)), round(high * len(rows))
     return np.sort(np.argsort(numbers, kind="stable")[start:stop])
 
@@ -61,11 +60,30 @@ def unique(rows: Sequence[dict], columns: Mapping, key, *, field: str) -> np.nda
 
 def count(keep: int | float, whole: int) -> int:
     """How many of `whole` rows to keep: a share of them up to 1.0 (float), or a number (int). Raises UserError for others."""
-    if isinstance(keep, float) and 0 < keep <= 1:
+    check_count(keep=keep)
+    if isinstance(keep, float) and keep <= 1:
         return max(1, round(keep * whole))
-    if not (keep == int(keep) and 0 < keep <= whole):
-        raise UserError(f"transform: keep={keep} of {whole} rows; give a number of rows, or a share of them as 0.5.")
+    if keep > whole:
+        raise UserError(f"transform: keep={keep} of {whole} rows; {_COUNT}.")
     return int(keep)
+
+
+_COUNT = "give a number of rows, or a share of them as 0.5"
+
+
+def check_count(*, keep: int | float) -> None:
+    """Raises UserError for a number that is neither a count nor a share of rows, however many there are."""
+    if not (keep > 0 and (keep <= 1 or keep == int(keep))):
+        raise UserError(f"transform: keep={keep}; {_COUNT}.")
+
+
+def _check_bounds(*, low: float, high: float) -> None:
+    if not 0 <= low < high <= 1:
+        raise UserError(f"transform select.quantiles: low={low}, high={high}; give 0 <= low < high <= 1.")
+
+
+top.check = uncertain.check = random.check = check_count
+quantiles.check = _check_bounds
 
 
 def _numbers(columns: Mapping, column: str, name: str) -> np.ndarray:

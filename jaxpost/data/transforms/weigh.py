@@ -23,11 +23,7 @@ def quality(
     Multi-dimensional Data Selection Method for Pre-training Language Models", which takes the best instead of weighing all.
     Raises UserError for columns that are not one number a row, and for numbers that cannot be.
     """
-    if not of or not temperature > 0 or not most >= 1:
-        raise UserError(
-            f"weigh.quality: of={dict(of)}, temperature={temperature}, most={most}; name columns, and give numbers "
-            "above 0 and of at least 1."
-        )
+    _check(of=of, temperature=temperature, most=most)
     total = np.zeros(len(rows))
     for column, coefficient in of.items():
         numbers = np.asarray(columns[column], np.float64)
@@ -37,3 +33,14 @@ def quality(
         total += coefficient * (numbers - numbers.mean()) / spread if spread > 0 else 0.0
     weights = np.exp(np.minimum(total / temperature, np.log(most)))
     return weights / weights.mean()
+
+
+def _check(*, of: Mapping[str, float], temperature: float, most: float) -> None:
+    if not of or not temperature > 0 or not most >= 1:
+        raise UserError(
+            f"weigh.quality: of={dict(of)}, temperature={temperature}, most={most}; name columns, and give numbers "
+            "above 0 and of at least 1."
+        )
+
+
+quality.check = _check

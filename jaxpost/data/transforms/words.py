@@ -1,4 +1,4 @@
-"""The words of a row, for transforms that compare texts."""
+"""The words of a row, for transforms and filters that compare texts."""
 
 import re
 from collections.abc import Mapping, Sequence
