@@ -181,7 +181,7 @@ def _check(*, source, target, given, **numbers):
         raise UserError(f"task languages, source={source}, target={target}: no pair of two languages; name another target")
     for key, number in numbers.items():
         least, most = {"words": (24, 120), "clauses": (1, 2), "shots": (0, 100), "lexicon": (0, 2**31)}[key]
-        if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= most:
+        if not least <= number <= most:
             raise UserError(f"task languages, {key}={number!r}: give a number from {least} to {most}")
 
 
