@@ -58,11 +58,11 @@ def run(config, workdir, *, trust=(), **changes) -> dict[str, float]:
     Raises UserError, before anything is compiled, for whatever the recipe gets wrong, and SystemExit after saving when
     the process is asked to stop (0 for SIGTERM, 130 for Ctrl-C).
     """
-    *_, last = outputs(config, workdir, **changes).values()
+    *_, last = outputs(config, workdir, trust=trust, **changes).values()
     return dict(last.figures)
 
 
-def outputs(config, workdir, **changes) -> dict[str, Output]:
+def outputs(config, workdir, *, trust=(), **changes) -> dict[str, Output]:
     """The same as `run`, and returns what each stage hands on (stages/run.py): its figures, seconds, and tokens spent."""
     compile_cache.keep()
     resolve.trust(trust)

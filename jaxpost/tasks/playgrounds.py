@@ -2,9 +2,9 @@
 
     task=dict(name="playgrounds", chats=33)
 
-A problem is one of `instructions`, `world`, `languages` or `scenes`, each equally often and as easy as a model of a million weights
-needs it; which one is its cell in the results' table. The demonstrations are plain texts of these tasks and, for every third,
-a problem with its answer. A test problem of a playground is in no text and no demonstration of it.
+A problem is one of `instructions`, `world`, `languages` or `scenes`, each equally often and as easy as a small model needs it;
+which one is its cell in the results' table. The demonstrations are plain texts of these tasks and, for every third, a problem
+with its answer. A test problem of a playground is in no text and no demonstration of it.
 """
 
 import functools
