@@ -156,9 +156,13 @@ def test_no_test_sentence_is_trained_on_in_any_language_or_prompt():
             for line in lines:
                 language, _, text = line.partition(": ")
                 assert not in_test(read(text, language)) and text not in (record["sentence"], record["answer"])
-    lines = [line for index in range(400) for line in task.text(index).splitlines() if " = " not in line]
-    for language, text in (line.split(": ") for line in lines):
-        assert not in_test(read(text, language))
+    longer = every(words=30, clauses=2)
+    texts = [task.text(index) for index in range(200)] + [longer.text(index) for index in range(200)]
+    for language, text in (line.split(": ") for lines in texts for line in lines.splitlines() if " = " not in line):
+        meaning = read(text, language)
+        assert not any(in_test(part) for part in (meaning, *([{**clause, "link": ""}] for clause in meaning)))
+    longer = [longer.record(index)["meaning"] for index in range(400)]
+    assert not any(in_test([{**clause, "link": ""}]) for meaning in longer for clause in meaning)
 
 
 def test_test_problems_are_different_and_extended():
@@ -242,7 +246,7 @@ def test_what_is_drawn_stays_the_same():
     task = every(words=80, clauses=2, given=("grammar", "words"), shots=1)
     drawn = [[task.record(i), task.text(i), task.record(i, split="test", seed=1)] for i in range(20)] + task.test_records(2)
     assert json.loads(json.dumps(drawn)) == drawn
-    assert hashlib.sha256(json.dumps(drawn).encode()).hexdigest()[:16] == "8035fe4cc8c6f3e2"
+    assert hashlib.sha256(json.dumps(drawn).encode()).hexdigest()[:16] == "6e3e9ae53664c289"
 
 
 def test_the_tokenizer_knows_the_words_and_problems_fit_a_small_window():
@@ -267,7 +271,7 @@ def test_the_tokenizer_knows_the_words_and_problems_fit_a_small_window():
         ({"words": 20}, "words=20: give a number from 24 to 120"),
         ({"clauses": 3}, "clauses=3: give a number from 1 to 2"),
         ({"shots": -1}, "shots=-1: give"),
-        ({"lexicon": 0.5}, "lexicon=0.5: give"),
+        ({"lexicon": -1}, "lexicon=-1: give"),
     ],
 )
 def test_keys_that_cannot_be_are_refused(keys, message):

@@ -11,7 +11,7 @@ Miru has few resources: little of `text` is in it. But two of three of its roots
 the same grammars: languages that a model has not seen, to be learned from what a prompt gives (`given`, `shots`).
 
 A hash of the meaning decides whether a sentence is for training or testing in all languages: a test sentence is in no text, no
-demonstration and no example of a prompt. A cell of the results' table is a pair of languages.
+demonstration and no example of a prompt, nor a part of one. A cell of the results' table is a pair of languages.
 """
 
 import collections
@@ -181,7 +181,7 @@ def _check(*, source, target, given, **numbers):
         raise UserError(f"task languages, source={source}, target={target}: no pair of two languages; name another target")
     for key, number in numbers.items():
         least, most = {"words": (24, 120), "clauses": (1, 2), "shots": (0, 100), "lexicon": (0, 2**31)}[key]
-        if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= most:
+        if not least <= number <= most:
             raise UserError(f"task languages, {key}={number!r}: give a number from {least} to {most}")
 
 
@@ -195,7 +195,9 @@ def _chosen(words: int) -> dict[str, tuple[str, ...]]:
 def _drawn(concepts: Mapping, clauses: int, split: str, *parts) -> list[dict]:
     for draw in itertools.count():
         meaning = [_clause(concepts, place, functools.partial(hashed, *parts, draw, place)) for place in range(clauses)]
-        if split == ("test" if hashed("languages", sentence(meaning, "english")) % 10 == 0 else "train"):
+        sentences = [sentence(meaning, "english"), *(_english({**clause, "link": ""}) for clause in meaning)]
+        held = [hashed("languages", text) % 10 == 0 for text in sentences]
+        if held[0] if split == "test" else not any(held):
             return meaning
 
 
@@ -260,7 +262,6 @@ def _marked(word: str, mark: str) -> str:
 
 
 def _record(meaning: list[dict], pair: tuple[str, str], examples: Iterable, given: Sequence[str], lexicon: int) -> dict:
-    source, target = pair
     asked, answer = (sentence(meaning, language, lexicon=lexicon) for language in pair)
     lines = [grammar(language) for language in pair if "grammar" in given and language in LANGUAGES]
     if "words" in given:
@@ -269,9 +270,9 @@ def _record(meaning: list[dict], pair: tuple[str, str], examples: Iterable, give
         lines.append(_entries(sorted(used - {""}), pair, lexicon))
     for example in examples:
         lines += [f"{language}: {sentence(example, language, lexicon=lexicon)}" for language in pair]
-    prompt = "\n".join([*lines, f"{source}: {asked}", f"{target}:"])
-    columns = {"source": source, "target": target, "sentence": asked, "meaning": meaning}
-    return {"prompt": prompt, "answer": answer, "cell": f"{source}-{target}", **columns}
+    prompt = "\n".join([*lines, f"{pair[0]}: {asked}", f"{pair[1]}:"])
+    columns = {"source": pair[0], "target": pair[1], "sentence": asked, "meaning": meaning}
+    return {"prompt": prompt, "answer": answer, "cell": "-".join(pair), **columns}
 
 
 def _entries(concepts: Sequence[str], pair: tuple[str, str], lexicon: int) -> str:
@@ -294,7 +295,6 @@ def _document(drawn: Callable, concepts: Mapping, clauses: int, lexicon: int, se
     if len(languages) == 2 and draw("words?") % 4 == 0:
         every = [concept for kind in concepts.values() for concept in kind]
         return _entries(list(dict.fromkeys(every[draw("word", i) % len(every)] for i in range(10))), languages, lexicon)
-    meanings = [
-        drawn(1 + draw("clauses", i) % clauses, "train", "text", seed, index, i) for i in range(6 - clauses - len(languages))
-    ]
+    counts = [1 + draw("clauses", place) % clauses for place in range(6 - clauses - len(languages))]
+    meanings = (drawn(count, "train", "text", seed, index, place) for place, count in enumerate(counts))
     return "\n".join(f"{name}: {sentence(m, name, lexicon=lexicon)}" for m in meanings for name in languages)
