@@ -154,3 +154,20 @@ def applied(steps: Sequence[str], items: Sequence[str]) -> list[str]:
     for step in steps:
         result = STEPS[step].apply(result) if result else []
     return result
+
+
+def fact(number: int) -> str:
+    """A sentence that is true of an item; number: draws the sentence and the item."""
+    form, number = number % 8, number // 8
+    word, place, digit = ITEMS["words"][number % len(GROUP)], number % 26, number % 10
+    letter, group = ascii_lowercase[place], GROUP[word]
+    return (
+        f"{word} is {'an' if group == 'animal' else 'a'} {group}.",
+        f"{word} begins with {word[0]}.",
+        f"{letter} is a {'vowel' if letter in STEPS['vowels'].half else 'consonant'}.",
+        f"after {letter} comes {ascii_lowercase[(place + 1) % 26]}.",
+        f"the capital letter of {letter} is {letter.upper()}.",
+        f"{digit} is spelled {NUMERALS[digit]}.",
+        f"{digit} is {'odd' if digit % 2 else 'even'}.",
+        f"{digit} plus one is {digit + 1}.",
+    )[form]

@@ -14,12 +14,12 @@ inferred: each of its steps is a task by itself, and is part of other tasks of t
 from a grid, and `copy`, `descend`, `swap`, `alternate`, `increase`, `group`, `most`, `parity` and `compare` are in none.
 
 A hash of the input decides whether it is for training or testing (about one in ten), whatever the task. Held-out tasks have
-test problems and no training problems. The examples in prompts have inputs for training. No step of a problem can be left out
-without another answer (except `copy`). Where a task selects first, about half of its input's items are kept. `difficulty` is
-the length of the input times the number of steps, and a cell of the results' table is a task.
+test problems and no training problems. The examples in prompts have inputs for training. Inputs are drawn such that without
+one of its steps a task would give another answer (except `copy`), and such that a task which selects first keeps about half
+of the items. `difficulty` is the length of the input times the number of steps. A cell of the results' table is a task.
 
-`text` is for the pretraining of a base model: examples of single steps with and without definitions, and facts about the
-items. It has no test inputs, no held-out tasks and, where a single step is trained, no task of several.
+`text` is for the pretraining of a base model: single steps, by several inputs of one or several of one input, and facts about
+the items. It has no test inputs, no held-out tasks and, where a single step is trained, no task of several.
 """
 
 import itertools
@@ -27,14 +27,13 @@ import json
 import re
 from collections.abc import Sequence
 from functools import partial
-from string import ascii_lowercase
 from types import SimpleNamespace
 
 from jaxpost import tokenizer as tokenizers
 from jaxpost.config.resolve import nearest
 from jaxpost.errors import UserError
 from jaxpost.tasks.arithmetic import SPLITS, hashed
-from jaxpost.tasks.instruction_steps import CATEGORIES, GROUP, ITEMS, NUMERALS, STEPS, TASKS, applied, definition
+from jaxpost.tasks.instruction_steps import CATEGORIES, ITEMS, STEPS, TASKS, applied, definition, fact
 
 # format -> (how a prompt asks for it, how an answer is written in it).
 FORMATS = {
@@ -219,7 +218,7 @@ def _record(name, split, seed, index, *, trained, length, definitions, shots, ne
 
 
 def _solved(name, kind, length, split, *parts):
-    """(input, answer), lists of items, of a draw in which every step counts."""
+    """(input, answer), lists of items, where no step can be left out."""
     steps = TASKS[name]
     shorter = [(*steps[:place], *steps[place + 1 :]) for place in range(len(steps) if name != "copy" else 0)]
     count = length[0] + hashed("length", *parts) % (length[1] - length[0] + 1)
@@ -232,7 +231,7 @@ def _solved(name, kind, length, split, *parts):
 
 
 def _items(step, kind, count, *parts):
-    """So many items for a first step: half of those that it selects, or with repeats."""
+    """`count` items, as the first step needs them: about half of those that it selects, or with repeats."""
     numbers = [hashed("item", *parts, place) for place in range(count)]
     pool = ITEMS[kind]
     if step.repeats:
@@ -264,33 +263,35 @@ def _different(name, count, seed, options):
 
 
 def _text(index, *, seed=0, options):
-    """Plain document number `index`: facts (two of eight), or a task's examples with its definition (three) or without."""
+    """Plain document number `index`: facts (two of eight), several tasks' answers for one input (two), or several examples of
+    one task, with its definition (three) or without (one)."""
     number = hashed("document", seed, index)
     form, number = number % 8, number // 8
     if form < 2:
-        return " ".join(_fact(hashed("fact", seed, index, place)) for place in range(4 + number % 5))
+        return " ".join(fact(hashed("fact", seed, index, place)) for place in range(4 + number % 5))
     names = [name for name in options["trained"] if len(TASKS[name]) == 1] or options["trained"]
-    options = options | {"shots": 12 // options["length"][1] - (form == 2), "negatives": 0}
-    options |= {"formats": list(FORMATS) if form == 2 else ["plain"]} | ({"definitions": ()} if form > 4 else {})
-    record = _record(names[number % len(names)], "train", seed, f"text {index}", **options)
+    name = names[number % len(names)]
+    if form < 4:
+        return "\n".join(_answers(name, names, seed, index, options))
+    options = options | {"shots": 12 // options["length"][1] - (form == 4), "negatives": 0}
+    options |= {"formats": list(FORMATS) if form == 4 else ["plain"]} | ({"definitions": ()} if form == 7 else {})
+    record = _record(name, "train", seed, f"text {index}", **options)
     return f"{record['prompt']} {written(record['answer'], record['format'])}"
 
 
-def _fact(number):
-    """A sentence that is true of an item."""
-    form, number = number % 8, number // 8
-    word, place, digit = ITEMS["words"][number % len(GROUP)], number % 26, number % 10
-    letter, group = ascii_lowercase[place], GROUP[word]
-    return (
-        f"{word} is {'an' if group == 'animal' else 'a'} {group}.",
-        f"{word} begins with {word[0]}.",
-        f"{letter} is a {'vowel' if letter in STEPS['vowels'].half else 'consonant'}.",
-        f"after {letter} comes {ascii_lowercase[(place + 1) % 26]}.",
-        f"the capital letter of {letter} is {letter.upper()}.",
-        f"{digit} is spelled {NUMERALS[digit]}.",
-        f"{digit} is {'odd' if digit % 2 else 'even'}.",
-        f"{digit} plus one is {digit + 1}.",
-    )[form]
+def _answers(name, names, seed, index, options):
+    """A task and others with their answers for one input, in no format: fewer of a longer input."""
+    parts = ("answers", seed, index)
+    kinds = STEPS[TASKS[name][0]].takes
+    kind = kinds[hashed("kind", *parts) % len(kinds)]
+    items, _ = _solved(name, kind, options["length"], "train", *parts)
+    others = [other for other in names if kind in STEPS[TASKS[other][0]].takes and applied(TASKS[other], items)]
+    others.sort(key=lambda other: (other != name, hashed(other, *parts)))
+    for other in others[: max(1, 12 // len(items))]:
+        wordings = options["definitions"]
+        words = definition(other, kind, wordings[hashed("wording", other, *parts) % len(wordings)]) if wordings else ""
+        row = {"definition": words, "format": "plain", "input": " ".join(items)}
+        yield f"{prompt(row)} {' '.join(applied(TASKS[other], items))}"
 
 
 def tokenizer():
