@@ -6,7 +6,7 @@ completion ends at the tokenizer's end-of-text token or the chat template's end 
 that the model's folder names as an end, which is shown where it is a word like any other, as `transformers` does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,7 @@ def completed(
     processors: Any = (),
     beams: int = 0,
     length_penalty: float = 1.0,
+    columns: Mapping[str, Sequence[int]] | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(ids of the prompt, ids of its completion without the special token that ended it): `n` of each prompt, side by side.
 
@@ -51,8 +52,9 @@ def completed(
     leave room for. temperature: 0 takes the likeliest token. ends: ids that stop a completion besides the tokenizer's and the
     template's. template: for `chat`, a name or Jinja; None is the tokenizer's own. processors: as `rollouts.processors` names
     them, or functions. beams: the width of a beam search, which gives the `n` best completions, the best first; 0 samples.
-    length_penalty: see beam.py. The same seed, prompts and n give the same ids. Raises UserError for no or empty prompts,
-    where prompt and `new` exceed the model's positions, and for settings of both a search and a sample.
+    length_penalty: see beam.py. columns: as in `decode.stream`. The same seed, prompts and n give the same ids. Raises
+    UserError for no or empty prompts, where prompt and `new` exceed the model's positions, and for settings of both a search
+    and a sample.
     """
     _check_search(beams, length_penalty, temperature, n)
     ids = _checked([encoded(text, p, chat, template) for p in prompts], model.vocab, text)
@@ -66,7 +68,7 @@ def completed(
     stop = stop_ids(text, template, ends)
     about = About(text, tuple(stop), model.vocab, new)
     options = {"mesh": mesh, "prompt_window": min(longest + -longest % _BUCKET, room - new), "new": new, "stop": stop}
-    options["chain"] = chain(processors, about, "processors")
+    options |= {"chain": chain(processors, about, "processors"), "columns": columns}
     if beams:
         completions = _best(search(model, params, ids, beams=beams, length_penalty=length_penalty, **options), n)
     else:
