@@ -85,15 +85,14 @@ def stream(
     """Completions of every prompt, `group` of each, as they end: completion i is of prompt i // group. All processes call it
     together, with the same prompts, and all get everything.
 
-    params: the model's, or what `ready` made of them. slots: how many are under way at a time, 0 for all of them; number: the
-    first one's, for its noise; turns: of a segment; strings: texts that end a completion, which keeps them; have: completions
-    to leave out; given: the ids that each begins with; columns: {name: a number of each prompt} by which it chooses among the
-    model's adapters; amounts, chain: see `processors`. Raises UserError for impossible ids or numbers.
+    params: the model's, or what `ready` made of them. slots: how many are under way at a time, 0 for all; number: the first
+    one's, for its noise; turns: of a segment; strings: texts that end a completion, which keeps them; have: completions to
+    leave out; given: the ids that each begins with; columns: {name: a number of each prompt} (routes.py); amounts, chain: see
+    `processors`. Raises UserError for impossible ids and numbers.
     """
     processors.check_given(given, chain := placed(chain, mesh))
     ways, turns = mesh.shape["data"] * mesh.shape["fsdp"], min(turns, new)
-    numbers = routes.of_prompts(columns or {}, routes.columns(params), len(prompts))
-    laid_out, places = _laid_out(prompts, prompt_window, group, number, ways, have, new, given, numbers)
+    laid_out, places = _laid_out(prompts, prompt_window, group, number, ways, have, new, given, columns or {}, params)
     jobs, left, halted, begun, snapshot = len(places), int((places >= 0).sum()), np.zeros(len(places), bool), 0, None
     slots, room = min(slots + -slots % ways, jobs) or jobs, prefix.length(params) + prompt_window + new
     sizes = {"slots": slots, "room": room, "new": new}
@@ -151,7 +150,8 @@ def _laid_out(
     skipped: frozenset[int],
     new: int,
     given: Sequence[np.ndarray],
-    columns: Mapping[str, np.ndarray],
+    columns: Mapping[str, Sequence[int]],
+    params: Params,
 ) -> tuple[dict, np.ndarray]:
     """The prompts, their `columns` and the queue as columns, each device's part after the other's; [J]: the completion of each
     place of the queue, -1 for none. Devices get as many completions each; a prompt of which several have some is in the bank of
@@ -160,7 +160,7 @@ def _laid_out(
     for prompt in prompts:
         if not 0 < len(prompt) <= window:
             raise UserError(f"a prompt has {len(prompt)} tokens; the prompt window takes 1 to {window}. Set prompt_window.")
-    count = len(prompts) * group
+    count, columns = len(prompts) * group, routes.of_prompts(columns, routes.columns(params), len(prompts))
     held, share = spread(len(prompts), group, ways)
     tokens, lengths = np.zeros((ways, held, window), np.int32), np.ones((ways, held), np.int32)
     chosen = {name: np.zeros((ways, held), np.int32) for name in columns}

@@ -160,15 +160,14 @@ def segment(
     key = jax.random.fold_in(jax.random.PRNGKey(noise[0]), noise[1])
     record = functools.partial(_record, bank=bank, queue=queue, key=key, stop=stop, amounts=amounts, chain=chain)
     refill = functools.partial(_refill, bank=bank, queue=queue, axes=model.cache_axes(), record=record)
-    begins = _rows(bank.lengths, queue.prompts)  # [J]
-    columns = {name: _rows(x, queue.prompts) for name, x in bank.columns.items()}
+    begins, *numbers = (_rows(x, queue.prompts) for x in (bank.lengths, *bank.columns.values()))  # [J] each
     rotations = model.rotations(state.cache)
 
     def turn(carry):
         t, s = carry
         at = _rows(begins, s.job) + s.count - 1
-        inputs = {"tokens": s.token[:, None], "positions": at[:, None], "rotations": rotations}
-        inputs |= {name: _rows(x, s.job)[:, None] for name, x in columns.items()}
+        chosen = {name: _rows(x, s.job)[:, None] for name, x in zip(bank.columns, numbers, strict=True)}
+        inputs = {"tokens": s.token[:, None], "positions": at[:, None], "rotations": rotations, **chosen}
         out = model.forward(params, inputs, s.cache)
         return t + 1, record(s._replace(cache=out.cache), logits(out.hidden[:, 0], out.head), s.job >= 0)
 
