@@ -56,13 +56,9 @@ def embedded(params, batch, pooling, normalise):
 
 def attended(tokens, vectors, up, down, xp=jnp):
     """Of each token: the latents, weighed by the softmax of its products with them, through two layers with GELU."""
-    rows = []
-    for token in tokens:
-        scores = xp.stack([xp.sum(token * latent) for latent in vectors]) / np.sqrt(len(token))
-        weights = xp.exp(scores - scores.max()) / xp.sum(xp.exp(scores - scores.max()))
-        inner = sum(weight * latent for weight, latent in zip(weights, vectors, strict=True)) @ up
-        rows.append(inner * (1 + jax.scipy.special.erf(inner / np.sqrt(2))) / 2 @ down)
-    return xp.stack(rows)
+    weights = xp.exp(tokens @ vectors.T / np.sqrt(tokens.shape[1]))
+    inner = weights @ vectors / weights.sum(1, keepdims=True) @ up
+    return inner * (1 + jax.scipy.special.erf(inner / np.sqrt(2))) / 2 @ down
 
 
 def info_nce(params, batch, *, temperature=0.05, learned=False, symmetric=False, pooling="last", normalise=True, latents=0):
