@@ -82,7 +82,7 @@ def stream(
     columns: Mapping[str, Sequence[int]] | None = None,
     **amounts: float,
 ) -> Iterator[list[Finished]]:
-    """Completions as they end, `group` of each prompt: number i is of prompt i // group. All processes call it alike and get all.
+    """Completions as they end, `group` of each prompt: i is of prompt i // group. All processes call it alike, and get all.
 
     params: the model's, or what `ready` made of them. slots: how many are under way at a time, 0 for all; number: the first
     one's, for its noise; turns: of a segment; strings: texts that end a completion, which keeps them; have: completions to
