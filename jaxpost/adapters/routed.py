@@ -5,8 +5,7 @@
     adapter={"name": "routed.peft", "folders": ("A", "B")}                     two folders of peft's as one
 
 A row of the data, or a problem of a task, has the number of its adapter under the column's name, from 0. All its tokens take
-that one, whatever else is packed beside them. Each adapter learns from its own rows alone, as it would by itself, and the
-others' weights get no gradient from them.
+that one, whatever else is packed beside them, and the others get no gradient from them.
 
 A low-rank product is computed for all E and kept for one: E times the cost of one adapter, in two products of plain matrices.
 Of prompts every row has the keys of all E, and sees m of them.
