@@ -45,21 +45,12 @@ def _both(fn, arrays, real):
 
 
 @pytest.mark.parametrize(
-    "kv_heads, options",
-    [
-        (4, {}),
-        (2, {"window": 40}),
-        (1, {"cap": 2.0, "scale": 0.5}),
-        (2, {"window": 200, "cap": 5.0}),
-        (2, {"whole": True}),
-        (4, {"whole": True, "window": 40}),
-    ],
+    "kv_heads, options", [(4, {}), (2, {"window": 40}), (1, {"cap": 2.0, "scale": 0.5}), (2, {"window": 200, "cap": 5.0})]
 )
 def test_splash_equals_the_oracle(kv_heads, options):
     batch, arrays = _batch(), _inputs(kv_heads)
-    rest = {k: v for k, v in options.items() if k in ("cap", "scale")}
-    both = {"bidirectional": batch["segments"] > 0} if options.get("whole") else {}
-    mask = attention.document_mask({**batch, **both}, options.get("window"))
+    rest = {k: v for k, v in options.items() if k != "window"}
+    mask = attention.document_mask(batch, options.get("window"))
     real = batch["segments"] > 0
     wanted = _both(lambda q, k, v: attention.attend(q, k, v, mask, **rest), arrays, real)
     got = _both(lambda *a: attention.splash(*a, batch["segments"], interpret=True, **options), arrays, real)
@@ -100,10 +91,7 @@ def test_a_kernel_gives_way_where_it_cannot_do_what_is_asked(monkeypatch):
     batch = _batch()
     odd = {k: v[:, :200] for k, v in batch.items()}
     branched = {**batch, "branches": jnp.zeros_like(batch["segments"])}
-    own = {**batch, "bidirectional": batch["segments"] > 0}
-    assert [used("splash", b) for b in (batch, odd, branched, own)] == ["splash", "xla", "xla", "xla"]
-    assert [used("splash", b, attend="whole") for b in (batch, own)] == ["splash", "xla"]
-    assert used("splash", batch, attend="prefix") == "xla"
+    assert [used("splash", b) for b in (batch, odd, branched)] == ["splash", "xla", "xla"]
     assert used("xla", batch) == "xla" and used("cudnn", batch) == "cudnn"
     assert used("cudnn", batch, jnp.float32) == used("cudnn", batch, attention_cap=3.0) == "xla"
     assert used("cudnn", batch, head_width=12) == used("cudnn", batch, head_width=256) == "xla"

@@ -407,17 +407,8 @@ def test_a_shards_work_counts_for_all_of_them():
         assert roofline.flops(fn.trace(*shapes).jaxpr) == 2 * 16 * 5 * 5
 
 
-@pytest.mark.parametrize(
-    ("window", "whole", "blocks"),
-    [
-        (None, False, 1 + 2 + 3 + 4),
-        (128, False, 1 + 2 + 2 + 2),
-        (200, False, 1 + 2 + 3 + 3),
-        (None, True, 16),
-        (128, True, 2 + 3 + 3 + 2),
-    ],
-)
-def test_a_kernel_counts_the_blocks_that_its_mask_leaves(window, whole, blocks):
+@pytest.mark.parametrize(("window", "blocks"), [(None, 1 + 2 + 3 + 4), (128, 1 + 2 + 2 + 2), (200, 1 + 2 + 3 + 3)])
+def test_a_kernel_counts_the_blocks_that_its_mask_leaves(window, blocks):
     rows, heads, length, width, block = 2, 4, 2048, 128, 512
     shapes = [(rows, length, heads, width), (rows, heads, length, width), (rows, heads, length, width)]
     arguments = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes] + [jax.ShapeDtypeStruct((rows, length), jnp.int32)]
@@ -425,7 +416,7 @@ def test_a_kernel_counts_the_blocks_that_its_mask_leaves(window, whole, blocks):
     product = 2 * rows * heads * block * block * width
 
     def attend(q, k, v, segments):
-        return jnp.sum(attention.splash(q, k, v, segments, window=window, whole=whole).astype(jnp.float32))
+        return jnp.sum(attention.splash(q, k, v, segments, window=window).astype(jnp.float32))
 
     assert roofline.flops(jax.jit(attend).trace(*arguments).jaxpr) == 2 * blocks * product
     # Backward: scores again in each of two kernels, then three products and two; and each output times its cotangent.

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,9 @@ from jaxpost.errors import UserError
 from jaxpost.models import adapted, loading, routes
 from jaxpost.objectives import sft
 from jaxpost.reporting.log import Log
+from jaxpost.rollouts import source
 from jaxpost.sampling.beam import search
+from jaxpost.stages import generate
 from jaxpost.stages.plan import plan_stage
 from jaxpost.step import combine, gradients
 from jaxpost.storage import checkpoint
@@ -312,6 +315,34 @@ def test_batches_say_which_adapter_a_row_takes(tmp_path):
     one.pop("rollouts")
     with pytest.raises(UserError, match="data.jsonl.* tenant is 3; config.adapter has 3 adapters, and a row names one, 0 to 2"):
         plan_stage("train", dict(recipe.stages(recipe.make(**one)))["train"], mesh)
+
+
+@pytest.mark.parametrize(("shared", "wanted"), [(False, [2, 2, 1, 1]), (True, [2, 1])])
+def test_rows_of_rollouts_have_their_records_number(shared, wanted):
+    shape = source.Rows(len(wanted), 2, 3, 2, shared=shared)
+    rollouts = types.SimpleNamespace(config=types.SimpleNamespace(rows=shape, columns=("tenant",)))
+    completions = types.SimpleNamespace(lengths=np.array([1, 2, 2, 1]))
+    batch = types.SimpleNamespace(
+        prompts=[np.array([4, 5, 6]), np.array([4])], records=[{"tenant": 2}, {"tenant": 1}], completions=completions
+    )
+    where = source.Rollouts._layout(rollouts, batch)
+    real = where.columns["segments"] > 0
+    np.testing.assert_array_equal(where.columns["tenant"], np.where(real, np.array(wanted)[:, None], 0))
+    assert not real.all() and where.columns["tenant"].dtype == np.float32
+
+
+def test_a_stage_that_generates_says_which_adapter_answers(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(generate, "in_chunks", lambda *_, **options: asked.update(options) or iter(()))
+    names = ("model", "tokenizer", "rewards", "row_type", "judging")
+    about = dict.fromkeys(names) | {"count": 4, "group": 2, "batch": 4, "seed": 0, "step": 0, "options": {}}
+    samples = generate.Samples(prompt=lambda i: ({"adapter": i % E}, np.array([1])), **about)
+    begun = {"prompts": 1, "rows": 0, "seconds": 0.0}
+    assert generate._draw(samples, None, begun, sampler_weights("lora"), None, None) == begun
+    assert asked["columns"] == {"adapter": [1, 2, 0]}
+    asked.clear()
+    generate._draw(samples, None, begun, cases.weights(), None, None)
+    assert "columns" not in asked
 
 
 @pytest.mark.slow

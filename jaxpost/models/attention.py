@@ -216,10 +216,9 @@ def attend(
     return jnp.einsum(f"{pairs},bkth->{inner}", weights, v).reshape(b, s, n, h)
 
 
-def splash(q, k, v, segments, *, window=None, scale=None, cap=None, whole=False, interpret=False) -> jax.Array:
+def splash(q, k, v, segments, *, window=None, scale=None, cap=None, interpret=False) -> jax.Array:
     """`attend` over documents by the TPU kernel that skips masked blocks: q [B,S,N,H], k and v [B,K,T,H], segments [B,S] ->
-    [B,S,N,H]. S is a multiple of 128. whole: whether tokens see those behind them too, up to `window` on each side. interpret:
-    run it as plain operations, on any device.
+    [B,S,N,H]. S is a multiple of 128. interpret: run it as plain operations, on any device.
 
     Each device computes its own rows and heads. Padding sees padding; nobody reads it.
     """
@@ -234,9 +233,9 @@ def splash(q, k, v, segments, *, window=None, scale=None, cap=None, whole=False,
 
     def local(q, k, v, segments):
         length, heads = q.shape[1:3]
-        mask = (masks.FullMask if whole else masks.CausalMask)((length, length))
+        mask = masks.CausalMask((length, length))
         if window is not None:
-            mask = masks.LocalMask((length, length), (window, window) if whole else (window - 1, 0), 0)
+            mask = masks.LocalMask((length, length), (window - 1, 0), 0)
         block = next(b for b in (512, 256, 128) if length % b == 0)
         names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
         kernel = kernels.make_splash_mha(
@@ -266,17 +265,15 @@ def over_rows(
     """How the layers of a model attend over a batch's documents: (what each kind of layer sees, attend).
 
     attend(q, k, v, sees) -> [B,S,N,H] takes an element of the list, or one selected from their stack by a traced index. XLA
-    replaces a kernel that cannot do the job: splash needs rows of a multiple of 128 tokens and supports neither branches nor a
-    column `bidirectional`, but models that see whole documents; cudnn needs 16-bit numbers and heads of a multiple of 8 and at
-    most 128 channels, and does not support a soft cap. Neither supports a prefix, `document_mask`'s.
+    replaces a kernel that cannot do the job: splash needs rows of a multiple of 128 tokens and supports neither branches nor
+    tokens that see what follows them; cudnn needs 16-bit numbers and heads of a multiple of 8 and at most 128 channels, and
+    does not support a soft cap. Neither supports a prefix, `document_mask`'s.
     """
-    whole = arch.attend == "whole" and "bidirectional" not in batch
     batch = attending(arch, batch)
     scale, cap, segments = arch.attention_scale, arch.attention_cap, batch["segments"]
-    skips = not prefix and "branches" not in batch and (whole or "bidirectional" not in batch)
-    if kernel == "splash" and segments.shape[1] % 128 == 0 and skips:
-        options = {"segments": segments, "scale": scale, "cap": cap, "whole": whole}
-        ways = [functools.partial(splash, window=k.window, **options) for k in arch.kinds]
+    causal = not prefix and not batch.keys() & {"branches", "bidirectional"}
+    if kernel == "splash" and segments.shape[1] % 128 == 0 and causal:
+        ways = [functools.partial(splash, segments=segments, window=k.window, scale=scale, cap=cap) for k in arch.kinds]
 
         def by_kind(q, k, v, kind):
             return ways[0](q, k, v) if len(ways) == 1 else jax.lax.switch(kind, ways, q, k, v)

@@ -49,11 +49,9 @@ def mlm(forward, params, batch, key, *, share: float = 0.15, replaced: float = 0
             f"config.objective: share={share}, replaced={replaced}, random={random}; share is above 0 and at most 1, and the"
             " other two are parts of it that add up to 1 at most."
         )
-    shapes = jax.eval_shape(forward, params, batch)
-    tokens, chosen = hidden(batch, key, vocab(shapes.head), share=share, replaced=replaced, random=random)
-    # A model that sees whole documents needs no column, without which a TPU's kernel can compute it.
-    column = {} if shapes.whole else {"bidirectional": batch["segments"] > 0}
-    output = forward(params, {**batch, "tokens": tokens, **column})
+    size = vocab(jax.eval_shape(forward, params, batch).head)
+    tokens, chosen = hidden(batch, key, size, share=share, replaced=replaced, random=random)
+    output = forward(params, {**batch, "tokens": tokens, "bidirectional": batch["segments"] > 0})
     scores = scores_in_place(output, batch, chosen)
     loss = Term(-jnp.sum(scores["logps"]), jnp.sum(chosen.astype(jnp.float32)))
     return {"mlm": loss}, {
