@@ -17,7 +17,7 @@ import llama_cases
 import pytest
 
 from jaxpost.errors import UserError
-from jaxpost.models import checks, hub
+from jaxpost.models import computing, hub
 from jaxpost.storage import network
 
 ROOT = Path(__file__).parent.parent
@@ -208,11 +208,11 @@ def test_a_gpu_without_bfloat16_computes_in_float32_and_says_so(capsys):
     class Device:
         platform, device_kind, compute_capability = "gpu", "Tesla T4", "7.5"
 
-    assert checks.computable(jnp.bfloat16, Device) == jnp.float32
+    assert computing.number_format("bfloat16", Device) == jnp.float32
     assert "Tesla T4 has no bfloat16" in capsys.readouterr().err
     Device.compute_capability = "8.0"
-    assert checks.computable(jnp.bfloat16, Device) == jnp.bfloat16
-    assert checks.computable(jnp.float32, Device) == jnp.float32
+    assert computing.number_format("bfloat16", Device) == jnp.bfloat16
+    assert computing.number_format("float32", Device) == jnp.float32
     assert not capsys.readouterr().err
 
 
@@ -220,10 +220,10 @@ def test_the_kernel_of_attention_is_the_platforms():
     class Device:
         platform, device_kind = "tpu", "TPU v5p"
 
-    assert [checks.kernel(asked, Device) for asked in ("auto", "xla", "splash")] == ["splash", "xla", "splash"]
+    assert [computing.kernel(asked, Device) for asked in ("auto", "xla", "splash")] == ["splash", "xla", "splash"]
     with pytest.raises(UserError, match="config.attention: 'cudnn' does not run on TPU v5p; leave it at auto, or take xla"):
-        checks.kernel("cudnn", Device)
+        computing.kernel("cudnn", Device)
     with pytest.raises(UserError, match="config.attention: unknown 'spalsh'. Did you mean 'splash'"):
-        checks.kernel("spalsh", Device)
+        computing.kernel("spalsh", Device)
     Device.platform = "cpu"
-    assert checks.kernel("auto", Device) == "xla"
+    assert computing.kernel("auto", Device) == "xla"

@@ -1,16 +1,11 @@
-"""What is checked of a model: of its weights before they are made and once they are read, and of what a device can compute."""
-
-import sys
-from typing import Any
+"""What is checked of a model's weights before they are made, and once they are read."""
 
 import jax
 import jax.numpy as jnp
 
 from jaxpost import sharding
-from jaxpost.config.resolve import nearest
 from jaxpost.errors import UserError
 from jaxpost.models import hf, protocol
-from jaxpost.models.attention import KERNELS
 from jaxpost.storage import host
 from jaxpost.types import Params
 
@@ -45,22 +40,3 @@ def check_memory(model: protocol.Model) -> None:
             f"config.model: {parameters(model):,} parameters{sizes} take {needed / 2**30:,.0f} GiB in float32, and "
             f"there are {room / 2**30:,.0f} GiB of memory; make it smaller."
         )
-
-
-def computable(dtype: Any, device: Any) -> Any:
-    """The dtype to compute in, of the one asked for: float32 where the device lacks bfloat16 (GPUs before capability 8)."""
-    capability = getattr(device, "compute_capability", None)
-    if dtype == jnp.bfloat16 and device.platform == "gpu" and capability and float(capability) < 8:
-        print(f"config.dtype: {device.device_kind} has no bfloat16; computing in float32 instead.", file=sys.stderr)
-        return jnp.float32
-    return dtype
-
-
-def kernel(name: str, device: Any) -> str:
-    """The attention kernel that a recipe names, checked against the device that will compute."""
-    fast = KERNELS.get(device.platform, "xla")
-    if name not in (choices := ("auto", "xla", *KERNELS.values())):
-        raise UserError(f"config.attention: unknown {name!r}.{nearest(name, choices)}")
-    if name not in ("auto", "xla", fast):
-        raise UserError(f"config.attention: {name!r} does not run on {device.device_kind}; leave it at auto, or take xla.")
-    return fast if name == "auto" else name

@@ -25,12 +25,24 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxpost import sharding, tokenizer
 from jaxpost.config.resolve import check_origin, find, nearest, resolve, trust
 from jaxpost.errors import UserError
-from jaxpost.models import adapted, checks, encoder, encoder_families, families, hf, hub, own_leaves, prefix, protocol, routes
-from jaxpost.models.transformer import REMAT
+from jaxpost.models import (
+    adapted,
+    checks,
+    computing,
+    encoder,
+    encoder_families,
+    families,
+    hf,
+    hub,
+    own_leaves,
+    prefix,
+    protocol,
+    routes,
+)
 from jaxpost.storage import checkpoint, cloud, digests, fingerprint
 from jaxpost.types import Params
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DTYPES = computing.DTYPES
 ATTEND = ("causal", "prefix", "whole")  # what a token sees of its document
 
 
@@ -72,7 +84,9 @@ def describe(
     """
     if not model:
         raise UserError("config.model: give a folder with config.json and *.safetensors, a workdir, or a config.json's fields.")
-    _check_names(dtype, remat, attend)
+    computing.check(dtype, remat)
+    if attend not in ("", *ATTEND):
+        raise UserError(f"config.attend: unknown {attend!r}.{nearest(attend, ATTEND)}")
     adapted.trusted(adapter)
     described, folder = _locate(model) if isinstance(model, str) else (None, None)
     attend = attend or carried(folder, "attend") or ""
@@ -92,20 +106,13 @@ def describe(
         )
     name = model if isinstance(model, str) and hub.is_name(model) else ""
     device = device or jax.devices()[0]
-    transformer = encoder.model(arch, checks.computable(DTYPES[dtype], device), remat, checks.kernel(attention, device))
+    transformer = encoder.model(arch, computing.number_format(dtype, device), remat, computing.kernel(attention, device))
     generation, ends = hf.read_generation(described, config, arch.vocab, own_tokenizer=not tokenizer_name)
     spec = ModelSpec(transformer, words, config, folder, name, generation=generation, ends=ends)
     spec = dataclasses.replace(spec, adapter=adapted.chosen(adapter, carried(folder)), leaves=carried(folder, "leaves"))
     if text and words is None:
         adapted.check_text(adapter)
     return spec
-
-
-def _check_names(dtype: str, remat: str, attend: str) -> None:
-    """Raises UserError for a word that is none of the choices."""
-    for value, choices, key in ((dtype, DTYPES, "dtype"), (remat, REMAT, "remat"), (attend or "causal", ATTEND, "attend")):
-        if value not in choices:
-            raise UserError(f"config.{key}: unknown {value!r}.{nearest(str(value), choices)}")
 
 
 def _of_function(entry: dict, described, folder, words: str, dtype: str, adapter: Any, attend: str, *, text: bool) -> ModelSpec:
