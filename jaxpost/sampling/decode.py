@@ -258,8 +258,9 @@ def in_chunks(
     while part := list(itertools.islice(left, rows)):
         padded = [*part, *[part[0]] * (rows - len(part))]
         work = {"number": number + first * group, "have": frozenset(range(len(part) * group, rows * group))}
-        chosen = {name: values[first : first + len(part)] for name, values in (columns or {}).items()}
-        work["columns"] = {name: [*own, *[own[0]] * (rows - len(part))] for name, own in chosen.items()}
+        if columns:
+            chosen = {name: values[first : first + len(part)] for name, values in columns.items()}
+            work["columns"] = {name: [*own, *[own[0]] * (rows - len(part))] for name, own in chosen.items()}
         completions = complete(
             model, params, padded, mesh=mesh, new=new, seed=seed, group=group, chain=chain, **work, **options
         )
