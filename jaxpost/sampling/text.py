@@ -68,7 +68,8 @@ def completed(
     stop = stop_ids(text, template, ends)
     about = About(text, tuple(stop), model.vocab, new)
     options = {"mesh": mesh, "prompt_window": min(longest + -longest % _BUCKET, room - new), "new": new, "stop": stop}
-    options |= {"chain": chain(processors, about, "processors"), "columns": columns}
+    options["chain"] = chain(processors, about, "processors")
+    options |= {"columns": columns} if columns else {}
     if beams:
         completions = _best(search(model, params, ids, beams=beams, length_penalty=length_penalty, **options), n)
     else:
