@@ -26,7 +26,7 @@ from jaxpost import sharding
 from jaxpost.config import resolve, type_hints
 from jaxpost.data import chat, templates
 from jaxpost.errors import UserError
-from jaxpost.models import loading, prefix, protocol, vocabulary
+from jaxpost.models import loading, prefix, protocol, routes, vocabulary
 from jaxpost.models.composed import Patched
 from jaxpost.models.heads import logits
 from jaxpost.models.sites import checked
@@ -62,14 +62,14 @@ class Model:
         """The most tokens that a document may have."""
         return prefix.max_positions(self.transformer, self.params)
 
-    def logits(self, tokens, lengths=None, *, patch: Mapping | None = None) -> jax.Array:
+    def logits(self, tokens, lengths=None, *, patch: Mapping | None = None, columns: Mapping | None = None) -> jax.Array:
         """Logits [B,S,V] float32 of ids [B,S]; each place's predict the next token.
 
         lengths [B]: the number of real tokens in each row, where rows are padded on the right; padding does not affect them,
-        and its logits mean nothing. patch: {site: value, or function} (models/sites.py). This is a very large array; `scores`
-        does without it.
+        and its logits mean nothing. patch: {site: value, or function} (models/sites.py). columns: {name: a number of each row},
+        by which rows choose among the model's adapters. This is a very large array; `scores` does without it.
         """
-        batch, rows = self._batch(tokens, lengths)
+        batch, rows = self._batch(tokens, lengths, numbers=columns)
         with sharding.use(self.mesh):
             return _logits(self.transformer, self.params, batch, *_sorted(patch))[:rows]
 
@@ -92,6 +92,10 @@ class Model:
         taps = {name: x[:, :rows] if ".*." in name else x[:rows] for name, x in taps.items()}
         return taps[sites] if isinstance(sites, str) else taps
 
+    def only(self, number: int) -> "Model":
+        """The model with one of several adapters, among which rows choose, for all rows. Raises UserError for no such one."""
+        return dataclasses.replace(self, params=routes.only(self.params, number))
+
     def patched(self, patch: Mapping) -> "Model":
         """The model with {site: value, or function (value, batch) -> value} in every forward pass, generation included
         (models/sites.py). A value is broadcast; in generation a site has the tokens of a prompt, or one token.
@@ -108,12 +112,12 @@ class Model:
             row[: len(x)] = x
         return tokens, lengths
 
-    def scores(self, tokens, lengths=None) -> dict[str, jax.Array]:
+    def scores(self, tokens, lengths=None, *, columns: Mapping | None = None) -> dict[str, jax.Array]:
         """Scores of each token of ids [B,S] given those before it: its log-probability `logps`, the distribution's `entropy`,
         and `correct` (1 or 0), whether it is the likeliest, each [B,S] float32; zero at a row's first token and past its
-        length.
+        length. columns: as in `logits`.
         """
-        batch, rows = self._batch(tokens, lengths, beyond=1)  # the last token is only scored
+        batch, rows = self._batch(tokens, lengths, beyond=1, numbers=columns)  # the last token is only scored
         with sharding.use(self.mesh):
             return {k: v[:rows] for k, v in _scores(self.transformer, self.params, batch).items()}
 
@@ -129,8 +133,9 @@ class Model:
         message, not text to continue. template=None: for chat, a name or Jinja. new=None: the most tokens of a completion; 200,
         or what the model has room for. temperature=0.0: 0 takes the likeliest token. n=1: completions a prompt. seed=0: which
         random numbers. processors=(): what may be said, named as in `rollouts.processors`, or functions. beams=None: the width
-        of a beam search, which gives the n best; length_penalty=1.0: of its scores (sampling/beam.py). Raises UserError for no
-        or empty prompts, where prompt and `new` exceed the model's positions, or without a tokenizer.
+        of a beam search, which gives the n best; length_penalty=1.0: of its scores (sampling/beam.py). columns=None: {name: a
+        number of each prompt}, by which prompts choose among adapters. Raises UserError for no or empty prompts, where prompt
+        and `new` exceed the model's positions, or without a tokenizer.
         """
         return [ids for _, ids in self._completed(prompts, **options)]
 
@@ -144,7 +149,7 @@ class Model:
         self,
         texts: str | Sequence,
         *,
-        pooling: str = "last",
+        pooling: str | None = None,
         normalise: bool = True,
         instruction: str = "",
         template: str | None = None,
@@ -153,10 +158,11 @@ class Model:
     ) -> np.ndarray:
         """Embeddings [N,D] float32 of texts: strings, or conversations (lists of messages).
 
-        pooling: "last" or "mean", as the model was trained (`objectives.documents.pooled`). normalise: whether each has length
-        1. instruction: stands in front of each string, or is the system turn. template: for messages, a name or Jinja.
-        too_long: "error", or "truncate" what exceeds the model's positions; the last token stays. rows: texts at a time, which
-        changes nothing. Raises UserError for an empty text, one that is too long, and without a tokenizer.
+        pooling: "last", "mean" or "latent", as the model was trained (`objectives.documents.pooled`); None is latent for a
+        model that has learned that, else last. normalise: whether each has length 1. instruction: stands in front of each
+        string, or is the system turn. template: for messages, a name or Jinja. too_long: "error", or "truncate" what exceeds
+        the model's positions; the last token stays. rows: texts at a time, which changes nothing. Raises UserError for an empty
+        text, one that is too long, and without a tokenizer.
         """
         self.need_tokenizer()
         options = {"pooling": pooling, "normalise": normalise, "instruction": instruction, "template": template}
@@ -164,6 +170,7 @@ class Model:
         texts = [texts] if isinstance(texts, str) else texts
         if not isinstance(texts, (list, tuple)) or not all(isinstance(text, (str, list)) for text in texts):
             raise UserError(f"embed: {str(texts)[:80]!r}; give a text, a list of texts, or a list of conversations.")
+        pooling = ("latent" if "latent" in self.params else "last") if pooling is None else pooling
         if pooling not in documents.POOLINGS or too_long not in ("error", "truncate") or rows < 1:
             raise UserError(
                 f"embed: pooling={pooling!r} is {' or '.join(documents.POOLINGS)}, too_long={too_long!r} error or truncate, "
@@ -209,7 +216,7 @@ class Model:
                 "the model's folder has no tokenizer (tokenizer.json), so there is no way from text to tokens; give it one."
             )
 
-    def _batch(self, tokens, lengths, beyond: int = 0) -> tuple[dict, int]:
+    def _batch(self, tokens, lengths, beyond: int = 0, numbers: Mapping | None = None) -> tuple[dict, int]:
         """(columns on the mesh, number of given rows): one document a row, with rows of padding where the mesh needs more."""
         tokens = _array(tokens, "tokens are ids [B,S], all rows of one length")
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
@@ -224,6 +231,8 @@ class Model:
             raise UserError(f"lengths are {rows} numbers of 0 to {length}, one a row; these are {lengths.tolist()}.")
         real = np.arange(length) < lengths[:, None]
         columns = {"tokens": np.where(real, tokens, 0), "segments": real, "positions": np.where(real, np.arange(length), 0)}
+        chosen = routes.of_prompts(numbers or {}, routes.columns(self.params), rows)
+        columns |= {name: np.where(real, x[:, None], 0) for name, x in chosen.items()}
         extra = -rows % (self.mesh.shape["data"] * self.mesh.shape["fsdp"])
         padded = {k: np.pad(x.astype(np.int32), ((0, extra), (0, 0))) for k, x in columns.items()}
         first, last = sharding.local_rows(self.mesh, rows + extra)
@@ -280,8 +289,10 @@ def _scores(model: protocol.Model, params: Params, batch: Batch) -> dict[str, ja
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
 def _embeddings(model: protocol.Model, params: Params, batch: Batch, pooling: str, normalise: bool) -> jax.Array:
-    """[B,D]: of rows of one document each."""
-    vectors = documents.pooled(model.forward(params, batch).hidden, batch, pooling=pooling, count=2)[:, 1]
+    """[B,D]: of rows of one document each, whose tokens all count but the first, as in training."""
+    batch = {**batch, "mask": (batch["segments"] > 0) & (batch["positions"] > 0)}
+    hidden = model.forward(params, batch).hidden
+    vectors = documents.pooled(hidden, batch, pooling=pooling, latent=params.get("latent"), count=2)[:, 1]
     return documents.unit(vectors) if normalise else vectors
 
 

@@ -37,6 +37,7 @@ _DEFAULTS = {
     "completed": {},
     "recorded": None,
     "reads": (),
+    "one": "",
 }
 _FUNCTIONS = ("prepare", "gather", "metrics", "recorded")  # the value is a function, bound to the keywords that it takes
 _ATTRIBUTES = ("prepare", "columns", "data", "leaves")  # older versions read these from the function itself
@@ -72,7 +73,8 @@ def objective(
 
     rows: the row type that it learns from: demonstrations, pairs, labelled, mismatched, scored, steps, lists or masked.
     columns: {name: Column, or (axis letters, dtype)} that it reads besides tokens, segments, positions and mask.
-    leaves: {path: (axis letters, first value)} that it adds to the parameters; a first value that is a name is another model's.
+    leaves: {path: (axis letters, first value)} that it adds to the parameters. Axes may be numbers, in "8 D" with spaces. A
+    first value that is a name is another model's head; {"normal": 0.02} draws with this standard deviation.
     masks: the columns [B,S] of the tokens that it learns from; where all are 0 no gradient may flow.
     prepare: (forward, params, batch, key) -> columns of the whole batch, without gradient, before it is split.
     gather: (forward, params, batch, key) -> small columns [b, ...] of a microbatch's rows, without gradient, which the batch of
@@ -138,6 +140,7 @@ def adapter(
     completed: Mapping[str, Callable] | None = None,
     recorded: Callable | None = None,
     reads: tuple[str, ...] = (),
+    one: str | None = None,
 ) -> Callable:
     """Declares an adapter.
 
@@ -150,6 +153,8 @@ def adapter(
     completed: {keyword: (ModelSpec, the keywords) -> its value}, of keywords that the model decides and no recipe gives.
     recorded: for one that is read from files, (its keywords) -> the entry of the same adapter without them.
     reads: the keywords that name folders from which it is read: what their files hold decides what the model computes.
+    one: of adapters that rows choose among (models/routes.py), the name of what each of them is. They have the keywords
+    `experts`, how many there are, and `column`.
     """
     return _declaring(locals())
 

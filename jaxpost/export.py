@@ -31,7 +31,7 @@ from jaxpost.config import cli
 from jaxpost.data.chat import stop_ids
 from jaxpost.errors import UserError
 from jaxpost.models import adapted, encoder_families, hf, loading, sentences, vocabulary
-from jaxpost.objectives import contrastive, documents
+from jaxpost.objectives import contrastive
 from jaxpost.storage import cloud
 from jaxpost.types import Params
 
@@ -53,7 +53,7 @@ def export(
     """Writes the model of a workdir, of one checkpoint in it, or of a Hugging Face folder to `out`; returns the files' names.
 
     Where a run kept a running mean of the weights, the mean is written. dtype: one of DTYPES; None is config.json's, else
-    float32. adapter: whether to write only the adapter. pooling: one of documents.POOLINGS, for an embedding model;
+    float32. adapter: whether to write only the adapter. pooling: one of sentences.POOLINGS, for an embedding model;
     normalise: whether its embeddings have length 1. tokens: of tokens to add, what `vocabulary.grown` takes: add, by, multiple,
     special. Raises UserError if `out` is not empty, and for a checkpoint that cannot be read.
     """
@@ -107,6 +107,11 @@ def check_leaves(spec: loading.ModelSpec, place: str) -> None:
 
 def check_merges(spec: loading.ModelSpec, place: str) -> None:
     """Raises UserError for an adapter that cannot become part of the weights."""
+    if any(adapted.declares(spec.adapter, "one")):
+        raise UserError(
+            f"{place}: its rows choose among adapters, which no weights can; write them with --adapter, a folder each, and run "
+            "or train with one of them."
+        )
     if not all(adapted.declares(spec.adapter, "merges")):
         raise UserError(
             f"{place}: what it learned stands before each document and cannot become part of the weights; write it alone, with "
@@ -193,7 +198,7 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string("out", None, "The folder to write; it must be new or empty.")
     flags.DEFINE_bool("adapter", False, "Write the adapter alone, as peft has it.")
-    flags.DEFINE_enum("pooling", None, documents.POOLINGS, "Write an embedding model for sentence-transformers, pooled so.")
+    flags.DEFINE_enum("pooling", None, [*sentences.POOLINGS], "Write an embedding model for sentence-transformers, pooled so.")
     flags.DEFINE_bool("normalise", True, "With --pooling: embeddings have length 1.")
     flags.DEFINE_multi_string("add", [], "A token to add to the vocabulary; for several, give it several times")
     flags.DEFINE_string(

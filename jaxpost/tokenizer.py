@@ -268,21 +268,35 @@ def _begins_with(tokenizer, token):
     return tokenizer(some_text(tokenizer))["input_ids"][:1] == [token]
 
 
+def is_enclosing(tokenizer):
+    """Whether the tokenizer has no end-of-sequence token, but ends a text with its separator, as BERT's does."""
+    last = tokenizer.sep_token_id
+    return tokenizer.eos_token_id is None and last is not None and tokenizer("")["input_ids"][-1:] == [last]
+
+
 def ending(tokenizer, longest):
-    """A copy of the tokenizer that ends a text with the end-of-sequence token, as `chat.encode_text` does, that cuts it to
-    `longest` tokens, and that can pad. Raises UserError where there is no such token.
+    """A copy of the tokenizer that ends a text as `chat.encode_text` does, that cuts it to `longest` tokens, and that can pad.
+
+    Raises UserError where it has neither an end-of-sequence token nor one of its own behind texts.
     """
+    ender = copy.deepcopy(tokenizer)
+    if not is_enclosing(tokenizer):
+        ender.backend_tokenizer.post_processor = _ending_in_eos(tokenizer)
+    ender.model_max_length = longest
+    if ender.pad_token is None:
+        ender.pad_token = tokenizer.eos_token or tokenizer.sep_token
+    return ender
+
+
+def _ending_in_eos(tokenizer):
+    """What puts the end-of-sequence token behind a text, and the beginning-of-text token before it if there is one."""
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no eos_token, in which a text that is embedded ends; give it one.")
-    ender, ids = copy.deepcopy(tokenizer), [*opening(tokenizer), tokenizer.eos_token_id]
+    ids = [*opening(tokenizer), tokenizer.eos_token_id]
     *first, last = tokenizer.convert_ids_to_tokens(ids)
     texts = {"single": [*first, "$A", last], "pair": [*first, "$A", last, "$B", last]}
     marks = list(zip([*first, last], ids, strict=True))
-    ender.backend_tokenizer.post_processor = processors.TemplateProcessing(**texts, special_tokens=list(dict.fromkeys(marks)))
-    ender.model_max_length = longest
-    if ender.pad_token is None:
-        ender.pad_token = tokenizer.eos_token
-    return ender
+    return processors.TemplateProcessing(**texts, special_tokens=list(dict.fromkeys(marks)))
 
 
 def carrying(tokenizer, template):

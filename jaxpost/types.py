@@ -65,7 +65,7 @@ class Output(flax.struct.PyTreeNode):
 
     router (mixtures of experts, without a cache): {"probs", "picks"}, each [B,L,E] float32: for each row and layer, the
     router's probabilities and its choices of each expert, summed over the row's real tokens. taps: {site: activation} of the
-    sites that were asked for (models/sites.py).
+    sites that were asked for (models/sites.py). whole: whether a token sees those behind it, so that none is left to predict.
     """
 
     hidden: jax.Array
@@ -73,6 +73,7 @@ class Output(flax.struct.PyTreeNode):
     cache: Any = None
     router: Any = None
     taps: Any = None
+    whole: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 class TrainState(flax.struct.PyTreeNode):

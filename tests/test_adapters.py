@@ -21,7 +21,7 @@ from jaxpost.config.naming import name_of
 from jaxpost.config.resolve import known, resolve
 from jaxpost.declare import declared
 from jaxpost.errors import UserError
-from jaxpost.models import adapted, hf, loading
+from jaxpost.models import adapted, hf, loading, routes
 from jaxpost.models.einsum import dense, project
 from jaxpost.objectives import sft
 from jaxpost.step import combine, gradients
@@ -98,7 +98,7 @@ def test_merged_and_unmerged_say_the_same(kind):
     assert np.abs(apart - together).max() <= 1e-5 * np.abs(together).max()
 
 
-@pytest.mark.parametrize("name", [name for name in known("adapters") if name != "peft"])  # which is one of the others
+@pytest.mark.parametrize("name", [name for name in known("adapters") if not name.endswith("peft")])  # which are others
 def test_an_adapter_is_what_it_declares(name):
     """By discovery: the leaves that it adds and no others, whether it merges, whether it changes nothing at its start."""
     entry, tree = {"name": name}, loading.abstract(small.MODEL, one_device(), {"name": name})
@@ -108,10 +108,13 @@ def test_an_adapter_is_what_it_declares(name):
     fresh = {path for path in adapted_paths if re.search(adapted.added(entry), path)}
     assert fresh and {path.removesuffix("/base") for path in adapted_paths - fresh} == plain
     nodes = [x for x in jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "merged")) if hasattr(x, "merged")]
-    (merges,), (files,) = (adapted.declares(entry, field) for field in ("merges", "files"))
-    assert bool(nodes) == merges and files.kind and declared(resolve(entry, "adapters"), "recorded") is None
+    (merges,), (files,), (one,) = (adapted.declares(entry, field) for field in ("merges", "files", "one"))
+    assert bool(nodes) == merges and declared(resolve(entry, "adapters"), "recorded") is None
+    assert (files or declared(resolve({"name": one}, "adapters"), "files")).kind
     assert adapted.recorded(adapted.recorded(entry)) == adapted.recorded(entry)
-    base, ours = (np.asarray(load(one).logits(TOKENS)) for one in (None, entry))
+    columns = dict.fromkeys(routes.columns(tree), [0, 1])
+    assert bool(columns) == bool(one)
+    base, ours = np.asarray(load().logits(TOKENS)), np.asarray(load(entry).logits(TOKENS, columns=columns))
     # DoRA divides a norm by itself, computed in two programs: float32 rounding.
     assert (np.abs(base - ours).max() <= 2e-5) == bool(adapted.neutral(entry))
 

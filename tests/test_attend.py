@@ -17,10 +17,12 @@ from test_encoders import one, scores
 
 import jaxpost
 from jaxpost import recipe, sharding
+from jaxpost.annotators import scores as scores_annotator
 from jaxpost.errors import UserError
 from jaxpost.models import attention, families, hf, loading
 from jaxpost.models.families import Kind
 from jaxpost.models.heads import logits
+from jaxpost.objectives import sft
 from jaxpost.objectives.logprobs import token_scores
 from jaxpost.stages.plan import learned
 
@@ -168,8 +170,10 @@ def test_a_recipe_asks_for_it_and_the_weights_keep_it(tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"{i}+1", "completion": f"{i + 1}"}) + "\n" for i in range(24)))
     common = {"tokenizer": "tasks.arithmetic.tokenizer", "batch_size": 8, "window": 32, "steps": 2, "log_every": 1}
-    jaxpost.train(None, tmp_path / "run", model=CONFIG, data=str(data), attend="prefix", **common)
-    model = jaxpost.load(tmp_path / "run")
+    each = {"stages": ("one", "two"), "one": {"attend": "prefix"}, "two": {"attend": "causal"}}
+    jaxpost.train(None, tmp_path / "run", model=CONFIG, data=str(data), **each, **common)
+    assert jaxpost.load(tmp_path / "run").transformer.arch.attend == "causal"
+    model = jaxpost.load(tmp_path / "run" / "checkpoints" / "one")  # though the workdir describes the last stage's model
     assert model.transformer.arch.attend == "prefix"
     hf.save(tmp_path / "out", model.params, model.transformer.arch, model.config, "float32")
     assert loading.describe(str(tmp_path / "out"), text=False).transformer.arch.attend == "prefix"
@@ -182,7 +186,23 @@ def test_a_recipe_asks_for_it_and_the_weights_keep_it(tmp_path):
     np.testing.assert_array_equal(model.scores(tokens)["logps"][0, :3], model.scores(last)["logps"][0, :3])
 
 
+def test_what_asks_for_the_next_token_is_refused_where_it_is_seen():
+    batch = rows()
+    params = jax.eval_shape(MODEL.init, jax.random.PRNGKey(0))
+    whole = of("whole").forward
+    for asks in (lambda p: sft.nll(whole, p, batch, None), lambda p: scores_annotator.perplexity(whole, p, batch)):
+        with pytest.raises(UserError, match="the model sees whole documents, the next token included"):
+            jax.eval_shape(asks, params)
+    encoder = loading.describe(encoder_cases.config("bert/plain"), text=False).transformer
+    shapes = jax.eval_shape(encoder.init, jax.random.PRNGKey(0))
+    with pytest.raises(UserError, match="sees whole documents"):
+        jax.eval_shape(lambda p: sft.nll(encoder.forward, p, batch, None), shapes)
+    jax.eval_shape(lambda p: sft.nll(of("prefix").forward, p, batch, None), params)
+
+
 def test_what_cannot_be_had_is_refused():
+    with pytest.raises(UserError, match="config.attend: unknown 'hole'. Did you mean 'whole'"):
+        loading.describe(CONFIG, attend="hole", text=False)
     for fields, message in (
         ({"attend": "both"}, "attend = 'both'"),
         ({"attend": "causal", "is_causal": False}, "attend = 'causal', is_causal = False"),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+import small
 import stubs
 
 from jaxpost import sharding
@@ -15,7 +16,7 @@ from jaxpost.data.row_types import lists
 from jaxpost.declare import declared, objective
 from jaxpost.errors import UserError
 from jaxpost.metrics import values
-from jaxpost.models import families
+from jaxpost.models import families, loading, own_leaves
 from jaxpost.models.transformer import Transformer
 from jaxpost.objectives import contrastive, documents, unpaired
 from jaxpost.step import gradients, make_evaluation, with_prepared
@@ -47,12 +48,20 @@ def embedded(params, batch, pooling, normalise):
     each = []
     for i, columns, *_ in spans(batch):
         own = np.flatnonzero(columns)
-        each.append(hidden[i, own[-1]] if pooling == "last" else jnp.mean(hidden[i, own], axis=0))
+        tokens = hidden[i, own] if pooling != "latent" else attended(hidden[i, own], **params["latent"])
+        each.append(tokens[-1] if pooling == "last" else jnp.mean(tokens, axis=0))
     vectors = jnp.stack(each)
     return vectors / jnp.linalg.norm(vectors, axis=1, keepdims=True) if normalise else vectors
 
 
-def info_nce(params, batch, *, temperature=0.05, learned=False, symmetric=False, pooling="last", normalise=True):
+def attended(tokens, vectors, up, down, xp=jnp):
+    """Of each token: the latents, weighed by the softmax of its products with them, through two layers with GELU."""
+    weights = xp.exp(tokens @ vectors.T / np.sqrt(tokens.shape[1]))
+    inner = weights @ vectors / weights.sum(1, keepdims=True) @ up
+    return inner * (1 + jax.scipy.special.erf(inner / np.sqrt(2))) / 2 @ down
+
+
+def info_nce(params, batch, *, temperature=0.05, learned=False, symmetric=False, pooling="last", normalise=True, latents=0):
     """The whole loss, written down by queries and passages."""
     scale = jnp.exp(params["contrastive"]["log_scale"][0]) if learned else 1 / temperature
     vectors, docs = embedded(params, batch, pooling, normalise), spans(batch)
@@ -104,7 +113,14 @@ OPTIONS = [
     {"symmetric": True, "pooling": "mean", "temperature": 0.5},
     {"learned": True, "symmetric": True, "temperature": 0.1},
     {"normalise": False, "temperature": 1.0},
+    {"pooling": "latent", "latents": 3, "temperature": 0.5},
 ]
+
+
+def latents(count=3):
+    rng = np.random.default_rng(5)
+    shapes = {"vectors": (count, stubs.WIDTH), "up": (stubs.WIDTH,) * 2, "down": (stubs.WIDTH,) * 2}
+    return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
@@ -113,6 +129,8 @@ def test_the_gradient_is_that_of_the_whole_loss_whatever_the_microbatches(option
     assert len({d[3] for d in spans(batch) if d[2] > 1}) < sum(d[2] > 1 for d in spans(batch)), "some passages are the same"
     if options.get("learned"):
         params["contrastive"] = {"log_scale": jnp.array([np.log(10.0)], jnp.float32)}
+    if "latents" in options:
+        params["latent"] = latents()
     value, expected = jax.jit(jax.value_and_grad(functools.partial(info_nce, batch=batch, **options)))(params)
     for microbatches in (4,) if options else (1, 4, 16):
         loss, grads, measured = split("contrastive.info_nce", params, batch, microbatches, **options)
@@ -148,7 +166,7 @@ def test_by_hand():
 
 
 def test_losses_within_a_list_are_their_equations():
-    batch, params = batch_of("contrastive.distilled"), stubs.init()
+    batch, params = batch_of("contrastive.distilled"), {**stubs.init(), "latent": latents()}
     docs = spans(batch)
     assert [d[2] for d in docs] == [1, 2, 3] * (len(docs) // 3)
     given = np.array([batch["scores"][i][columns][0] for i, columns, *_ in docs]).reshape(-1, 3)[:, 1:]
@@ -179,6 +197,7 @@ def test_losses_within_a_list_are_their_equations():
         (triplet, {}),
         (listwise, {"temperature": 1.0, "pooling": "mean"}),
         (distilled, {"temperature": 1.0, "teacher_temperature": 0.5}),
+        (margin, {"pooling": "latent"}),
     ):
         name = f"contrastive.{loss.__name__}"
         pooling, normalise = options.get("pooling", "last"), True
@@ -281,5 +300,30 @@ def test_pooling_is_invariant_to_padding_and_names_its_choices():
     np.testing.assert_allclose(mean[1, 2], hidden[1, 4:].mean(0), rtol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(documents.unit(last)[:, 1:3], axis=-1), 1.0, rtol=1e-6)
     assert not np.any(jax.grad(lambda v: documents.unit(v).sum())(jnp.zeros((1, 3))))
-    with pytest.raises(UserError, match="pooling='max': give one of last, mean"):
+    with pytest.raises(UserError, match="pooling='max': give one of last, mean, latent"):
         documents.pooled(hidden, batch, pooling="max")
+
+
+def test_latent_pooling_is_numpys():
+    rng = np.random.default_rng(0)
+    hidden, segments = rng.normal(size=(1, 7, 3)), np.array([[1, 1, 1, 2, 2, 0, 0]])
+    latent = {name: rng.normal(size=shape) for name, shape in (("vectors", (5, 3)), ("up", (3, 3)), ("down", (3, 3)))}
+    own = jax.tree.map(jnp.float32, latent)
+    got = documents.pooled(jnp.float32(hidden), {"segments": segments}, pooling="latent", latent=own, count=4)
+    for number in (1, 2):
+        wanted = attended(hidden[0][segments[0] == number], **latent, xp=np).mean(0)
+        np.testing.assert_allclose(got[0, number], wanted, rtol=1e-5, atol=1e-6)
+    assert not np.any(got[0, [0, 3]])
+    with pytest.raises(UserError, match="the model has no latents"):
+        documents.pooled(hidden, {"segments": segments}, pooling="latent")
+    with pytest.raises(UserError, match="config.objective.latents: 0"):
+        declared(resolve({"name": "contrastive.margin", "pooling": "latent", "latents": 0}, "objectives"), "leaves")
+    for name in ("info_nce", "margin", "triplet", "listwise", "distilled"):
+        entry = {"name": f"contrastive.{name}", "pooling": "latent", "latents": 12}
+        leaves = declared(resolve(entry, "objectives"), "leaves")
+        shapes = loading.abstract(small.MODEL, sharding.make_mesh(), None, leaves)["latent"]
+        assert {k: x.shape for k, x in shapes.items()} == {"vectors": (12, 32), "up": (32, 32), "down": (32, 32)}
+        assert not declared(resolve(f"contrastive.{name}", "objectives"), "leaves")
+    drawn = own_leaves.first("latent/up", (200, 50), {"normal": 0.02}, 1)
+    assert drawn.dtype == np.float32 and drawn.std() == pytest.approx(0.02, rel=0.05)
+    assert np.abs(drawn - own_leaves.first("latent/down", (200, 50), {"normal": 0.02}, 1)).max() > 0.01

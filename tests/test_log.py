@@ -1,5 +1,6 @@
 """Speed and model FLOPs: what the progress line and the metrics file say of them."""
 
+import dataclasses
 import json
 import types
 
@@ -36,6 +37,10 @@ def test_model_flops_by_hand(tied):
     assert progress.model_flops(arch, 10, 3, 0, frozen=0.75) == 4.5 * (weights * 10 + 11 * 4 * 3)
     # Scores and values, forward and twice in the backward pass: 2 products x 2 FLOPs x 3, a layer, a head channel, a pair.
     assert progress.model_flops(arch, 0, 0, 5) == 12 * 2 * 4 * 5
+    # Documents of 3 and 4 tokens have 6 + 10 causal pairs; where each token sees all of its own, 9 + 16.
+    whole = dataclasses.replace(arch, attend="whole")
+    pairs = progress.model_flops(whole, 7, 0, 16) - progress.model_flops(arch, 7, 0, 0)
+    assert pairs == 12 * 2 * 4 * 25
 
 
 @pytest.fixture

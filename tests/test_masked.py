@@ -7,18 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 import stubs
 from test_row_types import encode
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from toy_tokenizers import characters
 
 import jaxpost
-from jaxpost import sharding, tokenizer
+from jaxpost import export, sharding, tokenizer
 from jaxpost.data import encoding
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
-from jaxpost.models import encoder, encoder_families, heads, loading
+from jaxpost.models import encoder, encoder_families, families, heads, hf, loading
+from jaxpost.models.transformer import Transformer
 from jaxpost.objectives import logprobs, masked
+from jaxpost.tasks import arithmetic
 
 BERT = {"share": 0.15, "replaced": 0.8, "random": 0.1}
 HIDDEN = 7  # the id of the mask token
@@ -160,10 +163,27 @@ def test_rows_are_texts_with_their_special_tokens_which_are_never_asked_for(tmp_
     assert encoded.examples[1]["mask"].tolist() == [False, True, False, True, False]
     with pytest.raises(UserError, match="a.jsonl, line 1: no token of it can be hidden"):
         encoding.encode_all([Record({"text": "[MASK]"}, "a.jsonl, line 1")], words(), window=16, row_type="masked")
-    with pytest.raises(UserError, match="config.tokenizer: it has no mask token"):
+    with pytest.raises(UserError, match="config.tokenizer: it has no mask token.* add one, by python -m jaxpost.export"):
         encoding.encode_all(records, characters(), window=16, row_type="masked")
     chat = [{"prompt": "q", "completion": "xyz"}]
     assert encode(chat, row_type="masked").examples[0]["mask"].sum() == 3  # without the token that ends it
+
+
+def test_a_decoders_folder_gets_a_mask_token(tmp_path):
+    """By the remedy that the error names."""
+    arch = families.architecture(runs.MODEL)
+    hf.save(tmp_path / "base", Transformer(arch).init(jax.random.PRNGKey(0)), arch, runs.MODEL)
+    tokenizer.save(arithmetic.tokenizer(), tmp_path / "base")
+    tokens = {"add": ["<mask>"], "special": True}
+    export.export(
+        str(tmp_path / "base"), str(tmp_path / "out"), mesh=sharding.make_mesh(devices=jax.devices()[:1]), tokens=tokens
+    )
+    file = tmp_path / "out" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"mask_token": "<mask>"}))
+    spec = loading.describe(str(tmp_path / "out"))
+    assert spec.tokenizer.mask_token_id == 17 and spec.transformer.vocab == 18
+    row = encoding.encode_all([Record({"text": "12"}, "a.jsonl, line 1")], spec.tokenizer, window=16, row_type="masked")
+    assert row.examples[0]["mask_token"][0] == 17
 
 
 @pytest.mark.slow

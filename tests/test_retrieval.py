@@ -1,6 +1,7 @@
 """Embeddings in use: lists become documents, texts vectors, vectors rankings, rankings figures and harder lists."""
 
 import dataclasses
+import functools
 import json
 import sys
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import runs
 import transformers
+from test_masked import words
 from test_pairs import MODEL, PLAIN
 from toy_tokenizers import characters
 
@@ -22,6 +24,7 @@ from jaxpost.data.row_types import lists
 from jaxpost.data.transforms import apply
 from jaxpost.errors import UserError
 from jaxpost.models import hf, loading
+from jaxpost.stages import evaluation
 from jaxpost.tasks import arithmetic
 
 
@@ -134,6 +137,54 @@ def test_embeddings_do_not_depend_on_the_batch_and_are_those_of_the_tokens(model
     last = model.embed("4-5")[0]
     np.testing.assert_allclose(last, hidden[-1] / np.linalg.norm(hidden[-1]), atol=1e-6)
     assert np.array_equal(model.embed("5", instruction="4-")[0], last)
+
+
+def test_a_prefix_model_embeds_as_it_was_trained(model):
+    """All tokens but a document's first are learned of lists, so the first alone is a prompt."""
+    arch = dataclasses.replace(model.transformer.arch, attend="prefix")
+    prefix = dataclasses.replace(model, transformer=dataclasses.replace(model.transformer, arch=arch))
+    np.testing.assert_allclose(prefix.embed("12+3", pooling="mean"), model.embed("12+3", pooling="mean"), atol=1e-6)
+
+
+def test_latents_are_used_where_a_model_has_them(model):
+    leaves = {"latent": {k: np.ones((8, 8), np.float32) * x for k, x in (("vectors", 1.0), ("up", 0.1), ("down", 0.5))}}
+    latent = dataclasses.replace(model, params={**model.params, **leaves})
+    assert np.array_equal(latent.embed("12+3"), latent.embed("12+3", pooling="latent"))
+    assert np.abs(latent.embed("12+3") - latent.embed("12+3", pooling="last")).max() > 1e-2
+    assert np.array_equal(latent.embed("12+3", pooling="last"), model.embed("12+3"))
+    with pytest.raises(UserError, match="pooling='latent': the model has no latents"):
+        model.embed("12+3", pooling="latent")
+
+
+def test_a_stages_evals_pool_as_its_objective_does(tmp_path):
+    pytest.importorskip("jaxpost.evals.ranking")
+    objective, plain = (resolve(name, "objectives") for name in ("contrastive.triplet", "sft.nll"))
+    like = evaluation.pooling_of(objective)
+    assert like == {"pooling": "mean", "normalise": False} and evaluation.pooling_of(plain) == {}
+    chosen = functools.partial(objective, pooling="last")
+    assert evaluation.pooling_of(chosen) == {"pooling": "last", "normalise": False}
+    for own in ({}, {"pooling": "last"}):
+        (one,) = evaluation.configured({"nq": {"name": "ranking", **write(tmp_path), **own}}, Placed(), like=like)
+        assert {k: one.run.keywords[k] for k in like} == {**like, **own}
+
+
+def test_a_tokenizer_that_ends_texts_in_its_separator_is_taken():
+    text = words()
+    for texts, ids in (("ab", [2, 5, 6, 3]), ("a [SEP]", [2, 5, 31, 3, 3])):
+        assert chat.encode_text(texts, text).tolist() == ids
+        assert tokenizer.ending(text, 4)(texts)["input_ids"] == ids
+    assert chat.encode_text("b", text, instruction="a").tolist() == [2, 5, 6, 3]
+    ender = tokenizer.ending(text, 4)
+    assert (ender.model_max_length, ender.pad_token) == (4, "[PAD]")
+    row = encoding.encode_all(
+        [Record(LIST, "d.jsonl, line 1")], text, window=64, template=PLAIN, row_type="lists", reads=["scores"]
+    ).examples[0]
+    assert row["tokens"].tolist()[:3] == [2, 5 + ord("q") - ord("a"), 3]
+    neither = characters(eos_token=None)
+    with pytest.raises(UserError, match="the tokenizer has no eos_token"):
+        tokenizer.ending(neither, 4)
+    with pytest.raises(UserError, match="the tokenizer has no eos_token"):
+        chat.encode_text("ab", neither)
 
 
 def test_texts_that_cannot_be_embedded_are_named(model):

@@ -1,6 +1,7 @@
 """Every reward under one contract, by discovery, and each kind against values worked out by hand."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import random
@@ -9,6 +10,7 @@ import time
 from fractions import Fraction
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
@@ -370,6 +372,19 @@ def scorer(monkeypatch):
     model._opened.cache_clear()
     yield params, opened
     model._opened.cache_clear()
+
+
+def test_a_reward_model_that_sees_prompts_whole_judges_as_it_was_trained(scorer, monkeypatch):
+    params, _ = scorer
+    prefix = dataclasses.replace(small.MODEL, arch=dataclasses.replace(small.ARCH, attend="prefix"))
+    spec = loading.ModelSpec(prefix, arithmetic.tokenizer(), {}, None)
+    monkeypatch.setattr(loading, "open_model", lambda folder, mesh: (spec, params))
+    score = model.score({"prompt": "12+34"}, "46", folder="run")
+    ids = np.array([arithmetic.tokenizer().encode("<|user|>12+34<|assistant|>46<|end|>")], np.int32)
+    places = np.arange(ids.shape[1])[None]
+    batch = {"tokens": ids, "segments": np.ones_like(ids), "positions": places, "mask": places >= ids.shape[1] - 3}
+    hidden = prefix.forward(params, jax.tree.map(jnp.asarray, batch)).hidden
+    assert score == pytest.approx(float(hidden[0, -1] @ params["reward_head"]["kernel"][:, 0]), abs=1e-5)
 
 
 def test_a_reward_model_judges_at_the_end_of_the_completion(scorer):

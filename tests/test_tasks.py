@@ -124,7 +124,7 @@ def test_a_task_that_was_made_of_its_keys_gives_demonstrations(tmp_path):
 
 
 def test_a_bound_on_problems_draws_the_first_ones_round_and_round():
-    model = types.SimpleNamespace(tokenizer=arithmetic.tokenizer(), transformer=types.SimpleNamespace(vocab=17))
+    model = types.SimpleNamespace(tokenizer=arithmetic.tokenizer(), transformer=types.SimpleNamespace(vocab=17), adapter={})
 
     def prompts(problems, too_long="drop", window=12):
         task = {"name": "arithmetic", "problems": problems}

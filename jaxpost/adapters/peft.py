@@ -17,7 +17,7 @@ from etils import epath
 from jaxpost.config.resolve import find, known, resolve
 from jaxpost.declare import Files, adapter, declared
 from jaxpost.errors import UserError
-from jaxpost.models import adapted, hf, safetensors_io
+from jaxpost.models import adapted, hf, routes, safetensors_io
 from jaxpost.models.families import Architecture
 from jaxpost.storage import cloud
 from jaxpost.types import Params
@@ -62,6 +62,14 @@ def _opened(folder: str, base: str) -> tuple[Files, dict, dict[str, Any]]:
     return kinds[kind], entry | ({"base": base} if base else {}), held
 
 
+def _parts(entry: dict, params: Params) -> list[tuple[str, dict, Params]]:
+    """(folder, entry, parameters) of each of the adapters that rows choose among; of any other adapter itself, in ""."""
+    whole = adapted.listed(adapted.recorded(entry))[0]
+    if not (name := declared(resolve(whole, "adapters"), "one")):
+        return [("", entry, params)]
+    return [(str(i), {"name": name}, routes.only(params, i, whole["column"])) for i in range(whole["experts"])]
+
+
 def save(
     folder: str | epath.Path,
     params: Params,
@@ -70,7 +78,8 @@ def save(
     model: str | None,
     beside: Sequence[str] = (),
 ) -> list[str]:
-    """Writes the adapter of a tree as a `peft` folder, or each of several as a folder in it; returns the files' names.
+    """Writes the adapter of a tree as a `peft` folder, or each of several as a folder in it; returns the files' names. Those
+    that rows choose among are folders with their numbers.
 
     entry: the config's or checkpoint's adapter; model: the name or folder of its base, None where that is no Hugging Face
     model; beside: other weights that were learned. Raises UserError for anything beside, for a tree without an adapter, and for
@@ -86,12 +95,13 @@ def save(
         )
     folder, each = cloud.path(folder), {}
     for one in entries:
-        if (files := declared(resolve(one, "adapters"), "files")) is None:
+        parts = _parts(one, params)
+        if (files := declared(resolve(parts[0][1], "adapters"), "files")) is None:
             raise UserError(f"export: peft has no place for the adapter {one['name']}; leave --adapter out.")
         if files.kind in (other.kind for other, *_ in each.values()):
             raise UserError(f"export: two adapters are {files.kind}, and a folder of peft's holds one; leave --adapter out.")
         place = folder / one["name"].rpartition(".")[2] if len(entries) > 1 else folder
-        each[place] = files, *files.written(params, arch, one)
+        each |= {place / number: (files, *files.written(own, arch, plain)) for number, plain, own in parts}
     for place, (files, fields, tensors) in each.items():
         common = {"peft_type": files.kind, "task_type": "CAUSAL_LM", "base_model_name_or_path": model, "inference_mode": True}
         place.mkdir(parents=True, exist_ok=True)

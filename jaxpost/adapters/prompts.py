@@ -40,8 +40,8 @@ class Soft(flax.struct.PyTreeNode):
         return self.vectors.shape[0]
 
     def keys_values(self, model: Any, params: Params) -> KeysValues:
-        """What the model's layers make of the vectors, as of a document's first tokens: [L,m,K,H] each."""
-        return model.keys_values(params, self.vectors)
+        """What the model's layers make of the vectors, as of a document's first tokens: [L,1,m,K,H] each."""
+        return model.keys_values(params, self.vectors[None])
 
 
 class Prefix(flax.struct.PyTreeNode):
@@ -56,8 +56,8 @@ class Prefix(flax.struct.PyTreeNode):
         return self.k.shape[1]
 
     def keys_values(self, model: Any, params: Params) -> KeysValues:
-        """[L,m,K,H] each."""
-        return KeysValues(*(x.reshape(*x.shape[:2], model.arch.kv_heads, -1) for x in (self.k, self.v)))
+        """[L,1,m,K,H] each."""
+        return KeysValues(*(x.reshape(len(x), 1, self.length, model.arch.kv_heads, -1) for x in (self.k, self.v)))
 
 
 class Projected(flax.struct.PyTreeNode):
@@ -80,7 +80,7 @@ class Projected(flax.struct.PyTreeNode):
         return _apart(flat, self.inputs.shape[1])
 
     def keys_values(self, model: Any, params: Params) -> KeysValues:
-        """[L,m,K,H] each."""
+        """[L,1,m,K,H] each."""
         return self.plain().keys_values(model, params)
 
 
@@ -171,12 +171,15 @@ def _scale(spec: Any, keywords: Mapping) -> float:
     return spec.transformer.arch.embed_scale
 
 
+COMPLETED = {"ids": _ids, "scale": _scale}
+
+
 @adapter(
     adds=("prefix/vectors",),
     neutral=False,
     merges=False,
     files=Files("PROMPT_TUNING", _read("prompts.soft"), _filled, _written),
-    completed={"ids": _ids, "scale": _scale},
+    completed=COMPLETED,
 )
 def soft(
     params: Params, key: jax.Array, *, length: int = 20, text: str = "", ids: Sequence[int] = (), scale: float = 1.0
@@ -211,6 +214,8 @@ def prefix(params: Params, key: jax.Array, *, length: int = 20, hidden: int = 0,
     if kernel is None:  # a part of the tree
         return params
     _check(params, length)
+    while hasattr(kernel, "base"):
+        kernel = kernel.base
     layers, _, width = jax.eval_shape(dense, kernel).shape
     if not isinstance(hidden, int) or hidden < 0:
         raise UserError(f"config.adapter.hidden: {hidden!r}; it is a whole number, 0 for no perceptron.")

@@ -62,7 +62,8 @@ def embedding(forward, params, batch, *, pooling: str = "mean", prompt: bool = F
     pooling: as in `documents.pooled`. prompt: whether the mean counts the document's other tokens too, as embedding models do.
     """
     tokens = batch["segments"] > 0 if prompt else batch["mask"]
-    vectors = documents.pooled(forward(params, batch).hidden, batch, pooling=pooling, tokens=tokens)
+    hidden = forward(params, batch).hidden
+    vectors = documents.pooled(hidden, batch, pooling=pooling, latent=params.get("latent"), tokens=tokens)
     return {"embedding": jnp.take_along_axis(vectors, batch["segments"][..., None], axis=1)}
 
 

@@ -22,7 +22,7 @@ from jaxpost.compiled.topology import Topology
 from jaxpost.config.startup import captured_stderr
 from jaxpost.config.unread import shares
 from jaxpost.errors import UserError, first_line
-from jaxpost.models import hub_configs, loading, prefix
+from jaxpost.models import hub_configs, loading, prefix, routes
 from jaxpost.models.attention import cache_axes
 from jaxpost.sampling import decode, processors
 from jaxpost.stages import annotations, datasets, plan, state
@@ -92,7 +92,7 @@ def prepared(s, mesh) -> Prepared:
     kinds = {"weights": held.train, "optimizer": held.opt_state, "ema": held.ema, "frozen": held.frozen}
     named, references = shares(s.source), []
     if "rollouts" in named:
-        chosen, _ = annotations.choose(s, objective, plan.own_columns(s, objective), (), spec, annotations.models(s))
+        chosen, _ = annotations.choose(s, objective, plan.own_columns(s, objective, spec), (), spec, annotations.models(s))
         references = [one for one in chosen if one.weights == "start"]
     if references:
         kinds["reference"] = held.train  # a copy of what trains, as it was at the start
@@ -144,7 +144,8 @@ def _sampler(s, mesh, transformer, params, prompts: int, kinds: dict) -> list[Tr
     def rows(*shape, dtype=jnp.int32):
         return sharding.batch_shapes(jax.ShapeDtypeStruct(shape, dtype), mesh)
 
-    inputs = rows(prompts, options.prompt_window), rows(prompts)
+    chosen = {name: rows(prompts) for name in routes.columns(params)}
+    inputs = rows(prompts, options.prompt_window), rows(prompts), chosen
     weights = output(decode.prepare, params)
     bank = output(decode.prefill, weights, *inputs, room=room)
     queue, halted = decode.Queue(rows(jobs), rows(jobs), rows(ways)), rows(jobs, dtype=bool)

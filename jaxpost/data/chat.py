@@ -28,7 +28,7 @@ from jaxpost.data.formats import Completion, Conversation, Example, Text
 from jaxpost.data.messages import check, filled, turns
 from jaxpost.data.templates import adapted, render
 from jaxpost.errors import UserError, printable
-from jaxpost.tokenizer import encoding, opening
+from jaxpost.tokenizer import encoding, is_enclosing, opening
 
 TRAIN_ON = ("assistant", "last", "completion", "all")
 _PROBE = "probe"
@@ -71,11 +71,15 @@ def encode_prompt(messages: str | Sequence[dict[str, str]], tokenizer: Any, temp
 def encode_text(
     text: str | list | dict, tokenizer: Any, template: str | None = None, *, instruction: str = "", place: str = "the text"
 ) -> np.ndarray:
-    """[n] int32: all of a text to be embedded. Of a string [bos] + it + eos, so that all end in the same token; of messages the
-    conversation, with the opening of the assistant's turn if it does not end with one.
+    """[n] int32: all of a text to be embedded. Of a string [bos] + it + eos, so that all end in the same token, or what a
+    tokenizer without eos puts around it, as BERT's [CLS] and [SEP]; of messages the conversation, with the opening of the
+    assistant's turn if it does not end with one.
 
     instruction: stands in front of a string as it is, or is the system turn of messages. Raises UserError with the place.
     """
+    if isinstance(text, str) and is_enclosing(tokenizer):
+        _tokenise(whole := instruction + filled(text, "text", place), tokenizer, place)  # which names what it lacks
+        return np.array(tokenizer(whole, verbose=False)["input_ids"], np.int32)
     if isinstance(text, str):
         return encode(Text(instruction + filled(text, "text", place), place), tokenizer)["tokens"]
     messages = turns(text, "text", place)

@@ -20,7 +20,7 @@ from jaxpost.data import chat
 from jaxpost.errors import UserError
 from jaxpost.evals import pass_at_k
 from jaxpost.evals.intervals import mean, standard_error, wilson
-from jaxpost.models import protocol
+from jaxpost.models import protocol, routes
 from jaxpost.rollouts import scoring
 from jaxpost.rollouts.scores import everywhere
 from jaxpost.sampling.decode import answers, in_chunks, ready
@@ -194,7 +194,8 @@ def _drawn(model, params, records: Sequence[dict], *, options: dict, group: int 
     sampling.setdefault("stop", chat.stop_ids(model.tokenizer, options["template"]))
     prompts = [chat.encode_prompt(r["prompt"], model.tokenizer, options["template"]) for r in records]
     drawn = []
-    where = {"mesh": model.mesh, "tokenizer": model.tokenizer, "group": group}
+    columns = routes.of_records(records, routes.columns(params))
+    where = {"mesh": model.mesh, "tokenizer": model.tokenizer, "group": group, "columns": columns}
     for which, completions in in_chunks(model.transformer, params, prompts, **where, **sampling):
         repeated_records = [record for record in records[which] for _ in range(group)]
         texts = answers(completions, model.tokenizer)

@@ -56,7 +56,7 @@ def mteb(
     tasks: Sequence[str],
     instruction: str = "",
     passage_instruction: str = "",
-    pooling: str = "last",
+    pooling: str | None = None,
     normalise: bool = True,
     rows: int = 32,
 ) -> Iterator[tuple[str, float]]:

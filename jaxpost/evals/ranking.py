@@ -50,15 +50,16 @@ def ranking(
     measures: Sequence[str] = MEASURES,
     instruction: str = "",
     passage_instruction: str = "",
-    pooling: str = "last",
+    pooling: str | None = None,
     normalise: bool = True,
     rows: int = 32,
     exact: int = EXACT,
 ) -> Iterator[tuple[str, Any]]:
     """(each measure, with NAME_low and NAME_high; queries; passages) by the embeddings of a model, the closest passages first.
 
-    measures: names of ir-measures. instruction, passage_instruction, pooling, normalise, rows: as `Model.embed` takes them;
-    texts that are too long are cut. exact: passages up to which search is exact; above it is faiss's, which may miss some.
+    measures: names of ir-measures. instruction, passage_instruction, pooling, normalise, rows: as `Model.embed` takes them. In
+    a stage that trains an objective of contrastive, pooling and normalise are the objective's unless they are given. Texts that
+    are too long are cut. exact: passages up to which search is exact; above it is faiss's, which may miss some.
     Raises UserError for what is wrong with a file, and for an unknown measure.
     """
     collection = read(corpus, queries, qrels)

@@ -40,7 +40,7 @@ def check(spec: Any) -> None:
     """Raises UserError for a prompt or prefix around a model that has no place for one: an encoder, a decoder whose tokens see
     what is behind them, or what a function makes; and for a text that the tokenizer has no tokens for.
     """
-    if spec.adapter and not all(declares(spec.adapter, "merges")):
+    if any(path.startswith("prefix/") for adds in declares(spec.adapter, "adds") for path in adds):
         arch = getattr(spec.transformer, "arch", None)
         if getattr(arch, "attend", "whole") == "whole" or not hasattr(spec.transformer, "keys_values"):
             raise UserError("config.adapter: a prompt stands before each document of a decoder; take lora for this model.")

@@ -87,14 +87,15 @@ def document_lengths(segments: jax.Array, positions: jax.Array) -> jax.Array:
     return last + 1
 
 
-def document_mask(batch: Batch, window: int | None = None, prefix: int = 0) -> jax.Array:
+def document_mask(batch: Batch, window: int | None = None, prefix: int = 0, seen: jax.Array | None = None) -> jax.Array:
     """Which tokens see which, [B,S,S] bool: a token sees itself and the tokens before it in its own document.
 
     window: how many tokens it sees, itself included; None is all. Where the batch has `branches`, number 0 is a prompt, higher
     numbers are branches behind it, and a token sees the prompt and its own branch. The next prompt begins where the number
     falls. Where it has `bidirectional` [B,S] bool, the tokens of a document that are set there see each other in both
-    directions, up to `window` tokens on each side, as transformers has it. prefix: the number m of keys before every document
-    (models/prefix.py): then [B,S,m+S], where positions begin at m and the window counts the prefix's places too.
+    directions, up to `window` tokens on each side, as transformers has it. prefix: the number m of keys before every document,
+    and seen [B,S,E*m] which of E prefixes' keys a token sees, None for all of one (models/prefix.py): then [B,S,E*m+S], where
+    positions begin at m and the window counts the prefix's places too.
     """
     segments, positions = batch["segments"], batch["positions"]
     order = jnp.arange(segments.shape[1])
@@ -110,10 +111,11 @@ def document_mask(batch: Batch, window: int | None = None, prefix: int = 0) -> j
         sees &= segments[:, :, None] == segments[:, None, :]
     places = positions
     if prefix:
-        before = (len(segments), prefix)
-        sees = jnp.concatenate([jnp.broadcast_to((segments > 0)[:, :, None], (*segments.shape, prefix)), sees], axis=2)
-        both = None if both is None else jnp.pad(both, ((0, 0), (0, 0), (prefix, 0)))
-        places = jnp.concatenate([jnp.broadcast_to(jnp.arange(prefix), before), positions], axis=1)
+        seen = jnp.broadcast_to((segments > 0)[:, :, None], (*segments.shape, prefix)) if seen is None else seen
+        sees, keys = jnp.concatenate([seen, sees], axis=2), seen.shape[2]
+        both = None if both is None else jnp.pad(both, ((0, 0), (0, 0), (keys, 0)))
+        before = jnp.broadcast_to(jnp.arange(keys) % prefix, (len(segments), keys))
+        places = jnp.concatenate([before, positions], axis=1)
     if window is None:
         return sees
     return sees & _near(positions[:, :, None] - places[:, None, :], window, both)
@@ -257,7 +259,9 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: floa
     return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale, implementation="cudnn")
 
 
-def over_rows(kernel: str, arch: Architecture, batch: Batch, dtype, prefix: int = 0) -> tuple[list, Callable]:
+def over_rows(
+    kernel: str, arch: Architecture, batch: Batch, dtype, prefix: int = 0, seen: jax.Array | None = None
+) -> tuple[list, Callable]:
     """How the layers of a model attend over a batch's documents: (what each kind of layer sees, attend).
 
     attend(q, k, v, sees) -> [B,S,N,H] takes an element of the list, or one selected from their stack by a traced index. XLA
@@ -275,7 +279,7 @@ def over_rows(kernel: str, arch: Architecture, batch: Batch, dtype, prefix: int 
             return ways[0](q, k, v) if len(ways) == 1 else jax.lax.switch(kind, ways, q, k, v)
 
         return list(range(len(ways))), by_kind
-    masks, width = [document_mask(batch, kind.window, prefix) for kind in arch.kinds], arch.head_width
+    masks, width = [document_mask(batch, kind.window, prefix, seen) for kind in arch.kinds], arch.head_width
     fits = width % 8 == 0 and width <= 128 and cap is None and not prefix
     if kernel == "cudnn" and jnp.dtype(dtype).itemsize == 2 and fits:
         return masks, functools.partial(cudnn, scale=scale)

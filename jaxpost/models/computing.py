@@ -13,12 +13,13 @@ from jaxpost.models.attention import KERNELS
 from jaxpost.models.transformer import REMAT
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+ATTEND = ("causal", "prefix", "whole")  # what a token sees of its document
 DEFAULTS = {"dtype": "float32", "remat": "none", "attention": "auto"}
 
 
-def check(dtype: str, remat: str) -> None:
+def check(dtype: str, remat: str, attend: str = "") -> None:
     """Raises UserError for a word that is none of the choices."""
-    for value, choices, key in ((dtype, DTYPES, "dtype"), (remat, REMAT, "remat")):
+    for value, choices, key in ((dtype, DTYPES, "dtype"), (remat, REMAT, "remat"), (attend or ATTEND[0], ATTEND, "attend")):
         if value not in choices:
             raise UserError(f"config.{key}: unknown {value!r}.{nearest(str(value), choices)}")
 

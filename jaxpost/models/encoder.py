@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jaxpost import sharding
 from jaxpost.errors import UserError
-from jaxpost.models import heads
+from jaxpost.models import heads, routes
 from jaxpost.models.attention import attend, document_lengths, over_rows, rotary
 from jaxpost.models.block import ACTIVATIONS, MLP, Attention, Dense
 from jaxpost.models.einsum import project
@@ -171,7 +171,7 @@ class Encoder(OfArchitecture):
         turns = [rotary(kind.rope, a.head_width, positions, lengths) for kind in a.kinds]
 
         def block(x, layer, table, _, index):
-            layer, site = sharding.gather(layer, self.dtype), sites.layer(index)
+            layer, site = routes.of_rows(sharding.gather(layer, self.dtype), batch), sites.layer(index)
             first = layer.pop("first")
             x = Block(a).apply({"params": layer}, x, first, positions, *table, attention, site)
             return x, None, None, site.taken
@@ -187,7 +187,7 @@ class Encoder(OfArchitecture):
         x, _, taken = scanned(a, block, x, (layers,), list(zip(turns, masks, strict=True)), sites)
         if a.norms == "pre":
             x = LayerNorm(a).apply({"params": params["norm"]}, x)
-        return Output(sites.outside("final", x), self._head(params), taps=sites.taps(taken))
+        return Output(sites.outside("final", x), self._head(params), taps=sites.taps(taken), whole=True)
 
     def _embedded(self, params: Params, batch: Batch) -> jax.Array:
         x = sharding.lookup(params["embed"]["weight"], batch["tokens"], self.dtype)

@@ -18,14 +18,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxpost import sharding, tokenizer
 from jaxpost.config.resolve import check_origin, find, resolve, trust
 from jaxpost.errors import UserError
-from jaxpost.models import adapted, checks, computing, encoder, encoder_families, families, hf, hub, prefix, protocol
+from jaxpost.models import (
+    adapted,
+    checks,
+    computing,
+    encoder,
+    encoder_families,
+    families,
+    hf,
+    hub,
+    own_leaves,
+    prefix,
+    protocol,
+    routes,
+)
 from jaxpost.storage import checkpoint, cloud, digests, fingerprint
 from jaxpost.types import Params
 
@@ -69,17 +81,19 @@ def describe(
     """
     if not model:
         raise UserError("config.model: give a folder with config.json and *.safetensors, a workdir, or a config.json's fields.")
-    computing.check(dtype, remat)
+    computing.check(dtype, remat, attend)
     adapted.trusted(adapter)
     described, folder = _locate(model) if isinstance(model, str) else (None, None)
+    attend = attend or carried(folder, "attend") or ""
     config = hf.read_config(described) if described else dict(model)
     if is_entry(config):
         settings = {"dtype": dtype, "remat": remat, "attention": attention}
         return _of_function(config, described, folder, tokenizer_name, settings, adapter, attend, text=text)
-    config = families.language_part(config)
-    if attend:
+    config, place = families.language_part(config), str(described / "config.json") if described else "config.model"
+    arch = encoder_families.architecture(config, place)
+    if attend and attend != arch.attend:
         config |= {"attend": attend, "is_causal": attend != "whole"}
-    arch = encoder_families.architecture(config, str(described / "config.json") if described else "config.model")
+        arch = encoder_families.architecture(config, "config.attend")
     words = _tokenizer(tokenizer_name or described) if text else None
     # A tokenizer may name added tokens that its model has no row for, such as an image's; text does not contain them.
     if words is not None and words.vocab_size > arch.vocab:
@@ -166,10 +180,11 @@ def others(spec: ModelSpec) -> dict[str, str]:
 def abstract(model: protocol.Model, mesh, adapter: adapted.Adapter = None, leaves: Mapping | None = None) -> Params:
     """The tree of shapes, dtypes and shardings that the model's parameters have on a mesh, with adapters around them.
 
-    leaves: further leaves, path -> (letters, first value), where each letter (D, V) or digit gives a dimension's size. A first
-    value that is a model's name means that model's head, and T its width. Raises UserError where the vocabularies differ.
+    leaves: further leaves, path -> (letters, first value), where each letter (D, V) or digit, or number between spaces, gives a
+    dimension's size. A first value that is a model's name means that model's head, and T its width. Raises UserError where the
+    vocabularies differ.
     """
-    shapes = _shapes(model, adapter)
+    shapes, beside = _shapes(model, adapter), {}
     sizes = {"D": model.width, "V": model.vocab}
     for path, (letters, first) in (leaves or {}).items():
         if isinstance(first, str):
@@ -177,8 +192,8 @@ def abstract(model: protocol.Model, mesh, adapter: adapted.Adapter = None, leave
             if other.vocab != model.vocab:
                 raise UserError(f"{first}: a vocabulary of {other.vocab} tokens, and the model's has {model.vocab}.")
             sizes["T"] = other.width
-        shape = tuple(sizes[c] if c in sizes else int(c) for c in letters)
-        shapes |= unflatten_dict({path: jax.ShapeDtypeStruct(shape, jnp.float32)}, sep="/")
+        beside[path] = jax.ShapeDtypeStruct(own_leaves.shape(letters, sizes), jnp.float32)
+    shapes |= unflatten_dict(beside, sep="/")
     return sharding.placed(shapes, sharding.stored(mesh, shapes))
 
 
@@ -187,6 +202,11 @@ def _shapes(model: protocol.Model, adapter: adapted.Adapter) -> Params:
     key = jax.eval_shape(lambda: jax.random.PRNGKey(0))  # a shape suffices, without a compilation
     shapes = jax.eval_shape(model.init, key)
     return jax.eval_shape(functools.partial(adapted.applied, adapter), shapes, key) if adapter else shapes
+
+
+def columns(spec: ModelSpec) -> dict[str, int]:
+    """{column: E} of the model's adapters among which rows choose (routes.py)."""
+    return routes.columns(_shapes(spec.transformer, spec.adapter)) if spec.adapter else {}
 
 
 def max_positions(spec: ModelSpec) -> int:
@@ -226,7 +246,9 @@ def weights(spec: ModelSpec, mesh, seed: int = 0) -> Params:
     params = _weights(dataclasses.replace(spec, leaves=mine), mesh, seed)
     held, flat = flatten_dict(params, sep="/"), flatten_dict(heads(spec, mesh), sep="/")
     for path, (_, first) in mine.items():
-        flat[path] = held.get(path, jax.device_put(np.full(shapes[path].shape, first, np.float32), shapes[path].sharding))
+        flat[path] = held.get(
+            path, jax.device_put(own_leaves.first(path, shapes[path].shape, first, seed), shapes[path].sharding)
+        )
     gone = carried(spec.folder, "leaves").keys() - spec.leaves.keys()
     return unflatten_dict({path: x for path, x in held.items() if path not in gone} | flat, sep="/") if flat or gone else params
 
@@ -278,7 +300,9 @@ def _weights(spec: ModelSpec, mesh, seed: int) -> Params:
 
 
 def carried(folder, what: str = "adapter") -> Any:
-    """The adapters (or the leaves) that a checkpoint's folder names; empty for none, and for a folder of another kind."""
+    """The adapters (or the leaves, or what tokens see) that a checkpoint's folder names; empty for none, and for a folder of
+    another kind.
+    """
     return checkpoint.read_meta(folder).get(what) or {} if folder is not None else {}
 
 

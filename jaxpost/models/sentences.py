@@ -7,6 +7,7 @@ from etils import epath
 from jaxpost.models.families import Architecture
 
 _MODULES = "sentence_transformers.models."
+POOLINGS = {"last": "lasttoken", "mean": "mean_tokens"}  # which have a place there
 
 
 def save(folder, arch: Architecture, *, pooling: str, normalise: bool) -> None:
@@ -14,7 +15,7 @@ def save(folder, arch: Architecture, *, pooling: str, normalise: bool) -> None:
     folder = epath.Path(folder)
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), *[("2_Normalize", "Normalize")] * normalise]
     modes = ("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
-    chosen = {"last": "lasttoken", "mean": "mean_tokens"}[pooling]
+    chosen = POOLINGS[pooling]
     pooled = {"word_embedding_dimension": arch.width, **{f"pooling_mode_{mode}": mode == chosen for mode in modes}}
     files = {
         "modules.json": [

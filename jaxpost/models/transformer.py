@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxpost import sharding
 from jaxpost.errors import UserError
-from jaxpost.models import prefix
+from jaxpost.models import prefix, routes
 from jaxpost.models.attention import (
     RESIDUALS,
     attend,
@@ -103,7 +103,8 @@ class Transformer(OfArchitecture):
         Optional without a cache: `bidirectional` [B,S] bool, the tokens of a document that see each other both ways.
         Optional with a cache: `room`, a scalar, the length that a document will have, if not the cache's; the cache's
         `rotations`. Optional: `embeds` [B,S,D], vectors that enter the first layer in place of the tokens' where `embedded`
-        [B,S] bool is set. Where params have a `prefix` (prefix.py), every document sees it; a cache must hold it. tap: sites
+        [B,S] bool is set; the columns by which rows choose among weights (routes.py), [B,S] or [B,1]. Where params have a
+        `prefix` (prefix.py), every document sees it; a cache must hold it. tap: sites
         whose activations are returned as `taps`; patch: {site: value, or function} (sites.py).
         """
         sites = Sites(tap, patch, self.arch.layers, batch, dense=not self.arch.experts)
@@ -112,11 +113,11 @@ class Transformer(OfArchitecture):
         batch = prefix.shifted(batch, params)
         # What does not depend on the layer is computed once, outside of the scan: a table for each kind of layer.
         kernel = "xla" if sites.layer(0).wants("pattern") else self.kernel
-        tables, attend = self._tables(batch, cache, kernel, 0 if before is None else before.length)
+        tables, attend = self._tables(batch, cache, kernel, before)
         positions = batch["positions"]
 
         def block(x, layer, before, table, cache, index):
-            layer, site = sharding.gather(layer, self.dtype), sites.layer(index)
+            layer, site = routes.of_rows(sharding.gather(layer, self.dtype), batch), sites.layer(index)
             x, cache, router = Block(self.arch).apply({"params": layer}, x, positions, *table, attend, cache, site, before)
             return x, cache, _over_tokens(router, batch.get("segments")), site.taken
 
@@ -141,7 +142,8 @@ class Transformer(OfArchitecture):
         name = "embed" if self.arch.tied else "head"
         weight = sharding.gather({name: params[name]}, self.dtype)[name]["weight"]
         router = jax.tree.map(lambda r: r.swapaxes(0, 1), router)
-        return Output(hidden, Head(weight, soft_cap=self.arch.logit_cap), cache, router, sites.taps(taken))
+        head, whole = Head(weight, soft_cap=self.arch.logit_cap), self.arch.attend == "whole"
+        return Output(hidden, head, cache, router, sites.taps(taken), whole)
 
     def _embedded(self, params: Params, batch: Batch, *, whole: bool) -> jax.Array:
         """What enters the first layer, [B,S,D]. whole: along fsdp, as the sampler's weights are, so that rows need not move."""
@@ -151,11 +153,12 @@ class Transformer(OfArchitecture):
             x = jnp.where(batch["embedded"][:, :, None], batch["embeds"].astype(x.dtype), x)
         return x
 
-    def _tables(self, batch: Batch, cache: Any, kernel: str, before: int = 0) -> tuple[list, Callable]:
+    def _tables(self, batch: Batch, cache: Any, kernel: str, before: prefix.KeysValues | None = None) -> tuple[list, Callable]:
         """(for each kind of layer (cosine and sine, what it sees), the attention function that takes the latter)."""
         a, positions = self.arch, batch["positions"]
         if cache is None:
-            masks, attention = over_rows(kernel, a, batch, self.dtype, before)
+            ahead = () if before is None else (before.length, before.seen(batch))
+            masks, attention = over_rows(kernel, a, batch, self.dtype, *ahead)
             lengths = document_lengths(batch["segments"], positions)
         else:
             # While decoding, a document's final length is unknown; the room that it has stands for it.
@@ -170,19 +173,24 @@ class Transformer(OfArchitecture):
             turns = [rotary(kind.rope, a.head_width, positions, lengths) for kind in a.kinds]
         return list(zip(turns, masks, strict=True)), attention
 
-    def keys_values(self, params: Params, embeds: jax.Array) -> prefix.KeysValues:
-        """The keys and values [L,m,K,H] of a document of vectors [m,D] that enter the first layer; params: stacked."""
-        places, empty = jnp.arange(len(embeds))[None], self.make_cache(1, len(embeds))[0]
-        tables, attend = self._tables({"positions": places}, (empty,), self.kernel)
+    def keys_values(self, params: Params, embeds: jax.Array, column: str = "") -> prefix.KeysValues:
+        """The keys and values [L,E,m,K,H] of E documents of vectors [E,m,D] that enter the first layer; params: stacked.
+
+        column: that by which documents choose among the E, which are computed by the weights of their number.
+        """
+        (count, length), empty = embeds.shape[:2], self.make_cache(*embeds.shape[:2])[0]
+        batch = {"positions": (places := jnp.broadcast_to(jnp.arange(length), (count, length)))}
+        batch |= {column: jnp.arange(count)[:, None]} if column else {}
+        tables, attend = self._tables(batch, (empty,), self.kernel)
 
         def block(x, layer, before, table, cache, index):
-            layer = sharding.gather(layer, self.dtype)
+            layer = routes.of_rows(sharding.gather(layer, self.dtype), batch)
             x, cache, _ = Block(self.arch).apply({"params": layer}, x, places, *table, attend, empty)
             return x, None, cache, {}
 
         nothing = Sites((), None, self.arch.layers, {})
-        _, cache, _ = scanned(self.arch, block, embeds[None].astype(self.dtype), (params["layers"], None), tables, nothing)
-        return prefix.KeysValues(**{n: jnp.einsum(f"L{axes[1:]}->LTKH", cache[n][:, 0]) for n, axes in cache_axes().items()})
+        _, cache, _ = scanned(self.arch, block, embeds.astype(self.dtype), (params["layers"], None), tables, nothing)
+        return prefix.KeysValues(*(jnp.einsum(f"L{cache_axes()[n]}->LBTKH", cache[n]) for n in "kv"), column)
 
     def rotations(self, cache: Any) -> list[tuple[jax.Array, jax.Array]]:
         """(cosine, sine), [T,1,R/2] each, of a cache's slots, for each kind of layer. A loop over tokens looks them up, since

@@ -2,7 +2,7 @@
 
 A row of data is a list (data/row_types/lists.py): a query q, positives p that answer it, negatives n that do not. s(q, p) is
 the inner product of their embeddings, a cosine unless normalise is False. A document's embedding is pooled from the final
-hidden states of its tokens (`documents.pooled`): pooling="last" or "mean".
+hidden states of its tokens (`documents.pooled`): pooling="last", "mean" or "latent", with so many `latents` to learn.
 
     objective={"name": "contrastive.info_nce", "temperature": 0.02}
     objective={"name": "contrastive.distilled", "pooling": "mean"}
@@ -33,6 +33,7 @@ COLUMNS = {"roles": Column("BS", "int32"), "ids": Column("BS", "int32")}
 SCORES = COLUMNS | {"scores": Column("BS", "float32")}
 MASKS = ("segments",)  # all tokens of a document make its embedding
 TEMPERATURE = 0.05
+LATENTS = 512  # the paper's
 LOWEST = -1e30  # the logarithm of nothing, finite so that its gradient is 0
 SCORED = 2**22  # scores of queries by passages that a device holds at a time: 16 MiB
 
@@ -81,7 +82,8 @@ def _lists(batch: Batch) -> Lists:
 def _vectors(forward: Callable, params, batch: Batch, pooling: str, normalise: bool) -> jax.Array:
     """[B,N,D] float32: the documents' embeddings."""
     room = most(batch["segments"].shape[1])
-    vectors = documents.pooled(forward(params, batch).hidden, batch, pooling=pooling, count=room + 1)
+    hidden = forward(params, batch).hidden
+    vectors = documents.pooled(hidden, batch, pooling=pooling, latent=params.get("latent"), count=room + 1)
     # Packing keeps to `most`. In a batch of other origin more documents would go unnoticed; nan stops the run.
     vectors = jnp.where(jnp.max(batch["segments"]) > room, jnp.nan, vectors)
     return documents.unit(vectors) if normalise else vectors
@@ -92,12 +94,18 @@ def _similarities(vectors: jax.Array, lists: Lists) -> jax.Array:
     return jnp.sum(lists.of_query(vectors) * vectors, axis=-1)
 
 
+def _of_pooling(*, pooling: str = "last", latents: int = LATENTS, **_) -> dict:
+    """The parameters of the pooling, as `declare.objective` takes them."""
+    return documents.latents(latents) if pooling == "latent" else {}
+
+
 # ------------------------------------------------------------------------------------------------ The whole batch
 
 
-def leaves(*, temperature: float = TEMPERATURE, learned: bool = False, **_) -> dict:
-    """The parameter of a learned temperature, log 1/t, as `declare.objective` takes it."""
-    return {"contrastive/log_scale": ("1", math.log(_inverse(temperature)))} if learned else {}
+def leaves(*, temperature: float = TEMPERATURE, learned: bool = False, **pooled) -> dict:
+    """The parameter of a learned temperature, log 1/t, and those of the pooling, as `declare.objective` takes them."""
+    scale = {"contrastive/log_scale": ("1", math.log(_inverse(temperature)))} if learned else {}
+    return scale | _of_pooling(**pooled)
 
 
 def _inverse(temperature: float) -> float:
@@ -192,6 +200,7 @@ def info_nce(
     learned: bool = False,
     symmetric: bool = False,
     pooling: str = "last",
+    latents: int = LATENTS,
     normalise: bool = True,
 ):
     """InfoNCE:  L = - log e^{s(q,p)/t} / (e^{s(q,p)/t} + sum over n of e^{s(q,n)/t}),  a mean over the batch's positives.
@@ -240,8 +249,18 @@ def _compared(vectors: jax.Array, lists: Lists, far: jax.Array, margin: float) -
     return {"margin": Term(jnp.sum(loss), _count(real))}, metrics
 
 
-@objective(rows="lists", columns=COLUMNS, masks=MASKS)
-def margin(forward, params, batch, key, *, margin: float = 0.2, pooling: str = "last", normalise: bool = True):
+@objective(rows="lists", columns=COLUMNS, masks=MASKS, leaves=_of_pooling)
+def margin(
+    forward,
+    params,
+    batch,
+    key,
+    *,
+    margin: float = 0.2,
+    pooling: str = "last",
+    latents: int = LATENTS,
+    normalise: bool = True,
+):
     """Margin ranking:  L = max(0, margin - s(q,p) + s(q,n)),  a mean over the pairs of a list's positives and negatives.
 
     It differs from info_nce in having no gradient where a pair is in order by more than its margin. Source: "Large Scale Online
@@ -251,8 +270,18 @@ def margin(forward, params, batch, key, *, margin: float = 0.2, pooling: str = "
     return _compared(vectors, lists, -_similarities(vectors, lists), margin)
 
 
-@objective(rows="lists", columns=COLUMNS, masks=MASKS)
-def triplet(forward, params, batch, key, *, margin: float = 1.0, pooling: str = "mean", normalise: bool = False):
+@objective(rows="lists", columns=COLUMNS, masks=MASKS, leaves=_of_pooling)
+def triplet(
+    forward,
+    params,
+    batch,
+    key,
+    *,
+    margin: float = 1.0,
+    pooling: str = "mean",
+    latents: int = LATENTS,
+    normalise: bool = False,
+):
     """Triplets:  L = max(0, margin + |q - p| - |q - n|),  a mean over the pairs of a list's positives and negatives.
 
     It differs from margin in Euclidean distances. Sources: "FaceNet: A Unified Embedding for Face Recognition and Clustering",
@@ -269,8 +298,18 @@ def _log_shares(scores: jax.Array, passages: jax.Array, together: jax.Array) -> 
     return jnp.where(passages, scores - jax.nn.logsumexp(jnp.where(among, scores[:, None, :], LOWEST), axis=2), 0.0)
 
 
-@objective(rows="lists", columns=COLUMNS, masks=MASKS)
-def listwise(forward, params, batch, key, *, temperature: float = TEMPERATURE, pooling: str = "last", normalise: bool = True):
+@objective(rows="lists", columns=COLUMNS, masks=MASKS, leaves=_of_pooling)
+def listwise(
+    forward,
+    params,
+    batch,
+    key,
+    *,
+    temperature: float = TEMPERATURE,
+    pooling: str = "last",
+    latents: int = LATENTS,
+    normalise: bool = True,
+):
     """A softmax over one list:  L = - log e^{s(q,p)/t} / (e^{s(q,p)/t} + sum over its own n of e^{s(q,n)/t}).
 
     It differs from info_nce in comparing nothing with other rows. Source: "Learning to Rank: From Pairwise Approach to Listwise
@@ -286,7 +325,7 @@ def listwise(forward, params, batch, key, *, temperature: float = TEMPERATURE, p
     return {"listwise": Term(jnp.sum(loss), _count(real))}, metrics | _similarity_metrics(vectors, lists)
 
 
-@objective(rows="lists", columns=SCORES, masks=MASKS)
+@objective(rows="lists", columns=SCORES, masks=MASKS, leaves=_of_pooling)
 def distilled(
     forward,
     params,
@@ -296,6 +335,7 @@ def distilled(
     temperature: float = TEMPERATURE,
     teacher_temperature: float = 1.0,
     pooling: str = "last",
+    latents: int = LATENTS,
     normalise: bool = True,
 ):
     """List-wise distillation:  L = KL(softmax(y / u) || softmax(s(q, .) / t)) over a list's passages, a mean over lists.

@@ -5,13 +5,16 @@ a whole document is a column too, with the same value at each of its tokens. Row
 microbatches and devices as the rows do.
 """
 
+import math
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
 from jaxpost.errors import UserError
 from jaxpost.types import Batch
 
-POOLINGS = ("last", "mean")
+POOLINGS = ("last", "mean", "latent")
 
 
 def _reduced(reduce, values: jax.Array, segments: jax.Array, count: int | None = None) -> jax.Array:
@@ -70,20 +73,49 @@ def whole(column: jax.Array, batch: Batch, count: int | None = None) -> jax.Arra
     return _at_last(column, batch["segments"] > 0, batch["segments"], count)
 
 
-def pooled(hidden: jax.Array, batch: Batch, *, pooling: str, tokens: jax.Array | None = None, count: int | None = None):
+def latents(count: int) -> dict:
+    """The parameters of pooling="latent", with so many latents, as `declare.objective` takes them."""
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise UserError(f"config.objective.latents: {count!r}; it is a whole number of at least 1.")
+    drawn = {"normal": 0.02}
+    return {"latent/vectors": (f"{count} D", {"normal": 1.0}), "latent/up": ("DD", drawn), "latent/down": ("DD", drawn)}
+
+
+def _attended(hidden: jax.Array, latent: Mapping[str, jax.Array]) -> jax.Array:
+    """What each token [...,D] makes of the latents L [R,D]:  gelu(softmax(h L^T / sqrt(D)) L W1) W2."""
+    vectors = latent["vectors"]
+    weights = jax.nn.softmax(hidden @ vectors.T / math.sqrt(hidden.shape[-1]), axis=-1)
+    return jax.nn.gelu(weights @ vectors @ latent["up"], approximate=False) @ latent["down"]
+
+
+def pooled(
+    hidden: jax.Array,
+    batch: Batch,
+    *,
+    pooling: str,
+    latent: Mapping[str, jax.Array] | None = None,
+    tokens: jax.Array | None = None,
+    count: int | None = None,
+):
     """hidden [B,S,D] -> a vector of each document [B,N,D] float32; 0 where there is none.
 
     pooling: "last" takes the hidden state of the document's last token, which has read all others; "mean" averages over its
-    tokens. tokens [B,S] bool: the tokens that count, those of the mask for example; None is all of them. count: N, as in
-    `whole`. Raises UserError for another pooling.
+    tokens; "latent" lets each token attend to learned vectors first, the parameters `latent` (`latents`), and averages what
+    comes of that ("NV-Embed: Improved Techniques for Training LLMs as Generalist Embedding Models", here with one head). tokens
+    [B,S] bool: the tokens that count, those of the mask for example; None is all of them. count: N, as in `whole`. Raises
+    UserError for another pooling, and for one whose parameters are not there.
     """
     segments = batch["segments"]
     tokens = segments > 0 if tokens is None else tokens
     hidden = hidden.astype(jnp.float32)
     if pooling == "last":
         return _at_last(hidden, tokens, segments, count)
-    if pooling != "mean":
+    if pooling not in POOLINGS:
         raise UserError(f"pooling={pooling!r}: give one of {', '.join(POOLINGS)}.")
+    if pooling == "latent":
+        if latent is None:
+            raise UserError("pooling='latent': the model has no latents; it is one trained so by an objective of contrastive.")
+        hidden = _attended(hidden, latent)
     total = _reduced(jax.ops.segment_sum, jnp.where(tokens[..., None], hidden, 0.0), segments, count)
     size = _reduced(jax.ops.segment_sum, tokens.astype(jnp.float32), segments, count)
     return total / jnp.maximum(size, 1.0)[..., None]

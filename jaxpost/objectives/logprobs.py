@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxpost import sharding
 from jaxpost.declare import Column
+from jaxpost.errors import UserError
 from jaxpost.models.heads import logits, vocab
 from jaxpost.types import Batch, Head, Output
 
@@ -179,7 +180,14 @@ def drawn(batch: Batch) -> dict[str, jax.Array]:
 
 
 def at_tokens(fn: Callable, output: Output, *, columns: dict, mask: jax.Array, constants: tuple = ()) -> dict[str, jax.Array]:
-    """As `over_head`, where columns, mask and results are each about the token at its own place."""
+    """As `over_head`, where columns, mask and results are each about the token at its own place. Raises UserError for a model
+    that sees whole documents.
+    """
+    if output.whole:
+        raise UserError(
+            "the model sees whole documents, the next token included (an encoder, or config.attend='whole'), so it gives that "
+            "token no probability; take an objective of hidden tokens (masked.mlm) or of documents, or config.attend='causal'."
+        )
 
     # The hidden state before a token predicts it: columns are shifted onto the predictors, and the results back.
     def before(x):

@@ -44,11 +44,12 @@ def model_flops(arch: Architecture, tokens: float, trained: float, pairs: float,
         6 * (weights of the layers) * tokens  +  6 * D * V * trained  +  12 * L * N * H * pairs
 
     The weights of a mixture's layers include only the experts that a token is sent to. tokens: without padding; trained: those
-    in the mask, the only ones that need the head; pairs: the (query, key) pairs of attention, each token's position + 1, so
-    causal attention counts half, and sliding windows are ignored; frozen: the share of the weights that do not train, which
-    count 4 times instead of 6, as they need no gradient. Recomputation does not count. MFU is this divided by the step's time
-    and the devices' peak.
+    in the mask, the only ones that need the head; pairs: the (query, key) pairs of causal attention, each token's position + 1,
+    which become all pairs for a model that sees whole documents (sliding windows are ignored); frozen: the share of the weights
+    that do not train, which count 4 times instead of 6, as they need no gradient. Recomputation does not count. MFU is this
+    divided by the step's time and the devices' peak.
     """
+    pairs = 2 * pairs - tokens if arch.attend == "whole" else pairs  # n^2 of a document in place of n (n + 1) / 2
     head = arch.vocab * arch.width
     layers = arch.parameters(active=True) - head * (1 if arch.tied else 2)
     return (6 - 2 * frozen) * (layers * tokens + head * trained) + 12 * arch.layers * arch.heads * arch.head_width * pairs

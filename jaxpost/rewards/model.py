@@ -48,10 +48,12 @@ def _many(records: Sequence[dict], completions: Sequence[str], *, folder: str) -
     for part in (order[i : i + rows] for i in range(0, len(order), rows)):
         length = min(lengths[part[-1]] + -lengths[part[-1]] % _BUCKET, most)
         batch = {k: np.zeros((rows, length), np.int32) for k in ("tokens", "segments", "positions")}
+        batch["mask"] = np.zeros((rows, length), bool)
         last = np.zeros(rows, np.int32)
         for row, i in enumerate(part):
             batch["tokens"][row, : lengths[i]], batch["segments"][row, : lengths[i]] = examples[i]["tokens"], 1
             batch["positions"][row, : lengths[i]] = np.arange(lengths[i])
+            batch["mask"][row, : lengths[i]] = examples[i]["mask"]
             last[row] = np.flatnonzero(examples[i]["mask"])[-1]
         with sharding.use(mesh):
             rewards = np.asarray(_rewards(model, params, sharding.distribute(batch, mesh, rows)))

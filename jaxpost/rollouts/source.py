@@ -81,7 +81,8 @@ class RolloutConfig(NamedTuple):
     prompt: i -> (record, token ids) of the i-th prompt of an endless sequence, or None for one to be left out; demonstration: i
     -> the ids of the answer to it, where the task has them; given: a function of rollouts/given.py, or None; rewards: {name:
     (function, weight)}; steps: functions of rollouts/steps.py, `annotate` among them; rows: the training batches, in so many
-    microbatches; length: the steps of the stage, of which progress is counted; sampling: what `stream` takes.
+    microbatches; length: the steps of the stage, of which progress is counted; sampling: what `stream` takes; columns: the
+    names under which records say which of the model's adapters they take.
     """
 
     model: Any
@@ -101,6 +102,7 @@ class RolloutConfig(NamedTuple):
     length: int
     judging: Mapping
     sampling: Mapping
+    columns: tuple[str, ...] = ()
 
 
 class Rollouts:
@@ -193,6 +195,7 @@ class Rollouts:
 
         noise = {"seed": c.seed, "step": self.calls, "group": group, "have": frozenset(before), "tokenizer": c.tokenizer}
         prefixes = {} if c.given is None else {"given": self._given(problems)}
+        prefixes |= {"columns": {name: [record[name] for record in records] for name in c.columns}} if c.columns else {}
         try:
             for one in before.values():
                 judge(one)
@@ -247,7 +250,12 @@ class Rollouts:
     def _layout(self, batch: RolloutBatch) -> layout.Layout:
         shape = self.config.rows
         about = (shape.together, shape.prompt_window, shape.new, shape.shared)
-        return layout.laid_out(batch.prompts, batch.completions.lengths, *about)
+        where = layout.laid_out(batch.prompts, batch.completions.lengths, *about)
+        real, rows = where.columns["segments"] > 0, len(where.columns["segments"]) // len(batch.prompts)
+        for name in self.config.columns:
+            numbers = np.repeat(np.array([record[name] for record in batch.records], np.float32), rows)
+            where.columns[name] = np.where(real, numbers[:, None], np.float32(0))
+        return where
 
     def annotate(self, batch: RolloutBatch) -> dict[str, np.ndarray]:
         """{name: [R,N,...]} of what the annotators make of the completions, laid out as rows, by the weights that drew them."""

@@ -12,7 +12,7 @@ score above the worst of its `beams` complete ones (`early_stopping="never"` of 
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxpost import sharding
 from jaxpost.errors import UserError
-from jaxpost.models import prefix
+from jaxpost.models import prefix, routes
 from jaxpost.models.heads import logits
 from jaxpost.models.protocol import Sampled
 from jaxpost.sampling.decode import check_prompts, placed, put, ready
@@ -67,25 +67,28 @@ def search(
     beams: int,
     length_penalty: float = 1.0,
     chain: Sequence[Callable] = (),
+    columns: Mapping[str, Sequence[int]] | None = None,
 ) -> Completed:
     """The `beams` best completions of every prompt, as numpy arrays. All processes call it together, with the same prompts.
 
     params: the model's, or what `decode.ready` made of them. new: the most tokens of a completion, its end included; stop: the
-    ids that end one; chain: processors, whose rows are beams. Raises UserError for a prompt that is empty or longer than the
-    window, and for no beams.
+    ids that end one; chain: processors, whose rows are beams; columns: as in `decode.stream`. Raises UserError for a prompt
+    that is empty or longer than the window, and for no beams.
     """
     if beams < 1:
         raise UserError(f"beams: {beams}; a search has 1 at least.")
     check_prompts(prompts, prompt_window)
+    chosen = routes.of_prompts(columns or {}, routes.columns(params), len(prompts))
     count = len(prompts) + -len(prompts) % (mesh.shape["data"] * mesh.shape["fsdp"])
+    chosen = {name: np.pad(x, (0, count - len(prompts))) for name, x in chosen.items()}
     tokens, lengths = np.zeros((count, prompt_window), np.int32), np.ones(count, np.int32)
     for i, prompt in enumerate(prompts):
         tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
     params, chain = ready(model, params, mesh), placed(chain, mesh)
-    tokens, lengths = put(tokens, mesh), put(lengths, mesh)
+    tokens, lengths, chosen = put(tokens, mesh), put(lengths, mesh), {name: put(x, mesh) for name, x in chosen.items()}
     with sharding.use(mesh):
         room = prefix.length(params) + prompt_window + new
-        bank = prefill(model, params, tokens, lengths, room=room)
+        bank = prefill(model, params, tokens, lengths, chosen, room=room)
         bank = bank._replace(prompts=tokens) if chain else bank
         completed = _searched(
             model, params, bank, np.array(stop, np.int32), np.float32(length_penalty), chain, beams=beams, new=new,
@@ -100,7 +103,7 @@ def _searched(model, params, bank: Bank, stop, penalty, chain, *, beams: int, ne
     prompts = len(bank.lengths)
     lengths = jnp.repeat(bank.lengths, beams)
     about = {"prompts": jnp.repeat(bank.prompts, beams, axis=0), "prompt_lengths": lengths} if chain else {}
-    axes = model.cache_axes()
+    axes, columns = model.cache_axes(), {name: jnp.repeat(x, beams)[:, None] for name, x in bank.columns.items()}
     choose = functools.partial(_chosen, stop=stop, penalty=penalty, chain=chain, about=about, axes=axes)
 
     def copied(held, banked, axes):
@@ -113,7 +116,7 @@ def _searched(model, params, bank: Bank, stop, penalty, chain, *, beams: int, ne
 
     def turn(s: _Search):
         places = (lengths + s.count - 1)[:, None]
-        inputs = {"tokens": s.token.reshape(-1, 1), "positions": places, "rotations": rotations}
+        inputs = {"tokens": s.token.reshape(-1, 1), "positions": places, "rotations": rotations, **columns}
         out = model.forward(params, inputs, s.cache)
         return choose(s._replace(cache=out.cache), logits(out.hidden[:, 0], out.head))
 

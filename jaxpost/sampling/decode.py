@@ -6,7 +6,7 @@ are those of the distribution drawn from. The stop token is part of the completi
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxpost import sharding
 from jaxpost.errors import UserError
-from jaxpost.models import prefix
+from jaxpost.models import prefix, routes
 from jaxpost.models.protocol import Sampled, check
 from jaxpost.sampling import processors
 from jaxpost.sampling.slots import Queue, begin, prefill, prepare, segment
@@ -79,24 +79,25 @@ def stream(
     chain: tuple[Callable, ...] = (),
     have: frozenset[int] = frozenset(),
     given: Sequence[np.ndarray] = (),
+    columns: Mapping[str, Sequence[int]] | None = None,
     **amounts: float,
 ) -> Iterator[list[Finished]]:
-    """Completions of every prompt, `group` of each, as they end: completion i is of prompt i // group. All processes call it
-    together, with the same prompts, and all get everything.
+    """Completions as they end, `group` of each prompt: i is of prompt i // group. All processes call it alike, and get all.
 
-    params: the model's, or what `ready` made of them. slots: how many are under way at a time, 0 for all of them; number: the
-    first one's, for its noise; turns: of a segment; strings: texts that end a completion, which keeps them; have: completions
-    to leave out; given: the ids that each begins with; amounts, chain: see `processors`. Raises UserError for impossible ids.
+    params: the model's, or what `ready` made of them. slots: how many are under way at a time, 0 for all; number: the first
+    one's, for its noise; turns: of a segment; strings: texts that end a completion, which keeps them; have: completions to
+    leave out; given: the ids that each begins with; columns: {name: a number of each prompt} (routes.py); amounts, chain: see
+    `processors`. Raises UserError for impossible ids and numbers.
     """
     processors.check_given(given, chain := placed(chain, mesh))
     ways, turns = mesh.shape["data"] * mesh.shape["fsdp"], min(turns, new)
-    columns, places = _laid_out(prompts, prompt_window, group, number, ways, have, new, given)
+    laid_out, places = _laid_out(prompts, prompt_window, group, number, ways, have, new, given, columns or {}, params)
     jobs, left, halted, begun, snapshot = len(places), int((places >= 0).sum()), np.zeros(len(places), bool), 0, None
     slots, room = min(slots + -slots % ways, jobs) or jobs, prefix.length(params) + prompt_window + new
     sizes = {"slots": slots, "room": room, "new": new}
     settings = np.array([seed, step], np.int32), np.array(stop, np.int32), processors.controls(**amounts)
     if left:
-        state, *held = _begun(model, ready(model, params, mesh), columns, halted, sizes, mesh, bool(chain))
+        state, *held = _begun(model, ready(model, params, mesh), laid_out, halted, sizes, mesh, bool(chain))
     while left:
         before, more = snapshot, slots < jobs or begun < new
         if more:  # without a queue it is known which segment is the last
@@ -118,10 +119,11 @@ def placed(chain: Sequence[Callable], mesh) -> tuple[processors.Processor, ...]:
 
 def _begun(model, params: Params, columns: dict, halted: np.ndarray, sizes: dict, mesh, processed: bool) -> tuple:
     """What decoding begins with: (state, weights, bank of prompts, queue). processed: whether processors read the prompts."""
+    chosen = {k: put(x, mesh) for k, x in columns.pop("columns").items()}
     on_mesh = {k: put(x, mesh) for k, x in columns.items()}
     prompts, lengths = on_mesh.pop("tokens"), on_mesh.pop("lengths")
     with sharding.use(mesh):
-        bank = prefill(model, params, prompts, lengths, room=sizes["room"])
+        bank = prefill(model, params, prompts, lengths, chosen, room=sizes["room"])
         bank = bank._replace(prompts=prompts) if processed else bank
         return begin(model, put(halted, mesh), **sizes), params, bank, Queue(**on_mesh)
 
@@ -146,26 +148,41 @@ def spread(prompts: int, group: int, ways: int) -> tuple[int, int]:
 
 
 def _laid_out(
-    prompts, window: int, group: int, number: int, ways: int, skipped: frozenset[int], new: int, given: Sequence[np.ndarray]
+    prompts,
+    window: int,
+    group: int,
+    number: int,
+    ways: int,
+    skipped: frozenset[int],
+    new: int,
+    given: Sequence[np.ndarray],
+    columns: Mapping[str, Sequence[int]],
+    params: Params,
 ) -> tuple[dict, np.ndarray]:
-    """The prompts and the queue as columns, each device's part after the other's; [J]: the completion of each place of the
-    queue, -1 for none. Devices get as many completions each; a prompt of which several have some is in the bank of each.
+    """The prompts, their `columns` and the queue as columns, each device's part after the other's; [J]: the completion of each
+    place of the queue, -1 for none. Devices get as many completions each; a prompt of which several have some is in the bank of
+    each.
     """
     check_prompts(prompts, window)
-    count = len(prompts) * group
+    count, columns = len(prompts) * group, routes.of_prompts(columns, routes.columns(params), len(prompts))
     held, share = spread(len(prompts), group, ways)
     tokens, lengths = np.zeros((ways, held, window), np.int32), np.ones((ways, held), np.int32)
+    chosen = {name: np.zeros((ways, held), np.int32) for name in columns}
     places, which, counts = np.full((ways, share), -1), np.zeros((ways, share)), np.zeros(ways)
     for way in range(ways):
         first = way * share // group
         for i, prompt in enumerate(prompts[first : first + held]):
             tokens[way, i, : len(prompt)], lengths[way, i] = prompt, len(prompt)
+        for name, values in columns.items():
+            own = values[first : first + held]
+            chosen[name][way, : len(own)] = own
         due = np.array([i for i in range(way * share, min((way + 1) * share, count)) if i not in skipped], int)
         places[way, : len(due)], which[way, : len(due)], counts[way] = due, due // group - first, len(due)
     numbers = number + np.maximum(places, 0)
     queue = {k: x.reshape(-1).astype(np.int32) for k, x in (("prompts", which), ("numbers", numbers), ("counts", counts))}
     queue |= _given(given, places.reshape(-1), count, new)
-    return {"tokens": tokens.reshape(-1, window), "lengths": lengths.reshape(-1), **queue}, places.reshape(-1)
+    held_prompts = {"tokens": tokens.reshape(-1, window), "lengths": lengths.reshape(-1)}
+    return {**held_prompts, "columns": {k: x.reshape(-1) for k, x in chosen.items()}, **queue}, places.reshape(-1)
 
 
 def _given(given: Sequence[np.ndarray], places: np.ndarray, count: int, new: int) -> dict[str, np.ndarray]:
@@ -233,17 +250,22 @@ def in_chunks(
     number: int = 0,
     group: int = 1,
     chain: tuple[Callable, ...] = (),
+    columns: Mapping[str, Sequence[int]] | None = None,
     **options,
 ) -> Iterator[tuple[slice, Completions]]:
     """(which prompts, their completions), `rows` prompts at a time, `group` completions of each.
 
     All chunks have one shape, so that one program serves them; what pads the last is not completed. A completion's noise is
-    that of its number, the first one's being `number`, so `rows` changes no token. options: what `stream` takes besides.
+    that of its number, the first one's being `number`, so `rows` changes no token. columns: numbers of all prompts; options:
+    what `stream` takes besides.
     """
     params, left, first, chain = ready(model, params, mesh), iter(prompts), 0, placed(chain, mesh)
     while part := list(itertools.islice(left, rows)):
         padded = [*part, *[part[0]] * (rows - len(part))]
         work = {"number": number + first * group, "have": frozenset(range(len(part) * group, rows * group))}
+        if columns:
+            chosen = {name: values[first : first + len(part)] for name, values in columns.items()}
+            work["columns"] = {name: [*own, *[own[0]] * (rows - len(part))] for name, own in chosen.items()}
         completions = complete(
             model, params, padded, mesh=mesh, new=new, seed=seed, group=group, chain=chain, **work, **options
         )

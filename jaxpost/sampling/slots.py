@@ -34,13 +34,14 @@ from jaxpost.types import Params
 
 class Bank(NamedTuple):
     """Prompts after prefill: the model's cache (see `cache_axes` of it), of P tokens, the logits [U,V] of the first token,
-    lengths [U]; where processors read them, the prompts [U,P].
+    lengths [U]; where processors read them, the prompts [U,P]; the columns by which prompts choose among weights, [U] each.
     """
 
     cache: tuple
     scores: jax.Array
     lengths: jax.Array
     prompts: jax.Array | None = None
+    columns: dict[str, jax.Array] = {}
 
 
 class Queue(NamedTuple):
@@ -113,15 +114,16 @@ def prepare(model: Sampled, params: Params) -> Params:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "room"))
-def prefill(model: Sampled, params: Params, prompts: jax.Array, lengths: jax.Array, *, room: int) -> Bank:
-    """The bank of prompts [U,P] int32, right-padded, of true lengths [U] >= 1; room: tokens that prompt and completion take,
-    a prefix included. The cache begins with the prefix.
+def prefill(model: Sampled, params: Params, prompts: jax.Array, lengths: jax.Array, columns: dict, *, room: int) -> Bank:
+    """The bank of prompts [U,P] int32, right-padded, of true lengths [U] >= 1; columns: {name: [U]} (models/routes.py); room:
+    tokens that prompt and completion take, a prefix included. The cache begins with the prefix.
     """
     u, p = prompts.shape
     places = jnp.broadcast_to(jnp.arange(p), (u, p))
     batch = {"tokens": prompts, "positions": places, "lengths": lengths, "room": jnp.int32(room)}
-    out = model.forward(params, batch, prefix.make_cache(model, params, u, p))
-    return Bank(out.cache, logits(out.hidden[jnp.arange(u), lengths - 1], out.head), lengths)
+    batch |= {name: x[:, None] for name, x in columns.items()}
+    out = model.forward(params, batch, prefix.make_cache(model, params, batch))
+    return Bank(out.cache, logits(out.hidden[jnp.arange(u), lengths - 1], out.head), lengths, columns=columns)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "slots", "room", "new"))
@@ -158,13 +160,14 @@ def segment(
     key = jax.random.fold_in(jax.random.PRNGKey(noise[0]), noise[1])
     record = functools.partial(_record, bank=bank, queue=queue, key=key, stop=stop, amounts=amounts, chain=chain)
     refill = functools.partial(_refill, bank=bank, queue=queue, axes=model.cache_axes(), record=record)
-    begins = _rows(bank.lengths, queue.prompts)  # [J]
+    begins, *numbers = (_rows(x, queue.prompts) for x in (bank.lengths, *bank.columns.values()))  # [J] each
     rotations = model.rotations(state.cache)
 
     def turn(carry):
         t, s = carry
         at = _rows(begins, s.job) + s.count - 1
-        inputs = {"tokens": s.token[:, None], "positions": at[:, None], "rotations": rotations}
+        chosen = {name: _rows(x, s.job)[:, None] for name, x in zip(bank.columns, numbers, strict=True)}
+        inputs = {"tokens": s.token[:, None], "positions": at[:, None], "rotations": rotations, **chosen}
         out = model.forward(params, inputs, s.cache)
         return t + 1, record(s._replace(cache=out.cache), logits(out.hidden[:, 0], out.head), s.job >= 0)
 

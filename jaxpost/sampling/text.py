@@ -6,7 +6,7 @@ completion ends at the tokenizer's end-of-text token or the chat template's end 
 that the model's folder names as an end, which is shown where it is a word like any other, as `transformers` does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,7 @@ def completed(
     processors: Any = (),
     beams: int | None = None,
     length_penalty: float = 1.0,
+    columns: Mapping[str, Sequence[int]] | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(ids of the prompt, ids of its completion without the special token that ended it): `n` of each prompt, side by side.
 
@@ -52,9 +53,9 @@ def completed(
     leave room for. temperature: 0 takes the likeliest token. ends: ids that stop a completion besides the tokenizer's and the
     template's; suppressed: ids that none has. template: for `chat`, a name or Jinja; None is the tokenizer's own. processors:
     as `rollouts.processors` names them, or functions. beams: the width of a beam search, which gives the `n` best completions,
-    the best first; None samples. length_penalty: see beam.py. The same seed, prompts and n give the same ids. Raises UserError
-    for no or empty prompts, where prompt and `new` exceed the model's positions, for numbers that cannot be, and for settings
-    of both a search and a sample.
+    the best first; None samples. length_penalty: see beam.py. columns: as in `decode.stream`. The same seed, prompts and n give
+    the same ids. Raises UserError for no or empty prompts, where prompt and `new` exceed the model's positions, for numbers
+    that cannot be, and for settings of both a search and a sample.
     """
     _check_search(beams, length_penalty, temperature, n)
     ids = _checked([encoded(text, p, chat, template) for p in prompts], model.vocab, text)
@@ -69,6 +70,7 @@ def completed(
     about = About(text, tuple(stop), model.vocab, new)
     options = {"mesh": mesh, "prompt_window": min(longest + -longest % _BUCKET, room - new), "new": new, "stop": stop}
     options["chain"] = without(suppressed) + chain(processors, about, "processors")
+    options |= {"columns": columns} if columns else {}
     if beams is not None:
         completions = _best(search(model, params, ids, beams=beams, length_penalty=length_penalty, **options), n)
     else:

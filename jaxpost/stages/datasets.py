@@ -22,7 +22,7 @@ from jaxpost.data.readers import Record
 from jaxpost.data.transforms import apply
 from jaxpost.declare import declared
 from jaxpost.errors import UserError
-from jaxpost.models import loading
+from jaxpost.models import loading, routes
 from jaxpost.recipe import plain
 from jaxpost.tokenizer import check_ids
 
@@ -74,6 +74,7 @@ def read(task, spec, s, objective: Callable) -> list[Set]:
 
     def data_set(part: mixture.Part, held_out: bool) -> Set:
         what = f"{'eval data' if held_out else 'data'} {part.name}"
+        _check_routes(part.records, spec)
         try:
             encoded = encoding.encode_all(part.records, spec.tokenizer, template(spec, s), s.train_on, **options)
         except encoding.NothingToLearn as error:
@@ -110,17 +111,29 @@ def _options(spec, s, objective: Callable, records: Sequence[Record]) -> dict:
     rows, reads = declared(objective, "rows"), declared(objective, "columns")
     options = {"window": s.window, "too_long": s.too_long, "bad_rows": s.bad_rows, "row_type": rows, "reads": reads}
     options |= {"columns": mixture.pairs(plain(s.columns), "columns"), "shared": s.shared_prefix}
-    return options | {"longest": loading.max_positions(spec), "row_columns": _row_columns(s, objective, records)}
+    return options | {"longest": loading.max_positions(spec), "row_columns": _row_columns(spec, s, objective, records)}
 
 
-def _row_columns(s, objective: Callable, records: Sequence[Record]) -> list[str]:
-    """The keys of the rows whose numbers become columns: those of the settings, and those that the objective declares as [B,S]
-    float32, which neither the row type nor an annotator makes, and which a row has.
+def _check_routes(records: Sequence[Record], spec) -> None:
+    """Raises UserError for a row that does not say which of the model's adapters it takes, where rows choose."""
+    if counts := loading.columns(spec):
+        for record in records:
+            routes.check(record.row, counts, record.place)
+
+
+def _row_columns(spec, s, objective: Callable, records: Sequence[Record]) -> list[str]:
+    """The keys of the rows whose numbers become columns: those of the settings, those by which rows choose among the model's
+    adapters, and those that the objective declares as [B,S] float32, which neither the row type nor an annotator makes, and
+    which a row has.
     """
     names, reads = _named(s.row_columns), declared(objective, "columns")
+    names += [name for name in loading.columns(spec) if name not in names]
     own = source.columns(1, 1, declared(objective, "rows"), s.shared_prefix, reads)
     if taken := set(names) & (own.keys() | {"rows"}):
-        raise UserError(f"config.row_columns: {min(taken)} is a column of every batch here; give the rows' key another name.")
+        raise UserError(
+            f"config.row_columns: {min(taken)} is a column of every batch here; give the rows' key another name (a column of "
+            "config.adapter too)."
+        )
     for name, column in reads.items():
         is_number = tuple(column[:2]) == ("BS", "float32") and not getattr(column, "by", "")
         if is_number and name not in {*own, *names} and any(record.row.get(name) is not None for record in records):
@@ -135,6 +148,7 @@ def _named(names: str) -> list[str]:
 def check(rows: Sequence[dict], spec, s, objective: Callable) -> None:
     """Raises UserError where a stage's settings could not learn from rows such as these."""
     records = [Record(row, f"a row of an earlier stage, {i}") for i, row in enumerate(rows)]
+    _check_routes(records, spec)
     encoding.encode_all(records, spec.tokenizer, template(spec, s), s.train_on, **_options(spec, s, objective, records))
 
 

@@ -7,6 +7,7 @@ those of `config.evals`, whose figures are eval/NAME/figure.
 import functools
 import inspect
 import re
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -43,11 +44,18 @@ class Eval(NamedTuple):
 
 
 def configured(
-    entries: Mapping[str, Any], model: api.Model, *, template: str | None = None, place: str = "config.evals", about: Any = ""
+    entries: Mapping[str, Any],
+    model: api.Model,
+    *,
+    template: str | None = None,
+    like: Mapping[str, Any] = types.MappingProxyType({}),
+    place: str = "config.evals",
+    about: Any = "",
 ) -> list[Eval]:
     """The evals of entries {name: function's name, or a dict with it and keywords}, checked: an eval with an attribute `check`
-    has it called as the eval would be, with a model that may have no weights. An eval that takes a `template` and names none
-    gets this one. about: what else decides the figures. Raises UserError, with the place, for whatever is wrong with an entry.
+    has it called as the eval would be, with a model that may have no weights. An eval that takes a `template`, or a keyword of
+    `like`, and names none gets this one. about: what else decides the figures. Raises UserError, with the place, for whatever
+    is wrong with an entry.
     """
     if not isinstance(entries, Mapping):
         raise UserError(f"{place}: {entries!r}; give a dict of evals by names of yours, as {{'sums': 'accuracy'}}.")
@@ -57,8 +65,9 @@ def configured(
             raise UserError(f"{place}: {name!r}; a name has letters, digits, _ and -, and is none of {', '.join(OWN)}.")
         try:
             function = resolve(entry, "evals")
-            if "template" in inspect.signature(function).parameters and template is not None:
-                function = functools.partial(function, **{"template": template, **function.keywords})
+            own = dict(like) if template is None else {"template": template, **like}
+            own = {k: x for k, x in own.items() if k in inspect.signature(function).parameters}
+            function = functools.partial(function, **{**own, **function.keywords})
             if check := getattr(function.func, "check", None):
                 check(model, **function.keywords)
         except UserError as error:
@@ -104,7 +113,14 @@ def planned(plan: Plan, mesh) -> list[Eval]:
     if plan.problems:
         evals.append(Eval("", functools.partial(accuracy.graded, **plan.problems), digest_of([plan.problems, about])))
     template = datasets.template(spec, s) if s.evals else None
-    return evals + configured(recipe.plain(s.evals), model_of(spec, None, mesh), template=template, about=about)
+    options = {"template": template, "like": pooling_of(plan.objective), "about": about}
+    return evals + configured(recipe.plain(s.evals), model_of(spec, None, mesh), **options)
+
+
+def pooling_of(objective: Callable) -> dict[str, Any]:
+    """How an objective makes embeddings: its values of the keywords pooling and normalise, as far as it has them."""
+    parameters = inspect.signature(objective).parameters
+    return {name: parameters[name].default for name in ("pooling", "normalise") if name in parameters}
 
 
 def check(plan: Plan, mesh) -> None:

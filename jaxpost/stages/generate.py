@@ -27,7 +27,7 @@ from jaxpost.config.naming import digest_of
 from jaxpost.data import mixture, row_types
 from jaxpost.data.row_types import RowType
 from jaxpost.errors import UserError
-from jaxpost.models import loading
+from jaxpost.models import loading, routes
 from jaxpost.models.identity import identity
 from jaxpost.models.transformer import Transformer
 from jaxpost.recipe import plain
@@ -187,6 +187,9 @@ def _draw(samples: Samples, artefact: Artefact, progress: dict, params: Params, 
 
     noise = {"seed": samples.seed, "step": samples.step, "number": first * samples.group, "group": samples.group}
     options = {"rows": at_once, "tokenizer": samples.tokenizer, **noise, **samples.options}
+    if counts := routes.columns(params):
+        asked = [samples.prompt(i)[0] for i in range(first, samples.count)]
+        options["columns"] = routes.of_records(asked, counts)
     chunks = in_chunks(samples.model, params, prompts(), mesh=mesh, **options)
     pending, tokens, mark, total = [], progress["tokens"], time.monotonic(), -(-(samples.count - first) // at_once)
     for where, completions in tqdm.tqdm(chunks, desc="sampling", unit="batch", disable=None, total=total):

@@ -76,7 +76,7 @@ def plan_stage(name: str, s, mesh, trial: Sequence[dict] | None = None) -> Plan:
     if s.profile and steps and steps < (needed := s.profile + SKIPPED):
         raise UserError(f"config.profile: tracing {s.profile} steps takes {needed}, and there are {steps}; ask for fewer.")
     optim.make(s.optimizer, steps or 1000)
-    own = own_columns(s, objective)
+    own = own_columns(s, objective, spec)
     numbers = sets[0].encoded.row_columns if sets else ()
     own |= {key: jax.ShapeDtypeStruct(own["tokens"].shape, np.float32) for key in numbers}
     data = datasets.digest(sets) if sets else ""
@@ -187,8 +187,8 @@ def columns(s, objective: Callable, spec: loading.ModelSpec | None = None) -> di
 
     spec: the stage's model, else what its settings describe. Raises UserError where a column's width is not known.
     """
-    own = own_columns(s, objective)
-    spec = spec or loading.describe(plain(s.model), "", s.dtype, text=False)
+    spec = spec or loading.describe(plain(s.model), "", s.dtype, adapter=plain(s.adapter), text=False)
+    own = own_columns(s, objective, spec)
     return own | annotations.shapes(s, objective, own, spec)
 
 
@@ -197,12 +197,13 @@ def scalars(step: int, steps: int) -> dict[str, np.generic]:
     return {"step": np.int32(step), "progress": np.float32(step / steps)}
 
 
-def own_columns(s, objective: Callable) -> dict[str, jax.ShapeDtypeStruct]:
-    """The columns of a stage's batches that no annotation makes, as shapes."""
+def own_columns(s, objective: Callable, spec: loading.ModelSpec) -> dict[str, jax.ShapeDtypeStruct]:
+    """The columns of the batches of a stage with this model that no annotation makes, as shapes."""
     progress = {name: jax.ShapeDtypeStruct((), x.dtype) for name, x in scalars(0, 1).items()}
     each, named = [], shares(s.source)
     if "rollouts" in named:
         each.append(rollouts.rows(s, objective).columns())
     if "data" in named:
         each.append(datasets.columns(s, objective, round(s.batch_size * named["data"])))
-    return progress | (sources.joined(each) if len(each) > 1 else each[0])
+    own = progress | (sources.joined(each) if len(each) > 1 else each[0])
+    return own | {name: jax.ShapeDtypeStruct(own["tokens"].shape, np.float32) for name in loading.columns(spec)}

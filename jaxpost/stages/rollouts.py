@@ -10,6 +10,7 @@ from jaxpost.config.resolve import entry_of, find, resolve, within
 from jaxpost.config.unread import shares
 from jaxpost.declare import declared
 from jaxpost.errors import UserError
+from jaxpost.models import loading
 from jaxpost.recipe import plain
 from jaxpost.rollouts import steps as built
 from jaxpost.rollouts.batch import RolloutBatch
@@ -62,6 +63,7 @@ def source(name: str, task, judges: Rewards, model, s, objective: Callable, mesh
         length=s.steps,
         judging=judging(s),
         sampling=sampling(model, s),
+        columns=tuple(loading.columns(model)),
     )
     _check_steps(config, s, objective)
     return Rollouts(config)

@@ -15,6 +15,7 @@ from jaxpost.config.unread import shares
 from jaxpost.data import chat, formats
 from jaxpost.data.readers import Record
 from jaxpost.errors import UserError
+from jaxpost.models import loading, routes
 from jaxpost.recipe import plain
 from jaxpost.rewards import trl
 from jaxpost.rollouts.scoring import Scorer, check_record
@@ -89,13 +90,14 @@ def problems(found, judges: Rewards, model, s) -> dict:
     options = {"prompt_window": s.rollouts.prompt_window, "new": s.rollouts.new, "template": datasets.template(model, s)}
     options["stop"], options["strings"] = stops(model, s, options["template"])
     options["chain"] = processors.without(model.suppressed)
-    records, every = [], found.test_records(s.eval_per_cell)
+    records, every, counts = [], found.test_records(s.eval_per_cell), loading.columns(model)
     if s.bad_rows != "skip":
         _check_records(found, judges)
     for i, record in enumerate(every):
         place = f"task {s.task['name']}, test problem {i}"
         try:
             _encoded(record, place, model, s, options["template"])
+            routes.check(record, counts, place)
         except _TooLong:
             if s.too_long != "drop":
                 raise
@@ -194,7 +196,7 @@ def prompts(task, judges: Rewards, model, s, leave_out: bool, answers: Callable 
     bad_rows="skip") where that is possible; some are looked at now. answers: i -> the ids of the answer to it, which are to fit
     a completion.
     """
-    jinja, bound = datasets.template(model, s), s.task.get("problems", 0)
+    jinja, bound, counts = datasets.template(model, s), s.task.get("problems", 0), loading.columns(model)
     if not isinstance(bound, int) or isinstance(bound, bool) or bound < 0:
         raise UserError(f"config.task.problems: {bound!r}; give how many problems to draw, or 0 for all that there are.")
 
@@ -203,6 +205,7 @@ def prompts(task, judges: Rewards, model, s, leave_out: bool, answers: Callable 
         record, place = task.record(i, seed=s.seed), f"task {s.task['name']}, problem {i}"
         try:
             check_record(judges, record, place)
+            routes.check(record, counts, place)
             ids = _encoded(record, place, model, s, jinja)
             if answers and (length := len(answers(i))) > s.rollouts.new:
                 raise _TooLong(

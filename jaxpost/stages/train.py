@@ -31,7 +31,8 @@ from jaxpost.stages.stopping import leave
 from jaxpost.storage import checkpoint
 from jaxpost.types import TrainState
 
-KEPT = ("adapter", "leaves", "base", "elsewhere")  # what checkpoints record of the weights that they do not hold
+# What checkpoints record of the weights that they do not hold, and of the model that the workdir's stages do not share.
+KEPT = ("adapter", "leaves", "base", "elsewhere", "attend")
 
 
 def planned(name: str, s, run: Run) -> Plan:
@@ -190,6 +191,7 @@ def _start(plan: Plan, run: Run, tx) -> tuple[TrainState, dict]:
     own = {path: leaf for path, leaf in spec.leaves.items() if path not in elsewhere}
     kept = {"adapter": adapted.recorded(spec.adapter), "leaves": own, "elsewhere": sorted(elsewhere)}
     kept["base"] = loading.base_in(spec, run.workdir, frozen)
+    kept["attend"] = getattr(getattr(spec.transformer, "arch", None), "attend", "")
 
     def rest(train):
         count = jnp.zeros((), jnp.int32)

@@ -287,7 +287,10 @@ def _believable(meta: Any, folder: epath.Path) -> dict:
 def _is_leaf(entry: Any) -> bool:
     """Whether an entry is (letters, first value), as ModelSpec.leaves has them."""
     letters, first = entry if isinstance(entry, list | tuple) and len(entry) == 2 else (None, None)
-    return isinstance(letters, str) and set(letters) <= set("DVT0123456789") and isinstance(first, int | float | str)
+    drawn = isinstance(first, dict) and first.keys() == {"normal"} and isinstance(first["normal"], int | float)
+    return (
+        isinstance(letters, str) and set(letters) <= set("DVT0123456789 ") and (isinstance(first, int | float | str) or drawn)
+    )
 
 
 def paths(step_folder, item: str = "params") -> list[str]:

@@ -32,8 +32,9 @@ def encode(record: Record, settings: Settings) -> Example:
     tokenizer = settings.tokenizer
     if tokenizer.mask_token_id is None:
         raise UserError(
-            "config.tokenizer: it has no mask token, which stands in place of a hidden token; set mask_token in its "
-            "tokenizer_config.json to a token that texts do not have."
+            "config.tokenizer: it has no mask token, which stands in place of a hidden token; add one, by python -m "
+            "jaxpost.export --checkpoint=FOLDER --out=FOLDER2 --add='<mask>' --special, and name it as mask_token in "
+            "FOLDER2/tokenizer_config.json."
         )
     document = formats.demonstration(record, settings.columns)
     if isinstance(document, formats.Text):
