@@ -31,11 +31,15 @@ def playgrounds() -> dict[str, SimpleNamespace]:
 
 @functools.cache
 def tokenizer():
-    """2,048 tokens, learned from texts and problems of the four playgrounds."""
+    """2,048 tokens, learned from texts and problems of the four playgrounds. Names are spelled in syllables: those of one
+    country would be tokens of their own, by which a model could tell names that nobody has.
+    """
     texts = []
-    for task in playgrounds().values():
-        texts += [task.text(index) for index in range(1000)]
-        texts += [turn["content"] for index in range(250) for turn in task.conversation(index)["messages"]]
+    for name, task in playgrounds().items():
+        tasks = [task] if name != "world" else [world.make(people=60, hops=(1,), country=country) for country in range(20)]
+        for one in tasks:
+            texts += [one.text(index) for index in range(1000 // len(tasks))]
+            texts += [turn["content"] for index in range(250 // len(tasks)) for turn in one.conversation(index)["messages"]]
     return tokenizers.learned(texts, TOKENS)
 
 
