@@ -152,7 +152,7 @@ def adapter(
     files: how `peft` keeps it, None for no way.
     completed: {keyword: (ModelSpec, the keywords) -> its value}, of keywords that the model decides and no recipe gives.
     recorded: for one that is read from files, (its keywords) -> the entry of the same adapter without them.
-    reads: the keywords that name folders from which it is read: what their files hold decides what the model computes.
+    reads: the keywords that name folders, one or a list: what their files hold decides what the model computes.
     one: of adapters that rows choose among (models/routes.py), the name of what each of them is. They have the keywords
     `experts`, how many there are, and `column`.
     """

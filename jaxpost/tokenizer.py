@@ -179,9 +179,8 @@ def learned(texts, size):
         raise UserError(f"size={size}: bytes, printable characters and special tokens take {least} tokens; give that or more")
     core = Tokenizer(models.BPE(byte_fallback=True))
     core.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
-    parts = [pre_tokenizers.Split(_SPACE, "merged_with_next"), pre_tokenizers.Split(Regex(r"\n"), "isolated")]
-    parts += [pre_tokenizers.Punctuation("isolated"), pre_tokenizers.Digits(individual_digits=True)]
-    core.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    parts = [pre_tokenizers.Split(Regex(rf"\n|{_SPACE}?[0-9]"), "isolated"), pre_tokenizers.Punctuation("isolated")]
+    core.pre_tokenizer = pre_tokenizers.Sequence([*parts, pre_tokenizers.Split(_SPACE, "merged_with_next")])
     begins = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     core.decoder = decoders.Sequence(begins)
     options = {"special_tokens": list(SPECIAL), "initial_alphabet": alphabet, "show_progress": False}

@@ -124,9 +124,9 @@ def _with_recipes(config):
     for settings in (changed, *(changed[name] for name in config.stages if name in changed)):
         with settings.unlocked(), settings.ignore_type():
             if _is_recipe(settings.get("model")):
-                settings.model = _of_recipe(settings.model.removeprefix("recipe:"), config.artefacts)
+                settings.model = _of_recipe(settings.model.removeprefix("recipe:"), config)
             if any(map(_is_recipe, of := settings.get("of", ()))):
-                workdirs = {x: _of_recipe(x.removeprefix("recipe:"), config.artefacts) for x in of if _is_recipe(x)}
+                workdirs = {x: _of_recipe(x.removeprefix("recipe:"), config) for x in of if _is_recipe(x)}
                 settings.of = tuple(workdirs.get(x, x) for x in of)
     return changed
 
@@ -135,8 +135,11 @@ def _is_recipe(model) -> bool:
     return isinstance(model, str) and model.startswith("recipe:")
 
 
-def _of_recipe(path: str, artefacts: str) -> str:
-    """The workdir of a recipe that is another's model, which is run on first use and kept."""
+def _of_recipe(path: str, config) -> str:
+    """The workdir of a recipe that is another's model, which is run on first use and kept; {seed} in its path is the seed of
+    the recipe `config` that names it.
+    """
+    path, artefacts = path.replace("{seed}", str(config.seed)), config.artefacts
     config = recipe.opened(path)
     root = cloud.path(artefacts) if artefacts else cloud.cache_folder()
     # The folder that relative names are looked for in decides the run too.

@@ -99,7 +99,7 @@ def test_epochs_of_few_steps_are_explained(monkeypatch, capsys):
 
 
 def test_a_recipe_for_a_model_leaves_the_stages_alone_that_are_not_run(monkeypatch):
-    monkeypatch.setattr(train, "_of_recipe", lambda path, artefacts: f"ran {path}")
+    monkeypatch.setattr(train, "_of_recipe", lambda path, config: f"ran {path}")
     config = recipe.make(stages=("a", "b"), a={"steps": 2}, b={"model": "recipe:r.py:x"})
     config.stages = ("b",)
     changed = train._with_recipes(config)

@@ -195,7 +195,7 @@ def test_a_learned_tokenizer_has_whole_words_and_gives_every_text_back(tmp_path)
     learned = tokenizer.learned(TOWNS * 20, 460)
     assert learned.tokenize("Anna") == learned.tokenize("in Brek, Anna")[-1:] == ["▁Anna"]
     assert learned.tokenize("in\nAnna 12.")[1] == "\n"
-    assert learned.tokenize("12.")[-3:] == ["1", "2", "."]
+    assert learned.tokenize("12.")[-2:] == ["2", "."]
     tokenizer.save(learned, tmp_path)
     for text in (*TOWNS, "", " ", "  two  spaces ", "a\n\nb", "é ü 日 \U0001f600", "<answer>no</answer>", "\t"):
         ids = tokenizer.encode(learned, text)

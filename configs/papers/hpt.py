@@ -7,7 +7,7 @@ reinforcement alone and imitation alone. Its nearest relative is `given="share"`
 demonstration in place of all of a few.
 
 Countdown with two and three numbers, 512 problems with a solution each, for a model that was trained on two numbers alone: it
-hardly ever solves a problem of three, so reinforcement finds little there. Both terms are as the paper's code has them: Dr. GRPO
+hardly ever solves one of three, so reinforcement finds little there. Both terms are as the paper's code has them: Dr. GRPO
 without a clip, and the mean of -log p over demonstrations. Left out: the entropy bonus, and gates above 0.
 """
 

@@ -231,7 +231,7 @@ def recorded(*, folders: Sequence[str], column: str = COLUMN, base: str = "") ->
     return {**first, "name": kinds[first["name"]], "experts": len(folders), "column": column}
 
 
-@adapter(recorded=recorded)
+@adapter(recorded=recorded, reads=("folders",))
 def peft(params: Params, key: jax.Array, *, folders: Sequence[str], column: str = COLUMN, base: str = "") -> Params:
     """The adapters of several `peft` folders with their weights, numbered in this order; base: as in adapters/lora.py.
 

@@ -37,7 +37,8 @@ def _of_adapter(spec: loading.ModelSpec, seed: int) -> dict[str, Any]:
     about: dict[str, Any] = {"adapter_source": digest_of([function.func for function in functions])}
     if loading.carried(spec.folder):
         return about
-    folders = [function.keywords[name] for function in functions for name in declared(function, "reads")]
+    read = [function.keywords[name] for function in functions for name in declared(function, "reads")]
+    folders = [folder for value in read for folder in ([value] if isinstance(value, str) else value)]
     about["adapter_files"] = [_content(epath.Path(folder)) for folder in folders]
     return about | ({} if adapted.neutral(spec.adapter) == adapted.as_one(entries) else {"adapter_seed": seed})
 
