@@ -6,7 +6,7 @@ Claim: with the same prompts, demonstrations and number of tokens, imitating onl
 reinforcement alone and imitation alone. Its nearest relative is `given="share"` (UFT), which shows the beginning of each
 demonstration in place of all of a few.
 
-Countdown with two and three numbers, 512 problems with a solution each, for a model that was trained on two numbers alone: it
+Countdown with two and three numbers, 512 problems with a solution each, for a model that was trained on two numbers alone. It
 hardly ever solves one of three, so reinforcement finds little there. Both terms are as the paper's code has them: Dr. GRPO
 without a clip, and the mean of -log p over demonstrations. Left out: the entropy bonus, and gates above 0.
 """

@@ -45,6 +45,10 @@ def get_config(arg="lines"):
     tested = {"name": "accuracy", "task": "playgrounds", "per_cell": 100, "new": SAMPLED["new"]}
     return recipe.make(
         stages=("merged", "figures"),
-        merged={"do": "merge", "with": {"name": f"{__file__}:{arm}", "alpha": 0.5}, "of": (BASE, f"recipe:{__file__}:tuned-{{seed}}")},
+        merged={
+            "do": "merge",
+            "with": {"name": f"{__file__}:{arm}", "alpha": 0.5},
+            "of": (BASE, f"recipe:{__file__}:tuned-{{seed}}"),
+        },
         figures={"do": "evaluate", "evals": {"all": tested}},
     )
