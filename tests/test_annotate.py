@@ -374,7 +374,7 @@ def answers(made) -> dict:
 def test_an_embedding_is_the_mean_hidden_state_of_the_learned_tokens_one_an_example():
     hidden = jnp.arange(10.0).reshape(1, 5, 2)
     batch = {"segments": jnp.array([[1, 1, 1, 2, 2]]), "mask": jnp.array([[False, True, True, False, True]])}
-    made = scores.embedding(lambda params, batch: Output(hidden, None), None, batch)["embedding"]
+    made = scores.embedding(lambda params, batch: Output(hidden, None), {}, batch)["embedding"]
     assert made.tolist() == [[[3, 4]] * 3 + [[8, 9]] * 2]
 
 

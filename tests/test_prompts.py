@@ -150,6 +150,7 @@ LOOP = {
         "result",
         "time_of",
         "tokens_of",
+        "tokens",
         "evals",
         "ema",
         "max_skipped",

@@ -246,7 +246,7 @@ def test_each_goes_out_as_a_folder_and_several_folders_are_one_adapter(kind, tmp
         (tmp_path / "1" / "adapter_config.json").write_text(json.dumps(fields | {"lora_alpha": 3.0}))
         with pytest.raises(UserError, match="folders: alpha is 16.0 in .*0 and 3.0 in .*1"):
             load(entry)
-    with pytest.raises(UserError, match="give a list of folders"):
+    with pytest.raises(UserError, match="it takes a list of texts"):
         load({"name": "routed.peft", "folders": folders[0]})
 
 
@@ -337,7 +337,7 @@ def test_a_stage_that_generates_says_which_adapter_answers(monkeypatch):
     names = ("model", "tokenizer", "rewards", "row_type", "judging")
     about = dict.fromkeys(names) | {"count": 4, "group": 2, "batch": 4, "seed": 0, "step": 0, "options": {}}
     samples = generate.Samples(prompt=lambda i: ({"adapter": i % E}, np.array([1])), **about)
-    begun = {"prompts": 1, "rows": 0, "seconds": 0.0}
+    begun = {"prompts": 1, "rows": 0, "tokens": 0, "seconds": 0.0}
     assert generate._draw(samples, None, begun, sampler_weights("lora"), None, None) == begun
     assert asked["columns"] == {"adapter": [1, 2, 0]}
     asked.clear()

@@ -253,7 +253,7 @@ def test_results_belong_to_the_file_that_was_scored(paper, old, new):
         PAPER.replace("# which tells the arms apart", "# a comment, and spaces").replace("More of it", "Other")
     )
     assert not results.check(file)
-    assert PAPER != PAPER.replace(old, new)
+    assert PAPER.replace(old, new) != PAPER
     Path(file).write_text(PAPER.replace(old, new))
     assert "are not those that were scored" in results.check(file)
     commit(file)
