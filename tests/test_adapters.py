@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 import small
+import thin
 from safetensors.numpy import load_file, save_file
 
 import jaxpost
@@ -89,7 +90,7 @@ def test_an_adapter_that_has_learned_nothing_is_the_base_bit_for_bit():
     np.testing.assert_allclose(load(KINDS["dora"]).logits(TOKENS), base, atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", thin.slow_after(3, KINDS))
 def test_merged_and_unmerged_say_the_same(kind):
     model = load(KINDS[kind])
     params = learned(model.params)
@@ -98,7 +99,7 @@ def test_merged_and_unmerged_say_the_same(kind):
     assert np.abs(apart - together).max() <= 1e-5 * np.abs(together).max()
 
 
-@pytest.mark.parametrize("name", [name for name in known("adapters") if not name.endswith("peft")])  # which are others
+@pytest.mark.parametrize("name", thin.slow_after(3, (name for name in known("adapters") if not name.endswith("peft"))))
 def test_an_adapter_is_what_it_declares(name):
     """By discovery: the leaves that it adds and no others, whether it merges, whether it changes nothing at its start."""
     entry, tree = {"name": name}, loading.abstract(small.MODEL, one_device(), {"name": name})

@@ -64,6 +64,7 @@ def referenced(made, params, out, mesh):
     return annotations.attached(made, made.spec, state_of(params), out, mesh, fresh=True)
 
 
+@pytest.mark.slow
 def test_stored_columns_are_those_made_on_the_spot(tmp_path):
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     for shared in (False, True):

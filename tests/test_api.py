@@ -267,6 +267,7 @@ def judge(plan):
     return reward
 
 
+@pytest.mark.slow
 def test_a_reward_takes_the_place_of_the_tasks_own(tmp_path):
     (tmp_path / "judge.py").write_text("def short(record, completion, *, most):\n    return len(completion) <= most")
     plan = planned(tmp_path, reward={"name": f"{tmp_path}/judge.py:short", "most": 2})

@@ -166,6 +166,7 @@ CONFIG = {"model_type": "llama", "vocab_size": 32, "hidden_size": 16, "intermedi
 CONFIG |= {"num_attention_heads": 2, "max_position_embeddings": 64}
 
 
+@pytest.mark.slow
 def test_a_recipe_asks_for_it_and_the_weights_keep_it(tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"{i}+1", "completion": f"{i + 1}"}) + "\n" for i in range(24)))

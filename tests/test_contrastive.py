@@ -9,6 +9,7 @@ import pytest
 import runs
 import small
 import stubs
+import thin
 
 from jaxpost import sharding
 from jaxpost.config.resolve import resolve
@@ -123,7 +124,7 @@ def latents(count=3):
     return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
+@pytest.mark.parametrize("options", thin.slow_after(2, OPTIONS), ids=lambda o: "-".join(o) or "plain")
 def test_the_gradient_is_that_of_the_whole_loss_whatever_the_microbatches(options):
     batch, params = batch_of("contrastive.info_nce"), stubs.init()
     assert len({d[3] for d in spans(batch) if d[2] > 1}) < sum(d[2] > 1 for d in spans(batch)), "some passages are the same"

@@ -62,7 +62,7 @@ def test_logits_and_greedy_tokens_equal_those_of_transformers(name, golden, tmp_
     np.testing.assert_array_equal(made.tokens[0], golden[f"{name}/greedy"])
 
 
-@pytest.mark.parametrize("name", cases.NAMES)
+@each_case
 def test_a_folder_that_was_read_is_written_bit_for_bit(name, tmp_path):
     found, params = opened(tmp_path / "a", name)
     hf.save(tmp_path / "b", params, found.transformer.arch, found.config)

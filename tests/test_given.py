@@ -12,6 +12,7 @@ import pytest
 import runs
 import sampler_cases as cases
 import scripted
+import thin
 from sampler_cases import COUNT, GROUP, NEW, assert_same, judged, sampled, streamed
 from scripted import ROWS, rollouts, sampler, state
 from test_decode import CALLS, WINDOW, counted
@@ -41,7 +42,9 @@ def hints() -> list[np.ndarray]:
     return [rng.integers(4, 17, i % 4).astype(np.int32) for i in range(ALL)]
 
 
-@pytest.mark.parametrize("way", [{}, {"slots": 2}, {"sizes": (2, 2, 2), "slots": 1}], ids=["whole", "refilled", "mesh"])
+@pytest.mark.parametrize(
+    "way", thin.slow_after(1, [{"slots": 2}, {}, {"sizes": (2, 2, 2), "slots": 1}]), ids=["refilled", "whole", "mesh"]
+)
 def test_given_tokens_come_first_and_are_recorded_as_the_training_forward_has_them(way):
     found = sampled(temperature=0.5, given=hints(), **way)
     for row, ids, marks in zip(found.tokens, hints(), found.given, strict=True):
@@ -252,6 +255,7 @@ def test_hpt_and_uft_are_a_file_and_a_few_settings(tmp_path):
             assert rows[0]["completions/given_ratio"] > rows[2]["completions/given_ratio"]
 
 
+@pytest.mark.slow
 def test_a_batch_with_hints_is_the_trainers_to_the_last_given_token(tmp_path):
     mesh = sharding.make_mesh(2, 2, 2)
     plan, weights = planned(tmp_path, mesh, IMITATES, **uft(tmp_path))

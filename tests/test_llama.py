@@ -197,6 +197,7 @@ def test_unstacked_layers_change_nothing(case):
     assert_near(joined(scores(model, apart, batch_of(rows, 40)), rows), wanted, 1e-5)  # another fusion; seen 0
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_no_gradient(case):
     model, params, rows, _ = case
     batch = batch_of(rows, 40)

@@ -104,6 +104,7 @@ def test_value_and_gradient_are_those_of_the_equation():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), grads, wanted)
 
 
+@pytest.mark.slow
 def test_an_encoders_head_in_chunks_on_a_mesh_equals_its_logits(monkeypatch):
     monkeypatch.setattr(logprobs, "CHUNK", 1)
     arch = encoder_families.architecture(

@@ -62,6 +62,7 @@ def folders(tmp_path_factory):
     return _work(root / "one", "stages", 1), _work(root / "two", "stages", 2)
 
 
+@pytest.mark.slow
 def test_steps_agree_for_every_kind_of_objective(tmp_path):
     mesh = sharding.make_mesh(**worker.MESH)
     with sharding.use(mesh):

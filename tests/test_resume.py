@@ -93,6 +93,7 @@ def same(one, other):
             }
 
 
+@pytest.mark.slow
 def test_a_term_signal_saves_and_a_kill_loses_nothing(whole, tmp_path):
     workdir, config = whole
     status, errors = strike(config, tmp_path, when(tmp_path, "sft", 10), signal.SIGTERM)
@@ -195,6 +196,7 @@ def test_other_settings_are_refused_with_the_difference(whole):
     assert (workdir / "config.json").read_bytes() == kept
 
 
+@pytest.mark.slow
 def test_data_that_changed_under_a_run_is_refused(tmp_path, monkeypatch):
     data = tmp_path / "data.jsonl"
     lines = [json.dumps({"text": f"{i}+{i}"}) + "\n" for i in range(40)]

@@ -104,6 +104,7 @@ def test_the_reference_is_what_the_stage_started_from(tmp_path, mesh, adapter):
     assert np.abs(scored(plan, start, batch, mesh, temperature=False) - batch["ref_logps"])[batch["mask"]].mean() > 1e-3
 
 
+@pytest.mark.slow
 def test_ppo_has_the_critics_values_and_the_returns_of_its_tokens(tmp_path, mesh):
     with sharding.use(mesh):
         plan, state = planned(tmp_path, mesh, {"name": "policy_gradient.ppo", "beta": 0.0}, rollouts={"group": 1})
@@ -144,6 +145,7 @@ def test_a_teacher_says_its_hidden_states(tmp_path, mesh):
     np.testing.assert_allclose(batch["teacher_hidden"][:, 1:][learned], np.asarray(hidden)[:, :-1][learned], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_restricted_sampling_is_scored_by_the_trainer_as_well(tmp_path, mesh):
     with sharding.use(mesh):
         entry = {"name": "policy_gradient.reinforce"}

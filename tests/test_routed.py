@@ -12,6 +12,7 @@ import pytest
 import runs
 import sampler_cases as cases
 import small
+import thin
 from test_adapters import TOKENS, load
 from test_soft_prompts import MODELS, rows
 
@@ -83,10 +84,7 @@ def near(got, wanted, bound=1e-5):
     assert np.linalg.norm(got - wanted) <= bound * np.linalg.norm(wanted) > 0
 
 
-SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind not in ("both", "prefix")]
-
-
-@pytest.mark.parametrize("kind", ["both", "prefix", *SLOW])
+@pytest.mark.parametrize("kind", thin.slow_after(1, ["both", *(kind for kind in KINDS if kind != "both")]))
 def test_a_document_is_computed_and_learned_by_its_adapter_alone(kind):
     model, params, (batch, which) = MODELS["kinds"], weights(kind), packed(kind)
     pattern = adapted.added(KINDS[kind])
@@ -132,6 +130,7 @@ def learned_on(mesh, kind: str, microbatches: int = 1):
         return float(loss), grads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["both", pytest.param("nf4", marks=pytest.mark.slow), pytest.param("prefix", marks=pytest.mark.slow)]
 )

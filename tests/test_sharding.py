@@ -156,6 +156,7 @@ def _two_steps(mesh, microbatches=1):
     return seen, jax.device_get(state.train)
 
 
+@pytest.mark.slow
 def test_the_transformer_learns_the_same_on_one_device_and_on_eight():
     one = _two_steps(sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
     eight = _two_steps(sharding.make_mesh(2, 2, 2), microbatches=2)

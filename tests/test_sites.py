@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
+import thin
 
 import jaxpost
 from jaxpost import sharding
@@ -72,7 +73,7 @@ def test_each_site_follows_from_the_ones_before_it():
     close(at["final"], out.hidden)
 
 
-@pytest.mark.parametrize("kind", ["unstacked", "rematerialised", "mixture", "kinds"])
+@pytest.mark.parametrize("kind", thin.slow_after(2, ["unstacked", "kinds", "rematerialised", "mixture"]))
 def test_taps_are_the_same_in_every_way_that_layers_run(kind):
     model = small.MODELS.get(kind, MODEL)
     if kind == "rematerialised":

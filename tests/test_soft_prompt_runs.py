@@ -53,6 +53,7 @@ def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXPOST_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.mark.slow
 def test_the_reference_of_pairs_is_the_model_without_a_fresh_prompt(tmp_path):
     """Its column is, file by file, that of the model alone."""
     two = settings(tmp_path)

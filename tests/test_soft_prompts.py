@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import sampler_cases as cases
 import small
+import thin
 from safetensors.numpy import load_file, save_file
 from sampler_cases import sampled
 
@@ -87,7 +88,7 @@ def near(got, wanted, bound=1e-5):
 # ------------------------------------------------------------------------------------------------------- What they compute
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", thin.slow_after(1, MODELS))
 def test_a_soft_prompt_is_the_same_tokens_in_front(kind):
     plain, fronted = rows(), rows(M)
     params = weights(kind) | {"prefix": Soft(embeddings(kind, range(1, M + 1)))}
@@ -187,6 +188,7 @@ def test_documents_are_alone_packed_padded_and_as_branches():
     near(other[0, 4:6], one[1, 2:4])
 
 
+@pytest.mark.slow
 def test_layers_that_are_unstacked_or_remembered_less_say_the_same():
     model, batch = MODELS["kinds"], {k: x for k, x in rows().items() if k != "own"}
     params = weights("kinds") | {"prefix": Soft(embeddings("kinds", range(1, M + 1)))}
@@ -268,6 +270,7 @@ def learned_on(mesh, adapter, microbatches: int = 1):
         return float(loss), jax.device_get(grads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [SOFT, pytest.param(PREFIX, marks=pytest.mark.slow)], ids=["soft", "prefix"])
 def test_eight_devices_and_microbatches_learn_what_one_does(adapter):
     one = learned_on(one_device(), adapter)
@@ -440,7 +443,7 @@ def opened(adapter, config=None):
     return jaxpost.load(config or small_config(), mesh=one_device(), adapter=adapter)
 
 
-@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize("kind", thin.slow_after(1, FILES))
 def test_a_prompt_goes_out_in_pefts_layout_and_comes_back(kind, tmp_path):
     model = opened(FILES[kind])
     names = peft.save(tmp_path, model.params, model.transformer.arch, adapted.recorded(FILES[kind]), "the/base")

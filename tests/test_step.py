@@ -271,6 +271,7 @@ def test_what_was_never_measured_is_nan_and_counts_for_nothing():
     assert metrics.values({"max": metrics.masked_max(spoilt, kept)})["max"] == 3
 
 
+@pytest.mark.slow
 def test_noise_by_row_does_not_depend_on_the_split():
     def noisy(forward, params, batch, key):
         draw = jax.vmap(lambda row: jax.random.normal(jax.random.fold_in(key, row)))(batch["rows"])

@@ -336,6 +336,7 @@ def test_results_do_not_change_when_a_setting_is_added_to_the_defaults(paper, mo
 # ---- what is spent, by real runs of a small model
 
 
+@pytest.mark.slow
 def test_the_budget_has_what_was_learned_generated_and_scored(tmp_path):
     """GRPO with a reference, then an epoch of DPO on pairs that the model draws."""
     chosen = small.settings(

@@ -14,6 +14,7 @@ import types
 import numpy as np
 import pytest
 import runs
+import thin
 from completion_server import serving
 from test_generate import TOKENIZER, drawn
 from test_prompts import LOOP, Reads, other
@@ -257,7 +258,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("seconds", [0.0, 1e9])
+@pytest.mark.parametrize("seconds", thin.slow_after(1, [0.0, 1e9]))
 def test_a_synthesis_that_is_killed_anywhere_ends_with_the_same_rows_and_counts(tmp_path, monkeypatch, kind, seconds):
     monkeypatch.setattr(ledger, "SECONDS", seconds)  # parts as often as can be, or none but at the end
     prompt, changes = KINDS[kind]

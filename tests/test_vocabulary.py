@@ -71,6 +71,7 @@ def test_rows_are_given(tmp_path):
         np.testing.assert_allclose(weights(new, "head")[261:264], wanted, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_export_with_tokens_opens_in_transformers(tmp_path):
     old = model(False, vocab=261)
     hf.save(tmp_path / "old", old.params, old.transformer.arch, old.config)
@@ -91,6 +92,7 @@ def test_an_export_with_tokens_opens_in_transformers(tmp_path):
         export.export(str(tmp_path / "old"), str(tmp_path / "other"), mesh=old.mesh, tokens=options, adapter=True)
 
 
+@pytest.mark.slow
 def test_rows_that_pad_are_never_drawn_and_transformers_reads_that(tmp_path):
     """A head that likes nothing but the rows that belong to no token: what is drawn is a token all the same."""
     old = model(False, vocab=261)
