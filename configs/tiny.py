@@ -9,7 +9,7 @@ and has never seen a chat. `:half` takes half of the steps.
 
 from jaxpost import recipe
 
-STEPS = 1600
+STEPS = 1100
 VARIANTS = {"": {}, "half": {"steps": STEPS // 2}, "text": {"task": {"name": "playgrounds", "examples": 50_000, "chats": 0}}}
 MODEL = {
     "model_type": "llama",
@@ -37,7 +37,6 @@ def get_config(arg: str = ""):
         "window": 128,
         "batch_size": 16,
         "log_every": 50,
-        "eval_every": 400,
         "eval_per_cell": 50,
         "eval_rows": 200,
         "rollouts": {"prompt_window": 96, "new": 32},
