@@ -2,10 +2,10 @@
 
     WORKDIR/table.jsonl          a line for each run that is done: its arm, seed, settings, figures, and what it spent
             runs/<arm>-<seed>-<key>/    its workdir, with log.txt
-            artefacts/           rows, columns and figures, which runs share
 
 A run's key is a digest of its recipe, so the same runs are found again: a process that is killed goes on with the run that it
-was at, and a run whose settings changed is another.
+was at, and a run whose settings changed is another. Rows, columns, figures and the models of recipes lie in jaxpost's
+cache folder, where all studies share them.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ class Runs:
         changes = dict(changes or {})
         config = changed(self.recipes[arm], {**changes, "seed": seed}, arm)
         if not config.artefacts:
-            config.artefacts = str(self.workdir / "artefacts")
+            config.artefacts = str(cloud.cache_folder())  # so that all studies share the models of recipes too
         key = artefacts.key({"config": difference(config)})
         if (row := self.rows.get(key)) is None:
             name = re.sub(r"[^\w.=-]+", "_", arm)
