@@ -92,7 +92,7 @@ def test_follows_is_the_share_and_strict_is_all_or_nothing():
         ({"words": 3}, "unknown kind"),
         ("full_stop", "unknown kind"),
         ({"kind": "words", "at_mots": 3}, "Did you mean 'at_most'"),
-        ({"kind": "words", "at_most": "3"}, "it takes a whole number"),
+        ({"kind": "words", "at_most": "3"}, "it takes a number"),
         ({"kind": "words", "at_least": 3, "at_most": 2}, "no count is within"),
         ({"kind": "includes"}, "needs words"),
         ({"kind": "includes", "words": "fox"}, "it takes a list of texts"),
