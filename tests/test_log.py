@@ -105,6 +105,23 @@ def test_all_completions_are_kept_every_so_many_steps(tmp_path, clock):
     assert [(row["step"], row["completion"], row["advantage"]) for row in found] == [(2, "2", 0.5), (4, "4", 0.5)]
 
 
+def test_what_batches_took_is_counted_with_the_latest_step_and_goes_on_through_restarts(tmp_path, clock):
+    spec = types.SimpleNamespace(transformer=types.SimpleNamespace(arch=architecture(FIELDS)))
+    source = types.SimpleNamespace(spent={"generated": 3, "scored": 4})
+    settings = recipe.make(log_every=0, steps=99, tokens=50)
+    plan = types.SimpleNamespace(name="train", settings=settings, steps=99, spec=spec, source=source, trained=1)
+    quiet = {"skipped": 0, "skipped_in_a_row": 0, "loss": 1.0, "grad_norm": 1.0, "num_trained": 1, "num_pairs": 1}
+    counts = {"num_tokens": 5, "seconds": 0.0, "spent": {"generated": 10}}
+    written = log.Log(plan, tmp_path, ["train"], counts, 0, ENDLESS)
+    for _ in range(2):
+        written.clock()
+        written.step(1, {"segments": np.array([[1, 1, 2, 0], [1, 1, 0, 0]])}, {**quiet, "num_tokens": 5})
+    assert written.drawn["num_tokens"] == 15 and written.counts["num_tokens"] == 10  # the second step is not settled
+    written.flush()
+    assert written.counts["num_tokens"] == 15 and written.counts["spent"] == {"generated": 16, "scored": 8}
+    written.close()
+
+
 def test_a_stage_ends_with_the_step_that_uses_up_its_tokens(tmp_path, clock):
     found = types.SimpleNamespace(transformer=types.SimpleNamespace(arch=architecture(FIELDS)))
     plan = types.SimpleNamespace(

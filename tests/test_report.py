@@ -401,3 +401,13 @@ def test_answers_before_and_after_a_stage_stand_side_by_side(tmp_path):
     assert ["rl", "sampled", "1+1", "x", "7", "0.5", "2", "0.5"] in rows
     assert ["rl", "sampled", "1+2", "x", "8", "0.5", "3", "0.5"] in rows
     assert [row[3] for row in rows if row[2:3] == ["5+5"]] == ["0", "3", "9"]
+
+
+def test_a_band_lies_behind_its_line_and_widens_the_axis():
+    lines, bands = {"a": [(0, 1.0), (10, 2.0)]}, {"a": [(0, 0.5, 1.5), (10, 1.0, 70.0)]}
+    plain, banded = (chart.draw(lines, {"a": "#123456"}, band) for band in (None, bands))
+    assert "<polygon" not in plain and ">70</text>" not in plain
+    assert banded.index("<polygon") < banded.index("<path") and ">80</text>" in banded
+    (corners,) = re.findall(r'points="([^"]*)"', banded)
+    xs, ys = zip(*(map(float, corner.split(",")) for corner in corners.split()), strict=True)
+    assert len(xs) == 4 and xs[0] == xs[3] and xs[1] == xs[2] and ys[0] < ys[3] and ys[1] < ys[2]  # highs, then lows back

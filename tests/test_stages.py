@@ -109,6 +109,17 @@ def test_a_recipe_for_a_model_leaves_the_stages_alone_that_are_not_run(monkeypat
     assert changed.m.of == ("FOLDER", "ran r.py")
 
 
+def test_a_recipe_of_a_model_may_take_the_seed(tmp_path, monkeypatch):
+    (tmp_path / "r.py").write_text(
+        "from jaxpost import recipe\n\n\ndef get_config(arg):\n    return recipe.make(seed=int(arg))\n"
+    )
+    seeds = []
+    monkeypatch.setattr(train, "run", lambda config, workdir: seeds.append(config.seed))
+    named = {"model": f"recipe:{tmp_path}/r.py:{{seed}}", "artefacts": str(tmp_path)}
+    workdirs = [train._with_recipes(recipe.make(seed=seed, **named)).model for seed in (3, 4, 3)]
+    assert seeds == [3, 4, 3] and workdirs[0] == workdirs[2] != workdirs[1]
+
+
 def test_a_model_that_is_merged_is_named(tmp_path):
     config = recipe.make(stages=("m",), m={"do": "merge", "with": "arithmetic.linear", "of": (MODEL, MODEL)})
     with pytest.raises(UserError, match="config.m.of: .*model_type.* is no name; merge folders, workdirs"):

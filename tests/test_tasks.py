@@ -185,6 +185,18 @@ def test_countdown_problems_have_the_solution_that_they_were_made_with():
     assert SIX.record(3) == SIX.record(3) != SIX.record(3, seed=1)
 
 
+def test_brief_countdown_is_numbers_alone_and_has_a_token_for_each_character():
+    brief, words = countdown.make(sizes=(3,), largest=20, brief=True), countdown.tokenizer()
+    for i in range(50):
+        long, short = countdown.make(sizes=(3,), largest=20).record(i), brief.record(i)
+        assert {**long, "prompt": short["prompt"]} == short
+        assert short["prompt"] == f"{','.join(map(str, short['numbers']))}={short['target']}"
+        assert brief.reward(short, brief.demonstration(i)) and brief.demonstration(i) == short["answer"]
+        text = short["prompt"] + short["answer"]
+        assert len(words(text)["input_ids"]) == len(text)
+    assert {record["prompt"].count(",") for record in brief.test_records(5)} == {2}
+
+
 def test_countdown_keeps_test_problems_out_of_training():
     task = countdown.make(sizes=(2, 3), largest=10)
 
