@@ -136,8 +136,10 @@ def main(_) -> None:
         return
     if given.check:
         files = results.studies(_folder())
-        problems = [problem for file in files if (problem := results.check(file))]
-        print(*(problems or [f"{len(files)} studies: the results belong to their claims."]), sep="\n")
+        scored = [file for file in files if results.path_of(file).exists()]
+        problems = [problem for file in scored if (problem := results.check(file))]
+        whole = f"{len(scored)} studies: the results belong to their claims. {len(files) - len(scored)} are not scored."
+        print(*(problems or [whole]), sep="\n")
         sys.exit(bool(problems))
     (config,) = cli.required("config")
     file = config_flags.get_config_filename(given["config"]).partition(":")[0]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 from pathlib import Path
 
@@ -211,7 +212,7 @@ def test_a_study_tunes_every_arm_and_scores_every_seed_once(paper):
     assert "lies above plain" in page.read_text()
 
 
-def test_a_killed_study_goes_on_with_the_run_that_it_was_at(paper, monkeypatch):
+def test_a_killed_study_goes_on_with_the_run_that_it_was_at(paper, monkeypatch, capsys):
     file, calls = paper
     outputs, left = runs.train.outputs, iter(range(3))
 
@@ -222,6 +223,7 @@ def test_a_killed_study_goes_on_with_the_run_that_it_was_at(paper, monkeypatch):
     monkeypatch.setattr(runs.train, "outputs", killed)
     with pytest.raises((StopIteration, RuntimeError)):
         study.score(file)
+    assert re.search(r"plain seed 0 ... stopped; its output is in .*plain-0-\w+/log.txt", capsys.readouterr().err)
     monkeypatch.setattr(runs.train, "outputs", outputs)
     assert study.score(file)["verdict"] == "partly" and len(calls) == len(set(calls)) == 10
 

@@ -25,17 +25,6 @@ STUDY = Study(
     tune={"optimizer.lr": (1e-4, 3e-4, 1e-3)},
 )
 PROBLEMS = 512
-MODEL = {
-    "model_type": "llama",
-    "vocab_size": 32,
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": True,
-    "initializer_range": 0.06,
-}
 
 
 def make(**keys):
@@ -52,7 +41,8 @@ def get_config(arg="hpt"):
     if arg == "start":  # pretraining, on other problems
         task = {"name": "countdown", "brief": True, "sizes": (2,), "largest": 20, "examples": 20000}
         data = {"task": task, "split_seed": 1, "window": 64, "batch_size": 16, "steps": 400, "objective": "sft.nll"}
-        return recipe.make(model=MODEL, rollouts=sampled, optimizer={"lr": 1e-3, "warmup": 50}, **data, **shared)
+        model = recipe.opened("configs/quickstart.py").model.to_dict()
+        return recipe.make(model=model, rollouts=sampled, optimizer={"lr": 1e-3, "warmup": 50}, **data, **shared)
     shared |= {"model": f"recipe:{__file__}:start", "tokens": 200_000, "steps": 100_000}
     shared["optimizer"] = {"lr": 3e-4, "schedule": "constant", "warmup": 5}
     if arg == "sft":

@@ -117,10 +117,14 @@ def _run(config: ConfigDict, folder: epath.Path, title: str) -> tuple[dict, dict
 
 @contextlib.contextmanager
 def _quiet(path: epath.Path) -> Iterator[None]:
-    """What is printed inside goes to a file; where something is wrong, the file's place is said."""
+    """What is printed inside goes to a file, whose place is said where the run does not end."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file, contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
-        yield
+    try:
+        with path.open("a") as file, contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
+            yield
+    except BaseException:
+        print(f"stopped; its output is in {path}", file=sys.stderr)
+        raise
 
 
 def grid(vary: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:
