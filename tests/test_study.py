@@ -223,7 +223,7 @@ def test_a_killed_study_goes_on_with_the_run_that_it_was_at(paper, monkeypatch, 
     monkeypatch.setattr(runs.train, "outputs", killed)
     with pytest.raises((StopIteration, RuntimeError)):
         study.score(file)
-    assert re.search(r"plain seed 0 ... stopped; its output is in .*plain-0-\w+/log.txt", capsys.readouterr().err)
+    assert re.search(r"better seed 100 ... stopped; its output is in .*better-100-\w+/log.txt", capsys.readouterr().err)
     monkeypatch.setattr(runs.train, "outputs", outputs)
     assert study.score(file)["verdict"] == "partly" and len(calls) == len(set(calls)) == 10
 
