@@ -22,7 +22,8 @@ from types import MappingProxyType, SimpleNamespace
 
 from jaxpost import tokenizer as tokenizers
 from jaxpost.errors import UserError
-from jaxpost.tasks.arithmetic import SPLITS, hashed
+from jaxpost.tasks import streams
+from jaxpost.tasks.arithmetic import hashed
 
 _WORDS = {
     "being": "farmer baker king queen girl boy doctor teacher sailor hunter singer judge dog cat bird horse cow goat bear owl",
@@ -83,7 +84,8 @@ def make(
         """Document number `index` of an endless corpus of training sentences and words, as SHARES divides it."""
         return _document(drawn, _chosen(words), clauses, lexicon, seed, index)
 
-    return SimpleNamespace(**_stream(pairs, problem), reward=reward, share=share, text=text)
+    functions = streams.of_cells("languages", pairs, problem, cell="pair", same=lambda record: record["sentence"])
+    return SimpleNamespace(**functions, reward=reward, share=share, text=text)
 
 
 def reward(record, completion) -> bool:
@@ -142,35 +144,6 @@ def sentence(meaning: Sequence[Mapping], language: str, *, lexicon: int = 0) -> 
 def tokenizer():
     """1,024 tokens, learned from the corpus of all words and from grammars."""
     return tokenizers.learned([*map(make(words=120, clauses=2).text, range(1_500)), *map(grammar, list(LANGUAGES) * 30)], 1_024)
-
-
-def _stream(pairs, problem):
-    """A task's functions that ask `problem` for its problems."""
-
-    def record(index, *, split="train", seed=0):
-        """Problem number `index` of an endless stream: a dict with prompt, answer, cell ("english-velan"), source, target,
-        sentence (of the source) and meaning (a list of clauses). Raises UserError for an unknown split."""
-        if split not in SPLITS:
-            raise UserError(f"split={split!r}: languages has the splits {' and '.join(SPLITS)}")
-        return problem(pairs[hashed("pair", split, seed, index) % len(pairs)], split, seed, index)
-
-    def conversation(index, *, seed=0):
-        """The translation of training sentence `index`, as `messages`; the other columns are those of its record."""
-        columns = record(index, seed=seed)
-        turns = [{"role": "user", "content": columns.pop("prompt")}, {"role": "assistant", "content": columns["answer"]}]
-        return {"messages": turns, **columns}
-
-    def demonstration(index, *, seed=0):
-        """The translation of training sentence `index`."""
-        return record(index, seed=seed)["answer"]
-
-    def test_records(per_cell, *, seed=0):
-        """`per_cell` different test sentences, the same for each pair. A larger `per_cell` extends the list."""
-        if per_cell < 1:
-            raise UserError(f"per_cell={per_cell}: at least one test problem a cell is needed")
-        return [one for pair in pairs for one in _different(functools.partial(problem, pair, "test", seed), per_cell)]
-
-    return {function.__name__: function for function in (record, conversation, demonstration, test_records)}
 
 
 def _check(*, source, target, given, **numbers):
@@ -278,14 +251,6 @@ def _record(meaning: list[dict], pair: tuple[str, str], examples: Iterable, give
 def _entries(concepts: Sequence[str], pair: tuple[str, str], lexicon: int) -> str:
     source, target = (dictionary(language, lexicon=lexicon) for language in pair)
     return f"{pair[0]} = {pair[1]}: " + ", ".join(f"{source[concept]} = {target[concept]}" for concept in concepts)
-
-
-def _different(problem: Callable, count: int) -> list[dict]:
-    chosen = {}
-    for one in map(problem, itertools.count()):  # of millions
-        chosen.setdefault(one["sentence"], one)
-        if len(chosen) == count:
-            return list(chosen.values())
 
 
 def _document(drawn: Callable, concepts: Mapping, clauses: int, lexicon: int, seed: int, index: int) -> str:

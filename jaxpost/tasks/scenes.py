@@ -24,7 +24,8 @@ import numpy as np
 
 from jaxpost import tokenizer as tokenizers
 from jaxpost.errors import UserError
-from jaxpost.tasks.arithmetic import SPLITS, hashed
+from jaxpost.tasks import streams
+from jaxpost.tasks.arithmetic import hashed
 
 _RGB = (230, 40, 40), (40, 180, 60), (50, 90, 240), (240, 220, 50), (160, 60, 200), (240, 240, 240)
 COLOURS = dict(zip(("red", "green", "blue", "yellow", "purple", "white"), _RGB, strict=True))
@@ -90,7 +91,10 @@ def make(
         first, second = (f"scene: {caption(*pair)}" for pair in pairs)
         return f"{first}\n{second}" if draw("form") % 2 else f"{described(scene, grid)}\n{first}"
 
-    return SimpleNamespace(**_stream(kinds, problem), reward=reward, text=text)
+    functions = streams.of_cells(
+        "scenes", kinds, problem, cell="kind", same=lambda record: (record["question"], str(record["scene"]))
+    )
+    return SimpleNamespace(**functions, reward=reward, text=text)
 
 
 def reward(record, completion) -> bool:
@@ -168,35 +172,6 @@ def _mask(shape: str, size: str, cell: int) -> np.ndarray:
     return (abs(u) <= 0.6) & (abs(v) <= 1) & dots[rows, columns]
 
 
-def _stream(kinds, problem):
-    """A task's functions that ask `problem` for its problems."""
-
-    def record(index, *, split="train", seed=0):
-        """Problem number `index` of an endless stream: a dict with prompt, answer, kind, cell (the kind), question, scene (its
-        objects: shape, colour, size, row, column, box) and, with view="image", image. Raises UserError for another split."""
-        if split not in SPLITS:
-            raise UserError(f"split={split!r}: scenes has the splits {' and '.join(SPLITS)}")
-        return problem(kinds[hashed("kind", split, seed, index) % len(kinds)], split, seed, index)
-
-    def conversation(index, *, seed=0):
-        """The answer to training problem `index`, as `messages`; the other columns are those of its record."""
-        columns = record(index, seed=seed)
-        turns = [{"role": "user", "content": columns.pop("prompt")}, {"role": "assistant", "content": columns["answer"]}]
-        return {"messages": turns, **columns}
-
-    def demonstration(index, *, seed=0):
-        """The answer to training problem `index`."""
-        return record(index, seed=seed)["answer"]
-
-    def test_records(per_cell, *, seed=0):
-        """`per_cell` different test problems of each kind, or fewer if there are hardly more. A larger one extends the list."""
-        if per_cell < 1:
-            raise UserError(f"per_cell={per_cell}: at least one test problem a cell is needed")
-        return [one for kind in kinds for one in _different(functools.partial(problem, kind, "test", seed), per_cell)]
-
-    return {function.__name__: function for function in (record, conversation, demonstration, test_records)}
-
-
 def _check(view, kinds, objects, grid, pixels):
     unknown, most = [kind for kind in kinds if kind not in _QUESTIONS or kinds.count(kind) > 1], min(9, grid * grid)
     wrong = {
@@ -220,16 +195,6 @@ def _drawn(count: int, grid: int, draw: Callable) -> list[dict]:
         one = {key: words[draw("drawn", key, place) % len(words)] for key, words in values.items()}
         scene.append({**one, "row": row, "column": column})
     return scene
-
-
-def _different(problem: Callable, count: int) -> list[dict]:
-    chosen = {}
-    for index in range(20 * count):  # bounded: the last of few possible problems may take forever to draw
-        one = problem(index)
-        chosen.setdefault((one["question"], str(one["scene"])), one)
-        if len(chosen) == count:
-            break
-    return list(chosen.values())
 
 
 def _group(key, value):
