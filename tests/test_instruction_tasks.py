@@ -307,7 +307,7 @@ def test_texts_are_short_true_and_of_single_steps(tokenizer):
                     name = definitions[line.partition(".")[0] + "."]
                     tasks[name] += 1
     assert 300 < several < 450  # two documents of eight
-    assert set(facts) == set(FACTS) and set(tasks) == set(NAMES[:24]) and min(lengths) >= 20 and max(lengths) <= 120
+    assert set(facts) == set(FACTS) and set(tasks) == set(NAMES[:24]) and min(lengths) >= 15 and max(lengths) <= 120
 
 
 def test_the_items_are_single_tokens(tokenizer):

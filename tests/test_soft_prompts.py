@@ -100,6 +100,7 @@ def test_a_soft_prompt_is_the_same_tokens_in_front(kind):
 
 def test_its_gradient_is_that_of_vectors_in_place_of_the_tokens():
     kind, plain, fronted = "kinds", rows(), rows(M)
+    weights(kind)  # which are kept, so they are made outside of a program
     weight = jnp.cos(jnp.arange(small.ARCH.width))
     vectors = jnp.asarray(np.random.default_rng(4).normal(size=(M, small.ARCH.width)), jnp.float32)
 
