@@ -2,10 +2,15 @@
 
 from pathlib import Path
 
+import jax
 import pytest
 
-from jaxpost import recipe
+from jaxpost import recipe, train
+from jaxpost.config import resolve
+from jaxpost.models import families, hf
+from jaxpost.models.transformer import Transformer
 from jaxpost.studies import results
+from jaxpost.tokenizer import save
 
 FOLDER = Path(__file__).parent.parent / "configs" / "papers"
 PAPERS = [Path(file) for file in results.studies(FOLDER)]
@@ -29,3 +34,38 @@ def test_a_paper_is_short_and_its_arms_are_recipes(file):
     assert study.family and study.claims and len(arms) > 1
     for config in arms.values():
         recipe.stages(config)
+
+
+ARMS = [(file, arm) for file in PAPERS for arm in results.study_of(str(file)).arms]
+
+
+def stand_in(folder: Path):
+    """path, config -> the folder of an untrained model in place of a recipe's, with that recipe's tokenizer."""
+
+    def made(path: str, config) -> str:
+        of = recipe.opened(path.replace("{seed}", str(config.seed)))
+        if isinstance(of.model, str):
+            return made(of.model.removeprefix("recipe:"), config)
+        fields = {**of.model.to_dict(), "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+        if not folder.exists():
+            arch = families.architecture(fields)
+            hf.save(folder, Transformer(arch).init(jax.random.PRNGKey(0)), arch, fields)
+            save(resolve.find(f"jaxpost.{of.tokenizer}", "tokenizers")(), folder)
+        return str(folder)
+
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "arm"), ARMS, ids=[f"{file.stem}-{arm}" for file, arm in ARMS])
+def test_two_steps_of_an_arm(file, arm, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "_of_recipe", stand_in(tmp_path / "model"))
+    config = results.recipes(str(file), results.study_of(str(file)))[arm]
+    with config.unlocked(), config.ignore_type():
+        for settings in (config, *(config[name] for name in config.stages)):
+            if settings.get("do", "train") == "train" and not (settings is config and config.stages):
+                settings.steps, settings.tokens, settings.eval_per_cell, settings.optimizer.warmup = 2, 0, 1, 0
+            for entry in settings.get("evals", {}).values():
+                entry.per_cell = 1
+    figures = train.run(config, tmp_path / "run")
+    assert results.study_of(str(file)).metric in figures
