@@ -83,7 +83,7 @@ def test_two_steps(path, tmp_path):
         if "teacher" in config.objective:
             config.objective.teacher = model_folder(tmp_path / "teacher")
         if config.task:
-            config.task.examples, config.eval_per_cell = 200, 1
+            config.task.examples, config.eval_per_cell, config.eval_rows = 200, 1, 8
         each = [config[name] for name in config.stages] or [config]
         if any(settings.get("do") == "generate" for settings in each):  # an untrained model is right about this now and then
             (tmp_path / "easy.py").write_text("def odd(record, completion) -> bool:\n    return len(completion) % 2 == 1\n")
