@@ -36,6 +36,7 @@ setup(
         "absl-py",
         "etils[epath]",
         "numpy",
+        "scipy",  # intervals of studies, clusters of a coreset; jax needs it too
         "google-crc32c>=1.5",  # sums of checkpoints' files, by the processor's own instruction; the one that buckets keep
         "cloudpickle>=3.0",  # rewards of a notebook go to worker processes
         "packaging",

@@ -10,7 +10,6 @@ docs/papers.md says what a study is. A sweep runs every combination of the value
 runs of one command share a process; the same command goes on after an interruption.
 """
 
-import json
 import os
 import platform
 import sys
@@ -76,16 +75,17 @@ def tuned(study: Study, runs: Runs) -> tuple[dict[str, dict], dict[str, dict]]:
             figures[name] = runs.run(arm, study.tuning_seed, changes).figures.get(study.metric)
             if figures[name] is None:
                 raise UserError(f"arm {arm}: its run has no figure {study.metric!r}, which the study tunes by.")
-        sign = 1 if study.lower else -1
-        best = min(figures, key=lambda name: sign * figures[name], default=None)
-        chosen[arm], tuning[arm] = (grid(study.tune)[best] if best else {}), figures
+        chosen[arm], tuning[arm] = results.best(study, figures), figures
     return chosen, tuning
 
 
 def sweep(config, workdir, vary: Mapping[str, Sequence[Any]], seeds: int) -> str:
     """Runs a recipe with every combination of the settings {path: values} and seeds 0 to seeds - 1. Writes the page of their
-    comparison, WORKDIR/compare.html; returns its table as text.
+    comparison, WORKDIR/compare.html; returns its table as text. Raises UserError for no seeds, and for a path that the recipe
+    does not have.
     """
+    if seeds < 1:
+        raise UserError(f"--seeds={seeds}: give 1 or more.")
     combinations = grid(vary)
     runs = Runs(workdir, dict.fromkeys(combinations, config))
     rows = [runs.run(name, seed, changes) for name, changes in combinations.items() for seed in range(seeds)]
@@ -116,8 +116,10 @@ def _varied(texts: Sequence[str]) -> dict[str, list]:
         path, equals, values = text.partition("=")
         if not equals or not values:
             raise UserError(f"--vary={text}: give a setting and its values, as --vary=optimizer.lr=1e-4,3e-4.")
-        whole = values.strip().startswith("[")
-        vary[path.removeprefix("config.")] = json.loads(values) if whole else [value_of(value) for value in values.split(",")]
+        listed = value_of(values) if values.strip().startswith("[") else [value_of(value) for value in values.split(",")]
+        if not isinstance(listed, list):
+            raise UserError(f"--vary={text}: {values} is no JSON list; quote texts, and the whole in single quotes.")
+        vary[path.removeprefix("config.")] = listed
     return vary
 
 
@@ -128,13 +130,13 @@ def _folder() -> Path:
 
 def main(_) -> None:
     """The command line; see the module's docstring."""
-    given = flags.FLAGS
-    if given.table:
+    options = flags.FLAGS
+    if options.table:
         readme, text = _folder() / "README.md", results.gallery(_folder())
         replace(readme, text.encode())
         print(text)
         return
-    if given.check:
+    if options.check:
         files = results.studies(_folder())
         scored = [file for file in files if results.path_of(file).exists()]
         problems = [problem for file in scored if (problem := results.check(file))]
@@ -142,19 +144,19 @@ def main(_) -> None:
         print(*(problems or [whole]), sep="\n")
         sys.exit(bool(problems))
     (config,) = cli.required("config")
-    file = config_flags.get_config_filename(given["config"]).partition(":")[0]
-    if given.vary:
+    file = config_flags.get_config_filename(options["config"]).partition(":")[0]
+    if options.vary:
         (workdir,) = cli.required("workdir")
-        print(sweep(config, workdir, _varied(given.vary), given.seeds))
+        print(sweep(config, workdir, _varied(options.vary), options.seeds))
         return
-    if given.seeds != 1 or any(argument.startswith("--config.") for argument in sys.argv):
+    if options.seeds != 1 or any(argument.startswith("--config.") for argument in sys.argv):
         raise UserError(
             f"{file}: a study's seeds and settings are fixed in its file; --seeds and --config.KEY are for sweeps (--vary)."
         )
-    if given.pilot:
-        pilot(file, given.workdir)
+    if options.pilot:
+        pilot(file, options.workdir)
     else:
-        print(results.text(score(file, given.workdir), _study(file).metrics()))
+        print(results.text(score(file, options.workdir), _study(file).metrics()))
 
 
 if __name__ == "__main__":

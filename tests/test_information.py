@@ -117,8 +117,13 @@ def test_what_it_is_not_made_of_is_refused(tmp_path):
 # ------------------------------------------------------------------------------------------------------ Moments of the inputs
 
 
+def _kept(batches, distribute, rows, *mesh):
+    batches.append(rows)
+    return distribute(rows, *mesh)
+
+
 @pytest.fixture(scope="module")
-def made(folders, tmp_path_factory):  # noqa: F811
+def of_two_models(folders, tmp_path_factory):  # noqa: F811
     """(folders of moments, each model's inputs {tensor: [tokens, in] float64}), from data of its own for each of two models."""
     place, moments, inputs = tmp_path_factory.mktemp("moments"), [], []
     for number, folder in enumerate(folders[:2]):
@@ -127,7 +132,7 @@ def made(folders, tmp_path_factory):  # noqa: F811
         data.write_text("\n".join(map(json.dumps, rows)) + "\n")
         with pytest.MonkeyPatch.context() as patch:
             distribute = sharding.distribute
-            patch.setattr(sharding, "distribute", lambda rows, *mesh: batches.append(rows) or distribute(rows, *mesh))  # noqa: B023
+            patch.setattr(sharding, "distribute", functools.partial(_kept, batches, distribute))
             common = {"data": str(data), "window": 16, "batch_size": 8, "objective": "sft.nll"}
             moments.append(information.moments(None, place / "out", model=folder, **common))
         assert sum((rows["segments"] > 0).any(axis=1).sum() for rows in batches) == 9 + number
@@ -157,17 +162,17 @@ def inputs_of(folder: str, batches: list[dict]) -> dict[str, np.ndarray]:
     return {name: np.concatenate(x) for name, x in out.items()}
 
 
-def test_moments_are_those_of_the_layers_inputs_without_padding(made):
-    for folder, inputs in zip(*made, strict=True):
+def test_moments_are_those_of_the_layers_inputs_without_padding(of_two_models):
+    for folder, inputs in zip(*of_two_models, strict=True):
         held = file_of(folder)
         assert held.keys() == inputs.keys()
         for name, x in inputs.items():
             np.testing.assert_allclose(held[name], x.T @ x, rtol=1e-4, atol=1e-5 * np.abs(held[name]).max(), err_msg=name)
 
 
-def test_regmean_by_them_is_the_least_squares_fit_of_both_models(folders, made, tmp_path):  # noqa: F811
+def test_regmean_by_them_is_the_least_squares_fit_of_both_models(folders, of_two_models, tmp_path):  # noqa: F811
     """A share of the diagonal is a row for each input alone, of that input's length."""
-    moments, inputs = made
+    moments, inputs = of_two_models
     merge.merge({"name": "regmean", "moments": moments, "diagonal": 0.1}, folders[:2], str(tmp_path / "out"), dtype="float32")
     weights = [file_of(folder) for folder in folders[:2]]
     for name, merged in file_of(tmp_path / "out").items():

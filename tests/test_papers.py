@@ -1,14 +1,16 @@
 """The papers of configs/papers: every study is checked, and its committed results belong to it."""
 
+import re
 from pathlib import Path
 
 import jax
 import pytest
 
-from jaxpost import recipe, train
+from jaxpost import recipe, sharding, train
 from jaxpost.config import resolve
 from jaxpost.models import families, hf
 from jaxpost.models.transformer import Transformer
+from jaxpost.stages import plan
 from jaxpost.studies import results
 from jaxpost.tokenizer import save
 
@@ -34,6 +36,18 @@ def test_a_paper_is_short_and_its_arms_are_recipes(file):
     assert study.family and study.claims and len(arms) > 1
     for config in arms.values():
         recipe.stages(config)
+
+
+def test_the_paper_that_the_page_writes_out_is_a_study(tmp_path):
+    page = (FOLDER.parent.parent / "docs" / "papers.md").read_text()
+    file = tmp_path / "batch.py"
+    file.write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
+    study = results.study_of(str(file))
+    arms = results.recipes(str(file), study)
+    assert list(arms) == ["small", "large"] and {config.steps * config.batch_size for config in arms.values()} == {4800}
+    for config in arms.values():
+        (_, settings), *_ = recipe.stages(config)
+        plan.plan_stage("train", settings, sharding.make_mesh(devices=jax.devices()[:1]))
 
 
 ARMS = [(file, arm) for file in PAPERS for arm in results.study_of(str(file)).arms]

@@ -301,6 +301,34 @@ def test_figures_with_a_new_checksum_still_have_to_give_the_verdict(paper):
     assert "the seeds of better are not" in results.check(file)
 
 
+def test_settings_that_were_not_the_best_trial_are_noticed(paper):
+    file, _ = paper
+    content = study.score(file)
+    content["arms"]["plain"]["settings"] = {"optimizer.lr": 0.001}
+    content["checksum"] = results.checksum(content)
+    results.path_of(file).write_text(json.dumps(content))
+    assert "the settings of plain are not those that were best" in results.check(file)
+
+
+def test_results_belong_to_the_recipes_of_the_models_too(paper):
+    file, _ = paper
+    start = Path(file).parent / "start.py"
+    start.write_text("from jaxpost import recipe\n\n\ndef get_config(arg):\n    return recipe.make(steps=3, seed=int(arg))\n")
+    Path(file).write_text(PAPER.replace("recipe.make(task", f"recipe.make(model='recipe:{start}:{{seed}}', task"))
+    before = results.fixed(file, results.study_of(file))
+    start.write_text(start.read_text().replace("steps=3", "steps=4"))
+    assert results.fixed(file, results.study_of(file)) != before
+
+
+def test_a_tuned_setting_that_an_arm_lacks_is_named_before_anything_runs(paper):
+    file, calls = paper
+    Path(file).write_text(PAPER.replace("optimizer.lr", "sft.optimizer.lr"))
+    commit(file)
+    with pytest.raises(UserError, match="arm plain: its recipe has no 'sft.optimizer.lr'"):
+        study.score(file)
+    assert not calls
+
+
 def test_superseded_claims_keep_their_figures(paper):
     file, _ = paper
     first = study.score(file)
@@ -326,6 +354,10 @@ def test_a_sweep_runs_every_combination_and_compares(paper, tmp_path, monkeypatc
         study.sweep(config, tmp_path / "w", {"optimizer.rate": [1]}, seeds=1)
     with pytest.raises(UserError, match="--vary=optimizer.lr: give a setting and its values"):
         study._varied(["optimizer.lr"])
+    with pytest.raises(UserError, match="is no JSON list"):
+        study._varied(["data=[a.jsonl"])
+    with pytest.raises(UserError, match="--seeds=0: give 1 or more"):
+        study.sweep(config, tmp_path / "w", {"window": [64]}, seeds=0)
 
 
 def test_results_do_not_change_when_a_setting_is_added_to_the_defaults(paper, monkeypatch):

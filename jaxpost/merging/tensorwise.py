@@ -149,11 +149,11 @@ def check(merge: Callable, shapes: Mapping[str, tuple[int, ...]], count: int, la
     rng, tried = np.random.default_rng(0), set()
     for name, shape in sorted(shapes.items(), key=lambda item: math.prod(item[1])):
         settings = _settings(merge, name, count, layers)
-        given = {key: _statistics(merge, key, name, count) for key in takes.statistics}
+        statistics = {key: _statistics(merge, key, name, count) for key in takes.statistics}
         about = {key: value for key, value in settings.items() if key != "seed"}
-        kind = repr((len(shape), about, {key: of is None for key, of in given.items()}))
+        kind = repr((len(shape), about, {key: of is None for key, of in statistics.items()}))
         if kind not in tried:
-            ones = {key: of and [_ones(x.shape) for x in of] for key, of in given.items()}
+            ones = {key: of and [_ones(x.shape) for x in of] for key, of in statistics.items()}
             _computed(merge, name, [rng.normal(size=shape).astype(np.float32) for _ in range(count)], settings, ones)
             tried.add(kind)
 
@@ -169,9 +169,9 @@ def merged(merge: Callable, name: str, models: Sequence[Mapping[str, Any]], laye
     models: of each {name: array}, or what is read when it is sliced (`models.tensors`). Raises UserError for a result with NaN
     or infinity.
     """
-    sources, statistics = [model[name] for model in models], declaration(merge).statistics
-    given = {key: _statistics(merge, key, name, len(models)) for key in statistics}
-    return _computed(merge, name, sources, _settings(merge, name, len(models), layers), given, dtype)
+    sources, count = [model[name] for model in models], len(models)
+    statistics = {key: _statistics(merge, key, name, count) for key in declaration(merge).statistics}
+    return _computed(merge, name, sources, _settings(merge, name, count, layers), statistics, dtype)
 
 
 def _computed(
@@ -187,12 +187,12 @@ def _computed(
 
         def part(number: int) -> np.ndarray:
             piece = pieces[number]
-            given = {key: of and [widened(x[piece.rows]) for x in of] for key, of in statistics.items()}
-            given |= {"summary": summary[number]} if takes.summary else {}
-            return _apply(merge, name, piece.arrays(), settings | given)
+            keywords = {key: of and [widened(x[piece.rows]) for x in of] for key, of in statistics.items()}
+            keywords |= {"summary": summary[number]} if takes.summary else {}
+            return _apply(merge, name, piece.arrays(), settings | keywords)
     else:
-        given = {key: of and [_whole_array(x) for x in of] for key, of in statistics.items()}
-        whole = _apply(merge, name, [_whole_array(source) for source in sources], settings | given)
+        keywords = {key: of and [_whole_array(x) for x in of] for key, of in statistics.items()}
+        whole = _apply(merge, name, [_whole_array(source) for source in sources], settings | keywords)
 
         def part(number: int) -> np.ndarray:
             return whole[pieces[number].rows]
@@ -282,14 +282,14 @@ def rounded(array: Any, dtype: Any, name: str) -> np.ndarray:
 
 def _settings(merge: Callable, name: str, count: int, layers: int) -> dict[str, Any]:
     """The keywords of a merge for one tensor, but for statistics."""
-    takes, given = declaration(merge), getattr(merge, "keywords", {})
+    takes, keywords = declaration(merge), getattr(merge, "keywords", {})
     depth, out = coefficients.depth_of(name, layers), {}
     for parameter in inspect.signature(takes.function).parameters.values():
         if parameter.kind is not parameter.KEYWORD_ONLY or (key := parameter.name) in takes.statistics:
             continue
         if takes.summary and key == "summary":
             continue
-        setting, place = given.get(key, parameter.default), f"{_name(merge)}: {key}"
+        setting, place = keywords.get(key, parameter.default), f"{_name(merge)}: {key}"
         if key in takes.each:
             out[key] = coefficients.each_at(setting, count - takes.base, name, depth, place)
         else:

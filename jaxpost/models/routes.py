@@ -89,10 +89,10 @@ def of_prompts(columns: Mapping[str, Any], counts: Mapping[str, int], prompts: i
             f"columns: {', '.join(columns) or 'none'} given, and the model's rows choose among its adapters by {asked}; give "
             "these, or take one adapter alone (docs/adapters.md)."
         )
-    given = {name: np.asarray(values) for name, values in columns.items()}
-    for name, values in given.items():
+    numbers = {name: np.asarray(values) for name, values in columns.items()}
+    for name, values in numbers.items():
         if values.shape != (prompts,) or not np.isin(values, np.arange(counts[name])).all():
             raise UserError(
                 f"columns: {name} is {values.tolist()}; give {prompts} numbers of 0 to {counts[name] - 1}, one for each row."
             )
-    return {name: values.astype(np.int32) for name, values in given.items()}
+    return {name: values.astype(np.int32) for name, values in numbers.items()}

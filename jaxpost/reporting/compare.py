@@ -62,8 +62,8 @@ def table(runs: dict) -> list[list[str]]:
     (differ, members), last = groups(runs), figures(runs)
     lines = [["runs", *differ, "seeds", *last]]
     for values, names in members.items():
-        spread = [_spread([figure[name] for name in names if name in figure]) for figure in last.values()]
-        lines.append([" ".join(names), *values, str(len(names)), *spread])
+        spreads = [spread([figure[name] for name in names if name in figure]) for figure in last.values()]
+        lines.append([" ".join(names), *values, str(len(names)), *spreads])
     return lines
 
 
@@ -76,7 +76,7 @@ def result(runs: dict) -> str:
     each = {values: [final[run] for run in names if run in final] for values, names in members.items()}
     sign = -1 if name.endswith("loss") else 1
     order = sorted((values for values in each if each[values]), key=lambda v: -sign * statistics.mean(each[v]))
-    described = [(_spread(each[v]), ", ".join(f"{k}={x}" for k, x in zip(differ, v, strict=True))) for v in order]
+    described = [(spread(each[v]), ", ".join(f"{k}={x}" for k, x in zip(differ, v, strict=True))) for v in order]
     if len(order) == 1:
         return f"{name} is {described[0][0]}" + (f" over {len(each[order[0]])} seeds." if len(each[order[0]]) > 1 else ".")
     gap = abs(statistics.mean(each[order[0]]) - statistics.mean(each[order[1]]))
@@ -92,13 +92,13 @@ def _final(settings: dict, rows: list[dict]) -> dict:
     return {name: row[name] for row in rows if row["stage"] == stage for name in (*FIGURES, "loss") if name in row}
 
 
-def _spread(values: list[float]) -> str:
+def spread(values: list[float]) -> str:
     """The mean and the spread over seeds, to two digits of the spread."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    if not spread or not math.isfinite(spread):
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    if not deviation or not math.isfinite(deviation):
         return f"{statistics.mean(values):.4g}{' ± 0' if len(values) > 1 else ''}" if values else "-"
-    digits = max(0, 1 - math.floor(math.log10(spread)))
-    return f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
+    digits = max(0, 1 - math.floor(math.log10(deviation)))
+    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
 def colours(runs: dict, palette) -> dict[str, str]:
@@ -106,6 +106,12 @@ def colours(runs: dict, palette) -> dict[str, str]:
     _, members = groups(runs)
     each = members.values() if len(members) > 1 else [[run] for run in runs]
     return {run: palette[i % len(palette)] for i, names in enumerate(each) for run in names}
+
+
+def is_drawn(name: str) -> bool:
+    """Whether a figure has a chart: some of training, and those of evaluations without their cells and bounds."""
+    of_eval = name.startswith("eval/") and name.count("/") == 1
+    return (name in CURVES or of_eval) and not name.endswith(("_low", "_high", "_se"))
 
 
 def curves(runs: dict, by_run: dict) -> list[str]:
@@ -116,8 +122,7 @@ def curves(runs: dict, by_run: dict) -> list[str]:
     for run, (_, rows) in runs.items():
         for row in rows:
             for name in row:
-                drawn = name in CURVES or (name.startswith("eval/") and name.count("/") == 1)
-                if drawn and not name.endswith(("_low", "_high", "_se")):
+                if is_drawn(name):
                     lines.setdefault((row["stage"], name), {}).setdefault(run, []).append((row["step"], row[name]))
     drawings = []
     for (stage, name), line_of in lines.items():

@@ -2,6 +2,8 @@
 
 import html
 
+# Of lines in charts and marks in tables.
+COLOURS = ("#2563a8", "#d1600f", "#2f8a4e", "#9a3f9e", "#b3262e", "#0e8a94", "#8a6d1b", "#5b5f66")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1d2125; background: #fff }
 body { max-width: 1320px; margin: 2em auto; padding: 0 1.5em }

@@ -28,7 +28,6 @@ from jaxpost.storage.host import read_object
 _ROW_NAMES = ("stage", "step", "time")
 _BOUNDS = ("_low", "_high")  # the suffixes of an interval's bounds
 _UNCERTAINTY = (*_BOUNDS, "_se")
-_COLOURS = ("#2563a8", "#d1600f", "#2f8a4e", "#9a3f9e", "#b3262e", "#0e8a94", "#8a6d1b", "#5b5f66")
 _PACKAGES = ("jaxpost", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers", "libtpu")
 
 
@@ -43,7 +42,7 @@ def write(workdir, out=None):
     metrics, samples = read_rows(workdir / METRICS), read_rows(workdir / SAMPLES)
     config, environment_ = _read_json(workdir / "config.json"), _read_json(workdir / "environment.json")
     stages = list(dict.fromkeys(row["stage"] for row in metrics + samples))
-    colours = {stage: _COLOURS[number % len(_COLOURS)] for number, stage in enumerate(stages)}
+    colours = {stage: page.COLOURS[number % len(page.COLOURS)] for number, stage in enumerate(stages)}
     title = f"jaxpost run: {workdir.name}"
     body = [
         f"<h1>{_escape(title)}</h1>",
@@ -68,7 +67,7 @@ def comparison(workdirs, out="compare.html"):
     head, *rows = compare.table(runs)
     wide = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     text = "\n".join("  ".join(cell.ljust(n) for cell, n in zip(row, wide, strict=True)).rstrip() for row in (head, *rows))
-    by_run = compare.colours(runs, _COLOURS)
+    by_run = compare.colours(runs, page.COLOURS)
     marks = [page.mark(by_run[names[0]]) for names in compare.groups(runs)[1].values()] if len(rows) > 1 else [""]
     drawn = [
         f"<tr>{''.join(f'<td>{mark * (not i)}{_escape(cell)}</td>' for i, cell in enumerate(row))}</tr>"

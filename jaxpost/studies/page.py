@@ -8,19 +8,17 @@ from collections.abc import Mapping, Sequence
 
 from etils import epath
 
-from jaxpost.reporting import chart, page, table
+from jaxpost.reporting import chart, compare, page, table
 from jaxpost.reporting.writers import METRICS, SAMPLES, read_rows, replace
 from jaxpost.studies.results import effect
 from jaxpost.studies.runs import Row
 
-COLOURS = ("#2563a8", "#d1600f", "#2f8a4e", "#9a3f9e", "#b3262e", "#0e8a94", "#8a6d1b", "#5b5f66")
-CURVES = ("loss", "reward", "entropy", "kl", "grad_norm")  # drawn besides evaluations
 SAMPLES_SHOWN = 4  # of each arm
 
 
 def write(path: epath.Path, content: Mapping, rows: Mapping[str, Mapping[int, Row]], metrics: Sequence[str]) -> None:
     """Writes the page of a scored study: its results file's content, the runs of {arm: {seed: Row}}, and its figures' names."""
-    colours = {arm: COLOURS[i % len(COLOURS)] for i, arm in enumerate(rows)}
+    colours = {arm: page.COLOURS[i % len(page.COLOURS)] for i, arm in enumerate(rows)}
     body = [
         f"<h1>{html.escape(content['title'])}</h1>",
         f"<p><b>{html.escape(content['verdict'])}</b></p>",
@@ -50,18 +48,11 @@ def _arms(rows: Mapping[str, Mapping[int, Row]], metrics: Sequence[str], colours
         figures = [[row.figures.get(name) for row in by_seed.values()] for name in metrics]
         spent = [sum(row.spent[kind] for kind in ("learned", "generated", "scored")) for row in by_seed.values()]
         settings = ", ".join(f"{path}={value}" for path, value in next(iter(by_seed.values())).changes.items())
-        cells = [_spread([x for x in values if x is not None]) for values in figures]
+        cells = [compare.spread([x for x in values if x is not None]) for values in figures]
         lines.append(
             [page.mark(colours[arm]) + html.escape(arm), *cells, f"{statistics.mean(spent):,.0f}", html.escape(settings)]
         )
     return _table(("arm", *metrics, "tokens", "tuned"), lines)
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return "-"
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4g}{spread}"
 
 
 def _curves(rows: Mapping[str, Mapping[int, Row]], colours: Mapping[str, str]) -> list[str]:
@@ -71,7 +62,7 @@ def _curves(rows: Mapping[str, Mapping[int, Row]], colours: Mapping[str, str]) -
         for row in by_seed.values():
             for line in read_rows(epath.Path(row.workdir) / METRICS):
                 for name, value in line.items():
-                    if _is_drawn(name) and value is not None:
+                    if compare.is_drawn(name) and value is not None:
                         steps = curves.setdefault((line["stage"], name), {}).setdefault(arm, {})
                         steps.setdefault(line["step"], []).append(value)
     drawings = []
@@ -88,10 +79,6 @@ def _curves(rows: Mapping[str, Mapping[int, Row]], colours: Mapping[str, str]) -
             caption = f"<figcaption>{html.escape(f'{stage}: {name}')}</figcaption>"
             drawings.append(f"<figure>{caption}{chart.draw(lines, colours, bands)}</figure>")
     return drawings
-
-
-def _is_drawn(name: str) -> bool:
-    return name in CURVES or (name.startswith("eval/") and name.count("/") == 1 and not name.endswith(("_low", "_high", "_se")))
 
 
 def _samples(rows: Mapping[str, Mapping[int, Row]]) -> list[str]:

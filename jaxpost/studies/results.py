@@ -30,7 +30,7 @@ from jaxpost.errors import UserError
 from jaxpost.reporting.writers import replace
 from jaxpost.storage.host import read_object
 from jaxpost.studies.claims import Line, Study, judge
-from jaxpost.studies.runs import Row, difference
+from jaxpost.studies.runs import Row, changed, difference, grid
 
 RESULTS = "results"
 
@@ -45,8 +45,11 @@ def study_of(file: str) -> Study | None:
 
 
 def recipes(file: str, study: Study) -> dict:
-    """{arm: its recipe}. Raises UserError where an arm has no stage for a setting that is tuned."""
-    return {arm: recipe.opened(f"{file}:{argument}") for arm, argument in study.arms.items()}
+    """{arm: its recipe}. Raises UserError where an arm has no setting that is tuned."""
+    arms = {arm: recipe.opened(f"{file}:{argument}") for arm, argument in study.arms.items()}
+    for arm, config in arms.items():
+        changed(config, {path: values[0] for path, values in study.tune.items()}, arm)
+    return arms
 
 
 def path_of(file: str) -> Path:
@@ -60,12 +63,25 @@ def title(file: str) -> str:
 
 
 def fixed(file: str, study: Study) -> str:
-    """A digest of what must not change once a study is scored: the study, its arms' recipes, and the file's code."""
+    """A digest of what must not change once a study is scored: the study, its arms' recipes, those of the models that they
+    start from, and the file's code.
+    """
     folder = str(Path(file).resolve().parent)
     arms = {arm: difference(config) for arm, config in recipes(file, study).items()}
-    about = {"study": dataclasses.asdict(study), "arms": arms, "code": _code(Path(file).read_text())}
+    models = {path: settings for arm in arms.values() for path, settings in _models(arm).items()}
+    about = {"study": dataclasses.asdict(study), "arms": arms, "models": models, "code": _code(Path(file).read_text())}
     text = json.dumps(about, sort_keys=True, default=str).replace(json.dumps(folder)[1:-1], "")  # of names of its own functions
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _models(settings: Mapping[str, Any]) -> dict[str, dict]:
+    """{path: what the recipe there changes} of the recipes that settings name as models, and of those that these name."""
+    values = [each for value in settings.values() for each in (value if isinstance(value, (list, tuple)) else [value])]
+    models: dict[str, dict] = {}
+    for path in (value.removeprefix("recipe:") for value in values if isinstance(value, str) and value.startswith("recipe:")):
+        models[path] = difference(recipe.opened(path.replace("{seed}", "0")))
+        models |= _models(models[path])
+    return models
 
 
 def _code(source: str) -> str:
@@ -137,6 +153,14 @@ def write(
     return content
 
 
+def best(study: Study, figures: Mapping[str, float]) -> dict[str, Any]:
+    """The settings {path: value} of the best of an arm's trials {settings as text: figure}; the first of equal ones."""
+    if not figures:
+        return {}
+    sign = 1 if study.lower else -1
+    return grid(study.tune)[min(figures, key=lambda name: sign * figures[name])]
+
+
 def judged(study: Study, content: Mapping) -> tuple[str, list[Line]]:
     """The verdict and its lines, of what a results file records."""
     seeds = {arm: {int(seed): one for seed, one in each["seeds"].items()} for arm, each in content["arms"].items()}
@@ -181,6 +205,8 @@ def check(file: str) -> str:
         return f"{path}: has the arms {', '.join(content['arms'])}, the study {', '.join(study.arms)}."
     if wrong := [a for a, each in content["arms"].items() if [int(seed) for seed in each["seeds"]] != list(study.seeds)]:
         return f"{path}: the seeds of {wrong[0]} are not the study's {study.seeds}."
+    if wrong := [arm for arm in study.arms if content["arms"][arm]["settings"] != best(study, content["tuning"][arm])]:
+        return f"{path}: the settings of {wrong[0]} are not those that were best on the tuning seed."
     verdict, lines = judged(study, content)
     if (content["verdict"], content["lines"]) != (verdict, [_line(line) for line in lines]):
         return f"{path}: its verdict is not the one that follows from its figures."
