@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from jaxpost.errors import UserError
-from jaxpost.reporting import chart, compare, page, report, table, writers
+from jaxpost.reporting import chart, compare, report, table, writers
+from jaxpost.reporting.page import COLOURS
 from jaxpost.storage import cloud
 
 STAGES = ["sft", "reinforce"]
@@ -340,8 +341,8 @@ def test_runs_are_compared_by_what_differs_with_seeds_together(tmp_path):
     result = "eval/accuracy is best with optimizer.lr=0.2: 0.9, against 0.60 ± 0.14 with optimizer.lr=0.1."
     assert page.index(result) < page.index("<table") and ">optimizer.lr=0.1</span>" in page
     # Seeds share the colour of their settings, in the table, the key and both charts.
-    assert [page.count(f'stroke="{colour}"') for colour in page.COLOURS[:3]] == [4, 2, 0]
-    assert page.count(f'class="mark" style="background: {page.COLOURS[0]}"') == 2
+    assert [page.count(f'stroke="{colour}"') for colour in COLOURS[:3]] == [4, 2, 0]
+    assert page.count(f'class="mark" style="background: {COLOURS[0]}"') == 2
     with pytest.raises(UserError, match="none: no run is there"):
         report.comparison([tmp_path / "none", tmp_path / "0"])
 
@@ -364,7 +365,7 @@ def test_a_comparison_says_what_seeds_can_tell(values, result):
         for i, (lr, seed, x) in enumerate(values)
     }
     assert compare.result(runs).endswith(result) and "eval/reward" not in compare.table(runs)[0]
-    (drawn,) = compare.curves(runs, compare.colours(runs, page.COLOURS))
+    (drawn,) = compare.curves(runs, compare.colours(runs, COLOURS))
     assert re.findall("<figcaption>(.*?)</", drawn) == ["sft: eval/accuracy"]  # the greedy one is zero, the reward the same
 
 
