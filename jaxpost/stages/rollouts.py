@@ -149,12 +149,12 @@ def _named(step: Callable) -> str:
 
 
 def _given(entry: Mapping | str) -> Callable | None:
-    """The function of `config.rollouts.given`, which takes what it has keywords for of progress and key."""
+    """The function of `config.rollouts.given`, which takes what it has keywords for of progress, key and member."""
     if not (entry := entry_of(plain(entry), "config.rollouts.given")):
         return None
     entry = within(entry, "given")
     takes = inspect.signature(find(entry["name"], "rollouts")).parameters
-    passed = {k: None for k in ("progress", "key") if k in takes}
+    passed = {k: None for k in ("progress", "key", "member") if k in takes}
     bound = resolve({**entry, **passed}, "rollouts")
     return lambda record, ids, **about: bound(record, ids, **{k: about[k] for k in passed})
 
