@@ -114,6 +114,12 @@ def test_a_recipe_for_a_model_leaves_the_stages_alone_that_are_not_run(monkeypat
     assert tuple(changed.model.of) == ("FOLDER", "ran r.py:x") and changed.e.model.of == "ran r.py"
 
 
+def test_keywords_inside_of_a_model_can_be_changed():
+    model = {"name": "fused", "of": ["FOLDER"], "mix": {"name": "r.py:mix", "most": 1.0}}
+    changed = recipe.opened(recipe.make(model=model), model={"mix": {"most": 2.0}}).model
+    assert changed.mix.to_dict() == {"name": "r.py:mix", "most": 2.0} and changed.name == "fused"
+
+
 def test_a_recipe_of_a_model_may_take_the_seed(tmp_path, monkeypatch):
     (tmp_path / "r.py").write_text(
         "from jaxpost import recipe\n\n\ndef get_config(arg):\n    return recipe.make(seed=int(arg))\n"
