@@ -2,12 +2,12 @@
 
     e(h) = sum_j softmax_{j in top-k}(<q(h), k_j> / sqrt(D)) P_j,    q(h): the mean embedding of the instruction h, normalised
 
-Claim: prompts that instructions choose from a memory have a frozen model solve more problems, in wordings that nobody trained,
-than one prompt of the same length, and than one of as many trained numbers. Both are its nearest relative, prompt tuning.
+Claim: prompts that instructions choose from a memory have a frozen model solve more problems, in trained wordings and in new
+ones, than one prompt of the same length, and than one of as many numbers. Both are its nearest relative, prompt tuning.
 
-A reconstruction: the paper's equation was not at hand, and sizes are ours. Four tasks have three wordings to train and a fourth
-to test. Words are spelled backwards, which the base has not read, as jargon: what tells the tasks apart has to be learned. All
-arms learn from the same documents. Left out: tuning all weights, pretraining, and keys that begin as clusters.
+A reconstruction: the paper's equation was not at hand, and sizes are ours. Words are spelled backwards, which the base has not
+read, as jargon: what tells the four tasks apart has to be learned. All arms learn from the same documents. Left out: tuning all
+weights, pretraining, and keys that begin as clusters.
 """
 
 import dataclasses
@@ -22,10 +22,11 @@ from jaxpost.models.protocol import Sampled
 from jaxpost.studies import Claim, Study
 from jaxpost.tasks import instructions
 
+FIGURE = "eval/accuracy_greedy"
 STUDY = Study(
     arms=("spt", "prompt", "long"),
-    metric="eval/accuracy_greedy",
-    claims=(Claim("spt", over=("prompt", "long"), margin=0.03),),
+    metric=FIGURE,
+    claims=tuple(Claim("spt", over=("prompt", "long"), metric=f"{FIGURE}/{cell}", margin=0.03) for cell in ("trained", "new")),
     family="adapter",
     equal="steps",
     tune={"optimizer.lr": (0.03, 0.1, 0.3)},
@@ -36,8 +37,8 @@ MEMORY = {"spt": {"size": 8, "length": 4, "top": 2}, "prompt": {"length": 4}, "l
 
 
 def make(*, places: int = 4):
-    """The task `instructions` in words spelled backwards, behind `places` virtual tokens, tested in a wording of its own."""
-    trained, tested = (instructions.make(tasks=TASKS, length=(3, 5), definitions=which) for which in ((0, 2, 3), (1,)))
+    """The task `instructions` with words backwards, behind `places` virtual tokens, tested in trained and new wordings."""
+    trained, unseen = (instructions.make(tasks=TASKS, length=(3, 5), definitions=which) for which in ((0, 2, 3), (1,)))
 
     def prompted(record: dict) -> dict:
         record = record | {"definition": " ".join(word[::-1] for word in record["definition"].split())}
@@ -49,10 +50,11 @@ def make(*, places: int = 4):
         return {"messages": [{"role": role, "content": content} for role, content in turns.items()], **columns}
 
     def test_records(per_cell, *, seed=0):
-        return [prompted(record) for record in tested.test_records(per_cell, seed=seed)]
+        cells = {name: task.test_records(per_cell, seed=seed) for name, task in (("trained", trained), ("new", unseen))}
+        return [prompted(each) | {"cell": name} for name, records in cells.items() for each in records]
 
-    functions = {"conversation": conversation, "test_records": test_records, "reward": instructions.reward}
-    return types.SimpleNamespace(record=lambda *a, **k: prompted(trained.record(*a, **k)), **functions)
+    task = {**vars(trained), "record": lambda *a, **k: prompted(trained.record(*a, **k))}
+    return types.SimpleNamespace(**task | {"conversation": conversation, "test_records": test_records})
 
 
 def shares(query: jax.Array, keys: jax.Array, top: int) -> jax.Array:
@@ -79,9 +81,8 @@ class Prompted:
         return getattr(self.model, name)
 
     def with_memory(self, params, key):
-        keys = jax.random.normal(key, (self.memory[0], self.width))
         prompts = jax.random.choice(key, params["embed"]["weight"], self.memory[:2])  # of random tokens
-        return {**params, "memory": {"keys": keys, "prompts": prompts}}
+        return {**params, "memory": {"keys": jax.random.normal(key, (self.memory[0], self.width)), "prompts": prompts}}
 
     def init(self, key):
         return self.with_memory(self.model.init(key), key)
@@ -106,8 +107,7 @@ class Prompted:
 
 def prompted(*, of: str, size: int = 1, length: int = 4, top: int = 1) -> Prompted:
     """The model `of` with a memory of `size` prompts of `length` virtual tokens, `top` of which make a document's prompt."""
-    spec = loading.describe(of)
-    ids = tuple(map(spec.tokenizer.convert_tokens_to_ids, (PLACE, "\n")))
+    ids = tuple(map((spec := loading.describe(of)).tokenizer.convert_tokens_to_ids, (PLACE, "\n")))
     return Prompted(spec.transformer, (size, length, top), ids, (of,), of)
 
 
@@ -115,6 +115,6 @@ def get_config(arg="spt"):
     places = (memory := recipe.chosen(MEMORY, arg))["length"]
     model = {"name": f"{__file__}:prompted", "of": "recipe:configs/tiny.py", **memory}
     data = {"task": {"name": __file__, "places": places, "examples": 8000}, "packing": False, "window": 64 + places}
-    scored = {"rollouts": {"prompt_window": 60 + places, "new": 8}, "eval_per_cell": 80, "eval_rows": 320}
-    learned = {"batch_size": 16, "steps": 150, "optimizer": {"lr": 0.1, "warmup": 10}}
-    return recipe.make(model=model, trainable="^memory/", **data, **learned, **scored)
+    data |= {"rollouts": {"prompt_window": 60 + places, "new": 8}, "eval_per_cell": 40, "eval_rows": 320}
+    data |= {"batch_size": 16, "steps": 150, "optimizer": {"lr": 0.1, "warmup": 10}}
+    return recipe.make(model=model, trainable="^memory/", **data)
