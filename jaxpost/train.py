@@ -20,8 +20,10 @@ import types
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 from absl import flags
 from etils import epath
+from ml_collections import ConfigDict
 
 from jaxpost import recipe, sharding
 from jaxpost.config import cli, resolve
@@ -117,17 +119,20 @@ def _named(name: str, stages: list[tuple]) -> Iterator[None]:
 
 
 def _with_recipes(config):
-    """The config with a finished run's workdir in place of each model (of `model` and `of`) that is named as a recipe, which is
-    run if need be.
+    """The config with a finished run's workdir in place of each model (of `model`, its parts, and `of`) that is named as a
+    recipe, which is run if need be.
     """
     changed = copy.deepcopy(config)
     for settings in (changed, *(changed[name] for name in config.stages if name in changed)):
         with settings.unlocked(), settings.ignore_type():
             if _is_recipe(settings.get("model")):
                 settings.model = _of_recipe(settings.model.removeprefix("recipe:"), config)
-            if any(map(_is_recipe, of := settings.get("of", ()))):
-                workdirs = {x: _of_recipe(x.removeprefix("recipe:"), config) for x in of if _is_recipe(x)}
-                settings.of = tuple(workdirs.get(x, x) for x in of)
+            entry = settings.get("model")
+            for naming in (settings, entry if isinstance(entry, ConfigDict) else {}):
+                of = naming.get("of", ())
+                names = {x: _of_recipe(x.removeprefix("recipe:"), config) for x in np.ravel(of).tolist() if _is_recipe(x)}
+                if names:
+                    naming["of"] = names[of] if isinstance(of, str) else tuple(names.get(x, x) for x in of)
     return changed
 
 

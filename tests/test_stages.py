@@ -107,6 +107,17 @@ def test_a_recipe_for_a_model_leaves_the_stages_alone_that_are_not_run(monkeypat
     merged = {"do": "merge", "with": "arithmetic.linear", "of": ("FOLDER", "recipe:r.py")}
     changed = train._with_recipes(recipe.make(stages=("m",), m=merged))
     assert changed.m.of == ("FOLDER", "ran r.py")
+    fused = {"name": "fused", "of": ["FOLDER", "recipe:r.py:x"], "mix": "r.py:mix"}
+    changed = train._with_recipes(
+        recipe.make(stages=("e",), model=fused, e={"model": {"name": "patched", "of": "recipe:r.py"}})
+    )
+    assert tuple(changed.model.of) == ("FOLDER", "ran r.py:x") and changed.e.model.of == "ran r.py"
+
+
+def test_keywords_inside_of_a_model_can_be_changed():
+    model = {"name": "fused", "of": ["FOLDER"], "mix": {"name": "r.py:mix", "most": 1.0}}
+    changed = recipe.opened(recipe.make(model=model), model={"mix": {"most": 2.0}}).model
+    assert changed.mix.to_dict() == {"name": "r.py:mix", "most": 2.0} and changed.name == "fused"
 
 
 def test_a_recipe_of_a_model_may_take_the_seed(tmp_path, monkeypatch):
