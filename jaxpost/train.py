@@ -147,12 +147,22 @@ def _of_recipe(path: str, config) -> str:
     path, artefacts = path.replace("{seed}", str(config.seed)), config.artefacts
     config = recipe.opened(path)
     root = cloud.path(artefacts) if artefacts else cloud.cache_folder()
-    # The folder that relative names are looked for in decides the run too.
-    workdir = root / "recipes" / key({"config": json.loads(config.to_json()), "folder": os.getcwd()})
+    settings = json.loads(config.to_json())
+    # Where a setting names a file of the current folder, that folder decides the run too.
+    folder = os.getcwd() if any(map(_is_relative, recipe.flat(settings).values())) else ""
+    workdir = root / "recipes" / key({"config": settings, "folder": folder})
     if jax.process_index() == 0:
         print(f"model recipe:{path}: {workdir}", file=sys.stderr)
     run(config, workdir)
     return str(workdir)
+
+
+def _is_relative(value) -> bool:
+    """Whether a setting's value, or one of its list, names a file of the current folder."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_relative, value))
+    path = value.removeprefix("recipe:").partition(":")[0].partition("=")[0] if isinstance(value, str) else ""
+    return bool(path) and len(path) < 256 and not os.path.isabs(path) and os.path.exists(path)
 
 
 def _claim(workdir: epath.Path, config, stages: list[tuple]) -> None:

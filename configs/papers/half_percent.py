@@ -6,10 +6,13 @@ Claim: a core set of 0.5% of the data, chosen by K-centre greedy from the rows n
 as many rows drawn at random, and more than all data does in as many steps. Its nearest relative is `coreset.clusters`, which
 takes rows near the centres in place of those that cover the region.
 
-The data are 12,000 demonstrations of `instructions`, with five tasks of ten in four wordings; the target is `select_aggregate`. As
-in collections of real tasks some are frequent and some rare: the n-th of the target's tasks has 1/n as many rows. Embeddings are
-means of the base model's hidden states. Left out: the single wording that the paper takes for all rows of a task.
+The data are demonstrations of `instructions`: sixty tasks in eight categories, whose answers are written in four formats; the target
+is the category `select_aggregate` in all of them. As in collections of real tasks some kinds are frequent and some rare: a
+fourth, a sixteenth and a sixty-fourth as many rows have the second, third and fourth format. The base knows the tasks and no
+format but the first. Embeddings are means of its hidden states. Left out: the single wording that the paper takes for all rows.
 """
+
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -17,23 +20,32 @@ from jaxpost import recipe
 from jaxpost.data.transforms import coreset
 from jaxpost.studies import Claim, Study
 from jaxpost.tasks import instructions
+from jaxpost.tasks.arithmetic import hashed
 
 STUDY = Study(
     arms=("core", "random", "all"),
-    metric="eval/accuracy_greedy",
+    metric="eval/target/accuracy",
     claims=(Claim("core", over=("random", "all"), margin=0.03),),
     family="data",
+    equal="steps",
     tune={"sft.optimizer.lr": (3e-4, 1e-3, 2e-3)},
 )
 TARGET = "select_aggregate"
-ROWS, KEPT = 12_000, 60
+FORMATS = ("plain", "tags", "sentence", "json")
+ROWS, KEPT = 8000, 40
 
 
-def skewed(rows, columns, key):
-    """Rows [K] of which the target's tasks have shares of 1, 1/2, 1/3, ..., those of other tasks all."""
-    place = {name: n for n, name in enumerate(instructions.categories()[TARGET])}
-    shares = np.array([1 / (1 + place.get(row["task"], 0)) for row in rows])
-    return np.flatnonzero(np.random.default_rng(key).random(len(rows)) < shares)
+def make(*, tasks=()):
+    """Instructions in four formats: demonstrations with shares of 1, 1/4, 1/16 and 1/64, test problems with the same."""
+    each = [instructions.make(length=(3, 5), tasks=tasks, format=name) for name in FORMATS]
+    shares = np.cumsum([0.25**n for n in range(len(each))])
+
+    def conversation(index, *, seed=0):
+        drawn = hashed("format", seed, index) / 2**64 * shares[-1]
+        return each[int(np.searchsorted(shares, drawn, side="right"))].conversation(index, seed=seed)
+
+    mixed = instructions.make(length=(3, 5), tasks=tasks, format=FORMATS)
+    return SimpleNamespace(**{**vars(mixed), "conversation": conversation})
 
 
 def core(rows, columns, key, *, column: str, keep: int):
@@ -43,21 +55,27 @@ def core(rows, columns, key, *, column: str, keep: int):
     return region[coreset.k_centre([rows[i] for i in region], vectors, key, column=column, keep=keep)]
 
 
-def drawn(rows, columns, key, *, column: str, keep: int):
+def random(rows, columns, key, *, keep: int):
     """As many of the target's rows at random -> [keep] indices."""
     region = np.flatnonzero([row["category"] == TARGET for row in rows])
     return np.sort(np.random.default_rng(key).choice(region, keep, replace=False))
 
 
 def get_config(arg="core"):
-    chosen = recipe.chosen({"core": "core", "random": "drawn", "all": ""}, arg)
-    trained = {"objective": "sft.nll", "window": 128, "batch_size": 8, "steps": 100}
-    trained |= {"data": "@chosen" if chosen else "@pool", "optimizer": {"lr": 1e-3, "warmup": 10}}
-    stages = {"pool": {"do": "select", "task": {"name": "instructions", "length": (3, 5), "examples": ROWS}, "with": f"{__file__}:skewed"}}
-    if chosen:
-        stages["near"] = {"do": "annotate", "data": "@pool", "with": {"name": "embedding", "prompt": True}}
-        select = {"name": f"{__file__}:{chosen}", "column": "embedding", "keep": KEPT}
-        stages["chosen"] = {"do": "select", "data": "@pool", "annotations": "@near", "with": select}
-    tested = {"name": "accuracy", "task": {"name": "instructions", "tasks": TARGET, "length": (3, 5)}, "per_cell": 30, "new": 16}
-    stages |= {"sft": trained, "figures": {"do": "evaluate", "evals": {"target": tested}}}
-    return recipe.make(stages=tuple(stages), model="recipe:configs/tiny.py", too_long="truncate", **stages)
+    task = {"name": __file__, "examples": ROWS}
+    select = {
+        "core": {"name": f"{__file__}:core", "column": "embedding", "keep": KEPT},
+        "random": {"name": f"{__file__}:random", "keep": KEPT},
+        "all": {"name": "select.random", "keep": 1.0},
+    }
+    tested = {"name": "accuracy", "task": {"name": __file__, "tasks": TARGET}, "per_cell": 30, "new": 24}
+    stages = {
+        "chosen": {"do": "select", "task": task, "with": recipe.chosen(select, arg)},
+        "sft": {"data": "@chosen", "window": 128, "batch_size": 8, "steps": 60, "optimizer": {"lr": 1e-3, "warmup": 10}},
+        "figures": {"do": "evaluate", "evals": {"target": tested}},
+    }
+    if arg == "core":
+        stages["chosen"]["annotations"] = "@near"
+        near = {"do": "annotate", "task": task, "too_long": "truncate", "with": {"name": "embedding", "prompt": True}}
+        stages = {"near": near, **stages}
+    return recipe.make(stages=tuple(stages), model="recipe:configs/tiny.py", **stages)

@@ -48,7 +48,11 @@ def get_config(arg="hpt"):
             model=MODEL,
             rollouts=sampled,
             codes={"task": {**task, "lock": None, "examples": 20000}, "steps": 400, "optimizer": {"lr": 3e-3, "warmup": 50}},
-            first={"task": {**task, "examples": PROBLEMS}, "steps": 50, "optimizer": {"lr": 1e-3, "schedule": "constant", "warmup": 0}},
+            first={
+                "task": {**task, "examples": PROBLEMS},
+                "steps": 50,
+                "optimizer": {"lr": 1e-3, "schedule": "constant", "warmup": 0},
+            },
             **data,
             **shared,
         )

@@ -90,7 +90,7 @@ def get_config(arg="dynamic"):
         return recipe.make(
             model=small, task={**TASK, "examples": 8000}, window=96, batch_size=8, steps=120, seed=int(seed), **shared
         )
-    tested = {"name": "accuracy", "task": TASK, "per_cell": 50, "new": 6, "rows": 300}
+    tested = {"name": "accuracy", "task": TASK, "per_cell": 40, "new": 6, "rows": 240}
     model = {
         "name": "fused",
         "of": [LARGE, f"recipe:{__file__}:tuned-{{seed}}", small],

@@ -116,5 +116,5 @@ def get_config(arg="spt"):
     model = {"name": f"{__file__}:prompted", "of": "recipe:configs/tiny.py", **memory}
     data = {"task": {"name": __file__, "places": places, "examples": 8000}, "packing": False, "window": 64 + places}
     data |= {"rollouts": {"prompt_window": 60 + places, "new": 8}, "eval_per_cell": 40, "eval_rows": 320}
-    data |= {"batch_size": 16, "steps": 150, "optimizer": {"lr": 0.1, "warmup": 10}}
+    data |= {"batch_size": 16, "steps": 100, "optimizer": {"lr": 0.1, "warmup": 10}}
     return recipe.make(model=model, trainable="^memory/", **data)
