@@ -6,10 +6,11 @@ Claim: a core set of 0.5% of the data, chosen by K-centre greedy from the rows n
 as many rows drawn at random, and more than all data does in as many steps. Its nearest relative is `coreset.clusters`, which
 takes rows near the centres in place of those that cover the region.
 
-The data are demonstrations of `instructions`: sixty tasks in eight categories, whose answers are written in four formats; the target
-is the category `select_aggregate` in all of them. As in collections of real tasks some kinds are frequent and some rare: a
-fourth, a sixteenth and a sixty-fourth as many rows have the second, third and fourth format. The base knows the tasks and no
-format but the first. Embeddings are means of its hidden states. Left out: the single wording that the paper takes for all rows.
+The data are demonstrations of `instructions`, sixty tasks in eight categories, whose answers are written in four formats. The
+target is the category `select_aggregate`. As in collections of real tasks some kinds are frequent and some rare: a fourth, a
+sixteenth and a sixty-fourth as many rows have the second, third and fourth format, which are tested alike. The base knows the
+tasks and no format but the first. Embeddings are means of its hidden states. The target's category stands for its cluster,
+which the paper finds by k-means. Left out: the single wording that the paper takes for all rows.
 """
 
 from types import SimpleNamespace

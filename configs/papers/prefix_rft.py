@@ -1,15 +1,15 @@
 """Blending Supervised and Reinforcement Fine-Tuning with Prefix Sampling.
 
-    L = Dr. GRPO's over drawn tokens  -  sum over the prefix tokens with the highest entropy of  A log p  / (completions * longest)
+    L = Dr. GRPO's over drawn tokens  -  sum of A log p over uncertain prefix tokens / (completions * longest)
 
 One completion of each group begins with the first part of the demonstration, which gets shorter as training goes on; the policy
 goes on from there, and the group's advantage A of that completion is the prefix tokens' too. Claim: with the same problems,
 demonstrations and number of tokens that beats reinforcement alone and imitation alone. HPT, its nearest relative, imitates
 whole demonstrations, and only where every completion fails; here a prefix is learned as far as it leads to a reward.
 
-The lock of hpt.py, with its start and its other arms. The prefix's share of the demonstration is drawn from [low, 0.95], and low
-falls from 0.95 to 0.05 by a cosine; a fifth of the prefix tokens learn. Left out: the entropy bonus and the bound on the ratio,
-which one step a batch never reaches.
+The lock of hpt.py, with its start and its other arms. The prefix's share of the demonstration is drawn from [low, 0.95], and
+low falls from 0.95 to 0.05 by a cosine. Uncertain are the fifth of all prefix tokens with the highest entropy. Left out: the
+entropy bonus, and the bound on the ratio, which one step a batch never reaches.
 """
 
 from functools import partial

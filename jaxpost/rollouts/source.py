@@ -236,9 +236,8 @@ class Rollouts:
         prefixes = []
         for number, (record, _) in problems.items():
             key = np.random.SeedSequence((c.seed, self.calls, number)).generate_state(2)
-            ids = self.demonstration(number)
-            each = (c.given(record, ids, key=key, member=member, **takes) for member in range(c.rows.group))
-            prefixes += [np.asarray(first, np.int32) for first in each]
+            group = c.given(record, self.demonstration(number), key=key, group=c.rows.group, **takes)
+            prefixes += [np.asarray(ids, np.int32) for ids in group]
         return prefixes
 
     def demonstration(self, number: int) -> np.ndarray:
