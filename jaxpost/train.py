@@ -16,6 +16,7 @@ import copy
 import json
 import os
 import sys
+import time
 import types
 from collections.abc import Iterator
 
@@ -40,6 +41,7 @@ from jaxpost.storage.artefacts import key
 from jaxpost.storage.host import CONTINUES, check_writable, disk_errors
 
 FEW = 20  # steps; where epochs give fewer, a message says why
+TURN = 2.0  # seconds between two looks whether another process has left a model's workdir
 # What a stage does: a module with `planned`, which checks it, `output`, what later ones are told of it, and `make`.
 DO = {
     "train": train,
@@ -153,8 +155,24 @@ def _of_recipe(path: str, config) -> str:
     workdir = root / "recipes" / key({"config": settings, "folder": folder})
     if jax.process_index() == 0:
         print(f"model recipe:{path}: {workdir}", file=sys.stderr)
-    run(config, workdir)
+    _run_in_turn(config, workdir)
     return str(workdir)
+
+
+def _run_in_turn(config, workdir: epath.Path) -> None:
+    """Runs a recipe, or finds it done, when no other process is at work in its workdir, as several studies of one model are."""
+    waits = False
+    while True:
+        try:
+            run(config, workdir)
+            return
+        except lock.Occupied as error:
+            if jax.process_count() > 1:  # the others would not know
+                raise
+            if not waits:
+                print(f"waiting for the model of a recipe: {error}", file=sys.stderr)
+            waits = True
+            time.sleep(TURN)
 
 
 def _is_relative(value) -> bool:

@@ -18,7 +18,7 @@ from jaxpost.errors import UserError
 from jaxpost.stages import annotate, evaluate, records
 from jaxpost.stages import train as stage_train
 from jaxpost.stages.run import Output, Run
-from jaxpost.storage import artefacts, checkpoint
+from jaxpost.storage import artefacts, checkpoint, lock
 
 MODEL = {"model_type": "llama"}
 
@@ -129,6 +129,21 @@ def test_a_recipe_of_a_model_may_take_the_seed(tmp_path, monkeypatch):
     named = {"model": f"recipe:{tmp_path}/r.py:{{seed}}", "artefacts": str(tmp_path)}
     workdirs = [train._with_recipes(recipe.make(seed=seed, **named)).model for seed in (3, 4, 3)]
     assert seeds == [3, 4, 3] and workdirs[0] == workdirs[2] != workdirs[1]
+
+
+def test_a_recipe_of_a_model_waits_for_another_process_that_is_at_it(tmp_path, monkeypatch, capsys):
+    (tmp_path / "r.py").write_text("from jaxpost import recipe\n\n\ndef get_config(arg=''):\n    return recipe.make(steps=1)\n")
+    calls = []
+
+    def run(config, workdir):
+        calls.append(workdir)
+        if len(calls) < 3:
+            raise lock.Occupied("another run is at work here: process 7")
+
+    monkeypatch.setattr(train, "run", run)
+    monkeypatch.setattr(train, "TURN", 0.0)
+    train._with_recipes(recipe.make(model=f"recipe:{tmp_path}/r.py", artefacts=str(tmp_path)))
+    assert len(calls) == 3 and capsys.readouterr().err.count("process 7") == 1
 
 
 def test_a_recipe_of_a_model_belongs_to_a_folder_only_where_it_names_a_file_there(tmp_path, monkeypatch):
