@@ -1,60 +1,95 @@
-"""The combination lock: what a code is, what is kept apart, and demonstrations that are wrong as often as asked."""
+"""Two runs that want one workdir."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 from jaxpost.errors import UserError
-from jaxpost.tasks import lock
+from jaxpost.storage import cloud, lock
+
+pytest.importorskip("gcp_storage_emulator")
+import gcs_emulator
+
+HOLDS = """
+import sys, time
+from jaxpost.storage import cloud, lock
+with lock.held(cloud.path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
 
 
-def test_a_code_is_the_secret_digit_of_each_letter():
-    task, secret = lock.make(), lock.digits(0)
-    assert sorted(secret.values()) == list("0123456789") and secret != lock.digits(1)
-    for i in range(50):
-        record = task.record(i, seed=3)
-        assert record["answer"] == "".join(secret[letter] for letter in record["prompt"])
-        assert record["cell"] == len(record["prompt"]) and task.demonstration(i, seed=3) == record["answer"]
-        assert lock.reward(record, f" {record['answer']}\n") and not lock.reward(record, record["answer"] + "0")
-        assert not lock.reward(record, str((int(record["answer"][0]) + 1) % 10) + record["answer"][1:])
+def test_a_workdir_is_one_runs_and_a_dead_holder_does_not_keep_it(tmp_path):
+    workdir = cloud.path(tmp_path / "w")
+    holder = subprocess.Popen([sys.executable, "-c", HOLDS, str(workdir)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"process {holder.pid} on .*use another --workdir"), lock.held(workdir):
+        pass
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert (workdir / lock.NAME).exists()
+    with lock.held(workdir):
+        # Neither by another name of the folder, nor from another thread or cell of this process.
+        (tmp_path / "link").symlink_to(workdir)
+        with pytest.raises(UserError, match=f"process {os.getpid()} on"), lock.held(cloud.path(tmp_path / "link")):
+            pass
+    with lock.held(workdir):
+        assert [path.name for path in workdir.iterdir()] == [lock.NAME]
+    assert not list(workdir.iterdir())
 
 
-def test_locks_of_their_own_differ_and_each_is_a_permutation():
-    records = [lock.make(depths=(8,), lock=None).record(i) for i in range(40)]
-    pairs = [dict(zip(r["prompt"], r["answer"], strict=True)) for r in records]
-    for record, digits in zip(records, pairs, strict=True):
-        assert len(set(digits.values())) == len(digits)
-        assert all(digits[letter] == digit for letter, digit in zip(record["prompt"], record["answer"], strict=True))
-    assert len({digits.get("a") for digits in pairs}) > 5
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/nowhere/x", path)])
+def test_what_is_no_file_in_the_locks_place_is_named(tmp_path, make):
+    make(tmp_path / lock.NAME)
+    with pytest.raises(UserError, match=f"{lock.NAME}: no file, .*remove it"), lock.held(cloud.path(tmp_path)):
+        pass
 
 
-def test_a_share_of_demonstrations_has_one_wrong_digit():
-    task = lock.make(depths=(3, 4), corrupt=0.3)
-    wrong = []
-    for i in range(1000):
-        answer, shown = task.record(i)["answer"], task.conversation(i)["messages"][1]["content"]
-        wrong.append(sum(a != b for a, b in zip(answer, shown, strict=True)))
-    assert set(wrong) == {0, 1} and abs(sum(wrong) / 1000 - 0.3) < 0.06  # four standard errors
+def test_a_run_that_is_refused_leaves_no_folder_behind(tmp_path):
+    with pytest.raises(UserError, match="settings"), lock.held(cloud.path(tmp_path / "a" / "b")):
+        raise UserError("settings")
+    assert not list(tmp_path.iterdir())
 
 
-def test_test_problems_are_different_and_in_no_training():
-    task = lock.make(depths=(1, 2, 3))
-    tested = task.test_records(20, seed=1)
-    prompts = [r["prompt"] for r in tested]
-    assert len(set(prompts)) == len(prompts) and [r["cell"] for r in tested].count(3) == 20
-    assert tested[-20:][:5] == lock.make(depths=(3,)).test_records(5, seed=1)
-    assert not set(prompts) & {task.record(i)["prompt"] for i in range(2000)}
+@pytest.fixture(scope="module")
+def bucket():
+    running = gcs_emulator.start("jaxpost-locks")
+    yield cloud.path("gs://jaxpost-locks")
+    running.stop()
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        (lambda: lock.make(depths=(9,)), "depths=(9,): give different numbers from 1 to 8"),
-        (lambda: lock.make(depths=()), "depths=()"),
-        (lambda: lock.make(corrupt=2), "corrupt=2"),
-        (lambda: lock.make().record(0, split="dev"), "split='dev': lock has"),
-        (lambda: lock.make().test_records(0), "per_cell=0"),
-    ],
-)
-def test_what_is_wrong_is_named(wrong, message):
-    with pytest.raises(UserError) as error:
-        wrong()
-    assert message in str(error.value)
+def test_in_a_bucket_a_lock_is_kept_by_writing_it(bucket, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.1)
+    workdir = bucket / "w"
+    with lock.held(workdir):
+        ours = lock._HELD.pop(str(workdir))  # what follows is as another process sees it
+        with pytest.raises(UserError, match=f"process {os.getpid()} on"), lock.held(workdir):
+            pass
+        lock._HELD[str(workdir)] = ours
+    assert not (workdir / lock.NAME).exists()
+
+
+def test_in_a_bucket_a_lock_is_lost_by_silence_and_then_nothing_is_saved(bucket, monkeypatch):
+    monkeypatch.setattr(lock, "WATCH", 0.3)
+    monkeypatch.setattr(lock.time, "sleep", lambda _, sleep=time.sleep: sleep(0.05))
+    workdir = bucket / "silent"
+    with lock.held(workdir):
+        asleep = lock._HELD.pop(str(workdir))
+        with lock.held(workdir):
+            asleep.beat()
+        lock._HELD[str(workdir)] = asleep
+        with pytest.raises(UserError, match="another one took the workdir over"):
+            lock.check(workdir / "checkpoints" / "train")
+        lock.check(bucket / "silent2")
+
+
+def test_in_a_bucket_a_lock_whose_writing_was_answered_too_late_is_still_ours(bucket):
+    with lock.held(bucket / "late"):
+        ours = lock._HELD[str(bucket / "late")]
+        ours.generation = 7  # of before a writing whose answer was lost
+        ours.beat()
+        assert not ours.lost and ours.generation == ours.blob.generation != 7
