@@ -41,7 +41,7 @@ def score(file: str, workdir=None) -> dict:
     runs = _runs(file, study, workdir)
     chosen, tuning = tuned(study, runs)
     rows = {arm: {seed: runs.run(arm, seed, chosen[arm]) for seed in study.seeds} for arm in study.arms}
-    seconds = sum(row.seconds for row in runs.rows.values())
+    seconds = sum(row.seconds for row in runs.asked.values())
     about = {
         "commit": commit,
         "date": datetime.now(UTC).date().isoformat(),
@@ -57,7 +57,8 @@ def pilot(file: str, workdir=None) -> dict[str, list[Row]]:
     """{arm: its runs on the tuning seed, with each combination of what is tuned}. Nothing is scored, and no claim looked at."""
     study = _study(file)
     runs = _runs(file, study, workdir)
-    trials = {arm: [runs.run(arm, study.tuning_seed, changes) for changes in grid(study.tune).values()] for arm in study.arms}
+    grids = {arm: grid(results.tune_of(study, arm, config)) for arm, config in runs.recipes.items()}
+    trials = {arm: [runs.run(arm, study.tuning_seed, one) for one in each.values()] for arm, each in grids.items()}
     for arm, rows in trials.items():
         for row in rows:
             shown = "  ".join(f"{name} {row.figures.get(name, float('nan')):.4g}" for name in study.metrics())
@@ -71,7 +72,8 @@ def tuned(study: Study, runs: Runs) -> tuple[dict[str, dict], dict[str, dict]]:
     chosen, tuning = {}, {}
     for arm in study.arms:
         figures = {}
-        for name, changes in grid(study.tune).items() if study.tune else ():
+        tune = results.tune_of(study, arm, runs.recipes[arm])
+        for name, changes in grid(tune).items() if tune else ():
             figures[name] = runs.run(arm, study.tuning_seed, changes).figures.get(study.metric)
             if figures[name] is None:
                 raise UserError(f"arm {arm}: its run has no figure {study.metric!r}, which the study tunes by.")

@@ -320,6 +320,22 @@ def test_results_belong_to_the_recipes_of_the_models_too(paper):
     assert results.fixed(file, results.study_of(file)) != before
 
 
+def test_an_arm_that_trains_nothing_is_not_tuned(paper):
+    file, calls = paper
+    free = "recipe.make(stages=('f',), model='X', f={'do': 'evaluate', 'evals': {}})"
+    text = PAPER.replace(
+        'arms=("plain", "better"),', 'arms=("plain", "better", "free"),\n    unequal={"free": "trains nothing"},'
+    )
+    text = text.replace('"optimizer.lr"', '"sft.optimizer.lr"').replace("task=", "stages=('sft',), sft={}, task=")
+    Path(file).write_text(
+        text.replace("    return recipe.make", f"    if arg == 'free':\n        return {free}\n    return recipe.make")
+    )
+    commit(file)
+    content = study.score(file)
+    assert len(calls) == 2 * (2 + 3) + 3 and content["tuning"]["free"] == {} and content["arms"]["free"]["settings"] == {}
+    assert results.check(file) == ""
+
+
 def test_a_run_is_made_again_where_its_code_or_its_model_changed_and_not_for_another_claim(paper):
     file, calls = paper
     start = Path(file).parent / "start.py"

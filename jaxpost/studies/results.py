@@ -24,9 +24,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from jaxpost import recipe
 from jaxpost.config.resolve import find
 from jaxpost.errors import UserError
+from jaxpost.recipe import plain
 from jaxpost.reporting.writers import replace
 from jaxpost.storage.host import read_object
 from jaxpost.studies.claims import Line, Study, judge
@@ -48,8 +51,17 @@ def recipes(file: str, study: Study) -> dict:
     """{arm: its recipe}. Raises UserError where an arm has no setting that is tuned."""
     arms = {arm: recipe.opened(f"{file}:{argument}") for arm, argument in study.arms.items()}
     for arm, config in arms.items():
-        changed(config, {path: values[0] for path, values in study.tune.items()}, arm)
+        changed(config, {path: values[0] for path, values in tune_of(study, arm, config).items()}, arm)
     return arms
+
+
+def tune_of(study: Study, arm: str, config: ConfigDict) -> Mapping[str, Sequence]:
+    """{setting: values} that an arm tries: all of `tune`, but nothing where it spends another budget (`unequal`) and has none
+    of these settings, such as one that trains nothing.
+    """
+    settings = plain(config)
+    has = any(recipe.has(settings, path) or path.partition(".")[0] in config.stages for path in study.tune)
+    return study.tune if has or arm not in study.unequal else {}
 
 
 def path_of(file: str) -> Path:

@@ -47,6 +47,7 @@ class Runs:
 
     def __init__(self, workdir, recipes: Mapping[str, ConfigDict], code: str = ""):
         self.workdir, self.recipes, self.code = cloud.path(workdir), recipes, code
+        self.asked: dict[str, Row] = {}  # of this process, by key
         self.workdir.mkdir(parents=True, exist_ok=True)
         lines = (self.workdir / TABLE).read_text().splitlines() if (self.workdir / TABLE).exists() else []
         self.rows = {row.pop("key"): Row(**row) for row in map(json.loads, lines)}
@@ -66,6 +67,7 @@ class Runs:
             self.rows[key] = row
             lines = [json.dumps({"key": key, **row._asdict()}) + "\n" for key, row in self.rows.items()]
             replace(self.workdir / TABLE, "".join(lines).encode())
+        self.asked[key] = row
         return row._replace(arm=arm)  # arms with the same recipe share a run
 
 
