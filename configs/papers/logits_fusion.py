@@ -24,6 +24,7 @@ STUDY = Study(
     claims=(Claim("dynamic", over=("static", "expert", "large"), margin=0.02),),
     family="decoding",
     equal="steps",
+    unequal=dict.fromkeys(("expert", "large"), "one model decodes in place of three, and there is no strength to choose"),
     tune={"model.mix.most": (0.5, 1.0, 2.0)},
 )
 LARGE = "recipe:configs/tiny.py"
@@ -68,16 +69,6 @@ def static(large, tuned, small, *, most: float = 1.0):
     return large + most * (tuned - small)
 
 
-def expert(large, tuned, small, *, most: float = 1.0):
-    """The small tuned model alone."""
-    return tuned
-
-
-def large(large, tuned, small, *, most: float = 1.0):
-    """The large model alone."""
-    return large
-
-
 def get_config(arg="dynamic"):
     arm, _, seed = arg.partition("-")
     tiny = recipe.opened("configs/tiny.py")
@@ -91,9 +82,7 @@ def get_config(arg="dynamic"):
             model=small, task={**TASK, "examples": 8000}, window=96, batch_size=8, steps=120, seed=int(seed), **shared
         )
     tested = {"name": "accuracy", "task": TASK, "per_cell": 40, "new": 6, "rows": 240}
-    model = {
-        "name": "fused",
-        "of": [LARGE, f"recipe:{__file__}:tuned-{{seed}}", small],
-        "mix": {"name": f"{__file__}:{arm}", "most": 1.0},
-    }
+    tuned = f"recipe:{__file__}:tuned-{{seed}}"
+    fused = {"name": "fused", "of": [LARGE, tuned, small], "mix": {"name": f"{__file__}:{arm}", "most": 1.0}}
+    model = recipe.chosen({"dynamic": fused, "static": fused, "expert": tuned, "large": LARGE}, arm)
     return recipe.make(stages=("figures",), model=model, figures={"do": "evaluate", "evals": {"task": tested}})
