@@ -78,8 +78,7 @@ def sub_batches(rows, columns, key, *, size: int):
     groups = [random.permutation(np.flatnonzero(kinds == kind)) for kind in sorted(set(kinds))]
     pieces = [group[at : at + size] for group in groups for at in range(0, len(group), size)]
     whole = [piece for piece in pieces if len(piece) == size]
-    rest = [piece for piece in pieces if len(piece) < size]
-    return np.concatenate([whole[i] for i in random.permutation(len(whole))] + rest)
+    return np.concatenate([*(whole[i] for i in random.permutation(len(whole))), *(p for p in pieces if len(p) < size)])
 
 
 def first(model, *, per_cell: int = 100, people: int = 200, instructed: bool = True, rows: int = 64):
@@ -106,13 +105,12 @@ def first(model, *, per_cell: int = 100, people: int = 200, instructed: bool = T
 
 
 def get_config(arg="vlm2vec"):
-    instructed = arg != "uninstructed"
     return recipe.make(
         model="recipe:configs/tiny.py",
-        task={"name": __file__, "examples": BATCH * STEPS, "instructed": instructed},
+        task={"name": __file__, "examples": BATCH * STEPS, "instructed": arg != "uninstructed"},
         order={"name": f"{__file__}:sub_batches", "size": 1 if arg == "mixed" else 16},
         objective={"name": "contrastive.info_nce", "temperature": 0.05},
-        evals={"wanted": {"name": f"{__file__}:first", "instructed": instructed}},
+        evals={"wanted": {"name": f"{__file__}:first", "instructed": arg != "uninstructed"}},
         packing=False,
         window=80,
         batch_size=BATCH,
