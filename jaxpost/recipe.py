@@ -198,7 +198,8 @@ def _merge(base: Mapping, changes: Mapping, extra: tuple, place: str, defaults: 
         elif key not in base:
             raise UserError(f"{place}: unknown key {key!r}.{_moved(key, value) or hint(key, base)}")
         elif isinstance(base[key], Mapping) and base[key] and not _replaces(key, value):
-            merged[key] = _merge(base[key], value, (), f"{place}.{key}", defaults.get(key, {}))
+            inner = defaults.get(key, {})  # no dict where a function's keywords take the place of a text
+            merged[key] = _merge(base[key], value, (), f"{place}.{key}", inner if isinstance(inner, Mapping) else {})
         else:
             if key in defaults:
                 check(key, defaults[key], value, place)

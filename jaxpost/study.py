@@ -38,7 +38,7 @@ def score(file: str, workdir=None) -> dict:
     Raises UserError where the file is not committed as it is, and where an arm fails.
     """
     study, commit = _study(file), results.commit_of(file)
-    runs = Runs(workdir or _workdir(file, study), results.recipes(file, study))
+    runs = _runs(file, study, workdir)
     chosen, tuning = tuned(study, runs)
     rows = {arm: {seed: runs.run(arm, seed, chosen[arm]) for seed in study.seeds} for arm in study.arms}
     seconds = sum(row.seconds for row in runs.rows.values())
@@ -56,7 +56,7 @@ def score(file: str, workdir=None) -> dict:
 def pilot(file: str, workdir=None) -> dict[str, list[Row]]:
     """{arm: its runs on the tuning seed, with each combination of what is tuned}. Nothing is scored, and no claim looked at."""
     study = _study(file)
-    runs = Runs(workdir or _workdir(file, study), results.recipes(file, study))
+    runs = _runs(file, study, workdir)
     trials = {arm: [runs.run(arm, study.tuning_seed, changes) for changes in grid(study.tune).values()] for arm in study.arms}
     for arm, rows in trials.items():
         for row in rows:
@@ -99,8 +99,10 @@ def _study(file: str) -> Study:
     return study
 
 
-def _workdir(file: str, study: Study) -> str:
-    return str(cloud.cache_folder() / "studies" / f"{Path(file).stem}-{results.fixed(file, study)}")
+def _runs(file: str, study: Study, workdir) -> Runs:
+    """The runs of a study; a pilot's are those that scoring tunes by, whatever is claimed."""
+    folder = workdir or str(cloud.cache_folder() / "studies" / Path(file).stem)
+    return Runs(folder, results.recipes(file, study), results.code_of_runs(file))
 
 
 def _machine() -> str:

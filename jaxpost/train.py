@@ -16,12 +16,15 @@ import copy
 import json
 import os
 import sys
+import time
 import types
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 from absl import flags
 from etils import epath
+from ml_collections import ConfigDict
 
 from jaxpost import recipe, sharding
 from jaxpost.config import cli, resolve
@@ -38,6 +41,7 @@ from jaxpost.storage.artefacts import key
 from jaxpost.storage.host import CONTINUES, check_writable, disk_errors
 
 FEW = 20  # steps; where epochs give fewer, a message says why
+TURN = 2.0  # seconds between two looks whether another process has left a model's workdir
 # What a stage does: a module with `planned`, which checks it, `output`, what later ones are told of it, and `make`.
 DO = {
     "train": train,
@@ -117,17 +121,20 @@ def _named(name: str, stages: list[tuple]) -> Iterator[None]:
 
 
 def _with_recipes(config):
-    """The config with a finished run's workdir in place of each model (of `model` and `of`) that is named as a recipe, which is
-    run if need be.
+    """The config with a finished run's workdir in place of each model (of `model`, its parts, and `of`) that is named as a
+    recipe, which is run if need be.
     """
     changed = copy.deepcopy(config)
     for settings in (changed, *(changed[name] for name in config.stages if name in changed)):
         with settings.unlocked(), settings.ignore_type():
             if _is_recipe(settings.get("model")):
                 settings.model = _of_recipe(settings.model.removeprefix("recipe:"), config)
-            if any(map(_is_recipe, of := settings.get("of", ()))):
-                workdirs = {x: _of_recipe(x.removeprefix("recipe:"), config) for x in of if _is_recipe(x)}
-                settings.of = tuple(workdirs.get(x, x) for x in of)
+            entry = settings.get("model")
+            for naming in (settings, entry if isinstance(entry, ConfigDict) else {}):
+                of = naming.get("of", ())
+                names = {x: _of_recipe(x.removeprefix("recipe:"), config) for x in np.ravel(of).tolist() if _is_recipe(x)}
+                if names:
+                    naming["of"] = names[of] if isinstance(of, str) else tuple(names.get(x, x) for x in of)
     return changed
 
 
@@ -142,12 +149,38 @@ def _of_recipe(path: str, config) -> str:
     path, artefacts = path.replace("{seed}", str(config.seed)), config.artefacts
     config = recipe.opened(path)
     root = cloud.path(artefacts) if artefacts else cloud.cache_folder()
-    # The folder that relative names are looked for in decides the run too.
-    workdir = root / "recipes" / key({"config": json.loads(config.to_json()), "folder": os.getcwd()})
+    settings = json.loads(config.to_json())
+    # Where a setting names a file of the current folder, that folder decides the run too.
+    folder = os.getcwd() if any(map(_is_relative, recipe.flat(settings).values())) else ""
+    workdir = root / "recipes" / key({"config": settings, "folder": folder})
     if jax.process_index() == 0:
         print(f"model recipe:{path}: {workdir}", file=sys.stderr)
-    run(config, workdir)
+    _run_in_turn(config, workdir)
     return str(workdir)
+
+
+def _run_in_turn(config, workdir: epath.Path) -> None:
+    """Runs a recipe, or finds it done, when no other process is at work in its workdir, as several studies of one model are."""
+    waits = False
+    while True:
+        try:
+            run(config, workdir)
+            return
+        except lock.Occupied as error:
+            if jax.process_count() > 1:  # the others would not know
+                raise
+            if not waits:
+                print(f"waiting for the model of a recipe: {error}", file=sys.stderr)
+            waits = True
+            time.sleep(TURN)
+
+
+def _is_relative(value) -> bool:
+    """Whether a setting's value, or one of its list, names a file of the current folder."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_relative, value))
+    path = value.removeprefix("recipe:").partition(":")[0].partition("=")[0] if isinstance(value, str) else ""
+    return bool(path) and len(path) < 256 and not os.path.isabs(path) and os.path.exists(path)
 
 
 def _claim(workdir: epath.Path, config, stages: list[tuple]) -> None:

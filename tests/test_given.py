@@ -21,6 +21,7 @@ from test_rollout_runs import moved, planned, scored
 from jaxpost import recipe, sharding, train
 from jaxpost.errors import UserError
 from jaxpost.rollouts import advantages, given, steps
+from jaxpost.stages import rollouts as stage_rollouts
 
 ALL = COUNT * GROUP
 
@@ -111,9 +112,9 @@ def test_a_share_of_a_demonstration_anneals():
 def test_all_completions_of_a_prompt_begin_alike_and_progress_is_that_of_the_stage(monkeypatch):
     seen = []
 
-    def asked(record, ids, *, progress, key):
+    def asked(record, ids, *, progress, key, group):
         seen.append((record["number"], progress, key.tolist()))
-        return ids[:1]
+        return [ids[:1]] * group
 
     made = rollouts(monkeypatch, given=asked, demonstration=scripted.demonstration, gives=True)
     batch = made(state(step=0))
@@ -128,6 +129,15 @@ def test_all_completions_of_a_prompt_begin_alike_and_progress_is_that_of_the_sta
     assert made.metrics["completions/given_ratio"] == shown.sum() / (shown | drawn).sum()
     assert made.metrics["completions/mean_length"] == drawn.sum() / ROWS
     assert {row["given"] for row in made.rows} == {"7"} and all(row["completion"].startswith("7") for row in made.rows)
+
+
+def test_a_hint_may_differ_within_a_group(tmp_path):
+    ids, about = np.arange(4), {"progress": 0.0, "key": np.zeros(2, np.uint32), "group": 3}
+    (tmp_path / "mine.py").write_text("def first(record, ids, *, member):\n    return ids[:2] if member == 0 else ids[:0]\n")
+    mine = stage_rollouts._given(f"{tmp_path}/mine.py:first")
+    assert [x.tolist() for x in mine({}, ids, **about)] == [[0, 1], [], []]
+    alike = stage_rollouts._given({"name": "share", "start": 1.0, "end": 1.0})({}, ids, **about)
+    assert [x.tolist() for x in alike] == [[0, 1, 2, 3]] * 3
 
 
 # ------------------------------------------------------------------------------------------------------------ Exchange

@@ -18,7 +18,7 @@ from jaxpost.errors import UserError
 from jaxpost.stages import annotate, evaluate, records
 from jaxpost.stages import train as stage_train
 from jaxpost.stages.run import Output, Run
-from jaxpost.storage import artefacts, checkpoint
+from jaxpost.storage import artefacts, checkpoint, lock
 
 MODEL = {"model_type": "llama"}
 
@@ -107,6 +107,17 @@ def test_a_recipe_for_a_model_leaves_the_stages_alone_that_are_not_run(monkeypat
     merged = {"do": "merge", "with": "arithmetic.linear", "of": ("FOLDER", "recipe:r.py")}
     changed = train._with_recipes(recipe.make(stages=("m",), m=merged))
     assert changed.m.of == ("FOLDER", "ran r.py")
+    fused = {"name": "fused", "of": ["FOLDER", "recipe:r.py:x"], "mix": "r.py:mix"}
+    changed = train._with_recipes(
+        recipe.make(stages=("e",), model=fused, e={"model": {"name": "patched", "of": "recipe:r.py"}})
+    )
+    assert tuple(changed.model.of) == ("FOLDER", "ran r.py:x") and changed.e.model.of == "ran r.py"
+
+
+def test_keywords_inside_of_a_model_can_be_changed():
+    model = {"name": "fused", "of": ["FOLDER"], "mix": {"name": "r.py:mix", "most": 1.0}}
+    changed = recipe.opened(recipe.make(model=model), model={"mix": {"most": 2.0}}).model
+    assert changed.mix.to_dict() == {"name": "r.py:mix", "most": 2.0} and changed.name == "fused"
 
 
 def test_a_recipe_of_a_model_may_take_the_seed(tmp_path, monkeypatch):
@@ -118,6 +129,36 @@ def test_a_recipe_of_a_model_may_take_the_seed(tmp_path, monkeypatch):
     named = {"model": f"recipe:{tmp_path}/r.py:{{seed}}", "artefacts": str(tmp_path)}
     workdirs = [train._with_recipes(recipe.make(seed=seed, **named)).model for seed in (3, 4, 3)]
     assert seeds == [3, 4, 3] and workdirs[0] == workdirs[2] != workdirs[1]
+
+
+def test_a_recipe_of_a_model_waits_for_another_process_that_is_at_it(tmp_path, monkeypatch, capsys):
+    (tmp_path / "r.py").write_text("from jaxpost import recipe\n\n\ndef get_config(arg=''):\n    return recipe.make(steps=1)\n")
+    calls = []
+
+    def run(config, workdir):
+        calls.append(workdir)
+        if len(calls) < 3:
+            raise lock.Occupied("another run is at work here: process 7")
+
+    monkeypatch.setattr(train, "run", run)
+    monkeypatch.setattr(train, "TURN", 0.0)
+    train._with_recipes(recipe.make(model=f"recipe:{tmp_path}/r.py", artefacts=str(tmp_path)))
+    assert len(calls) == 3 and capsys.readouterr().err.count("process 7") == 1
+
+
+def test_a_recipe_of_a_model_belongs_to_a_folder_only_where_it_names_a_file_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "run", lambda config, workdir: None)
+    recipe_of = "from jaxpost import recipe\n\n\ndef get_config(arg):\n    return recipe.make(data=arg, steps=3)\n"
+    (tmp_path / "r.py").write_text(recipe_of)
+    found = {}
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rows.jsonl").touch()
+        monkeypatch.chdir(tmp_path / folder)
+        for data in ("rows.jsonl", str(tmp_path / "one" / "rows.jsonl")):
+            config = recipe.make(model=f"recipe:{tmp_path}/r.py:{data}", artefacts=str(tmp_path))
+            found[folder, data == "rows.jsonl"] = train._with_recipes(config).model
+    assert found["one", True] != found["two", True] and found["one", False] == found["two", False]
 
 
 def test_a_model_that_is_merged_is_named(tmp_path):

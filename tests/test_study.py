@@ -320,6 +320,25 @@ def test_results_belong_to_the_recipes_of_the_models_too(paper):
     assert results.fixed(file, results.study_of(file)) != before
 
 
+def test_a_run_is_made_again_where_its_code_or_its_model_changed_and_not_for_another_claim(paper):
+    file, calls = paper
+    start = Path(file).parent / "start.py"
+    start.write_text("from jaxpost import recipe\n\n\ndef get_config(arg=''):\n    return recipe.make(steps=3)\n")
+    text = PAPER.replace("recipe.make(task", f"recipe.make(model='recipe:{start}', task")
+
+    def runs_of(written):
+        Path(file).write_text(written)
+        before = len(calls)
+        study.pilot(file)
+        return len(calls) - before
+
+    first = runs_of(text)
+    assert first and not runs_of(text.replace("margin=0.1", "margin=0.2")) and not runs_of("# a comment\n" + text)
+    assert runs_of(text + "\n\ndef more():\n    return 1\n") == first
+    start.write_text(start.read_text().replace("steps=3", "steps=4"))
+    assert runs_of(text) == first
+
+
 def test_a_tuned_setting_that_an_arm_lacks_is_named_before_anything_runs(paper):
     file, calls = paper
     Path(file).write_text(PAPER.replace("optimizer.lr", "sft.optimizer.lr"))

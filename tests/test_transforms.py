@@ -17,6 +17,7 @@ from jaxpost.config.resolve import find, known, resolve
 from jaxpost.data import pack
 from jaxpost.data.transforms import apply, coreset, decontaminate, duplicates, order, select, weigh, words
 from jaxpost.errors import UserError
+from jaxpost.tasks import arithmetic
 
 KEY = apply.key_of(3)
 DATA = [{"prompt": f"p{i % 4}", "hard": (7 * i) % 10, "even": i % 2 == 0, "completion": "x"} for i in range(10)]
@@ -262,6 +263,17 @@ def test_a_selection_is_made_again_when_a_file_that_it_reads_has_changed(tmp_pat
         counts = [len(part.read_text().splitlines()) for part in (tmp_path / "w" / "rows").glob("*/part-*.jsonl")]
         assert left in counts
     assert sorted(counts) == [2, 3]
+
+
+def test_a_selection_takes_a_tasks_demonstrations(tmp_path):
+    task = {"name": "arithmetic", "examples": 20, "corrupt": 0.0}
+    half = {"do": "select", "task": task, "with": {"name": "select.random", "keep": 0.5}}
+    jaxpost.train(recipe.make(stages=("half",), half=half), tmp_path)
+    rows = [json.loads(line) for part in tmp_path.glob("rows/*/part-*.jsonl") for line in part.read_text().splitlines()]
+    shown = [arithmetic.conversation(i, corrupt=0.0)["messages"] for i in range(20)]
+    assert len(rows) == 10 and all(row["messages"] in shown for row in rows)
+    with pytest.raises(UserError, match="give files or an earlier stage's rows, as @NAME, to select from, or a task"):
+        jaxpost.train(recipe.make(stages=("half",), half=half | {"task": ""}), tmp_path / "none")
 
 
 # ---- an order of batches

@@ -40,9 +40,9 @@ def get_config(arg="lines"):
     arm, _, seed = arg.partition("-")
     if arm == "tuned":
         task = {"name": "languages", "words": 40, "examples": 8000}
-        trained = {"window": 96, "batch_size": 16, "steps": 250, "optimizer": {"lr": 5e-4, "warmup": 20}}
+        trained = {"window": 96, "batch_size": 16, "steps": 250, "optimizer": {"lr": 2e-3, "warmup": 20}}
         return recipe.make(model=BASE, task=task, objective="sft.nll", seed=int(seed), rollouts=SAMPLED, **trained)
-    tested = {"name": "accuracy", "task": "playgrounds", "per_cell": 100, "new": SAMPLED["new"]}
+    tested = {"name": "accuracy", "task": "playgrounds", "per_cell": 60, "new": SAMPLED["new"]}
     return recipe.make(
         stages=("merged", "figures"),
         merged={

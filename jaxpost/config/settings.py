@@ -35,7 +35,7 @@ DEFAULTS = {
     "artefacts": "",
     # The model: a folder with config.json and safetensors, a workdir, a name on the hub, the fields of a config.json to start
     # from scratch, "@NAME" of an earlier stage, or "recipe:PATH[:ARG]", a recipe that is run on first use and kept; {seed} in
-    # it is this recipe's seed.
+    # it is this recipe's seed. Under `of`, a model that is made of others takes recipes too.
     "model": "",
     "tokenizer": "",  # a folder, or a function's name (tasks.arithmetic.tokenizer); "" is the model folder's own
     # Of the computation: float32 or bfloat16; parameters and optimizer are float32. Products of float32 are as exact as jax's

@@ -70,7 +70,7 @@ _READ = {
         *_of_rollouts("group", "new", "temperature", "top_p", "stop", "failures"),
     ),
     "annotate": (*_MODEL, *_ENCODED, "task", "with", "batch_size"),
-    "select": ("artefacts", "seed", "data", "bad_rows", "annotations", "with"),
+    "select": ("artefacts", "seed", "data", "bad_rows", "task", "split_seed", "annotations", "with"),
     "merge": ("with", "of", "seed", "tokenizer", "dtype", "template", "template_options"),
     "evaluate": (*_MODEL, "evals"),
 }

@@ -1,11 +1,12 @@
 """The first tokens of completions, given by somebody else than the policy: `rollouts.given` names a function of
 
-    (record, demonstration [n] int32, *, progress, key, its settings) -> [m] int32
+    (record, demonstration [n] int32, *, progress, key, member, its settings) -> [m] int32
 
-which is called for each prompt that is asked, and gives what all completions of its group begin with, maybe nothing. record:
-the problem's; demonstration: the ids of the task's answer to it; progress: the share of the stage's steps that are done, in
-[0,1); key: uint32 [2], of the prompt and of how many times completions were sampled (np.random.default_rng(key) takes it). A
-function that has no use for progress or key leaves them out of its signature.
+which is called for each completion that is asked, and gives what it begins with, maybe nothing. record: the problem's;
+demonstration: the ids of the task's answer to it; progress: the share of the stage's steps that are done, in [0,1); key: uint32
+[2], of the prompt and of how many times completions were sampled, the same in a group (np.random.default_rng(key) takes it);
+member: which of its group the completion is, from 0. A function that has no use for progress, key or member leaves them out of
+its signature; without `member` all completions of a group begin alike.
 
 Given tokens are decoded one a turn behind the prompt, which is read once for its group. They are in no policy mask and count in
 no denominator of rollouts; the column `demonstrations` marks them, for an objective that imitates (the term `sft`).

@@ -230,14 +230,14 @@ class Rollouts:
         return problems
 
     def _given(self, problems: Mapping[int, tuple]) -> list[np.ndarray]:
-        """The first tokens of each completion, the same for a group."""
+        """The first tokens of each completion."""
         c, takes = self.config, {}
         takes["progress"] = min(int(self.state.step) / max(c.length, 1), 1.0)
         prefixes = []
         for number, (record, _) in problems.items():
             key = np.random.SeedSequence((c.seed, self.calls, number)).generate_state(2)
-            ids = c.given(record, self.demonstration(number), key=key, **takes)
-            prefixes += [np.asarray(ids, np.int32)] * c.rows.group
+            group = c.given(record, self.demonstration(number), key=key, group=c.rows.group, **takes)
+            prefixes += [np.asarray(ids, np.int32) for ids in group]
         return prefixes
 
     def demonstration(self, number: int) -> np.ndarray:

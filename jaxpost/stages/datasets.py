@@ -59,7 +59,7 @@ def template(spec, s) -> str:
 
 def read(task, spec, s, objective: Callable) -> list[Set]:
     """The data sets of a stage, those that are held out last. task: a module, or None; spec: loading.ModelSpec."""
-    parts = _sources(task, s)
+    parts = sources(task, s)
     # On the command line every share is a float, a number of examples too.
     wanted = 0 if s.eval_data else int(s.held_out) if s.held_out == int(s.held_out) > 0 else float(s.held_out)
     _, others = source.split(sum(len(part.records) for part in parts), wanted, s.split_seed)
@@ -152,7 +152,7 @@ def check(rows: Sequence[dict], spec, s, objective: Callable) -> None:
     encoding.encode_all(records, spec.tokenizer, template(spec, s), s.train_on, **_options(spec, s, objective, records))
 
 
-def _sources(task, s) -> list[mixture.Part]:
+def sources(task, s) -> list[mixture.Part]:
     """What the settings' data names, or else the task's demonstrations."""
     if s.bad_rows not in encoding.BAD_ROWS:
         raise UserError(f"config.bad_rows: {s.bad_rows!r} is neither {' nor '.join(map(repr, encoding.BAD_ROWS))}.")

@@ -149,14 +149,22 @@ def _named(step: Callable) -> str:
 
 
 def _given(entry: Mapping | str) -> Callable | None:
-    """The function of `config.rollouts.given`, which takes what it has keywords for of progress and key."""
+    """The function of `config.rollouts.given`, which takes what it has keywords for of progress, key and member, as one that
+    gives the beginnings of a whole group.
+    """
     if not (entry := entry_of(plain(entry), "config.rollouts.given")):
         return None
     entry = within(entry, "given")
     takes = inspect.signature(find(entry["name"], "rollouts")).parameters
-    passed = {k: None for k in ("progress", "key") if k in takes}
+    passed = {k: None for k in ("progress", "key", "member") if k in takes}
     bound = resolve({**entry, **passed}, "rollouts")
-    return lambda record, ids, **about: bound(record, ids, **{k: about[k] for k in passed})
+
+    def beginnings(record, ids, *, group: int, **about) -> list:
+        members = range(group if "member" in passed else 1)
+        each = [bound(record, ids, **{k: ({**about, "member": member})[k] for k in passed}) for member in members]
+        return each if "member" in passed else each * group
+
+    return beginnings
 
 
 def _advantages(entry: Mapping | str, own: Mapping | str) -> Callable:

@@ -1,4 +1,4 @@
-"""A stage that selects: rows of earlier ones or of files, by a transform (data/transforms/).
+"""A stage that selects: rows of earlier ones or of files, or a task's demonstrations, by a transform (data/transforms/).
 
     chosen={"do": "select", "data": "@drawn", "with": {"name": "select.top", "column": "score", "keep": 0.5}}
 
@@ -21,7 +21,7 @@ from jaxpost.data import mixture
 from jaxpost.data.transforms import apply
 from jaxpost.errors import UserError
 from jaxpost.recipe import plain
-from jaxpost.stages import annotations, columns
+from jaxpost.stages import annotations, columns, datasets, tasks
 from jaxpost.stages.run import Output, Run
 from jaxpost.storage.artefacts import Artefact
 
@@ -38,8 +38,8 @@ class Selection(NamedTuple):
 
 def planned(name: str, s, run: Run) -> Selection:
     """Reads the rows and resolves the transform. Raises UserError for either."""
-    if not s.data:
-        raise UserError(f"config.{name}.data: give files or an earlier stage's rows, as @NAME, to select from.")
+    if not s.data and not s.task:
+        raise UserError(f"config.{name}.data: give files or an earlier stage's rows, as @NAME, to select from, or a task.")
     if not isinstance(s.annotations, str):
         raise UserError(f"config.{name}.annotations: name stages that annotate, as '@NAME', or folders of columns.")
     function = resolve(plain(s["with"]), "transforms")
@@ -102,7 +102,8 @@ def _columns(s, run: Run, rows: list[dict], digest: str) -> dict[str, np.ndarray
 
 
 def _rows(s, run: Run) -> list[dict]:
-    parts = mixture.read(plain(run.without_pending(s).data), "data", s.bad_rows == "skip")
+    s = run.without_pending(s)
+    parts = datasets.sources(None if s.data else tasks.opened(plain(s.task)), s)
     if any(part.weight is not None for part in parts):
         raise UserError("config.data: a selection takes every row once; leave the weights out.")
     return [dict(record.row) for part in parts for record in part.records]

@@ -38,9 +38,15 @@ BEAT, WATCH, OLD = 20.0, 90.0, 900.0  # seconds
 _HELD: dict[str, Any] = {}  # the locks of this process, which the kernel would grant it a second time
 
 
+class Occupied(UserError):
+    """Another process holds the lock."""
+
+
 @contextlib.contextmanager
 def held(workdir: epath.Path) -> Iterator[None]:
-    """Locks a workdir for the length of the block; creates it if needed. Raises UserError if another run holds it."""
+    """Locks a workdir for the length of the block; creates it if needed. Raises Occupied if another process holds it,
+    and UserError if this one does.
+    """
     if jax.process_index() != 0:
         yield
         return
@@ -71,13 +77,13 @@ def _description() -> str:
     return json.dumps(where | {"id": uuid.uuid4().hex})
 
 
-def _refusal(workdir, content: str) -> UserError:
+def _refusal(workdir, content: str, kind: type[UserError] = Occupied) -> UserError:
     try:
         holder = json.loads(content)
         who = f"process {holder['process']} on {holder['host']}, since {holder['since']} ({holder['command']})"
     except (ValueError, KeyError, TypeError):  # just locked and not written yet
         who = "another process"
-    return UserError(f"{workdir}: another run is at work here: {who}. Wait for it, stop it, or use another --workdir.")
+    return kind(f"{workdir}: another run is at work here: {who}. Wait for it, stop it, or use another --workdir.")
 
 
 class _File:
@@ -89,7 +95,7 @@ class _File:
         workdir.mkdir(parents=True, exist_ok=True)
         self.name = os.path.realpath(workdir)
         if self.name in _HELD:
-            raise _refusal(workdir, _HELD[self.name].description)
+            raise _refusal(workdir, _HELD[self.name].description, UserError)
         self.path, self.description = os.path.join(self.name, NAME), _description()
         while not self._locked(workdir):
             pass
@@ -136,7 +142,7 @@ class _Object:
 
         self.name, self.lost, self.description = str(workdir), False, _description()
         if self.name in _HELD:
-            raise _refusal(workdir, _HELD[self.name].description)
+            raise _refusal(workdir, _HELD[self.name].description, UserError)
         self.refused = (exceptions.PreconditionFailed, exceptions.NotFound)
         bucket, _, folder = self.name.removeprefix("gs://").partition("/")
         self.blob = storage.Client().bucket(bucket).blob(f"{folder}/{NAME}")

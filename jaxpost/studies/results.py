@@ -30,7 +30,7 @@ from jaxpost.errors import UserError
 from jaxpost.reporting.writers import replace
 from jaxpost.storage.host import read_object
 from jaxpost.studies.claims import Line, Study, judge
-from jaxpost.studies.runs import Row, changed, difference, grid
+from jaxpost.studies.runs import Row, changed, difference, grid, models_of
 
 RESULTS = "results"
 
@@ -68,20 +68,10 @@ def fixed(file: str, study: Study) -> str:
     """
     folder = str(Path(file).resolve().parent)
     arms = {arm: difference(config) for arm, config in recipes(file, study).items()}
-    models = {path: settings for arm in arms.values() for path, settings in _models(arm).items()}
+    models = {path: settings for arm in arms.values() for path, settings in models_of(arm).items()}
     about = {"study": dataclasses.asdict(study), "arms": arms, "models": models, "code": _code(Path(file).read_text())}
     text = json.dumps(about, sort_keys=True, default=str).replace(json.dumps(folder)[1:-1], "")  # of names of its own functions
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _models(settings: Mapping[str, Any]) -> dict[str, dict]:
-    """{path: what the recipe there changes} of the recipes that settings name as models, and of those that these name."""
-    values = [each for value in settings.values() for each in (value if isinstance(value, (list, tuple)) else [value])]
-    models: dict[str, dict] = {}
-    for path in (value.removeprefix("recipe:") for value in values if isinstance(value, str) and value.startswith("recipe:")):
-        models[path] = difference(recipe.opened(path.replace("{seed}", "0")))
-        models |= _models(models[path])
-    return models
 
 
 def _code(source: str) -> str:
@@ -89,6 +79,13 @@ def _code(source: str) -> str:
     skipped = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING)
     tokens = [t.string for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type not in skipped]
     return " ".join(tokens[1:] if ast.get_docstring(ast.parse(source)) else tokens)
+
+
+def code_of_runs(file: str) -> str:
+    """A file's code without its docstring, comments and STUDY: what its runs depend on besides their recipes."""
+    module = ast.parse(Path(file).read_text())
+    kept = [node for node in module.body if "STUDY" not in [getattr(t, "id", "") for t in getattr(node, "targets", ())]]
+    return ast.dump(ast.Module(kept[1:] if ast.get_docstring(module) else kept, []))
 
 
 def commit_of(file: str) -> str:

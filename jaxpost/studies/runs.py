@@ -3,9 +3,9 @@
     WORKDIR/table.jsonl          a line for each run that is done: its arm, seed, settings, figures, and what it spent
             runs/<arm>-<seed>-<key>/    its workdir, with log.txt
 
-A run's key is a digest of its recipe, so the same runs are found again: a process that is killed goes on with the run that it
-was at, and a run whose settings changed is another. Rows, columns, figures and the models of recipes lie in jaxpost's
-cache folder, where all studies share them.
+A run's key is a digest of its recipe, of those of the models that it names, and of a study's code. So the same runs are found
+again: a process that is killed goes on with the run that it was at, and a run whose settings changed is another. Rows, columns,
+figures and the models of recipes lie in jaxpost's cache folder, where all studies share them.
 """
 
 import contextlib
@@ -43,10 +43,10 @@ class Row(NamedTuple):
 
 
 class Runs:
-    """The runs of a study or of a sweep. recipes: {arm: ConfigDict}."""
+    """The runs of a study or of a sweep. recipes: {arm: ConfigDict}; code: what else runs depend on."""
 
-    def __init__(self, workdir, recipes: Mapping[str, ConfigDict]):
-        self.workdir, self.recipes = cloud.path(workdir), recipes
+    def __init__(self, workdir, recipes: Mapping[str, ConfigDict], code: str = ""):
+        self.workdir, self.recipes, self.code = cloud.path(workdir), recipes, code
         self.workdir.mkdir(parents=True, exist_ok=True)
         lines = (self.workdir / TABLE).read_text().splitlines() if (self.workdir / TABLE).exists() else []
         self.rows = {row.pop("key"): Row(**row) for row in map(json.loads, lines)}
@@ -57,7 +57,8 @@ class Runs:
         config = changed(self.recipes[arm], {**changes, "seed": seed}, arm)
         if not config.artefacts:
             config.artefacts = str(cloud.cache_folder())  # so that all studies share the models of recipes too
-        key = artefacts.key({"config": difference(config)})
+        settings = difference(config)
+        key = artefacts.key({"config": settings, "models": models_of(settings), "code": self.code})
         if (row := self.rows.get(key)) is None:
             name = re.sub(r"[^\w.=-]+", "_", arm)
             folder = self.workdir / "runs" / f"{name}-{seed}-{key}"
@@ -96,6 +97,16 @@ def difference(config: ConfigDict) -> dict[str, Any]:
         for k, v in settings.items()
         if k != "artefacts" and (k.startswith(inside) or k not in defaults or v != defaults[k])
     }
+
+
+def models_of(settings: Mapping[str, Any]) -> dict[str, dict]:
+    """{path: what the recipe there changes} of the recipes that settings name as models, and of those that these name."""
+    values = [each for value in settings.values() for each in (value if isinstance(value, (list, tuple)) else [value])]
+    models: dict[str, dict] = {}
+    for path in (value.removeprefix("recipe:") for value in values if isinstance(value, str) and value.startswith("recipe:")):
+        models[path] = difference(recipe.opened(path.replace("{seed}", "0")))
+        models |= models_of(models[path])
+    return models
 
 
 def _run(config: ConfigDict, folder: epath.Path, title: str) -> tuple[dict, dict, float]:
