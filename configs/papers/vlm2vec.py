@@ -1,15 +1,16 @@
 """VLM2Vec: Training Vision-Language Models for Massive Multimodal Embedding Tasks.
 
-    L = -log exp(q.p / t) / sum_p' exp(q.p' / t)    q the embedding of an instruction and a query, p' all targets of the batch
+    L = -log exp(q.p / t) / sum_p' exp(q.p' / t)    q the embedding of an instruction and a query, p' the targets of the batch
 
-Claim: the instruction in front of a query says which of several targets is wanted, and a batch of sub-batches, each of one data
-set, gives better embeddings than the same rows mixed, since targets of the same data set are harder negatives. The nearest
-relative is DPR, which has neither.
+Claim: the instruction in front of a query tells which target is wanted, and a batch made of sub-batches, each of one data set,
+gives better embeddings than the same rows mixed, since targets of the same data set are harder negatives. The nearest relative
+is DPR, which has neither.
 
-A query is a text with three facts on somebody of `world`. The instruction wants somebody who shares the town, trade, skill,
-employer or event: five data sets over the same texts. People of another country are tested, and the figure is the share of
-queries whose closest text has the wanted fact. Left out: images, LoRA, mined hard negatives. DRAFT: never run to the end, and
-margins, steps and learning rates are guesses that no pilot has looked at.
+A query states two facts on somebody of `world`. The instruction wants somebody else of the same town, trade, skill, employer or
+event: five data sets over the same queries. A target states one fact. The figure is the share of queries whose closest sentence,
+of 1000 in a country that training never saw, states the wanted fact of somebody else. Without the instruction either fact may be
+the wanted one, so about half is the most. Left out: images, LoRA, mined negatives, batches of 1024 (here 32, in sub-batches of
+16). All arms take as many steps; `uninstructed` reads fewer tokens. About 7 minutes.
 """
 
 from types import SimpleNamespace
@@ -31,12 +32,12 @@ STUDY = Study(
     tune={"optimizer.lr": (5e-4, 1e-3, 2e-3)},
 )
 KINDS = {"town": "home", "trade": "trade", "skill": "skill", "employer": "employer", "event": "adventure"}
-BATCH, STEPS = 32, 200
+BATCH, STEPS = 32, 120
 
 
 def instruction(kind: str) -> str:
     """What stands in front of a query of a data set."""
-    return f"Find somebody of the same {KINDS[kind]}.\nQuery: "
+    return f"Find the same {KINDS[kind]}: "
 
 
 def text(country, name: str, kinds, seed: int) -> str:
@@ -46,20 +47,21 @@ def text(country, name: str, kinds, seed: int) -> str:
 
 
 def drawn(country, kind: str, index: int) -> list[tuple[str, list[str]]]:
-    """[(name, kinds of facts)] of a query and of a target with the same fact of this kind."""
+    """[(name, kinds of facts)] of a query, and of a target that states the same fact of this kind."""
     random = np.random.default_rng([index, list(KINDS).index(kind)])
     first, *people = (str(name) for name in random.permutation(country.people))
     target = next(name for name in people if country.facts(name)[kind] == country.facts(first)[kind])
     others = [one for one in KINDS if one != kind]
-    chosen = (random.permutation([kind, *random.permutation(others)[:2]]) for _ in range(2))
-    return [(name, [str(one) for one in kinds]) for name, kinds in zip((first, target), chosen, strict=True)]
+    asked = random.permutation([kind, random.choice(others)])
+    return [(first, [str(one) for one in asked]), (target, [kind])]
 
 
 def make(*, instructed: bool = True, people: int = 200):
-    """Lists for training: a query, and a target that states the wanted fact."""
-    country = world.make(people=people)
+    """Lists for training: a query of two facts, and a target that states the wanted one of somebody else."""
+    countries = [world.make(people=people, country=number) for number in (0, *range(2, 9))]
 
     def conversation(index, *, seed=0):
+        country = countries[index // len(KINDS) % len(countries)]
         kind = list(KINDS)[index % len(KINDS)]
         query, target = drawn(country, kind, index)
         wanted = f"{kind} {country.facts(query[0])[kind]}"
@@ -82,23 +84,22 @@ def sub_batches(rows, columns, key, *, size: int):
 
 
 def first(model, *, per_cell: int = 100, people: int = 200, instructed: bool = True, rows: int = 64):
-    """(first: the share of queries whose closest text states the wanted fact, and that of each kind)."""
+    """first: the share of queries whose closest sentence states the wanted fact; and that of each kind."""
     country = world.make(people=people, country=1)
     texts, facts = [], []
     for i, name in enumerate(country.people):
-        kinds = [str(kind) for kind in np.random.default_rng([i, 9]).permutation(list(KINDS))]
-        for part in (kinds[:3], kinds[3:] + kinds[:1]):
-            texts.append(text(country, name, part, i))
-            facts.append((name, {(kind, country.facts(name)[kind]) for kind in part}))
+        for kind in KINDS:
+            texts.append(text(country, name, [kind], i))
+            facts.append((name, kind, country.facts(name)[kind]))
     passages = model.embed(texts, rows=rows)
     means = []
     for kind in KINDS:
         queries = [drawn(country, kind, i)[0] for i in range(per_cell)]
-        asked = model.embed([instruction(kind) * instructed + text(country, *q, 1) for q in queries], rows=rows)
+        asked = [instruction(kind) * instructed + text(country, *query, i) for i, query in enumerate(queries)]
         right = []
-        for (name, _), order in zip(queries, nearest(asked, passages, 12)[1], strict=True):
+        for (name, _), order in zip(queries, nearest(model.embed(asked, rows=rows), passages, 12)[1], strict=True):
             best = next(i for i in order if facts[i][0] != name)
-            right.append((kind, country.facts(name)[kind]) in facts[best][1])
+            right.append(facts[best][1:] == (kind, country.facts(name)[kind]))
         means.append(np.mean(right))
         yield kind, float(means[-1])
     yield "first", float(np.mean(means))
@@ -112,9 +113,9 @@ def get_config(arg="vlm2vec"):
         objective={"name": "contrastive.info_nce", "temperature": 0.05},
         evals={"wanted": {"name": f"{__file__}:first", "instructed": arg != "uninstructed"}},
         packing=False,
-        window=80,
+        window=48,
         batch_size=BATCH,
         steps=STEPS,
-        remat="dots",
-        optimizer={"lr": 1e-3, "schedule": "cosine", "warmup": 20, "b2": 0.98},
+        log_every=10,
+        optimizer={"lr": 1e-3, "schedule": "cosine", "warmup": 10, "b2": 0.98},
     )
