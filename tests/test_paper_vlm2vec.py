@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxpost.config import resolve
+from jaxpost.step import gradients
 from jaxpost.tasks import world
+from jaxpost.types import Head, Output
 
 PAPER = str(Path(__file__).parent.parent / "configs" / "papers" / "vlm2vec.py")
 paper = resolve.find(f"{PAPER}:get_config", "configs").__globals__
@@ -39,6 +43,41 @@ def test_sub_batches_are_of_one_kind_and_lose_no_row():
     assert not np.array_equal(*orders)
     mixed = paper["sub_batches"](rows, {}, np.array([0, 1], np.uint32), size=1).reshape(-1, 7)
     assert sorted(mixed.ravel()) == list(range(203)) and all(len({rows[i]["kind"] for i in piece}) > 1 for piece in mixed)
+
+
+def test_the_loss_and_its_gradient_by_hand():
+    # A row is a query and a target of one token each. Rows 0 and 3 want the same fact, so neither is a negative of the other.
+    ids = np.array([5, 6, 7, 5])
+    batch = {
+        "tokens": np.arange(8).reshape(4, 2),
+        "segments": np.tile([1, 2], (4, 1)),
+        "positions": np.zeros((4, 2), int),
+        "mask": np.ones((4, 2)),
+        "roles": np.tile([1, 2], (4, 1)),
+        "ids": np.stack([ids, ids], axis=1),
+    }
+    batch = {name: jnp.asarray(value, jnp.int32) for name, value in batch.items()}
+    table = np.random.default_rng(0).normal(size=(8, 3))
+    entry = paper["get_config"]().objective.to_dict()
+    method = resolve.resolve(entry, "objectives")
+    params = {"embed": jnp.asarray(table, jnp.float32)}
+
+    def forward(params, batch):
+        return Output(params["embed"][batch["tokens"]], Head(params["embed"]))
+
+    run = jax.jit(lambda params, batch: gradients(forward, method, params, {"embed": None}, batch, jax.random.PRNGKey(0)))
+    loss, gradient, _ = run(params, batch)
+    norms = np.linalg.norm(table, axis=1, keepdims=True)
+    unit = table / norms
+    q, p = unit[::2], unit[1::2]
+    scores = np.where((ids[:, None] == ids) & ~np.eye(4, dtype=bool), -np.inf, q @ p.T / entry["temperature"])
+    chances = np.exp(scores - scores.max(1, keepdims=True))
+    chances /= chances.sum(1, keepdims=True)
+    assert loss == pytest.approx(-np.log(np.diag(chances)).mean(), rel=1e-5)
+    by_score = (chances - np.eye(4)) / 4 / entry["temperature"]
+    by_unit = np.stack([by_score @ p, by_score.T @ q], axis=1).reshape(8, 3)
+    expected = (by_unit - unit * (by_unit * unit).sum(1, keepdims=True)) / norms
+    np.testing.assert_allclose(gradient["embed"], expected, rtol=1e-4, atol=1e-5)
 
 
 class Reader:

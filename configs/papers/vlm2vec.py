@@ -7,10 +7,9 @@ gives better embeddings than the same rows mixed, since targets of the same data
 is DPR, which has neither.
 
 A query states two facts on somebody of `world`. The instruction wants somebody else of the same town, trade, skill, employer or
-event: five data sets over the same queries. A target states one fact. The figure is the share of queries whose closest sentence,
-of 1000 in a country that training never saw, states the wanted fact of somebody else. Without the instruction either fact may be
-the wanted one, so about half is the most. Left out: images, LoRA, mined negatives, batches of 1024 (here 32, in sub-batches of
-16). All arms take as many steps; `uninstructed` reads fewer tokens. About 7 minutes.
+event: five data sets over the same queries. A target states one fact. The figure is the share of queries whose closest of 1000
+sentences, in a country that training never saw, states the wanted fact of somebody else. Without the instruction that is one of
+two, so half is the most. Left out: images, LoRA, mined negatives, large batches (here 32, in sub-batches of 16).
 """
 
 from types import SimpleNamespace
