@@ -5,11 +5,13 @@
 One completion of each group begins with the first part of the demonstration, which gets shorter as training goes on; the policy
 goes on from there, and the group's advantage A of that completion is the prefix tokens' too. Claim: with the same problems,
 demonstrations and number of tokens that beats reinforcement alone and imitation alone. HPT, its nearest relative, imitates
-whole demonstrations, and only where every completion fails; here a prefix is learned as far as it leads to a reward.
+whole demonstrations, and only where every completion fails; here a prefix is learned as far as it leads to a reward. HPT is
+scored on the same problems in hpt.py.
 
 The lock of hpt.py, with its start and its other arms. The prefix's share of the demonstration is drawn from [low, 0.95], and
-low falls from 0.95 to 0.05 by a cosine. Uncertain are the fifth of all prefix tokens with the highest entropy. Left out: the
-entropy bonus, and the bound on the ratio, which one step a batch never reaches.
+low falls from 0.95 to about 0.1 by a cosine, since the tokens are spent before its last steps. Uncertain are the fifth of all
+prefix tokens with the highest entropy. Left out: the entropy bonus, and the bound on the ratio, which one step a batch never
+reaches.
 """
 
 from functools import partial
@@ -30,7 +32,8 @@ STUDY = Study(
     metric="eval/accuracy",
     claims=(Claim("prefix_rft", over=("grpo", "sft"), margin=0.05),),
     family="objective",
-    tune={"optimizer.lr": (3e-4, 6e-4, 1e-3)},
+    seeds=(0, 1, 2, 3, 4),
+    tune={"optimizer.lr": (3e-4, 6e-4, 1e-3, 2e-3)},
 )
 
 
