@@ -3,8 +3,8 @@
     L = L_RL of a prompt's completions where one of them is right, L_SFT of the prompt's demonstration where none is
 
 Claim: with the same problems, demonstrations and number of tokens, imitating where every completion fails and reinforcing
-elsewhere beats reinforcement alone and imitation alone, sampled and greedy. Its nearest relative is `given="share"` (UFT), which
-shows the beginning of each demonstration in place of all of a few.
+elsewhere beats reinforcement alone and imitation alone, sampled and greedy. Its nearest relative is `given="share"` (UFT),
+which shows the beginning of each demonstration in place of all of a few.
 
 A combination lock of 2 to 5 letters, and 1,024 problems with a demonstration each, half of which have a wrong digit. All arms
 start from a model that knows what a code looks like and has imitated these demonstrations for 50 steps, so that chance opens
