@@ -118,6 +118,9 @@ def test_a_baseline_at_the_edge_of_the_range_shows_nothing():
     assert verdict(figures, Claim("method", over="base"))[0] == "no room"
     assert verdict(figures, Claim("method", over="base"), range=(0.0, 0.2))[0] == "shown"
     assert verdict(figures, Claim("method", over="base"), range=None)[0] == "shown"
+    cells = {arm: {s: {**one, f"{A}/new": one[A], C: one[A]} for s, one in each.items()} for arm, each in figures.items()}
+    assert verdict(cells, Claim("method", over="base", metric=f"{A}/new"))[0] == "no room"
+    assert verdict(cells, Claim("method", over="base", metric=C))[0] == "shown", "another figure has a range of its own"
 
 
 def test_unequal_budgets_get_no_verdict():
