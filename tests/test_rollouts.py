@@ -298,9 +298,9 @@ def same(one: list, other: list) -> None:
             np.testing.assert_array_equal(found[name], x, err_msg=name)
 
 
-def hinted(record, ids, *, progress, key):
-    """A beginning that depends on all that it may depend on."""
-    return ids[: (record["number"] + int(10 * progress) + int(key[0])) % 2]
+def hinted(record, ids, *, progress, key, group):
+    """Beginnings of a group that depend on all that they may depend on."""
+    return [ids[: (record["number"] + int(10 * progress) + int(key[0]) + member) % 2] for member in range(group)]
 
 
 EXCHANGED = [
