@@ -116,10 +116,10 @@ def test_a_task_takes_its_keys_from_the_config(tmp_path):
 def test_a_task_that_was_made_of_its_keys_gives_demonstrations(tmp_path):
     settings = recipe.make(task={"name": "gsm8k", "data": written(tmp_path, ROWS), "examples": 4}, split_seed=3)
     task = tasks.task(settings)
-    (part,) = datasets._sources(task, settings)
+    (part,) = datasets.sources(task, settings)
     assert [record.row for record in part.records] == [task.conversation(i, seed=3) for i in range(4)]
     settings = recipe.make(task={"name": "arithmetic", "corrupt": 0.0, "examples": 50})
-    (part,) = datasets._sources(tasks.task(settings), settings)
+    (part,) = datasets.sources(tasks.task(settings), settings)
     assert not any(record.row["corrupted"] for record in part.records)
 
 
