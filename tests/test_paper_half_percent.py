@@ -16,7 +16,7 @@ def test_what_is_chosen_is_of_the_target_and_the_core_set_covers_it():
     vectors = np.eye(4)[[0 if i < 34 else i % 4 for i in range(40)]] + 0.001 * np.arange(40)[:, None]
     core = paper["core"](rows, {"v": vectors}, 5, column="v", keep=2)
     assert all(rows[i]["category"] == paper["TARGET"] for i in core)
-    assert sorted(vectors[core].argmax(1)) == [0, 3] or sorted(vectors[core].argmax(1)) == [1, 3], "rare directions too"
+    assert len(set(vectors[core].argmax(1))) == 2, "rare directions too"
     drawn = paper["random"](rows, {}, 5, keep=10)
     assert len(set(drawn)) == 10 and all(rows[i]["category"] == paper["TARGET"] for i in drawn)
 

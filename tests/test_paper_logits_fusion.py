@@ -30,9 +30,9 @@ def test_the_strength_is_that_of_a_grid():
     reached = kl(large + grid[:, None, None] * (tuned - small), large[None])  # [grid,R]
     assert (np.diff(reached, axis=0) >= -1e-12).all()  # the shift grows with the strength
     expected = grid[np.abs(reached - kl(tuned, small)).argmin(0)]
-    found = np.asarray(fusion["strength"](large, tuned, small))[:, 0]
+    strength = np.asarray(fusion["strength"](large, tuned, small))[:, 0]
     assert expected.min() > 0.3 and expected.max() == 2.0  # some are short of the tuned model's shift even at the most
-    np.testing.assert_allclose(found, expected, atol=1e-3)
+    np.testing.assert_allclose(strength, expected, atol=1e-3)
 
 
 def test_a_large_model_that_is_the_small_one_becomes_the_tuned_one():

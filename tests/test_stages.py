@@ -150,15 +150,15 @@ def test_a_recipe_of_a_model_belongs_to_a_folder_only_where_it_names_a_file_ther
     monkeypatch.setattr(train, "run", lambda config, workdir: None)
     recipe_of = "from jaxpost import recipe\n\n\ndef get_config(arg):\n    return recipe.make(data=arg, steps=3)\n"
     (tmp_path / "r.py").write_text(recipe_of)
-    found = {}
+    workdirs = {}
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "rows.jsonl").touch()
         monkeypatch.chdir(tmp_path / folder)
         for data in ("rows.jsonl", str(tmp_path / "one" / "rows.jsonl")):
             config = recipe.make(model=f"recipe:{tmp_path}/r.py:{data}", artefacts=str(tmp_path))
-            found[folder, data == "rows.jsonl"] = train._with_recipes(config).model
-    assert found["one", True] != found["two", True] and found["one", False] == found["two", False]
+            workdirs[folder, data == "rows.jsonl"] = train._with_recipes(config).model
+    assert workdirs["one", True] != workdirs["two", True] and workdirs["one", False] == workdirs["two", False]
 
 
 def test_a_model_that_is_merged_is_named(tmp_path):

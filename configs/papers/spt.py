@@ -98,8 +98,8 @@ class Prompted:
         segments = batch.get("segments", jnp.ones_like(tokens))
         same, (place, line) = segments[:, :, None] == segments[:, None, :], (tokens == one for one in self.ids)
         places, lines = (jnp.sum(jnp.tril(same) & x[:, None, :], axis=-1) for x in (place, line))  # so far in the document
-        told = same & ((places > 0) & (lines == 0) & ~place)[:, None, :]
-        query = jax.nn.standardize(told @ table[tokens] / jnp.maximum(told.sum(-1, keepdims=True), 1), epsilon=1e-12)
+        asked = same & ((places > 0) & (lines == 0) & ~place)[:, None, :]
+        query = jax.nn.standardize(asked @ table[tokens] / jnp.maximum(asked.sum(-1, keepdims=True), 1), epsilon=1e-12)
         share, number = shares(query, params["memory"]["keys"], top), jax.nn.one_hot(places - 1, length)
         prompts = jnp.einsum("bsm,bsp,mpd->bsd", share, number, params["memory"]["prompts"])
         return self.model.forward(params, batch | {"embeds": prompts, "embedded": place}, cache, tap=tap, patch=patch)

@@ -84,7 +84,7 @@ def digits(lock: int) -> dict[str, str]:
 
 
 def _drawn(depth, lock, split, *parts):
-    """The problem of a depth that `parts` name; a problem of depth 1 may be for training only in all locks."""
+    """The problem of a depth that `parts` name."""
     for draw in itertools.count():
         letters = "".join(LETTERS[hashed("letter", split, *parts, draw, place) % 10] for place in range(depth))
         if ("test" if hashed("problem", letters) % 10 == 0 else "train") == split:
